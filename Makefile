@@ -1,0 +1,110 @@
+# `make` alone lists the targets. `make demo` and `make test` set up what they need in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+# How many notebooks run at once; they use several cores themselves.
+NB_WORKERS ?= 1
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.PHONY: help demo test check notebooks pytest bench compat compat-transformers compat-nbdev export readme address \
+        clean-notebooks hooks bump docs clean
+
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+CONFIG := settings.ini setup.py pyproject.toml constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-installed ## set up .venv, then run examples/demo.py
+	@python examples/demo.py
+
+test: $(VENV)/.dev-installed ## all that CI runs: export and notebooks clean, notebooks run, pytest
+	@$(MAKE) --no-print-directory check
+	@$(MAKE) --no-print-directory notebooks
+	@$(MAKE) --no-print-directory pytest
+
+check: $(VENV)/.dev-installed ## modules equal what nbs/ exports, notebooks clean, README and addresses fresh
+	@python tools/check.py
+
+notebooks: $(VENV)/.dev-installed ## run every notebook (nbdev-test)
+	@echo "Running the notebooks (each takes from seconds to a few minutes)"
+	@nbdev-test nbs --n-workers $(NB_WORKERS) --do-print --timing
+
+pytest: $(VENV)/.dev-installed ## the tests in tests/
+	@python -m pytest -q
+
+bench: $(VENV)/.dev-installed ## run every measurement in bench/
+	@for f in bench/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python "$$f" || exit 1; done
+
+compat: compat-transformers compat-nbdev ## the other supported versions: transformers 4.57, nbdev 2.4
+
+compat-transformers: .venv-compat-transformers/.installed
+	@if [ -e tests/test_transformers.py ]; then .venv-compat-transformers/bin/python -m pytest -q tests/test_transformers.py; \
+	else echo "tests/test_transformers.py is not there yet"; fi
+
+compat-nbdev: .venv-compat-nbdev/.installed
+	@.venv-compat-nbdev/bin/python tools/compat_nbdev.py
+
+export: $(VENV)/.dev-installed ## nbs/ to minigpt/ (nbdev-export)
+	@nbdev-export
+
+readme: $(VENV)/.dev-installed ## README.md from nbs/index.ipynb
+	@python tools/readme.py
+
+address: $(VENV)/.dev-installed ## put settings.ini's user/repo into badges, install cells, urls
+	@python tools/address.py
+	@nbdev-export
+	@python tools/readme.py
+
+clean-notebooks: $(VENV)/.dev-installed ## strip execution counts, widget state and stray metadata from nbs/
+	@python tools/clean.py
+
+hooks: $(VENV)/.dev-installed ## this clone: merge notebooks with nbdev, refuse to commit unclean ones
+	@python tools/hooks.py
+
+bump: $(VENV)/.dev-installed ## next version: make bump [PART=major|minor|patch] or make bump TO=1.2.3
+	@python tools/bump.py $(or $(TO),$(PART),patch)
+
+docs: ## not there yet
+	@echo "There is no documentation site yet: read README.md and the notebooks in nbs/." >&2; exit 1
+
+clean: ## remove build output and caches; keeps .venv
+	@rm -rf build dist _docs _proc .pytest_cache .hypothesis *.egg-info
+	@find minigpt nbs tests tools examples bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+# --- environments: made once, installed again when the configuration changes ---------------------------------------------------
+define make_venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "minigpt needs Python 3.10 or newer, and $(PYTHON) is older or missing. Try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo "Creating $(1) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(1)
+endef
+
+$(BIN)/python:
+	$(call make_venv,$(VENV))
+
+$(VENV)/.demo-installed: $(CONFIG) | $(BIN)/python
+	@echo "Installing minigpt into $(VENV) (PyTorch is large: the first time can take some minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev-installed: $(CONFIG) | $(BIN)/python
+	@echo "Installing minigpt and its development tools into $(VENV) (PyTorch is large: the first time can take some minutes)"
+	@$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.demo-installed
+
+.venv-compat-transformers/.installed: $(CONFIG)
+	$(call make_venv,.venv-compat-transformers)
+	@echo "Installing minigpt with transformers 4.57 (some minutes)"
+	@.venv-compat-transformers/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e . \
+	  'transformers>=4.57,<5' accelerate pytest pytest-timeout hypothesis
+	@touch $@
+
+.venv-compat-nbdev/.installed: $(CONFIG)
+	$(call make_venv,.venv-compat-nbdev)
+	@echo "Installing minigpt with nbdev 2.4 (some minutes)"
+	@.venv-compat-nbdev/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e . \
+	  'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2' ipykernel
+	@touch $@

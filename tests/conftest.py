@@ -1,0 +1,22 @@
+"Shared by all tests: the repository's root, its tools on the path, and settings that keep results the same from run to run."
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"tools"))
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test reaches for the network
+
+try: import hypothesis
+except ImportError: pass
+else:
+    hypothesis.settings.register_profile("minigpt", deadline=None, derandomize=bool(os.environ.get("CI")))
+    hypothesis.settings.load_profile("minigpt")
+
+
+@pytest.fixture
+def root(): return ROOT

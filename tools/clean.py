@@ -1,0 +1,53 @@
+"""Notebooks as they are committed: `python tools/clean.py [--check] [notebook ...]`, all of nbs/ when none is named.
+
+What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a GPU notebook opens on a GPU), and
+without the state of widgets, which is large and dead once the kernel is gone."""
+import json
+import sys
+from pathlib import Path
+
+from fastcore.nbio import nb2str
+from nbdev.clean import clean_nb
+from nbdev.config import get_config
+
+from project import ROOT, notebooks
+
+view = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(outputs):
+    "`outputs` without views of widgets; one that has nothing to show besides is dropped"
+    res = []
+    for o in outputs:
+        data = o.get("data", {})
+        if view in data and not set(data) - {view, "text/plain"}: continue
+        data.pop(view, None)
+        res.append(o)
+    return res
+
+
+def cleaned(text):
+    "The text of a notebook, cleaned"
+    nb, cfg = json.loads(text), get_config(ROOT)
+    clean_nb(nb, allowed_metadata_keys=cfg.get("allowed_metadata_keys"), clean_ids=cfg.clean_ids)
+    nb["metadata"].pop("widgets", None)
+    for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = without_widgets(cell["outputs"])
+    return nb2str(nb)
+
+
+def unclean(paths):
+    "Those of `paths` that cleaning would change: path to new text"
+    texts = {p: p.read_text(encoding="utf-8") for p in paths}
+    return {p: new for p, text in texts.items() if (new := cleaned(text)) != text}
+
+
+if __name__ == "__main__":
+    paths = [Path(o) for o in sys.argv[1:] if o != "--check"] or notebooks()
+    found = unclean(paths)
+    for path, text in found.items():
+        if "--check" in sys.argv: print(f"{path} is not clean: run `make clean-notebooks`")
+        else:
+            path.write_text(text, encoding="utf-8")
+            print(f"cleaned {path}")
+    if "--check" in sys.argv: sys.exit(bool(found))
