@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_checkpoint',
            'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint', 'CheckpointStore', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #2bf19064
+# %% ../nbs/07_checkpoint.ipynb #57988856
 import random, time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import numpy as np, orjson, torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from .files import free_space, fsync, hash_file, human_size, new_dir, read_json, remove_dir, set_aside, sweep, write_json
+from .files import free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, set_aside, write_json
 from .model import GPT, GPTConfig, from_hf, to_hf
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -140,7 +140,7 @@ def state_size(state:State)->int:
     parts = [state.weights, *(p[0] for p in (state.optimizer, state.rng) if p)]
     return sum(t.numel()*t.element_size() for part in parts for t in part.values())
 
-# %% ../nbs/07_checkpoint.ipynb #2e7dcc74
+# %% ../nbs/07_checkpoint.ipynb #1491176e
 def problem(
     path:str|Path, # A checkpoint directory
     hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
@@ -148,13 +148,18 @@ def problem(
     "Check a checkpoint against its manifest."
     path = Path(path)
     if not (path/'MANIFEST.json').exists(): return 'MANIFEST.json is missing: it was not written to its end'
-    try: files = read_json(path/'MANIFEST.json')['files']
-    except (ValueError, KeyError, TypeError): return 'MANIFEST.json is damaged'
-    for name,want in files.items():
+    try:
+        manifest = read_json(path/'MANIFEST.json')
+        files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
+        needed = {'config.json','model.safetensors','trainer_state.json'} | ({'optimizer.safetensors','rng_state.safetensors'} if manifest['kind'] == 'step' else set())
+        if (absent := needed - {name for name,_,_ in files}) or any(Path(name).name != name for name,_,_ in files): return f"MANIFEST.json is damaged{': it does not list '+', '.join(sorted(absent)) if absent else ''}"
+        int(manifest['step']), float(manifest['time'])
+    except (ValueError, KeyError, TypeError, AttributeError): return 'MANIFEST.json is damaged'
+    for name,size,hash in files:
         f = path/name
         if not f.exists(): return f'{name} is missing'
-        if (size := f.stat().st_size) != want['size']: return f"{name} has {size:,} bytes instead of {want['size']:,}"
-        if hashes and hash_file(f) != want['xxh3_128']: return f'{name} is damaged: its content does not have the hash that the manifest gives'
+        if (found := f.stat().st_size) != size: return f'{name} has {found:,} bytes instead of {size:,}'
+        if hashes and hash_file(f) != hash: return f'{name} is damaged: its content does not have the hash that the manifest gives'
     return None
 
 # %% ../nbs/07_checkpoint.ipynb #2a70db34
@@ -187,7 +192,7 @@ def load_model(
     model.load_weights(load_file(path/'model.safetensors'))
     return model.to(device).eval()
 
-# %% ../nbs/07_checkpoint.ipynb #a09b1d24
+# %% ../nbs/07_checkpoint.ipynb #85988f26
 @dataclass(frozen=True)
 class Checkpoint:
     "What a listing says of a checkpoint."
@@ -235,19 +240,21 @@ class CheckpointStore:
         if path.exists() and problem(path): set_aside(path, 'damaged')
         write_checkpoint(path, state, self.kind)
         if wrong := problem(path): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; older checkpoints are untouched")
-        self.prune()
+        self.prune(path)
         return path
 
-    def prune(self):
+    def prune(self,
+        newest:Path|None=None, # Just written: kept whatever its step
+    ):
         "Delete the oldest whole checkpoints beyond `keep`; one that is not whole counts for nothing and is left alone."
-        whole = [c for c in self.all() if not c.problem]
-        for c in whole[:-self.keep] if self.keep else []: remove_dir(c.path)
+        whole = [c for c in self.all() if not c.problem and c.path != newest]
+        for c in whole[:len(whole)-self.keep+(newest is not None)] if self.keep and len(whole)+(newest is not None) > self.keep else []: remove_dir(c.path)
 
     def supersede(self, step:int)->list[Path]:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
         return [set_aside(c.path, 'superseded') for c in self.all() if c.step > step]
 
-# %% ../nbs/07_checkpoint.ipynb #4387bc35
+# %% ../nbs/07_checkpoint.ipynb #8bdc2d44
 def write_final(
     folder:str|Path, # The run's folder
     state:State, # Weights, tokenizer, trainer state
@@ -255,7 +262,7 @@ def write_final(
     "Write the finished model into the root of a run."
     folder = Path(folder)
     (folder/'MANIFEST.json').unlink(missing_ok=True)
-    made = write_checkpoint(folder/'.final', State(state.config, state.weights, state.tokenizer, state.trainer, state.arguments), 'final')
+    made = write_checkpoint(hidden(folder/'final', 'tmp'), State(state.config, state.weights, state.tokenizer, state.trainer, state.arguments), 'final')
     manifest = read_json(made/'MANIFEST.json')
     for name in manifest['files']: (made/name).replace(folder/name)
     fsync(folder); (made/'MANIFEST.json').replace(folder/'MANIFEST.json'); fsync(folder)

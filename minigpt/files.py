@@ -67,10 +67,14 @@ def fsync(
     try: os.fsync(fd)
     finally: os.close(fd)
 
-# %% ../nbs/00_files.ipynb #a208a5c9
+# %% ../nbs/00_files.ipynb #d9463824
 def hidden(path:Path, what:str)->Path:
     "The name beside `path` under which unfinished work waits: `.checkpoint-500.tmp-4711`."
     return path.with_name(f'.{path.name}.{what}-{os.getpid()}')
+
+def _named(e:BaseException, path:Path)->BaseException:
+    "The error, with the path that a bare `No space left on device` does not have."
+    return OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) and e.errno and not e.filename else e
 
 def write_file(
     path:str|Path, # File to write; an older one stays until the new one is whole
@@ -81,7 +85,7 @@ def write_file(
     try:
         tmp.write_bytes(data.encode() if isinstance(data, str) else data)
         fsync(tmp); os.replace(tmp, path); fsync(path.parent)
-    except BaseException: tmp.unlink(missing_ok=True); raise
+    except BaseException as e: tmp.unlink(missing_ok=True); raise _named(e, path)
     return path
 
 # %% ../nbs/00_files.ipynb #025c61d0
@@ -94,7 +98,7 @@ def read_json(path:str|Path):
     try: return orjson.loads(Path(path).read_bytes())
     except orjson.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); it may have been cut off or edited by hand") from None
 
-# %% ../nbs/00_files.ipynb #6d4e0a2d
+# %% ../nbs/00_files.ipynb #a36aebc9
 @contextmanager
 def new_dir(
     target:str|Path, # The folder to appear; its parents are made
@@ -111,7 +115,7 @@ def new_dir(
         fsync(tmp)
         if target.exists(): os.rename(target, old)
         os.rename(tmp, target); fsync(target.parent)
-    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+    except BaseException as e: shutil.rmtree(tmp, ignore_errors=True); raise _named(e, target)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/00_files.ipynb #5fab20ba

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DataError', 'open_data', 'Block', 'read_blocks', 'Row', 'parse_pretrain', 'parse_text', 'parse_block']
 
-# %% ../nbs/02_formats.ipynb #58cb36a3
-import gzip, io
+# %% ../nbs/02_formats.ipynb #f6ac9f2f
+import gzip, io, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ def open_data(
     if suffix == '.gz': return gzip.GzipFile(fileobj=f)
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(f)) if suffix else f
 
-# %% ../nbs/02_formats.ipynb #06760c65
+# %% ../nbs/02_formats.ipynb #807c76f5
 @dataclass(frozen=True)
 class Block:
     "Some whole lines of a file."
@@ -55,9 +55,13 @@ def read_blocks(
     "The file, block by block; memory does not grow with it."
     path,first = Path(path),1
     with open_data(path) as f:
-        lines = f.readlines(size)
+        def read():
+            try: return f.readlines(size)
+            except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
+                raise DataError(f"{path} is cut off or damaged behind line {first}: {e}; get the file again, or unpack what is whole of it") from None
+        lines = read()
         while lines:
-            following = f.readlines(size)
+            following = read()
             yield Block(path, first, lines, not following)
             first,lines = first+len(lines),following
 

@@ -10,7 +10,7 @@ import math, time
 from pathlib import Path
 import orjson
 
-# %% ../nbs/11_monitor.ipynb #85df14e5
+# %% ../nbs/11_monitor.ipynb #0aae3cd2
 class Metrics:
     "Appends to metrics.jsonl."
     def __init__(self,
@@ -18,16 +18,20 @@ class Metrics:
         attempt:int=1, # Which start of the run this is, from 1
         step:int=0, # Where it starts
     ):
-        self.file,self.attempt = open(path, 'a+b'),attempt
+        self.file,self.attempt,self.problem = open(path, 'a+b', buffering=0),attempt,None
         if self.file.tell():
             self.file.seek(-1, 2)
-            if self.file.read(1) != b'\n': self.file.write(b'\n') # end a torn line
+            self.torn = self.file.read(1) != b'\n'
+        else: self.torn = False
         self.write(event='start', step=step)
 
-    def write(self, **row):
-        "Add a line, and hand it to the operating system."
-        self.file.write(orjson.dumps({**row, 'attempt':self.attempt, 'time':round(time.time(), 3)}, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
-        self.file.flush()
+    def write(self, **row)->bool:
+        "Add a line. Where that fails (a full disk), `problem` says why, and nothing is raised: a line of metrics is not worth a training."
+        line = orjson.dumps({**row, 'attempt':self.attempt, 'time':round(time.time(), 3)}, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+        if self.torn: line = b'\n'+line # a line that was cut off stays alone
+        try: self.torn = self.file.write(line) != len(line); self.problem = 'the disk is full' if self.torn else None
+        except OSError as e: self.torn,self.problem = True,str(e)
+        return not self.problem
 
     def close(self): self.file.close()
 
@@ -43,13 +47,17 @@ def read_metrics(
         else: rows[row['step']] = {**rows.get(row['step'], {}), **row}
     return [rows[s] for s in sorted(rows)]
 
-# %% ../nbs/11_monitor.ipynb #21a8941c
+# %% ../nbs/11_monitor.ipynb #80d8b945
 def _figure(**kwargs):
     "A matplotlib Figure that a notebook shows as a picture, whatever backend is set; pyplot is not needed."
     import io
     from matplotlib.figure import Figure
+    from PIL import Image
     class Picture(Figure):
-        def _repr_png_(self): self.savefig(f := io.BytesIO(), format='png'); return f.getvalue()
+        def _repr_png_(self):
+            self.savefig(f := io.BytesIO(), format='png')
+            Image.open(f).convert('RGB').quantize(48).save(small := io.BytesIO(), format='png', optimize=True) # a third of the bytes in a saved notebook
+            return small.getvalue()
     return Picture(**kwargs)
 
 # %% ../nbs/11_monitor.ipynb #d3660b79

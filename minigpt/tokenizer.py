@@ -105,7 +105,7 @@ def _tiktoken(
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
     return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
 
-# %% ../nbs/01_tokenizer.ipynb #b8dbead5
+# %% ../nbs/01_tokenizer.ipynb #c59e3685
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
     def __init__(self,
@@ -122,6 +122,13 @@ class Tokenizer:
 
     def __repr__(self): return f'Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})'
     def id(self, token:str)->int|None: "The id of one token, or None."; return self.hf.token_to_id(token)
+
+    @cached_property
+    def _ordinary(self)->HFTokenizer:
+        "The tokenizer, for which every added token is only its letters."
+        hf = HFTokenizer.from_str(json.dumps({**self.json, 'added_tokens':[{**t, 'special':True} for t in self.json['added_tokens']]}))
+        hf.encode_special_tokens = True
+        return hf
 
     @cached_property
     def eos_id(self)->int:
@@ -146,8 +153,7 @@ class Tokenizer:
     def encode_array(self, text:str, special:bool=False)->np.ndarray: # (n,) of `dtype`
         "`encode` without the list: tiktoken works on while other threads run."
         if self.fast: return self.fast.encode_to_numpy(text, allowed_special='all' if special else set(), disallowed_special=()).astype(self.dtype)
-        self.hf.encode_special_tokens = not special
-        return np.array(self.hf.encode(text, add_special_tokens=False).ids, self.dtype)
+        return np.array((self.hf if special else self._ordinary).encode(text, add_special_tokens=False).ids, self.dtype)
 
     def decode(self,
         ids, # A list or array of token ids

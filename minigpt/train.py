@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #3b6f2677
+# %% ../nbs/13_train.ipynb #8a11e9bd
 import contextlib, logging, math, os, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,8 +17,9 @@ import minigpt
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .corpus import stdlib_text, write_corpus
-from .data import TokenSet, build_tokenset, check_size, data_files, loader, open_tokenset, sample_texts, source_facts
-from .files import human_time, only_one, read_json, set_aside, sweep, write_json
+from .data import TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_tokenset, sample_texts, source_facts
+from .formats import parse_block, read_blocks
+from .files import human_time, only_one, read_json, set_aside, sweep, write_file, write_json
 from .model import GPT, GPTConfig
 from .monitor import Metrics, save_plots
 from .run import Run, open_run
@@ -120,7 +121,7 @@ def _check_losses(t:Trainer)->list[float]:
                 + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #9df6430f
+# %% ../nbs/13_train.ipynb #118d06b4
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -135,7 +136,7 @@ class _Log(Callback):
 
 class _Save(Callback):
     "Step checkpoints, and what remains of a run at its end."
-    def on_start(self, t): self.saved = t.step
+    def on_start(self, t): self.saved,self.failing = t.step,False
     def on_step(self, t):
         if t.step == t.max_steps or t.every(t.config.save_strategy, t.config.save_steps): self.save(t)
     def save(self, t):
@@ -143,11 +144,13 @@ class _Save(Callback):
         try: path = t.store.save(t.state())
         except CheckpointError as e:
             if t.step == t.max_steps or t.stop: raise
-            t.say(f'NOT SAVED at step {t.step}: {e}. Training goes on; the next save is tried as planned'); return
-        self.saved = t.step
+            if not self.failing: t.say(f'NOT SAVED at step {t.step}: {e}. Training goes on, and every later save is tried; this is said once')
+            self.failing = True; return
+        if self.failing: t.say(f'saved again, at step {t.step}')
+        self.saved,self.failing = t.step,False
         t.call('on_save', path)
     def on_end(self, t):
-        if t.stop and self.saved != t.step: self.save(t)
+        if t.stop and self.saved != t.step: t.say('saving; another Ctrl-C stops at once, without saving'); self.save(t)
         if t.step == t.max_steps: write_final(t.run_path, t.state())
 
 class _Evaluate(Callback):
@@ -165,11 +168,14 @@ class _Evaluate(Callback):
         t.log(dict(step=t.step, epoch=round(t.epoch, 4), eval_loss=loss))
         if t.best_loss is None or loss < t.best_loss:
             t.best_loss,t.best_step = loss,t.step
-            self.best.save(replace(t.state(), optimizer=None, rng=None))
+            try: self.best.save(replace(t.state(), optimizer=None, rng=None))
+            except CheckpointError as e: t.say(f'the best model is NOT SAVED at step {t.step}: {e}')
 
 class _Plot(Callback):
     "The loss curve as PNG."
-    def save(self, t, final=False): save_plots(t.run_path/'plots', Run(t.run_path).history, t.step, final, f'{t.run_path.name}: step {t.step:,} of {t.max_steps:,}')
+    def save(self, t, final=False):
+        try: save_plots(t.run_path/'plots', Run(t.run_path).history, t.step, final, f'{t.run_path.name}: step {t.step:,} of {t.max_steps:,}')
+        except OSError as e: t.say(f'the loss_curve picture of step {t.step} could not be written: {e}')
     def on_save(self, t, path): self.save(t)
     def on_end(self, t):
         if t.step == t.max_steps: self.save(t, final=True)
@@ -205,15 +211,14 @@ def evaluate(
     model.train(mode)
     return total/count
 
-# %% ../nbs/13_train.ipynb #29d2622f
+# %% ../nbs/13_train.ipynb #723c087e
 @contextlib.contextmanager
 def _signals(t:Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
     if threading.current_thread() is not threading.main_thread(): yield; return
     def handler(number, frame):
         if t.stop: restore(); raise KeyboardInterrupt('stopped at once, without saving')
-        t.stop = signal.Signals(number)
-        t.say('stopping after this step and saving; once more stops at once, without saving')
+        t.stop = signal.Signals(number) # and not a word: the signal may have come in the middle of a print
     old = {s:signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     restore = lambda: [signal.signal(s, h) for s,h in old.items()]
     try: yield
@@ -237,7 +242,7 @@ def _check_same(folder:Path, was:dict, now:dict):
         hint = {'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         _refuse(folder, k, was[k], now.get(k), hint)
 
-# %% ../nbs/13_train.ipynb #4103a542
+# %% ../nbs/13_train.ipynb #130d275d
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
     def __init__(self, *args, folder:Path, tokenizer:Tokenizer, attempt:int, say, **kwargs):
@@ -249,7 +254,8 @@ class _RunTrainer(Trainer):
 
     def log(self, row:dict):
         "Write a row of metrics, and tell every callback."
-        self.metrics.write(**row)
+        problem = self.metrics.problem
+        if not self.metrics.write(**row) and not problem: self.say(f'metrics.jsonl cannot be written from step {self.step} on: {self.metrics.problem}. Training goes on')
         self.call('on_log', row)
 
     def state(self)->State:
@@ -270,10 +276,10 @@ class _RunTrainer(Trainer):
         self.last_loss,self.best_loss,self.best_step,self.evaluated = s['last_loss'],s['best_loss'],s['best_step'],s['evaluated']
         if missing := unpack_rng(state.rng): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #e2b083e0
+# %% ../nbs/13_train.ipynb #577999be
 _BUILT_IN = dict(
     stories=lambda path: write_corpus(path),
-    stdlib=lambda path: path.write_bytes(b''.join(_json_line(t) for t in stdlib_text())))
+    stdlib=lambda path: write_file(path, b''.join(_json_line(t) for t in stdlib_text())))
 
 def _json_line(text:str)->bytes:
     import orjson
@@ -300,6 +306,10 @@ def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConf
             files = data_files(_source(train, folder))
             if tok is None:
                 say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
+                if not any(sample_texts(files)):
+                    refused = {}
+                    for block in (b for f in files for b in read_blocks(f)): count_refused(refused, block, parse_block(block))
+                    raise no_text(files, refused)
                 tok = train_tokenizer(sample_texts(files), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples)
                 say(f"vocabulary: {tok.vocab_size:,} tokens")
             train = build_tokenset(files, tok, folder/'data', cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress)
@@ -330,7 +340,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #3479433b
+# %% ../nbs/13_train.ipynb #9736e02d
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -351,7 +361,10 @@ def _pick(store:CheckpointStore, resume, say)->Checkpoint|None:
     named = next((c for c in store.all() if c.path.resolve() == path.resolve()), None)
     if named is None: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for c in store.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
     if why := problem(named.path): raise CheckpointError(f'{named.path} cannot be resumed from: {why}')
-    for p in store.supersede(named.step): say(f'{p.name} is set aside: training goes back to step {named.step}')
+    for s in store, CheckpointStore(store.folder.parent/'best'):
+        for p in s.supersede(named.step): say(f'training goes back to step {named.step}: {p.stem} is set aside as {p}')
+    root = store.folder.parent
+    if (root/'MANIFEST.json').exists() and read_json(root/'trainer_state.json')['global_step'] > named.step: set_aside(root/'MANIFEST.json', 'superseded') # the final model of that course no longer counts
     return named
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
@@ -365,7 +378,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #36a4a99e
+# %% ../nbs/13_train.ipynb #ecf939e0
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -386,7 +399,7 @@ def fit(
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say,close = _speaker(folder, cfg.progress); at_end.callback(close)
-        for f in folder, folder/'checkpoints', folder/'best': sweep(f)
+        for f in folder, *(folder/n for n in ('checkpoints','best','tokenizer','data-source')): sweep(f)
         known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
         choices = _choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:

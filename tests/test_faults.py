@@ -189,7 +189,7 @@ def test_broken_rows_are_skipped_and_counted(work, monkeypatch, capsys):
     refused = read_json(work/"run/data/train/meta.json")["refused"]
     assert {k: v["count"] for k, v in refused.items()} == {"broken JSON": 1, 'no "text"': 1, "text is not a string": 1, "not an object": 1, "empty text": 1}
     assert [v["examples"][0].split(":")[0] for v in refused.values()] == [f"text.jsonl line {n}" for n in (41, 63, 64, 65, 66)]
-    for w in ("1 rows refused: broken JSON", "text.jsonl line 41", 'no "text"'): assert w in out
+    for w in ("1 × broken JSON", "text.jsonl line 41", 'no "text"'): assert w in out
 
 
 def test_error_is_an_error_also_where_the_token_set_is_there_already(work):
@@ -198,7 +198,7 @@ def test_error_is_an_error_also_where_the_token_set_is_there_already(work):
     tok = train_tokenizer(["some text"])
     (work/"text.jsonl").write_bytes(GOOD+b"{\n")
     build_tokenset(work/"text.jsonl", tok, work/"tokens", progress=False)
-    with pytest.raises(DataError, match="text.jsonl line 61: broken JSON"): build_tokenset(work/"text.jsonl", tok, work/"tokens", on_bad_row="error", progress=False)
+    with pytest.raises(DataError, match=r"1 × broken JSON \(text.jsonl line 61"): build_tokenset(work/"text.jsonl", tok, work/"tokens", on_bad_row="error", progress=False)
 
 
 def read_json(path): return json.loads(path.read_text(encoding="utf-8"))
@@ -495,7 +495,7 @@ def test_going_back_sets_the_later_course_aside(cut, tmp_path, whole):
     work = copied(cut, tmp_path/"work")
     _, losses = go(work, resume="checkpoint-5")
     assert (work/"run/checkpoints/checkpoint-10.superseded-1/model.safetensors").exists()
-    assert re.search(r"checkpoint-10\S* is set aside: training goes back to step 5", log(work))
+    assert re.search(r"training goes back to step 5: checkpoint-10 is set aside as \S*checkpoint-10.superseded-1", log(work))
     same_as(whole, work, losses, 5)
     assert steps(work) == [10, 15, 20]
 
