@@ -13,6 +13,8 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 CONFIG := settings.ini setup.py pyproject.toml constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Threads that wait sleep instead of spinning: on a machine shared with other work, spinning makes small models a hundred times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -233,7 +233,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         g = g/ctx.n
         return *(None if t is None else t*g for t in ctx.saved_tensors), None, None, None, None
 
-# %% ../nbs/05_model.ipynb #a83159fe
+# %% ../nbs/05_model.ipynb #aaf49678
 def linear_cross_entropy(
     hidden:Tensor, # (N, C), any float dtype
     weight:Tensor, # (V, C), the output layer
@@ -244,7 +244,7 @@ def linear_cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     keep = labels != -100
-    hidden,labels = hidden[keep],labels[keep]
+    if kind != 'cpu' or not keep.all(): hidden,labels = hidden[keep],labels[keep] # the usual case on a CPU: all are kept, and nothing is copied
     with torch.autocast(kind, enabled=False): return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype)
 
 # %% ../nbs/05_model.ipynb #1f14c325
