@@ -385,7 +385,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #50b8ab59
+# %% ../nbs/13_train.ipynb #7e3bd844
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -423,7 +423,7 @@ def fit(
         if known: _check_same(folder, known['identity'], identity)
 
         run = Run(folder)
-        if known and resume == 'auto' and problem(folder) is None and (done := read_json(folder/'trainer_state.json')['global_step']) >= max_steps:
+        if known and resume in ('auto', True) and problem(folder) is None and (done := read_json(folder/'trainer_state.json')['global_step']) >= max_steps:
             say(f'{folder} is finished: {done:,} steps. It is returned as it is; to train on, raise epochs or max_steps')
             net.load_weights(run.model().weights())
             return run

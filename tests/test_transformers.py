@@ -6,12 +6,14 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
 
+from minigpt.checkpoint import State, load_model, write_checkpoint
 from minigpt.generate import complete, generate
-from minigpt.model import GPT, GPTConfig, from_hf, to_hf
+from minigpt.model import GPT, GPTConfig, from_hf
 from minigpt.tokenizer import chat_messages, load_tokenizer, train_tokenizer
+from minigpt.train import fit
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,11 +40,8 @@ CONVERSATIONS = {
 
 
 def save_plain(folder, model, tokenizer):
-    "A directory for `transformers`: config.json, weights, tokenizer."
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder/"config.json").write_text(json.dumps(to_hf(model.config, eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id)), encoding="utf-8")
-    save_file({k: v.contiguous() for k, v in model.weights().items()}, folder/"model.safetensors", metadata={"format": "pt"})
-    tokenizer.save(folder)
+    "A weights-only checkpoint, as a run writes it."
+    write_checkpoint(folder, State(model.config, model.weights(), tokenizer, dict(global_step=0)), "best")
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +177,17 @@ def test_a_tokenizer_of_others(tmp_path):
     for name in ("one turn", "system, turns", "question"): same_chat(tokenizer, hf, CONVERSATIONS[name], name)
     again = load_tokenizer(tokenizer.save(tmp_path/"again"))
     assert again.hash == tokenizer.hash and theirs(tmp_path/"again")("船 <|im_end|>")["input_ids"] == tokenizer.encode("船 <|im_end|>", special=True)
+
+
+def test_every_directory_of_a_run_opens(tmp_path):
+    "Step checkpoint, best model and the run's own folder, as they are"
+    (tmp_path/"text.txt").write_text("\n\n".join(f"{s} {n}" for n in range(400) for s in CORPUS), encoding="utf-8")
+    run = fit(GPTConfig(vocab_size=600, dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=64), tmp_path/"text.txt", output_dir=tmp_path/"run", tokenizer_vocab_size=600,
+              max_seq_len=32, batch_size=4, max_steps=30, save_steps=20, eval_steps=10, validation_split=.2, num_threads=1, progress=False, plot_loss=False)
+    text = "It snowed on the harbour. 船开了。"
+    ids = run.tokenizer.encode(text, special=True)
+    for folder in (run.path, run.best.path, *(c.path for c in run.checkpoints)):
+        assert theirs(folder)(text)["input_ids"] == ids
+        theirs_ = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad(): difference = (theirs_(torch.tensor([ids])).logits - load_model(folder)(torch.tensor([ids]))).abs().max()
+        assert difference < 1e-4, folder
