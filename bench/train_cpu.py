@@ -1,6 +1,6 @@
 """Tokens/s of `minigpt.train.fit` beside Hugging Face Trainer: the same Llama model, weights, batches and optimizer, on the CPU.
 
-    python bench/train_cpu.py                  # 3 rounds of 40 steps, 5 minutes on 2 cores
+    python bench/train_cpu.py                  # 3 rounds of 40 steps, 3 minutes on 2 quiet cores
     python bench/train_cpu.py --all            # the Trainer in each of its settings too; its fastest one counts
 
 The model: vocabulary 6,400, 4 layers, 4 heads (4 for keys and values), width 256, FFN 1,024, tied, 5,835,008 parameters;
@@ -11,8 +11,8 @@ programs see them: after the first 5 steps, and until the last step but one, so 
 Ours is `fit` in its defaults, without progress bar, plot and validation: it logs and checks its losses as always.
 The Trainer is in the best settings we found (TRAINER below): no saving, evaluation, logging or progress bar, no check for NaN, tokens
 ready as tensors and cut into batches by slicing, no key/value cache, labels shifted already.
-`--all` measures its attention kernels and AdamWs: sdpa or eager, fused or not, all four were within 5% of each other, which is the noise;
-sdpa with fused AdamW had the best single figure.
+`--all` measures its attention kernels and AdamWs. Tokens/s in one or two quiet measurements each: sdpa and fused 2,701, sdpa and plain 2,558
+and 2,633, eager and fused 2,724, eager and plain 2,741; sdpa and fused alone ranged from 2,620 to 2,850 in six more, so no order is known.
 That both do the same work is checked in each round: equal numbers of parameters, losses equal to 0.5% and falling.
 "others" is how many cores other programs used meanwhile. On two cores one more busy program makes the figures worthless (each matrix
 product waits for its slower thread: 2,700 tokens/s were seen to become 400), so each measurement waits for a quiet machine (--wait seconds
