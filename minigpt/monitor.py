@@ -60,7 +60,7 @@ def _figure(**kwargs):
             return small.getvalue()
     return Picture(**kwargs)
 
-# %% ../nbs/11_monitor.ipynb #d3660b79
+# %% ../nbs/11_monitor.ipynb #97f5eb7f
 def plot_losses(
     rows:list[dict], # Of `read_metrics`
     title:str='', # Over both panels
@@ -73,8 +73,8 @@ def plot_losses(
         part = [(s,l) for s,l in train if s >= since]
         if part:
             steps,losses = zip(*part)
-            smooth,w = [],min(.9, 1-2/(1+len(part)/10))
-            for l in losses: smooth.append(l if not smooth else w*smooth[-1]+(1-w)*l)
+            h = len(losses)//40
+            smooth = [sum(w)/len(w) for i in range(len(losses)) if (w := losses[max(0, i-h):i+h+1])]
             ax.plot(steps, losses, lw=.6, alpha=.4, color='C0')
             ax.plot(steps, smooth, lw=1.6, color='C0', label=f'training: now {losses[-1]:.3f}, lowest {min(losses):.3f}, mean {sum(losses)/len(losses):.3f}')
         held = [(s,l) for s,l in valid if s >= since]
