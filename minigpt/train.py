@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #ff4b081a
-import contextlib, ctypes, logging, math, os, platform, random, signal, threading, time, uuid
+# %% ../nbs/13_train.ipynb #8a11e9bd
+import contextlib, logging, math, os, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +25,7 @@ from .monitor import Metrics, save_plots
 from .run import Run, open_run
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-# %% ../nbs/13_train.ipynb #ef05d1b7
-def _keep_freed_memory():
-    "On Linux, large blocks that are freed go back to the system, and the next ones are paged in anew, at every step: have glibc keep them (mallopt(3))."
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(-3, 32<<20) # M_MMAP_THRESHOLD, at its maximum
-        libc.mallopt(-1, 1<<30)  # M_TRIM_THRESHOLD
-
+# %% ../nbs/13_train.ipynb #fd664a96
 def _choose(config:TrainConfig)->dict:
     "Device, precision and threads."
     device = config.device
@@ -385,7 +378,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #7e3bd844
+# %% ../nbs/13_train.ipynb #02937a63
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -412,7 +405,6 @@ def fit(
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
         torch.set_num_threads(choices['threads'])
-        if choices['device'] == 'cpu': _keep_freed_memory()
 
         given_valid = str(getattr(valid, 'path', valid)) if valid is not None else None
         tok,data,valid = _tokens(folder, known, train, valid, tokenizer, cfg, say)
