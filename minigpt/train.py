@@ -443,10 +443,10 @@ def fit(
         say(f'finished {max_steps:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
         return run
 
-# %% ../nbs/13_train.ipynb #6dab7b7b
+# %% ../nbs/13_train.ipynb #444d08df
 def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):
     "What goes on, from where, and what is not as it was."
-    say(f"resuming from {start.path.name}" if start else 'nothing had been saved yet: starting again with the same seed')
+    say(f"resuming from {start.path.name}" if start else 'no checkpoint that could be used: starting again with the same seed')
     for k,v in cfg.to_dict().items():
         if known['train'].get(k, v) != v: say(f"changed at this resume: {k} {known['train'][k]} → {v}")
     for k,v in {**choices, **{f'{k} version':v for k,v in _versions().items()}}.items():
