@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #8a11e9bd
-import contextlib, logging, math, os, platform, random, signal, threading, time, uuid
+# %% ../nbs/13_train.ipynb #0549d8be
+import contextlib, logging, math, os, platform, random, shutil, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +14,17 @@ import numpy as np, torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
+from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_run_id, restore_run, wait_for_others
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .corpus import stdlib_text, write_corpus
 from .data import TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_tokenset, sample_texts, source_facts
 from .formats import parse_block, read_blocks
-from .files import human_time, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
 from .model import GPT, GPTConfig
 from .monitor import Metrics, save_plots
 from .run import Run, open_run
+from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # %% ../nbs/13_train.ipynb #fd664a96
@@ -43,7 +45,7 @@ def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
 
-# %% ../nbs/13_train.ipynb #536152fa
+# %% ../nbs/13_train.ipynb #5dbb0b1a
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -62,7 +64,9 @@ class Trainer:
         self.device,self.precision = choices['device'],choices['precision']
         self.optimizer = _adamw(model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
+        self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; the signal that asks for an end
+        self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, as tensors on the device; target tokens so far
 
     def run(self):
@@ -74,7 +78,7 @@ class Trainer:
             self.train_step(batch)
             self.step += 1
             self.call('on_step')
-            if self.stop: break
+            if self.stop or self.stopped_early: break
         self.call('on_end')
 
     def train_step(self, batch:dict[str,Tensor]):
@@ -101,27 +105,24 @@ class Trainer:
         for c in self.callbacks: getattr(c, event)(self, *args)
 
     @property
-    def epoch(self)->float: "Passes over the data, as a fraction."; return self.step*self.config.effective_batch/self.data.n_windows(self.config.max_seq_len)
+    def epoch(self)->float: "Passes over the data, as a fraction."; return self.step*self.config.effective_batch/self.schedule.windows
+    @property
+    def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
 
-    def every(self, strategy:str, steps:int)->bool:
-        "Is something due now that happens each `steps` steps or each epoch?"
-        if strategy == 'steps': return self.step % steps == 0
-        n = self.data.n_windows(self.config.max_seq_len)
-        return strategy == 'epoch' and self.step*self.config.effective_batch//n > (self.step-1)*self.config.effective_batch//n
-
-# %% ../nbs/13_train.ipynb #bb11b70b
+# %% ../nbs/13_train.ipynb #09478af5
 def _check_losses(t:Trainer)->list[float]:
     "The losses since the last log as numbers; a `TrainingError` if one is not finite."
     losses = torch.stack([torch.as_tensor(l) for l in t.losses]).tolist() if t.losses else []
     t.losses = losses
     for i,loss in enumerate(losses):
         if not math.isfinite(loss):
-            good = t.store.newest()
+            t.writer.wait()
+            good = newest(t.stores)
             raise TrainingError(f"the loss of step {t.step-len(losses)+i+1} is {loss}: training has diverged. " + (f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet")
                 + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #118d06b4
+# %% ../nbs/13_train.ipynb #7263b82e
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -131,54 +132,96 @@ class _Log(Callback):
         now = time.perf_counter()
         row = dict(step=t.step, epoch=round(t.epoch, 4), loss=sum(losses)/len(losses), lr=t.optimizer.param_groups[0]['lr'], grad_norm=float(t.grad_norm),
             tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1))
+        if t.writer.stall: row['save_stall_seconds'],t.writer.stall = round(t.writer.stall, 4),0.
         self.since,self.tokens,t.losses,t.last_loss = now,t.tokens,[],row['loss']
         t.log(row)
 
 class _Save(Callback):
-    "Step checkpoints, and what remains of a run at its end."
-    def on_start(self, t): self.saved,self.failing = t.step,False
+    "Checkpoints, snapshots, and what remains of a run at its end."
+    def on_start(self, t):
+        self.saved,self.failed,self.compared = t.step,None,False
+        t.schedule.saved()
     def on_step(self, t):
-        if t.step == t.max_steps or t.every(t.config.save_strategy, t.config.save_steps): self.save(t)
-    def save(self, t):
-        _check_losses(t)
-        try: path = t.store.save(t.state())
-        except CheckpointError as e:
-            if t.step == t.max_steps or t.stop: raise
-            if not self.failing: t.say(f'NOT SAVED at step {t.step}: {e}. Training goes on, and every later save is tried; this is said once')
-            self.failing = True; return
-        if self.failing: t.say(f'saved again, at step {t.step}')
-        self.saved,self.failing = t.step,False
-        t.call('on_save', path)
+        self.collect(t)
+        if t.schedule.save(t.step): self.save(t, t.store)
+        elif t.schedule.snapshot() and not t.writer.busy: self.save(t, t.snapshots)
+    def save(self, t, store):
+        t.schedule.saved(); self.saved = t.step
+        state = t.state()
+        t.writer.save(store, state if store.kind != 'light' else replace(state, optimizer=None, rng=None))
+    def collect(self, t):
+        "What has become of earlier saves?"
+        for s in t.writer.results():
+            if s.error: self.trouble(t, s)
+            else:
+                if self.failed: t.say(f'saved again: {s.path.name}')
+                self.failed = None
+                if s.store is t.store: self.compare(t, s.path)
+                t.call('on_save', s.path)
+    def trouble(self, t, s):
+        if s.store is t.best: t.best_loss = None # the next one is the best of those that could be kept
+        if not self.failed: t.say(f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}: {s.error}. Training goes on, and every later save is tried; this is said once")
+        self.failed = s
+        if s.step == self.saved: self.saved = -1
+    def compare(self, t, path):
+        if self.compared: return
+        self.compared = True
+        size,planned = sum(f.stat().st_size for f in path.iterdir()),checkpoint_size(t.model.config.n_params)
+        t.say(f'{path.name} takes {human_size(size)}' + (f': MORE than the {human_size(planned)} of the plan' if size > 1.1*planned+2**24 else ''))
     def on_end(self, t):
-        if t.stop and self.saved != t.step: t.say('saving; another Ctrl-C stops at once, without saving'); self.save(t)
-        if t.step == t.max_steps: write_final(t.run_path, t.state())
+        t.writer.wait(); self.collect(t)
+        if (t.stop or t.complete) and self.saved != t.step:
+            if t.stop: t.say('saving; another Ctrl-C stops at once, without saving')
+            self.save(t, t.store); t.writer.wait(); self.collect(t)
+        if self.saved != t.step: raise self.failed.error
+        if t.complete: write_final(t.run_path, t.state())
 
 class _Evaluate(Callback):
-    "Validation loss, and the checkpoint where it is lowest."
-    def __init__(self, valid, best:CheckpointStore): self.valid,self.best = valid,best
+    "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
+    def __init__(self, valid): self.valid = valid
     def on_start(self, t):
-        if 0 < t.step and t.evaluated < t.step and self.due(t): self.evaluate(t) # stopped between a save and the evaluation behind it
+        if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step): self.evaluate(t) # stopped between a save and the evaluation behind it
     def on_step(self, t):
-        if self.due(t): self.evaluate(t)
-    def due(self, t):
-        return t.config.evaluation_strategy != 'no' and (t.step == t.max_steps or t.every(t.config.evaluation_strategy, t.config.eval_steps))
+        if t.schedule.evaluation(t.step): self.evaluate(t)
     def evaluate(self, t):
         with t.autocast(): loss = evaluate(t.model, self.valid, t.config.max_seq_len, t.config.batch_size, t.config.eval_sequences)
         t.evaluated = t.step
         t.log(dict(step=t.step, epoch=round(t.epoch, 4), eval_loss=loss))
         if t.best_loss is None or loss < t.best_loss:
-            t.best_loss,t.best_step = loss,t.step
-            try: self.best.save(replace(t.state(), optimizer=None, rng=None))
-            except CheckpointError as e: t.say(f'the best model is NOT SAVED at step {t.step}: {e}')
+            t.best_loss,t.best_step,t.worse = loss,t.step,0
+            t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
+        else: t.worse += 1
+        if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
+            t.stopped_early = True
+            t.say(f'stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with early_stopping=0 or a larger number')
+
+class _Backup(Callback):
+    "Hands every save to the backup, and passes on what it has to say."
+    def __init__(self, backup:Backup): self.backup = backup
+    def on_step(self, t):
+        while self.backup.messages: t.say(self.backup.messages.popleft())
+    def on_save(self, t, path): self.backup.submit(path, {s.folder:s for s in (t.store, t.snapshots, t.best)}[path.parent])
+    def on_end(self, t):
+        self.on_step(t)
+        if t.complete: self.backup.submit(t.run_path)
+
+class _Estimate(Callback):
+    "How long it will take, once a few steps have shown it."
+    def on_start(self, t): self.first,self.began,self.told = t.step,time.perf_counter(),False
+    def on_step(self, t):
+        n,seconds = t.step-self.first,time.perf_counter()-self.began
+        if n == 1: self.first,self.began = t.step,time.perf_counter() # the first step is slower than the others
+        elif not self.told and n >= 5 and seconds > 10: self.told = True; t.say(time_plan(t.schedule, t.step, seconds/n))
 
 class _Plot(Callback):
     "The loss curve as PNG."
-    def save(self, t, final=False):
-        try: save_plots(t.run_path/'plots', Run(t.run_path).history, t.step, final, f'{t.run_path.name}: step {t.step:,} of {t.max_steps:,}')
-        except OSError as e: t.say(f'the loss_curve picture of step {t.step} could not be written: {e}')
-    def on_save(self, t, path): self.save(t)
+    def save(self, t, step, final=False):
+        try: save_plots(t.run_path/'plots', Run(t.run_path).history, step, final, f'{t.run_path.name}: step {t.step:,} of {t.max_steps:,}')
+        except OSError as e: t.say(f'the loss_curve picture of step {step} could not be written: {e}')
+    def on_save(self, t, path):
+        if path.parent != t.best.folder: self.save(t, int(path.name.rpartition('-')[2]))
     def on_end(self, t):
-        if t.step == t.max_steps: self.save(t, final=True)
+        if t.complete: self.save(t, t.step, final=True)
 
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
@@ -242,15 +285,19 @@ def _check_same(folder:Path, was:dict, now:dict):
         hint = {'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         _refuse(folder, k, was[k], now.get(k), hint)
 
-# %% ../nbs/13_train.ipynb #130d275d
+# %% ../nbs/13_train.ipynb #72cee56c
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
     def __init__(self, *args, folder:Path, tokenizer:Tokenizer, attempt:int, say, **kwargs):
         super().__init__(*args, **kwargs)
         self.run_path,self.tokenizer,self.attempt,self.say = folder,tokenizer,attempt,say
-        self.store = CheckpointStore(folder/'checkpoints', self.config.save_total_limit or None)
+        cfg = self.config
+        self.store = CheckpointStore(folder/'checkpoints', self.schedule.keep)
+        self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
+        self.best = CheckpointStore(folder/'best', 1, kind='best')
+        self.stores,self.writer = [self.store, self.snapshots],Writer(say)
         self.last_loss = self.best_loss = self.best_step = None
-        self.evaluated = 0
+        self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
 
     def log(self, row:dict):
         "Write a row of metrics, and tell every callback."
@@ -262,7 +309,7 @@ class _RunTrainer(Trainer):
         "Everything that a checkpoint holds."
         trainer = dict(global_step=self.step, max_steps=self.max_steps, progress=f'{100*self.step/self.max_steps:.1f}%', epoch=self.epoch, tokens=self.tokens,
             data_position=self.step*self.config.effective_batch, last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
-            evaluated=self.evaluated, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
+            evaluated=self.evaluated, worse=self.worse, stopped_early=self.stopped_early, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
             seed=self.config.seed, device=self.device, precision=self.precision, attempt=self.attempt)
         return State(self.model.config, self.model.weights(), self.tokenizer, trainer, self.config.to_dict(), pack_optimizer(self.optimizer, self.model), pack_rng())
 
@@ -270,11 +317,12 @@ class _RunTrainer(Trainer):
         "Become what was saved; random generators last, so that nothing draws from them before the first step does."
         s = state.trainer
         self.model.load_weights(state.weights)
-        unpack_optimizer(self.optimizer, self.model, state.optimizer)
+        if state.optimizer: unpack_optimizer(self.optimizer, self.model, state.optimizer)
+        else: self.say("these are weights alone: the optimizer's moments and the random generators start anew, so the losses will not be those of the uninterrupted run")
         if self.scaler.is_enabled() and s['grad_scaler']: self.scaler.load_state_dict(s['grad_scaler'])
         self.step,self.tokens,self.losses = s['global_step'],s['tokens'],s['recent_losses']
-        self.last_loss,self.best_loss,self.best_step,self.evaluated = s['last_loss'],s['best_loss'],s['best_step'],s['evaluated']
-        if missing := unpack_rng(state.rng): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
+        self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
+        if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
 # %% ../nbs/13_train.ipynb #577999be
 _BUILT_IN = dict(
@@ -340,7 +388,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #9736e02d
+# %% ../nbs/13_train.ipynb #6b9f78f3
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -353,19 +401,60 @@ def _folder(output_dir, resume, overwrite:bool)->Path:
         raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
     return folder
 
-def _pick(store:CheckpointStore, resume, say)->Checkpoint|None:
-    "The checkpoint to go on from."
-    if resume in ('auto', True): return store.newest(lambda c,why: say(f'{c.path.name} is passed over: {why}'))
+def _pick(t:_RunTrainer, resume, backup:Backup|None)->Checkpoint|None:
+    "The state to go on from, in the run's own folder."
+    passed_over = lambda c,why: t.say(f'{c.path.parent.name}/{c.path.name}{" of the backup" if backup and backup.path in c.path.parents else ""} is passed over: {why}')
+    mirrored = backup.state_stores() if backup else []
     if resume is False: return None
-    path = Path(resume) if Path(resume).is_dir() else store.folder/str(resume)
-    named = next((c for c in store.all() if c.path.resolve() == path.resolve()), None)
-    if named is None: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for c in store.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
-    if why := problem(named.path): raise CheckpointError(f'{named.path} cannot be resumed from: {why}')
-    for s in store, CheckpointStore(store.folder.parent/'best'):
-        for p in s.supersede(named.step): say(f'training goes back to step {named.step}: {p.stem} is set aside as {p}')
-    root = store.folder.parent
-    if (root/'MANIFEST.json').exists() and read_json(root/'trainer_state.json')['global_step'] > named.step: set_aside(root/'MANIFEST.json', 'superseded') # the final model of that course no longer counts
-    return named
+    if resume in ('auto', True):
+        while (c := newest([*t.stores, *mirrored], passed_over)) and backup and backup.path in c.path.parents:
+            t.say(f'{c.path.name} comes from the backup')
+            try: return replace(c, path=fetch(backup, c))
+            except (OSError, CheckpointError) as e: passed_over(c, str(e)); mirrored = [s for s in mirrored if s.folder != c.path.parent] # what this place holds cannot be read now
+        return c
+    path = Path(resume)
+    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == str(resume))]
+    if not found: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
+    whole = next((c for c in found if not problem(c.path)), None)
+    if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
+    return replace(whole, path=fetch(backup, whole)) if backup and backup.path in whole.path.parents else whole
+
+def _give_up(t:_RunTrainer, step:int):
+    "What lies beyond `step` belongs to a course that is given up: it is set aside, and counts no more."
+    for s in *t.stores, t.best:
+        for p in s.supersede(step): t.say(f'training goes back to step {step}: {p.stem} is set aside as {p}')
+    root = t.run_path
+    if (root/'MANIFEST.json').exists() and read_json(root/'trainer_state.json')['global_step'] > step: set_aside(root/'MANIFEST.json', 'superseded') # the final model of that course
+
+def _mirror(folder:Path, cfg:TrainConfig, resume, overwrite:bool, say)->Backup|None:
+    "The backup, if one is wanted; and the run from it, where this machine does not have it."
+    if not cfg.gdrive_backup_dir: return None
+    check_there(cfg.gdrive_backup_dir)
+    backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
+    wait_for_others(backup, say)
+    fresh = read_run_id(folder) is None
+    if fresh and overwrite and backup.path.exists(): say(f"the backup that was there is kept as {set_aside(backup.path, 'old')}")
+    if fresh and resume is False and read_run_id(backup.path): raise FileExistsError(f"{backup.path} holds a backup of such a run, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
+    restore_run(backup, say)
+    return backup
+
+def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:bool=True):
+    "Wait for the backup, and say what is and what is not there."
+    end = time.monotonic()+seconds
+    with tqdm(desc='backup', bar_format='{desc}: {postfix}', disable=not cfg.progress, leave=False) as bar:
+        whole = backup.finish(seconds, confirm, lambda s: bar.set_postfix_str(f"{s['doing']}; {human_time(max(0, end-time.monotonic()))} left"))
+    while backup.messages: say(backup.messages.popleft())
+    s = backup.status()
+    if whole: say(f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}" + (', and Google has it' if s['server_tells'] and s['confirmed'] == s['copied'] else ''))
+    elif s['waiting']: say(f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for Google's server. Keep the machine running and run this cell again, which only waits; or call google.colab.drive.flush_and_unmount()")
+    else: say(f"NOT BACKED UP: {s['pending'] or 'the last save'} ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'}); the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in {backup.run_path}: run this cell again to copy it, or copy that folder yourself")
+
+def _plan(t:_RunTrainer, backup:Backup|None):
+    "Say what the run will take, before it takes it."
+    size = lambda p: sum(f.stat().st_size for f in p.rglob('*') if f.is_file()) if p.exists() else 0
+    there = sum(size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
+    free = free_space(t.run_path) - (t.config.backup_keep_last*checkpoint_size(t.model.config.n_params) if backup and drive_mount(backup.folder) else 0) # Drive's cache is on this disk as well
+    for line in storage_plan(t.config, t.model.config.n_params, len(t.schedule.checkpoints()), free, free_space(backup.folder) if backup else None, there, size(backup.path) if backup else 0): t.say(line)
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
@@ -378,7 +467,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #02937a63
+# %% ../nbs/13_train.ipynb #46e86b9b
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -399,7 +488,8 @@ def fit(
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say,close = _speaker(folder, cfg.progress); at_end.callback(close)
-        for f in folder, *(folder/n for n in ('checkpoints','best','tokenizer','data-source')): sweep(f)
+        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data-source')): sweep(f)
+        backup = _mirror(folder, cfg, resume, overwrite, say)
         known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
         choices = _choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
@@ -415,35 +505,52 @@ def fit(
         if known: _check_same(folder, known['identity'], identity)
 
         run = Run(folder)
-        if known and resume in ('auto', True) and problem(folder) is None and (done := read_json(folder/'trainer_state.json')['global_step']) >= max_steps:
-            say(f'{folder} is finished: {done:,} steps. It is returned as it is; to train on, raise epochs or max_steps')
-            net.load_weights(run.model().weights())
-            return run
-        attempts = known['attempts'] if known else []
+        attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
         t = _RunTrainer(net, data, cfg, max_steps, choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say)
-        start = _pick(t.store, resume, say) if known else None
+        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, max_steps):
+            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done['global_step'] < max_steps else ''))
+            net.load_weights(run.model().weights())
+            if backup: _catch_up(backup, t, id, folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+            return run
+        start = _pick(t, resume, backup) if known else None
         if start and start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
         if start: t.restore(read_checkpoint(start.path))
+        if start and resume not in ('auto', True): _give_up(t, start.step)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
-        write_json(folder/'run.json', dict(format='minigpt run', version=1, id=known['id'] if known else uuid.uuid4().hex, identity=identity, model=net.config.to_dict(), train=cfg.to_dict(),
+        write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), train=cfg.to_dict(),
             max_steps=max_steps, data=dict(source=str(train) if isinstance(train, (str,Path)) else [str(p) for p in train] if isinstance(train, (list,tuple)) else str(data.path), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
-        t.callbacks = [_Log(), _Save(), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *callbacks,
-            *([_Evaluate(valid, CheckpointStore(folder/'best', 1, kind='best'))] if valid is not None else [])]
+        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *callbacks,
+            *([_Evaluate(valid)] if valid is not None else [])]
         say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {choices['threads']} threads; {len(data):,} tokens; "
             f"steps {t.step:,} to {max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
+        _plan(t, backup)
+        if backup: _catch_up(backup, t, id, start and start.path, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
+        at_end.callback(t.writer.close)
         began = time.perf_counter()
         with _signals(t): t.run()
         if t.stop:
+            if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
             say(message := f'stopped after step {t.step:,} and saved {t.store.folder}/checkpoint-{t.step}; the same call goes on from there')
             raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128+t.stop)
         net.eval()
-        say(f'finished {max_steps:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
+        say(f'finished {t.step:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
+        if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #444d08df
+# %% ../nbs/13_train.ipynb #f1deeae2
+def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
+    "Is there nothing left to train? Not where a run that was stopped early is given more patience."
+    return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < cfg.early_stopping <= state['worse']
+
+def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, newest_state:Path|None, superseded:int|None=None):
+    "Begin to mirror, with what the backup may not have got yet."
+    backup.start(run_id, superseded)
+    if newest_state: backup.submit(newest_state, {s.folder:s for s in t.stores}.get(newest_state.parent))
+    if best := [c for c in t.best.all() if not c.problem]: backup.submit(best[-1].path, t.best)
+
 def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):
     "What goes on, from where, and what is not as it was."
     say(f"resuming from {start.path.name}" if start else 'no checkpoint that could be used: starting again with the same seed')
@@ -453,13 +560,16 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
 
-# %% ../nbs/13_train.ipynb #1e0d2abd
+# %% ../nbs/13_train.ipynb #dc9db23a
 def resume(
     run:str|Path, # A run's folder
     checkpoint:str|Path='auto', # The newest whole one, or the name of one
     **options, # Fields of `TrainConfig` to change; `callbacks` too
 )->Run:
-    "Go on with a run."
+    "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
+    if folder := options.get('gdrive_backup_dir'):
+        check_there(folder)
+        with only_one(run): restore_run(Backup(folder, run))
     facts = open_run(run).facts
     source = facts['data']['source']
     return fit(GPTConfig.from_dict(facts['model']), TokenSet(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source, facts['data']['valid'],

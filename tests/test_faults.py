@@ -40,7 +40,7 @@ class At(Callback):
     def __init__(self, step, do): self.step, self.do = step, do
 
     def on_step(self, t):
-        if t.step == self.step: self.do(t)
+        if t.step == self.step: t.writer.wait(); self.do(t)
 
 
 class PowerCut(Exception): pass
