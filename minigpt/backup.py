@@ -119,7 +119,7 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #c1567ecc
+# %% ../nbs/10_backup.ipynb #c9a6fa8f
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
@@ -165,9 +165,13 @@ class Backup:
         group = 'final' if source == self.run_path else 'best' if source.parent.name == 'best' else 'state'
         target = self.path/('final' if group == 'final' else f'{source.parent.name}/{source.name}')
         with self.wake:
-            if group in self.pending and self.pending[group][0] != source: self.skipped += 1
+            old = self.pending.get(group)
             self.pending[group] = source,target,store
             self._pin()
+            if not (source/'MANIFEST.json').exists(): # deleted already, so something newer is on its way
+                del self.pending[group]; self._pin(); self.skipped += 1
+                return
+            if old and old[0] != source: self.skipped += 1
             self.wake.notify_all()
 
     def finish(self,
@@ -194,10 +198,10 @@ class Backup:
     # --- the thread ---
     def _loop(self):
         last_in_line()
-        while not self.closing:
+        while not (self.closing or self.lost):
             self.step()
             with self.wake:
-                if not self.closing: self.wake.wait(self._pause())
+                if not (self.closing or self.lost): self.wake.wait(self._pause())
         if not self.lost:
             try: self._heartbeat(ended=True)
             except OSError: pass
@@ -224,7 +228,7 @@ class Backup:
             self.lost = str(e); self.messages.append(f'NO BACKUP any more: {e}')
         except Exception as e: # an error of a folder, whatever it is, is a status
             self.failures += 1; self.doing = 'failing'
-            if not self.failed: self.messages.append(f'NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again and again; this is said once. ' + (f'The backup has {c.path.name}' if (c := self._newest_known()) else 'Nothing has been backed up yet'))
+            if not self.failed: self.messages.append(f'NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again and again; this is said once. ' + (f"The backup has {has['name']}" if (has := self.status()['copied']) else 'Nothing has been backed up yet'))
             self.failed = dict(reason=self._reason(e), tries=self.failures, since=self.failed['since'] if self.failed else time.time())
         self._write_status()
 
@@ -349,10 +353,6 @@ class Backup:
         best = [c for c in CheckpointStore(self.path/'best').all() if c.path in self.confirmed or not c.problem and not self.confirms]
         for c in best[:-1]: discard(c.path)
 
-    def _newest_known(self)->Checkpoint|None:
-        try: return next(reversed(self.safe()), None)
-        except OSError: return None
-
     # --- the status ---
     def status(self)->dict:
         "What is and what is not backed up, at this moment, as far as is known without asking the folder."
@@ -367,7 +367,7 @@ class Backup:
         try: write_json(self.run_path/'backup.json', self.status())
         except OSError: pass # the local disk is full: the next one will do
 
-# %% ../nbs/10_backup.ipynb #6e2f4111
+# %% ../nbs/10_backup.ipynb #7a5aff61
 def wait_for_others(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -408,11 +408,16 @@ def restore_run(
                     target = d/Path(name).relative_to(group); target.parent.mkdir(parents=True, exist_ok=True)
                     if copy_file(there/name, target)[0] != want['xxh3_128']: raise OSError(errno.EIO, f'{there/name} is damaged or has not arrived')
         except OSError as e:
-            if group == 'tokenizer' and not backup.copies(): raise BackupError(f'{there} cannot be restored: {e}') from e
-            say(f'{group}/ is not restored: {e}') # the tokenizer is in every checkpoint, the data can be built again
+            say(f'{group}/ is not restored: {e}')
+    if not (here/'tokenizer'/'tokenizer.json').exists(): # every checkpoint has it as well; and the data can be built again
+        if not (c := newest(backup.state_stores())): raise BackupError(f'{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is whole. Wait if files are still arriving; to train anew, choose another output_dir, or pass overwrite=True')
+        with new_dir(here/'tokenizer', replace=True) as d:
+            for name in ('tokenizer.json','tokenizer_config.json'): copy_file(c.path/name, d/name)
     if problem(there/'final') is None:
         for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']: copy_file(there/'final'/name, here/name)
-    for name in ('metrics.jsonl','run.log','run.json'):
+    if (there/'run.log').exists():
+        with open(here/'run.log', 'ab') as f: f.write((there/'run.log').read_bytes()) # it is open already, for what is said now
+    for name in ('metrics.jsonl','run.json'):
         if (there/name).exists(): write_file(here/name, (there/name).read_bytes())
     return True
 

@@ -7,7 +7,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'last_in_line', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #38e1fe39
+# %% ../nbs/07_checkpoint.ipynb #8f549d10
 import os, random, sys, threading, time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +19,7 @@ import numpy as np, orjson, psutil, torch, xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, set_aside, write_json
+from .files import dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, set_aside, write_json
 from .model import GPT, GPTConfig, from_hf, to_hf
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -222,7 +222,7 @@ def load_model(
     model.load_weights(load_file(path/'model.safetensors'))
     return model.to(device).eval()
 
-# %% ../nbs/07_checkpoint.ipynb #d940d20b
+# %% ../nbs/07_checkpoint.ipynb #bbadc2ee
 @dataclass(frozen=True)
 class Checkpoint:
     "What a listing says of a checkpoint."
@@ -250,9 +250,12 @@ class CheckpointStore:
         found = [(int(n), p) for p in self.folder.glob(f'{self.name}-*') if p.is_dir() and (n := p.name[len(self.name)+1:]).isdigit()]
         out = []
         for step,p in sorted(found):
-            wrong = problem(p, hashes=False)
-            m = {} if wrong and wrong.startswith('MANIFEST') else read_json(p/'MANIFEST.json')
-            out.append(Checkpoint(p, step, m.get('kind', ''), sum(f.stat().st_size for f in p.iterdir() if f.is_file()), m.get('time', 0.), wrong))
+            try:
+                wrong = problem(p, hashes=False)
+                m = {} if wrong and wrong.startswith('MANIFEST') else read_json(p/'MANIFEST.json')
+                out.append(Checkpoint(p, step, m.get('kind', ''), dir_size(p), m.get('time', 0.), wrong))
+            except FileNotFoundError: # deleted by another thread or process while we looked
+                if p.exists(): raise
         return out
 
     def newest(self,
@@ -297,7 +300,7 @@ def newest(
         passed_over(c, why)
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #5ac859e3
+# %% ../nbs/07_checkpoint.ipynb #8a5209d7
 @dataclass(frozen=True)
 class Saved:
     "What became of a save."
@@ -306,6 +309,7 @@ class Saved:
     path:Path|None # The checkpoint, written and verified; None if it failed
     error:CheckpointError|None=None # Why it failed
     seconds:float=0. # From the copy to the verified directory
+    size:int=0 # Bytes written
 
 def last_in_line():
     "This thread gets the processor when nobody else wants it."
@@ -357,7 +361,7 @@ class Writer:
         try: path,error = store.save(state),None
         except CheckpointError as e: path,error = None,e
         except OSError as e: path,error = None,CheckpointError(f'{store.folder}/{store.name}-{step} could not be saved: {e}')
-        return Saved(store, step, path, error, time.perf_counter()-began)
+        return Saved(store, step, path, error, time.perf_counter()-began, dir_size(path) if path else 0)
 
     def results(self)->list[Saved]:
         "What has ended since this was last asked."

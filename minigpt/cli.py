@@ -30,44 +30,63 @@ def with_training_options(
     called.__annotations__ = {p.name:p.annotation for p in given+options}
     return called
 
-# %% ../nbs/18_cli.ipynb #e8f20d8d
+# %% ../nbs/18_cli.ipynb #fe7718c1
 @app.command()
 @with_training_options
 def train(
-    data:Annotated[list[str], typer.Argument(help="files or folders of .txt or .jsonl, or a built-in corpus: stories, stdlib")],
+    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, or a built-in corpus: stories, stdlib")]=None,
     valid:Annotated[Optional[str], typer.Option(help="file to validate on; default: a share of the data")]=None,
-    config:Annotated[str, typer.Option(help="model preset: tiny, small, medium, large")]='tiny',
+    config:Annotated[Optional[str], typer.Option(help="model preset: tiny, small, medium, large [tiny]", show_default=False)]=None,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
     output_dir:Annotated[Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")]=None,
-    resume:Annotated[str, typer.Option(help="auto, no, or the name of a checkpoint")]='auto',
+    resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name of a checkpoint [auto]", show_default=False)]=None,
     overwrite:Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]=False,
-    config_file:Annotated[Optional[Path], typer.Option(help="JSON or YAML file with any of the options below")]=None,
+    config_file:Annotated[Optional[Path], typer.Option(help="JSON or YAML file with any of these options; data_files names the data")]=None,
     **options,
 ):
     "Train a model, or go on training it."
     from minigpt.train import fit
-    fit(config, data[0] if len(data) == 1 else data, valid, tokenizer=tokenizer, output_dir=output_dir or Path('runs')/Path(data[0]).name.split('.')[0],
-        resume=False if resume == 'no' else resume, overwrite=overwrite, config=read_options(config_file) if config_file else None, **options)
+    file = read_options(config_file) if config_file else {}
+    def get(given, *names, default=None):
+        found = [file.pop(n) for n in names if n in file]
+        return given if given not in (None, []) else found[0] if found else default
+    data = get(data, 'data_files', 'data', 'dataset', 'train')
+    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a built-in corpus (stories, stdlib), or data_files in the configuration file")
+    data = [data] if isinstance(data, str) else data
+    model = get(config, 'config', 'model', default='tiny')
+    if isinstance(model, dict):
+        from minigpt.model import GPTConfig
+        model = GPTConfig.from_dict(model)
+    resume = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
+    fit(model, data[0] if len(data) == 1 else data, get(valid, 'valid'), tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=get(overwrite or None, 'overwrite', default=False),
+        output_dir=get(output_dir, 'output_dir', default=Path('runs')/Path(data[0]).name.split('.')[0]), resume=False if resume in ('no', False) else resume, config=file, **options)
 
-# %% ../nbs/18_cli.ipynb #ef95b437
+# %% ../nbs/18_cli.ipynb #e1b29476
 @app.command('resume')
 @with_training_options
 def resume_(
     run:Annotated[Path, typer.Argument(help="folder of a run")],
-    resume:Annotated[str, typer.Option(help="auto (the newest whole checkpoint), or the name of one")]='auto',
+    resume:Annotated[str, typer.Option(help="auto (the newest whole state), or the name of one")]='auto',
+    yes:Annotated[bool, typer.Option('--yes', '-y', help="do not ask")]=False,
     **options,
 ):
-    "Go on with a run, from its folder alone."
+    "Show what a run has saved, and go on with it, from its folder alone (or its backup: --gdrive-backup-dir)."
+    from minigpt.run import open_run, run_table
     from minigpt.train import resume as go_on
+    if (run/'run.json').exists():
+        typer.echo(run_table(open_run(run)))
+        if not yes and sys.stdin.isatty() and not typer.confirm(f"Go on from {'the newest that verifies' if resume == 'auto' else resume}?", default=True): return
     go_on(run, resume, **options)
 
-# %% ../nbs/18_cli.ipynb #97c8d28a
+# %% ../nbs/18_cli.ipynb #6feaa48e
 @app.command()
 def runs(
-    folder:Annotated[Path, typer.Argument(help="where runs are kept")]=Path('runs'),
+    folder:Annotated[Path, typer.Argument(help="where runs are kept, or one run")]=Path('runs'),
+    verify:Annotated[bool, typer.Option(help="of one run: read every file and compare its hash")]=False,
 ):
-    "List runs: steps, loss, newest checkpoint."
-    from minigpt.run import list_runs, runs_table
+    "List runs: steps, loss, newest checkpoint; or all that one run has saved."
+    from minigpt.run import list_runs, open_run, run_table, runs_table
+    if (folder/'run.json').exists(): typer.echo(run_table(open_run(folder), verify)); return
     found = list_runs(folder)
     typer.echo(runs_table(found) if found else f'no runs in {folder}/; `minigpt train FILE` makes one')
 

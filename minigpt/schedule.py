@@ -54,7 +54,7 @@ class Schedule:
         before = [s for s in self.checkpoints() if s < step]
         return before[-self.keep:][:1] if self.keep and len(before) >= self.keep else []
 
-# %% ../nbs/12_schedule.ipynb #1edac246
+# %% ../nbs/12_schedule.ipynb #bf930084
 def checkpoint_size(
     n_params:int, # Of the model
     light:bool=False, # Weights alone?
@@ -81,7 +81,7 @@ def storage_plan(
     def warn(what, need, free, kept, limit):
         if need <= free: return
         fit = max(0, kept-math.ceil((need-free)/full))
-        lines.append(f"WARNING: {what} will be full: {human_size(need)} wanted, {human_size(free)} free. " + (f"{fit} checkpoints would fit: set {limit}={fit}" if fit else "not even one fits: make room, choose another place, or a smaller model"))
+        lines.append(f"WARNING: {what} will be full: {human_size(need)} wanted, {human_size(free)} free. " + (f"{fit} checkpoints would fit: set {limit}={fit}" if fit else "not even one fits beside the others: make room, choose another place or a smaller model, or set snapshot_kind='light'"))
     warn('the disk', need-there, free, keep, 'save_total_limit')
     if free_backup is not None:
         need_backup = (config.backup_keep_last+1)*full + best + light

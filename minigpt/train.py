@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #0549d8be
+# %% ../nbs/13_train.ipynb #c3af3dc1
 import contextlib, logging, math, os, platform, random, shutil, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
@@ -20,7 +20,7 @@ from .config import TrainConfig, lr_at
 from .corpus import stdlib_text, write_corpus
 from .data import TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_tokenset, sample_texts, source_facts
 from .formats import parse_block, read_blocks
-from .files import free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
 from .model import GPT, GPTConfig
 from .monitor import Metrics, save_plots
 from .run import Run, open_run
@@ -122,7 +122,7 @@ def _check_losses(t:Trainer)->list[float]:
                 + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #7263b82e
+# %% ../nbs/13_train.ipynb #ff58924a
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -156,18 +156,17 @@ class _Save(Callback):
             else:
                 if self.failed: t.say(f'saved again: {s.path.name}')
                 self.failed = None
-                if s.store is t.store: self.compare(t, s.path)
+                if s.store is t.store: self.compare(t, s)
                 t.call('on_save', s.path)
     def trouble(self, t, s):
         if s.store is t.best: t.best_loss = None # the next one is the best of those that could be kept
         if not self.failed: t.say(f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}: {s.error}. Training goes on, and every later save is tried; this is said once")
         self.failed = s
         if s.step == self.saved: self.saved = -1
-    def compare(self, t, path):
+    def compare(self, t, s):
         if self.compared: return
-        self.compared = True
-        size,planned = sum(f.stat().st_size for f in path.iterdir()),checkpoint_size(t.model.config.n_params)
-        t.say(f'{path.name} takes {human_size(size)}' + (f': MORE than the {human_size(planned)} of the plan' if size > 1.1*planned+2**24 else ''))
+        self.compared,planned = True,checkpoint_size(t.model.config.n_params)
+        t.say(f'{s.path.name} takes {human_size(s.size)}' + (f': MORE than the {human_size(planned)} of the plan' if s.size > 1.1*planned+2**24 else ''))
     def on_end(self, t):
         t.writer.wait(); self.collect(t)
         if (t.stop or t.complete) and self.saved != t.step:
@@ -388,7 +387,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #6b9f78f3
+# %% ../nbs/13_train.ipynb #dfd7feb7
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -451,10 +450,9 @@ def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:b
 
 def _plan(t:_RunTrainer, backup:Backup|None):
     "Say what the run will take, before it takes it."
-    size = lambda p: sum(f.stat().st_size for f in p.rglob('*') if f.is_file()) if p.exists() else 0
-    there = sum(size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
+    there = sum(dir_size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
     free = free_space(t.run_path) - (t.config.backup_keep_last*checkpoint_size(t.model.config.n_params) if backup and drive_mount(backup.folder) else 0) # Drive's cache is on this disk as well
-    for line in storage_plan(t.config, t.model.config.n_params, len(t.schedule.checkpoints()), free, free_space(backup.folder) if backup else None, there, size(backup.path) if backup else 0): t.say(line)
+    for line in storage_plan(t.config, t.model.config.n_params, len(t.schedule.checkpoints()), free, free_space(backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 

@@ -1,0 +1,437 @@
+"""The backup, and local saves, under every fault that can be made here: an error at each write in turn, short writes, a folder that vanishes and returns
+or was never there, one that is slow, a server to which files arrive late or never. Training ends with the same losses, the status tells the truth, and what
+is restored verifies."""
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import threading
+import time
+
+import kill_child as child
+import pytest
+import torch
+from faulty import Disk, Server, keeps_attributes
+from minigpt import backup as backup_module
+from minigpt.backup import Backup, BackupError, restore_run
+from minigpt.checkpoint import CheckpointError, CheckpointStore, State, newest, pack_rng, problem
+from minigpt.files import write_json
+from minigpt.model import GPT, GPTConfig
+from minigpt.run import open_run
+from minigpt.tokenizer import train_tokenizer
+from minigpt.train import Callback
+from test_faults import At, go, log, power_cut, PowerCut, weights
+
+ERRORS = {"EIO": errno.EIO, "ENOTCONN": errno.ENOTCONN, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT}
+ID = "a"*32
+
+
+@pytest.fixture(scope="module")
+def parts():
+    tok = train_tokenizer(["A small tokenizer. 小。"]*9, vocab_size=270)
+    return tok, GPTConfig(vocab_size=tok.vocab_size, dim=8, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=16)
+
+
+def state(parts, step):
+    tok, config = parts
+    torch.manual_seed(step)
+    return State(config, GPT(config).weights(), tok, dict(global_step=step), {}, ({}, dict(optimizer="none", numbers={}, groups=[])), pack_rng())
+
+
+@pytest.fixture(scope="module")
+def saves(parts, tmp_path_factory):
+    "A run's folder with three checkpoints and a best one"
+    run = tmp_path_factory.mktemp("saves")/"demo"; run.mkdir()
+    write_json(run/"run.json", dict(id=ID)); (run/"metrics.jsonl").write_text('{"step": 1}\n'); parts[0].save(run/"tokenizer")
+    for step in (100, 200, 300): CheckpointStore(run/"checkpoints").save(state(parts, step))
+    CheckpointStore(run/"best", kind="best").save(state(parts, 200))
+    return run
+
+
+def steps_saved(b): return [c.step for c in b.copies() if not problem(c.path)]
+
+
+def drive(b, saves, look=lambda: None):
+    "Three saves, a round of the worker after each"
+    b.run_id = ID
+    for step in (100, 200, 300):
+        b.submit(saves/"checkpoints"/f"checkpoint-{step}")
+        if step == 200: b.submit(saves/"best"/"checkpoint-200")
+        b.step(); look()
+
+
+def repeat(b, rounds=8):
+    "The worker goes on trying"
+    for _ in range(rounds):
+        b.step()
+        if b.done(): return
+    raise AssertionError(b.status())
+
+
+# --- an error at every write in turn --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("times", [1, 4])
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_write_of_a_backup_may_fail(error, times, saves, tmp_path):
+    with Disk(tmp_path/"count").at_work() as disk:
+        (tmp_path/"count").mkdir(); disk.count = 0
+        drive(Backup(tmp_path/"count", saves, keep=2), saves)
+    assert disk.count > 100
+    for at in range(0, disk.count, 1 if error == "EIO" and times == 1 else 6):
+        folder = tmp_path/f"{at}"; folder.mkdir()
+        b, before = Backup(folder, saves, keep=2), []
+
+        def look():
+            "What is there verifies, is no older than what was there, and the status does not promise more"
+            whole = steps_saved(b)
+            assert not before or whole and whole[-1] >= before[-1], (at, before, whole)
+            before[:] = whole
+            s = b.status()
+            assert bool(s["failed"]) == (s["doing"] == "failing")
+            if s["copied"]: assert s["copied"]["step"] in whole, (at, s)
+            if not s["failed"] and not s["pending"]: assert s["copied"]["step"] == max(whole)
+        with Disk(folder, ERRORS[error], at, times).at_work() as disk:
+            drive(b, saves, look); repeat(b); look()
+        assert disk.struck or times > 1
+        assert steps_saved(b)[-2:] == steps_saved(b) and steps_saved(b)[-1] == 300, at
+        assert not problem(b.path/"best"/"checkpoint-200")
+        c = newest(b.state_stores())
+        assert c.step == 300 and not problem(c.path)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO"])
+def test_every_write_of_a_save_may_fail(error, parts, tmp_path):
+    "A save that fails leaves what was there; the next one works"
+    made = [state(parts, s) for s in (100, 200, 300, 400)]
+
+    def save(store, s):
+        try: store.save(s); return True
+        except (CheckpointError, OSError): return False
+    with Disk(tmp_path/"count").at_work() as disk:
+        store = CheckpointStore(tmp_path/"count", keep=2)
+        for s in made: assert save(store, s)
+    for at in range(disk.count):
+        folder = tmp_path/f"{at}"; store = CheckpointStore(folder, keep=2)
+        with Disk(folder, ERRORS[error], at).at_work() as faulty:
+            good, last = 0, None
+            for s in made:
+                if save(store, s): last = s.trainer["global_step"]
+                c = store.newest()
+                assert (c.step if c else 0) >= (last or 0) and (c.step if c else 0) >= good, (at, faulty.struck)
+                good = c.step if c else 0
+        assert faulty.struck and save(store, made[-1]) and store.newest().step == 400
+        shutil.rmtree(folder)
+
+
+def test_short_writes(saves, tmp_path):
+    (tmp_path/"disk").mkdir(); b = Backup(tmp_path/"disk", saves)
+    with Disk(tmp_path/"disk", short=True).at_work(): drive(b, saves)
+    assert steps_saved(b) == [100, 200, 300]
+    assert (b.path/"metrics.jsonl").read_bytes() == (saves/"metrics.jsonl").read_bytes()
+
+
+def test_a_file_that_reads_back_empty_for_a_while(saves, tmp_path, monkeypatch):
+    "Nothing is copied again because of it, and nothing older is deleted before it reads back"
+    (tmp_path/"disk").mkdir(); b = Backup(tmp_path/"disk", saves, keep=1); b.run_id = ID
+    b.submit(saves/"checkpoints"/"checkpoint-100"); b.step()
+    real, late = backup_module.problem, iter(["model.safetensors has 0 bytes instead of 9,999"]*3)
+    monkeypatch.setattr(backup_module, "problem", lambda p, *a, **k: next(late, None) or real(p, *a, **k) if p.name == "checkpoint-300" else real(p, *a, **k))
+    b.submit(saves/"checkpoints"/"checkpoint-300"); b.step()
+    assert "does not read back" in b.status()["failed"]["reason"] and b.status()["copied"]["step"] == 100 and (b.path/"checkpoints"/"checkpoint-100").exists()
+    made = (b.path/"checkpoints"/"checkpoint-300"/"model.safetensors").stat().st_ino
+    repeat(b)
+    assert (b.path/"checkpoints"/"checkpoint-300"/"model.safetensors").stat().st_ino == made and [c.step for c in b.copies()] == [300]
+
+
+def test_only_its_own_folder_is_touched(saves, tmp_path):
+    "Another run beside it keeps its copies, whatever keep-last-N says"
+    disk = tmp_path/"disk"; disk.mkdir()
+    other = Backup(disk, saves.with_name("other"), keep=1); other.path.mkdir(); write_json(other.path/"run.json", dict(id="b"*32))
+    for step in (100, 200): shutil.copytree(saves/"checkpoints"/f"checkpoint-{step}", other.path/"checkpoints"/f"checkpoint-{step}")
+    b = Backup(disk, saves, keep=1); drive(b, saves)
+    assert [c.step for c in b.copies()] == [300] and [c.step for c in other.copies()] == [100, 200]
+    b = Backup(disk, saves.with_name("other")); b.run_id = ID; b.submit(saves/"checkpoints"/"checkpoint-300"); b.step()
+    assert "belongs to another run" in b.lost and [c.step for c in other.copies()] == [100, 200]
+
+
+def test_deleted_copies_leave_no_bytes_in_the_trash(saves, tmp_path):
+    "Each file is cut to nothing before it is deleted, the manifest first"
+    disk = tmp_path/"disk"; disk.mkdir(); b, seen = Backup(disk, saves, keep=1), []
+    real = os.unlink
+
+    def unlink(path, *a, **k):
+        if str(path).startswith(str(disk)): seen.append((os.path.basename(path), os.path.getsize(path)))
+        return real(path, *a, **k)
+    os.unlink = unlink
+    try: drive(b, saves)
+    finally: os.unlink = real
+    assert len(seen) > 10 and not any(size for _, size in seen) and seen[0][0] == "MANIFEST.json"
+
+
+# --- what has arrived -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def google(tmp_path):
+    "A mounted Drive and its server"
+    if not keeps_attributes(tmp_path): pytest.skip("this disk keeps no extended attributes")
+    (tmp_path/"drive").mkdir()
+    disk = Disk(tmp_path/"drive"); disk.server = Server(tmp_path/"drive", tmp_path/"server", seed=1)
+    return disk
+
+
+def test_copied_is_not_confirmed(saves, google, tmp_path):
+    "Old copies stay until a newer one has arrived; the status tells copied and confirmed apart"
+    b = Backup(tmp_path/"drive", saves, keep=1)
+    with google.at_work():
+        drive(b, saves)
+        s = b.status()
+        assert s["server_tells"] and s["copied"]["step"] == 300 and s["confirmed"] is None and not b.done() and b.done(confirm=False)
+        assert [c.step for c in b.copies()] == [100, 200, 300], "nothing may be deleted before something has arrived"
+        while not b.done():
+            google.server.deliver(3); b.step()
+            there = [c.step for c in CheckpointStore(google.server.there/"demo"/"checkpoints").all() if not problem(c.path)]
+            if (c := b.status()["confirmed"]): assert c["step"] in there, "confirmed, and not on the server"
+            assert not there or max(there) >= (c["step"] if c else 0)
+    assert b.status()["confirmed"]["step"] == 300 and [c.step for c in b.copies()] == [300]
+
+
+def test_the_server_has_something_else(saves, google, tmp_path):
+    b = Backup(tmp_path/"drive", saves)
+    with google.at_work():
+        drive(b, saves); google.server.deliver(999)
+        f = b.path/"checkpoints"/"checkpoint-300"/"model.safetensors"
+        os.setxattr(f, "user.drive.md5", b"0"*32)
+        b.step()
+    assert b.status()["confirmed"]["step"] == 200 and b.status()["waiting"] == ["checkpoint-300"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_machine_dies_while_files_arrive(seed, saves, google, tmp_path):
+    "In random order, some never: what is restored verifies, and is no older than what was confirmed"
+    google.server.rng = rng = random.Random(seed)
+    b, confirmed = Backup(tmp_path/"drive", saves, keep=1), 0
+    with google.at_work():
+        def look():
+            nonlocal confirmed
+            google.server.deliver(rng.randrange(25)); b.step()
+            confirmed = max(confirmed, (b.status()["confirmed"] or {}).get("step", 0))
+        drive(b, saves, look)
+        for _ in range(rng.randrange(3)): look()
+    google.server.machine_dies(tmp_path/"other")
+    late = Backup(tmp_path/"other", tmp_path/"new"/"demo")
+    c = newest(late.state_stores())
+    assert (c.step if c else 0) >= confirmed
+    if c: assert not problem(c.path)
+    with contextlib.nullcontext() if c or not (late.path/"run.json").exists() else pytest.raises(BackupError, match="neither its tokenizer nor a checkpoint"):
+        assert restore_run(late, lambda message: None) == (late.path/"run.json").exists()
+
+
+# --- whole trainings ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for k, v in dict(BEAT=.2, RETRY=.02, POLL=.02).items(): monkeypatch.setattr(backup_module, k, v)
+
+
+@pytest.fixture
+def work(tmp_path): return child.new_work(tmp_path/"work")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The undisturbed run without a backup: folder and losses"
+    work = child.new_work(tmp_path_factory.mktemp("whole")/"work")
+    return work, go(work)[1]
+
+
+class Wait(Callback):
+    "After each save, until the backup has done what it can"
+    def on_step(self, t):
+        b = next(c.backup for c in t.callbacks if hasattr(c, "backup"))
+        t.writer.wait(); time.sleep(.1 if b.failed else .02)
+
+
+def same(work, losses, whole): assert losses == whole[1] and weights(work) == weights(whole[0])
+def state_of(work): return json.loads((work/"run"/"backup.json").read_text())
+
+
+def test_a_run_is_mirrored_and_comes_back(work, whole, tmp_path):
+    "The machine is lost in mid-run; the same call on an empty one goes on, bit for bit"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"), backup_keep_last=2)
+    with pytest.raises(PowerCut): go(work, Wait(), At(12, power_cut), **backup)
+    shutil.rmtree(work/"run"); (work/"text.jsonl").unlink()      # nothing is left, not even the text
+    run, losses = go(work, **backup)
+    assert {k: v for k, v in losses.items()} == {k: v for k, v in whole[1].items() if k[0] > 10 or k == (10, "eval_loss")}
+    assert weights(work) == weights(whole[0])
+    assert [a["step"] for a in run.facts["attempts"]] == [0, 10]
+    history = lambda w: [(r["step"], r.get("loss"), r.get("eval_loss")) for r in open_run(w/"run").history]
+    assert history(work) == history(whole[0])
+    s = state_of(work)
+    assert s["copied"]["step"] == 20 and not s["failed"] and not s["pending"] and s["server_tells"] is False
+    assert sorted(p.name for p in (tmp_path/"disk"/"run"/"checkpoints").iterdir()) == ["checkpoint-15", "checkpoint-20"]
+    assert not problem(tmp_path/"disk"/"run"/"final") and "backed up in" in log(work)
+    shutil.rmtree(work/"run")                                      # lost again, after the end: it is not trained again
+    run, losses = go(work, **backup)
+    assert not losses and run.finished and weights(work) == weights(whole[0])
+
+
+def test_a_tokenizer_that_did_not_arrive(work, whole, tmp_path):
+    "It is in every checkpoint; the token set is built again from the text"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    with pytest.raises(PowerCut): go(work, Wait(), At(12, power_cut), **backup)
+    shutil.rmtree(work/"run")
+    (tmp_path/"disk"/"run"/"tokenizer"/"tokenizer.json").write_bytes(b""); (tmp_path/"disk"/"run"/"data"/"train"/"tokens.bin").write_bytes(b"")
+    run, losses = go(work, **backup)
+    assert weights(work) == weights(whole[0]) and [a["step"] for a in run.facts["attempts"]] == [0, 10]
+
+
+def test_a_training_beside_a_folder_that_is_full(work, whole, tmp_path):
+    "Every write fails from the second checkpoint on"
+    (tmp_path/"disk").mkdir(); disk = Disk(tmp_path/"disk", errno.EDQUOT)
+    def full(t): disk.at, disk.times = 0, 10**9
+    with disk.at_work(): run, losses = go(work, Wait(), At(7, full), gdrive_backup_dir=str(tmp_path/"disk"), backup_wait_seconds=1)
+    same(work, losses, whole)
+    s = state_of(work)
+    assert "quota" in s["failed"]["reason"] and s["copied"]["step"] == 5 and s["pending"]
+    said = log(work)
+    assert said.count("NOT BACKED UP: [Errno 122]") == 1 and "run this cell again to copy it" in said
+    run, losses = go(work, gdrive_backup_dir=str(tmp_path/"disk"))     # there is room again: the same cell only copies
+    assert not losses and not state_of(work)["failed"] and not problem(tmp_path/"disk"/"run"/"final")
+
+
+def test_a_mount_that_vanishes_and_returns(work, whole, tmp_path):
+    (tmp_path/"disk").mkdir(); disk = Disk(tmp_path/"disk")
+    def vanish(t): disk.gone = True
+    def back(t): disk.gone = False
+    with disk.at_work(): run, losses = go(work, Wait(), At(7, vanish), At(13, back), gdrive_backup_dir=str(tmp_path/"disk"))
+    same(work, losses, whole)
+    assert "NOT BACKED UP" in log(work) and "works again" in log(work)
+    assert state_of(work)["copied"]["step"] == 20 and not state_of(work)["failed"]
+
+
+def test_a_copy_a_hundred_times_slower_than_training(work, whole, tmp_path):
+    "Saves in between are passed over; the newest arrives; the checkpoint that is being copied is not deleted meanwhile"
+    (tmp_path/"disk").mkdir()
+    with Disk(tmp_path/"disk", delay=.02).at_work():
+        run, losses = go(work, gdrive_backup_dir=str(tmp_path/"disk"), save_steps=1, save_total_limit=1)
+    assert weights(work) == weights(whole[0])
+    s = state_of(work)
+    assert s["copied"]["step"] == 20 and s["passed_over"] > 5 and not s["failed"]
+
+
+def test_a_mount_that_was_never_made(work, tmp_path):
+    with pytest.raises(BackupError, match="nothing is mounted at .*go on without a backup"): go(work, gdrive_backup_dir=str(tmp_path/"drive"/"MyDrive"/"runs"))
+    with pytest.raises(BackupError, match="does not exist"): go(work, gdrive_backup_dir=str(tmp_path/"no"/"such"))
+    assert not (tmp_path/"drive").exists() and not (tmp_path/"no").exists()
+
+
+def test_a_server_to_which_files_arrive_late(work, whole, google, tmp_path):
+    "The end waits for them; a machine that dies before goes on from what had arrived"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"drive"), backup_keep_last=1)
+    stop = threading.Event()
+    def serve():
+        while not stop.wait(.03): google.server.deliver(4)
+    thread = threading.Thread(target=serve)
+    with google.at_work():
+        thread.start()
+        try:
+            with pytest.raises(PowerCut): go(work, Wait(), At(17, power_cut), **backup)
+            stop.set(); thread.join()
+            google.server.machine_dies(tmp_path/"other")
+        finally: stop.set(); thread.join()
+    shutil.rmtree(work/"run")
+    run, losses = go(work, gdrive_backup_dir=str(tmp_path/"other"))
+    assert weights(work) == weights(whole[0]) and all(whole[1][k] == v for k, v in losses.items())
+
+
+def test_what_has_not_arrived_at_the_end_is_said(work, whole, google, tmp_path):
+    with google.at_work(): run, losses = go(work, gdrive_backup_dir=str(tmp_path/"drive"), backup_wait_seconds=1)
+    same(work, losses, whole)
+    s = state_of(work)
+    assert s["copied"]["step"] == 20 and s["confirmed"] is None and "checkpoint-20" in s["waiting"]
+    assert "COPIED, NOT YET UPLOADED" in log(work) and "flush_and_unmount" in log(work)
+    google.server.deliver(999)
+    with google.at_work(): 
+        stop = threading.Event(); threading.Thread(target=lambda: [google.server.deliver(9) for _ in iter(lambda: stop.wait(.05), True)]).start()
+        try: go(work, gdrive_backup_dir=str(tmp_path/"drive"))
+        finally: stop.set()
+    assert state_of(work)["confirmed"]["step"] == 20 and "Google has it" in log(work)
+
+
+def test_two_machines_on_one_backup(work, whole, tmp_path):
+    "The second one is refused while the first is alive, and takes over when it is dead; the first notices if it was not"
+    other = child.new_work(tmp_path/"other")
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+
+    def second(t):
+        time.sleep(.3)
+        with pytest.raises(BackupError, match="another process is training this run"): go(other, **backup)
+    run, losses = go(work, Wait(), At(8, second), **backup)
+    same(work, losses, whole)
+    assert not (other/"run"/"run.json").exists()
+
+    def taken(t): (tmp_path/"disk"/"run2"/"heartbeat.json").write_text(json.dumps(dict(session="x", beat=1, time=time.time()))); time.sleep(.5)
+    from minigpt.train import fit
+    from test_faults import SHORT
+    fit(child.shape(), work/"text.jsonl", output_dir=work/"run2", callbacks=[Wait(), At(8, taken)], **{**SHORT, **backup, "backup_wait_seconds": 1})
+    assert "another process has taken over" in json.loads((work/"run2"/"backup.json").read_text())["stopped"]
+    assert [p.name for p in (tmp_path/"disk"/"run2"/"checkpoints").iterdir()] == ["checkpoint-5"]
+
+
+def test_a_foreign_run_in_the_backup(work, tmp_path):
+    go(work, gdrive_backup_dir=str(tmp_path/"disk"))
+    shutil.rmtree(work/"run"); go(work)                                       # another run under the same name
+    with pytest.raises(BackupError, match="the backup of another run .* nothing is overwritten"): go(work, gdrive_backup_dir=str(tmp_path/"disk"), max_steps=21)
+    shutil.rmtree(work/"run")
+    with pytest.raises(FileExistsError, match="resume=False"): go(work, gdrive_backup_dir=str(tmp_path/"disk"), resume=False)
+    go(work, gdrive_backup_dir=str(tmp_path/"disk"), overwrite=True)
+    assert (tmp_path/"disk"/"run.old-1"/"final").exists() and not problem(tmp_path/"disk"/"run"/"final")
+
+
+# --- schedule: snapshots, early stopping, best only -----------------------------------------------------------------------------
+class Clock(Callback):
+    "A minute passes with each step"
+    def __init__(self): self.now = 0.
+
+    def on_start(self, t): t.schedule.clock = lambda: self.now; t.schedule.saved()
+    def on_step(self, t): self.now += 60; t.writer.wait()
+
+
+def test_snapshots_by_time(work, whole):
+    "Every 180 s without a save; a power cut costs no more than that"
+    with pytest.raises(PowerCut): go(work, Clock(), At(19, power_cut), save_steps=50, time_save_interval_seconds=180, evaluation_strategy="no")
+    run = open_run(work/"run")
+    assert [c.step for c in run.checkpoints] == [] and [c.step for c in run.snapshots] == [16, 19], [c.step for c in run.snapshots]
+    run, losses = go(work, save_steps=50)
+    assert min(k[0] for k in losses) == 20 and weights(work) == weights(whole[0])
+
+
+def test_light_snapshots_only_on_demand(work, whole):
+    with pytest.raises(PowerCut): go(work, Clock(), At(9, power_cut), time_save_interval_seconds=120, snapshot_kind="light")
+    run = open_run(work/"run")
+    assert [(c.step, c.kind) for c in run.snapshots] == [(7, "light"), (9, "light")]
+    name = run.snapshots[-1].path
+    assert not (name/"optimizer.safetensors").exists() and sum(f.stat().st_size for f in name.iterdir()) < run.checkpoints[0].size
+    with pytest.raises(PowerCut): go(work, At(6, power_cut))
+    assert json.loads((work/"run"/"run.json").read_text())["attempts"][-1]["step"] == 5
+    go(work, resume="snapshot-9")
+    assert json.loads((work/"run"/"run.json").read_text())["attempts"][-1]["step"] == 9 and "weights alone" in log(work)
+
+
+def test_early_stopping_and_going_on(work, whole):
+    class Worse(Callback):
+        "From step 10 on the model forgets, and the validation loss rises"
+        def on_step(self, t):
+            if t.step > 10: [p.data.mul_(.7) for p in t.model.parameters()]
+    run, losses = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=2)
+    assert run.finished and run.step == 20 and run.best.step == 10 and "stopped early at step 20" in log(work)
+    again, more = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=2)
+    assert not more and again.finished
+    again, more = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=4)
+    assert min(k[0] for k in more if k[1] == "loss") == 21 and again.step == 30
+
+
+def test_save_best_only_keeps_the_newest_state(work, whole):
+    run, losses = go(work, save_best_only=True)
+    assert [c.step for c in run.checkpoints] == [20] and run.best
+    same(work, losses, whole)
