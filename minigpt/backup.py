@@ -7,14 +7,14 @@ __all__ = ['BEAT', 'RETRY', 'POLL', 'DATA_LIMIT', 'BackupError', 'Taken', 'drive
            'read_heartbeat', 'listed', 'copy_file', 'copy_checkpoint', 'arrived', 'discard', 'Backup',
            'wait_for_others', 'restore_run', 'fetch']
 
-# %% ../nbs/10_backup.ipynb #bc5d77d7
+# %% ../nbs/10_backup.ipynb #1bee8793
 import errno, hashlib, os, shutil, threading, time, uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, last_in_line, newest, problem
-from .files import fsync, hash_file, human_size, human_time, new_dir, read_json, set_aside, write_file, write_json
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem
+from .files import Pace, fsync, hash_file, human_size, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #09055475
 class BackupError(RuntimeError):
@@ -54,7 +54,7 @@ def read_run_id(path:Path)->str|None: "The id of the run in a folder."; return (
 def read_heartbeat(path:Path)->dict|None: "The last sign of life in a backup."; return _json_or(path/'heartbeat.json', None)
 def listed(path:Path)->dict: "What mirror.json lists: name → size and hash."; return (_json_or(path/'mirror.json', None) or {}).get('files', {})
 
-# %% ../nbs/10_backup.ipynb #18a34064
+# %% ../nbs/10_backup.ipynb #6a9a76d5
 def copy_file(
     source:Path,
     target:Path, # A new file
@@ -67,7 +67,7 @@ def copy_file(
             xxh.update(piece); md5.update(piece)
             view = memoryview(piece)
             while view: view = view[g.write(view):]     # a write may be short
-            alive()
+            rest(); alive()
     _fsync(target)
     return xxh.hexdigest(),md5.hexdigest()
 
@@ -119,7 +119,7 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #c9a6fa8f
+# %% ../nbs/10_backup.ipynb #0eeab7b7
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
@@ -149,6 +149,7 @@ class Backup:
         self.skipped,self.failures,self.failed,self.lost = 0,0,None,None
         self.doing,self.confirms,self.last_beat,self.beats = 'idle',None,None,0
         self.wake,self.thread,self.closing = threading.Condition(),None,False
+        self.pace = Pace()
         self.superseded = None                     # states beyond this step belong to a course that was given up
 
     # --- what the training calls ---
@@ -182,6 +183,7 @@ class Backup:
         "Wait for what is under way, and stop."
         end = self.clock()+seconds
         self.failures = min(self.failures, 1) # try again soon
+        self.pace.hurry.set()
         with self.wake: self.wake.notify_all()
         while self.thread and self.thread.is_alive() and not self.lost and self.clock() < end and not self.done(confirm):
             tell(self.status()); time.sleep(min(.5, self.poll))
@@ -197,7 +199,7 @@ class Backup:
 
     # --- the thread ---
     def _loop(self):
-        last_in_line()
+        self.pace.begin()
         while not (self.closing or self.lost):
             self.step()
             with self.wake:

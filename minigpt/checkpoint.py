@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint',
-           'CheckpointStore', 'newest', 'Saved', 'last_in_line', 'Writer', 'write_final']
+           'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #8f549d10
-import os, random, sys, threading, time
+# %% ../nbs/07_checkpoint.ipynb #5714d69c
+import os, random, time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np, orjson, psutil, torch, xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, set_aside, write_json
+from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, rest, set_aside, write_json
 from .model import GPT, GPTConfig, from_hf, to_hf
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -99,7 +98,7 @@ def unpack_rng(
         elif k == 'mps': torch.mps.set_rng_state(v) if torch.backends.mps.is_available() else missing.append(k)
     return missing
 
-# %% ../nbs/07_checkpoint.ipynb #57df5dde
+# %% ../nbs/07_checkpoint.ipynb #bb0d6402
 _DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64', torch.int32:'I32', torch.int16:'I16', torch.int8:'I8', torch.uint8:'U8', torch.bool:'BOOL'}
 
 def write_safetensors(
@@ -120,6 +119,7 @@ def write_safetensors(
             piece = data[:1<<22]
             hash.update(piece := piece[:f.write(piece)]) # a write may be short
             data = data[len(piece):]
+            rest()
     with open(path, 'wb', buffering=0) as f:
         write(len(head).to_bytes(8, 'little')+head)
         for t in tensors.values(): write(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
@@ -300,7 +300,7 @@ def newest(
         passed_over(c, why)
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #8a5209d7
+# %% ../nbs/07_checkpoint.ipynb #7a061209
 @dataclass(frozen=True)
 class Saved:
     "What became of a save."
@@ -311,16 +311,12 @@ class Saved:
     seconds:float=0. # From the copy to the verified directory
     size:int=0 # Bytes written
 
-def last_in_line():
-    "This thread gets the processor when nobody else wants it."
-    if sys.platform == 'linux':
-        with suppress(OSError): os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
     def __init__(self, say:Callable[[str],None]=print):
+        self.pace = Pace()
         self.say,self.buffers,self.held,self.stall = say,{},None,0. # `stall`: seconds that the caller was held up in all
-        self.pool,self.jobs = ThreadPoolExecutor(1, 'minigpt-save', last_in_line),[]
+        self.pool,self.jobs = ThreadPoolExecutor(1, 'minigpt-save', self.pace.begin),[]
 
     @property
     def busy(self)->bool: "Is a save under way?"; return any(not j.done() for j in self.jobs)
@@ -370,11 +366,13 @@ class Writer:
 
     def wait(self):
         "Wait until nothing is under way."
+        self.pace.hurry.set()
         for j in self.jobs: j.exception()
+        self.pace.hurry.clear()
 
     def close(self):
         "Finish what is under way, and give the memory back."
-        self.pool.shutdown(); self.buffers,self.held = {},None
+        self.pace.hurry.set(); self.pool.shutdown(); self.buffers,self.held = {},None
 
 # %% ../nbs/07_checkpoint.ipynb #8bdc2d44
 def write_final(
