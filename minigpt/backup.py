@@ -119,7 +119,7 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #0eeab7b7
+# %% ../nbs/10_backup.ipynb #f7645463
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
@@ -138,7 +138,7 @@ class Backup:
         poll:float|None=None, # Seconds between questions whether files have arrived
         clock:Callable[[],float]=time.monotonic,
     ):
-        self.folder,self.run_path,self.keep = Path(folder).absolute(),Path(run_path),keep
+        self.folder,self.run_path,self.keep = Path(folder),Path(run_path),keep
         self.path = self.folder/self.run_path.name
         self.beat,self.retry,self.poll,self.clock = beat or BEAT,retry or RETRY,poll or POLL,clock
         self.session,self.run_id = uuid.uuid4().hex,None

@@ -20,7 +20,7 @@ def in_colab()->bool:
     "Is this Colab, in the notebook or in a subprocess of it?"
     return 'google.colab' in sys.modules or 'COLAB_RELEASE_TAG' in os.environ
 
-# %% ../nbs/17_colab.ipynb #dac9c988
+# %% ../nbs/17_colab.ipynb #31dd1c79
 def _mount(say)->bool:
     "Mount Drive, if nobody has; does not raise."
     if os.path.ismount(MOUNT): return True
@@ -48,7 +48,7 @@ def setup(
     "Mount Drive, and say what is there: call this in the first cell."
     without = 'Training can go on WITHOUT BACKUP: what this machine loses is lost. To have one, run this cell again.'
     if in_colab(): backup = f'{MOUNT}/MyDrive/{name}' if _mount(say) else ''
-    else: backup = str(Path(instead).absolute()) if instead else ''
+    else: backup = str(instead or '')
     if backup:
         try: check_there(backup)
         except (BackupError, OSError) as e: say(str(e)); backup = ''

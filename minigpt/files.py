@@ -49,7 +49,7 @@ def dir_size(
     "What the files in a folder, and below it, take."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
-# %% ../nbs/00_files.ipynb #9d580283
+# %% ../nbs/00_files.ipynb #dc2ed58b
 _thread = threading.local()
 
 class Pace:
@@ -57,7 +57,9 @@ class Pace:
     def __init__(self): self.hurry,self.worked = threading.Event(),0.
     def begin(self): "From now on the calling thread has this pace."; _thread.pace,self.worked = self,time.thread_time()
     def rest(self):
-        self.hurry.wait(min(1., 8*(time.thread_time()-self.worked)))
+        worked = time.thread_time()-self.worked
+        if worked < .02: return # what is small is done at once
+        self.hurry.wait(min(1., 8*worked))
         self.worked = time.thread_time()
 
 def rest():

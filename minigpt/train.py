@@ -538,7 +538,7 @@ def fit(
         if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #f1deeae2
+# %% ../nbs/13_train.ipynb #dce0b775
 def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience."
     return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < cfg.early_stopping <= state['worse']
@@ -553,7 +553,7 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
     "What goes on, from where, and what is not as it was."
     say(f"resuming from {start.path.name}" if start else 'no checkpoint that could be used: starting again with the same seed')
     for k,v in cfg.to_dict().items():
-        if known['train'].get(k, v) != v: say(f"changed at this resume: {k} {known['train'][k]} → {v}")
+        if known['train'].get(k, v) != v and k not in ('progress','plot_loss'): say(f"changed at this resume: {k} {known['train'][k]} → {v}")
     for k,v in {**choices, **{f'{k} version':v for k,v in _versions().items()}}.items():
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")

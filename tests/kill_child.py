@@ -44,15 +44,20 @@ def train(work, **options):
         "Each loss, as exactly as it is, on the disk before anything else happens to this step"
         def __init__(self): self.file = open(work/"losses.txt", "a")
 
+        def write(self, *words): self.file.write(" ".join(map(str, words))+"\n"); self.file.flush(); os.fsync(self.file.fileno())
+        def on_start(self, t): self.write(t.attempt, t.step, "start", 0)
+
         def on_log(self, t, row):
             for kind in ("loss", "eval_loss"):
-                if kind in row: self.file.write(f"{t.attempt} {row['step']} {kind} {float(row[kind]).hex()}\n")
-            self.file.flush(); os.fsync(self.file.fileno())
+                if kind in row: self.write(t.attempt, row["step"], kind, float(row[kind]).hex())
 
         def on_step(self, t):
             if pause: time.sleep(pause)   # a slower run has more moments to be killed in
 
     pause = options.pop("pause", 0)
+    if options.get("gdrive_backup_dir"):          # half a minute is long for a training of seconds
+        from minigpt import backup
+        backup.BEAT, backup.RETRY, backup.POLL = .3, .05, .05
     return fit(shape(), work/"text.jsonl", output_dir=work/"run", callbacks=[Write()], **{**OPTIONS, **options})
 
 
@@ -103,17 +108,27 @@ def reference(work, **options):
     return work
 
 
-def trial(work, at_step=0, delay=0., kills=1, look=lambda work: None, **options):
-    "Kill the run `delay` seconds after `at_step` further steps are logged (`kills` times), go on until it is finished; `look` sees what the kill left"
+def with_backup(work, **options):
+    "Options of a run that makes snapshots and is mirrored"
+    return dict(options, gdrive_backup_dir=str(work/"drive"), time_save_interval_seconds=.05)
+
+
+def trial(work, at_step=0, delay=0., kills=1, look=lambda work: None, backup=False, lost=False, **options):
+    """Kill the run `delay` seconds after `at_step` further steps are logged (`kills` times), go on until it is finished; `look` sees what the kill left.
+    `backup`: mirror it; `lost`: after a kill nothing is left but the backup, and later kills come while that is being restored"""
     new_work(work)
-    for _ in range(kills):
+    if backup or lost: options = with_backup(work, **options)
+    for kill in range(kills):
         done, p = len(losses(work)), start(work, **options)
         goal = max((s for _, s, *_ in losses(work)), default=0) + at_step
         try:
             while at_step and p.poll() is None and max((s for _, s, *_ in losses(work)[done:]), default=0) < goal: time.sleep(.001)
+            if lost and kill:
+                while p.poll() is None and not (work/"run"/"run.log").exists(): time.sleep(.001)
             time.sleep(delay)
         finally: p.send_signal(signal.SIGKILL); p.wait()
         look(work)
+        if lost and not kill: clear(work/"run"); at_step, delay = 0, delay % .3
         if p.returncode != -signal.SIGKILL: break   # it was faster
     finish(work, **options)
     return work
@@ -128,8 +143,8 @@ def same_tensors(a, b):
 
 def compare(work, ref, same_saves=True):
     "An `Outcome`; with `same_saves`, the checkpoints that are left must have the same names"
-    rows, wanted = losses(work), {(s, k): x for _, s, k, x in losses(ref)}
-    last = {(s, k): x for _, s, k, x in rows}
+    rows, wanted = losses(work), {(s, k): x for _, s, k, x in losses(ref) if k != "start"}
+    last = {(s, k): x for _, s, k, x in rows if k != "start"}
     differ = [f"{k} of step {s}: {last.get((s, k))} instead of {x}" for (s, k), x in wanted.items() if last.get((s, k)) != x]
     differ += [f"{k} of step {s} is not in the uninterrupted run" for s, k in last.keys() - wanted.keys()]
     if (work/"run/model.safetensors").read_bytes() != (ref/"run/model.safetensors").read_bytes(): differ.append("the final model.safetensors has other bytes")
@@ -141,10 +156,10 @@ def compare(work, ref, same_saves=True):
     names = lambda w: sorted(p.name for p in (w/"run"/"checkpoints").iterdir())
     if same_saves and names(work) != names(ref): differ.append(f"checkpoints/ has {names(work)} instead of {names(ref)}")
     repeated, resumed, killed_at = 0, False, 0
-    attempts = json.loads((work/"run"/"run.json").read_text())["attempts"]
-    for n, a in enumerate(attempts[1:], 2):
-        before = max((s for at, s, k, _ in rows if at < n and k == "loss"), default=0)
-        repeated, resumed, killed_at = max(repeated, before-a["step"]), resumed or a["step"] > 0, before
+    before = 0
+    for n, (_, s, k, _) in enumerate(rows):
+        if k == "start" and n: repeated, resumed, killed_at = max(repeated, before-s), resumed or s > 0, before
+        if k == "loss": before = max(before, s)
     leftovers = [str(p.relative_to(work)) for p in sorted((work/"run").rglob(".*")) if p.name not in OWN]
     return Outcome(killed_at, resumed, differ, repeated, leftovers)
 
@@ -157,7 +172,13 @@ def epoch_steps(ref):
 
 def in_save(work):
     "Was it killed while it wrote a checkpoint, or the final model?"
-    return any(p.name not in OWN for folder in ("run", "run/checkpoints", "run/best") for p in (work/folder).glob(".*"))
+    return any(p.name not in OWN for folder in ("run", "run/checkpoints", "run/snapshots", "run/best") for p in (work/folder).glob(".*"))
+
+
+def in_backup(work):
+    "Was it killed while it copied to the backup?"
+    folders = [p for n in ("checkpoints", "snapshots", "best") for p in (work/"drive"/"run"/n).glob("*")] + [p for p in [work/"drive"/"run"/"final"] if p.exists()]
+    return any(not (p/"MANIFEST.json").exists() for p in folders)
 
 
 def seconds_of_training(ref):
