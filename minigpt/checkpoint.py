@@ -300,7 +300,7 @@ def newest(
         passed_over(c, why)
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #7a061209
+# %% ../nbs/07_checkpoint.ipynb #0da5251e
 @dataclass(frozen=True)
 class Saved:
     "What became of a save."
@@ -314,7 +314,7 @@ class Saved:
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
     def __init__(self, say:Callable[[str],None]=print):
-        self.pace = Pace()
+        self.pace,self.told = Pace(),False
         self.say,self.buffers,self.held,self.stall = say,{},None,0. # `stall`: seconds that the caller was held up in all
         self.pool,self.jobs = ThreadPoolExecutor(1, 'minigpt-save', self.pace.begin),[]
 
@@ -334,7 +334,8 @@ class Writer:
             if enough: self.copy(state); self.held = step
         if self.held == step: self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
         else: # no room for a copy
-            self.say(f'there is no memory for a second copy of the state ({human_size(state_size(state))}): training waits while a checkpoint is written')
+            if not self.told: self.say(f'there is no memory for a second copy of the state ({human_size(state_size(state))}): training waits while a checkpoint is written')
+            self.told = True
             done = Future(); done.set_result(self._write(store, state)); self.jobs.append(done)
         self.stall += time.perf_counter()-began
 

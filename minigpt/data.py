@@ -54,7 +54,7 @@ def sample_texts(
                 block = Block(f, 1 if not i else 2, file.readlines(piece), False)
                 yield from (row.text for row in parse_block(block) if not row.reason)
 
-# %% ../nbs/04_data.ipynb #7378f476
+# %% ../nbs/04_data.ipynb #48c13002
 class TokenSet:
     "A folder of token ids, to take windows from."
     def __init__(self,
@@ -94,10 +94,11 @@ class TokenSet:
         size:int, # Sequences of the effective batch
         seq_len:int, # Tokens of a sequence
         seed:int=0, # Decides the order of every epoch
+        offset:int=0, # Sequences that are passed over: where a run went on with another `size`
     )->dict[str,np.ndarray]: # As `windows`, with (size, seq_len)
         "The batch of a step."
         n = self.n_windows(seq_len)
-        epoch,place = np.divmod(step*size + np.arange(size), n)
+        epoch,place = np.divmod(offset + step*size + np.arange(size), n)
         return self.windows(np.concatenate([shuffled(place[epoch == e], n, (seed,int(e))) for e in np.unique(epoch)]), seq_len)
 
 # %% ../nbs/04_data.ipynb #1af37c45
@@ -229,15 +230,15 @@ def open_tokenset(
     train,valid = TokenSet(Path(path)/'train'),TokenSet(Path(path)/'valid')
     return train,valid if len(valid) > 1 else None
 
-# %% ../nbs/04_data.ipynb #ed4b0257
+# %% ../nbs/04_data.ipynb #d74e316d
 class _Steps:
     "The data set as the DataLoader sees it: an item is a whole effective batch."
-    def __init__(self, data, size, seq_len, seed): self.data,self.size,self.seq_len,self.seed = data,size,seq_len,seed
-    def __getitem__(self, step): return self.data.batch(step, self.size, self.seq_len, self.seed)
+    def __init__(self, data, *how): self.data,self.how = data,how
+    def __getitem__(self, step): return self.data.batch(step, *self.how)
 
 def _ignore_sigint(_): signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-# %% ../nbs/04_data.ipynb #f9be1f0b
+# %% ../nbs/04_data.ipynb #92f0b645
 def loader(
     data, # A `TokenSet`, or anything with its `batch`
     steps:Iterable[int], # The optimizer steps to load, such as `range(500, 1000)`
@@ -246,10 +247,11 @@ def loader(
     seed:int=0, # Decides the order of every epoch
     workers:int=0, # Processes that read ahead; the batches are the same for any number
     pin_memory:bool=False, # For a CUDA device: page-locked memory, copied while the GPU computes
+    offset:int=0, # See `TokenSet.batch`
 )->Iterable[dict]: # Of ids and labels, each a (batch_size, seq_len) int64 tensor
     "The batches of some steps, in order."
     import torch
-    return torch.utils.data.DataLoader(_Steps(data, batch_size, seq_len, seed), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin_memory,
+    return torch.utils.data.DataLoader(_Steps(data, batch_size, seq_len, seed, offset), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin_memory,
         generator=torch.Generator(), worker_init_fn=_ignore_sigint, prefetch_factor=4 if workers else None)
 
 # %% ../nbs/04_data.ipynb #1e87506d

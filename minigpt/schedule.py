@@ -11,7 +11,7 @@ from collections.abc import Callable
 from .config import TrainConfig
 from .files import human_size, human_time
 
-# %% ../nbs/12_schedule.ipynb #57b6e348
+# %% ../nbs/12_schedule.ipynb #9013f6b7
 class Schedule:
     "When to save and when to evaluate."
     def __init__(self,
@@ -19,8 +19,9 @@ class Schedule:
         max_steps:int, # Steps of the whole run
         windows:int, # Sequences of an epoch
         clock:Callable[[], float]=time.monotonic, # In seconds
+        offset:int=0, # Sequences passed over at step 0: not 0 where a run went on with another effective batch
     ):
-        self.config,self.max_steps,self.windows,self.clock = config,max_steps,windows,clock
+        self.config,self.max_steps,self.windows,self.clock,self.offset = config,max_steps,windows,clock,offset
         self.saved_at = clock()
 
     def due(self,
@@ -31,8 +32,9 @@ class Schedule:
         "Does something fall after this step? The end of training always counts."
         if step >= self.max_steps: return True
         if strategy == 'steps': return step % every == 0
-        size = self.config.effective_batch
-        return strategy == 'epoch' and step*size//self.windows > (step-1)*size//self.windows
+        return strategy == 'epoch' and self.position(step)//self.windows > self.position(step-1)//self.windows
+
+    def position(self, step:int)->int: "Sequences read before this step."; return self.offset + step*self.config.effective_batch
 
     def save(self, step:int)->bool: "Is a checkpoint due?"; return self.due(step, self.config.save_strategy, self.config.save_steps)
     def evaluation(self, step:int)->bool: "Is an evaluation due?"; return self.config.evaluation_strategy != 'no' and self.due(step, self.config.evaluation_strategy, self.config.eval_steps)

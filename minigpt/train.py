@@ -45,7 +45,7 @@ def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
 
-# %% ../nbs/13_train.ipynb #5dbb0b1a
+# %% ../nbs/13_train.ipynb #67b54cfa
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -60,7 +60,7 @@ class TrainingError(RuntimeError):
 class Trainer:
     "The state of a training and its loop."
     def __init__(self, model:nn.Module, data, config:TrainConfig, max_steps:int, choices:dict, callbacks:Iterable[Callback]=()):
-        self.model,self.data,self.config,self.max_steps,self.callbacks = model,data,config,max_steps,list(callbacks)
+        self.model,self.data,self.config,self.callbacks = model,data,config,list(callbacks)
         self.device,self.precision = choices['device'],choices['precision']
         self.optimizer = _adamw(model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
@@ -74,7 +74,7 @@ class Trainer:
         cfg = self.config
         self.call('on_start')
         self.model.train()
-        for batch in loader(self.data, range(self.step, self.max_steps), cfg.effective_batch, cfg.max_seq_len, cfg.seed, cfg.dataloader_workers, self.device.startswith('cuda')):
+        for batch in loader(self.data, range(self.step, self.max_steps), cfg.effective_batch, cfg.max_seq_len, cfg.seed, cfg.dataloader_workers, self.device.startswith('cuda'), self.schedule.offset):
             self.train_step(batch)
             self.step += 1
             self.call('on_step')
@@ -105,7 +105,9 @@ class Trainer:
         for c in self.callbacks: getattr(c, event)(self, *args)
 
     @property
-    def epoch(self)->float: "Passes over the data, as a fraction."; return self.step*self.config.effective_batch/self.schedule.windows
+    def max_steps(self)->int: "Optimizer steps of the whole run."; return self.schedule.max_steps
+    @property
+    def epoch(self)->float: "Passes over the data, as a fraction."; return self.schedule.position(self.step)/self.schedule.windows
     @property
     def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
 
@@ -270,21 +272,25 @@ def _signals(t:Trainer):
 class ResumeError(ValueError):
     "The folder holds another run than the call describes; names the field, both values and the ways out."
 
-# %% ../nbs/13_train.ipynb #22d3bcc3
+# %% ../nbs/13_train.ipynb #be454fb0
 def _identity(model:GPTConfig, tok:Tokenizer, data, config:TrainConfig)->dict:
     shape = {f'model.{k}':v for k,v in model.to_dict().items() if k not in ('dropout','max_len')}
     return dict(**shape, tokenizer=tok.hash, data=data.fingerprint, max_seq_len=config.max_seq_len, effective_batch=config.effective_batch, seed=config.seed)
 
-def _refuse(folder:Path, field:str, was, now, hint:str=''):
-    raise ResumeError(f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go on with that run, use {was} again; to train another, choose a new output_dir, or pass overwrite=True, which moves the old run aside")
+_OVERRIDES = 'effective_batch','max_seq_len','data','validation_split','seed' # the weights fit all the same, and the place in the data is carried over in sequences
 
-def _check_same(folder:Path, was:dict, now:dict):
+def _refuse(folder:Path, field:str, was, now, hint:str=''):
+    meant = f"; if the change is meant, pass override={field!r}, and it goes on at the same place in the data, counted in sequences" if field in _OVERRIDES else ''
+    raise ResumeError(f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go on with that run, use {was} again{meant}; to train another, choose a new output_dir, or pass overwrite=True, which moves the old run aside")
+
+def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
     for k in was:
         if was[k] == now.get(k): continue
+        if k in override: say(f'overridden: {k} {was[k]} → {now.get(k)}'); continue
         hint = {'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         _refuse(folder, k, was[k], now.get(k), hint)
 
-# %% ../nbs/13_train.ipynb #72cee56c
+# %% ../nbs/13_train.ipynb #ef863688
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
     def __init__(self, *args, folder:Path, tokenizer:Tokenizer, attempt:int, say, **kwargs):
@@ -307,7 +313,7 @@ class _RunTrainer(Trainer):
     def state(self)->State:
         "Everything that a checkpoint holds."
         trainer = dict(global_step=self.step, max_steps=self.max_steps, progress=f'{100*self.step/self.max_steps:.1f}%', epoch=self.epoch, tokens=self.tokens,
-            data_position=self.step*self.config.effective_batch, last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
+            data_position=self.schedule.position(self.step), last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
             evaluated=self.evaluated, worse=self.worse, stopped_early=self.stopped_early, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
             seed=self.config.seed, device=self.device, precision=self.precision, attempt=self.attempt)
         return State(self.model.config, self.model.weights(), self.tokenizer, trainer, self.config.to_dict(), pack_optimizer(self.optimizer, self.model), pack_rng())
@@ -323,7 +329,7 @@ class _RunTrainer(Trainer):
         self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #577999be
+# %% ../nbs/13_train.ipynb #1d331058
 _BUILT_IN = dict(
     stories=lambda path: write_corpus(path),
     stdlib=lambda path: write_file(path, b''.join(_json_line(t) for t in stdlib_text())))
@@ -339,7 +345,7 @@ def _source(train, folder:Path):
     if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); _BUILT_IN[train](path)
     return path
 
-def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConfig, say)->tuple[Tokenizer,TokenSet,TokenSet|None]:
+def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConfig, override:tuple[str,...], say)->tuple[Tokenizer,TokenSet,TokenSet|None]:
     "Tokenizer, training and validation set of a call."
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     tok = load_tokenizer(folder/'tokenizer') if known else given
@@ -348,7 +354,7 @@ def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConf
         if tok is None: raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
         if train.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {train.path} was built with tokenizer {train.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
     else:
-        if known and (folder/'data'/'train'/'meta.json').exists(): train = _same_source(folder, _source(train, folder), cfg, say)
+        if known and (folder/'data'/'train'/'meta.json').exists() and not {'data','validation_split'} & {*override}: train = _same_source(folder, _source(train, folder), cfg, say)
         else:
             files = data_files(_source(train, folder))
             if tok is None:
@@ -465,7 +471,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #46e86b9b
+# %% ../nbs/13_train.ipynb #fb59d838
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -477,12 +483,15 @@ def fit(
     callbacks:Iterable[Callback]=(), # Called after each step's log and save, before an evaluation
     config:TrainConfig|dict|None=None, # A whole configuration; `options` go before it
     overwrite:bool=False, # Move a run that stands in `output_dir` aside
+    override:str|Iterable[str]=(), # What may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed
     resume_from_checkpoint:str|Path|None=None, # Another name for `resume`
     **options, # Fields of `TrainConfig`
 )->Run: # The finished run
     "Train a model, or go on training it, or return it if it is trained."
     cfg = TrainConfig.make(config, **options)
     if resume_from_checkpoint is not None: resume = resume_from_checkpoint
+    override = (override,) if isinstance(override, str) else tuple(override)
+    if bad := [o for o in override if o not in _OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(_OVERRIDES)}: with anything else the weights would not fit; start a new run")
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say,close = _speaker(folder, cfg.progress); at_end.callback(close)
@@ -495,35 +504,39 @@ def fit(
         torch.set_num_threads(choices['threads'])
 
         given_valid = str(getattr(valid, 'path', valid)) if valid is not None else None
-        tok,data,valid = _tokens(folder, known, train, valid, tokenizer, cfg, say)
+        tok,data,valid = _tokens(folder, known, train, valid, tokenizer, cfg, override, say)
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
-        max_steps = cfg.max_steps or math.ceil(cfg.epochs*data.n_windows(cfg.max_seq_len)/cfg.effective_batch)
         net = _model(model, tok, cfg).to(choices['device'])
         identity = _identity(net.config, tok, data, cfg)
-        if known: _check_same(folder, known['identity'], identity)
+        if known: _check_same(folder, known['identity'], identity, override, say)
 
         run = Run(folder)
         attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
-        t = _RunTrainer(net, data, cfg, max_steps, choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say)
-        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, max_steps):
-            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done['global_step'] < max_steps else ''))
+        windows = data.n_windows(cfg.max_seq_len)
+        t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say)
+        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, _course(cfg, windows, done, known)[0]):
+            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done['stopped_early'] else ''))
             net.load_weights(run.model().weights())
             if backup: _catch_up(backup, t, id, folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
             return run
         start = _pick(t, resume, backup) if known else None
-        if start and start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
-        if start: t.restore(read_checkpoint(start.path))
+        if start:
+            state = read_checkpoint(start.path)
+            max_steps,offset = _course(cfg, windows, state.trainer, known)
+            if start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
+            t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
+            t.restore(state)
         if start and resume not in ('auto', True): _give_up(t, start.step)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), train=cfg.to_dict(),
-            max_steps=max_steps, data=dict(source=str(train) if isinstance(train, (str,Path)) else [str(p) for p in train] if isinstance(train, (list,tuple)) else str(data.path), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
+            max_steps=t.max_steps, data=dict(source=str(train) if isinstance(train, (str,Path)) else [str(p) for p in train] if isinstance(train, (list,tuple)) else str(data.path), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {choices['threads']} threads; {len(data):,} tokens; "
-            f"steps {t.step:,} to {max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
+            f"steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         _plan(t, backup)
         if backup: _catch_up(backup, t, id, start and start.path, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
@@ -538,7 +551,12 @@ def fit(
         if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #dce0b775
+# %% ../nbs/13_train.ipynb #8944b339
+def _course(cfg:TrainConfig, windows:int, state:dict|None=None, known:dict|None=None)->tuple[int,int]:
+    "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state of the run in `known`."
+    offset = state['data_position']*known['train']['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
+    return cfg.max_steps or max(1, math.ceil((cfg.epochs*windows-offset)/cfg.effective_batch)),offset
+
 def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience."
     return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < cfg.early_stopping <= state['worse']

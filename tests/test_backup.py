@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -386,6 +388,48 @@ def test_a_foreign_run_in_the_backup(work, tmp_path):
     with pytest.raises(FileExistsError, match="resume=False"): go(work, gdrive_backup_dir=str(tmp_path/"disk"), resume=False)
     go(work, gdrive_backup_dir=str(tmp_path/"disk"), overwrite=True)
     assert (tmp_path/"disk"/"run.old-1"/"final").exists() and not problem(tmp_path/"disk"/"run"/"final")
+
+
+def test_going_back_gives_up_the_later_course_in_the_backup_too(work, whole, tmp_path, monkeypatch):
+    "On a folder where renaming means copying. What was given up is kept aside there, and never restored"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    with pytest.raises(PowerCut): go(work, Wait(), At(12, power_cut), **backup)
+    real = os.rename
+    def rename(a, b):
+        if not str(a).startswith(str(tmp_path/"disk")): return real(a, b)
+        shutil.copytree(a, b); shutil.rmtree(a)
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(PowerCut): go(work, Wait(), At(8, power_cut), resume="checkpoint-5", learning_rate=1e-3, **backup)
+    there = tmp_path/"disk"/"run"/"checkpoints"
+    assert sorted(p.name for p in there.iterdir()) == ["checkpoint-10.superseded-1", "checkpoint-5"]
+    shutil.rmtree(work/"run")
+    run, _ = go(work, learning_rate=1e-3, **backup)
+    assert [a["step"] for a in run.facts["attempts"]] == [0, 5, 5] and run.finished
+    assert not problem(there/"checkpoint-10") and not problem(there/"checkpoint-10.superseded-1")
+
+
+# --- the writer -----------------------------------------------------------------------------------------------------------------
+def test_no_memory_for_a_copy(work, whole, monkeypatch):
+    "Then training waits while a checkpoint is written; said once"
+    monkeypatch.setattr("minigpt.checkpoint.psutil.virtual_memory", lambda: type("", (), dict(available=0)))
+    run, losses = go(work)
+    same(work, losses, whole)
+    assert log(work).count("there is no memory for a second copy") == 1 and [c.step for c in run.checkpoints] == [10, 15, 20]
+
+
+def test_python_finishes_a_save_before_it_exits(tmp_path):
+    script = '''
+import sys; sys.path[:0] = [%r, %r]
+import test_backup as t
+from minigpt.tokenizer import train_tokenizer
+from minigpt.checkpoint import CheckpointStore, GPTConfig, Writer
+tok = train_tokenizer(["A small tokenizer."]*9, vocab_size=270)
+parts = tok, GPTConfig(vocab_size=tok.vocab_size, dim=256, n_layer=8, n_head=4, n_kv_head=2, ffn_dim=700)
+Writer().save(CheckpointStore(%r), t.state(parts, 7))
+raise SystemExit("an error")''' % (str(child.ROOT), str(child.ROOT/"tests"), str(tmp_path/"out"))
+    r = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert r.returncode == 1 and r.stderr.strip() == "an error", r.stderr
+    assert CheckpointStore(tmp_path/"out").newest().step == 7
 
 
 # --- schedule: snapshots, early stopping, best only -----------------------------------------------------------------------------

@@ -358,6 +358,18 @@ def test_a_damaged_checkpoint_is_passed_over(name, cut, tmp_path):
         with pytest.raises(CheckpointError, match=re.escape(name)): read_checkpoint(newest)
 
 
+def test_a_file_of_another_checkpoint_is_found(cut, tmp_path):
+    "A whole file, but not the one that the manifest means"
+    for name in FILES:
+        store = CheckpointStore(copied(cut/"run/checkpoints", tmp_path/name))
+        old, new = (store.folder/f"checkpoint-{s}"/name for s in (5, 10))
+        if old.read_bytes() == new.read_bytes(): continue      # configuration and tokenizer are the same
+        shutil.copy(old, new)
+        said = []
+        c = store.newest(lambda c, why: said.append((c.step, why)))
+        assert (c.step, [s for s, _ in said]) == (5, [10]) if name != "MANIFEST.json" else said[0][0] == 10, name
+
+
 @pytest.mark.parametrize("name,kind", [(n, random.Random(n).choice(list(DAMAGE))) for n in FILES])
 def test_training_goes_on_from_the_one_before(name, kind, cut, tmp_path, whole):
     work = copied(cut, tmp_path/"work")
