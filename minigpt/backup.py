@@ -7,8 +7,8 @@ __all__ = ['BEAT', 'RETRY', 'POLL', 'DATA_LIMIT', 'BackupError', 'Taken', 'drive
            'read_heartbeat', 'listed', 'copy_file', 'copy_checkpoint', 'arrived', 'discard', 'Backup',
            'wait_for_others', 'restore_run', 'fetch']
 
-# %% ../nbs/10_backup.ipynb #1bee8793
-import errno, hashlib, os, shutil, threading, time, uuid
+# %% ../nbs/10_backup.ipynb #5c491113
+import errno, hashlib, os, shutil, sys, threading, time, uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +16,14 @@ import orjson, xxhash
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem
 from .files import Pace, fsync, hash_file, human_size, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
 
-# %% ../nbs/10_backup.ipynb #09055475
+# %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
     "A backup folder that must not be used; says why and what to do."
 
 class Taken(BackupError):
     "Another process, or another run, has the backup folder."
+
+class _Stop(Exception): "The training has ended, and waits no longer."
 
 def drive_mount(
     folder:str|Path, # Such as `/content/drive/MyDrive/my_run`
@@ -33,12 +35,12 @@ def drive_mount(
 def check_there(
     folder:str|Path, # `gdrive_backup_dir`
 ):
-    "A `BackupError` unless the folder is there or can be made without making up its parents."
+    "A `BackupError` unless the folder is there or can be made without making up its parents. (On macOS and Windows, Drive is a folder like others.)"
     folder = Path(folder).absolute()
     without = "or go on without a backup: leave gdrive_backup_dir out"
     try:
         mount = drive_mount(folder)
-        if mount and not os.path.ismount(mount): raise BackupError(f"gdrive_backup_dir={str(folder)!r} is not Google Drive: nothing is mounted at {mount}. Mount it (on Colab: minigpt.colab.setup()), {without}")
+        if mount and sys.platform == 'linux' and not os.path.ismount(mount): raise BackupError(f"gdrive_backup_dir={str(folder)!r} is not Google Drive: nothing is mounted at {mount}. Mount it (on Colab: minigpt.colab.setup()), {without}")
         if not folder.parent.is_dir(): raise BackupError(f"gdrive_backup_dir={str(folder)!r}: {folder.parent} does not exist. Connect the disk or make that folder, {without}")
         folder.mkdir(exist_ok=True)
     except OSError as e: raise BackupError(f"gdrive_backup_dir={str(folder)!r} cannot be used: {e.strerror or e}. Mount it again, {without}") from None
@@ -49,16 +51,17 @@ def _json_or(path:Path, otherwise):
     try: return orjson.loads(path.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError): return otherwise
 
-# %% ../nbs/10_backup.ipynb #338da88c
-def read_run_id(path:Path)->str|None: "The id of the run in a folder."; return (_json_or(path/'run.json', None) or {}).get('id')
+# %% ../nbs/10_backup.ipynb #51d7f6a4
+def read_run_id(path:Path)->str|None:
+    "The id of the run in a folder, or in a backup whose run.json has not arrived."
+    return next((id for name,key in (('run.json','id'), ('heartbeat.json','run_id'), ('mirror.json','run_id')) if (id := (_json_or(path/name, None) or {}).get(key))), None)
 def read_heartbeat(path:Path)->dict|None: "The last sign of life in a backup."; return _json_or(path/'heartbeat.json', None)
 def listed(path:Path)->dict: "What mirror.json lists: name → size and hash."; return (_json_or(path/'mirror.json', None) or {}).get('files', {})
 
-# %% ../nbs/10_backup.ipynb #6a9a76d5
+# %% ../nbs/10_backup.ipynb #7a7202b9
 def copy_file(
     source:Path,
     target:Path, # A new file
-    alive:Callable[[],None]=lambda: None, # Called after each piece; may raise to give up
 )->tuple[str,str]: # xxh3-128 and md5 of the content
     "Copy a file in pieces of 4 MiB."
     xxh,md5 = xxhash.xxh3_128(),hashlib.md5(usedforsecurity=False)
@@ -67,7 +70,7 @@ def copy_file(
             xxh.update(piece); md5.update(piece)
             view = memoryview(piece)
             while view: view = view[g.write(view):]     # a write may be short
-            rest(); alive()
+            rest()
     _fsync(target)
     return xxh.hexdigest(),md5.hexdigest()
 
@@ -79,18 +82,17 @@ def _fsync(path:Path):
 def copy_checkpoint(
     source:Path, # Whole
     target:Path, # Does not exist
-    alive:Callable[[],None]=lambda: None,
 )->dict[str,str]: # Name of each file → md5
     "Copy a checkpoint directory, manifest last; a `CheckpointError` if the source is not what its manifest says."
     manifest = read_json(source/'MANIFEST.json')
     target.mkdir(); md5s = {}
     for name,want in manifest['files'].items():
-        xxh,md5s[name] = copy_file(source/name, target/name, alive)
+        xxh,md5s[name] = copy_file(source/name, target/name)
         if xxh != want['xxh3_128']: raise CheckpointError(f'{source/name} does not have the hash that its manifest gives')
-    _,md5s['MANIFEST.json'] = copy_file(source/'MANIFEST.json', target/'MANIFEST.json', alive)
+    _,md5s['MANIFEST.json'] = copy_file(source/'MANIFEST.json', target/'MANIFEST.json')
     return md5s
 
-# %% ../nbs/10_backup.ipynb #b3398f7e
+# %% ../nbs/10_backup.ipynb #b54f175b
 def _attribute(path:Path, name:str)->str|None:
     if not hasattr(os, 'getxattr'): return None # macOS, Windows
     try: return os.getxattr(path, name).rstrip(b'\0').decode('ascii', 'replace')
@@ -108,8 +110,13 @@ def arrived(
     if waiting != '0': return False
     there = _attribute(path, 'user.drive.md5')
     if not there: return True
-    if md5 is None: md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
-    return there.lower() == md5
+    return there.lower() == (md5 or _md5(path))
+
+def _md5(path:Path)->str:
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(path, 'rb') as f:
+        while piece := f.read(1<<22): md5.update(piece); rest()
+    return md5.hexdigest()
 
 # %% ../nbs/10_backup.ipynb #5a464c89
 def discard(folder:Path):
@@ -119,7 +126,7 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #f7645463
+# %% ../nbs/10_backup.ipynb #87a4f0d7
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
@@ -134,23 +141,23 @@ class Backup:
         keep:int=3, # `backup_keep_last`: states kept
         *,
         beat:float|None=None, # Seconds between signs of life
-        retry:float|None=None, # Seconds before the first repetition after an error; doubled each time, up to 5 minutes
+        retry:float|None=None, # Seconds before the first repetition after an error; doubled each time, up to `beat`
         poll:float|None=None, # Seconds between questions whether files have arrived
         clock:Callable[[],float]=time.monotonic,
     ):
         self.folder,self.run_path,self.keep = Path(folder),Path(run_path),keep
-        self.path = self.folder/self.run_path.name
+        self.path = self.folder/Path(os.path.abspath(run_path)).name
         self.beat,self.retry,self.poll,self.clock = beat or BEAT,retry or RETRY,poll or POLL,clock
         self.session,self.run_id = uuid.uuid4().hex,None
         self.messages = deque()                    # for the user, from the main thread: Colab does not show what others print
         self.pending,self.stores = {},{}           # group → (source, target); the stores whose directories are being copied
         self.md5s,self.mirrored = {},{}            # of copied files; size and time of mirrored ones
-        self.seen,self.confirmed = [],set()        # whole directories in the backup, when last looked at; those that have arrived
+        self.seen,self.confirmed,self.asked = {},set(),False # whole directories in the backup, when last looked at; those that have arrived; is that so now?
         self.skipped,self.failures,self.failed,self.lost = 0,0,None,None
         self.doing,self.confirms,self.last_beat,self.beats = 'idle',None,None,0
         self.wake,self.thread,self.closing = threading.Condition(),None,False
-        self.pace = Pace()
-        self.superseded = None                     # states beyond this step belong to a course that was given up
+        self.pace,self.copying = Pace(self._alive),None # the job that is being copied
+        self.superseded,self.rejected = None,set() # states beyond this step belong to a course that was given up; copies that did not verify
 
     # --- what the training calls ---
     def start(self, run_id:str, superseded:int|None=None):
@@ -163,11 +170,12 @@ class Backup:
         store:CheckpointStore|None=None, # Whose it is; does not delete it meanwhile
     ):
         "Mirror this, unless something newer comes first."
-        group = 'final' if source == self.run_path else 'best' if source.parent.name == 'best' else 'state'
+        light = source.parent.name == 'snapshots' and (_json_or(source/'MANIFEST.json', None) or {}).get('kind') == 'light'
+        group = 'final' if source == self.run_path else 'best' if source.parent.name == 'best' else 'light' if light else 'state'
         target = self.path/('final' if group == 'final' else f'{source.parent.name}/{source.name}')
         with self.wake:
             old = self.pending.get(group)
-            self.pending[group] = source,target,store
+            self.pending[group],self.asked = (source, target, store),False
             self._pin()
             if not (source/'MANIFEST.json').exists(): # deleted already, so something newer is on its way
                 del self.pending[group]; self._pin(); self.skipped += 1
@@ -195,7 +203,7 @@ class Backup:
 
     def done(self, confirm:bool=True)->bool:
         "Is everything copied, and, where the server tells, arrived?"
-        return not self.pending and not self.failed and not self.lost and not (confirm and self.confirms and self._unconfirmed())
+        return self.asked and not self.pending and not self.failed and not self.lost and not (confirm and self.confirms and self._unconfirmed())
 
     # --- the thread ---
     def _loop(self):
@@ -205,11 +213,17 @@ class Backup:
             with self.wake:
                 if not (self.closing or self.lost): self.wake.wait(self._pause())
         if not self.lost:
-            try: self._heartbeat(ended=True)
-            except OSError: pass
+            self.pace.also = lambda: None
+            try: self._mirror(); self._heartbeat(ended=True)
+            except (OSError, BackupError, _Stop): pass
+
+    def _alive(self):
+        "Between two pieces of a long copy."
+        if self.closing: raise _Stop
+        self._heartbeat()
 
     def _pause(self)->float:
-        if self.failed: return min(300., self.retry*2**(self.failures-1))
+        if self.failed: return min(self.beat, self.retry*2**(self.failures-1))
         if self.pending: return 0
         return self.poll if self.confirms and self._unconfirmed() else self.beat
 
@@ -220,12 +234,13 @@ class Backup:
             self._heartbeat()
             self._give_up()
             self._mirror()
-            for group in ('state','best','final'):
+            for group in ('state','light','best','final'):
                 if group in self.pending: self._copy(group)
             self._ask()
             self._prune()
             if self.failed: self.messages.append(f'the backup to {self.folder} works again')
             self.failed,self.failures,self.doing = None,0,'idle'
+        except _Stop: return
         except Taken as e:
             self.lost = str(e); self.messages.append(f'NO BACKUP any more: {e}')
         except Exception as e: # an error of a folder, whatever it is, is a status
@@ -254,6 +269,8 @@ class Backup:
         self.last_beat = now
 
     def _give_up(self):
+        for p in [p for p in self.rejected if p.exists()]: set_aside(p, 'damaged') # it must not count as the newest
+        self.rejected.clear()
         if self.superseded is None: return
         for s in [*self.state_stores(), CheckpointStore(self.path/'best')]:
             for c in s.all():
@@ -273,14 +290,21 @@ class Backup:
             for f in fixed:
                 name = f.relative_to(self.run_path).as_posix(); entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
                 if there.get(name) != entries[name]: self._place(f, name)
-            (self.path/'mirror.json').write_bytes(orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
+            self._replace('mirror.json', orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
             self.mirrored['mirror.json'] = True
         for f in small:
             if not f.is_file(): continue
             name,s = f.relative_to(self.run_path).as_posix(),f.stat()
             if self.mirrored.get(name) == (s.st_size, s.st_mtime_ns): continue
-            self._place(f, name, append=name in self.mirrored and name.endswith(('.jsonl','.log')))
+            if name == 'run.json': self._replace(name, f.read_bytes())
+            else: self._place(f, name, append=name in self.mirrored and name.endswith(('.jsonl','.log')))
             self.mirrored[name] = s.st_size,s.st_mtime_ns
+
+    def _replace(self, name:str, data:bytes):
+        "Write a small file under a new name first: without it a backup is nobody's."
+        (self.path/f'{name}.new').write_bytes(data)
+        os.replace(self.path/f'{name}.new', self.path/name)
+        self.confirmed.discard(self.path)
 
     def _place(self, source:Path, name:str, append:bool=False):
         "Copy a file; one that only grows is continued where that is possible."
@@ -292,30 +316,32 @@ class Backup:
                 f.seek(size)
                 view = memoryview(f.read())
                 while view: view = view[g.write(view):]
-        else: copy_file(source, target, self._heartbeat)
+        else: copy_file(source, target)
 
     def _copy(self, group:str):
         "Copy a save, and read it back."
-        with self.wake: source,target,store = job = self.pending[group]
+        with self.wake:
+            source,target,store = job = self.copying = self.pending[group]
+            self.asked = False; self._pin()
         self.doing = f'copying {source.name}'
         self._write_status()
         for d in reversed(target.relative_to(self.path).parents): (self.path/d).mkdir(exist_ok=True)
-        manifest = (source/'MANIFEST.json').read_bytes()
+        manifest,old = (source/'MANIFEST.json').read_bytes(),None
         if target.exists():
             same = (target/'MANIFEST.json').exists() and (target/'MANIFEST.json').read_bytes() == manifest
-            if not same and problem(target) is None and group == 'state': set_aside(target, 'superseded') # of a course that was given up
-            elif not same or problem(target) and self.failures > 2: discard(target)                        # never became whole
-        if not target.exists(): self.md5s[target] = copy_checkpoint(source, target, self._heartbeat)
+            if not same and problem(target) is None: old = set_aside(target, 'superseded') # of a course that was given up, or an earlier end
+            elif not same or problem(target) and self.failures > 2: discard(target)        # never became whole
+        if not target.exists(): self.confirmed.discard(target); self.md5s[target] = copy_checkpoint(source, target)
         if wrong := problem(target): raise OSError(errno.EIO, f'{target} does not read back as it was written: {wrong}')
         with self.wake:
             if self.pending.get(group) == job: del self.pending[group]
-            self._pin()
-        if group == 'final': self.confirmed.discard('final')
+            self.copying = None; self._pin()
+        if old and group != 'state': discard(old)
 
     def _pin(self):
-        for _,_,store in [*self.pending.values()]:
-            if store: self.stores[id(store)] = store
-        for s in self.stores.values(): s.pinned = frozenset(source for source,_,store in self.pending.values() if store is s)
+        jobs = [*self.pending.values(), *([self.copying] if self.copying else [])]
+        self.stores |= {id(store):store for _,_,store in jobs if store}
+        for s in self.stores.values(): s.pinned = frozenset(source for source,_,store in jobs if store is s)
 
     # --- what has arrived ---
     def state_stores(self)->list[CheckpointStore]: "Where the states are."; return [CheckpointStore(self.path/f, name=n) for f,n in _STATES.items()]
@@ -324,41 +350,44 @@ class Backup:
         "The states in the backup, by step."
         return sorted((c for s in self.state_stores() for c in s.all()), key=lambda c: c.step)
 
-    def _whole(self)->list[Path]:
-        best = [c.path for c in CheckpointStore(self.path/'best').all() if not c.problem]
-        return [c.path for c in self.copies() if not c.problem] + best + [f for f in [self.path/'final'] if problem(f, hashes=False) is None]
+    def _whole(self)->dict[Path,Checkpoint|None]:
+        "Whole directories; of those that training can go on from, the step. The last one stands for run.json, tokenizer and data."
+        states = {c.path:c if c.kind != 'light' else None for c in self.copies() if not c.problem}
+        best = {c.path:None for c in CheckpointStore(self.path/'best').all() if not c.problem}
+        return states | best | {f:None for f in [self.path/'final'] if problem(f, hashes=False) is None} | {self.path:None}
 
-    def _unconfirmed(self)->list[Path]: return [p for p in self.seen if p not in self.confirmed]
+    def _unconfirmed(self)->list[Path]: return [p for p in [*self.seen] if p not in self.confirmed]
 
     def _ask(self):
         "Which directories has the server got?"
         self.seen = self._whole()
         for p in self._unconfirmed():
             self.doing = f'waiting for the server to get {p.name}'
-            names = [*read_json(p/'MANIFEST.json')['files'], 'MANIFEST.json']
+            names = ['run.json', 'mirror.json', *listed(p)] if p == self.path else [*read_json(p/'MANIFEST.json')['files'], 'MANIFEST.json']
             answers = [arrived(p/n, self.md5s.get(p, {}).get(n)) for n in names]
             if any(a is not None for a in answers): self.confirms = True
             elif self.confirms is None: self.confirms = False
             if all(a is True for a in answers): self.confirmed.add(p)
+        self.asked = True
 
     def safe(self)->list[Checkpoint]:
         "The states that are in the backup for certain: arrived, or, where nobody tells, copied."
-        return [c for c in self.copies() if not c.problem and (c.path in self.confirmed or not self.confirms)]
+        return [c for c in self.copies() if not c.problem and c.kind != 'light' and (c.path in self.confirmed or not self.confirms)]
 
     def _prune(self):
         "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
-        safe = self.safe()
-        if not safe: return
-        kept = {c.path for c in safe[-self.keep:]}
-        for c in self.copies():
-            if c.path not in kept and c.step < safe[-1].step: discard(c.path)
+        if safe := self.safe():
+            kept = {c.path for c in safe[-self.keep:]}
+            for c in self.copies():
+                if c.kind != 'light' and c.path not in kept and c.step < safe[-1].step: discard(c.path)
+        for c in [c for c in self.copies() if c.kind == 'light'][:-self.keep]: discard(c.path)
         best = [c for c in CheckpointStore(self.path/'best').all() if c.path in self.confirmed or not c.problem and not self.confirms]
         for c in best[:-1]: discard(c.path)
 
     # --- the status ---
     def status(self)->dict:
         "What is and what is not backed up, at this moment, as far as is known without asking the folder."
-        states = {p:int(p.name.rpartition('-')[2]) for p in self.seen if p.parent.name in _STATES}
+        states = {p:c.step for p,c in [*self.seen.items()] if c}
         last = lambda ps: dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
         pending = self.pending.get('state') or next(iter(self.pending.values()), None)
         return dict(folder=str(self.path), run_id=self.run_id, time=time.time(), doing=self.lost and 'stopped' or self.doing, pending=pending and pending[0].name,
@@ -369,7 +398,7 @@ class Backup:
         try: write_json(self.run_path/'backup.json', self.status())
         except OSError: pass # the local disk is full: the next one will do
 
-# %% ../nbs/10_backup.ipynb #7a5aff61
+# %% ../nbs/10_backup.ipynb #c15a9998
 def wait_for_others(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -377,10 +406,13 @@ def wait_for_others(
     "A `BackupError` if another process writes to this backup. A heart that does not beat for two and a half intervals is that of a machine that is gone."
     first = read_heartbeat(backup.path)
     own = (_json_or(backup.run_path/'backup.json', None) or {}).get('session') # of the process before this one in the run's own folder: its lock is ours now, so it is dead
-    if not first or first.get('ended') or first.get('session') == own: return
-    interval = float(first.get('seconds', 30))
-    end = time.monotonic() + max(0., 2.5*interval - max(0., time.time()-first.get('time', 0)))
-    if time.monotonic() < end: say(f'{backup.path} was written to {human_time(time.time()-first["time"])} ago; looking whether that machine is still alive (at most {human_time(2.5*interval)})')
+    if first is None and not (backup.path/'heartbeat.json').exists(): return
+    first = first or {}
+    age = abs(time.time()-first.get('time', time.time()))
+    if first.get('ended') or own and first.get('session') == own or age > 900: return # clocks may differ by minutes, and files arrive late
+    interval = float(first.get('seconds', BEAT))
+    end = time.monotonic() + 2.5*interval
+    say(f'{backup.path} was written to {human_time(age)} ago; looking whether that machine is still alive ({human_time(2.5*interval)})')
     while time.monotonic() < end:
         time.sleep(min(1., interval/4))
         now = read_heartbeat(backup.path)
@@ -393,7 +425,9 @@ def restore_run(
 )->bool: # Was there anything to restore?
     "Bring a run's own files from its backup into an empty folder, `run.json` last."
     there,here = backup.path,backup.run_path
-    if (id := read_run_id(there)) is None: return False
+    id = read_run_id(there)
+    if not (_json_or(there/'run.json', None) or {}).get('id') and (id or backup.copies()): raise BackupError(f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it, or pass overwrite=True, which moves that folder aside")
+    if id is None: return False
     if (mine := read_run_id(here)) is not None:
         if mine != id: raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
         return False

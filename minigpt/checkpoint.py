@@ -7,10 +7,11 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #5714d69c
+# %% ../nbs/07_checkpoint.ipynb #079350b3
 import os, random, time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class State:
     optimizer:tuple[dict,dict]|None = None # Tensors and facts, of `pack_optimizer`; None: weights only
     rng:tuple[dict,dict]|None = None # Tensors and facts, of `pack_rng`
 
-# %% ../nbs/07_checkpoint.ipynb #160db53f
+# %% ../nbs/07_checkpoint.ipynb #ff209423
 def pack_optimizer(
     optimizer:torch.optim.Optimizer, # Any
     model:torch.nn.Module, # Whose parameters it trains
@@ -67,7 +68,7 @@ def unpack_optimizer(
     for key,v in {**tensors, **facts['numbers']}.items():
         k,_,n = key.partition('/')
         if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train")
-        state.setdefault(names.index(n), {})[k] = v
+        state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v # the file may be mapped into memory, and must not be held
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
 
 # %% ../nbs/07_checkpoint.ipynb #3ece73f8
@@ -170,13 +171,16 @@ def state_size(state:State)->int:
 
 def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state.weights, **{k:p[0] for k in ('optimizer','rng') if (p := getattr(state, k))})
 
-# %% ../nbs/07_checkpoint.ipynb #20539d75
+# %% ../nbs/07_checkpoint.ipynb #5b019b7d
 def problem(
     path:str|Path, # A checkpoint directory
     hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
 )->str|None: # What is wrong with it; None if it is whole
     "Check a checkpoint against its manifest."
-    path = Path(path)
+    try: return _compare(Path(path), hashes)
+    except OSError as e: return f'it cannot be read: {e}'
+
+def _compare(path:Path, hashes:bool)->str|None:
     if not (path/'MANIFEST.json').exists(): return 'MANIFEST.json is missing: it was not written to its end'
     try:
         manifest = read_json(path/'MANIFEST.json')
@@ -222,7 +226,7 @@ def load_model(
     model.load_weights(load_file(path/'model.safetensors'))
     return model.to(device).eval()
 
-# %% ../nbs/07_checkpoint.ipynb #bbadc2ee
+# %% ../nbs/07_checkpoint.ipynb #dd0c8525
 @dataclass(frozen=True)
 class Checkpoint:
     "What a listing says of a checkpoint."
@@ -270,7 +274,7 @@ class CheckpointStore:
         if path.exists() and problem(path): set_aside(path, 'damaged')
         write_checkpoint(path, state, self.kind)
         if wrong := problem(path): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; older checkpoints are untouched")
-        self.prune(path)
+        with suppress(OSError): self.prune(path) # the next save deletes what this one could not
         return path
 
     def prune(self,
@@ -286,21 +290,22 @@ class CheckpointStore:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
         return [set_aside(c.path, 'superseded') for c in self.all() if c.step > step]
 
-# %% ../nbs/07_checkpoint.ipynb #43ff3545
+# %% ../nbs/07_checkpoint.ipynb #e4bc2e7a
 def newest(
     stores:list[CheckpointStore], # Where to look; of equal steps, the one in the earlier store counts
     passed_over:Callable[[Checkpoint,str],None]=lambda checkpoint,why: None, # Told of each that is skipped
+    unfit:Callable[[Checkpoint],str|None]=lambda checkpoint: None, # Why a whole one is not wanted; None: it is
 )->Checkpoint|None:
     "The newest state in several places that training can go on from, and whose every file verifies."
     found = sorted(((c, -i) for i,s in enumerate(stores) for c in s.all()), key=lambda x: (x[0].step, x[1]), reverse=True)
     for c,_ in found:
         if c.kind in ('light','final'): continue # weights alone: only where somebody asks for them
-        why = c.problem or problem(c.path)
+        why = c.problem or unfit(c) or problem(c.path)
         if not why: return c
         passed_over(c, why)
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #0da5251e
+# %% ../nbs/07_checkpoint.ipynb #13607a8c
 @dataclass(frozen=True)
 class Saved:
     "What became of a save."
@@ -330,8 +335,8 @@ class Writer:
         step = state.trainer['global_step']
         if not (self.busy and self.held == step): # another save of the same step shares its copy
             self.wait()
-            enough = self.buffers or psutil.virtual_memory().available > 1.2*state_size(state)
-            if enough: self.copy(state); self.held = step
+            missing = sum(t.numel()*t.element_size() for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
+            if not missing or psutil.virtual_memory().available > 1.2*missing: self.copy(state); self.held = step
         if self.held == step: self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
         else: # no room for a copy
             if not self.told: self.say(f'there is no memory for a second copy of the state ({human_size(state_size(state))}): training waits while a checkpoint is written')
@@ -345,7 +350,7 @@ class Writer:
             for k,t in tensors.items():
                 b = self.buffers.get((part, k))
                 if b is None or b.shape != t.shape or b.dtype != t.dtype: b = self.buffers[part, k] = torch.empty_like(t, device='cpu', pin_memory=t.is_cuda)
-                b.copy_(t.detach(), non_blocking=True)
+                b.copy_(t.detach(), non_blocking=t.is_cuda)
         if torch.cuda.is_available(): torch.cuda.synchronize()
 
     def copied(self, state:State)->State:
@@ -375,16 +380,16 @@ class Writer:
         "Finish what is under way, and give the memory back."
         self.pace.hurry.set(); self.pool.shutdown(); self.buffers,self.held = {},None
 
-# %% ../nbs/07_checkpoint.ipynb #8bdc2d44
+# %% ../nbs/07_checkpoint.ipynb #1fda800e
 def write_final(
     folder:str|Path, # The run's folder
     state:State, # Weights, tokenizer, trainer state
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    (folder/'MANIFEST.json').unlink(missing_ok=True)
     made = write_checkpoint(hidden(folder/'final', 'tmp'), State(state.config, state.weights, state.tokenizer, state.trainer, state.arguments), 'final')
     manifest = read_json(made/'MANIFEST.json')
+    (folder/'MANIFEST.json').unlink(missing_ok=True)
     for name in manifest['files']: (made/name).replace(folder/name)
     fsync(folder); (made/'MANIFEST.json').replace(folder/'MANIFEST.json'); fsync(folder)
     made.rmdir()

@@ -6,8 +6,9 @@
 __all__ = ['human_size', 'human_time', 'free_space', 'dir_size', 'Pace', 'rest', 'hash_bytes', 'hash_file', 'fsync', 'hidden',
            'write_file', 'write_json', 'read_json', 'new_dir', 'remove_dir', 'set_aside', 'sweep', 'only_one']
 
-# %% ../nbs/00_files.ipynb #105d6b83
+# %% ../nbs/00_files.ipynb #687268f9
 import json, os, shutil, threading, time
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 import orjson, xxhash
@@ -34,13 +35,13 @@ def human_time(
     if s < 86400: return f'{s//3600} h {s%3600//60} min'
     return f'{s//86400} d {s%86400//3600} h'
 
-# %% ../nbs/00_files.ipynb #8d7f0141
+# %% ../nbs/00_files.ipynb #6d4234dc
 def free_space(
     path:str|Path, # A file or folder, existing or not
 )->int: # Bytes free for this user
     "Free bytes on the disk that holds `path`, or will hold it."
     p = Path(path).absolute()
-    while not p.exists(): p = p.parent
+    while not p.exists() and p != p.parent: p = p.parent
     return shutil.disk_usage(p).free
 
 def dir_size(
@@ -49,14 +50,16 @@ def dir_size(
     "What the files in a folder, and below it, take."
     return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
 
-# %% ../nbs/00_files.ipynb #dc2ed58b
+# %% ../nbs/00_files.ipynb #30359689
 _thread = threading.local()
 
 class Pace:
     "Rest eight times as long as was worked; not at all while `hurry` is set, because somebody waits."
-    def __init__(self): self.hurry,self.worked = threading.Event(),0.
+    def __init__(self, also:Callable[[],None]=lambda: None): # Called at each rest
+        self.also,self.hurry,self.worked = also,threading.Event(),0.
     def begin(self): "From now on the calling thread has this pace."; _thread.pace,self.worked = self,time.thread_time()
     def rest(self):
+        self.also()
         worked = time.thread_time()-self.worked
         if worked < .02: return # what is small is done at once
         self.hurry.wait(min(1., 8*worked))

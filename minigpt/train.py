@@ -45,7 +45,7 @@ def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
 
-# %% ../nbs/13_train.ipynb #67b54cfa
+# %% ../nbs/13_train.ipynb #d97bef34
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -66,6 +66,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; the signal that asks for an end
+        self.grad_norm = 0.
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, as tensors on the device; target tokens so far
 
@@ -74,7 +75,7 @@ class Trainer:
         cfg = self.config
         self.call('on_start')
         self.model.train()
-        for batch in loader(self.data, range(self.step, self.max_steps), cfg.effective_batch, cfg.max_seq_len, cfg.seed, cfg.dataloader_workers, self.device.startswith('cuda'), self.schedule.offset):
+        for batch in [] if self.complete else loader(self.data, range(self.step, self.max_steps), cfg.effective_batch, cfg.max_seq_len, cfg.seed, cfg.dataloader_workers, self.device.startswith('cuda'), self.schedule.offset):
             self.train_step(batch)
             self.step += 1
             self.call('on_step')
@@ -111,20 +112,23 @@ class Trainer:
     @property
     def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
 
-# %% ../nbs/13_train.ipynb #09478af5
+# %% ../nbs/13_train.ipynb #0fe2613d
 def _check_losses(t:Trainer)->list[float]:
     "The losses since the last log as numbers; a `TrainingError` if one is not finite."
     losses = torch.stack([torch.as_tensor(l) for l in t.losses]).tolist() if t.losses else []
     t.losses = losses
-    for i,loss in enumerate(losses):
-        if not math.isfinite(loss):
-            t.writer.wait()
-            good = newest(t.stores)
-            raise TrainingError(f"the loss of step {t.step-len(losses)+i+1} is {loss}: training has diverged. " + (f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet")
-                + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
+    first = t.step-len(losses)+1
+    bad = [(f'loss of step {first+i}', l) for i,l in enumerate(losses) if not math.isfinite(l)]
+    if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
+    if bad:
+        what,value = bad[0]
+        t.writer.wait()
+        good = newest(t.stores)
+        raise TrainingError(f"the {what} is {value}: training has diverged. " + (f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet")
+            + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #ff58924a
+# %% ../nbs/13_train.ipynb #95783310
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -148,7 +152,8 @@ class _Save(Callback):
         if t.schedule.save(t.step): self.save(t, t.store)
         elif t.schedule.snapshot() and not t.writer.busy: self.save(t, t.snapshots)
     def save(self, t, store):
-        t.schedule.saved(); self.saved = t.step
+        t.schedule.saved()
+        if store.kind != 'light': self.saved = t.step # what a resume can go on from
         state = t.state()
         t.writer.save(store, state if store.kind != 'light' else replace(state, optimizer=None, rng=None))
     def collect(self, t):
@@ -158,6 +163,7 @@ class _Save(Callback):
             else:
                 if self.failed: t.say(f'saved again: {s.path.name}')
                 self.failed = None
+                if s.store in t.stores: t.last_saved = s.path
                 if s.store is t.store: self.compare(t, s)
                 t.call('on_save', s.path)
     def trouble(self, t, s):
@@ -290,7 +296,7 @@ def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
         hint = {'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         _refuse(folder, k, was[k], now.get(k), hint)
 
-# %% ../nbs/13_train.ipynb #ef863688
+# %% ../nbs/13_train.ipynb #1544f2e6
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
     def __init__(self, *args, folder:Path, tokenizer:Tokenizer, attempt:int, say, **kwargs):
@@ -301,7 +307,7 @@ class _RunTrainer(Trainer):
         self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
         self.best = CheckpointStore(folder/'best', 1, kind='best')
         self.stores,self.writer = [self.store, self.snapshots],Writer(say)
-        self.last_loss = self.best_loss = self.best_step = None
+        self.last_loss = self.best_loss = self.best_step = self.last_saved = None
         self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
 
     def log(self, row:dict):
@@ -327,9 +333,10 @@ class _RunTrainer(Trainer):
         if self.scaler.is_enabled() and s['grad_scaler']: self.scaler.load_state_dict(s['grad_scaler'])
         self.step,self.tokens,self.losses = s['global_step'],s['tokens'],s['recent_losses']
         self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
+        self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #1d331058
+# %% ../nbs/13_train.ipynb #58987496
 _BUILT_IN = dict(
     stories=lambda path: write_corpus(path),
     stdlib=lambda path: write_file(path, b''.join(_json_line(t) for t in stdlib_text())))
@@ -340,7 +347,7 @@ def _json_line(text:str)->bytes:
 
 def _source(train, folder:Path):
     "Files to read: those named, or a built-in corpus written into the run."
-    if train not in _BUILT_IN or Path(train).exists(): return train
+    if not isinstance(train, str) or train not in _BUILT_IN or Path(train).exists(): return train
     path = folder/'data-source'/f'{train}.jsonl'
     if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); _BUILT_IN[train](path)
     return path
@@ -356,7 +363,10 @@ def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConf
     else:
         if known and (folder/'data'/'train'/'meta.json').exists() and not {'data','validation_split'} & {*override}: train = _same_source(folder, _source(train, folder), cfg, say)
         else:
-            files = data_files(_source(train, folder))
+            try: files = data_files(_source(train, folder))
+            except FileNotFoundError as e:
+                if known: raise FileNotFoundError(f"{e}. The run's tokens are not here either, so they must be built again: bring the text that it was trained on, {known['data']['source']}") from None
+                raise
             if tok is None:
                 say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
                 if not any(sample_texts(files)):
@@ -366,6 +376,9 @@ def _tokens(folder:Path, known:dict|None, train, valid, tokenizer, cfg:TrainConf
                 tok = train_tokenizer(sample_texts(files), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples)
                 say(f"vocabulary: {tok.vocab_size:,} tokens")
             train = build_tokenset(files, tok, folder/'data', cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress)
+            if known and 'data' not in override and train[0].fingerprint != (was := known['identity']['data']):
+                set_aside(folder/'data', 'refused')
+                _refuse(folder, 'data', was, train[0].fingerprint, ' (fingerprints of the tokens)')
         train,held_out = train
         if valid is None: valid = held_out
         if valid is None and cfg.validation_split: say('no validation: too few texts were held out; there is no validation loss')
@@ -393,7 +406,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #dfd7feb7
+# %% ../nbs/13_train.ipynb #2f8520a1
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -406,16 +419,28 @@ def _folder(output_dir, resume, overwrite:bool)->Path:
         raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
     return folder
 
-def _pick(t:_RunTrainer, resume, backup:Backup|None)->Checkpoint|None:
+def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
     "The state to go on from, in the run's own folder."
+    failed = {}
+    def unfit(c):
+        if c.path in failed: return failed[c.path]
+        with contextlib.suppress(OSError, ValueError):
+            own = read_json(c.path/'trainer_state.json')['attempt']
+            if any(a['step'] < c.step for a in attempts[own:]): return 'training went back behind it later, so it belongs to a course that was given up'
     passed_over = lambda c,why: t.say(f'{c.path.parent.name}/{c.path.name}{" of the backup" if backup and backup.path in c.path.parents else ""} is passed over: {why}')
     mirrored = backup.state_stores() if backup else []
     if resume is False: return None
     if resume in ('auto', True):
-        while (c := newest([*t.stores, *mirrored], passed_over)) and backup and backup.path in c.path.parents:
+        told = set()
+        def once(c, why):
+            if c.path in told: return
+            told.add(c.path); passed_over(c, why)
+            if backup and backup.path in c.path.parents and c.path not in failed: backup.rejected.add(c.path)
+        while (c := newest([*t.stores, *mirrored], once, unfit)) and backup and backup.path in c.path.parents:
             t.say(f'{c.path.name} comes from the backup')
             try: return replace(c, path=fetch(backup, c))
-            except (OSError, CheckpointError) as e: passed_over(c, str(e)); mirrored = [s for s in mirrored if s.folder != c.path.parent] # what this place holds cannot be read now
+            except (OSError, CheckpointError) as e: failed[c.path] = f'it could not be copied: {e}'
+        if c is None and failed: raise BackupError(f"{backup.path} has {', '.join(p.name for p in failed)}, and none could be copied here: {[*failed.values()][0]}. Make room, or mount it again, and call again; nothing is trained anew meanwhile")
         return c
     path = Path(resume)
     found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == str(resume))]
@@ -428,6 +453,7 @@ def _give_up(t:_RunTrainer, step:int):
     "What lies beyond `step` belongs to a course that is given up: it is set aside, and counts no more."
     for s in *t.stores, t.best:
         for p in s.supersede(step): t.say(f'training goes back to step {step}: {p.stem} is set aside as {p}')
+    t.say(f'going back to step {step} once: to go on after an interruption, leave resume out of the call')
     root = t.run_path
     if (root/'MANIFEST.json').exists() and read_json(root/'trainer_state.json')['global_step'] > step: set_aside(root/'MANIFEST.json', 'superseded') # the final model of that course
 
@@ -438,7 +464,7 @@ def _mirror(folder:Path, cfg:TrainConfig, resume, overwrite:bool, say)->Backup|N
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
     wait_for_others(backup, say)
     fresh = read_run_id(folder) is None
-    if fresh and overwrite and backup.path.exists(): say(f"the backup that was there is kept as {set_aside(backup.path, 'old')}")
+    if fresh and overwrite and backup.path.exists(): say(f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with this run later, leave overwrite out of the call")
     if fresh and resume is False and read_run_id(backup.path): raise FileExistsError(f"{backup.path} holds a backup of such a run, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
     restore_run(backup, say)
     return backup
@@ -450,8 +476,9 @@ def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:b
         whole = backup.finish(seconds, confirm, lambda s: bar.set_postfix_str(f"{s['doing']}; {human_time(max(0, end-time.monotonic()))} left"))
     while backup.messages: say(backup.messages.popleft())
     s = backup.status()
-    if whole: say(f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}" + (', and Google has it' if s['server_tells'] and s['confirmed'] == s['copied'] else ''))
-    elif s['waiting']: say(f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for Google's server. Keep the machine running and run this cell again, which only waits; or call google.colab.drive.flush_and_unmount()")
+    if whole and s['waiting']: say(f"copied to {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}; NOT YET UPLOADED: {', '.join(s['waiting'])}. Keep this machine running for a while")
+    elif whole: say(f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}" + (', and Google has it' if s['server_tells'] and s['confirmed'] == s['copied'] else ''))
+    elif s['waiting'] and not s['pending'] and not s['failed']: say(f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for Google's server. Keep the machine running and run this cell again, which only waits; or call google.colab.drive.flush_and_unmount()")
     else: say(f"NOT BACKED UP: {s['pending'] or 'the last save'} ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'}); the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in {backup.run_path}: run this cell again to copy it, or copy that folder yourself")
 
 def _plan(t:_RunTrainer, backup:Backup|None):
@@ -471,7 +498,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #fb59d838
+# %% ../nbs/13_train.ipynb #4d3ef107
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
@@ -514,15 +541,15 @@ def fit(
         attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
         windows = data.n_windows(cfg.max_seq_len)
         t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say)
-        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, _course(cfg, windows, done, known)[0]):
+        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
             say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done['stopped_early'] else ''))
             net.load_weights(run.model().weights())
-            if backup: _catch_up(backup, t, id, folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+            if backup: _catch_up(backup, t, id, newest(t.stores)); backup.submit(folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
             return run
-        start = _pick(t, resume, backup) if known else None
+        start = _pick(t, resume, backup, attempts) if known else None
         if start:
             state = read_checkpoint(start.path)
-            max_steps,offset = _course(cfg, windows, state.trainer, known)
+            max_steps,offset = _course(cfg, windows, state.trainer, state.arguments)
             if start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
             t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
             t.restore(state)
@@ -538,33 +565,33 @@ def fit(
         say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {choices['threads']} threads; {len(data):,} tokens; "
             f"steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         _plan(t, backup)
-        if backup: _catch_up(backup, t, id, start and start.path, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
+        if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
         began = time.perf_counter()
         with _signals(t): t.run()
         if t.stop:
             if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
-            say(message := f'stopped after step {t.step:,} and saved {t.store.folder}/checkpoint-{t.step}; the same call goes on from there')
+            say(message := f'stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there')
             raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128+t.stop)
         net.eval()
         say(f'finished {t.step:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
         if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #8944b339
-def _course(cfg:TrainConfig, windows:int, state:dict|None=None, known:dict|None=None)->tuple[int,int]:
-    "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state of the run in `known`."
-    offset = state['data_position']*known['train']['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
+# %% ../nbs/13_train.ipynb #056e77d8
+def _course(cfg:TrainConfig, windows:int, state:dict|None=None, was:dict|None=None)->tuple[int,int]:
+    "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
+    offset = state['data_position']*was['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
     return cfg.max_steps or max(1, math.ceil((cfg.epochs*windows-offset)/cfg.effective_batch)),offset
 
 def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience."
     return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < cfg.early_stopping <= state['worse']
 
-def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, newest_state:Path|None, superseded:int|None=None):
+def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, state:Checkpoint|None, superseded:int|None=None):
     "Begin to mirror, with what the backup may not have got yet."
     backup.start(run_id, superseded)
-    if newest_state: backup.submit(newest_state, {s.folder:s for s in t.stores}.get(newest_state.parent))
+    if state: backup.submit(state.path, {s.folder:s for s in t.stores}.get(state.path.parent))
     if best := [c for c in t.best.all() if not c.problem]: backup.submit(best[-1].path, t.best)
 
 def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):

@@ -70,8 +70,11 @@ def start(work, **options):
         return subprocess.Popen([sys.executable, str(Path(__file__).resolve()), str(work), json.dumps(options)], env=env, stdout=out, stderr=out)
 
 
-def losses(work):
-    "(attempt, step, kind, hex) a line; a line torn by the kill is left out"
+def losses(work): "(attempt, step, kind, hex) a loss"; return [l for l in lines(work) if l[2] != "start"]
+
+
+def lines(work):
+    "The same, and a line for each start; a line torn by the kill is left out"
     p = work/"losses.txt"
     return [(int(a), int(s), k, x) for a, s, k, x in re.findall(r"^(\d+) (\d+) (\w+) (\S+)\n", p.read_text(), re.M)] if p.exists() else []
 
@@ -143,8 +146,7 @@ def same_tensors(a, b):
 
 def compare(work, ref, same_saves=True):
     "An `Outcome`; with `same_saves`, the checkpoints that are left must have the same names"
-    rows, wanted = losses(work), {(s, k): x for _, s, k, x in losses(ref) if k != "start"}
-    last = {(s, k): x for _, s, k, x in rows if k != "start"}
+    last, wanted = ({(s, k): x for _, s, k, x in losses(w)} for w in (work, ref))
     differ = [f"{k} of step {s}: {last.get((s, k))} instead of {x}" for (s, k), x in wanted.items() if last.get((s, k)) != x]
     differ += [f"{k} of step {s} is not in the uninterrupted run" for s, k in last.keys() - wanted.keys()]
     if (work/"run/model.safetensors").read_bytes() != (ref/"run/model.safetensors").read_bytes(): differ.append("the final model.safetensors has other bytes")
@@ -157,7 +159,7 @@ def compare(work, ref, same_saves=True):
     if same_saves and names(work) != names(ref): differ.append(f"checkpoints/ has {names(work)} instead of {names(ref)}")
     repeated, resumed, killed_at = 0, False, 0
     before = 0
-    for n, (_, s, k, _) in enumerate(rows):
+    for n, (_, s, k, _) in enumerate(lines(work)):
         if k == "start" and n: repeated, resumed, killed_at = max(repeated, before-s), resumed or s > 0, before
         if k == "loss": before = max(before, s)
     leftovers = [str(p.relative_to(work)) for p in sorted((work/"run").rglob(".*")) if p.name not in OWN]

@@ -408,6 +408,102 @@ def test_going_back_gives_up_the_later_course_in_the_backup_too(work, whole, tmp
     assert not problem(there/"checkpoint-10") and not problem(there/"checkpoint-10.superseded-1")
 
 
+def light(parts, saves, step):
+    "A snapshot of the weights alone"
+    s = state(parts, step); s.optimizer = s.rng = None
+    return CheckpointStore(saves/"snapshots", name="snapshot", kind="light").save(s)
+
+
+def test_light_snapshots_do_not_displace_states(parts, saves, tmp_path):
+    "Training cannot go on from them, so they are counted, and kept, apart"
+    (tmp_path/"disk").mkdir(); b = Backup(tmp_path/"disk", saves, keep=2); b.run_id = ID
+    b.submit(saves/"checkpoints"/"checkpoint-100"); b.submit(light(parts, saves, 110)); b.step()
+    for n in range(120, 160, 10): b.submit(light(parts, saves, n)); b.step()
+    assert b.done() and newest(b.state_stores()).step == 100 and b.status()["copied"]["step"] == 100
+    assert [(c.step, c.kind) for c in b.copies()] == [(100, "step"), (140, "light"), (150, "light")]
+    shutil.rmtree(saves/"snapshots")
+
+
+def test_a_backup_whose_run_json_has_not_arrived(work, whole, tmp_path):
+    "It is not taken for nobody's: nothing is trained anew into it"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    with pytest.raises(PowerCut): go(work, Wait(), At(12, power_cut), **backup)
+    shutil.rmtree(work/"run"); there = tmp_path/"disk"/"run"
+    for damage in (lambda f: f.write_bytes(b""), os.remove):
+        whole_one = (there/"run.json").read_bytes(); damage(there/"run.json")
+        with pytest.raises(BackupError, match="run.json has not arrived: wait"): go(work, **backup)
+        (there/"run.json").write_bytes(whole_one)
+    assert [p.name for p in (there/"checkpoints").iterdir()] and go(work, **backup)[0].finished and weights(work) == weights(whole[0])
+
+
+def test_a_checkpoint_is_not_deleted_while_it_is_copied(parts, tmp_path, monkeypatch):
+    "Though newer saves wait already"
+    (tmp_path/"disk").mkdir(); run = tmp_path/"run"; run.mkdir(); write_json(run/"run.json", dict(id=ID))
+    store = CheckpointStore(run/"checkpoints", keep=1); first = store.save(state(parts, 1))
+    b = Backup(tmp_path/"disk", run); b.run_id = ID; b.submit(first, store)
+    real = backup_module.copy_checkpoint
+    def slow(source, target):
+        if source == first:
+            for n in (2, 3, 4): b.submit(store.save(state(parts, n)), store)
+        return real(source, target)
+    monkeypatch.setattr(backup_module, "copy_checkpoint", slow)
+    b.step()
+    assert not b.failed and not problem(b.path/"checkpoints"/"checkpoint-1")
+    repeat(b); store.prune()
+    assert [c.step for c in store.all()] == [4] and b.status()["copied"]["step"] == 4
+
+
+def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
+    "The one before it is taken; where none can be, nothing is trained anew"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    with pytest.raises(PowerCut): go(work, Wait(), At(17, power_cut), **backup)
+    shutil.rmtree(work/"run"); real = backup_module.copy_checkpoint
+    def broken(source, target):
+        if source.name in names: raise OSError(errno.EIO, "Input/output error")
+        return real(source, target)
+    monkeypatch.setattr("minigpt.backup.copy_checkpoint", broken)
+    names = {"checkpoint-5", "checkpoint-10", "checkpoint-15"}
+    with pytest.raises(BackupError, match="none could be copied here: .*nothing is trained anew"): go(work, **backup)
+    names = {"checkpoint-15"}
+    run, losses = go(work, **backup)
+    assert run.facts["attempts"][-1]["step"] == 10 and weights(work) == weights(whole[0])
+
+
+def test_a_course_that_was_given_up_is_not_restored(work, tmp_path):
+    "Though the backup was not there when training went back, and still has it"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    go(work, **backup); (tmp_path/"disk").rename(tmp_path/"away")
+    with pytest.raises(PowerCut): go(work, At(12, power_cut), resume="checkpoint-10", max_steps=30)
+    (tmp_path/"away").rename(tmp_path/"disk")
+    run, _ = go(work, max_steps=30, **backup)
+    assert [a["step"] for a in run.facts["attempts"]] == [0, 10, 10] and "belongs to a course that was given up" in log(work)
+
+
+def test_stopped_where_a_light_snapshot_fell(work, whole):
+    "A stop saves what training can go on from"
+    class Stop(Callback):
+        def on_step(self, t):
+            if t.step == 7: t.stop = 15
+    with pytest.raises(SystemExit): go(work, Clock(), Stop(), time_save_interval_seconds=120, snapshot_kind="light", evaluation_strategy="no")
+    assert [c.step for c in open_run(work/"run").snapshots][-1] == 7 and [c.step for c in open_run(work/"run").checkpoints] == [5, 7]
+    go(work)
+    assert json.loads((work/"run"/"run.json").read_text())["attempts"][-1]["step"] == 7
+
+
+def test_done_only_when_the_server_was_asked(saves, google, tmp_path):
+    b = Backup(tmp_path/"drive", saves); b.run_id = ID
+    assert not b.done(), "nothing is known before the first round"
+    with google.at_work():
+        b.submit(saves/"checkpoints"/"checkpoint-100"); b.step(); google.server.deliver(999); b.step()
+        assert b.done()
+        b.submit(saves/"checkpoints"/"checkpoint-200")
+        ask, b._ask = b._ask, lambda: None
+        b.step()
+        assert not b.pending and not b.done(), "copied, and nobody has asked"
+        ask()
+    assert not b.done() and b.done(confirm=False)
+
+
 # --- the writer -----------------------------------------------------------------------------------------------------------------
 def test_no_memory_for_a_copy(work, whole, monkeypatch):
     "Then training waits while a checkpoint is written; said once"
@@ -471,6 +567,9 @@ def test_early_stopping_and_going_on(work, whole):
     assert run.finished and run.step == 20 and run.best.step == 10 and "stopped early at step 20" in log(work)
     again, more = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=2)
     assert not more and again.finished
+    (work/"run"/"MANIFEST.json").unlink()                     # as if it had been killed before the final model was written
+    again, more = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=2)
+    assert again.finished and again.step == 20 and not [k for k in more if k[1] == "loss"]
     again, more = go(work, Worse(), max_steps=60, eval_steps=5, early_stopping=4)
     assert min(k[0] for k in more if k[1] == "loss") == 21 and again.step == 30
 

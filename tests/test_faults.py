@@ -332,6 +332,21 @@ def test_full_disk_from_the_beginning(disk, whole):
     same_as(whole, work, losses)
 
 
+def test_several_files(work):
+    "A list of texts, and a run that refuses a wrong one even where its tokens must be built again"
+    child.write_text(work/"more.jsonl", seed=1)
+    from minigpt.train import ResumeError
+    files = [work/"text.jsonl", work/"more.jsonl"]
+    options = {**SHORT, "max_steps": 6}
+    run = fit(child.shape(), files, output_dir=work/"run", **options)
+    assert run.finished
+    shutil.rmtree(work/"run"/"data")
+    with pytest.raises(ResumeError, match="data ="): fit(child.shape(), files[:1], output_dir=work/"run", **{**options, "max_steps": 8})
+    assert fit(child.shape(), files, output_dir=work/"run", **{**options, "max_steps": 8}).step == 8
+    shutil.rmtree(work/"run"/"data"); (work/"more.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match="bring the text that it was trained on"): fit(child.shape(), files, output_dir=work/"run", **{**options, "max_steps": 9})
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------------------
 def flip(at):
     def damage(f):
