@@ -6,8 +6,8 @@
 __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TEMPLATE', 'chat_messages', 'Tokenizer',
            'train_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/01_tokenizer.ipynb #37e89dd4
-import json, os
+# %% ../nbs/01_tokenizer.ipynb #83355a70
+import json, os, re
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -105,7 +105,9 @@ def _tiktoken(
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
     return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
 
-# %% ../nbs/01_tokenizer.ipynb #c59e3685
+# %% ../nbs/01_tokenizer.ipynb #5edec95c
+_ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
+
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
     def __init__(self,
@@ -173,6 +175,33 @@ class Tokenizer:
         messages,own = chat_messages(messages)
         return _compiled(template).render(messages=messages, tools=tools or own, add_generation_prompt=add_generation_prompt,
             **{k:self.config.get(k) or '' for k in ('eos_token','bos_token')})
+
+    @cached_property
+    def _lengths(self)->np.ndarray|None: # (vocab_size,) bytes of each token, where tiktoken knows them
+        if not self.fast: return None
+        size = np.zeros(self.vocab_size, np.int64)
+        for i in range(self.fast.n_vocab):
+            try: size[i] = len(self.fast.decode_single_token_bytes(i))
+            except KeyError: pass
+        return size
+
+    def encode_chat(self,
+        messages:list[dict], # A conversation without control tokens in its texts
+        tools:list[dict]|None=None, # As for `render`
+    )->tuple[np.ndarray,np.ndarray]: # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
+        "A conversation as token ids. What an assistant says is learned, through the end of its turn; nothing else is."
+        text = self.render(messages, tools)
+        spans = [(m.start(1), m.end(1)) for m in _ANSWER.finditer(text)]
+        if not spans: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {text[:80]!r}")
+        if self.fast:
+            ids = self.encode_array(text, special=True)
+            start = np.cumsum(self._lengths[ids]) - self._lengths[ids]
+            if not text.isascii(): spans = [(len(text[:a].encode('utf-8', 'replace')), len(text[:b].encode('utf-8', 'replace'))) for a,b in spans]
+        else:
+            made = self.hf.encode(text, add_special_tokens=False)
+            ids,start = np.array(made.ids, self.dtype),np.array([o[0] for o in made.offsets], np.int64)
+        edges = np.array(spans).reshape(-1) # a token is learned if it begins inside a span: behind an odd number of edges
+        return ids,np.searchsorted(edges, start, 'right') % 2 == 1
 
     def save(self, folder:str|Path)->Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, for us and for `transformers`."

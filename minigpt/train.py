@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #c3af3dc1
+# %% ../nbs/13_train.ipynb #39c27972
 import contextlib, logging, math, os, platform, random, shutil, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,7 +18,7 @@ from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_r
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .corpus import stdlib_text, write_corpus
-from .data import TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_tokenset, sample_texts, source_facts
+from .data import ChatSet, TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_set, open_tokenset, sample_texts, source_facts
 from .formats import parse_block, read_blocks
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
 from .model import GPT, GPTConfig
@@ -45,7 +45,7 @@ def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
 
-# %% ../nbs/13_train.ipynb #d97bef34
+# %% ../nbs/13_train.ipynb #08546f59
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -83,13 +83,14 @@ class Trainer:
         self.call('on_end')
 
     def train_step(self, batch:dict[str,Tensor]):
-        "One optimizer step on an effective batch: ids and labels, (B, T) int64."
+        "One optimizer step on an effective batch: ids, labels and, where rows are packed, `rows`, (B, T) int64 each."
         cfg = self.config
         for group in self.optimizer.param_groups: group['lr'] = lr_at(self.step, cfg, self.max_steps)
-        n_targets = int((batch['labels'] != -100).sum())
+        n_targets = max(1, int((batch['labels'] != -100).sum()))
         total = 0.
-        for ids,labels in zip(batch['ids'].split(cfg.batch_size), batch['labels'].split(cfg.batch_size)):
-            with self.autocast(): loss = self.model.loss(ids.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True), n_targets)
+        for parts in zip(*(t.split(cfg.batch_size) for t in batch.values())):
+            micro = {k:t.to(self.device, non_blocking=True) for k,t in zip(batch, parts)}
+            with self.autocast(): loss = self.model.loss(**micro, n_targets=n_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -239,7 +240,7 @@ class _Progress(Callback):
         self.bar.set_postfix(self.shown, refresh=False)
     def on_end(self, t): self.bar.close()
 
-# %% ../nbs/13_train.ipynb #cbc3e264
+# %% ../nbs/13_train.ipynb #cd11b775
 @torch.inference_mode()
 def evaluate(
     model:GPT, # On its device; its mode is put back afterwards
@@ -249,17 +250,17 @@ def evaluate(
     max_sequences:int=0, # Spread evenly over the set; 0: all
 )->float: # Nats a token
     "Mean cross-entropy over the set, without dropout, in the order of the text."
-    n = data.n_windows(seq_len := min(seq_len, len(data)-1))
+    if not isinstance(data, ChatSet): seq_len = min(seq_len, len(data)-1)
+    n = data.n_windows(seq_len)
     index = np.arange(n) if not max_sequences or n <= max_sequences else np.arange(max_sequences)*n//max_sequences
     device,mode = next(model.parameters()).device,model.training
     model.eval()
     total,count = 0.,0
     for i in range(0, len(index), batch_size):
         batch = data.windows(index[i:i+batch_size], seq_len)
-        ids,labels = (torch.from_numpy(batch[k]).to(device) for k in ('ids','labels'))
-        total += model.loss(ids, labels, 1).item(); count += int((batch['labels'] != -100).sum())
+        total += model.loss(**{k:torch.from_numpy(v).to(device) for k,v in batch.items()}, n_targets=1).item(); count += int((batch['labels'] != -100).sum())
     model.train(mode)
-    return total/count
+    return total/max(1, count)
 
 # %% ../nbs/13_train.ipynb #723c087e
 @contextlib.contextmanager
@@ -498,10 +499,10 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #4d3ef107
+# %% ../nbs/13_train.ipynb #d6f5d1df
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
-    train, # Path(s) to .txt or .jsonl, a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
+    train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
     valid=None, # Likewise; default: a share of `train` is held out
     *,
     tokenizer:Tokenizer|str|Path|None=None, # Default: the run's own, or one trained on `train`
@@ -564,6 +565,7 @@ def fit(
             *([_Evaluate(valid)] if valid is not None else [])]
         say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {choices['threads']} threads; {len(data):,} tokens; "
             f"steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
+        if isinstance(data, ChatSet): say(f"{len(data.starts)-1:,} conversations share {windows:,} sequences, {data.padding(cfg.max_seq_len):.1%} padding" + (f'; {n:,} are longer than max_seq_len and are cut behind an answer' if (n := data.too_long(cfg.max_seq_len)) else ''))
         _plan(t, backup)
         if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
@@ -603,7 +605,7 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
 
-# %% ../nbs/13_train.ipynb #dc9db23a
+# %% ../nbs/13_train.ipynb #ff092b81
 def resume(
     run:str|Path, # A run's folder
     checkpoint:str|Path='auto', # The newest whole one, or the name of one
@@ -615,5 +617,5 @@ def resume(
         with only_one(run): restore_run(Backup(folder, run))
     facts = open_run(run).facts
     source = facts['data']['source']
-    return fit(GPTConfig.from_dict(facts['model']), TokenSet(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source, facts['data']['valid'],
+    return fit(GPTConfig.from_dict(facts['model']), open_set(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source, facts['data']['valid'],
         output_dir=run, resume=checkpoint, config=facts['train'], **options)
