@@ -6,7 +6,7 @@ Each trial trains in a process of its own, kills it with SIGKILL at a moment dra
 starts the same call again until it is finished, and compares every loss as `float.hex`, the final weights, the optimizer and the random generators.
 In half of the trials the run makes snapshots all the time and is mirrored to a backup. In a fifth, the machine is lost with the kill: only the backup is left,
 and a second kill comes while it is being restored. "repeated" is how many steps were trained twice; it is one save interval at most, and where the kill came
-inside a save, the steps of that moment as well; where the machine was lost, the copy may be a save behind, twice."""
+inside a save, what was trained while that was written as well; where the machine was lost, the copy may be a save behind, twice."""
 import argparse
 import os
 import random
@@ -48,7 +48,7 @@ def main():
         child.trial(work, 0 if early else 1, delay, kills=2 if lost else a.kills, dataloader_workers=n % 3 % 2, backup=n % 2 == 1, lost=lost, look=look, pause=PAUSE)
         o = child.compare(work, ref, same_saves=not (lost or n % 2))
         o.lost, o.inside = lost, "+".join(sorted(moments))
-        o.limit = interval*(1+2*lost) + 3*("save" in o.inside)     # a save that is being written does not count yet, and training goes on meanwhile
+        o.limit = interval*(1+("save" in o.inside)+3*lost)     # a save that is being written does not count yet; the next one waits for it
         if o.identical or not a.keep: child.clear(work)
         return n, delay, o
     drawn = []

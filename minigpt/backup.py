@@ -126,12 +126,10 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #87a4f0d7
+# %% ../nbs/10_backup.ipynb #04625565
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
-
-def _facts(c:Checkpoint, **more)->dict: return dict(name=c.path.name, step=c.step, **more)
 
 class Backup:
     "Mirrors a run; `submit` saves to it, `finish` waits for it, `status` tells the truth about it."
@@ -170,6 +168,7 @@ class Backup:
         store:CheckpointStore|None=None, # Whose it is; does not delete it meanwhile
     ):
         "Mirror this, unless something newer comes first."
+        if self.lost: return
         light = source.parent.name == 'snapshots' and (_json_or(source/'MANIFEST.json', None) or {}).get('kind') == 'light'
         group = 'final' if source == self.run_path else 'best' if source.parent.name == 'best' else 'light' if light else 'state'
         target = self.path/('final' if group == 'final' else f'{source.parent.name}/{source.name}')
@@ -243,6 +242,7 @@ class Backup:
         except _Stop: return
         except Taken as e:
             self.lost = str(e); self.messages.append(f'NO BACKUP any more: {e}')
+            with self.wake: self.pending,self.copying = {},None; self._pin()
         except Exception as e: # an error of a folder, whatever it is, is a status
             self.failures += 1; self.doing = 'failing'
             if not self.failed: self.messages.append(f'NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again and again; this is said once. ' + (f"The backup has {has['name']}" if (has := self.status()['copied']) else 'Nothing has been backed up yet'))

@@ -30,11 +30,11 @@ def with_training_options(
     called.__annotations__ = {p.name:p.annotation for p in given+options}
     return called
 
-# %% ../nbs/18_cli.ipynb #fe7718c1
+# %% ../nbs/18_cli.ipynb #61aa45f1
 @app.command()
 @with_training_options
 def train(
-    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, or a built-in corpus: stories, stdlib")]=None,
+    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, or a built-in corpus: stories, talks, stdlib")]=None,
     valid:Annotated[Optional[str], typer.Option(help="file to validate on; default: a share of the data")]=None,
     config:Annotated[Optional[str], typer.Option(help="model preset: tiny, small, medium, large [tiny]", show_default=False)]=None,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
@@ -51,7 +51,7 @@ def train(
         found = [file.pop(n) for n in names if n in file]
         return given if given not in (None, []) else found[0] if found else default
     data = get(data, 'data_files', 'data', 'dataset', 'train')
-    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a built-in corpus (stories, stdlib), or data_files in the configuration file")
+    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a built-in corpus (stories, talks, stdlib), or data_files in the configuration file")
     data = [data] if isinstance(data, str) else data
     model = get(config, 'config', 'model', default='tiny')
     if isinstance(model, dict):

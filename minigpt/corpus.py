@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['EN', 'ENGLISH', 'ZH', 'CHINESE', 'pick', 'take', 'between', 'read_grammar', 'tell', 'tidy', 'table', 'article',
-           'facts_en', 'numbers', 'asked', 'number_zh', 'facts_zh', 'story', 'stories', 'write_corpus', 'stdlib_text',
-           'kn_probs', 'discounted', 'trigram_loss']
+           'facts_en', 'numbers', 'asked', 'number_zh', 'facts_zh', 'story', 'stories', 'write_corpus', 'exchange',
+           'talk', 'write_talks', 'stdlib_text', 'kn_probs', 'discounted', 'trigram_loss']
 
-# %% ../nbs/04_corpus.ipynb #73fa7c90
+# %% ../nbs/04_corpus.ipynb #eb8ab474
 import json, os, re, sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 import numpy as np
+from .files import write_file
 
 # %% ../nbs/04_corpus.ipynb #84690096
 def pick(r:Random, pool:list):
@@ -572,6 +573,50 @@ def write_corpus(
         os.fsync(f.fileno())
     os.replace(tmp, path)
     return path
+
+# %% ../nbs/04_corpus.ipynb #3937247e
+_OPPOSITES = table('big|small;hot|cold;open|closed;early|late;full|empty;light|dark;old|new;wet|dry')
+_OPPOSITES_ZH = table('大|小;热|冷;开|关;早|晚;满|空;亮|暗;旧|新;湿|干')
+_COLOURS = table('snow|white;grass|green;the sea|blue;coal|black;a lemon|yellow;a tomato|red')
+_COLOURS_ZH = table('雪|白色;草|绿色;大海|蓝色;煤|黑色;柠檬|黄色;番茄|红色')
+_NAMES,_THINGS = 'Ann Ben Cleo Dan Eva Finn Mia Tom'.split(),'a kite;a lamp;a drum;a map;a cup;a boat'.split(';')
+_NAMES_ZH,_THINGS_ZH = '小明 小红 小华 小丽 小军 小芳'.split(),'风筝 台灯 小鼓 地图 杯子 小船'.split()
+
+def exchange(r:Random, zh:bool)->tuple[str,str]:
+    "A question and its answer."
+    kind,a,b = between(r, 0, 5),between(r, 1, 20),between(r, 1, 20)
+    if kind == 0: return (f'{a}加{b}等于几？', f'{a}加{b}等于{a+b}。') if zh else (f'What is {a} plus {b}?', f'{a} plus {b} is {a+b}.')
+    if kind == 1:
+        a,b = between(r, 1, 20)*2,between(r, 1, 20)*2-1
+        return (f'{a}和{b}，哪个大？', f'{max(a, b)}更大。') if zh else (f'Which is more, {a} or {b}?', f'{max(a, b)} is more.')
+    if kind == 2:
+        x,y = pick(r, _OPPOSITES_ZH if zh else _OPPOSITES)
+        return (f'“{x}”的反义词是什么？', f'“{x}”的反义词是“{y}”。') if zh else (f'What is the opposite of {x}?', f'The opposite of {x} is {y}.')
+    if kind == 3:
+        x,y = pick(r, _COLOURS_ZH if zh else _COLOURS)
+        return (f'{x}是什么颜色的？', f'{x}是{y}的。') if zh else (f'What colour is {x}?', f'{x[0].upper()}{x[1:]} is {y}.')
+    who,what = take(r, _NAMES_ZH if zh else _NAMES, 2),take(r, _THINGS_ZH if zh else _THINGS, 2)
+    i = between(r, 0, 1)
+    if kind == 4: return (f'{who[0]}有{what[0]}，{who[1]}有{what[1]}。谁有{what[i]}？', f'{who[i]}有{what[i]}。') if zh else (f'{who[0]} has {what[0]}. {who[1]} has {what[1]}. Who has {what[i]}?', f'{who[i]} has {what[i]}.')
+    return (f'{who[0]}有{what[0]}，{who[1]}有{what[1]}。{who[i]}有什么？', f'{who[i]}有{what[i]}。') if zh else (f'{who[0]} has {what[0]}. {who[1]} has {what[1]}. What does {who[i]} have?', f'{who[i]} has {what[i]}.')
+
+def talk(
+    i:int, # Which one; each is made on its own
+    seed:int=0, # Another seed is another corpus
+)->list[dict]: # Messages: one to three questions of a user, each with the assistant's answer
+    "Conversation `i` of a corpus that has no end, in English or Chinese."
+    r = Random(f'talk {seed}:{i}')
+    zh = r.random() < .5
+    turns = [exchange(r, zh) for _ in range(between(r, 1, 3))]
+    return [dict(role=role, content=text) for turn in turns for role,text in zip(('user','assistant'), turn)]
+
+def write_talks(
+    path:str|Path, # JSONL file to write, one {"conversations": [...]} a line
+    n:int=12_000, # Conversations
+    seed:int=0,
+)->Path: # `path`
+    "Write conversations. Same arguments, same bytes; the file appears when it is whole."
+    return write_file(path, ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n' for i in range(n)))
 
 # %% ../nbs/04_corpus.ipynb #6dd32b29
 def stdlib_text(

@@ -67,7 +67,7 @@ def read_blocks(
             yield Block(path, first, lines, not following)
             first,lines = first+len(lines),following
 
-# %% ../nbs/02_formats.ipynb #8400a8b6
+# %% ../nbs/02_formats.ipynb #ebe1c44e
 @dataclass(frozen=True)
 class Row:
     "One text of a data file, or the reason why there is none."
@@ -80,7 +80,7 @@ class Row:
 
 def _object(line:bytes|dict, number:int)->dict|Row:
     if isinstance(line, dict): return line
-    try: row = orjson.loads(line)
+    try: row = orjson.loads(line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line) # a byte order mark, as Windows writes it
     except orjson.JSONDecodeError as e: return Row(number, reason='broken JSON', detail=str(e))
     return row if isinstance(row, dict) else Row(number, reason='not an object', detail=f'a row is {{"text": …}}; this is a {type(row).__name__}')
 

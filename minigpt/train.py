@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #39c27972
+# %% ../nbs/13_train.ipynb #3be1f6b0
 import contextlib, logging, math, os, platform, random, shutil, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,7 +17,7 @@ import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_run_id, restore_run, wait_for_others
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
-from .corpus import stdlib_text, write_corpus
+from .corpus import stdlib_text, write_corpus, write_talks
 from .data import ChatSet, TokenSet, build_tokenset, check_size, count_refused, data_files, loader, no_text, open_set, open_tokenset, sample_texts, source_facts
 from .formats import parse_block, read_blocks
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
@@ -337,9 +337,10 @@ class _RunTrainer(Trainer):
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #58987496
+# %% ../nbs/13_train.ipynb #7ae2a073
 _BUILT_IN = dict(
     stories=lambda path: write_corpus(path),
+    talks=lambda path: write_talks(path),
     stdlib=lambda path: write_file(path, b''.join(_json_line(t) for t in stdlib_text())))
 
 def _json_line(text:str)->bytes:
@@ -499,10 +500,10 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #d6f5d1df
+# %% ../nbs/13_train.ipynb #5b79fe3a
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
-    train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a `TokenSet`, or a built-in corpus: 'stories' (English and Chinese) or 'stdlib' (Python's own source)
+    train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a `TokenSet`, or a built-in corpus: 'stories' and 'talks' (English and Chinese; talks are conversations) or 'stdlib' (Python's own source)
     valid=None, # Likewise; default: a share of `train` is held out
     *,
     tokenizer:Tokenizer|str|Path|None=None, # Default: the run's own, or one trained on `train`

@@ -44,8 +44,8 @@ def test_killed_and_resumed(works, name):
     got = child.compare(work, reference, same_saves=not other_saves)
     assert got.identical, got.differ
     assert got.killed_at > 0 and (got.resumed or got.killed_at <= interval)
-    limit = 3*interval if "lost" in options else interval      # the copy may be a save behind, at each of two kills
-    assert got.repeated <= limit + 4*in_save, "more was lost than a save interval, and what was trained while a save was being written"
+    # a save that is being written does not count yet (the next one waits for it); where the machine is lost, the copy may be a save behind, at each of two kills
+    assert got.repeated <= interval*(1 + in_save + 3*("lost" in options)), "more was lost than a save interval"
     assert not got.leftovers
 
 
