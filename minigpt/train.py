@@ -45,7 +45,7 @@ def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
 
-# %% ../nbs/13_train.ipynb #08546f59
+# %% ../nbs/13_train.ipynb #5ea09125
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -66,7 +66,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; the signal that asks for an end
-        self.grad_norm = 0.
+        self.grad_norm = 0. # of the last step, before clipping
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, as tensors on the device; target tokens so far
 
@@ -500,7 +500,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #5b79fe3a
+# %% ../nbs/13_train.ipynb #3127b1ca
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a `TokenSet`, or a built-in corpus: 'stories' and 'talks' (English and Chinese; talks are conversations) or 'stdlib' (Python's own source)
@@ -544,7 +544,7 @@ def fit(
         windows = data.n_windows(cfg.max_seq_len)
         t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say)
         if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
-            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done['stopped_early'] else ''))
+            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done.get('stopped_early') else ''))
             net.load_weights(run.model().weights())
             if backup: _catch_up(backup, t, id, newest(t.stores)); backup.submit(folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
             return run
@@ -555,6 +555,7 @@ def fit(
             if start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
             t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
             t.restore(state)
+            del state # as large as the training itself
         if start and resume not in ('auto', True): _give_up(t, start.step)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
