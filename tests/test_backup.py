@@ -198,6 +198,16 @@ def test_copied_is_not_confirmed(saves, google, tmp_path):
     assert b.status()["confirmed"]["step"] == 300 and [c.step for c in b.copies()] == [300]
 
 
+def test_a_newer_copy_that_is_still_arriving_is_kept(saves, google, tmp_path):
+    "Only what is older than the newest that has arrived may go"
+    b = Backup(tmp_path/"drive", saves, keep=1)
+    with google.at_work():
+        drive(b, saves)
+        google.server.waiting = {p for p in google.server.waiting if "checkpoint-100" in str(p)}
+        google.server.deliver(999); b.step()
+    assert b.status()["confirmed"]["step"] == 100 and [c.step for c in b.copies()] == [100, 200, 300] and not b.done()
+
+
 def test_the_server_has_something_else(saves, google, tmp_path):
     b = Backup(tmp_path/"drive", saves)
     with google.at_work():
