@@ -7,14 +7,14 @@ __all__ = ['BEAT', 'RETRY', 'POLL', 'DATA_LIMIT', 'BackupError', 'Taken', 'drive
            'read_heartbeat', 'listed', 'copy_file', 'copy_checkpoint', 'arrived', 'discard', 'Backup',
            'wait_for_others', 'restore_run', 'fetch']
 
-# %% ../nbs/10_backup.ipynb #5c491113
+# %% ../nbs/10_backup.ipynb #66f95fed
 import errno, hashlib, os, shutil, sys, threading, time, uuid
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem
-from .files import Pace, fsync, hash_file, human_size, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
+from .files import Pace, fsync, hash_file, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
@@ -398,7 +398,7 @@ class Backup:
         try: write_json(self.run_path/'backup.json', self.status())
         except OSError: pass # the local disk is full: the next one will do
 
-# %% ../nbs/10_backup.ipynb #c15a9998
+# %% ../nbs/10_backup.ipynb #725c2c84
 def wait_for_others(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -425,11 +425,14 @@ def restore_run(
 )->bool: # Was there anything to restore?
     "Bring a run's own files from its backup into an empty folder, `run.json` last."
     there,here = backup.path,backup.run_path
-    id = read_run_id(there)
-    if not (_json_or(there/'run.json', None) or {}).get('id') and (id or backup.copies()): raise BackupError(f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it, or pass overwrite=True, which moves that folder aside")
-    if id is None: return False
-    if (mine := read_run_id(here)) is not None:
-        if mine != id: raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
+    id,mine = read_run_id(there),read_run_id(here)
+    if mine is None and not (_json_or(there/'run.json', None) or {}).get('id'):
+        if not backup.copies(): # a process that was killed before it had copied anything: nothing is lost, and its signs must not stand for another run
+            for name in ('heartbeat.json','mirror.json'): (there/name).unlink(missing_ok=True)
+            return False
+        raise BackupError(f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it, or pass overwrite=True, which moves that folder aside")
+    if mine is not None:
+        if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
         return False
     say(f'restoring {here.name} from {backup.folder}')
     here.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,8 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #079350b3
-import os, random, time
+# %% ../nbs/07_checkpoint.ipynb #cc6a3b90
+import random, time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'ResumeError', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #3be1f6b0
-import contextlib, logging, math, os, platform, random, shutil, signal, threading, time, uuid
+# %% ../nbs/13_train.ipynb #24992346
+import contextlib, logging, math, os, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -129,7 +129,7 @@ def _check_losses(t:Trainer)->list[float]:
             + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #95783310
+# %% ../nbs/13_train.ipynb #37c68da0
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -162,8 +162,8 @@ class _Save(Callback):
         for s in t.writer.results():
             if s.error: self.trouble(t, s)
             else:
-                if self.failed: t.say(f'saved again: {s.path.name}')
-                self.failed = None
+                if self.failed and (self.failed.store is t.best) == (s.store is t.best): # a best model, being small, may fit where a state does not
+                    t.say(f'saved again: {s.path.name}'); self.failed = None
                 if s.store in t.stores: t.last_saved = s.path
                 if s.store is t.store: self.compare(t, s)
                 t.call('on_save', s.path)
@@ -408,7 +408,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #2f8520a1
+# %% ../nbs/13_train.ipynb #6d7b602c
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -437,7 +437,7 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
         def once(c, why):
             if c.path in told: return
             told.add(c.path); passed_over(c, why)
-            if backup and backup.path in c.path.parents and c.path not in failed: backup.rejected.add(c.path)
+            if backup and backup.path in c.path.parents and c.path not in failed and not why.startswith('it cannot be read'): backup.rejected.add(c.path) # what cannot be read now may be whole all the same
         while (c := newest([*t.stores, *mirrored], once, unfit)) and backup and backup.path in c.path.parents:
             t.say(f'{c.path.name} comes from the backup')
             try: return replace(c, path=fetch(backup, c))

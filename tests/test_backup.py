@@ -24,7 +24,7 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.run import open_run
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import Callback
-from test_faults import At, go, log, power_cut, PowerCut, weights
+from test_faults import At, go, log, power_cut, PowerCut, weights, whole, work  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
 
 ERRORS = {"EIO": errno.EIO, "ENOTCONN": errno.ENOTCONN, "ENOSPC": errno.ENOSPC, "EDQUOT": errno.EDQUOT}
 ID = "a"*32
@@ -245,17 +245,6 @@ def quick(monkeypatch):
     for k, v in dict(BEAT=.2, RETRY=.02, POLL=.02).items(): monkeypatch.setattr(backup_module, k, v)
 
 
-@pytest.fixture
-def work(tmp_path): return child.new_work(tmp_path/"work")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "The undisturbed run without a backup: folder and losses"
-    work = child.new_work(tmp_path_factory.mktemp("whole")/"work")
-    return work, go(work)[1]
-
-
 class Wait(Callback):
     "After each save, until the backup has done what it can"
     def on_step(self, t):
@@ -444,6 +433,31 @@ def test_a_backup_whose_run_json_has_not_arrived(work, whole, tmp_path):
         with pytest.raises(BackupError, match="run.json has not arrived: wait"): go(work, **backup)
         (there/"run.json").write_bytes(whole_one)
     assert [p.name for p in (there/"checkpoints").iterdir()] and go(work, **backup)[0].finished and weights(work) == weights(whole[0])
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_killed_before_anything_was_copied(lost, work, whole, tmp_path):
+    "There is a sign of life in the backup, and no run.json: the same call goes on, or begins again where the machine is lost too"
+    there = tmp_path/"disk"/"run"
+    with pytest.raises(PowerCut): go(work, At(7, power_cut))
+    there.mkdir(parents=True)
+    (there/"heartbeat.json").write_text(json.dumps(dict(run_id=json.loads((work/"run"/"run.json").read_text())["id"], session="x", beat=1, time=time.time(), seconds=.1)))
+    if lost: shutil.rmtree(work/"run")
+    run, _ = go(work, gdrive_backup_dir=str(tmp_path/"disk"))
+    assert [a["step"] for a in run.facts["attempts"]] == ([0] if lost else [0, 5]) and weights(work) == weights(whole[0])
+    assert state_of(work)["copied"]["step"] == 20 and not problem(there/"final")
+
+
+def test_a_best_model_that_fits_where_a_state_does_not(work, whole, monkeypatch):
+    "The trouble is said once, and not taken back because of it"
+    real = CheckpointStore.save
+    def save(self, s):
+        if self.kind == "step" and s.trainer["global_step"] in (5, 10): raise CheckpointError("no room")
+        return real(self, s)
+    monkeypatch.setattr(CheckpointStore, "save", save)
+    run, losses = go(work)
+    same(work, losses, whole)
+    assert log(work).count("NOT SAVED") == 1 and [l[24:] for l in log(work).splitlines() if "saved again" in l] == ["saved again: checkpoint-15"] and run.best
 
 
 def test_a_checkpoint_is_not_deleted_while_it_is_copied(parts, tmp_path, monkeypatch):

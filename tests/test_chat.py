@@ -40,7 +40,7 @@ def write(path, n=200, seed=0):
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows(name, tok):
     "At least 99.5% are accepted; the ids are those of the rendered text; what is learned is what assistants say"
-    if not (f := SHARED/f"{name}.jsonl").exists(): pytest.skip("the real rows are not here")
+    if not (f := SHARED/f"{name}.jsonl").exists(): pytest.skip(f"this test is for real rows, whose licences keep them out of the repository; put {name}.jsonl into ../shared/data to run it")
     rows = [r for b in read_blocks(f) for r in parse_block(b)]
     bad = [r for r in rows if r.reason]
     assert len(bad) <= .005*len(rows), bad[:3]

@@ -169,7 +169,7 @@ def test_asks_for_what_it_needs():
 SHARED = sorted((ROOT.parent/"shared"/"data").glob("pretrain_*.jsonl"))
 
 
-@pytest.mark.skipif(not SHARED, reason="../shared/data with its pretrain_*.jsonl is not here")
+@pytest.mark.skipif(not SHARED, reason="this test is for real texts, which are too large and too variously licensed for the repository; put pretrain_*.jsonl into ../shared/data to run it")
 @pytest.mark.parametrize("file", SHARED, ids=lambda p: p.stem)
 def test_real_rows(file):
     tok = real(file)
