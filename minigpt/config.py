@@ -17,7 +17,7 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #278467eb
+# %% ../nbs/12_config.ipynb #3adb9659
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -50,6 +50,12 @@ class TrainConfig:
     early_stopping:int = _option(0, "evaluations without a better validation loss after which training ends; 0: never")
     logging_steps:int = _option(10, "steps between lines in metrics.jsonl")
     validation_split:float = _option(.05, "share of the texts held out, where fit builds the token set")
+    data_subset:float = _option(1., "share of the rows that is used")
+    max_data_size:int = _option(0, "rows that are used, the first ones; 0: all")
+    curriculum_learning:bool = _option(False, "the first epoch begins with the shortest rows")
+    objective:str = _option('', "next_token_prediction, conversation_modeling, tool_use_optimization or preference_alignment; empty: as the data are")
+    retrain_tokenizer:bool = _option(False, "train a tokenizer even where data/tokenizer/ has one")
+    special_tokens:str = _option('', "tokens, with blanks between, that the tokenizer must have; one that is trained gets them")
     tokenizer_vocab_size:int = _option(0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus")
     tokenizer_samples:int = _option(100_000, "texts that the tokenizer is trained on, at most")
     on_bad_row:str = _option('skip', "refused rows: skip (and count) or error")
@@ -66,20 +72,22 @@ class TrainConfig:
             if not ok: raise ValueError(f'{name}={getattr(self, name)!r} must be {what}')
         for f in fields(self):
             v,kind = getattr(self, f.name),type(f.default)
-            if kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
+            if f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
+            elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
             elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
             elif kind is int and type(v) is float and v.is_integer(): object.__setattr__(self, f.name, int(v))
             elif type(v) is not kind: raise TypeError(f'{f.name}={v!r} must be of type {kind.__name__}: {f.metadata["help"]}')
         for n in ('batch_size','gradient_accumulation','max_seq_len','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
-        for n in ('max_steps','save_total_limit','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping'): must(n, getattr(self, n) >= 0, 'at least 0')
+        for n in ('max_steps','save_total_limit','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
         must('epochs', self.epochs > 0 or self.max_steps, 'above 0')
         if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
         must('learning_rate', self.learning_rate > 0, 'above 0')
         must('min_lr_ratio', 0 <= self.min_lr_ratio <= 1, 'from 0 to 1: it is a share of learning_rate')
         must('validation_split', 0 <= self.validation_split < 1, 'at least 0 and below 1: it is a share of the texts')
+        must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
         for n,choice in dict(lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
-                             precision=('auto','fp32','bf16','fp16'), on_bad_row=('skip','error')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
+                             precision=('auto','fp32','bf16','fp16'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
 
     @property
     def effective_batch(self)->int: "Sequences of an optimizer step."; return self.batch_size*self.gradient_accumulation

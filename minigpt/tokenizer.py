@@ -6,8 +6,8 @@
 __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TEMPLATE', 'chat_messages', 'Tokenizer',
            'train_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/01_tokenizer.ipynb #83355a70
-import json, os, re
+# %% ../nbs/01_tokenizer.ipynb #a16611bd
+import json, re
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -62,7 +62,7 @@ CHAT_TEMPLATE = r"""
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
-# %% ../nbs/01_tokenizer.ipynb #585bf7af
+# %% ../nbs/01_tokenizer.ipynb #f2fc8313
 def chat_messages(
     conversation:list[dict], # Messages with `role` and `content`, in any of the dialects of SPEC §3.1
 )->tuple[list[dict],list[dict]|None]: # Messages and tools as every chat template takes them
@@ -72,12 +72,34 @@ def chat_messages(
     for m in conversation:
         m = {k:v for k,v in m.items() if v is not None}
         if 'role' not in m: raise ValueError(f"a message needs a \"role\"; this one has {sorted(m)}")
-        tools = parse(m.pop('tools', None) or 'null') or tools
-        if calls := parse(m.pop('tool_calls', None) or '[]'):
+        if 'tools' in m: tools = parse(m.pop('tools') or 'null') or tools
+        if 'tool_calls' in m and (calls := parse(m.pop('tool_calls') or '[]')):
             calls = [c.get('function', c) for c in calls]
             m['tool_calls'] = [{'name':c['name'], 'arguments':parse(c.get('arguments') or '{}')} for c in calls]
-        messages.append({**m, 'content':m.get('content', '')})
+        m.setdefault('content', '')
+        messages.append(m)
     return messages,tools
+
+# %% ../nbs/01_tokenizer.ipynb #86bb9592
+def _chat_pieces(messages:list[dict], tools:list[dict]|None, add_generation_prompt:bool=False)->list[str]:
+    "What CHAT_TEMPLATE renders, cut where an assistant's words begin and end: others' text, an assistant's, others', …"
+    tojson = lambda x: json.dumps(x, ensure_ascii=False)
+    system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else ''
+    head = [system] if system else []
+    if tools: head.append('Functions at hand, a JSON schema a line:\n<tools>\n' + ''.join(tojson(t)+'\n' for t in tools) + '</tools>\nA call is written <tool_call>{"name": name, "arguments": object}</tool_call>.')
+    pieces,text = [],f'{IM_START}system\n' + '\n\n'.join(head) + f'{IM_END}\n' if head else ''
+    for i,m in enumerate(messages):
+        role,content = m['role'],m['content']
+        if role == 'tool':
+            if not i or messages[i-1]['role'] != 'tool': text += f'{IM_START}user'
+            text += f'\n<tool_response>\n{content}\n</tool_response>'
+            if i+1 == len(messages) or messages[i+1]['role'] != 'tool': text += f'{IM_END}\n'
+        elif role == 'assistant':
+            said = f'<think>\n{thought}\n</think>\n\n{content}' if (thought := m.get('reasoning_content')) else content
+            for k,c in enumerate(m.get('tool_calls') or ()): said += ('\n' if content or k else '') + f'<tool_call>\n{{"name": "{c["name"]}", "arguments": {tojson(c["arguments"])}}}\n</tool_call>'
+            pieces += [text+f'{IM_START}assistant\n', said+IM_END]; text = '\n'
+        elif i or role != 'system': text += f'{IM_START}{role}\n{content}{IM_END}\n'
+    return pieces + [text + f'{IM_START}assistant\n'*add_generation_prompt]
 
 # %% ../nbs/01_tokenizer.ipynb #d6e7a90c
 def _blank()->HFTokenizer:
@@ -105,7 +127,7 @@ def _tiktoken(
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
     return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
 
-# %% ../nbs/01_tokenizer.ipynb #5edec95c
+# %% ../nbs/01_tokenizer.ipynb #ada4577b
 _ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
 
 class Tokenizer:
@@ -190,18 +212,22 @@ class Tokenizer:
         tools:list[dict]|None=None, # As for `render`
     )->tuple[np.ndarray,np.ndarray]: # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
         "A conversation as token ids. What an assistant says is learned, through the end of its turn; nothing else is."
-        text = self.render(messages, tools)
-        spans = [(m.start(1), m.end(1)) for m in _ANSWER.finditer(text)]
-        if not spans: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {text[:80]!r}")
-        if self.fast:
-            ids = self.encode_array(text, special=True)
-            start = np.cumsum(self._lengths[ids]) - self._lengths[ids]
-            if not text.isascii(): spans = [(len(text[:a].encode('utf-8', 'replace')), len(text[:b].encode('utf-8', 'replace'))) for a,b in spans]
+        if self.config.get('chat_template') == CHAT_TEMPLATE:
+            made,own = chat_messages(messages)
+            pieces = _chat_pieces(made, tools or own)
         else:
-            made = self.hf.encode(text, add_special_tokens=False)
-            ids,start = np.array(made.ids, self.dtype),np.array([o[0] for o in made.offsets], np.int64)
-        edges = np.array(spans).reshape(-1) # a token is learned if it begins inside a span: behind an odd number of edges
-        return ids,np.searchsorted(edges, start, 'right') % 2 == 1
+            text = self.render(messages, tools)
+            cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
+            pieces = [text[a:b] for a,b in zip(cuts, cuts[1:])]
+        if len(pieces) < 2: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {pieces[0][:80]!r}")
+        if self.fast:
+            ids = self.encode_array(''.join(pieces), special=True)
+            size = self._lengths[ids]
+            start,edges = size.cumsum()-size,[len(p) if p.isascii() else len(p.encode('utf-8', 'replace')) for p in pieces]
+        else:
+            made = self.hf.encode(''.join(pieces), add_special_tokens=False)
+            ids,start,edges = np.array(made.ids, self.dtype),np.array([o[0] for o in made.offsets], np.int64),[*map(len, pieces)]
+        return ids,np.searchsorted(np.cumsum(edges)[:-1], start, 'right') % 2 == 1 # a token is learned if it begins behind an odd number of edges
 
     def save(self, folder:str|Path)->Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, for us and for `transformers`."
@@ -221,17 +247,19 @@ def _jinja()->ImmutableSandboxedEnvironment:
 
 _compiled = lru_cache(8)(lambda template: _jinja().from_string(template))
 
-# %% ../nbs/01_tokenizer.ipynb #e3df0a63
+# %% ../nbs/01_tokenizer.ipynb #47994030
 def train_tokenizer(
     texts:Iterable[str], # Texts to learn from; read until `max_rows` or `max_bytes`
     vocab_size:int|None=None, # Tokens, special ones and 256 bytes included; default: 15,000, or fewer where the sample is small
     max_rows:int=100_000, # Texts to use at most
     max_bytes:int=32<<20, # Bytes of UTF-8 to use at most
     verbose:bool=False, # Show the trainer's progress bar and say which size was chosen
+    marks:Iterable[str]=(), # Tokens of your own, beside those in MARKS: each is always one token
 )->Tokenizer:
     "Train byte-level BPE (Sennrich et al. 2016) with Hugging Face `tokenizers`."
-    smallest,size,sample = 256+len(SPECIALS)+len(MARKS),0,[]
-    if vocab_size is not None and vocab_size < smallest: raise ValueError(f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes, {len(SPECIALS)} special tokens and {len(MARKS)} marks")
+    marks = (*MARKS, *(m for m in dict.fromkeys(marks) if m not in SPECIALS+MARKS))
+    smallest,size,sample = 256+len(SPECIALS)+len(marks),0,[]
+    if vocab_size is not None and vocab_size < smallest: raise ValueError(f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes, {len(SPECIALS)} special tokens and {len(marks)} marks")
     for text in texts:
         sample.append(text); size += len(text.encode('utf-8', 'replace'))
         if len(sample) >= max_rows or size >= max_bytes: break
@@ -239,7 +267,7 @@ def train_tokenizer(
     want = vocab_size or min(15_000, max(smallest+256, size//300))
     tok = _blank()
     tok.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=want, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=verbose,
-        special_tokens=[AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS+MARKS]))
+        special_tokens=[AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS+marks]))
     made = json.loads(tok.to_str())
     for t in made['added_tokens']: t['special'] = t['content'] in SPECIALS  # the trainer marks them all as special; a mark is output that people see
     tok = Tokenizer(HFTokenizer.from_str(json.dumps(made)))

@@ -54,31 +54,34 @@ def test_real_rows(name, tok):
 
 
 @given(st.one_of(st.binary(max_size=80), st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.sampled_from(["user", "assistant", "<|im_end|>", "[{]", '{"name": 1}']),
-    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["text", "conversations", "messages", "role", "from", "content", "value", "tool_calls", "tools", "reasoning_content"]), x, max_size=4), max_leaves=12)
+    lambda x: st.lists(x, max_size=4) | st.dictionaries(st.sampled_from(["text", "conversations", "messages", "role", "from", "content", "value", "tool_calls", "tools", "reasoning_content", "chosen", "rejected", "prompt"]), x, max_size=4), max_leaves=12)
     .map(lambda o: json.dumps(o).encode())))
 @settings(max_examples=400)
 def test_no_line_makes_anything_but_a_row_or_a_reason(tok, line):
-    row = parse_row(line, 1)
-    assert isinstance(row, Row)
-    if not row.reason and row.messages is not None:
-        ids, learn = tok.encode_chat(row.messages)
-        assert len(ids) == len(learn) and learn.any()
+    for row in parse_row(line, 1):
+        assert isinstance(row, Row)
+        for side in (row.messages, row.rejected):
+            if row.reason or side is None: continue
+            ids, learn = tok.encode_chat(side)
+            assert len(ids) == len(learn) and learn.any()
+            assert ids.tolist() == tok.encode(tok.render(side), special=True), "the quick rendering is not the template's"
 
 
 @given(st.lists(st.integers(1, 99), max_size=60), st.integers(5, 70))
 def test_packing(lengths, size):
-    packs = pack(np.array(lengths, np.int64), size)
-    assert sorted(int(r) for p in packs for r in p) == list(range(len(lengths)))
-    assert all(sum(min(lengths[r], size) for r in p) <= size for p in packs)
+    rows, starts = pack(np.array(lengths, np.int64), size)
+    assert sorted(rows.tolist()) == list(range(len(lengths)))
+    packs = [rows[a:b] for a, b in zip(starts, starts[1:])]
+    assert all(len(p) and sum(min(lengths[r], size) for r in p) <= size for p in packs)
 
 
 def test_a_packed_and_an_unpacked_run_give_the_same_loss(tok, tmp_path):
     data, _ = build_tokenset(write(tmp_path/"talks.jsonl"), tok, tmp_path/"set", 0.)
     torch.manual_seed(0); model = GPT(child.shape(tok.vocab_size)).eval()
     size = 200
-    fullest = np.array(sorted(range(data.n_windows(size)), key=lambda i: -len(data.packs(size)[i]))[:4])
+    fullest = np.array(sorted(range(data.n_windows(size)), key=lambda i: -len(data.rows_of(i, size)))[:4])
     windows = data.windows(fullest, size)
-    for w, packed in enumerate(data.packs(size)[i] for i in fullest):
+    for w, packed in enumerate(data.rows_of(i, size) for i in fullest):
         assert len(packed) > 1
         one = {k: torch.from_numpy(v[w:w+1]) for k, v in windows.items()}
         together = model.loss(**one, n_targets=1)
@@ -91,7 +94,7 @@ def test_a_long_row_is_cut_behind_an_answer(tok, tmp_path):
     (tmp_path/"long.jsonl").write_text("".join(json.dumps(r)+"\n" for r in rows))
     data, _ = build_tokenset(tmp_path/"long.jsonl", tok, tmp_path/"set", 0.)
     ids, labels = data.row(0, 100)
-    assert len(ids) <= 100 and tok.decode([labels[-1]]) == IM_END and data.too_long(100) == 2
+    assert len(ids) <= 100 and tok.decode([labels[-1]]) == IM_END and data.too_long(100) == (2, 1) and data.packs(100)[0].tolist() == [0]
     ids, labels = data.row(1, 100)
     assert len(ids) == 100 and (labels == -100).all()
 
@@ -100,7 +103,7 @@ def test_texts_and_conversations_do_not_mix(tok, tmp_path):
     f = write(tmp_path/"mixed.jsonl", 30)
     with open(f, "a") as out: out.write('{"text": "a text"}\n')
     data, _ = build_tokenset(f, tok, tmp_path/"set", 0., progress=False)
-    assert data.meta["n_docs"] == 30 and data.meta["refused"]["another format"]["examples"] == ["mixed.jsonl line 31: conversations and texts do not mix in one set; train on them one after the other"]
+    assert data.meta["n_docs"] == 30 and data.meta["refused"]["another format"]["examples"] == ["mixed.jsonl line 31: this is a text, and the file began with a conversation; they do not mix in one set: give each a file of its own, and `mix` them"]
 
 
 def test_fine_tuning_resumes_exactly(tmp_path):

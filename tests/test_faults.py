@@ -103,13 +103,13 @@ BAD = {  # name → (name of the file, how to make it, words of the message, opt
     "missing": ("none.jsonl", lambda f: None, ["there is no file", "none.jsonl", "check the name"], {}),
     "empty": ("empty.jsonl", lambda f: f.touch(), ["empty.jsonl is empty", "0 bytes"], {}),
     "folder": ("folder", lambda f: (f.mkdir(), (f/"picture.png").write_bytes(b"x")), ["folder without data files", ".jsonl or .txt"], {}),
-    "gzip": ("packed.jsonl", lambda f: f.write_bytes(gzip.compress(GOOD)), ["packed.jsonl starts with gzip bytes", "name it packed.jsonl.gz"], {}),
-    "not-gzip": ("plain.jsonl.gz", lambda f: f.write_bytes(GOOD), ["is not compressed", "rename it to plain.jsonl"], {}),
+    "zip": ("packed.jsonl", lambda f: f.write_bytes(b"PK\x03\x04"+GOOD), ["packed.jsonl is a zip archive, not text", "unpack it"], {}),
+    "page": ("page.jsonl", lambda f: f.write_text("<!DOCTYPE html><p>Too many users have viewed this file"), ["page.jsonl is a web page", "get the file again"], {}),
     "cut-gzip": ("cut.jsonl.gz", bad_gzip, ["cut.jsonl.gz"], {}),
     "no-text": ("rows.jsonl", lambda f: f.write_bytes(b'{"content": "x"}\n'*50), ["no text that can be used", '50 × no "text"', "rows.jsonl line 1", "['content']"], {}),
     "broken": ("broken.jsonl", lambda f: f.write_bytes(GOOD+b'{"text": "cut of\n'+GOOD), ["broken.jsonl line 61: broken JSON", "on_bad_row='skip'"], dict(on_bad_row="error")),
     "small": ("small.txt", lambda f: f.write_text("one two three four"), ["tokens", "sequences of max_seq_len=32", "one step takes 8", "Add text"], {}),
-    "not-utf8": ("gbk.txt", lambda f: f.write_bytes("第一行\n从前有一只猫\n".encode("gbk")*50), ["gbk.txt line 1 is not UTF-8", "GBK"], {}),
+    "not-utf8": ("torn.txt", lambda f: f.write_bytes("第一行\n从前有一只猫\n".encode()*50+b"\xff\xfe\n"), ["torn.txt line 101: not UTF-8", "on_bad_row='skip'"], dict(on_bad_row="error")),
 }
 CLI = dict(SHORT, max_steps=2, plot_loss=None, progress=None)
 
@@ -335,7 +335,7 @@ def test_full_disk_from_the_beginning(disk, whole):
 def test_several_files(work):
     "A list of texts, and a run that refuses a wrong one even where its tokens must be built again"
     child.write_text(work/"more.jsonl", seed=1)
-    from minigpt.train import ResumeError
+    from minigpt.source import ResumeError
     files = [work/"text.jsonl", work/"more.jsonl"]
     options = {**SHORT, "max_steps": 6}
     run = fit(child.shape(), files, output_dir=work/"run", **options)

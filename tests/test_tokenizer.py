@@ -152,13 +152,6 @@ def test_saved_and_loaded(kind, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_lone_surrogate_in_json_is_a_refused_row():
-    "It is no Unicode text, so there is nothing to give back"
-    from minigpt.formats import parse_pretrain
-    row = parse_pretrain(b'{"text": "a\\ud83d b"}', 3)
-    assert row.reason and row.line == 3 and not row.text
-
-
 def test_asks_for_what_it_needs():
     with pytest.raises(ValueError, match="vocab_size=100 must be at least 267"): train_tokenizer(ENGLISH, 100)
     with pytest.raises(ValueError, match="no text to learn"): train_tokenizer([])
