@@ -6,8 +6,8 @@
 __all__ = ['human_size', 'human_time', 'free_space', 'dir_size', 'Pace', 'rest', 'spread', 'hash_bytes', 'hash_file', 'fsync',
            'hidden', 'write_file', 'write_json', 'read_json', 'new_dir', 'remove_dir', 'set_aside', 'sweep', 'only_one']
 
-# %% ../nbs/00_files.ipynb #06557717
-import json, os, shutil, signal, sys, threading, time, warnings
+# %% ../nbs/00_files.ipynb #edeae34c
+import os, shutil, signal, sys, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor

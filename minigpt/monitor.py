@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Metrics', 'read_metrics', 'plot_losses', 'save_plots']
 
-# %% ../nbs/11_monitor.ipynb #4ab727df
-import math, time
+# %% ../nbs/11_monitor.ipynb #5259e70b
+import time
 from pathlib import Path
 import orjson
+from .picture import figure
 
 # %% ../nbs/11_monitor.ipynb #0aae3cd2
 class Metrics:
@@ -47,27 +48,14 @@ def read_metrics(
         else: rows[row['step']] = {**rows.get(row['step'], {}), **row}
     return [rows[s] for s in sorted(rows)]
 
-# %% ../nbs/11_monitor.ipynb #80d8b945
-def _figure(**kwargs):
-    "A matplotlib Figure that a notebook shows as a picture, whatever backend is set; pyplot is not needed."
-    import io
-    from matplotlib.figure import Figure
-    from PIL import Image
-    class Picture(Figure):
-        def _repr_png_(self):
-            self.savefig(f := io.BytesIO(), format='png')
-            Image.open(f).convert('RGB').quantize(48).save(small := io.BytesIO(), format='png', optimize=True) # a third of the bytes in a saved notebook
-            return small.getvalue()
-    return Picture(**kwargs)
-
-# %% ../nbs/11_monitor.ipynb #97f5eb7f
+# %% ../nbs/11_monitor.ipynb #2a930070
 def plot_losses(
     rows:list[dict], # Of `read_metrics`
     title:str='', # Over both panels
 ): # A matplotlib Figure; a notebook shows it, `savefig` writes it
     "The loss in full and for the last 1,000 steps, with the current, lowest and mean value."
     train,valid = ([(r['step'], r[k]) for r in rows if r.get(k) is not None] for k in ('loss','eval_loss'))
-    fig = _figure(figsize=(9,3), dpi=80, layout='constrained')
+    fig = figure(figsize=(9,3), dpi=80, layout='constrained')
     last = max((s for s,_ in train+valid), default=0)
     for ax,since,name in zip(fig.subplots(1, 2), (0, max(0, last-1000)), ('whole run','last 1,000 steps')):
         part = [(s,l) for s,l in train if s >= since]

