@@ -214,7 +214,7 @@ class Row:
     @property
     def kind(self)->str: "`text`, `conversation` or `preference`."; return 'preference' if self.rejected else 'conversation' if self.messages else 'text'
 
-# %% ../nbs/02_formats.ipynb #051b86e2
+# %% ../nbs/02_formats.ipynb #5d318f3d
 class _Unreadable(Exception): "`args`: the reason and the detail of a refusal."
 
 def _no_surrogates(x):
@@ -226,7 +226,7 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     "The values on a line, one unless it is broken in a known way; and what was mended."
     line = line.removeprefix(codecs.BOM_UTF8)
     try: return [orjson.loads(line)],()
-    except orjson.JSONDecodeError as e: why = str(e)
+    except orjson.JSONDecodeError as e: why = str(e) if e.pos < len(line.rstrip()) else 'it ends too early'
     if len(line) > LONGEST: raise _Unreadable('row too long', f'more than {LONGEST>>20} MiB')
     if not line.strip(b'\0 \t\r\n'): raise _Unreadable('NUL bytes', f'{len(line):,} bytes without a text, as a machine leaves them that lost power while writing')
     try: text = line.decode().strip()

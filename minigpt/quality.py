@@ -170,23 +170,23 @@ def band_keys(
     keys[use] = (minima*np.random.Generator(np.random.PCG64(0)).integers(1, 1<<63, BAND, np.uint64)).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
-# %% ../nbs/03_quality.ipynb #8d1966b3
+# %% ../nbs/03_quality.ipynb #d188bb06
 TOPICS = {k:v.split() for k,v in dict(
-    code='def class import return function print python java code 代码 函数 编程 算法 程序 数组 变量',
-    mathematics='equation number sum triangle angle probability divided multiply equals 方程 计算 数学 概率 函数 三角形 面积 等于 乘以',
-    science='energy atom cell species physics chemical planet temperature experiment 能量 细胞 物理 化学 实验 植物 动物 温度 地球',
-    history='century war king empire dynasty battle emperor ancient 历史 王朝 皇帝 战争 世纪 古代 革命 朝代',
-    literature='poem novel story poet author character chapter verse 诗 小说 故事 作者 文学 诗人 作品 散文',
-    arts='music song painting film actor album artist dance 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家',
-    health='doctor patient disease health medical treatment symptoms hospital 医生 健康 疾病 治疗 患者 症状 医院 药物',
-    food='recipe cook eat sugar oil rice flour taste kitchen 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜',
-    travel='travel hotel flight city tourist visit beach museum 旅行 旅游 酒店 景点 城市 机票 游客 风景',
-    business='company market price customer product sales investment bank 公司 市场 价格 客户 产品 销售 投资 银行 经济',
-    law='law court rights contract legal government policy 法律 法院 合同 权利 政府 政策 规定 条例',
-    education='school student teacher learn exam university homework lesson 学校 学生 老师 学习 考试 大学 作业 教育',
-    sports='team game player score match football basketball season 比赛 球队 足球 篮球 运动员 训练 冠军 得分',
-    technology='computer software internet phone data network device model 电脑 软件 互联网 手机 数据 网络 设备 人工智能',
-    daily_life='family friend home mother weather morning dinner child birthday 家庭 朋友 妈妈 天气 早上 孩子 生日 周末').items()}
+    code='def class import return function print python java code script loop integer string compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言',
+    mathematics='equation number sum triangle angle probability divided multiply equals calculate fraction percent square root solve formula graph total 方程 计算 数学 概率 函数 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合',
+    science='energy atom cell species physics chemical planet temperature experiment light force mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应',
+    history='century war king empire dynasty battle emperor ancient ruled army colony revolution treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国 明朝 清朝 唐代 宋代 皇 统治 史',
+    literature='poem novel story poet author character chapter verse poems poetry tale fiction literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗',
+    arts='music song painting film actor album artist dance concert singer band artists movie theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队 作曲 戏剧 书法 摄影 音乐会 演出',
+    health='doctor patient disease health medical treatment symptoms hospital sleep exercise diet blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒',
+    food='recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉 面粉 牛奶 菜 汤 食材 炒',
+    travel='travel hotel flight city tourist visit beach museum trip island mountain train tour guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机 火车 公园 古镇 导游 美食',
+    business='company market price customer product sales investment bank money business financial marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作',
+    law='law court rights contract legal government policy police crime act president election state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家 制度 权力',
+    education='school student teacher learn exam university homework lesson students teachers classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文',
+    sports='team game player score match football basketball season players league championship goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练 奥运会 运动 锦标赛 联赛 跑步 游泳',
+    technology='computer software internet phone data network device model app website online digital ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能 技术 平台 用户 机器人 应用 算法 科技 计算机',
+    daily_life='family friend home mother weather morning dinner child birthday house love feel people day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸 回家 晚上 工作 心情 感受 时间').items()}
 
 @cache
 def _topics_of()->tuple[dict[str,list[str]],dict[str,list[str]]]:
