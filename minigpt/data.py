@@ -7,11 +7,11 @@ __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet
            'count_refused', 'refusals', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset', 'open_set',
            'loader', 'check_size']
 
-# %% ../nbs/04_data.ipynb #550ee7e3
+# %% ../nbs/04_data.ipynb #c6e03171
 import copy, json, os, signal
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
@@ -393,7 +393,7 @@ def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}; plain text goes into a .txt file")
 
-# %% ../nbs/04_data.ipynb #1c954c3d
+# %% ../nbs/04_data.ipynb #f541a8ea
 def _below(text:str, share:float, salt:int)->bool:
     return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
 
@@ -411,34 +411,42 @@ def _learn_behind(ids:np.ndarray, learn:np.ndarray, n:int)->tuple[np.ndarray,np.
     if n: learn[:np.flatnonzero(learn[:-1] & ~learn[1:])[n-1]+1] = False
     return ids,learn
 
-def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->tuple[list, list[Row], list[Row]]:
-    "Worker: the rows of a block as ids and what is learned of them, each with its side; the rows refused, and those mended."
-    good,bad,mended = [],[],[]
+@dataclass
+class _Encoded:
+    "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
+    ids:np.ndarray; learn:np.ndarray|None; lengths:np.ndarray; held_out:np.ndarray; refused:list[Row]; mended:list[Row]
+    def first(self, n:int)->'_Encoded': end = int(self.lengths[:n].sum()); return replace(self, ids=self.ids[:end], learn=self.learn if self.learn is None else self.learn[:end], lengths=self.lengths[:n], held_out=self.held_out[:n])
+
+def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
+    "Worker: validate and tokenize."
+    parts,held_out,bad,mended = [],[],[],[]
     for row in parse_block(block, how.get('format')):
         if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the file began with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
         if row.mended: mended.append(row)
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
-        good.append((_encode(row, tok), how['validation_split'] > 0 and _below(key, how['validation_split'], 0)))
-    return good,bad,mended
+        parts += (made := _encode(row, tok))
+        held_out += [how['validation_split'] > 0 and _below(key, how['validation_split'], 0)]*len(made)
+    join = lambda arrays, dtype: np.concatenate(arrays) if arrays else np.empty(0, dtype)
+    return _Encoded(join([i for i,_ in parts], tok.dtype), None if kind == 'text' else join([l for _,l in parts], bool), np.array([len(i) for i,_ in parts], np.int64), np.array(held_out, bool), bad, mended)
 
 class _Writer:
     "One side of a token set while it is being written."
     def __init__(self, path:Path, dtype, chat:bool):
-        path.mkdir(); self.path,self.file,self.hash,self.dtype = path,open(path/'tokens.bin', 'wb'),xxhash.xxh3_128(),np.dtype(dtype)
-        self.starts,self.n,self.mask = [],0,open(path/'mask.bin', 'wb') if chat else None
-    def add(self, ids:np.ndarray, learn:np.ndarray|None):
-        for file,part in ((self.file, ids), (self.mask, learn)):
-            if part is not None: data = memoryview(np.ascontiguousarray(part)).cast('B'); file.write(data); self.hash.update(data)
-        self.starts.append(self.n); self.n += len(ids)
+        path.mkdir()
+        self.path,self.dtype,self.n,self.starts = path,np.dtype(dtype),0,[np.empty(0, np.int64)]
+        self.files = [(open(path/name, 'wb'), xxhash.xxh3_128()) for name in ('tokens.bin','mask.bin')[:1+chat]]
+    def add(self, ids:np.ndarray, learn:np.ndarray|None, lengths:np.ndarray):
+        for (file,digest),part in zip(self.files, (ids, learn)): data = memoryview(np.ascontiguousarray(part)).cast('B'); file.write(data); digest.update(data)
+        self.starts.append(self.n + np.cumsum(lengths) - lengths); self.n += len(ids)
     def close(self, **facts):
-        self.file.close()
-        if self.mask: self.mask.close()
-        np.save(self.path/'docs.npy', np.array(self.starts, np.int64))
-        write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, n_tokens=self.n, n_docs=len(self.starts), dtype=self.dtype.name, fingerprint=self.hash.hexdigest(), **facts))
+        for file,_ in self.files: file.close()
+        starts,digests = np.concatenate(self.starts),[h.hexdigest() for _,h in self.files]
+        np.save(self.path/'docs.npy', starts)
+        write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, n_tokens=self.n, n_docs=len(starts), dtype=self.dtype.name, fingerprint=digests[0] if len(digests) == 1 else hash_bytes(' '.join(digests).encode()), **facts))
 
-# %% ../nbs/04_data.ipynb #1a984dd5
+# %% ../nbs/04_data.ipynb #c144cf40
 def source_facts(files:list[Path], known:list[dict]=())->list[dict]:
     "Name, size, time and hash of each file; a hash in `known` is believed while size and time are unchanged."
     out = []
@@ -479,16 +487,16 @@ def build_tokenset(
     facts['kind'] = kind
     with (new_dir(out, replace=True) as d,
           tqdm(total=total, unit='B', unit_scale=True, desc='tokenizing', disable=not progress or total < 8e6, leave=False) as bar):
-        sides = [_Writer(d/n, tok.dtype, kind != 'text') for n in ('train','valid')]
+        sides,sides_of_row = [_Writer(d/n, tok.dtype, kind != 'text') for n in ('train','valid')],1 + (kind == 'preference')
         blocks = (b for f in files for b in read_blocks(f))
-        for block,(good,bad,blind) in spread(lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6):
-            for parts,held_out in good[:max_data_size-rows if max_data_size else None]:
-                rows += 1
-                for ids,learn in parts: sides[held_out].add(ids, learn)
-            for row in bad:
-                if on_bad_row == 'error': raise DataError(f"{block.path} line {row.line}: {row.reason}. {row.detail}. Mend the row, or pass on_bad_row='skip'")
-            count_refused(refused, block, bad)
-            count_refused(mended, block, (replace(row, reason=m) for row in blind for m in row.mended))
+        for block,e in spread(lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6):
+            if max_data_size: e = e.first((max_data_size-rows)*sides_of_row)
+            rows += len(e.lengths)//sides_of_row
+            for side,mine in enumerate((~e.held_out, e.held_out)):
+                if mine.any(): tokens = np.repeat(mine, e.lengths); sides[side].add(e.ids[tokens], e.learn if e.learn is None else e.learn[tokens], e.lengths[mine])
+            if e.refused and on_bad_row == 'error': raise DataError(f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}. {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'")
+            count_refused(refused, block, e.refused)
+            count_refused(mended, block, (replace(row, reason=m) for row in e.mended for m in row.mended))
             bar.update(block.size)
             if max_data_size and rows >= max_data_size: break
         if not sides[0].n + sides[1].n: raise no_text(files, refused)
