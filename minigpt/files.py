@@ -6,8 +6,8 @@
 __all__ = ['human_size', 'human_time', 'free_space', 'dir_size', 'Pace', 'rest', 'spread', 'hash_bytes', 'hash_file', 'fsync',
            'hidden', 'write_file', 'write_json', 'read_json', 'new_dir', 'remove_dir', 'set_aside', 'sweep', 'only_one']
 
-# %% ../nbs/00_files.ipynb #edeae34c
-import os, shutil, signal, sys, threading, time, warnings
+# %% ../nbs/00_files.ipynb #dffc4503
+import ctypes, os, shutil, signal, sys, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -74,13 +74,15 @@ def rest():
     "A breath between two pieces of long work."
     if pace := getattr(_thread, 'pace', None): pace.rest()
 
-# %% ../nbs/00_files.ipynb #3281030c
+# %% ../nbs/00_files.ipynb #7851c037
 _forked = None # in a worker: what it does
 
-def _become(work):
+def _become(work, parent:int):
     global _forked
     _forked = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: if the parent is killed, so are its workers; they hold its locks
+    if os.getppid() != parent: os._exit(1)
 
 def _do(item): return _forked(item)
 
@@ -92,7 +94,7 @@ def spread(
 )->Iterator[tuple]: # Items with their results; at most 2n are in memory
     "Work on items side by side."
     fork = processes and sys.platform == 'linux'
-    pool = ProcessPoolExecutor(n, get_context('fork'), _become, (work,)) if fork else ThreadPoolExecutor(n)
+    pool = ProcessPoolExecutor(n, get_context('fork'), _become, (work, os.getpid())) if fork else ThreadPoolExecutor(n)
     items,waiting = iter(items),deque()
     try:
         with warnings.catch_warnings():

@@ -15,10 +15,12 @@ import time
 from pathlib import Path
 
 import kill_child as child
+import psutil
 import pytest
 from minigpt import cli
 from minigpt.checkpoint import CheckpointError, CheckpointStore, load_model, problem, read_checkpoint
 from minigpt.data import DataError, build_tokenset
+from minigpt.files import only_one
 from minigpt.run import open_run
 from minigpt.train import Callback, TrainConfig, fit
 
@@ -581,3 +583,16 @@ def test_a_pickle_is_never_opened(work, tmp_path, whole):
 def test_options_are_in_the_config():
     "The tests above mean what they say"
     assert set(SHORT) <= set(TrainConfig().to_dict())
+
+
+def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
+    "Worker processes inherit the lock of the run; they must not outlive the process that was killed"
+    (tmp_path/"large.jsonl").write_bytes(GOOD*(17_000_000//len(GOOD)+1))
+    code = f"import sys; sys.path.insert(0, {str(child.ROOT/'tests')!r}); import kill_child as child; from minigpt.train import fit; fit(child.shape(), {str(tmp_path/'large.jsonl')!r}, output_dir={str(tmp_path/'run')!r}, **{dict(SHORT, tokenizer_vocab_size=300)!r})"
+    p = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(child.ROOT), "OMP_WAIT_POLICY": "PASSIVE"})
+    me, workers, end = psutil.Process(p.pid), [], time.monotonic()+90
+    while len(workers) < 2 and p.poll() is None and time.monotonic() < end: workers = me.children(); time.sleep(.02)
+    assert len(workers) >= 2, "no workers were seen"
+    p.kill(); p.wait()
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+    with only_one(tmp_path/"run"): pass
