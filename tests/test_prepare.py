@@ -1,0 +1,120 @@
+"""Preparing and naming data: what must survive a failure, folders, real rows, and runs whose data are gone or changed."""
+import errno
+import json
+import os
+
+import kill_child as child
+import numpy as np
+import pytest
+from minigpt import registry
+from minigpt.formats import DataError, parse_block, read_blocks
+from minigpt.prepare import prepare
+from minigpt.quality import analyze
+from minigpt.registry import dataset, mix, register_dataset
+from minigpt.source import ResumeError
+from minigpt.tokenizer import train_tokenizer
+from minigpt.train import fit, resume
+
+SHARED = child.ROOT.parent/"shared"/"data"
+OPTIONS = dict(child.OPTIONS, max_steps=6, save_steps=3, eval_steps=6)
+
+
+@pytest.fixture(scope="module")
+def tok(): return train_tokenizer(["Questions and answers. 问题和答案。 1 + 1 = 2"]*9, vocab_size=300)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    "An empty data folder, and a registry that forgets what a test puts into it"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_SETS", dict(registry._SETS))
+    (tmp_path/"data/dataset/custom").mkdir(parents=True)
+    return tmp_path/"data/dataset/custom"
+
+
+def rows(path): return [json.loads(x) for x in path.read_text("utf-8").splitlines()]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, tok):
+    child.write_text(tmp_path/"in.jsonl"); (tmp_path/"out.jsonl").write_text("good\n")
+    real = os.fsync
+
+    def full(fd): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError): prepare(tmp_path/"in.jsonl", tmp_path/"out.jsonl", tok, overwrite=True, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"] and (tmp_path/"out.jsonl").read_text() == "good\n"
+    monkeypatch.setattr(os, "fsync", real)
+    assert prepare(tmp_path/"in.jsonl", tmp_path/"out.jsonl", tok, overwrite=True, progress=False)["processed_samples"] == len(rows(tmp_path/"out.jsonl")) == 120
+
+
+def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, tok):
+    (tmp_path/"in.jsonl").write_text('{"text": " "}\n{"txt": "?"}\n')
+    with pytest.raises(DataError, match="nothing of .*in.jsonl is left: 1 × empty text .*; 1 × no \"text\""): prepare(tmp_path/"in.jsonl", tmp_path/"out.jsonl", tok)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
+
+
+def test_a_folder_becomes_a_folder_or_a_file(tmp_path, tok):
+    (tmp_path/"in").mkdir()
+    for i, n in enumerate(("a.jsonl", "b.jsonl")): child.write_text(tmp_path/"in"/n, rows=10+i, seed=i)
+    r = prepare(tmp_path/"in", tmp_path/"out", tok, max_seq_len=0)
+    assert [len(rows(tmp_path/"out"/n)) for n in ("a.jsonl", "b.jsonl")] == [10, 11] and r["original_samples"] == 21
+    prepare(tmp_path/"in", tmp_path/"one.jsonl", tok, max_seq_len=0)
+    assert rows(tmp_path/"one.jsonl") == rows(tmp_path/"out/a.jsonl")+rows(tmp_path/"out/b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pretrain_zh", "sft_zh", "tool_calling_minimind_str", "dpo", "reasoning"])
+def test_real_rows(name, tmp_path, tok):
+    "Counts add up; what is written is read again, in the same number and of the same kind; tools, calls and thoughts survive"
+    if not (f := SHARED/f"{name}.jsonl").exists(): pytest.skip(f"this test is for real rows, whose licences keep them out of the repository; put {name}.jsonl into ../shared/data to run it")
+    some = tmp_path/"some.jsonl"
+    with open(f, "rb") as lines: some.write_bytes(b"".join(next(lines) for _ in range(250)))
+    made = prepare(some, tmp_path/"out.jsonl", tok, max_seq_len=0)
+    before, after = ([r for b in read_blocks(p) for r in parse_block(b)] for p in (some, tmp_path/"out.jsonl"))
+    assert made["original_samples"] == 250 == made["processed_samples"] + sum(v["count"] for v in made["rejected"].values())
+    assert [r.kind for r in after] == [r.kind for r in before if not r.reason] and not any(r.reason or r.mended for r in after)
+    special = lambda rs: [sum(bool(m.get(k)) for r in rs for m in r.messages or ()) for k in ("tools", "tool_calls", "reasoning_content")]
+    assert special(before) == special(after)
+    report = analyze(some, near_duplicates=False)
+    assert report["total_samples"] == 250 and np.isclose(report["average_length"], np.mean([len(r.text) for r in before]))
+
+
+def test_a_run_on_a_named_mixture_goes_on_without_its_files(data, tmp_path):
+    "From the folder alone, in a session where the names are unknown and the files gone"
+    child.write_text(data/"a.jsonl"); child.write_text(data/"b.jsonl", seed=1)
+    register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=32, batch_size=4)
+    run = fit(child.shape(), mix([("mine", .7), (str(data/"b.jsonl"), .3)]), output_dir="run", **OPTIONS)
+    assert run.facts["data"]["source"] == dict(mix=[["mine", .7], [str(data/"b.jsonl"), .3]])
+    del registry._SETS["mine"]
+    for f in data.iterdir(): f.unlink()
+    assert resume("run", max_steps=9).step == 9
+
+
+def test_a_registered_set_brings_its_length_and_batch(data):
+    child.write_text(data/"a.jsonl")
+    register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=16, batch_size=2)
+    options = {k: v for k, v in OPTIONS.items() if k not in ("max_seq_len", "batch_size")}
+    train = fit(child.shape(), dataset("mine"), output_dir="run", **options).facts["train"]
+    assert (train["max_seq_len"], train["batch_size"]) == (16, 2)
+    train = fit(child.shape(), "mine", output_dir="other", **options, max_seq_length=32).facts["train"]
+    assert (train["max_seq_len"], train["batch_size"]) == (32, 2)
+
+
+@pytest.mark.parametrize("change", [dict(data_subset=.5), dict(max_data_size=50), dict(curriculum_learning=True)], ids=lambda c: next(iter(c)))
+def test_other_rows_or_another_order_are_refused_at_a_resume(change, tmp_path):
+    f = child.write_text(tmp_path/"a.jsonl")
+    fit(child.shape(), f, output_dir=tmp_path/"run", **OPTIONS)
+    with pytest.raises(ResumeError, match="curriculum" if "curriculum_learning" in change else next(iter(change))): fit(child.shape(), f, output_dir=tmp_path/"run", **{**OPTIONS, "max_steps": 9}, **change)
+
+
+def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_for(data, tmp_path, tok):
+    child.write_text(data/"a.jsonl"); tok.save(tmp_path/"data/tokenizer")
+    register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=32, batch_size=4)
+    assert fit(child.shape(), "mine", output_dir="run", **OPTIONS).tokenizer.hash == tok.hash
+    assert fit(child.shape(), "mine", output_dir="new", **OPTIONS, retrain_tokenizer=True).tokenizer.hash != tok.hash
+    (tmp_path/"data/tokenizer/tokenizer.json").unlink(); (tmp_path/"data/tokenizer/tokenizer.pkl").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match="tokenizer.pkl is a pickle, which can run code.*tokenizer.json"): fit(child.shape(), "mine", output_dir="other", **OPTIONS)
+
+
+def test_an_objective_that_the_data_do_not_have(tmp_path):
+    with pytest.raises(ValueError, match="objective='conversation_modeling' learns from rows of the kind conversation.*kind text"):
+        fit(child.shape(), child.write_text(tmp_path/"a.jsonl"), output_dir=tmp_path/"run", **OPTIONS, objective="conversation_modeling")
