@@ -126,7 +126,7 @@ def discard(folder:Path):
         f.unlink()
     shutil.rmtree(folder)
 
-# %% ../nbs/10_backup.ipynb #04625565
+# %% ../nbs/10_backup.ipynb #c14d7c03
 _STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
@@ -281,7 +281,7 @@ class Backup:
     def _mirror(self):
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
         small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if (f := self.run_path/n).exists()] + sorted((self.run_path/'tensorboard').glob('**/*'))
-        fixed = [f for n in ('tokenizer','data','data-valid') for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not f.name.startswith('.')]
+        fixed = [f for n in ('tokenizer','data','data-valid') for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
         if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
         if 'mirror.json' not in self.mirrored:
             self.doing = 'copying the tokenizer and the data'

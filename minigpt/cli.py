@@ -32,18 +32,21 @@ def with_training_options(
     called.__annotations__ = {p.name:p.annotation for p in given+options}
     return called
 
-# %% ../nbs/18_cli.ipynb #ec05e77b
+# %% ../nbs/18_cli.ipynb #a37cb8ff
 def training_data(
     given:list[str]|None, # Of the command line
     file:dict, # Of the configuration file; what names data is taken out of it
 ):
     "What `fit` is to train on."
-    found = [file.pop(k) for k in ('data_files','data','dataset','datasets','train') if k in file]
+    found = {k:v for k in ('data_files','data','dataset','datasets','train') if (v := file.pop(k, None))}
     if (how := file.pop('mixing_strategy', 'weighted')) != 'weighted': raise ValueError(f"mixing_strategy={how!r} must be 'weighted'")
-    data = given or (found[0] if found else None)
+    if len(found) > 1 and not given: raise ValueError(f"the configuration file names data twice, as {' and '.join(found)}; leave one out")
+    data = given or next(iter(found.values()), None)
     if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a data set (`minigpt data list`), a built-in corpus (stories, talks, calls, reasoning, stdlib), or data_files in the configuration file")
     if isinstance(data, (str,Mix)): return data
-    if isinstance(data, dict) or any(isinstance(d, dict) for d in data): return mix(data)
+    if not isinstance(data, (list,dict)): raise ValueError(f"{next(iter(found))}={data!r} must be a path or a name, a list of them, or names with weights")
+    if isinstance(data, dict) or any(isinstance(d, (dict,list)) for d in data): return mix(data)
+    if bad := [d for d in data if not isinstance(d, str)]: raise ValueError(f"{next(iter(found), 'data')}: {bad[0]!r} must be a path or a name")
     pairs = [d.rpartition('=') if isinstance(d, str) and not Path(d).exists() else ('', '', d) for d in data]
     try: weighted = [(name, float(w)) if name else w for name,_,w in pairs]
     except ValueError: raise ValueError(f"{' '.join(data)}: a weight is a number, as in sft_mini=0.7") from None
@@ -55,7 +58,7 @@ def run_name(data)->str:
     first = data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
     return Path(str(first)).name.split('.')[0]
 
-# %% ../nbs/18_cli.ipynb #3ccad50f
+# %% ../nbs/18_cli.ipynb #dce2acf0
 @app.command()
 @with_training_options
 def train(
@@ -78,14 +81,17 @@ def train(
     "Train a model, or go on training it."
     from minigpt.presets import hardware as hardware_options, recipe as recipe_options, stage as stage_options
     from minigpt.train import fit
-    file = {}
-    for name,options_of in (recipe, recipe_options),(stage, stage_options),(None if hardware == 'auto' else hardware, hardware_options):
-        if name or options_of is hardware_options and hardware: file |= options_of(name)
-    file |= read_options(config_file) if config_file else {}
+    given_file = read_options(config_file) if config_file else {}
+    recipe,stage,hardware = (chosen or given_file.pop(k, None) for k,chosen in dict(recipe=recipe, stage=stage, hardware=hardware).items())
+    use_full_data = given_file.pop('use_full_data', False) or use_full_data
+    file = (recipe_options(recipe) if recipe else {}) | (stage_options(stage) if stage else {})
+    if hardware: file = hardware_options(None if hardware == 'auto' else hardware, file)
+    if {'data_files','data','dataset','datasets'} & {*given_file}: file.pop('train', None)
+    file |= given_file
     def get(given, *names, default=None):
         found = [file.pop(n) for n in names if n in file]
         return given if given not in (None, []) else found[0] if found else default
-    data = training_data([*(data or []), *(dataset or []), *(data_files or [])] or (['pretrain','sft_long','sft_full','reasoning'] if use_full_data or file.pop('use_full_data', False) else None), file)
+    data = training_data([*(data or []), *(dataset or []), *(data_files or [])] or (['pretrain','sft_long','sft_full','reasoning'] if use_full_data else None), file)
     model = get(config, 'config', 'model', default='tiny')
     if isinstance(model, dict):
         from minigpt.model import GPTConfig
@@ -140,7 +146,7 @@ def generate(
     for piece in open_run(run).stream(prompt, which, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed): typer.echo(piece, nl=False)
     typer.echo()
 
-# %% ../nbs/18_cli.ipynb #325a5004
+# %% ../nbs/18_cli.ipynb #6247374c
 data_app = typer.Typer(no_args_is_help=True, help='Look at data, prepare it, get it.')
 app.add_typer(data_app, name='data')
 
@@ -177,6 +183,8 @@ def analyze_(
     from minigpt.files import write_json
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
+    for f in figure, json:
+        if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
     report = analyze(source, load_tokenizer(tokenizer) if tokenizer else None, near_duplicates)
     typer.echo(report)
     if figure: report.figure().savefig(figure)
@@ -227,9 +235,9 @@ def show(
     typer.echo(f"{tok}\nspecial tokens: {' '.join(t['content'] for t in tok.json['added_tokens'])}\n{'chat template: yes' if tok.config.get('chat_template') else 'chat template: none'}")
     typer.echo(f"{len(ids)} tokens, {len(text.encode())/max(1, len(ids)):.2f} bytes each: " + '|'.join(tok.decode([i]) for i in ids))
 
-# %% ../nbs/18_cli.ipynb #e8e32740
+# %% ../nbs/18_cli.ipynb #f685964e
 def main():
     "The `minigpt` command."
     try: app(standalone_mode=True)
     except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')
-    except (ValueError, TypeError, OSError, RuntimeError) as e: sys.exit(f'error: {e}')
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {e}')

@@ -17,7 +17,7 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #3adb9659
+# %% ../nbs/12_config.ipynb #2776f17f
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -100,7 +100,7 @@ class TrainConfig:
         base = base.to_dict() if isinstance(base, cls) else dict(base or {})
         known = [f.name for f in fields(cls)]
         out = {}
-        for k,v in {**base, **options}.items():
+        for k,v in [*base.items(), *options.items()]: # an option goes before the base, whichever of its names is used
             name = _ALIASES.get(k, k)
             if name not in known:
                 near = difflib.get_close_matches(k, [*known, *_ALIASES], 1, .5)

@@ -7,8 +7,8 @@ __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet
            'count_refused', 'refusals', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset', 'open_set',
            'loader', 'check_size']
 
-# %% ../nbs/04_data.ipynb #c6e03171
-import copy, json, os, signal
+# %% ../nbs/04_data.ipynb #31b3b1c0
+import contextlib, copy, json, os, signal
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -160,7 +160,7 @@ def pack(
     rows = np.argsort(where, kind='stable').astype(np.int32)
     return rows,np.searchsorted(where[rows], np.arange(n_packs+1))
 
-# %% ../nbs/04_data.ipynb #4447b5e8
+# %% ../nbs/04_data.ipynb #ce432028
 class ChatSet(TokenSet):
     "A token set of conversations: `mask.bin` says which tokens are learned; a window is a sequence of packed rows."
     def __init__(self, path:str|Path):
@@ -261,7 +261,8 @@ def _keep(file:Path, array:np.ndarray):
     try:
         with open(tmp, 'wb') as f: np.save(f, array)
         os.replace(tmp, file)
-    except OSError: tmp.unlink(missing_ok=True)
+    except OSError:
+        with contextlib.suppress(OSError): tmp.unlink()
 
 # %% ../nbs/04_data.ipynb #1ecfb93f
 class PairSet(ChatSet):
@@ -396,18 +397,14 @@ def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}; plain text goes into a .txt file")
 
-# %% ../nbs/04_data.ipynb #3a4920b4
+# %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:
     return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
 
-def _encode(row:Row, tok:Tokenizer)->list[tuple[np.ndarray,np.ndarray|None]]:
-    "The ids of a row, and which of them are learned; of a preference, both sides."
-    if row.rejected:
-        same = next((i for i,(a,b) in enumerate(zip(row.messages, row.rejected)) if a != b), min(len(row.messages), len(row.rejected)))
-        return [_learn_behind(*tok.encode_chat(side), sum(m['role'] == 'assistant' for m in side[:same])) for side in (row.messages, row.rejected)]
-    if row.messages: return [tok.encode_chat(row.messages)]
-    ids = tok.encode_array(row.text)
-    return [(np.append(ids, np.array(tok.eos_id, tok.dtype)) if row.ends else ids, None)]
+def _encode_pair(row:Row, tok:Tokenizer)->list[tuple[np.ndarray,np.ndarray]]:
+    "Both sides of a preference; what they have in common is not learned."
+    same = next((i for i,(a,b) in enumerate(zip(row.messages, row.rejected)) if a != b), min(len(row.messages), len(row.rejected)))
+    return [_learn_behind(*tok.encode_chat(side), sum(m['role'] == 'assistant' for m in side[:same])) for side in (row.messages, row.rejected)]
 
 def _learn_behind(ids:np.ndarray, learn:np.ndarray, n:int)->tuple[np.ndarray,np.ndarray]:
     "Without the first `n` answers."
@@ -426,18 +423,23 @@ class _Encoded:
 
 def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
-    parts,held_out,lines,bad,mended = [],[],[],[],[]
+    good,held_out,bad,mended = [],[],[],[]
     for row in parse_block(block, how.get('format')):
         if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the file began with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
         if row.mended: mended.append(row)
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
-        parts += (made := _encode(row, tok))
-        held_out += [how['validation_split'] > 0 and _below(key, how['validation_split'], 0)]*len(made)
-        lines += [row.line]*len(made)
-    join = lambda arrays, dtype: np.concatenate(arrays) if arrays else np.empty(0, dtype)
-    return _Encoded(join([i for i,_ in parts], tok.dtype), None if kind == 'text' else join([l for _,l in parts], bool), np.array([len(i) for i,_ in parts], np.int64), np.array(held_out, bool), lines, bad, mended)
+        good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
+    n,learn = 1 + (kind == 'preference'),None
+    if kind == 'conversation': ids,learn,lengths = tok.encode_chats([(r.messages, None) for r in good])
+    else:
+        end = np.array([tok.eos_id], tok.dtype)
+        parts = [p for r in good for p in _encode_pair(r, tok)] if kind == 'preference' else [(x, None) for r in good for x in ([tok.encode_array(r.text), end] if r.ends else [tok.encode_array(r.text)])]
+        ids = np.concatenate([np.empty(0, tok.dtype), *(i for i,_ in parts)])
+        if kind == 'preference': learn,lengths = np.concatenate([np.empty(0, bool), *(l for _,l in parts)]),np.array([len(i) for i,_ in parts], np.int64)
+        else: sizes = iter([len(i) for i,_ in parts]); lengths = np.array([next(sizes) + (next(sizes) if r.ends else 0) for r in good], np.int64)
+    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good for _ in range(n)], bad, mended)
 
 class _Writer:
     "One side of a token set while it is being written."

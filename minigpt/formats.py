@@ -144,7 +144,7 @@ def open_data(
     f = _unpacked(path)[1]
     return f if look.encoding == 'utf-8' and look.newline != 'CR' else io.BufferedReader(_Translated(f, look), 1<<20)
 
-# %% ../nbs/02_formats.ipynb #32b505e5
+# %% ../nbs/02_formats.ipynb #d2785fce
 def data_files(
     source:str|Path|Iterable[str|Path], # A file, a folder of data files, or a list of both
 )->list[Path]:
@@ -152,7 +152,7 @@ def data_files(
     out = []
     for p in map(Path, [source] if isinstance(source, (str,Path)) else source):
         if not p.is_dir(): look_at(p); out.append(p); continue
-        inside = sorted(f for f in p.iterdir() if f.name.removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
+        inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and f.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")
         out += inside
     return out
@@ -298,7 +298,7 @@ def parse_pretrain(
     if not text.strip(): return Row(number, reason='empty text')
     return Row(number, text)
 
-# %% ../nbs/02_formats.ipynb #ea1d1d79
+# %% ../nbs/02_formats.ipynb #1cbfa210
 ROLES = {r:name for name,others in dict(user=('user','human','用户'), assistant=('assistant','gpt','bot','ai','助手'), system=('system','系统'), tool=('tool','function','observation','工具')).items() for r in others}
 _PLAIN = 'user','assistant','system','tool'
 _PAIRS = tuple((f'<{n}>', f'</{n}>') for n in ('think','ultra_think','tool_call'))
@@ -336,9 +336,8 @@ def _with_tools(messages:list[dict], tools)->list[dict]:
             if any(m['role'] == 'assistant' and not (m['content'].strip() or m.get('tool_calls') or m.get('reasoning_content')) for m in made): raise _Unreadable('empty answer', 'tool_calls holds no call')
             for call in (c for m in made for c in m.get('tool_calls', ())):
                 if not isinstance(call['name'], str) or not isinstance(call['arguments'], dict): raise TypeError(f"a call is {{\"name\": string, \"arguments\": object}}; this is {str(call)[:60]}")
-            text = json.dumps([made, tools], ensure_ascii=False)
-            if not text.isascii(): text.encode()
-            if any(t in text for t in SPECIALS): raise _Unreadable('control token in a text', 'in tools or tool_calls')
+            text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS) # refuses half a surrogate pair
+            if b'<|' in text and any(t.encode() in text for t in SPECIALS): raise _Unreadable('control token in a text', 'in tools or tool_calls')
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _Unreadable('broken tools or tool_calls', f'{type(e).__name__}: {str(e)[:200]}') from None
     return messages
 

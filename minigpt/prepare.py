@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['split_text', 'cut_conversation', 'prepare', 'prepare_summary']
 
-# %% ../nbs/04_prepare.ipynb #684ad828
-import os
+# %% ../nbs/04_prepare.ipynb #38dc07a3
+import contextlib, os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-import numpy as np, orjson, xxhash
+import numpy as np, orjson
 from tqdm.auto import tqdm
-from .data import count_refused, sample_texts
-from .files import fsync, hidden, spread
+import minigpt.quality as quality_room
+from .data import count_refused, no_text, sample_texts
+from .files import fsync, hidden, spread, sweep
 from .formats import Block, DataError, Row, data_files, parse_block, read_blocks
-from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, score
+from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
 from .registry import data_dir
 from .tokenizer import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
 
@@ -51,7 +52,7 @@ def cut_conversation(
     answers = [i for i,m in enumerate(messages) if m['role'] == 'assistant']
     return messages[:answers[fit-1]+1] if fit else None
 
-# %% ../nbs/04_prepare.ipynb #fe4e72b2
+# %% ../nbs/04_prepare.ipynb #d456d5a2
 def _spoken(m:dict)->dict:
     "A message whose thoughts and calls stand in its text, with their marks."
     thought,content = m.get('reasoning_content'),m['content']
@@ -77,7 +78,10 @@ def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len
         if row.mended: mended.append(row)
         row = _cleaned(row, changes)
         if not row.text.strip() and not any(m.get('tool_calls') for m in row.messages or ()): no(row, 'empty after cleaning', 'nothing but white space and control characters'); continue
-        if tok is None: good.append((row, len(row.text))); continue
+        if row.rejected and row.messages == row.rejected: no(row, 'nothing to learn', 'chosen and rejected are the same after cleaning'); continue
+        if any(m['role'] == 'assistant' and not (m['content'] or m.get('tool_calls') or m.get('reasoning_content')) for m in (row.messages or []) + (row.rejected or [])): no(row, 'empty after cleaning', 'an answer has nothing but white space and control characters'); continue
+        if tok is None: good.append((row, 0)); continue
+        if not max_seq_len: good.append((row, len(tok.encode_chat(row.messages)[0]) if row.messages else len(tok.encode_array(row.text)))); continue
         if row.rejected:
             n = max(len(tok.encode_chat(side)[0]) for side in (row.messages, row.rejected))
             if n > max_seq_len: no(row, 'too long', f'{n:,} tokens; max_seq_len is {max_seq_len:,}')
@@ -95,13 +99,19 @@ def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len
     rows = [r for r,_ in good]
     lines,keys = [],np.empty(len(rows), np.uint64)
     for i,r in enumerate(rows):
-        keys[i] = xxhash.xxh3_64_intdigest(orjson.dumps([r.text, r.messages, r.rejected]))
+        keys[i] = row_key(r)
         write = (lambda ms: [_spoken(m) for m in ms]) if marks else (lambda ms: ms)
         lines.append(orjson.dumps(dict(chosen=write(r.messages), rejected=write(r.rejected)) if r.rejected else dict(conversations=write(r.messages)) if r.messages else dict(text=r.text), option=orjson.OPT_APPEND_NEWLINE))
-    return dict(read=read, bad=bad, mended=mended, changes=changes, lines=lines, numbers=[r.line for r in rows], tokens=np.array([n for _,n in good], np.int64), chars=sum(len(r.text) for r in rows), keys=keys,
+    return dict(read=read, bad=bad, mended=mended, changes=changes, lines=lines, numbers=[r.line for r in rows], tokens=np.array([n for _,n in good], np.int64), chars=np.array([len(r.text) for r in rows], np.int64), keys=keys,
         terms=score(rows) if rows else np.ones((0, len(TERMS))), near=band_keys([r.text for r in rows]) if near and rows else None)
 
-# %% ../nbs/04_prepare.ipynb #222fcf1a
+# %% ../nbs/04_prepare.ipynb #a5f64af3
+def _learn(files:list[Path], format:str|None)->Tokenizer:
+    if any(sample_texts(files)): return train_tokenizer(sample_texts(files))
+    refused = {}
+    for b in (b for f in files for b in read_blocks(f)): count_refused(refused, b, parse_block(b, format))
+    raise no_text(files, refused)
+
 def prepare(
     source:str|Path|Iterable[str|Path], # A file, a folder, or a list of them
     out:str|Path|None=None, # JSONL file to appear, or a folder (no `.jsonl` behind its name) for a file each; default: data/dataset/preprocessed/
@@ -127,21 +137,22 @@ def prepare(
     files = data_files(source)
     stem = lambda f: f.name.removesuffix('.gz').removesuffix('.zst').rsplit('.', 1)[0]+'.jsonl'
     out = Path(out) if out else data_dir()/'dataset/preprocessed'
+    if out.suffix in ('.gz','.zst','.txt'): raise ValueError(f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines, not packed")
     targets = [None]*len(files) if validate_only else [out]*len(files) if out.suffix in ('.jsonl','.json') else [out/stem(f) for f in files]
     for f,t in zip(files, targets):
         if t and t.exists() and t.resolve() in [x.resolve() for x in files]: raise DataError(f"{t} is one of the files that are read; name another output")
         if t and t.exists() and not overwrite: raise FileExistsError(f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to replace it when the new one is whole")
     if len({*targets}) < len(files) and out.suffix not in ('.jsonl','.json') and not validate_only: raise DataError(f"two of the files would be written as one: {', '.join(map(str, files))}; rename one, or prepare them one after the other")
     tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
-    if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else train_tokenizer(sample_texts(files))
+    if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else _learn(files, format)
     total = sum(f.stat().st_size for f in files)
     rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
     exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
     try:
-        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open(hidden(t, 'tmp'), 'wb')
+        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); sweep(t.parent); opened[t] = open(hidden(t, 'tmp'), 'wb')
         with tqdm(total=total, unit='B', unit_scale=True, desc='validating' if validate_only else 'preparing', disable=not progress or total < 8e6, leave=False) as bar:
             blocks = ((t,b) for f,t in zip(files, targets) for b in read_blocks(f))
-            for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok if max_seq_len and not validate_only else None, max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, near_duplicates or total > 16e6):
+            for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, (near_duplicates or total > 16e6) and not quality_room._threads_of_rensa):
                 if w['bad'] and on_bad_row == 'error': raise DataError(f"{block.path} line {w['bad'][0].line}: {w['bad'][0].reason}. {w['bad'][0].detail}. Mend the row, or pass on_bad_row='skip'")
                 again = exact.add(w['keys'])
                 if w['near'] is not None:
@@ -153,15 +164,20 @@ def prepare(
                 w['bad'] += [Row(w['numbers'][i], reason='duplicate' if again[i] else f"low quality: {TERMS[int(w['terms'][i].argmin())]}", detail=f'quality {q[i]:.2f}') for i in np.flatnonzero(low)]
                 count_refused(rejected, block, w['bad'])
                 for r in w['mended']: count_refused(mended, block, [Row(r.line, reason=m) for m in r.mended])
-                read += w['read']; changes += w['changes']; kept += int((~low).sum()); quality += q[~low].sum(); chars += w['chars']; tokens += int(w['tokens'][~low].sum())
+                read += w['read']; changes += w['changes']; kept += int((~low).sum()); quality += q[~low].sum(); chars += int(w['chars'][~low].sum()); tokens += int(w['tokens'][~low].sum())
                 if target: opened[target].write(b''.join([l for l,no in zip(w['lines'], low) if not no]))
                 bar.update(min(block.size, total-bar.n))
         if not kept and not validate_only: raise DataError(f"nothing of {', '.join(map(str, files))} is left: " + ('; '.join(f"{v['count']:,} × {k} ({v['examples'][0]})" for k,v in rejected.items()) or 'no rows'))
-        for t,f in opened.items(): f.flush(); os.fsync(f.fileno()); f.close(); os.replace(hidden(t, 'tmp'), t); fsync(t.parent)
+        made = []
+        for t,f in opened.items():
+            f.flush(); os.fsync(f.fileno()); size = f.tell(); f.close()
+            if size: os.replace(hidden(t, 'tmp'), t); fsync(t.parent); made.append(str(t)) # of a file without a good row nothing is written
+    except OSError as e: raise OSError(e.errno, f'{e.strerror or e}; nothing that was there is changed', str(e.filename or out)) from None
     finally:
-        for t,f in opened.items(): f.close(); hidden(t, 'tmp').unlink(missing_ok=True)
-    made = [str(t) for t in opened]
-    result = dict(original_samples=read, processed_samples=kept, quality_score=float(quality)/max(1, kept), average_length=chars/max(1, kept + sum(v['count'] for k,v in rejected.items() if k == 'duplicate' or k.startswith('low quality'))), average_tokens=tokens/max(1, kept) if tok else None,
+        for t,f in opened.items():
+            with contextlib.suppress(OSError): f.close()
+            with contextlib.suppress(OSError): hidden(t, 'tmp').unlink()
+    result = dict(original_samples=read, processed_samples=kept, quality_score=float(quality)/max(1, kept), average_length=chars/max(1, kept), average_tokens=tokens/max(1, kept) if tok else None,
         rejected=rejected, mended=mended, changes=dict(changes), files=[str(f) for f in files], output=made[0] if len(made) == 1 else made or None)
     return result | (dict(report=_analyze(made or files, tok, progress=progress)) if analyze else {})
 

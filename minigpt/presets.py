@@ -28,7 +28,7 @@ def stage(
     "What a stage of training usually takes."
     return _choose('stage', STAGES, name)
 
-# %% ../nbs/12_presets.ipynb #ffeb66d7
+# %% ../nbs/12_presets.ipynb #d5e82bc9
 HARDWARE = dict(
     apple_silicon_8gb=dict(batch_size=4, max_seq_len=512, gradient_accumulation=2, train='sft_mini', precision='fp16'),
     apple_silicon_16gb=dict(batch_size=8, max_seq_len=1024, gradient_accumulation=2, train='sft_full', precision='fp16'),
@@ -51,10 +51,12 @@ def detect_hardware()->str:
 
 def hardware(
     name:str|None=None, # Of HARDWARE; default: the one detected
+    preset:dict|None=None, # Of `stage` or `recipe`, to be fitted to the machine: its data stay, and its lengths and batches are not enlarged
     **changes, # Options to have otherwise, such as precision='bf16'
 )->dict: # Arguments of `fit`
     "What fits into a machine."
-    return _choose('machine', HARDWARE, name or detect_hardware()) | changes
+    preset,machine = preset or {},_choose('machine', HARDWARE, name or detect_hardware())
+    return preset | {k:min(v, preset[k]) if k in ('max_seq_len','batch_size') and k in preset else v for k,v in machine.items() if not (k == 'train' and 'train' in preset)} | changes
 
 # %% ../nbs/12_presets.ipynb #db7578d3
 RECIPES = dict(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from .formats import DataError, look_at
 
-# %% ../nbs/03_registry.ipynb #3929deb4
+# %% ../nbs/03_registry.ipynb #c6cddbcc
 FOLDERS = 'dataset/minimind_dataset','dataset/custom','dataset/preprocessed','preprocessed','dataset'
 
 def data_dir()->Path:
@@ -23,11 +23,11 @@ def data_dir()->Path:
 def find_file(
     name:str, # As registered; also found packed, with `.gz` or `.zst` behind
 )->Path|None: # None where it is not here
-    "A data file in the folders above, the first that has it; or at its own path."
+    "A data file in the folders above, the first that has it; or in the current folder, or at its own path."
     if Path(name).is_absolute() or len(Path(name).parts) > 1: return Path(name) if Path(name).exists() else None
-    return next((p for f in FOLDERS for end in ('','.gz','.zst') if (p := data_dir()/f/(name+end)).exists()), None)
+    return next((p for f in FOLDERS for end in ('','.gz','.zst') if (p := data_dir()/f/(name+end)).exists()), Path(name) if Path(name).is_file() else None)
 
-# %% ../nbs/03_registry.ipynb #2ff248d4
+# %% ../nbs/03_registry.ipynb #29975f14
 @dataclass(frozen=True)
 class DatasetConfig:
     "A data set: its files, and how one trains on it."
@@ -43,13 +43,17 @@ class DatasetConfig:
     @property
     def data_path(self)->str|list[str]:
         "Where its file is, or will be; a list where there are several."
-        paths = [str(find_file(f) or (data_dir()/FOLDERS[0]/f)) for f in self.files]
+        paths = [str(find_file(f) or self.place(f)) for f in self.files]
         return paths[0] if len(paths) == 1 else paths
+
+    def place(self, file:str)->Path:
+        "Where one of its files belongs."
+        return Path(file) if len(Path(file).parts) > 1 else data_dir()/FOLDERS[0 if self.sources or self in _SETS.values() and self.name in _MINIMIND else 1]/file
 
     @property
     def missing(self)->list[str]: "The files that are not here."; return [f for f in self.files if find_file(f) is None]
 
-# %% ../nbs/03_registry.ipynb #2a6c1f8c
+# %% ../nbs/03_registry.ipynb #99116b43
 _HUB = 'hf:jingyaogong/minimind_dataset/'
 _SETS = {c.name:c for c in [
     DatasetConfig('pretrain', ('pretrain_hq.jsonl',), 512, 16, 'pretrain', '1.6 GB', 'Chinese texts of up to 512 characters, for pretraining', (_HUB+'pretrain_hq.jsonl',)),
@@ -62,6 +66,8 @@ _SETS = {c.name:c for c in [
     DatasetConfig('ultra_think', ('agent_ultra_think.jsonl',), 2048, 2, 'conversation', '~10 MB', 'answers with long thoughts in <ultra_think>'),
     DatasetConfig('reasoning', ('r1_mix_1024.jsonl',), 1024, 4, 'conversation', '340 MB', 'answers with their reasoning in <think>', (_HUB+'r1_mix_1024.jsonl',)),
 ]}
+
+_MINIMIND = frozenset(_SETS)
 
 def get_dataset_config(
     name:str, # Of a registered data set
@@ -90,7 +96,7 @@ def register_dataset(
     _SETS[name] = made
     return made
 
-# %% ../nbs/03_registry.ipynb #568c45bc
+# %% ../nbs/03_registry.ipynb #9f06d68b
 def dataset(
     name:str, # Of a registered data set
     download:bool=True, # Fetch what is missing?
@@ -100,15 +106,18 @@ def dataset(
     made = get_dataset_config(name)
     for f,source in zip(made.files, made.sources or [None]*len(made.files)):
         if find_file(f): continue
-        target = Path(f) if len(Path(f).parts) > 1 else data_dir()/FOLDERS[0]/f
+        target = made.place(f)
         if not (download and source): raise FileNotFoundError(f"the data set {name!r} needs {target}, which is not here" + (f"; dataset({name!r}) fetches it ({made.data_size})" if source else "; nobody is known to publish it, so put your copy there") + ". With no network, the built-in corpora serve: stories, talks, calls, reasoning, preferences")
+        root = data_dir()
+        if os.environ.get('MINIGPT_DATA') and not root.parent.is_dir(): raise FileNotFoundError(f"MINIGPT_DATA={root}, and there is no folder {root.parent}; mount Drive first, or name another folder")
+        if len(Path(f).parts) == 1: target.parent.mkdir(parents=True, exist_ok=True)
         from minigpt.download import get
         get(source, target, progress=progress)
         try: look_at(target)
         except DataError as e: raise DataError(f"{source} did not give a data file: {e}") from None
     return made
 
-# %% ../nbs/03_registry.ipynb #24772d7b
+# %% ../nbs/03_registry.ipynb #39b28b7a
 @dataclass(frozen=True)
 class Mix:
     "Data sets with their weights, not opened yet."
@@ -118,10 +127,18 @@ def mix(
     parts:Iterable, # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]; or a dictionary from one to the other, or dictionaries with `name` and `weight`
 )->Mix:
     "A mixture of data sets, for `fit`."
-    parts = parts.items() if isinstance(parts, dict) else [(p.get('name', p.get('dataset')), p.get('weight')) if isinstance(p, dict) else p for p in parts]
-    parts = [p[0] if isinstance(p, tuple) and len(p) == 2 and p[1] is None else p for p in parts]
-    parts = tuple(p if isinstance(p, (tuple,list)) and len(p) == 2 and isinstance(p[1], (int,float)) else (p, None) for p in parts)
+    if isinstance(parts, (str,Path,DatasetConfig)) or isinstance(parts, dict) and {'name','dataset'} & {*parts}: parts = [parts]
+    def pair(p):
+        if isinstance(p, dict):
+            if not (name := p.get('name', p.get('dataset'))): raise ValueError(f"{p} names no data set; a part of a mixture is {{'name': 'sft_mini', 'weight': 0.7}}")
+            return name,p.get('weight')
+        if not isinstance(p, (tuple,list)) or len(p) != 2 or isinstance(p[1], str) and Path(p[1]).exists(): return p,None # a list of two paths is a list of paths
+        return tuple(p)
+    def number(p, w):
+        try: return p,w if w is None else float(w)
+        except (TypeError, ValueError): raise ValueError(f"weight {w!r} of {p} must be a number above 0") from None
+    parts = tuple(number(*p) for p in (parts.items() if isinstance(parts, dict) else map(pair, parts)))
     if not parts: raise ValueError("a mixture needs at least one data set")
     if len({w is None for _,w in parts}) > 1: raise ValueError(f"give every data set a weight, or none of them: {[(str(p), w) for p,w in parts]}")
     if bad := [w for _,w in parts if w is not None and not 0 < w < float('inf')]: raise ValueError(f"weight {bad[0]} must be above 0; leave out what is not wanted")
-    return Mix(tuple((p, w) for p,w in parts))
+    return Mix(parts)

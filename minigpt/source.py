@@ -64,7 +64,7 @@ def source_from_json(source):
     if isinstance(source, dict): return mix([(source_from_json(p), w) if w is not None else source_from_json(p) for p,w in source['mix']])
     return open_set(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source
 
-# %% ../nbs/12_source.ipynb #9a6e7c51
+# %% ../nbs/12_source.ipynb #755d0aa1
 class ResumeError(ValueError):
     "The folder holds another run than the call describes; names the field, both values and the ways out."
 
@@ -81,6 +81,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
     was = train.meta
     for k,usual in dict(data_subset=1., max_data_size=0).items():
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
+    if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
     if was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
     except (FileNotFoundError, ValueError) as e:
@@ -90,7 +91,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
     if hashes(was['sources']) != hashes(now): refuse(folder, 'data', f"{was['sources'][0]['path']} ({hashes(was['sources'])})", f"{now[0]['path']} ({hashes(now)})", ': the content is another')
     return train,valid
 
-# %% ../nbs/12_source.ipynb #75096dc3
+# %% ../nbs/12_source.ipynb #a66cd69c
 def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
     if not any(sample_texts(files)):
@@ -102,6 +103,17 @@ def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     return tok
 
 def _n_parts(source)->int: return len(source['mix']) if isinstance(source, dict) else 0 # 0: no mixture
+
+def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say)->TokenSet:
+    "A validation set of the caller's own."
+    if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
+    place = folder/'data-valid'
+    try: files,form = source_files(valid, folder)
+    except (FileNotFoundError, ValueError):
+        if not known or not (place/'train'/'meta.json').exists(): raise
+        say(f"{valid} is not here any more: validation goes on with the token set in {place}")
+        return open_tokenset(place)[0]
+    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format=form)[0]
 
 def open_source(
     folder:Path, # The run's
@@ -117,6 +129,7 @@ def open_source(
     if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     tok = load_tokenizer(folder/'tokenizer') if known else given
+    if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
     places = [folder/'data'/str(i) for i in range(len(parts))] if isinstance(train, Mix) else [folder/'data']
@@ -151,8 +164,8 @@ def open_source(
         refuse(folder, 'data', was, data.fingerprint, ' (fingerprints of the tokens)')
     if valid is None and not _is_set(train):
         valid = held_out
-        if valid is None and cfg.validation_split: say('no validation: too few texts were held out; there is no validation loss')
-    elif valid is not None and not _is_set(valid): valid,_ = build_tokenset(source_files(valid, folder)[0], tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress)
+        if valid is None and cfg.validation_split: say('no validation: ' + ('too few texts were held out' if all(getattr(d, 'meta', {}).get('options', {}).get('validation_split') for d in getattr(data, 'sets', [data])) else "the run's tokens were made with validation_split=0; override='validation_split' holds some out") + '; there is no validation loss')
+    elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say)
     if valid is not None and not valid.n_windows(cfg.max_seq_len): valid = say(f'no validation: in no row held out does an answer begin within max_seq_len={cfg.max_seq_len}; there is no validation loss')
     if not (folder/'tokenizer'/'tokenizer.json').exists() or not known: tok.save(folder/'tokenizer')
     return tok,curriculum(data) if cfg.curriculum_learning else data,valid

@@ -444,7 +444,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #8669e70a
+# %% ../nbs/13_train.ipynb #6cc7360f
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'stdlib' (Python's own source)
@@ -468,7 +468,7 @@ def fit(
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say,close = _speaker(folder, cfg.progress); at_end.callback(close)
-        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data-source')): sweep(f)
+        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data','data-source')): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
         choices = _choose(cfg)
