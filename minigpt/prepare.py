@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_text', 'cut_conversation', 'prepare', 'prepare_summary']
 
-# %% ../nbs/04_prepare.ipynb #38dc07a3
+# %% ../nbs/04_prepare.ipynb #0041a464
 import contextlib, os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ import numpy as np, orjson
 from tqdm.auto import tqdm
 import minigpt.quality as quality_room
 from .data import count_refused, no_text, sample_texts
-from .files import fsync, hidden, spread, sweep
+from .files import fsync, hidden, spread
 from .formats import Block, DataError, Row, data_files, parse_block, read_blocks
 from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
 from .registry import data_dir
@@ -105,7 +105,7 @@ def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len
     return dict(read=read, bad=bad, mended=mended, changes=changes, lines=lines, numbers=[r.line for r in rows], tokens=np.array([n for _,n in good], np.int64), chars=np.array([len(r.text) for r in rows], np.int64), keys=keys,
         terms=score(rows) if rows else np.ones((0, len(TERMS))), near=band_keys([r.text for r in rows]) if near and rows else None)
 
-# %% ../nbs/04_prepare.ipynb #a5f64af3
+# %% ../nbs/04_prepare.ipynb #6ffe2672
 def _learn(files:list[Path], format:str|None)->Tokenizer:
     if any(sample_texts(files)): return train_tokenizer(sample_texts(files))
     refused = {}
@@ -149,7 +149,7 @@ def prepare(
     rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
     exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
     try:
-        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); sweep(t.parent); opened[t] = open(hidden(t, 'tmp'), 'wb')
+        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open(hidden(t, 'tmp'), 'wb')
         with tqdm(total=total, unit='B', unit_scale=True, desc='validating' if validate_only else 'preparing', disable=not progress or total < 8e6, leave=False) as bar:
             blocks = ((t,b) for f,t in zip(files, targets) for b in read_blocks(f))
             for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, (near_duplicates or total > 16e6) and not quality_room._threads_of_rensa):

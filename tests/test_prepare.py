@@ -118,3 +118,88 @@ def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_fo
 def test_an_objective_that_the_data_do_not_have(tmp_path):
     with pytest.raises(ValueError, match="objective='conversation_modeling' learns from rows of the kind conversation.*kind text"):
         fit(child.shape(), child.write_text(tmp_path/"a.jsonl"), output_dir=tmp_path/"run", **OPTIONS, objective="conversation_modeling")
+
+
+def test_a_mistaken_call_touches_no_tokens(tmp_path):
+    "Other parts, other weights, one file in place of a mixture: refused, and the run goes on without its sources"
+    a, b = child.write_text(tmp_path/"a.jsonl"), child.write_text(tmp_path/"b.jsonl", seed=1)
+    go = lambda train, **kw: fit(child.shape(), train, output_dir=tmp_path/"run", **{**OPTIONS, **kw})
+    go(mix([(str(a), .5), (str(b), .5)]))
+    was = {p: p.read_bytes() for p in sorted((tmp_path/"run/data").rglob("*.bin"))}
+    for wrong in (str(a), mix([(str(a), .4), (str(b), .3), (str(a), .3)]), mix([(str(a), .9), (str(b), .1)])):
+        with pytest.raises(ResumeError, match="data = "): go(wrong, max_steps=9)
+        assert {p: p.read_bytes() for p in sorted((tmp_path/"run").rglob("*.bin"))} == was
+    a.unlink(); b.unlink()
+    assert resume(tmp_path/"run", max_steps=9).step == 9
+
+
+def test_a_run_goes_on_without_its_own_validation_file(tmp_path):
+    a, b = child.write_text(tmp_path/"a.jsonl"), child.write_text(tmp_path/"b.jsonl", seed=1)
+    fit(child.shape(), a, b, output_dir=tmp_path/"run", **OPTIONS)
+    b.unlink()
+    assert "eval_loss" in resume(tmp_path/"run", max_steps=12, eval_steps=12).history[-1]
+
+
+def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
+    from minigpt import source
+    fit(child.shape(), "talks", output_dir=tmp_path/"run", **{**OPTIONS, "max_data_size": 200})
+    (tmp_path/"run/data-source/talks.jsonl").unlink()
+    monkeypatch.setitem(source.BUILT_IN, "talks", lambda path: path.write_text("another text"))
+    assert resume(tmp_path/"run", max_steps=9).step == 9
+
+
+def test_rows_too_long_to_be_learned_from(tmp_path, tok):
+    "A part of a mixture, and a validation set, of which nothing is left: said, not waited for or counted as a loss of 0"
+    long = [dict(conversations=[dict(role="user", content=" ".join(str(i*j) for j in range(60))), dict(role="assistant", content="y")]) for i in range(40)]
+    (tmp_path/"long.jsonl").write_text("".join(json.dumps(r)+"\n" for r in long))
+    short = child.write_text(tmp_path/"short.jsonl")
+    with pytest.raises(DataError, match="data/0.*has no sequence of max_seq_len=32"): fit(child.shape(), mix([(str(tmp_path/"long.jsonl"), .5), (str(short), .5)]), output_dir=tmp_path/"a", **OPTIONS)
+    run = fit(child.shape(), short, tmp_path/"long.jsonl", output_dir=tmp_path/"b", **OPTIONS)
+    assert not any("eval_loss" in r for r in run.history) and "no validation" in (run.path/"run.log").read_text()
+
+
+def test_a_fresh_machine_has_no_data_folder(tmp_path, monkeypatch):
+    from minigpt import download
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download, "get", lambda source, to, **kw: to.write_text('{"text": "a"}\n'))
+    assert dataset("pretrain").data_path == "data/dataset/minimind_dataset/pretrain_hq.jsonl"
+    monkeypatch.setenv("MINIGPT_DATA", str(tmp_path/"drive/MyDrive/data"))
+    with pytest.raises(FileNotFoundError, match="MINIGPT_DATA=.*mount Drive first"): dataset("pretrain")
+
+
+def test_rows_that_differ_in_a_call_alone_are_no_duplicates(tmp_path):
+    call = lambda city: dict(conversations=[dict(role="user", content="Weather?"), dict(role="assistant", content="", tool_calls=[dict(name="weather", arguments=dict(city=city))])])
+    (tmp_path/"calls.jsonl").write_text("".join(json.dumps(call(c))+"\n" for c in ("Berlin", "Paris", "Berlin")))
+    assert analyze(tmp_path/"calls.jsonl", near_duplicates=False)["troubles"]["duplicate"]["count"] == 1
+
+
+def test_a_folder_is_read_without_notes_and_leftovers(tmp_path, tok):
+    (tmp_path/"in").mkdir(); child.write_text(tmp_path/"in/a.jsonl")
+    for n in (".a.jsonl.source.json", "a.jsonl.source.json", "a.jsonl.part.json", "._a.jsonl"): (tmp_path/"in"/n).write_text("{}")
+    (tmp_path/"in/empty.jsonl").write_text('{"text": ""}\n')
+    made = prepare(tmp_path/"in", tmp_path/"out", tok)
+    assert [p.name for p in (tmp_path/"out").iterdir()] == ["a.jsonl"] and made["output"] == str(tmp_path/"out/a.jsonl")
+
+
+def test_presets_are_fitted_to_a_machine():
+    from minigpt.config import TrainConfig
+    from minigpt.presets import hardware, recipe, stage
+    assert hardware("colab_t4", stage("dpo")) | dict(train="dpo", objective="preference_alignment", max_seq_len=512, batch_size=4, learning_rate=1e-5) == hardware("colab_t4", stage("dpo"))
+    assert hardware("cpu_only", recipe("special_abilities"))["train"] == mix([("sft_mini", .7), ("tool_calling", .2), ("ultra_think", .1)])
+    assert TrainConfig.make(dict(max_seq_len=512, max_seq_length=256), max_seq_len=1024).max_seq_len == 1024 and TrainConfig.make(dict(max_seq_len=512, max_seq_length=256)).max_seq_len == 256
+
+
+@pytest.mark.parametrize("options,words", [
+    (dict(datasets=[dict(name="a", weight="much")]), "weight 'much' of a must be a number above 0"), (dict(datasets=[dict(nam="a")]), "names no data set"), (dict(data_files=5), "data_files=5 must be a path or a name"),
+    (dict(data_files=[None]), "data_files: None must be a path or a name"), (dict(data_files="a", dataset="b"), "names data twice, as data_files and dataset"), (dict(dataset="a", mixing_strategy="random"), "mixing_strategy='random' must be 'weighted'"), ({}, "no data to train on")])
+def test_a_configuration_file_that_names_data_wrongly(options, words):
+    from minigpt.cli import training_data
+    with pytest.raises(ValueError) as e: training_data(None, dict(options))
+    assert words in str(e.value)
+
+
+def test_a_configuration_file_that_names_data_well():
+    from minigpt.cli import training_data
+    want = mix([("a", .7), ("b", .3)])
+    for d in ({"a": .7, "b": .3}, [dict(name="a", weight="0.7"), dict(dataset="b", weight=.3)], [["a", .7], ["b", .3]]): assert training_data(None, dict(datasets=d)) == want
+    assert training_data(None, dict(data_files=[], dataset="a")) == "a" and training_data(["a=0.7", "b=0.3"], dict(data_files="c")) == want
