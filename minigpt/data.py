@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'PairSet', 'curriculum', 'Mixture',
-           'count_refused', 'refusals', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset', 'open_set',
-           'loader', 'check_size']
+           'count_refused', 'refusals', 'check_text', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset',
+           'open_set', 'loader', 'check_size']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
 import contextlib, copy, json, os, signal
@@ -374,7 +374,7 @@ class Mixture:
 
     batch = TokenSet.batch
 
-# %% ../nbs/04_data.ipynb #5b2089c2
+# %% ../nbs/04_data.ipynb #42092ca4
 def count_refused(
     refused:dict, # Reason → count and up to ten examples; added to
     block:Block, # Where the rows stand
@@ -392,6 +392,16 @@ def refusals(
 )->str:
     "One line for each reason, with its first example."
     return '\n'.join(f"{v['count']:,} × {k} ({v['examples'][0]})" for k,v in sorted(refused.items(), key=lambda kv: -kv[1]['count']))
+
+def check_text(
+    files:list[Path], # Data files
+    format:str|None=None, # As for `parse_row`
+):
+    "A `DataError` with all reasons, if not one row can be used."
+    if any(True for f in files for b in read_blocks(f) for r in parse_block(b, format) if not r.reason): return
+    refused = {}
+    for b in (b for f in files for b in read_blocks(f)): count_refused(refused, b, parse_block(b, format))
+    raise no_text(files, refused)
 
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."

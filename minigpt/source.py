@@ -6,15 +6,15 @@
 __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_json', 'source_from_json', 'ResumeError',
            'refuse', 'open_source']
 
-# %% ../nbs/12_source.ipynb #942e8271
+# %% ../nbs/12_source.ipynb #7ed494d1
 from collections.abc import Callable
 from pathlib import Path
 import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
-from .data import Mixture, TokenSet, build_tokenset, count_refused, curriculum, no_text, open_set, open_tokenset, sample_texts, source_facts
+from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
 from .files import set_aside, write_file
-from .formats import DataError, data_files, parse_block, read_blocks
+from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -91,13 +91,10 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
     if hashes(was['sources']) != hashes(now): refuse(folder, 'data', f"{was['sources'][0]['path']} ({hashes(was['sources'])})", f"{now[0]['path']} ({hashes(now)})", ': the content is another')
     return train,valid
 
-# %% ../nbs/12_source.ipynb #a66cd69c
+# %% ../nbs/12_source.ipynb #63a6e0e3
 def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
-    if not any(sample_texts(files)):
-        refused = {}
-        for block in (b for f in files for b in read_blocks(f)): count_refused(refused, block, parse_block(block))
-        raise no_text(files, refused)
+    check_text(files)
     tok = train_tokenizer(sample_texts(files), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples, marks=cfg.special_tokens.split())
     say(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok

@@ -203,3 +203,15 @@ def test_a_configuration_file_that_names_data_well():
     want = mix([("a", .7), ("b", .3)])
     for d in ({"a": .7, "b": .3}, [dict(name="a", weight="0.7"), dict(dataset="b", weight=.3)], [["a", .7], ["b", .3]]): assert training_data(None, dict(datasets=d)) == want
     assert training_data(None, dict(data_files=[], dataset="a")) == "a" and training_data(["a=0.7", "b=0.3"], dict(data_files="c")) == want
+
+
+def test_workers_find_near_duplicates_where_the_parent_has_threads():
+    "rensa starts threads over many rows; a forked worker that wanted them would wait for ever"
+    import rensa
+    from minigpt.files import spread
+    from minigpt.quality import band_keys
+    many = np.arange(2_000_000, dtype=np.uint64)
+    rensa.RMinHash.digest_matrix_from_flat_token_hashes(many, np.arange(0, len(many)+1, 100).astype(np.uint64), 120, 1)
+    texts = [f"The mill on the hill number {i} turns its wheel for {i*7} sacks of flour a day."*20 for i in range(300)]
+    (_, keys), = spread(band_keys, [texts], 1)
+    assert np.array_equal(keys, band_keys(texts)) and keys.all()
