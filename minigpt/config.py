@@ -17,7 +17,7 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #2776f17f
+# %% ../nbs/12_config.ipynb #f90edf00
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -30,7 +30,8 @@ class TrainConfig:
     lr_schedule:str = _option('cosine', "cosine, linear, wsd (constant, then down over the last fifth) or constant")
     min_lr_ratio:float = _option(.1, "lowest learning rate, as a share of the highest")
     warmup_steps:int = _option(-1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most")
-    weight_decay:float = _option(.1, "AdamW's decay of matrices")
+    optimizer:str = _option('adamw', "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)")
+    weight_decay:float = _option(.1, "decay of matrices")
     adam_beta1:float = _option(.9, "AdamW's memory of gradients")
     adam_beta2:float = _option(.99, "AdamW's memory of squared gradients")
     grad_clip:float = _option(1., "longest gradient, as a norm over all parameters; 0: no limit")
@@ -62,6 +63,13 @@ class TrainConfig:
     seed:int = _option(0, "decides initial weights, order of the data, dropout")
     device:str = _option('auto', "auto, cpu, cuda, cuda:1, mps")
     precision:str = _option('auto', "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
+    enable_compile:str = _option('auto', "torch.compile: auto (where it saves time), yes, no, or one of its modes: max-autotune, reduce-overhead")
+    disable_optimizations:bool = _option(False, "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer")
+    gradient_checkpointing:bool = _option(False, "compute activations a second time instead of keeping them: a third more time, far less memory")
+    auto_batch_size:bool = _option(False, "on a GPU: the largest batch_size that fits, with the effective batch that is asked for")
+    max_cpu:float = _option(100., "percent of all processors that may be busy, other programs included; 100: no limit")
+    max_memory:float = _option(95., "percent of the machine's (or container's) memory above which training saves and stops; 100: no limit")
+    disable_monitoring:bool = _option(False, "watch neither max_cpu nor max_memory")
     num_threads:int = _option(0, "CPU threads of torch; 0: one a core")
     dataloader_workers:int = _option(0, "processes that read ahead; batches do not depend on it")
     plot_loss:bool = _option(True, "write plots/loss_curve_*.png at each save")
@@ -73,6 +81,7 @@ class TrainConfig:
         for f in fields(self):
             v,kind = getattr(self, f.name),type(f.default)
             if f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
+            elif f.name == 'enable_compile' and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
             elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
             elif kind is int and type(v) is float and v.is_integer(): object.__setattr__(self, f.name, int(v))
@@ -83,11 +92,12 @@ class TrainConfig:
         if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
         must('learning_rate', self.learning_rate > 0, 'above 0')
         must('min_lr_ratio', 0 <= self.min_lr_ratio <= 1, 'from 0 to 1: it is a share of learning_rate')
+        for n in ('max_cpu','max_memory'): must(n, 0 < getattr(self, n) <= 100, 'above 0 and at most 100: it is a percentage')
         must('validation_split', 0 <= self.validation_split < 1, 'at least 0 and below 1: it is a share of the texts')
         must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
-        for n,choice in dict(lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
-                             precision=('auto','fp32','bf16','fp16'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
+        for n,choice in dict(optimizer=('adamw','muon'), lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
+                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
 
     @property
     def effective_batch(self)->int: "Sequences of an optimizer step."; return self.batch_size*self.gradient_accumulation

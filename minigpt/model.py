@@ -6,11 +6,12 @@
 __all__ = ['GPTConfig', 'to_hf', 'from_hf', 'RMSNorm', 'rope_angles', 'rotate', 'Attention', 'MLP', 'Block',
            'linear_cross_entropy', 'KVCache', 'GPT']
 
-# %% ../nbs/05_model.ipynb #c993439b
+# %% ../nbs/05_model.ipynb #56fcb774
 import difflib, math
 from dataclasses import asdict, dataclass, fields, replace
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/05_model.ipynb #bd7f74f0
 PRESETS = dict(
@@ -154,7 +155,7 @@ def rotate(
     a,b = x.float().chunk(2, -1)
     return torch.cat([torch.addcmul(a*cos, b, sin, value=-1), torch.addcmul(b*cos, a, sin)], -1).to(x.dtype)
 
-# %% ../nbs/05_model.ipynb #7573fb74
+# %% ../nbs/05_model.ipynb #97d585b3
 class Attention(nn.Module):
     "Grouped-query attention with rotary positions."
     def __init__(self, c:GPTConfig):
@@ -177,9 +178,11 @@ class Attention(nn.Module):
         q,k = rotate(self.q_norm(q), *rope),rotate(self.k_norm(k), *rope)
         q,k,v = (t.transpose(1, 2) for t in (q,k,v))                       # (B, H or K, T, D)
         if past: k,v = past(k, v)                                          # (B, K, positions, D)
-        if (shared := q.shape[1]//k.shape[1]) > 1: k,v = (t.repeat_interleave(shared, 1) for t in (k,v)) # (B, H, positions, D)
+        if (shared := q.shape[1]//k.shape[1]) > 1:
+            if T == 1: q = q.reshape(B, -1, shared, self.D)                # (B, K, shared, D): one position, so heads that share keys stand in for positions
+            else: k,v = (t.repeat_interleave(shared, 1) for t in (k,v))    # (B, H, positions, D)
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0., is_causal=mask is None and T > 1)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))            # (B, T, H*D) → (B, T, C)
+        return self.o_proj(y.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1)) # (B, T, H*D) → (B, T, C)
 
 # %% ../nbs/05_model.ipynb #7cb4ec04
 class MLP(nn.Module):
@@ -247,7 +250,7 @@ def linear_cross_entropy(
     if kind != 'cpu' or not keep.all(): hidden,labels = hidden[keep],labels[keep] # the usual case on a CPU: all are kept, and nothing is copied
     with torch.autocast(kind, enabled=False): return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype)
 
-# %% ../nbs/05_model.ipynb #1f14c325
+# %% ../nbs/05_model.ipynb #3604789e
 class KVCache:
     "Keys and values of the tokens so far, with room for `max_len`."
     def __init__(self,
@@ -263,19 +266,26 @@ class KVCache:
     def layer(self, i:int):
         "The function with which block `i` adds its keys and values and gets all of them."
         def add(k, v): # (B, K, T, D) to (B, K, length+T, D)
-            end = self.length + k.shape[2]
-            for old,new in zip(self.kv[i], (k,v)): old[:,:,self.length:end] = new
-            return self.kv[i,:,:,:,:end].to(k.dtype)
+            end,(keys,values) = self.length + k.shape[2],self.kv[i].unbind(0)
+            keys[:,:,self.length:end],values[:,:,self.length:end] = k,v
+            return keys[:,:,:end].to(k.dtype),values[:,:,:end].to(v.dtype)
         return add
+
+    def keep(self,
+        rows:list[int], # Which rows go on, in this order
+    ):
+        "Forget the other rows."
+        self.kv = self.kv[:,:,rows]
 
     def check(self, B:int, T:int):
         "Is there room for `T` more tokens in each of `B` rows?"
         if B != self.kv.shape[2]: raise ValueError(f"the cache was made for {self.kv.shape[2]} rows and the batch has {B}; make a KVCache with batch={B}")
         if self.length+T > self.max_len: raise ValueError(f"the cache has room for {self.max_len} tokens and holds {self.length}; {T} more do not fit; make a KVCache with a larger max_len")
 
-# %% ../nbs/05_model.ipynb #2e45273e
+# %% ../nbs/05_model.ipynb #e4fd8e70
 class GPT(nn.Module):
     "Token ids in, scores for the next token out."
+    recompute = False # While training: keep of each block its input alone, and compute the rest again in backward
     def __init__(self, config:GPTConfig):
         super().__init__()
         self.config = c = config
@@ -305,7 +315,10 @@ class GPT(nn.Module):
             if mask is None and start and T > 1: mask = torch.ones(T, start+T, dtype=torch.bool, device=x.device).tril(start)[None,None]
         rope = rope_angles(start, T, self.config.head_dim, self.config.rope_theta, x.device)
         x = self.drop(x)
-        for i,block in enumerate(self.model.layers): x = block(x, rope, mask, cache and cache.layer(i))
+        for i,block in enumerate(self.model.layers):
+            run = block if self.training else block.forward                # a block that was compiled is so for training
+            if self.training and self.recompute: x = checkpoint(run, x, rope, mask, use_reentrant=False)
+            else: x = run(x, rope, mask, cache and cache.layer(i))
         if cache: cache.length += T
         return self.model.norm(x)
 

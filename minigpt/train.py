@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #d3d93413
-import contextlib, logging, math, os, platform, random, signal, threading, time, uuid
+# %% ../nbs/13_train.ipynb #6f4f710c
+import contextlib, logging, math, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,32 +19,17 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Wri
 from .config import TrainConfig, lr_at
 from .data import ChatSet, Mixture, PairSet, TokenSet, check_size, loader
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_json
+from .guard import Guard
 from .model import GPT, GPTConfig
 from .monitor import Metrics, save_plots
+from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, usual_options
+from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
 from .tokenizer import Tokenizer
 
-# %% ../nbs/13_train.ipynb #fd664a96
-def _choose(config:TrainConfig)->dict:
-    "Device, precision and threads."
-    device = config.device
-    if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = device.split(':')[0]
-    if kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device={device!r}, but torch finds no CUDA device; use device='auto', or on Colab choose a GPU under Runtime > Change runtime type")
-    precision = config.precision
-    if precision == 'auto': precision = 'fp32' if kind != 'cuda' else 'bf16' if torch.cuda.get_device_capability() >= (8,0) else 'fp16'
-    if precision == 'fp16' and kind == 'cpu': raise ValueError("precision='fp16' needs a GPU: on a CPU use fp32, or bf16")
-    return dict(device=device, precision=precision, threads=config.num_threads or os.cpu_count() or 1)
-
-def _adamw(model:nn.Module, config:TrainConfig, device:str)->torch.optim.AdamW:
-    "AdamW (Loshchilov and Hutter 2019); matrices decay, norms do not."
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
-    return torch.optim.AdamW([g for g in groups if g['params']], lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=device.split(':')[0] in ('cuda','cpu'))
-
-# %% ../nbs/13_train.ipynb #5ea09125
+# %% ../nbs/13_train.ipynb #45f1c273
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -61,10 +46,10 @@ class Trainer:
     def __init__(self, model:nn.Module, data, config:TrainConfig, max_steps:int, choices:dict, callbacks:Iterable[Callback]=()):
         self.model,self.data,self.config,self.callbacks = model,data,config,list(callbacks)
         self.device,self.precision = choices['device'],choices['precision']
-        self.optimizer = _adamw(model, config, self.device)
+        self.optimizer = make_optimizer(model, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
-        self.step,self.stop = 0,None # optimizer steps done; the signal that asks for an end
+        self.step,self.stop = 0,None # optimizer steps done; what asks for an end: a signal, or in words
         self.grad_norm = 0. # of the last step, before clipping
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, as tensors on the device; target tokens so far
@@ -74,12 +59,20 @@ class Trainer:
         cfg = self.config
         self.call('on_start')
         self.model.train()
-        for batch in [] if self.complete else loader(self.data, range(self.step, self.max_steps), cfg.effective_batch, cfg.max_seq_len, cfg.seed, cfg.dataloader_workers, self.device.startswith('cuda'), self.schedule.offset):
+        for batch in self.batches(self.max_steps, cfg.dataloader_workers):
             self.train_step(batch)
             self.step += 1
             self.call('on_step')
             if self.stop or self.stopped_early: break
         self.call('on_end')
+
+    def batches(self,
+        until:int, # The step before which they end
+        workers:int=0, # Processes that read ahead
+    )->Iterable[dict[str,Tensor]]:
+        "The effective batches from this step on, on the CPU."
+        cfg = self.config
+        return [] if self.complete else loader(self.data, range(self.step, until), cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers, self.device.startswith('cuda'), self.schedule.offset)
 
     def train_step(self, batch:dict[str,Tensor]):
         "One optimizer step on an effective batch: ids, labels and, where rows are packed, `rows`, (B, T) int64 each."
@@ -89,7 +82,7 @@ class Trainer:
         total = 0.
         for parts in zip(*(t.split(cfg.batch_size) for t in batch.values())):
             micro = {k:t.to(self.device, non_blocking=True) for k,t in zip(batch, parts)}
-            with self.autocast(): loss = self.model.loss(**micro, n_targets=n_targets)
+            with autocast(self.device, self.precision): loss = self.model.loss(**micro, n_targets=n_targets)
             self.scaler.scale(loss).backward()
             total += loss.detach()
         self.scaler.unscale_(self.optimizer)
@@ -97,10 +90,6 @@ class Trainer:
         self.scaler.step(self.optimizer); self.scaler.update()
         self.optimizer.zero_grad()
         self.losses.append(total); self.tokens += n_targets
-
-    def autocast(self):
-        "Matrix products in the lower precision, where there is one."
-        return torch.autocast(self.device.split(':')[0], dict(bf16=torch.bfloat16, fp16=torch.float16).get(self.precision), enabled=self.precision != 'fp32')
 
     def call(self, event:str, *args):
         for c in self.callbacks: getattr(c, event)(self, *args)
@@ -112,7 +101,13 @@ class Trainer:
     @property
     def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
 
-# %% ../nbs/13_train.ipynb #0fe2613d
+# %% ../nbs/13_train.ipynb #e6fa70c4
+def _last_good(t:Trainer)->str:
+    "Where training can go on from, in words."
+    t.writer.wait()
+    good = newest(t.stores)
+    return f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet"
+
 def _check_losses(t:Trainer)->list[float]:
     "The losses since the last log as numbers; a `TrainingError` if one is not finite."
     losses = torch.stack([torch.as_tensor(l) for l in t.losses]).tolist() if t.losses else []
@@ -122,13 +117,11 @@ def _check_losses(t:Trainer)->list[float]:
     if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
     if bad:
         what,value = bad[0]
-        t.writer.wait()
-        good = newest(t.stores)
-        raise TrainingError(f"the {what} is {value}: training has diverged. " + (f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet")
-            + f". Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
+        good = _last_good(t)
+        raise TrainingError(f"the {what} is {value}: training has diverged. {good}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (" and overwrite=True" if good.startswith('No') else ", and training goes on from there"))
     return losses
 
-# %% ../nbs/13_train.ipynb #37c68da0
+# %% ../nbs/13_train.ipynb #9281dba5
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -191,7 +184,7 @@ class _Evaluate(Callback):
     def on_step(self, t):
         if t.schedule.evaluation(t.step): self.evaluate(t)
     def evaluate(self, t):
-        with t.autocast(): loss = evaluate(t.model, self.valid, t.config.max_seq_len, t.config.batch_size, t.config.eval_sequences)
+        with autocast(t.device, t.precision): loss = evaluate(t.model, self.valid, t.config.max_seq_len, t.config.batch_size, t.config.eval_sequences)
         t.evaluated = t.step
         t.log(dict(step=t.step, epoch=round(t.epoch, 4), eval_loss=loss))
         if t.best_loss is None or loss < t.best_loss:
@@ -219,6 +212,14 @@ class _Estimate(Callback):
         n,seconds = t.step-self.first,time.perf_counter()-self.began
         if n == 1: self.first,self.began = t.step,time.perf_counter() # the first step is slower than the others
         elif not self.told and n >= 5 and seconds > 10: self.told = True; t.say(time_plan(t.schedule, t.step, seconds/n))
+
+class _Guard(Callback):
+    "Rests, or ends the training, before the machine has no room left."
+    def on_start(self, t):
+        self.guard = Guard(t.config.max_cpu, t.config.max_memory)
+        if self.guard.warning: t.say(self.guard.warning)
+    def on_step(self, t):
+        if why := self.guard.check(): t.stop = t.stop or why
 
 class _Plot(Callback):
     "The loss curve as PNG."
@@ -444,7 +445,7 @@ def _speaker(folder:Path, aloud:bool):
         if aloud: tqdm.write(message)
     return say,h.close
 
-# %% ../nbs/13_train.ipynb #6cc7360f
+# %% ../nbs/13_train.ipynb #58b33429
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'stdlib' (Python's own source)
@@ -471,7 +472,7 @@ def fit(
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data','data-source')): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
-        choices = _choose(cfg)
+        choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
         torch.set_num_threads(choices['threads'])
@@ -481,6 +482,7 @@ def fit(
         _check_objective(data, cfg)
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg).to(choices['device'])
+        net.recompute = cfg.gradient_checkpointing
         identity = _identity(net.config, tok, data, cfg)
         if known: _check_same(folder, known['identity'], identity, override, say)
 
@@ -502,36 +504,56 @@ def fit(
             t.restore(state)
             del state # as large as the training itself
         if start and resume not in ('auto', True): _give_up(t, start.step)
+        cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), train=cfg.to_dict(),
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
-        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *callbacks,
+        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
-        say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {choices['threads']} threads; {len(data):,} tokens; "
-            f"steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
+        say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(choices, isinstance(data, ChatSet))} attention, "
+            f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         for line in _describe(data, cfg.max_seq_len): say(line)
         _plan(t, backup)
         if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
         began = time.perf_counter()
-        with _signals(t): t.run()
+        try:
+            with _signals(t): t.run()
+        except RuntimeError as e:
+            if not out_of_memory(e): raise
+            raise TrainingError(f"memory ran out in step {t.step+1:,} ({str(e).splitlines()[0][:200]}). {_last_good(t)}. Call again with {memory_advice(cfg)}") from None
         if t.stop:
             if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
             say(message := f'stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there')
+            if isinstance(t.stop, str): raise TrainingError(f'{t.stop}: {message}. Close other programs first, or train with less memory: {memory_advice(cfg)}')
             raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128+t.stop)
         net.eval()
         say(f'finished {t.step:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
         if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #056e77d8
+# %% ../nbs/13_train.ipynb #4f130d1f
 def _course(cfg:TrainConfig, windows:int, state:dict|None=None, was:dict|None=None)->tuple[int,int]:
     "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
     offset = state['data_position']*was['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
     return cfg.max_steps or max(1, math.ceil((cfg.epochs*windows-offset)/cfg.effective_batch)),offset
+
+def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
+    "The choices for which the model must be asked: its micro-batch, and whether it is compiled. A run that goes on on the same kind of device takes them over."
+    cfg = t.config
+    if old and old['device'].split(':')[0] != choices['device'].split(':')[0]: old = {}
+    if cfg.auto_batch_size and (b := old.get('batch_size')) and cfg.effective_batch % b == 0: cfg = replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch//b)
+    how = 'no' if cfg.disable_optimizations else cfg.enable_compile
+    if how == 'auto' and old: how = old.get('compile', 'no')
+    if not t.complete and (how != 'no' or cfg.auto_batch_size and not old.get('batch_size')):
+        batch = next(iter(t.batches(t.step+1)))
+        if cfg.auto_batch_size and not old.get('batch_size'): cfg = fit_batch(t.model, batch, cfg, t.precision, say)
+        if not decide_compile(t.model, {k:v[:cfg.batch_size].to(t.device) for k,v in batch.items()}, (t.max_steps-t.step)*cfg.gradient_accumulation, t.precision, how, say): how = 'no'
+    choices.update(compile='yes' if how == 'auto' else how, batch_size=cfg.batch_size)
+    return cfg
 
 def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience."

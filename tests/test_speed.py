@@ -1,0 +1,113 @@
+"""Fast, and still exact: compiled, in bf16, with activations computed twice, by Muon; and what happens when memory runs out."""
+import json
+import shutil
+
+import kill_child as child
+import minigpt.train
+import pytest
+import torch
+from minigpt.guard import Guard
+from minigpt.run import open_run
+from minigpt.speed import decide_compile
+from minigpt.train import TrainingError
+from test_faults import At, PowerCut, go, power_cut
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture
+def work(tmp_path): return child.new_work(tmp_path/"work")
+
+
+def interrupted(work, tmp_path, **options):
+    "Losses of a run that is cut off behind step 7, two steps after a save, and goes on; each equal to those of a run left alone"
+    alone = go(child.new_work(tmp_path/"alone"), **options)[1]
+    with pytest.raises(PowerCut): go(work, At(7, power_cut), **options)
+    _, after = go(work, **options)
+    assert len(after) > 6 and {k: alone[k] for k in after} == after
+    return alone
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler: torch.compile cannot be tried")
+def test_a_compiled_run_goes_on_exactly(work, tmp_path):
+    interrupted(work, tmp_path, enable_compile="yes", max_steps=12)
+    run = open_run(work/"run")
+    assert run.facts["choices"]["compile"] == "yes"
+    model = run.model().train()                                                    # the same files as without, and the same numbers
+    model.model.layers.apply(lambda m: setattr(m, "p", 0.) if isinstance(m, torch.nn.Dropout) else setattr(m, "dropout", 0.)); model.drop.p = 0.
+    ids = torch.randint(300, (4, 33)); batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
+    def gradients(): model.zero_grad(); model.loss(**batch).backward(); return [p.grad.clone() for p in model.parameters()]
+    plain = gradients()
+    assert decide_compile(model, batch, 1, how="yes")
+    for a, b in zip(plain, gradients()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not COMPILER, reason="no C++ compiler: torch.compile cannot be tried")
+def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, capsys):
+    from minigpt import speed
+    times = iter([1., 1., 1., 1., 1.] + [.1]*9)                                    # seconds of a micro-batch: plain, then compiled
+    monkeypatch.setattr(speed, "micro_step", lambda *a: next(times))
+    with pytest.raises(PowerCut): go(work, At(7, power_cut), max_steps=200, progress=True)
+    out = capsys.readouterr().out
+    assert "compiled 100 ms" in out and ", compiled," in out and open_run(work/"run").facts["choices"]["compile"] == "yes"
+    monkeypatch.setattr(speed, "micro_step", lambda *a: .1)
+    with pytest.raises(PowerCut): go(work, At(9, power_cut), max_steps=200, progress=True)
+    out = capsys.readouterr().out
+    assert ", compiled," in out and "measuring" not in out
+
+
+def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypatch, capsys):
+    from minigpt.model import Block
+    def broken(self, **how): raise RuntimeError("no C++ compiler was found")
+    monkeypatch.setattr(Block, "compile", broken)
+    run, _ = go(work, enable_compile=True, progress=True)
+    out = capsys.readouterr().out
+    assert run.finished and out.count("torch.compile failed") == 1 and "no C++ compiler was found" in out and ", not compiled," in out
+
+
+@pytest.mark.parametrize("options", [dict(precision="bf16"), dict(gradient_checkpointing=True), dict(optimizer="muon"), dict(disable_optimizations=True)], ids=lambda o: next(iter(o)))
+def test_every_way_to_train_goes_on_exactly(work, tmp_path, options): interrupted(work, tmp_path, **options)
+
+
+def test_gradient_checkpointing_changes_no_loss(work, tmp_path):
+    assert go(work)[1] == go(child.new_work(tmp_path/"other"), gradient_checkpointing=True)[1]
+
+
+def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monkeypatch):
+    alone = go(child.new_work(tmp_path/"alone"))[1]
+    use = iter([50]*8+[97]*1000)
+    monkeypatch.setattr(minigpt.train, "Guard", lambda cpu, memory: Guard(cpu, memory, patience=0., every=0., memory=lambda: (next(use), 100)))
+    with pytest.raises(TrainingError, match=r"97% of the memory is in use .*more than max_memory=95.*stopped after step \d+ and saved.*batch_size=2, gradient_accumulation=4"): go(work)
+    monkeypatch.undo()
+    before = open_run(work/"run").step
+    assert 1 < before < 20
+    run, after = go(work)
+    assert run.finished and {k: alone[k] for k in after} == after and min(s for s, k in after if k == "loss") == before+1
+
+
+def test_disable_monitoring_watches_nothing(work, monkeypatch):
+    def none(*args): raise AssertionError("a guard was made")
+    monkeypatch.setattr(minigpt.train, "Guard", none)
+    assert go(work, disable_monitoring=True)[0].finished
+
+
+def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_path, monkeypatch):
+    alone = go(child.new_work(tmp_path/"alone"))[1]
+    def too_much(t): raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of this")
+    with pytest.raises(TrainingError) as e: go(work, At(7, too_much))
+    said = str(e.value)
+    assert "checkpoint-5" in said and "batch_size=2, gradient_accumulation=4 (instead of 4 and 2" in said and "gradient_checkpointing=True" in said
+    run, after = go(work, batch_size=2, gradient_accumulation=4)
+    assert run.finished and min(s for s, k in after if k == "loss") == 6
+    assert all(abs(float.fromhex(alone[k])-float.fromhex(v)) < .05 for k, v in after.items())     # not bit for bit: sums are made in another order
+
+
+def test_another_error_is_not_taken_for_memory(work):
+    def other(t): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="^mat1"): go(work, At(7, other))
+
+
+def test_choices_stand_in_run_json(work):
+    run, _ = go(work, auto_batch_size=True)
+    choices = json.loads((run.path/"run.json").read_text())["choices"]
+    assert choices["compile"] == "no" and choices["batch_size"] == 4 and choices["device"] == "cpu" and choices["threads"] == 1
