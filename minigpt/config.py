@@ -17,7 +17,7 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #f90edf00
+# %% ../nbs/12_config.ipynb #c742d7e7
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -72,6 +72,7 @@ class TrainConfig:
     disable_monitoring:bool = _option(False, "watch neither max_cpu nor max_memory")
     num_threads:int = _option(0, "CPU threads of torch; 0: one a core")
     dataloader_workers:int = _option(0, "processes that read ahead; batches do not depend on it")
+    tensorboard:bool = _option(True, "write TensorBoard's event files, where tensorboard is installed")
     plot_loss:bool = _option(True, "write plots/loss_curve_*.png at each save")
     progress:bool = _option(True, "show a progress bar and say what is decided")
 

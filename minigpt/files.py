@@ -217,7 +217,7 @@ def sweep(
         done.append(p.name)
     return done
 
-# %% ../nbs/00_files.ipynb #718236eb
+# %% ../nbs/00_files.ipynb #1f35c444
 @contextmanager
 def only_one(
     folder:str|Path, # The folder that one process at a time may write; made if missing
@@ -225,7 +225,7 @@ def only_one(
     "Hold `folder`'s lock; a `RuntimeError` if another live process has it."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder/'.lock')
-    try: lock.acquire(timeout=0)
+    try: lock.acquire(timeout=.5) # who only asks whether somebody trains holds it for microseconds
     except Timeout: raise RuntimeError(f"another process is writing in {folder}; wait until it ends or stop it, or choose another output_dir") from None
     try: yield
     finally: lock.release()

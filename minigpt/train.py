@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'Trainer', 'evaluate', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #6f4f710c
-import contextlib, logging, math, platform, random, signal, threading, time, uuid
+# %% ../nbs/13_train.ipynb #15b7c7e4
+import contextlib, math, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Wri
 from .config import TrainConfig, lr_at
 from .data import ChatSet, Mixture, PairSet, TokenSet, check_size, loader
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_json
+from .generate import complete
 from .guard import Guard
 from .model import GPT, GPTConfig
-from .monitor import Metrics, save_plots
+from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics
 from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
@@ -121,7 +123,7 @@ def _check_losses(t:Trainer)->list[float]:
         raise TrainingError(f"the {what} is {value}: training has diverged. {good}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (" and overwrite=True" if good.startswith('No') else ", and training goes on from there"))
     return losses
 
-# %% ../nbs/13_train.ipynb #9281dba5
+# %% ../nbs/13_train.ipynb #1cc47126
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -130,7 +132,7 @@ class _Log(Callback):
         if t.step % t.config.logging_steps and t.step != t.max_steps: return
         now = time.perf_counter()
         row = dict(step=t.step, epoch=round(t.epoch, 4), loss=sum(losses)/len(losses), lr=t.optimizer.param_groups[0]['lr'], grad_norm=float(t.grad_norm),
-            tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1))
+            tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1), **memory(t.device))
         if t.writer.stall: row['save_stall_seconds'],t.writer.stall = round(t.writer.stall, 4),0.
         self.since,self.tokens,t.losses,t.last_loss = now,t.tokens,[],row['loss']
         t.log(row)
@@ -186,7 +188,8 @@ class _Evaluate(Callback):
     def evaluate(self, t):
         with autocast(t.device, t.precision): loss = evaluate(t.model, self.valid, t.config.max_seq_len, t.config.batch_size, t.config.eval_sequences)
         t.evaluated = t.step
-        t.log(dict(step=t.step, epoch=round(t.epoch, 4), eval_loss=loss))
+        sample = dict(sample=complete(t.model, t.tokenizer, '', max_new_tokens=40, seed=t.step)) if t.config.progress else {}
+        t.log(dict(step=t.step, epoch=round(t.epoch, 4), eval_loss=loss, **sample))
         if t.best_loss is None or loss < t.best_loss:
             t.best_loss,t.best_step,t.worse = loss,t.step,0
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
@@ -222,14 +225,33 @@ class _Guard(Callback):
         if why := self.guard.check(): t.stop = t.stop or why
 
 class _Plot(Callback):
-    "The loss curve as PNG."
-    def save(self, t, step, final=False):
-        try: save_plots(t.run_path/'plots', Run(t.run_path).history, step, final, f'{t.run_path.name}: step {t.step:,} of {t.max_steps:,}')
-        except OSError as e: t.say(f'the loss_curve picture of step {step} could not be written: {e}')
+    "The loss curve as PNG, on a thread."
+    def __init__(self, plots:PlotWriter): self.plots,self.told = plots,None
     def on_save(self, t, path):
-        if path.parent != t.best.folder: self.save(t, int(path.name.rpartition('-')[2]))
+        if path.parent != t.best.folder: self.plots.save(int(path.name.rpartition('-')[2]))
+        self.tell(t)
     def on_end(self, t):
-        if t.complete: self.save(t, t.step, final=True)
+        if t.complete: self.plots.save(t.step, final=True)
+        self.plots.close(); self.tell(t)
+    def tell(self, t):
+        if self.plots.problem and not self.told: t.say(f'{self.plots.problem}. Training goes on')
+        self.told = self.plots.problem
+
+class _TensorBoard(Callback):
+    "The rows as event files."
+    def __init__(self, events:EventWriter): self.events,self.told = events,None
+    def on_log(self, t, row):
+        if not self.events.log(row) and not self.told: self.told = self.events.problem; t.say(f'tensorboard/ cannot be written from step {t.step} on: {self.told}. Training goes on')
+
+class _Live(Callback):
+    "The losses in a notebook, while they fall."
+    def __init__(self, live): self.live = live
+    def on_start(self, t): self.live.show()
+    def on_log(self, t, row):
+        try: self.live.update()
+        except Exception as e: # a view is not worth a training
+            self.on_log = lambda t, row: None
+            t.say(f'the live view stops here: {type(e).__name__}: {e}. Training goes on')
 
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
@@ -353,7 +375,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     if isinstance(model, GPT): return model
     return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
 
-# %% ../nbs/13_train.ipynb #6d7b602c
+# %% ../nbs/13_train.ipynb #e8ae94f4
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     folder = Path(output_dir)
@@ -436,16 +458,31 @@ def _plan(t:_RunTrainer, backup:Backup|None):
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
-def _speaker(folder:Path, aloud:bool):
+def _speaker(log:RunLog, aloud:bool):
     "Says a line to the user, and to run.log."
-    log = logging.Logger('minigpt'); log.addHandler(h := logging.FileHandler(folder/'run.log', encoding='utf-8'))
-    h.setFormatter(logging.Formatter('%(asctime)s %(message)s'))
     def say(message:str):
-        log.info(message)
+        log(message)
         if aloud: tqdm.write(message)
-    return say,h.close
+    return say
 
-# %% ../nbs/13_train.ipynb #58b33429
+def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[Callback]:
+    "What shows the run: pictures, TensorBoard's files, and a live view in a notebook or a bar elsewhere."
+    cfg,views = t.config,[]
+    if cfg.plot_loss: views.append(_Plot(PlotWriter(t.run_path, t.max_steps)))
+    if cfg.tensorboard and find_spec('tensorboard'):
+        events = EventWriter(t.run_path/'tensorboard', t.step, read_metrics(t.run_path/'metrics.jsonl')); at_end.callback(events.close)
+        views.append(_TensorBoard(events))
+    if widget or widget is None and cfg.progress and in_notebook() and find_spec('ipywidgets'):
+        from minigpt.widgets import LiveLoss
+        live = LiveLoss(t.run_path); at_end.callback(_quietly, live.finish)
+        views.append(_Live(live))
+    elif cfg.progress: views.append(_Progress())
+    return views
+
+def _quietly(f):
+    with contextlib.suppress(Exception): f()
+
+# %% ../nbs/13_train.ipynb #daffdcc1
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'stdlib' (Python's own source)
@@ -459,6 +496,7 @@ def fit(
     overwrite:bool=False, # Move a run that stands in `output_dir` aside
     override:str|Iterable[str]=(), # What may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed
     resume_from_checkpoint:str|Path|None=None, # Another name for `resume`
+    widget:bool|None=None, # A live view of the losses; default: in a notebook, where ipywidgets is installed
     **options, # Fields of `TrainConfig`
 )->Run: # The finished run
     "Train a model, or go on training it, or return it if it is trained."
@@ -468,7 +506,7 @@ def fit(
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
-        say,close = _speaker(folder, cfg.progress); at_end.callback(close)
+        say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data','data-source')): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
@@ -511,7 +549,7 @@ def fit(
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
-        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *([_Plot()] if cfg.plot_loss else []), *([_Progress()] if cfg.progress else []), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
+        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         say(f"{net.config.n_params:,} parameters on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(choices, isinstance(data, ChatSet))} attention, "
             f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")

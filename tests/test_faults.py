@@ -317,9 +317,9 @@ def test_full_disk_to_the_last_byte(disk, whole):
 
 def test_full_disk_while_plotting(work, whole, monkeypatch):
     "The checkpoint fitted, the picture of the loss does not"
-    import minigpt.train
+    import minigpt.monitor
     def save_plots(*a, **k): raise OSError(errno.ENOSPC, "No space left on device", "loss_curve_step_10.png")
-    monkeypatch.setattr(minigpt.train, "save_plots", save_plots)
+    monkeypatch.setattr(minigpt.monitor, "save_plots", save_plots)
     _, losses = go(work, plot_loss=True)
     same_as(whole, work, losses)
     assert "loss_curve" in log(work) and "No space left" in log(work)
