@@ -21,8 +21,9 @@ nanoGPT        its train.py as it is, with its own data loader, and its model, a
                matrices of its FFN are made half as wide again (1,536), so that they hold what the three of a Llama do. It draws batches at random.
 MiniMind       the loop of its train_pretrain.py on its model, a Llama with norms on queries and keys (512 parameters more), with the same
                weights and batches as ours, ready as tensors. Its AdamW has torch's defaults, and it shifts labels itself, so it learns from 255 positions of 256.
-floor          the matrix products of such a step alone, in the precision that `fit` chooses: forward and backward of every linear layer, of the output
-               layer and of attention, for half of the positions, as the causal mask leaves. Results go to memory that is there already.
+floor          the matrix products of such a step alone, in the same precision: forward and backward of every linear layer, of the output layer and
+               of attention, for half of the positions, as the causal mask leaves. Results go to memory that is there already.
+Where `fit` chooses bf16, because the processor has units for it, the Trainer and the floor are measured in bf16 too.
 
 What can be compared is checked in each round: the Trainer has as many parameters as `fit`, and equal losses to 0.5% (2% in bf16); those of nanoGPT and MiniMind
 end within a tenth; and all of them fall.
@@ -45,12 +46,16 @@ ANNOUNCED = 10_000 # steps of the run that `fit` believes in
 RECIPE = dict(learning_rate=1e-3, weight_decay=.1, adam_beta1=.9, adam_beta2=.99)
 OURS = {'minigpt fit':{}, 'minigpt eager':dict(enable_compile='no', precision='fp32'), 'minigpt compiled':dict(enable_compile='yes', precision='fp32'), 'minigpt bf16':dict(precision='bf16')}
 TRAINER = 'Trainer sdpa adamw_torch_fused'
-TRAINERS = [f'Trainer {a} {o}' for a in ('sdpa','eager') for o in ('adamw_torch_fused','adamw_torch')] + [TRAINER+' compiled']
+TRAINERS = [*(f'Trainer {a} {o}' for a in ('sdpa','eager') for o in ('adamw_torch_fused','adamw_torch')), TRAINER+' compiled', TRAINER+' bf16']
 
 def programs(a)->list[str]:
-    "What is measured."
+    "What is measured; bf16 in any case where `fit` chooses it."
+    from minigpt.config import TrainConfig
+    from minigpt.speed import choose
+    halves = [' bf16'] if choose(TrainConfig(device='cpu', num_threads=a.threads))['precision'] == 'bf16' else []
     peers = [n for n,d in (('nanoGPT',a.nanogpt), ('MiniMind',a.minimind)) if d]
-    return [*OURS, 'floor', 'floor bf16', *TRAINERS, *(f'{p} {how}' for p in peers for how in ('eager','compiled'))] if a.all else ['minigpt fit', 'floor', TRAINER, *(f'{p} eager' for p in peers)]
+    if a.all: return [*OURS, 'floor fp32', 'floor bf16', *TRAINERS, *(f'{p} {how}' for p in peers for how in ('eager','compiled'))]
+    return ['minigpt fit', 'floor fp32', *('floor'+h for h in halves), TRAINER, *(TRAINER+h for h in halves), *(f'{p} eager' for p in peers)]
 
 # --- what the processes share ----------------------------------------------------------------------------------------------------
 def prepare(folder:Path, steps:int):
@@ -108,7 +113,7 @@ def run_ours(folder:Path, out:Path, steps:int, threads:int, **settings)->dict:
     return dict(clock.facts(WARM, steps-1), params=sum(p.numel() for p in model.parameters()), losses=[r['loss'] for r in run.history if 'loss' in r and r['step'] % 10 == 0],
         note=f"{chosen['precision']}, {'not compiled' if chosen['compile'] == 'no' else 'compiled'}")
 
-def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, optim:str, compiled:str='')->dict:
+def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, optim:str, *more:str)->dict:
     "Hugging Face Trainer."
     import torch
     from safetensors.torch import load_file
@@ -136,7 +141,7 @@ def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, op
     assert not wrong.unexpected_keys and wrong.missing_keys == ['lm_head.weight'], wrong
     args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True, optim=optim,
         lr_scheduler_type='constant', warmup_steps=0, max_grad_norm=1., logging_strategy='no', save_strategy='no', eval_strategy='no', report_to='none', disable_tqdm=True,
-        logging_nan_inf_filter=False, torch_compile=bool(compiled), remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False, **RECIPE)
+        logging_nan_inf_filter=False, torch_compile='compiled' in more, bf16='bf16' in more, remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False, **RECIPE)
     OurTrainer(model=model, args=args, train_dataset=Batches(), data_collator=lambda batch: batch, callbacks=[Tick()]).train()
     losses = torch.stack(losses).tolist()
     return dict(clock.facts(WARM, steps-1), params=sum(p.numel() for p in model.parameters()), losses=tens(losses))
@@ -199,12 +204,9 @@ def run_minimind(folder:Path, out:Path, steps:int, threads:int, source:str, how:
     with watched(clock, losses): loop.train_epoch(0, zip(ids, ids), 1+len(ids)) # as if one more were to come: then it does not save
     return dict(clock.facts(WARM, steps-1), params=sum(p.numel() for p in model.parameters()), losses=tens(losses))
 
-def run_floor(steps:int, threads:int, precision:str='auto')->dict:
+def run_floor(steps:int, threads:int, precision:str)->dict:
     "The matrix products of a step, and nothing else."
     import torch
-    from minigpt.config import TrainConfig
-    from minigpt.speed import choose
-    precision = choose(TrainConfig(device='cpu', precision=precision, num_threads=threads))['precision']
     torch.set_num_threads(threads)
     new = lambda *shape: torch.randn(*shape).to(torch.bfloat16 if precision == 'bf16' else torch.float32)
     C,F,H,K = (SHAPE[k] for k in ('dim','ffn_dim','n_head','n_kv_head'))
@@ -226,7 +228,7 @@ def run_floor(steps:int, threads:int, precision:str='auto')->dict:
     for step in range(steps):
         for a,b in pairs: torch.matmul(a, b, out=space[(*a.shape[:-1], b.shape[-1])])
         clock.tick(step+1)
-    return dict(clock.facts(WARM, steps-1), losses=[], note=precision)
+    return dict(clock.facts(WARM, steps-1), losses=[])
 
 def run(program:str, folder:Path, out:Path, a)->dict:
     "A program in this process."
@@ -262,7 +264,7 @@ def same_work(program:str, m:dict, ours:dict):
     "Does its loss fall, as ours does, and equally where model and batches are the same?"
     if not m['losses']: return
     assert m['losses'][-1] < m['losses'][0], f"{program}: the loss does not fall: {m['losses']}"
-    near = .1 if program.startswith(('nanoGPT','MiniMind')) else .02 if 'bf16' in m.get('note', '')+ours['note'] else .005
+    near = .1 if program.startswith(('nanoGPT','MiniMind')) else .02 if 'bf16' in program+m.get('note', '')+ours['note'] else .005
     if near < .1: assert m['params'] == ours['params'], f"{program} has {m['params']:,} parameters, ours {ours['params']:,}"
     pairs = list(zip(m['losses'], ours['losses']))[-1 if near == .1 else 0:]
     assert all(abs(x-y) < near*y for x,y in pairs), f"{program}: losses are {m['losses']}, ours {ours['losses']}"
@@ -273,8 +275,8 @@ def table(results:dict[str,list[dict]])->float: # Ours in its defaults / the fas
     "Tokens/s of every round, their medians, what share of the floor they are, and ours / theirs."
     speed = {k:[m['tokens_per_second'] for m in v] for k,v in results.items()}
     middle = {k:statistics.median(v) for k,v in speed.items()}
-    floor = lambda k: middle['floor bf16' if 'bf16' in k else 'floor']
-    rounds = ''.join(f"{f'round {i+1}':>10}" for i in range(len(speed['floor'])))
+    floor = lambda k: middle['floor bf16' if 'bf16' in k+results[k][0].get('note', '') else 'floor fp32']
+    rounds = ''.join(f"{f'round {i+1}':>10}" for i in range(len(speed['minigpt fit'])))
     print(f"{'tokens/s':<{WIDTH}}{rounds}{'median':>10}{'of floor':>10}")
     for k,v in speed.items(): print(f'{k:<{WIDTH}}' + ''.join(f'{x:10,.0f}' for x in v) + f'{middle[k]:10,.0f}{middle[k]/floor(k):10.0%}')
     print(f"\n{'minigpt fit /':<{WIDTH}}{rounds}{'median':>10}")
