@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
-           'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'load_model', 'Checkpoint',
+           'write_manifest', 'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'SafeTensors',
+           'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #cc6a3b90
-import random, time
-from collections.abc import Callable
+# %% ../nbs/07_checkpoint.ipynb #344ca8d7
+import math, pickle, random, re, time, zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, orjson, psutil, torch, xxhash
+import numpy as np, orjson, psutil, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, rest, set_aside, write_json
 from .model import GPT, GPTConfig, from_hf, to_hf
+from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/07_checkpoint.ipynb #a0c2361c
@@ -99,13 +101,15 @@ def unpack_rng(
         elif k == 'mps': torch.mps.set_rng_state(v) if torch.backends.mps.is_available() else missing.append(k)
     return missing
 
-# %% ../nbs/07_checkpoint.ipynb #bb0d6402
+# %% ../nbs/07_checkpoint.ipynb #25815029
 _DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64', torch.int32:'I32', torch.int16:'I16', torch.int8:'I8', torch.uint8:'U8', torch.bool:'BOOL'}
 
 def write_safetensors(
     path:str|Path, # File to write
     tensors:dict[str,Tensor], # Name → tensor on any device
     metadata:dict[str,str]|None=None, # Goes into the header
+    values:Iterable[Tensor]|None=None, # The tensors, one at a time; then `tensors` need only have their dtypes and shapes (device `meta`)
+    compress:bool=False, # Through zstd, for a file named `.safetensors.zst`
 )->str: # xxh3-128 of the file
     "Write a safetensors file, 4 MiB at a time."
     header,end = ({'__metadata__':metadata} if metadata else {}),0
@@ -122,11 +126,16 @@ def write_safetensors(
             data = data[len(piece):]
             rest()
     with open(path, 'wb', buffering=0) as f:
-        write(len(head).to_bytes(8, 'little')+head)
-        for t in tensors.values(): write(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        out = zstandard.ZstdCompressor(write_checksum=True).compressobj() if compress else None
+        put = (lambda data: write(out.compress(data))) if compress else write
+        put(len(head).to_bytes(8, 'little')+head)
+        for told,t in zip(tensors.values(), tensors.values() if values is None else values, strict=True):
+            if (t.dtype, t.shape) != (told.dtype, told.shape): raise ValueError(f"{path}: a tensor is {t.dtype} {tuple(t.shape)}, and the header says {told.dtype} {tuple(told.shape)}")
+            put(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        if compress: write(out.flush())
     return hash.hexdigest()
 
-# %% ../nbs/07_checkpoint.ipynb #6a90d2fc
+# %% ../nbs/07_checkpoint.ipynb #a31c9223
 def _write_files(folder:Path, state:State)->dict[str,str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
     tok,hashes = state.tokenizer,{}
@@ -144,11 +153,18 @@ def _write_files(folder:Path, state:State)->dict[str,str]:
     if state.rng: tensors('rng_state.safetensors', *state.rng)
     return hashes
 
-def _write_manifest(folder:Path, hashes:dict[str,str], kind:str, step:int):
+# %% ../nbs/07_checkpoint.ipynb #fa2628d0
+def write_manifest(
+    folder:Path, # All files of it are written
+    hashes:dict[str,str], # Name → xxh3-128, where known; the others are read again
+    kind:str, # As for `write_checkpoint`, or one of `EXPORTED`
+    step:int, # Optimizer steps
+):
+    "List every file of a folder with size and hash: what makes it a checkpoint."
     entries = {p.name:dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p)) for p in sorted(folder.iterdir())}
     write_json(folder/'MANIFEST.json', dict(format='minigpt checkpoint', version=1, kind=kind, step=step, time=time.time(), files=entries))
 
-# %% ../nbs/07_checkpoint.ipynb #7ebd69b2
+# %% ../nbs/07_checkpoint.ipynb #b2560926
 def write_checkpoint(
     path:str|Path, # Directory to appear; one that stands there is replaced when the new one is whole
     state:State, # What to write
@@ -160,7 +176,7 @@ def write_checkpoint(
         with new_dir(path, replace=True) as d:
             hashes = _write_files(d, state)
             for p in d.iterdir(): fsync(p)
-            _write_manifest(d, hashes, kind, state.trainer['global_step'])
+            write_manifest(d, hashes, kind, state.trainer['global_step'])
     except OSError as e:
         raise CheckpointError(f"{path} could not be written: {e} ({human_size(free_space(path))} free there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
     return path
@@ -171,7 +187,10 @@ def state_size(state:State)->int:
 
 def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state.weights, **{k:p[0] for k in ('optimizer','rng') if (p := getattr(state, k))})
 
-# %% ../nbs/07_checkpoint.ipynb #5b019b7d
+# %% ../nbs/07_checkpoint.ipynb #1797d61d
+EXPORTED = 'weights','quantized','compressed' # kinds that `minigpt.export` writes: to be used, not to be trained on
+
+# %% ../nbs/07_checkpoint.ipynb #82b401cc
 def problem(
     path:str|Path, # A checkpoint directory
     hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
@@ -185,7 +204,8 @@ def _compare(path:Path, hashes:bool)->str|None:
     try:
         manifest = read_json(path/'MANIFEST.json')
         files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
-        needed = {'config.json','model.safetensors','trainer_state.json'} | ({'optimizer.safetensors','rng_state.safetensors'} if manifest['kind'] in ('step','snapshot') else set())
+        kind = manifest['kind']
+        needed = {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')} | ({'trainer_state.json'} if kind not in EXPORTED else set()) | ({'optimizer.safetensors','rng_state.safetensors'} if kind in ('step','snapshot') else set())
         if (absent := needed - {name for name,_,_ in files}) or any(Path(name).name != name for name,_,_ in files): return f"MANIFEST.json is damaged{': it does not list '+', '.join(sorted(absent)) if absent else ''}"
         int(manifest['step']), float(manifest['time'])
     except (ValueError, KeyError, TypeError, AttributeError): return 'MANIFEST.json is damaged'
@@ -196,7 +216,7 @@ def _compare(path:Path, hashes:bool)->str|None:
         if hashes and hash_file(f) != hash: return f'{name} is damaged: its content does not have the hash that the manifest gives'
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #2a70db34
+# %% ../nbs/07_checkpoint.ipynb #9d7b2fd3
 def read_checkpoint(
     path:str|Path, # A checkpoint directory of ours
     device:str='cpu', # Where the tensors go
@@ -205,6 +225,7 @@ def read_checkpoint(
     path = Path(path)
     if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}")
     if wrong := problem(path): raise CheckpointError(f"{path} is not used: {wrong}")
+    if (kind := read_json(path/'MANIFEST.json')['kind']) in EXPORTED: raise CheckpointError(f"{path} is an export of kind {kind!r}, no state to go on from; open it with load_model, or unpack it with minigpt.export.export(…, weights_only=False) if it is a compressed full checkpoint")
     def packed(name):
         if not (path/f'{name}.safetensors').exists(): return None
         with safe_open(path/f'{name}.safetensors', 'pt') as f: facts = (f.metadata() or {}).get('minigpt')
@@ -212,19 +233,166 @@ def read_checkpoint(
     return State(from_hf(read_json(path/'config.json')), load_file(path/'model.safetensors', device=device), load_tokenizer(path),
         read_json(path/'trainer_state.json'), read_json(f) if (f := path/'training_args.json').exists() else {}, packed('optimizer'), packed('rng_state'))
 
-# %% ../nbs/07_checkpoint.ipynb #67af7684
-def load_model(
-    path:str|Path, # A checkpoint of ours, the root of a finished run, or a Llama or Qwen3 directory with one model.safetensors
-    device:str='cpu', # Where the model goes
-)->GPT: # In eval mode
-    "The model of a directory."
+# %% ../nbs/07_checkpoint.ipynb #09d68c53
+_NAMES = {v:k for k,v in _DTYPES.items()}
+_HEADER = 100_000_000 # bytes that a header may have, as in the format's own library
+
+# %% ../nbs/07_checkpoint.ipynb #b38cda44
+class SafeTensors:
+    "A safetensors file, plain or compressed (`.zst`): what is in it, and its tensors one after another."
+    def __init__(self,
+        path:str|Path, # The file
+    ):
+        self.path = Path(path); size = self.path.stat().st_size
+        self.file = open(self.path, 'rb', buffering=0); packed = self.path.suffix == '.zst'
+        if packed: self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
+        n = int.from_bytes(self._read(memoryview(bytearray(8))), 'little')
+        if n > (_HEADER if packed else min(_HEADER, size-8)): self._refuse(f'its header would have {n:,} bytes')
+        try:
+            header = orjson.loads(self._read(memoryview(bytearray(n))))
+            self.metadata = header.pop('__metadata__', None) or {}
+            entries = sorted(((*v['data_offsets'], k, _NAMES.get(v['dtype'], v['dtype']), tuple(v['shape'])) for k,v in header.items()), key=lambda e: e[:2])
+            if not all(isinstance(x, int) and 0 <= x < 1<<48 for b,e,_,_,s in entries for x in (b, e, *s)): raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError): self._refuse('its header is not that of a safetensors file')
+        at = 0
+        for begin,end,k,dtype,shape in entries:
+            if not isinstance(dtype, torch.dtype): self._refuse(f'{k} has the dtype {dtype!r}, which this version does not read')
+            if begin != at or end-begin != math.prod(shape)*dtype.itemsize: self._refuse(f'{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which does not fit')
+            at = end
+        if packed and at > 100*size+_HEADER or not packed and at != size-8-n: self._refuse(f'its header tells of {at:,} bytes of tensors, and the file has {size:,}')
+        self.header = {k:(dtype, shape) for _,_,k,dtype,shape in entries} # in the order of the file
+
+    def _refuse(self, why:str): raise CheckpointError(f"{self.path} is not used: {why}; it is damaged, or no file of weights")
+
+    def _some(self, into:memoryview)->int:
+        "As many bytes as come at once; 0 at the end."
+        try: return self.file.readinto(into)
+        except zstandard.ZstdError as e: self._refuse(f'zstd says {e}')
+
+    def _read(self, into:memoryview)->memoryview:
+        "Fill it."
+        at = 0
+        while at < len(into):
+            if not (n := self._some(into[at:])): self._refuse('it ends too early')
+            at += n
+        return into
+
+    def __iter__(self)->Iterator[tuple[str,Tensor]]:
+        "Once."
+        with self.file:
+            for k,(dtype,shape) in self.header.items():
+                t = torch.empty(shape, dtype=dtype)
+                self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+                yield k,t
+            if self.path.suffix == '.zst' and self._some(memoryview(bytearray(1))): self._refuse('more comes after the last tensor') # and at the end zstd compares its checksum
+
+# %% ../nbs/07_checkpoint.ipynb #5bb02067
+def read_pickle(
+    path:str|Path, # A `.pt`, `.pth` or `.bin` file
+): # Tensors on the CPU, in the containers they were saved in
+    "What `torch.save` wrote, without running any code of it."
+    path = Path(path); archive = zipfile.is_zipfile(path)
+    def refuse(why): raise CheckpointError(f"{path} is not used: {why}") from None
+    try:
+        if archive:
+            with zipfile.ZipFile(path) as z: packed = any(i.compress_type for i in z.infolist()) or sum(i.file_size for i in z.infolist()) > path.stat().st_size
+            if packed: refuse('the archive is packed, and torch.save packs nothing')
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
+    except pickle.UnpicklingError as e:
+        what = re.search(r'GLOBAL (\S+)', str(e))
+        refuse(f"it asks for {what[1]}, which is no tensor and could run code. If you made the file yourself, save its tensors alone" if what else "it is not what torch.save writes, or damaged")
+    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, zipfile.BadZipFile) as e: refuse(f'torch cannot read it; it is cut off or damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__})')
+
+# %% ../nbs/07_checkpoint.ipynb #e7c55068
+def weight_files(
+    path:str|Path, # A model directory
+)->list[Path]: # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
+    "The files that hold the weights of a directory."
+    path = Path(path)
+    first = next((f for n in ('model.safetensors','model.safetensors.zst','model.safetensors.index.json','pytorch_model.bin','pytorch_model.bin.index.json') if (f := path/n).exists()), None)
+    if first is None: raise CheckpointError(f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of several files) and no pytorch_model.bin in it")
+    if first.suffix != '.json': return [first]
+    try: names = sorted({*read_json(first)['weight_map'].values()})
+    except (ValueError, KeyError, TypeError, AttributeError): raise CheckpointError(f"{first} is not used: it is no index of weights, or damaged") from None
+    if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or Path(n).suffix != Path(first.name[:-11]).suffix]: raise CheckpointError(f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it")
+    if absent := [n for n in names if not (path/n).exists()]: raise CheckpointError(f"{path} is not used: {first.name} names {absent[0]}, which is missing; get the directory again, whole")
+    return [path/n for n in names]
+
+class Weights:
+    "The weights that a model takes, one after another, whatever they are stored as; quantized ones in float32."
+    def __init__(self,
+        parts:'list[SafeTensors|dict[str,Tensor]]', # Where they are
+        config:GPTConfig, # Of the model; a `CheckpointError` if they do not fit it
+        name:str|Path, # Where they come from, for errors
+    ):
+        self.parts,self.name,self.widths = parts,name,{}
+        for p in parts:
+            if not isinstance(p, (SafeTensors,dict)) or isinstance(p, dict) and not all(isinstance(k, str) and isinstance(t, Tensor) for k,t in p.items()): raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
+            try: self.widths |= {k:min(max(int(w), 0), 1<<31) for k,w in orjson.loads(getattr(p, 'metadata', {}).get('minigpt', '{}')).get('widths', {}).items()}
+            except (ValueError, TypeError, AttributeError): raise CheckpointError(f"{p.path} is not used: its metadata are not those of a quantized model") from None
+        header = [kx for p in parts for kx in (p.header if isinstance(p, SafeTensors) else {k:(t.dtype, tuple(t.shape)) for k,t in p.items()}).items()]
+        if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
+        found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
+        with torch.device('meta'): # shapes without memory
+            try: want = GPT(config).load_weights({k:torch.empty(shape) for k,(_,shape) in found.items() if not k.endswith('rotary_emb.inv_freq')}).weights()
+            except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
+        self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
+
+    def _whole(self, items, join):
+        "Items by name, the two halves of a quantized matrix as one."
+        half = {}
+        for k,x in items:
+            matrix = k.removesuffix('.scale')
+            if matrix not in self.widths: yield k,x
+            elif matrix not in half: half[matrix] = k,x
+            else:
+                two = dict([half.pop(matrix), (k, x)])
+                yield matrix,join(matrix, two[matrix], two[matrix+'.scale'])
+        if half: raise CheckpointError(f"{self.name} is not used: {[*half][0]} is quantized, and its numbers or its scales are missing")
+
+    def __iter__(self)->Iterator[tuple[str,Tensor]]:
+        "Once; one tensor at a time is in memory."
+        def join(k, packed, scale):
+            try: return dequantize(packed, scale, self.widths[k])
+            except ValueError as e: raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
+        stored = (kt for p in self.parts for kt in (p if isinstance(p, SafeTensors) else p.items()))
+        return ((k, t) for k,t in self._whole(stored, join) if k in self.header)
+
+    def fill(self,
+        model:GPT, # Of the same shape, in any dtype
+    )->GPT: # Filled in place
+        "Put the weights into a model."
+        params = model.weights()
+        for k,t in self: params[k].copy_(t)
+        return model
+
+# %% ../nbs/07_checkpoint.ipynb #ca362b98
+def read_config(
+    path:str|Path, # A model directory
+)->GPTConfig:
+    "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
     path = Path(path)
     if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json in it; a run's checkpoints are in its folder checkpoints/")
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
-    if not (path/'model.safetensors').exists(): raise CheckpointError(f"{path} has no model.safetensors; sharded weights and pickles are not read yet: save it once with transformers' save_pretrained(…, max_shard_size='100GB')")
-    model = GPT(from_hf(read_json(path/'config.json')))
-    model.load_weights(load_file(path/'model.safetensors'))
-    return model.to(device).eval()
+    d = read_json(path/'config.json')
+    if q := d.get('quantization_config'): raise CheckpointError(f"{path} is quantized by another program ({q.get('quant_method') if isinstance(q, dict) else q}); open it with transformers, or get the model before it was quantized")
+    return from_hf(d)
+
+def open_weights(
+    path:str|Path, # A model directory
+    config:GPTConfig, # Of its model
+)->Weights:
+    "The weights of a directory, in any form."
+    return Weights([read_pickle(f) if f.suffix == '.bin' else SafeTensors(f) for f in weight_files(path)], config, path)
+
+def load_model(
+    path:str|Path, # A checkpoint of ours, the root of a finished run, an export, or a Llama or Qwen3 directory
+    device:str='cpu', # Where the model goes
+    dtype:torch.dtype|None=None, # Of the model in memory; default: float32 whatever the file has, so that it can be trained
+)->GPT: # In eval mode
+    "The model of a directory."
+    config = read_config(path)
+    return open_weights(path, config).fill(GPT(config).to(dtype)).to(device).eval()
 
 # %% ../nbs/07_checkpoint.ipynb #dd0c8525
 @dataclass(frozen=True)
@@ -290,7 +458,7 @@ class CheckpointStore:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
         return [set_aside(c.path, 'superseded') for c in self.all() if c.step > step]
 
-# %% ../nbs/07_checkpoint.ipynb #e4bc2e7a
+# %% ../nbs/07_checkpoint.ipynb #41588281
 def newest(
     stores:list[CheckpointStore], # Where to look; of equal steps, the one in the earlier store counts
     passed_over:Callable[[Checkpoint,str],None]=lambda checkpoint,why: None, # Told of each that is skipped
@@ -299,7 +467,7 @@ def newest(
     "The newest state in several places that training can go on from, and whose every file verifies."
     found = sorted(((c, -i) for i,s in enumerate(stores) for c in s.all()), key=lambda x: (x[0].step, x[1]), reverse=True)
     for c,_ in found:
-        if c.kind in ('light','final'): continue # weights alone: only where somebody asks for them
+        if c.kind in ('light','final',*EXPORTED): continue # weights alone: only where somebody asks for them
         why = c.problem or unfit(c) or problem(c.path)
         if not why: return c
         passed_over(c, why)

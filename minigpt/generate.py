@@ -20,16 +20,21 @@ def _check_choice(temperature, top_k, top_p):
     if top_k is not None and (top_k < 1 or top_k != int(top_k)): raise ValueError(f"top_k={top_k} must be a whole number, at least 1; to keep every token leave it None")
     if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability; to keep every token leave it None")
 
-# %% ../nbs/06_generate.ipynb #1b2f3d28
+# %% ../nbs/06_generate.ipynb #0a254e26
 def _candidates(logits, temperature, top_k, top_p):
     "Chances of the tokens that may be chosen, (..., n), and which tokens these are; None: all, in their order."
     if not logits.amax(-1).isfinite().all(): raise ValueError("the model's scores are not finite numbers; its weights are damaged or training diverged: load an earlier checkpoint")
     if temperature == 0: best = logits.argmax(-1, keepdim=True); return torch.ones_like(best, dtype=torch.float32),best
+    order = None
+    if top_k is not None: logits,order = logits.topk(min(top_k, logits.shape[-1])) # best first
     p = ((logits-logits.amax(-1, keepdim=True))/temperature).softmax(-1)
-    if top_k is None and (top_p is None or top_p == 1): return p,None
-    best,order = p.topk(min(top_k or p.shape[-1], p.shape[-1]))  # best first
-    if top_p is not None: best = best.where((best.cumsum(-1)-best)/best.sum(-1, keepdim=True) < top_p, 0)
-    return best/best.sum(-1, keepdim=True),order
+    if top_p is None or top_p == 1: return p,order
+    if order is None:
+        best,order = p.topk(min(1000, p.shape[-1])) # as a rule enough, and twenty times as fast as all
+        if best.sum(-1).min() < top_p: best,order = p.sort(descending=True)
+        p = best
+    p = p.where(p.cumsum(-1)-p < top_p, 0)
+    return p/p.sum(-1, keepdim=True),order
 
 # %% ../nbs/06_generate.ipynb #ec7a1aee
 def next_probs(
@@ -43,11 +48,12 @@ def next_probs(
     p,order = _candidates(logits.float(), temperature, top_k, top_p)
     return p if order is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
 
-# %% ../nbs/06_generate.ipynb #da6ba434
+# %% ../nbs/06_generate.ipynb #67a3fe2d
 def _choose(logits, temperature, top_k, top_p, dice):
     "A token for each row of the scores (B, V), drawn with the row's own generator."
     p,order = _candidates(logits, temperature, top_k, top_p)
-    at = torch.stack([torch.multinomial(q, 1, generator=d) for q,d in zip(p, dice)]) if temperature else torch.zeros(len(p), 1, dtype=torch.int64)
+    upto = p.double().cumsum(-1)
+    at = torch.searchsorted(upto, upto[:,-1:]*torch.stack([torch.rand(1, generator=d, dtype=torch.float64) for d in dice]), right=True)
     return (at if order is None else order.gather(1, at))[:,0].tolist()
 
 # %% ../nbs/06_generate.ipynb #be3d9226
@@ -73,21 +79,21 @@ def _checked(model, prompts, max_new_tokens, choice):
         if len(ids) >= c.max_len: raise ValueError(f"the prompt has {len(ids)} tokens and the model's max_len is {c.max_len}, so there is no room to write; shorten the prompt to at most {c.max_len-1}")
     return prompts,[min(max_new_tokens, c.max_len-len(ids)) for ids in prompts]
 
-# %% ../nbs/06_generate.ipynb #c02c4e54
+# %% ../nbs/06_generate.ipynb #fdadcbc5
 def _write(model, prompts, room, choice, stop, seed, use_cache):
     "(row, token), as they are chosen."
     head,rows,T,n = model.head,[*range(len(prompts))],max(map(len, prompts), default=0),max(room, default=0)
     dice = [torch.Generator() for _ in rows]
     for i,d in enumerate(dice): d.seed() if seed is None else d.manual_seed(seed+i)
     new = torch.tensor([[0]*(T-len(p)) + p for p in prompts], device=head.device)                            # (B, T)
-    real = torch.tensor([[False]*(T-len(p)) + [True]*(len(p)+n) for p in prompts], device=head.device)       # (B, T+n)
-    padded = any(len(p) < T for p in prompts)
+    fill = torch.tensor([[T-len(p)] for p in prompts])                                                       # (B, 1) positions in front
+    real,padded = (torch.arange(T+n) >= fill).to(head.device),bool(fill.any())                               # (B, T+n)
     with _reading(model): cache = KVCache(model.config, len(rows), T+n, head.device, head.dtype) if use_cache else None
     for k in range(n):
         with _reading(model):
             mask = None if not padded else real[:,None,None,:T+k] if new.shape[1] == 1 else (real[:,:T+k,None] == real[:,None,:T+k]).tril()[:,None]
             x = model.trunk(model.model.embed_tokens(new), mask, cache)[:,-1]                                # (B, C)
-            tokens = _choose((head @ x.to(head.dtype).T).T.float().cpu(), *choice, [dice[i] for i in rows])
+            tokens = _choose((head @ x.to(head.dtype).T).T.float().cpu().contiguous(), *choice, [dice[i] for i in rows])
         on = [j for j,token in enumerate(tokens) if token not in stop]
         yield from ((rows[j], tokens[j]) for j in on)
         on = [j for j in on if k+1 < room[rows[j]]]

@@ -571,7 +571,7 @@ def test_a_pickle_is_never_opened(work, tmp_path, whole):
     stranger = tmp_path/"stranger"; stranger.mkdir()
     shutil.copy(whole[0]/"run/config.json", stranger)
     for name in ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "scheduler.pt"): (stranger/name).write_bytes(bad)
-    with pytest.raises(CheckpointError, match="no model.safetensors"): load_model(stranger)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is not used"): load_model(stranger)
     with pytest.raises(CheckpointError): read_checkpoint(stranger)
     for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"): (stranger/name).write_bytes(bad)
     with pytest.raises(Exception): load_model(stranger)
