@@ -6,7 +6,7 @@ NB_WORKERS ?= 1
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help demo test check notebooks pytest bench compat compat-transformers compat-nbdev export readme address \
+.PHONY: help demo test check notebooks pytest bench compat compat-transformers compat-nbdev compat-widgets export readme address \
         clean-notebooks hooks bump docs clean
 
 BIN    := $(VENV)/bin
@@ -40,7 +40,7 @@ pytest: $(VENV)/.dev-installed ## the tests in tests/
 bench: $(VENV)/.dev-installed ## run every measurement in bench/
 	@for f in bench/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python "$$f" || exit 1; done
 
-compat: compat-transformers compat-nbdev ## the other supported versions: transformers 4.57, nbdev 2.4
+compat: compat-transformers compat-nbdev compat-widgets ## the other supported versions: transformers 4.57, nbdev 2.4, ipywidgets 7.7
 
 compat-transformers: .venv-compat-transformers/.installed
 	@if [ -e tests/test_transformers.py ]; then .venv-compat-transformers/bin/python -m pytest -q tests/test_transformers.py; \
@@ -48,6 +48,9 @@ compat-transformers: .venv-compat-transformers/.installed
 
 compat-nbdev: .venv-compat-nbdev/.installed
 	@.venv-compat-nbdev/bin/python tools/compat_nbdev.py
+
+compat-widgets: .venv-compat-widgets/.installed
+	@.venv-compat-widgets/bin/python -m pytest -q tests/test_browser.py
 
 export: $(VENV)/.dev-installed ## nbs/ to minigpt/ (nbdev-export)
 	@nbdev-export
@@ -109,4 +112,14 @@ $(VENV)/.dev-installed: $(CONFIG) | $(BIN)/python
 	@echo "Installing minigpt with nbdev 2.4 (some minutes)"
 	@.venv-compat-nbdev/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e . \
 	  'nbdev==2.4.14' 'execnb<0.2' 'fastcore<2' 'ghapi<2' ipykernel
+	@touch $@
+
+# The widgets of Colab, in a JupyterLab that takes them.
+.venv-compat-widgets/.installed: $(CONFIG)
+	$(call make_venv,.venv-compat-widgets)
+	@echo "Installing minigpt with ipywidgets 7.7 and JupyterLab 3.6 (some minutes)"
+	@.venv-compat-widgets/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[data]' \
+	  jupyterlab==3.6.8 ipywidgets==7.7.1 jupyterlab_widgets==1.1.11 widgetsnbextension==3.6.10 jupyterlab_pygments==0.2.2 \
+	  jupyter_server==1.24.0 notebook==6.5.7 nbclassic==1.1.0 ipykernel==6.17.1 ipython==7.34.0 traitlets==5.7.1 \
+	  playwright pytest pytest-timeout
 	@touch $@

@@ -158,7 +158,7 @@ def bench(
     from minigpt.speed import benchmark, benchmark_table
     typer.echo(benchmark_table(benchmark(config, TrainConfig.make(**options), seconds, typer.echo)))
 
-# %% ../nbs/18_cli.ipynb #4b73f995
+# %% ../nbs/18_cli.ipynb #7381930b
 @app.command()
 def monitor(
     run:Annotated[Path, typer.Argument(help="folder of a run, or of its backup")],
@@ -203,11 +203,12 @@ def analyze_checkpoint(
     from minigpt.files import write_json
     for f in figure, json:
         if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
-    if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo'), config)
+    if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo_checkpoint'), config)
     if not checkpoint and not directory: raise ValueError("name a checkpoint (-c FILE_OR_DIRECTORY), a folder of them (-d FOLDER --compare), or --create-demo")
     if compare:
         found = side_by_side(directory or checkpoint)
         typer.echo(found)
+        if len(found) > 1: typer.echo(); typer.echo(found.between())
         if json: write_json(json, found.summary())
         return
     a = analyze(checkpoint or checkpoints_in(directory)[-1])

@@ -247,7 +247,7 @@ class LossPicture:
         if last: _show_loss(self.recent, curves, max(0, curves.step-last), log, smoothed); self.recent.ax.set_title(f'last {last:,} steps')
         for title,p in self.small.items():
             y,_ = p.show(curves, smoothed=smoothed and p.name not in ('lr','memory'))
-            p.ax.set_title(f'{title} {y[-1]:,.4g}' if len(y) else title, size=8)
+            p.ax.set_title(f'{title} {y[-1]:,.4g}' if len(y) else title, size=8); p.ax.set_visible(len(y) > 0)
         self.canvas.draw()
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())[...,:3]).quantize(48, Image.Quantize.FASTOCTREE).save(f := io.BytesIO(), 'png') # a third of the bytes
         return f.getvalue()
