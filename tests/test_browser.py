@@ -121,6 +121,7 @@ def test_checkpoint_explorer(show, lab):
 
 
 TRAINING = r"""
+import time
 from pathlib import Path
 from minigpt.model import GPTConfig
 from minigpt.train import Callback, fit
@@ -130,9 +131,10 @@ class Live(Callback):
     def on_start(self, t): self.live = LiveLoss("runs/hill"); self.live.show()
     def on_log(self, t, row):
         self.live.draw()
-        if t.step == 30: raise OSError("the power was cut")
+        time.sleep(.4)     # slow enough to be seen
+        if t.step == 32: raise OSError("the power was cut")
 try: fit(GPTConfig(vocab_size=280, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64), "hill.txt", output_dir="runs/hill", tokenizer_vocab_size=280, max_seq_len=64,
-    batch_size=4, max_steps=40, save_steps=20, logging_steps=2, eval_steps=40, num_threads=1, learning_rate=3e-3, progress=False, callbacks=[live := Live()])
+    batch_size=4, max_steps=40, save_steps=20, logging_steps=4, eval_steps=40, num_threads=1, learning_rate=3e-3, progress=False, callbacks=[live := Live()])
 except OSError: live.live.finish()
 """
 
@@ -140,7 +142,7 @@ except OSError: live.live.finish()
 def test_a_run_live_and_resumed(show, lab):
     page = show(TRAINING, "RunDashboard('runs/hill')", wait=False)
     picture = page.locator(".minigpt-live-loss img")
-    for _ in range(4): expect(picture).not_to_have_attribute("src", picture.get_attribute("src"))     # drawn anew while the cell is at work
+    for _ in range(3): expect(picture).not_to_have_attribute("src", picture.get_attribute("src"))     # drawn anew while the cell is at work
     shot(page, "live-loss")
     lab.ran(page)
     expect(page.locator(".minigpt-live-loss")).to_have_count(0)

@@ -308,6 +308,7 @@ def lies(whole):
     yield "text", made(lambda h, t: t.update(shape=["96"]))
     yield "offsets", made(lambda h, t: t.update(data_offsets=[0, 1 << 50]))
     yield "overlap", made(lambda h, t: t.update(data_offsets=[0, t["data_offsets"][1]-t["data_offsets"][0]]))
+    yield "shared", made(lambda h, t: h["model.layers.0.input_layernorm.weight"].update(data_offsets=h["model.layers.1.input_layernorm.weight"]["data_offsets"]))
     yield "dtype", made(lambda h, t: t.update(dtype="F8_E4M3"))
     yield "huge", made(lambda h, t: h.update(extra=dict(dtype="F32", shape=[1 << 44], data_offsets=[len(data), len(data)+(1 << 46)])))
     yield "more", made(lambda h, t: None, data+b"more")
