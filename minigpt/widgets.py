@@ -263,7 +263,7 @@ class _Bytes:
         table = _cut(self.analysis, self.by.value, self.component.value, self.layer.value)
         self.table.value = _bars(table, [r['size'] for r in table])
 
-# %% ../nbs/12_widgets.ipynb #80fc9f5c
+# %% ../nbs/12_widgets.ipynb #1d1717a3
 class _Changes:
     "A page: how far the weights have come since another checkpoint."
     title = 'what changed'
@@ -281,7 +281,7 @@ class _Changes:
         _offer(self.since, [('choose a checkpoint', ''), *((r['checkpoint'], o) for r,o in zip(rows, others) if o is not a)])
 
     def show(self, _=None):
-        self.said.value = self.table.value = ''
+        self.said.value,self.table.value = 'the weights of both are read' if self.since.value else '',''
         if not self.since.value: return
         try: d = difference(self.since.value, self.analysis, lambda done,of: setattr(self.said, 'value', f'{done} of {of} tensors are compared') if done % 50 == 0 else None)
         except (OSError, ValueError) as e: self.said.value = _lines([], [str(e)]); return
