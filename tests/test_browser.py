@@ -38,7 +38,7 @@ def show(lab, request):
     yield run
     for page in pages:
         shot(page, request.node.name)
-        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }")     # not awaited
         page.close()
 
 
