@@ -6,20 +6,21 @@
 The text is read from --text (default ../shared/data/tinyshakespeare.txt, beside the repository); its last tenth is for validation, as nanoGPT's
 prepare.py has it. nanoGPT runs in a copy of its own folder, as its README says for a CPU: 0.8M parameters, 2,000 steps of 12 × 64 characters.
 Ours is RECIPE below: a smaller model, more steps, Muon, a learning rate that falls in a line to zero. Both are processes of their own, on the
-same number of threads, and time is that of the whole process, from its start: imports, tokens, training, evaluations and checkpoints.
+same number of threads, and time is that of the whole process, from its start: imports, tokens, training and checkpoints, and nanoGPT's evaluations, by which
+it decides what to keep.
 How many steps of ours fit is found by a short run in front, and that many less 3% are made.
 The losses are computed afterwards, over the whole validation split, in the same way for both: cut into pieces of the model's own context (64
 and 128), every character but the first predicted once. Ours is opened by transformers for that, with its tokenizer.
 The last line is our loss; the one before it nanoGPT's.
 """
-import argparse, json, math, os, platform, shutil, subprocess, sys, tempfile, time
+import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 NANOGPT = '--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'
 SHAPE = dict(dim=96, n_layer=4, n_head=3, n_kv_head=3, ffn_dim=256)
-RECIPE = dict(max_seq_len=128, batch_size=8, optimizer='muon', learning_rate=.01, lr_schedule='linear', min_lr_ratio=0., warmup_steps=50)
+RECIPE = dict(max_seq_len=128, batch_size=8, optimizer='muon', learning_rate=.01, lr_schedule='linear', min_lr_ratio=0., warmup_steps=50, validation_split=0., plot_loss=False)
 
 # --- ours ------------------------------------------------------------------------------------------------------------------------
 def characters(text:str):
@@ -38,8 +39,8 @@ def run_ours(work:Path, out:Path, steps:int, threads:int):
     tok,seen = characters((work/'text.txt').read_text('utf-8')),[]
     class Tick(Callback):
         def on_step(self, t): seen.append(time.perf_counter())
-    fit(GPTConfig(vocab_size=tok.vocab_size, **SHAPE), work/'train.jsonl', work/'valid.jsonl', tokenizer=tok, output_dir=out, max_steps=steps, num_threads=threads, progress=False, callbacks=[Tick()], **RECIPE)
-    return dict(step=(seen[-1]-seen[9])/(len(seen)-10))
+    fit(GPTConfig(vocab_size=tok.vocab_size, **SHAPE), work/'train.jsonl', tokenizer=tok, output_dir=out, max_steps=steps, num_threads=threads, progress=False, callbacks=[Tick()], **RECIPE)
+    return dict(step=statistics.median(b-a for a,b in zip(seen[9:], seen[10:])))
 
 def score_ours(work:Path, out:Path)->dict:
     "The loss of the finished run, as transformers opens it."
@@ -103,7 +104,7 @@ def main():
         work,text = Path(work),a.text.read_text('utf-8')
         cut = int(.9*len(text))
         (work/'text.txt').write_text(text, 'utf-8'); (work/'valid.txt').write_text(text[cut:], 'utf-8')
-        for name,part in dict(train=text[:cut], valid=text[cut:]).items(): (work/f'{name}.jsonl').write_text(json.dumps(dict(text=part)), 'utf-8')
+        (work/'train.jsonl').write_text(json.dumps(dict(text=text[:cut])), 'utf-8')
         ours = lambda out,steps: timed([sys.executable, __file__, '--child', str(work), str(work/out), '--steps', str(steps), '--threads', str(a.threads)], work, a.threads)
         told = []
         if a.nanogpt:
