@@ -158,7 +158,7 @@ def bench(
     from minigpt.speed import benchmark, benchmark_table
     typer.echo(benchmark_table(benchmark(config, TrainConfig.make(**options), seconds, typer.echo)))
 
-# %% ../nbs/18_cli.ipynb #7381930b
+# %% ../nbs/18_cli.ipynb #4626a171
 @app.command()
 def monitor(
     run:Annotated[Path, typer.Argument(help="folder of a run, or of its backup")],
@@ -226,12 +226,13 @@ def export(
     weights_only:Annotated[bool, typer.Option('--weights-only/--full', help="the model alone, or all that a resume needs")]=True,
     compress:Annotated[bool, typer.Option('--compress', help="zstd; then only this library opens it")]=False,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory of a tokenizer to put in; default: the source's own")]=None,
+    like:Annotated[Optional[str], typer.Option(help="whose .pth file it is: minimind")]=None,
     overwrite:Annotated[bool, typer.Option('--overwrite', help="replace what stands there, once the new one is whole")]=False,
 ):
     "Write a model smaller, or for another program."
     from minigpt.export import export as write
     from minigpt.files import dir_size, human_size
-    made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, replace=overwrite)
+    made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, config=like, replace=overwrite)
     typer.echo(f'{made}: {human_size(dir_size(made))}')
 
 # %% ../nbs/18_cli.ipynb #6247374c
