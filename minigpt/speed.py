@@ -6,7 +6,7 @@
 __all__ = ['choose', 'autocast', 'attention_kernel', 'throw_away', 'micro_step', 'decide_compile', 'smaller', 'out_of_memory',
            'memory_advice', 'fit_batch', 'flops_per_token', 'machine_flops', 'benchmark', 'benchmark_table']
 
-# %% ../nbs/13_speed.ipynb #ea219a55
+# %% ../nbs/13_speed.ipynb #6c3f7b43
 import contextlib, math, os, statistics, time
 from dataclasses import replace
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .files import human_size, human_time
 from .model import GPT, GPTConfig
+from .monitor import memory
+from .optim import make_optimizer
 
 # %% ../nbs/13_speed.ipynb #545f9e11
 def _bf16_pays(n:int=768)->bool:
@@ -61,12 +63,12 @@ def attention_kernel(
     if kind != 'cuda': return 'flash' if kind == 'cpu' else 'plain'
     return 'memory-efficient' if packed or choices['precision'] == 'fp32' or torch.cuda.get_device_capability(choices['device']) < (8,0) else 'flash'
 
-# %% ../nbs/13_speed.ipynb #b2268573
+# %% ../nbs/13_speed.ipynb #5dc0a53e
 @contextlib.contextmanager
 def throw_away(model:nn.Module):
     "What is computed inside leaves no trace in the model or in the random generators."
     device,mode = next(model.parameters()).device,model.training
-    with torch.random.fork_rng([device] if device.type == 'cuda' else [], device_type='cuda' if device.type == 'cpu' else device.type):
+    with torch.random.fork_rng([device] if device.type != 'cpu' else [], device_type='cuda' if device.type == 'cpu' else device.type):
         model.train()
         try: yield
         finally: model.zero_grad(); model.train(mode)
@@ -172,7 +174,7 @@ def fit_batch(
     say(f'auto_batch_size: {trial.batch_size} × {trial.gradient_accumulation} sequences')
     return trial
 
-# %% ../nbs/13_speed.ipynb #108150ec
+# %% ../nbs/13_speed.ipynb #586e99dd
 def flops_per_token(
     config:GPTConfig,
     seq_len:int, # Tokens of a sequence
@@ -202,7 +204,6 @@ def benchmark(
     say=print,
 )->dict: # tokens_per_second, step_seconds, mfu, memory (bytes), run_seconds (of `max_steps`), and what was chosen
     "Train on random tokens, and measure: tokens/s, model FLOPs utilisation, memory, and how long a run will take."
-    from minigpt.optim import make_optimizer
     cfg = config or TrainConfig()
     choices = choose(cfg); torch.set_num_threads(choices['threads'])
     device,precision = choices['device'],choices['precision']
@@ -216,24 +217,21 @@ def benchmark(
     steps = cfg.max_steps or 1000
     compiled = decide_compile(net, batch, steps*cfg.gradient_accumulation, precision, 'no' if cfg.disable_optimizations else cfg.enable_compile, say)
     def step():
-        for _ in range(cfg.gradient_accumulation): last = micro(net, batch)
+        for _ in range(cfg.gradient_accumulation):
+            with autocast(device, precision): loss = net.loss(**batch)
+            loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
         optimizer.step(); optimizer.zero_grad()
-        return last.item()
-    def micro(net, batch):
-        with autocast(device, precision): loss = net.loss(**batch)
-        loss.backward()
-        return loss.detach()
+        loss.item() # waits for the device
     step()
     if device.startswith('cuda'): torch.cuda.reset_peak_memory_stats()
     times,end = [],time.perf_counter()+seconds
     while len(times) < 3 or time.perf_counter() < end: times.append(_timed(step))
     took = statistics.median(times)
     n = cfg.effective_batch*cfg.max_seq_len
-    import psutil
     return dict(model=model if isinstance(model, str) else 'own', parameters=shape.n_params, **choices, compile=compiled, batch=f'{cfg.batch_size} × {cfg.gradient_accumulation} × {cfg.max_seq_len}',
         tokens_per_second=n/took, step_seconds=took, mfu=flops_per_token(shape, cfg.max_seq_len)*n/took/machine_flops(device, precision),
-        memory=torch.cuda.max_memory_allocated() if device.startswith('cuda') else psutil.Process().memory_info().rss, steps=steps, run_seconds=took*steps)
+        memory=memory(device)['memory'], steps=steps, run_seconds=took*steps)
 
 def benchmark_table(
     found:dict, # Of `benchmark`

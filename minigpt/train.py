@@ -103,12 +103,12 @@ class Trainer:
     @property
     def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
 
-# %% ../nbs/13_train.ipynb #e6fa70c4
-def _last_good(t:Trainer)->str:
-    "Where training can go on from, in words."
+# %% ../nbs/13_train.ipynb #4a6583ff
+def _last_good(t:Trainer)->tuple[bool,str]:
+    "Is there a checkpoint from which training can go on? And which, in words."
     t.writer.wait()
     good = newest(t.stores)
-    return f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet"
+    return bool(good),f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet"
 
 def _check_losses(t:Trainer)->list[float]:
     "The losses since the last log as numbers; a `TrainingError` if one is not finite."
@@ -119,8 +119,8 @@ def _check_losses(t:Trainer)->list[float]:
     if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
     if bad:
         what,value = bad[0]
-        good = _last_good(t)
-        raise TrainingError(f"the {what} is {value}: training has diverged. {good}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (" and overwrite=True" if good.startswith('No') else ", and training goes on from there"))
+        good,told = _last_good(t)
+        raise TrainingError(f"the {what} is {value}: training has diverged. {told}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
 # %% ../nbs/13_train.ipynb #1cc47126
@@ -482,7 +482,7 @@ def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[C
 def _quietly(f):
     with contextlib.suppress(Exception): f()
 
-# %% ../nbs/13_train.ipynb #daffdcc1
+# %% ../nbs/13_train.ipynb #665ab305
 def fit(
     model:str|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, or a model, which is trained in place
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'stdlib' (Python's own source)
@@ -542,7 +542,7 @@ def fit(
             t.restore(state)
             del state # as large as the training itself
         if start and resume not in ('auto', True): _give_up(t, start.step)
-        cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
+        with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), train=cfg.to_dict(),
@@ -558,11 +558,7 @@ def fit(
         if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
         began = time.perf_counter()
-        try:
-            with _signals(t): t.run()
-        except RuntimeError as e:
-            if not out_of_memory(e): raise
-            raise TrainingError(f"memory ran out in step {t.step+1:,} ({str(e).splitlines()[0][:200]}). {_last_good(t)}. Call again with {memory_advice(cfg)}") from None
+        with _enough_memory(t), _signals(t): t.run()
         if t.stop:
             if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
             say(message := f'stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there')
@@ -573,7 +569,7 @@ def fit(
         if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
-# %% ../nbs/13_train.ipynb #4f130d1f
+# %% ../nbs/13_train.ipynb #a2710937
 def _course(cfg:TrainConfig, windows:int, state:dict|None=None, was:dict|None=None)->tuple[int,int]:
     "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
     offset = state['data_position']*was['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
@@ -592,6 +588,14 @@ def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
         if not decide_compile(t.model, {k:v[:cfg.batch_size].to(t.device) for k,v in batch.items()}, (t.max_steps-t.step)*cfg.gradient_accumulation, t.precision, how, say): how = 'no'
     choices.update(compile='yes' if how == 'auto' else how, batch_size=cfg.batch_size)
     return cfg
+
+@contextlib.contextmanager
+def _enough_memory(t:_RunTrainer):
+    "Where memory runs out, say what to change."
+    try: yield
+    except RuntimeError as e:
+        if not out_of_memory(e): raise
+        raise TrainingError(f"memory ran out in step {t.step+1:,} ({str(e).splitlines()[0][:200]}). {_last_good(t)[1]}. Call again with {memory_advice(t.config)}") from None
 
 def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience."

@@ -302,7 +302,7 @@ def test_a_range_that_was_not_asked_for(site, tmp_path, monkeypatch):
 CHILD = "import sys; from minigpt.download import fetch_url; fetch_url(sys.argv[1], sys.argv[2], progress=False)"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("have", [1000, N-1234])
 def test_killed_and_resumed(site, tmp_path, have):
     hold, part = threading.Event(), tmp_path/"a.part"
@@ -425,7 +425,7 @@ def test_room_for_the_rest_is_enough(site, tmp_path, monkeypatch):
     assert fetch(site.add(cuts=[100_000]), tmp_path/"a").read_bytes() == DATA
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, the device that is always full, is there on Linux only")
 def test_the_disk_fills_up_on_the_way(site, tmp_path, waits):
     (tmp_path/"a.part").symlink_to("/dev/full")
     with pytest.raises(DownloadError, match="the disk is full; make room"): fetch(site.add(), tmp_path/"a")

@@ -225,7 +225,7 @@ def test_files_that_may_not_grow(tmp_path):
     assert (tmp_path/"run.log").read_text().splitlines()[-1].endswith(" step 49")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full, the device that is always full, is there on Linux only")
 def test_a_log_on_a_full_disk():
     with RunLog("/dev/full") as log: log("a line")
 

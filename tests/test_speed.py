@@ -28,7 +28,7 @@ def interrupted(work, tmp_path, **options):
     return alone
 
 
-@pytest.mark.skipif(not COMPILER, reason="no C++ compiler: torch.compile cannot be tried")
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU, and there is none: install g++ (Debian: apt-get install g++; macOS: xcode-select --install)")
 def test_a_compiled_run_goes_on_exactly(work, tmp_path):
     interrupted(work, tmp_path, enable_compile="yes", max_steps=12)
     run = open_run(work/"run")
@@ -42,7 +42,7 @@ def test_a_compiled_run_goes_on_exactly(work, tmp_path):
     for a, b in zip(plain, gradients()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not COMPILER, reason="no C++ compiler: torch.compile cannot be tried")
+@pytest.mark.skipif(not COMPILER, reason="torch.compile needs a C++ compiler on a CPU, and there is none: install g++ (Debian: apt-get install g++; macOS: xcode-select --install)")
 def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, capsys):
     from minigpt import speed
     times = iter([1., 1., 1., 1., 1.] + [.1]*9)                                    # seconds of a micro-batch: plain, then compiled
@@ -100,6 +100,16 @@ def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_pat
     run, after = go(work, batch_size=2, gradient_accumulation=4)
     assert run.finished and min(s for s, k in after if k == "loss") == 6
     assert all(abs(float.fromhex(alone[k])-float.fromhex(v)) < .05 for k, v in after.items())     # not bit for bit: sums are made in another order
+
+
+def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
+    "When it is measured whether compiling pays: nothing has begun yet, and a smaller micro-batch can be tried at once"
+    from minigpt import speed
+    def too_much(*args): raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(speed, "micro_step", too_much)
+    with pytest.raises(TrainingError, match="in step 1 .*No checkpoint had been saved yet.*batch_size=2, gradient_accumulation=4"): go(work)
+    monkeypatch.undo()
+    assert go(work, batch_size=2, gradient_accumulation=4)[0].finished
 
 
 def test_another_error_is_not_taken_for_memory(work):
