@@ -8,7 +8,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #344ca8d7
+# %% ../nbs/07_checkpoint.ipynb #41c4709d
 import math, pickle, random, re, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,24 +21,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, rest, set_aside, write_json
+from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, from_hf, to_hf
 from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
 
-# %% ../nbs/07_checkpoint.ipynb #a0c2361c
+# %% ../nbs/07_checkpoint.ipynb #ebca8b5e
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be written, or must not be used; says which file and why."
 
 @dataclass
 class State:
     "All that a checkpoint holds, in memory. Tensors may still be those of the live model."
-    config:GPTConfig # Shape of the model
-    weights:dict[str,Tensor] # Parameter name → tensor, tied ones once
+    config:GPTConfig|None # Shape of the model; None, when read back, for an adapter
+    weights:dict[str,Tensor] # Parameter name → tensor, tied ones once; of an adapter, its own alone
     tokenizer:Tokenizer # Travels in every checkpoint
     trainer:dict # Becomes trainer_state.json; holds `global_step`
     arguments:dict = field(default_factory=dict) # Becomes training_args.json
     optimizer:tuple[dict,dict]|None = None # Tensors and facts, of `pack_optimizer`; None: weights only
     rng:tuple[dict,dict]|None = None # Tensors and facts, of `pack_rng`
+    adapter:dict|None = None # Becomes adapter_config.json; None: a whole model
 
 # %% ../nbs/07_checkpoint.ipynb #ff209423
 def pack_optimizer(
@@ -135,15 +137,19 @@ def write_safetensors(
         if compress: write(out.flush())
     return hash.hexdigest()
 
-# %% ../nbs/07_checkpoint.ipynb #a31c9223
+# %% ../nbs/07_checkpoint.ipynb #39a5cc5a
 def _write_files(folder:Path, state:State)->dict[str,str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
     tok,hashes = state.tokenizer,{}
     def tensors(name, tensors, facts=None):
         hashes[name] = write_safetensors(folder/name, tensors, {'format':'pt'} | ({'minigpt':orjson.dumps(facts).decode()} if facts is not None else {}))
-    write_json(folder/'config.json', to_hf(state.config, eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id))
-    write_json(folder/'generation_config.json', dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True))
-    tensors('model.safetensors', state.weights)
+    if state.adapter:
+        write_json(folder/'adapter_config.json', state.adapter)
+        tensors('adapter_model.safetensors', state.weights)
+    else:
+        write_json(folder/'config.json', to_hf(state.config, eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id))
+        write_json(folder/'generation_config.json', dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True))
+        tensors('model.safetensors', state.weights)
     tok.save(folder)
     write_json(folder/'trainer_state.json', state.trainer)
     if state.arguments: write_json(folder/'training_args.json', state.arguments)
@@ -190,7 +196,7 @@ def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state
 # %% ../nbs/07_checkpoint.ipynb #1797d61d
 EXPORTED = 'weights','quantized','compressed' # kinds that `minigpt.export` writes: to be used, not to be trained on
 
-# %% ../nbs/07_checkpoint.ipynb #82b401cc
+# %% ../nbs/07_checkpoint.ipynb #1404f9c0
 def problem(
     path:str|Path, # A checkpoint directory
     hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
@@ -205,7 +211,8 @@ def _compare(path:Path, hashes:bool)->str|None:
         manifest = read_json(path/'MANIFEST.json')
         files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
         kind = manifest['kind']
-        needed = {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')} | ({'trainer_state.json'} if kind not in EXPORTED else set()) | ({'optimizer.safetensors','rng_state.safetensors'} if kind in ('step','snapshot') else set())
+        model = {'adapter_config.json','adapter_model.safetensors'} if 'adapter_config.json' in manifest['files'] else {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')}
+        needed = model | ({'trainer_state.json'} if kind not in EXPORTED else set()) | ({'optimizer.safetensors','rng_state.safetensors'} if kind in ('step','snapshot') else set())
         if (absent := needed - {name for name,_,_ in files}) or any(Path(name).name != name for name,_,_ in files): return f"MANIFEST.json is damaged{': it does not list '+', '.join(sorted(absent)) if absent else ''}"
         int(manifest['step']), float(manifest['time'])
     except (ValueError, KeyError, TypeError, AttributeError): return 'MANIFEST.json is damaged'
@@ -216,7 +223,7 @@ def _compare(path:Path, hashes:bool)->str|None:
         if hashes and hash_file(f) != hash: return f'{name} is damaged: its content does not have the hash that the manifest gives'
     return None
 
-# %% ../nbs/07_checkpoint.ipynb #9d7b2fd3
+# %% ../nbs/07_checkpoint.ipynb #fbbe2d8b
 def read_checkpoint(
     path:str|Path, # A checkpoint directory of ours
     device:str='cpu', # Where the tensors go
@@ -230,8 +237,9 @@ def read_checkpoint(
         if not (path/f'{name}.safetensors').exists(): return None
         with safe_open(path/f'{name}.safetensors', 'pt') as f: facts = (f.metadata() or {}).get('minigpt')
         return load_file(path/f'{name}.safetensors'),orjson.loads(facts) if facts else read_json(path/f'{name}.json')
-    return State(from_hf(read_json(path/'config.json')), load_file(path/'model.safetensors', device=device), load_tokenizer(path),
-        read_json(path/'trainer_state.json'), read_json(f) if (f := path/'training_args.json').exists() else {}, packed('optimizer'), packed('rng_state'))
+    adapter = read_json(f) if (f := path/'adapter_config.json').exists() else None
+    return State(None if adapter else from_hf(read_json(path/'config.json')), load_file(path/('adapter_model.safetensors' if adapter else 'model.safetensors'), device=device), load_tokenizer(path),
+        read_json(path/'trainer_state.json'), read_json(f) if (f := path/'training_args.json').exists() else {}, packed('optimizer'), packed('rng_state'), adapter)
 
 # %% ../nbs/07_checkpoint.ipynb #09d68c53
 _NAMES = {v:k for k,v in _DTYPES.items()}
@@ -366,13 +374,13 @@ class Weights:
         for k,t in self: params[k].copy_(t)
         return model
 
-# %% ../nbs/07_checkpoint.ipynb #ca362b98
+# %% ../nbs/07_checkpoint.ipynb #d26a711e
 def read_config(
     path:str|Path, # A model directory
 )->GPTConfig:
     "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
     path = Path(path)
-    if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json in it; a run's checkpoints are in its folder checkpoints/")
+    if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a run's checkpoints are in its folder checkpoints/")
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
     d = read_json(path/'config.json')
     if q := d.get('quantization_config'): raise CheckpointError(f"{path} is quantized by another program ({q.get('quant_method') if isinstance(q, dict) else q}); open it with transformers, or get the model before it was quantized")
@@ -389,10 +397,37 @@ def load_model(
     path:str|Path, # A checkpoint of ours, the root of a finished run, an export, or a Llama or Qwen3 directory
     device:str='cpu', # Where the model goes
     dtype:torch.dtype|None=None, # Of the model in memory; default: float32 whatever the file has, so that it can be trained
+    base:GPT|None=None, # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
 )->GPT: # In eval mode
     "The model of a directory."
+    if (Path(path)/'adapter_config.json').exists(): return _load_adapter(Path(path), device, dtype, base)
+    if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
     config = read_config(path)
-    return open_weights(path, config).fill(GPT(config).to(dtype)).to(device).eval()
+    model = open_weights(path, config).fill(GPT(config).to(dtype)).to(device).eval()
+    model.origin = str(path)
+    return model
+
+def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
+    if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
+    facts = read_json(path/'adapter_config.json')
+    try: config = LoRAConfig.from_peft(facts)
+    except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    if base is None:
+        where = facts.get('base_model_name_or_path')
+        if not isinstance(where, str) or not (Path(where)/'config.json').exists(): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here; bring that model, or pass it as base=load_model(…)")
+        base = load_model(where, device)
+    known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
+    model = LoRAGPT(base, config)
+    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
+    file = next((f for n in ('adapter_model.safetensors','adapter_model.bin') if (f := path/n).exists()), None)
+    if file is None: raise CheckpointError(f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin in it")
+    try: model.load_weights(read_pickle(file) if file.suffix == '.bin' else dict(SafeTensors(file)))
+    except (ValueError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    for k,p in model.named_parameters():
+        if dtype and '.lora_' not in k: p.data = p.data.to(dtype) # after the fingerprints were compared
+    return model.eval()
+
+
 
 # %% ../nbs/07_checkpoint.ipynb #dd0c8525
 @dataclass(frozen=True)
@@ -548,14 +583,14 @@ class Writer:
         "Finish what is under way, and give the memory back."
         self.pace.hurry.set(); self.pool.shutdown(); self.buffers,self.held = {},None
 
-# %% ../nbs/07_checkpoint.ipynb #1fda800e
+# %% ../nbs/07_checkpoint.ipynb #182581cc
 def write_final(
     folder:str|Path, # The run's folder
     state:State, # Weights, tokenizer, trainer state
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    made = write_checkpoint(hidden(folder/'final', 'tmp'), State(state.config, state.weights, state.tokenizer, state.trainer, state.arguments), 'final')
+    made = write_checkpoint(hidden(folder/'final', 'tmp'), replace(state, optimizer=None, rng=None), 'final')
     manifest = read_json(made/'MANIFEST.json')
     (folder/'MANIFEST.json').unlink(missing_ok=True)
     for name in manifest['files']: (made/name).replace(folder/name)

@@ -33,7 +33,7 @@ def with_training_options(
     called.__annotations__ = {p.name:p.annotation for p in given+options}
     return called
 
-# %% ../nbs/18_cli.ipynb #a37cb8ff
+# %% ../nbs/18_cli.ipynb #46910e5d
 def training_data(
     given:list[str]|None, # Of the command line
     file:dict, # Of the configuration file; what names data is taken out of it
@@ -43,7 +43,7 @@ def training_data(
     if (how := file.pop('mixing_strategy', 'weighted')) != 'weighted': raise ValueError(f"mixing_strategy={how!r} must be 'weighted'")
     if len(found) > 1 and not given: raise ValueError(f"the configuration file names data twice, as {' and '.join(found)}; leave one out")
     data = given or next(iter(found.values()), None)
-    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a data set (`minigpt data list`), a built-in corpus (stories, talks, calls, reasoning, stdlib), or data_files in the configuration file")
+    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a data set (`minigpt data list`), a built-in corpus (stories, talks, calls, reasoning, preferences, stdlib), or data_files in the configuration file")
     if isinstance(data, (str,Mix)): return data
     if not isinstance(data, (list,dict)): raise ValueError(f"{next(iter(found))}={data!r} must be a path or a name, a list of them, or names with weights")
     if isinstance(data, dict) or any(isinstance(d, (dict,list)) for d in data): return mix(data)
@@ -59,11 +59,11 @@ def run_name(data)->str:
     first = data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
     return Path(str(first)).name.split('.')[0]
 
-# %% ../nbs/18_cli.ipynb #dce2acf0
+# %% ../nbs/18_cli.ipynb #b9ecca00
 @app.command()
 @with_training_options
 def train(
-    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, a registered data set (minigpt data list), or a built-in corpus: stories, talks, calls, reasoning, stdlib")]=None,
+    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, a registered data set (minigpt data list), or a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib")]=None,
     dataset:Annotated[Optional[list[str]], typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture")]=None,
     data_files:Annotated[Optional[list[str]], typer.Option(help="the same, as paths")]=None,
     use_full_data:Annotated[bool, typer.Option('--use-full-data', help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together")]=False,
@@ -71,7 +71,10 @@ def train(
     hardware:Annotated[Optional[str], typer.Option(help="options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …")]=None,
     recipe:Annotated[Optional[str], typer.Option(help="a whole training: quick_prototype, production, special_abilities")]=None,
     valid:Annotated[Optional[str], typer.Option(help="file to validate on; default: a share of the data")]=None,
-    config:Annotated[Optional[str], typer.Option(help="model preset: tiny, small, medium, large [tiny]", show_default=False)]=None,
+    config:Annotated[Optional[str], typer.Option(help="model preset: tiny, small, medium, large; or a directory whose model to begin with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]", show_default=False)]=None,
+    lora_r:Annotated[Optional[int], typer.Option(help="train an adapter of this rank on the model in the directory --config, which stays as it is; 8 is usual")]=None,
+    lora_alpha:Annotated[Optional[float], typer.Option(help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]", show_default=False)]=None,
+    lora_targets:Annotated[Optional[str], typer.Option(help="matrices of each block that are adapted, with commas between [all]", show_default=False)]=None,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
     output_dir:Annotated[Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")]=None,
     resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name of a checkpoint [auto]", show_default=False)]=None,
@@ -97,6 +100,13 @@ def train(
     if isinstance(model, dict):
         from minigpt.model import GPTConfig
         model = GPTConfig.from_dict(model)
+    rank,alpha,targets = get(lora_r, 'lora_r'),get(lora_alpha, 'lora_alpha'),get(lora_targets, 'lora_targets', default='all')
+    if rank is None and (alpha or targets != 'all'): raise ValueError("lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too")
+    if rank is not None:
+        from minigpt.checkpoint import load_model
+        from minigpt.lora import lora
+        if not isinstance(model, str) or not Path(model).is_dir(): raise ValueError(f"lora_r={rank} trains an adapter of a model that was trained before; config={model!r} must be its directory")
+        model = lora(load_model(model), rank, alpha or 2*rank, targets.split(',') if isinstance(targets, str) and targets != 'all' else targets)
     resume = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
     fit(model, data, get(valid, 'valid'), tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=get(overwrite or None, 'overwrite', default=False),
         output_dir=get(output_dir, 'output_dir', default=Path('runs')/run_name(data)), resume=False if resume in ('no', False) else resume, config=file, **options)

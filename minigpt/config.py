@@ -17,7 +17,7 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #c742d7e7
+# %% ../nbs/12_config.ipynb #5d3e7d93
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -34,6 +34,9 @@ class TrainConfig:
     weight_decay:float = _option(.1, "decay of matrices")
     adam_beta1:float = _option(.9, "AdamW's memory of gradients")
     adam_beta2:float = _option(.99, "AdamW's memory of squared gradients")
+    dpo_beta:float = _option(.1, "preferences: how dear it is to move away from the model that training began with")
+    dpo_loss:str = _option('sigmoid', "preferences: sigmoid (DPO), or sigmoid_norm (by the token, so that length does not count)")
+    dpo_label_smoothing:float = _option(0., "preferences: chance that a pair is the other way round, below 0.5")
     grad_clip:float = _option(1., "longest gradient, as a norm over all parameters; 0: no limit")
     save_strategy:str = _option('steps', "steps, epoch or no; the end of training is always saved")
     save_steps:int = _option(500, "steps between checkpoints")
@@ -91,13 +94,15 @@ class TrainConfig:
         for n in ('max_steps','save_total_limit','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
         must('epochs', self.epochs > 0 or self.max_steps, 'above 0')
         if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
+        must('dpo_beta', self.dpo_beta > 0, 'above 0')
+        must('dpo_label_smoothing', 0 <= self.dpo_label_smoothing < .5, 'at least 0 and below 0.5')
         must('learning_rate', self.learning_rate > 0, 'above 0')
         must('min_lr_ratio', 0 <= self.min_lr_ratio <= 1, 'from 0 to 1: it is a share of learning_rate')
         for n in ('max_cpu','max_memory'): must(n, 0 < getattr(self, n) <= 100, 'above 0 and at most 100: it is a percentage')
         must('validation_split', 0 <= self.validation_split < 1, 'at least 0 and below 1: it is a share of the texts')
         must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
-        for n,choice in dict(optimizer=('adamw','muon'), lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
+        for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
                              precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
 
     @property

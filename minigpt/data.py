@@ -264,17 +264,25 @@ def _keep(file:Path, array:np.ndarray):
     except OSError:
         with contextlib.suppress(OSError): tmp.unlink()
 
-# %% ../nbs/04_data.ipynb #1ecfb93f
+# %% ../nbs/04_data.ipynb #3445e1dc
 class PairSet(ChatSet):
     "A token set of preferences: rows 0, 2, 4 … are chosen, 1, 3, 5 … rejected."
+    reference = None # (rows,) float32, log-probability of each answer under the model that training began with: of `minigpt.dpo.add_reference`
     def lengths(self)->np.ndarray: "(n,) positions that each pair takes: those of its longer side."; return (np.diff(self.starts)-1).reshape(-1, 2).max(1)
     def teaches(self, seq_len:int)->np.ndarray:
         "(n,) bool: is anything learned of both sides?"
         return super().teaches(seq_len).reshape(-1, 2).all(1)
     def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
-        "Packed pairs, (n, seq_len) int64 each."
+        "Packed pairs, (n, seq_len) int64 each; `reference`, float32, stands at the first position of each answer."
         packs = [self.rows_of(int(i), seq_len) for i in index]
         return {**self._lay([2*p for p in packs], seq_len), **{f'rejected_{k}':v for k,v in self._lay([2*p+1 for p in packs], seq_len).items()}}
+
+    def _lay(self, packs:list[np.ndarray], seq_len:int):
+        out = super()._lay(packs, seq_len)
+        if self.reference is not None:
+            out['reference'] = np.zeros(out['rows'].shape, np.float32)
+            for j,rows in enumerate(packs): out['reference'][j,np.searchsorted(out['rows'][j,:(out['rows'][j] >= 0).sum()], np.arange(len(rows)))] = self.reference[rows]
+        return out
 
 # %% ../nbs/04_data.ipynb #c92998a5
 def curriculum(
@@ -310,7 +318,7 @@ def _by_competence(difficulty:np.ndarray, start:float, reach:float, seed:int, st
         order.append(pool[:take]); pool = pool[take:]
     return np.concatenate(order)
 
-# %% ../nbs/04_data.ipynb #295aead9
+# %% ../nbs/04_data.ipynb #075b1e49
 class Mixture:
     "Several token sets in fixed shares; used like one."
     def __init__(self,
@@ -356,7 +364,7 @@ class Mixture:
             at = which == s
             part = take(self.sets[s], at)
             if not isinstance(self.sets[s], ChatSet) and any(isinstance(d, ChatSet) for d in self.sets): part['rows'] = np.zeros_like(part['ids'])
-            for k,v in part.items(): out.setdefault(k, np.empty((len(which), seq_len), np.int64))[at] = v
+            for k,v in part.items(): out.setdefault(k, np.empty((len(which), seq_len), v.dtype))[at] = v
         return out
 
     def sequences(self, place:np.ndarray, seq_len:int, seed:int=0)->dict[str,np.ndarray]:

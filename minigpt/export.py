@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BITS', 'GROUP', 'theory', 'export_bytes', 'minimind_config', 'export', 'ExportReport', 'export_report', 'export_onnx']
 
-# %% ../nbs/08_export.ipynb #d5440fec
+# %% ../nbs/08_export.ipynb #34487f8c
 import math, shutil, tempfile
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .checkpoint import CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
 from .data import open_set
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
+from .lora import LoRAGPT
 from .model import GPT, GPTConfig, to_hf
 from .picture import figure
 from .quantize import group_shape, quantize
@@ -55,7 +56,7 @@ def export_bytes(
     with torch.device('meta'): model = GPT(config)
     return _size(_layout(((k, tuple(t.shape)) for k,t in model.weights().items()), precision))
 
-# %% ../nbs/08_export.ipynb #7f69e9f4
+# %% ../nbs/08_export.ipynb #38084684
 def minimind_config(
     weights:dict[str,Tensor], # Of a MiniMind `.pth`
 )->GPTConfig:
@@ -95,13 +96,15 @@ def _find(source)->Path:
 
 def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
     "Shape and weights of a source, and its directory if it is one."
+    if isinstance(source, LoRAGPT): source = source.merged()
     if isinstance(source, GPT): return source.config,Weights([source.weights()], source.config, 'the model'),None
     path = _find(source)
     if path.is_file(): return *_from_pickle(path, config),None
+    if (path/'adapter_config.json').exists(): merged = load_model(path).merged(); return merged.config,Weights([merged.weights()], merged.config, path),path
     config = read_config(path)
     return config,open_weights(path, config),path
 
-# %% ../nbs/08_export.ipynb #abe1b349
+# %% ../nbs/08_export.ipynb #ed1e8dd4
 _TOKENIZER = 'tokenizer.json','tokenizer_config.json','chat_template.jinja','special_tokens_map.json','added_tokens.json','vocab.json','merges.txt','tokenizer.model'
 
 def _converted(weights:Weights, precision:str, count:Callable[[int],None])->Iterator[Tensor]:
@@ -128,7 +131,7 @@ def _config_json(config:GPTConfig, precision:str, compress:bool, tokenizer:Token
 
 def _write_model(d:Path, config:GPTConfig, weights:Weights, folder:Path|None, precision:str, compress:bool, tokenizer:Tokenizer|None, count)->dict[str,str]:
     "Config, weights and tokenizer; the hash of the weights."
-    write_json(d/'config.json', _config_json(config, precision, compress, tokenizer, read_json(folder/'config.json') if folder else {}))
+    write_json(d/'config.json', _config_json(config, precision, compress, tokenizer, read_json(folder/'config.json') if folder and (folder/'config.json').exists() else {}))
     shapes,metadata = [(k, shape) for k,(_,shape) in weights.header.items()],{'format':'pt'}
     if precision not in _FLOATS: metadata['minigpt'] = orjson.dumps(dict(bits=BITS[precision], group=GROUP, widths={k:s[1] for k,s in shapes if len(s) == 2})).decode()
     if tokenizer:
@@ -156,7 +159,7 @@ def _copy_files(d:Path, folder:Path, compress:bool, count):
             at,stream = 0,how.stream_reader(f, closefd=False) if how else f
             while piece := stream.read(1<<22): to.write(piece); count(f.tell()-at); at = f.tell()
 
-# %% ../nbs/08_export.ipynb #61103152
+# %% ../nbs/08_export.ipynb #9f0b394d
 def _place(source, name:str)->Path:
     "Where an export goes if nobody says: `exports` of the run, or beside the source."
     if isinstance(source, GPT): raise ValueError("a model in memory has no place; name the directory to write, such as out='exports/mine'")
@@ -166,7 +169,7 @@ def _place(source, name:str)->Path:
     return (run/'exports' if run else path.parent)/f'{path.stem if path.is_file() else path.name}-{name}'
 
 def export(
-    source:str|Path|GPT, # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory
+    source:str|Path|GPT, # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
     out:str|Path|None=None, # The directory to appear; default: in `exports` of the run, else beside the source
     precision:str='fp32', # `fp32`, `fp16`, `bf16`, `int8`, `int4`
     weights_only:bool=True, # False: the full checkpoint, with optimizer and random generators
@@ -184,6 +187,8 @@ def export(
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
     if weights_only:
         config,weights,folder = _open(source, config)
+        if folder and not tokenizer and (folder/'adapter_config.json').exists(): # merged; its base's tokenizer, unless it has one
+            tokenizer = load_tokenizer(folder if (folder/'tokenizer.json').exists() else read_json(folder/'adapter_config.json')['base_model_name_or_path'])
         total = sum(math.prod(shape)*dtype.itemsize for dtype,shape in weights.header.values())
         kind = 'compressed' if compress else 'quantized' if precision not in _FLOATS else 'best' if metrics else 'weights'
     else:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GPTConfig', 'to_hf', 'from_hf', 'RMSNorm', 'rope_angles', 'rotate', 'Attention', 'MLP', 'Block',
-           'linear_cross_entropy', 'KVCache', 'GPT']
+           'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'GPT']
 
 # %% ../nbs/05_model.ipynb #56fcb774
 import difflib, math
@@ -206,7 +206,12 @@ class Block(nn.Module):
         x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, mask, past))
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
-# %% ../nbs/05_model.ipynb #ce8f0a8a
+# %% ../nbs/05_model.ipynb #9b76e38e
+def _rows_at_once(N:int, V:int, device:torch.device)->int:
+    "Equal shares of `N` rows whose float32 logits take 32 MiB at most, or 128 on a GPU: no slower than larger ones."
+    rows = max(256, (1 << (23 if device.type == 'cpu' else 25))//V)
+    return -(-N // -(-N//rows)) if N else 1
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, n, want_grad, dtype):
@@ -215,18 +220,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h,w = hidden.to(dtype),weight.to(dtype)
         gh = torch.empty_like(hidden) if need_h else None
         gw = torch.zeros_like(weight) if need_w else None
-        (N,C),V = h.shape,len(w)
-        cpu = h.device.type == 'cpu'
-        rows = max(256, (1 << (23 if cpu else 25))//V)  # float32 logits of 32 MiB, or 128 on a GPU: no slower than larger ones
-        rows = -(-N // -(-N//rows)) if N else 1         # equal shares
+        N,V = len(h),len(w)
+        cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device)
         total,space = torch.zeros((), device=h.device),h.new_empty(rows, V)
         for i in range(0, N, rows):
             x,y = h[i:i+rows],labels[i:i+rows,None]
             z = torch.mm(x, w.T, out=space[:len(x)]).float()               # (rows, V)
-            z = torch.log_softmax(z, -1, out=z if cpu else None) # fresh memory is dear on a CPU: every page is cleared first
-            total -= z.gather(1, y).sum()
+            if cpu: # passes over fresh or large memory are dear: softmax in place, and its logarithm at the labels alone
+                p = torch.softmax(z, -1, out=z)
+                chance = p.gather(1, y)[:,0]
+                total -= chance.log().sum() if chance.amin() > 1e-30 else torch.log_softmax((x @ w.T).float(), -1).gather(1, y).sum()
+            else:
+                p = torch.log_softmax(z, -1)
+                total -= p.gather(1, y).sum()
+                p.exp_()
             if not (need_h or need_w): continue
-            p = z.exp_().scatter_add_(1, y, z.new_full((1,1), -1.).expand_as(y)).to(dtype)
+            p = p.scatter_add_(1, y, z.new_full((1,1), -1.).expand_as(y)).to(dtype)
             if need_h: gh[i:i+rows] = p @ w
             if need_w: gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
         ctx.n = n; ctx.save_for_backward(gh, gw)
@@ -249,6 +258,41 @@ def linear_cross_entropy(
     keep = labels != -100
     if kind != 'cpu' or not keep.all(): hidden,labels = hidden[keep],labels[keep] # the usual case on a CPU: all are kept, and nothing is copied
     with torch.autocast(kind, enabled=False): return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype)
+
+# %% ../nbs/05_model.ipynb #284b5d49
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, dtype):
+        ctx.save_for_backward(hidden, weight, labels); ctx.dtype = dtype
+        out,(h,w) = torch.empty(len(labels), device=hidden.device),(hidden.to(dtype), weight.to(dtype))
+        rows = _rows_at_once(len(h), len(w), h.device)
+        for i in range(0, len(h), rows): out[i:i+rows] = torch.log_softmax((h[i:i+rows] @ w.T).float(), -1).gather(1, labels[i:i+rows,None])[:,0]
+        return out
+    @staticmethod
+    def backward(ctx, g): # (N,)
+        hidden,weight,labels = ctx.saved_tensors
+        h,w = hidden.to(ctx.dtype),weight.to(ctx.dtype)
+        need_h,need_w = ctx.needs_input_grad[:2]
+        gh,gw = torch.empty_like(hidden) if need_h else None,torch.zeros_like(weight) if need_w else None
+        rows = _rows_at_once(len(h), len(w), h.device)
+        for i in range(0, len(h), rows):
+            x,y,gy = h[i:i+rows],labels[i:i+rows,None],g[i:i+rows,None]
+            p = torch.softmax((x @ w.T).float(), -1).mul_(-gy).scatter_add_(1, y, gy).to(ctx.dtype)
+            if need_h: gh[i:i+rows] = p @ w
+            if need_w: gw.add_(p.T @ x)
+        return gh, gw, None, None
+
+def linear_log_probs(
+    hidden:Tensor, # (N, C), any float dtype
+    weight:Tensor, # (V, C), the output layer
+    labels:Tensor, # (N,) int64; -100 where there is none
+)->Tensor: # (N,) float32, in nats; 0 where there is no label
+    "The log-probability of each label, a few rows at a time."
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    keep = labels != -100
+    with torch.autocast(kind, enabled=False): found = _LinearLogProbs.apply(hidden[keep], weight, labels[keep], dtype)
+    return torch.zeros(len(labels), device=hidden.device).index_put((keep,), found)
 
 # %% ../nbs/05_model.ipynb #3604789e
 class KVCache:
@@ -282,9 +326,10 @@ class KVCache:
         if B != self.kv.shape[2]: raise ValueError(f"the cache was made for {self.kv.shape[2]} rows and the batch has {B}; make a KVCache with batch={B}")
         if self.length+T > self.max_len: raise ValueError(f"the cache has room for {self.max_len} tokens and holds {self.length}; {T} more do not fit; make a KVCache with a larger max_len")
 
-# %% ../nbs/05_model.ipynb #e4fd8e70
+# %% ../nbs/05_model.ipynb #ac341491
 class GPT(nn.Module):
     "Token ids in, scores for the next token out."
+    origin = None # The directory that its weights were loaded from
     recompute = False # While training: keep of each block its input alone, and compute the rest again in backward
     def __init__(self, config:GPTConfig):
         super().__init__()
@@ -348,6 +393,14 @@ class GPT(nn.Module):
         if n_targets is None: n_targets = int((labels != -100).sum())
         if isinstance(n_targets, int) and n_targets < 1: raise ValueError("nothing to learn: every label is -100; was the whole batch masked or cut off?")
         return linear_cross_entropy(self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten(), n_targets)
+
+    def log_probs(self,
+        ids:Tensor, # (B, T) int64
+        labels:Tensor, # (B, T) int64: the token to predict *at* each position; -100 where there is none
+        rows:Tensor|None=None, # (B, T), see `hidden`
+    )->Tensor: # (B, T) nats, float32; 0 where there is no label
+        "How likely each label is."
+        return linear_log_probs(self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten()).view(labels.shape)
 
     def weights(self)->dict[str,Tensor]:
         "Every tensor once, under its name in `transformers`; they share memory with the model."

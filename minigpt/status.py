@@ -40,7 +40,7 @@ def _alive(path:Path)->tuple[bool,str]:
     if beat.get('ended'): return False,f'its process ended {human_time(age)} ago'
     return age < SILENT,f"{'the last sign of life of its machine came' if age < SILENT else 'there has been no sign of life of its machine for'} {human_time(age)}{' ago' if age < SILENT else ''}"
 
-# %% ../nbs/12_status.ipynb #6c3b1461
+# %% ../nbs/12_status.ipynb #0fd3aef0
 def pace(
     curves:Curves, # Of a run
 )->float|None: # Seconds a step, lately; None: nothing is known of this attempt yet
@@ -107,7 +107,7 @@ class Watch:
 
     def storage(self)->list[str]:
         "What the run takes now and will take at its end, against what is free."
-        cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),GPTConfig.from_dict(self.facts['model']).n_params
+        cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or GPTConfig.from_dict(self.facts['model']).n_params
         saves = dict(steps=-(-self.facts['max_steps']//cfg.save_steps), epoch=math.ceil(cfg.epochs), no=1)[cfg.save_strategy]
         free,there = free_space(self.path),sum(_size(self.path/d) for d in ('checkpoints','snapshots','best'))
         if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+_size(self.path/'final'))[1:]]

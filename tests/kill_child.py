@@ -37,7 +37,20 @@ def shape(vocab_size=300):
     return GPTConfig(vocab_size=vocab_size, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64, max_len=64, dropout=.1)
 
 
-def train(work, **options):
+def model_and_data(stage, work):
+    "What a stage trains, and on what: both the same at every call"
+    if stage == "text": return shape(), work/"text.jsonl"
+    import torch
+    from minigpt.corpus import write_preferences, write_talks
+    from minigpt.lora import lora
+    from minigpt.model import GPT
+    write, rows = dict(sft=(write_talks, 300), lora=(write_talks, 300), dpo=(write_preferences, 150))[stage]
+    torch.manual_seed(1)
+    base = GPT(shape())
+    return (lora(base, r=4, dropout=.1) if stage == "lora" else base), write(work/f"{stage}.jsonl", rows)
+
+
+def train(work, stage="text", **options):
     from minigpt.train import Callback, fit
 
     class Write(Callback):
@@ -48,7 +61,7 @@ def train(work, **options):
         def on_start(self, t): self.write(t.attempt, t.step, "start", 0)
 
         def on_log(self, t, row):
-            for kind in ("loss", "eval_loss"):
+            for kind in ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"):
                 if kind in row: self.write(t.attempt, row["step"], kind, float(row[kind]).hex())
 
         def on_step(self, t):
@@ -58,7 +71,8 @@ def train(work, **options):
     if options.get("gdrive_backup_dir"):          # half a minute is long for a training of seconds
         from minigpt import backup
         backup.BEAT, backup.RETRY, backup.POLL = .3, .05, .05
-    return fit(shape(), work/"text.jsonl", output_dir=work/"run", callbacks=[Write()], **{**OPTIONS, **options})
+    model, data = model_and_data(stage, work)
+    return fit(model, data, output_dir=work/"run", callbacks=[Write()], **{**OPTIONS, **options})
 
 
 # --- the parent -----------------------------------------------------------------------------------------------------------------
@@ -76,7 +90,7 @@ def losses(work): "(attempt, step, kind, hex) a loss"; return [l for l in lines(
 def lines(work):
     "The same, and a line for each start; a line torn by the kill is left out"
     p = work/"losses.txt"
-    return [(int(a), int(s), k, x) for a, s, k, x in re.findall(r"^(\d+) (\d+) (\w+) (\S+)\n", p.read_text(), re.M)] if p.exists() else []
+    return [(int(a), int(s), k, x) for a, s, k, x in re.findall(r"^(\d+) (\d+) (\S+) (\S+)\n", p.read_text(), re.M)] if p.exists() else []
 
 
 def finish(work, limit=120, **options):
@@ -149,9 +163,10 @@ def compare(work, ref, same_saves=True):
     last, wanted = ({(s, k): x for _, s, k, x in losses(w)} for w in (work, ref))
     differ = [f"{k} of step {s}: {last.get((s, k))} instead of {x}" for (s, k), x in wanted.items() if last.get((s, k)) != x]
     differ += [f"{k} of step {s} is not in the uninterrupted run" for s, k in last.keys() - wanted.keys()]
-    if (work/"run/model.safetensors").read_bytes() != (ref/"run/model.safetensors").read_bytes(): differ.append("the final model.safetensors has other bytes")
+    model = "model" if (ref/"run/model.safetensors").exists() else "adapter_model"
+    if (work/f"run/{model}.safetensors").read_bytes() != (ref/f"run/{model}.safetensors").read_bytes(): differ.append(f"the final {model}.safetensors has other bytes")
     end = Path(f"run/checkpoints/checkpoint-{STEPS}")
-    differ += [f"{n} of the last checkpoint differs" for n in ("model", "optimizer", "rng_state") if not same_tensors(work/end/f"{n}.safetensors", ref/end/f"{n}.safetensors")]
+    differ += [f"{n} of the last checkpoint differs" for n in (model, "optimizer", "rng_state") if not same_tensors(work/end/f"{n}.safetensors", ref/end/f"{n}.safetensors")]
     from minigpt.monitor import read_metrics
     history = lambda w: [(r["step"], r.get("loss"), r.get("eval_loss"), r["tokens"] if "tokens" in r else None) for r in read_metrics(w/"run"/"metrics.jsonl")]
     if history(work) != history(ref): differ.append("metrics.jsonl tells another course")
