@@ -14,7 +14,7 @@ from .generate import generate, parse_tool_calls, text_pieces
 from .model import GPT
 from .tokenizer import CHAT_TEMPLATE, Tokenizer
 
-# %% ../nbs/08_chat.ipynb #39e7c8ff
+# %% ../nbs/08_chat.ipynb #fcb2fab9
 def _described(f)->tuple[str,dict[str,str]]:
     "What a function does, and what is said of each parameter: in comments behind them, or under \"Args:\" in the docstring."
     about,_,args = (inspect.getdoc(f) or '').partition('\nArgs:\n')
@@ -34,6 +34,7 @@ def _arguments(f):
     from typing_extensions import NotRequired, TypedDict
     class Plain(GenerateJsonSchema):
         def field_title_should_be_set(self, schema): return False
+        def sort(self, value, parent_key=None): return value
     said,fields,hints = _described(f)[1],{},get_type_hints(f, include_extras=True)
     for name,p in inspect.signature(f).parameters.items():
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY): raise ValueError(f"{f.__name__} takes {p}, and a model gives every argument by its name; write the parameters out")
@@ -107,7 +108,7 @@ def encode_prompt(
     pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', tokenizer.render(messages, hidden(tools, names) or None, add_generation_prompt=True))
     return [i for k,p in enumerate(pieces) for i in (tokenizer.encode([*tokens][int(p)]) if k%2 else tokenizer.encode(p, special=True))]
 
-# %% ../nbs/08_chat.ipynb #aa666632
+# %% ../nbs/08_chat.ipynb #e3065da0
 _MARKS = dict(text=('<think>','<tool_call>'), thinking=('</think>',))
 
 def _held(text:str, marks:Iterable[str])->int:
@@ -126,7 +127,7 @@ def _parts(pieces:Iterable[str], kind:str='text')->Iterator[tuple[str,str]]:
         if kind == 'call': ready,rest = rest,''
         else:
             if fresh: rest = rest.lstrip('\n')
-            n = len(rest) if piece is None else len((whole := rest[:len(rest)-_held(rest, _MARKS[kind])]).rstrip('\n'))
+            n = len(rest) if piece is None else len(rest[:len(rest)-_held(rest, _MARKS[kind])].rstrip('\n'))
             ready,rest = rest[:n],rest[n:]
         if ready: fresh = False; yield kind,ready
 
@@ -140,7 +141,7 @@ def _until(pieces:Iterable[str], stop:Iterable[str])->Iterator[str]:
         if n: yield rest[:n]
         rest = rest[n:]
 
-# %% ../nbs/08_chat.ipynb #15b4115a
+# %% ../nbs/08_chat.ipynb #14c55af3
 class Answer:
     "What a model says next: iterate over it, (`thinking` or `text`, piece), and then look at the whole."
     def __init__(self,
@@ -157,12 +158,15 @@ class Answer:
         self.tokens = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **options)
         self.said = dict(thinking='', text='', call='')
 
-    def _counted(self):
-        for i in self.tokens: self.n_tokens += 1; yield i
+    def plain(self)->Iterator[str]:
+        "The text as it is written, marks and all."
+        def counted():
+            for i in self.tokens: self.n_tokens += 1; yield i
+        return _until(text_pieces(self.tokenizer, counted()), self.stop)
 
     def __iter__(self)->Iterator[tuple[str,str]]:
         opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith('<think>')
-        for kind,piece in _parts(_until(text_pieces(self.tokenizer, self._counted()), self.stop), 'thinking' if opened else 'text'):
+        for kind,piece in _parts(self.plain(), 'thinking' if opened else 'text'):
             self.said[kind] += piece
             if kind != 'call': yield kind,piece
 
@@ -178,7 +182,7 @@ class Answer:
         text = self.said['text'] if calls or not self.said['call'] else '\n'.join(filter(None, (self.said['text'], self.said['call'])))
         return dict(role='assistant', content=text) | ({'reasoning_content':self.said['thinking']} if self.said['thinking'] else {}) | ({'tool_calls':[*calls]} if calls else {})
 
-# %% ../nbs/08_chat.ipynb #84c6f7d5
+# %% ../nbs/08_chat.ipynb #32c5efc5
 class Chat:
     "A conversation with a model."
     def __init__(self,
@@ -220,7 +224,10 @@ class Chat:
         turn,answer,start = [dict(role='user', content=text)],None,self._start
         try:
             for round in range(self.max_rounds+1):
-                ids = self._prompt(turn)
+                try: ids = self._prompt(turn)
+                except ValueError as e:
+                    if not round: raise
+                    yield 'note',str(e); return
                 if self._start > start: start = self._start; yield 'note',f"the conversation is longer than the model's {self.model.config.max_len:,} tokens: it no longer sees the first {sum(m['role'] == 'user' for m in self.messages[:start])} questions and their answers"
                 answer = Answer(self.model, self.tokenizer, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
                 yield from answer
