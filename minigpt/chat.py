@@ -141,7 +141,7 @@ def _until(pieces:Iterable[str], stop:Iterable[str])->Iterator[str]:
         if n: yield rest[:n]
         rest = rest[n:]
 
-# %% ../nbs/08_chat.ipynb #14c55af3
+# %% ../nbs/08_chat.ipynb #2a5fd375
 class Answer:
     "What a model says next: iterate over it, (`thinking` or `text`, piece), and then look at the whole."
     def __init__(self,
@@ -168,7 +168,7 @@ class Answer:
         opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith('<think>')
         for kind,piece in _parts(self.plain(), 'thinking' if opened else 'text'):
             self.said[kind] += piece
-            if kind != 'call': yield kind,piece
+            yield (kind,piece) if kind != 'call' else ('text','') # nothing to show yet, but a moment at which a listener may stop
 
     @property
     def cut(self)->bool: "Did it end for want of room?"; return self.n_tokens >= self.room
@@ -257,7 +257,7 @@ class Chat:
 
     def ask(self, text:str)->str: "`send`, and return the text of the answer alone."; return ''.join(piece for kind,piece in self.send(text) if kind == 'text')
 
-# %% ../nbs/08_chat.ipynb #1d280553
+# %% ../nbs/08_chat.ipynb #772064c3
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /temperature 0.7   0: always the likeliest token
 /reset             begin a new conversation
@@ -300,6 +300,7 @@ def chat_in_terminal(
         before = ''
         try:
             for kind,piece in chat.send(line):
+                if not piece: continue
                 if kind != before or kind in ('call','result'): write('\n'*bool(before))
                 if kind in ('call','result'): piece = f"{'→' if kind == 'call' else '←'} {piece}"
                 write(plain(piece), '' if kind == 'text' else '2'); before = kind

@@ -92,7 +92,7 @@ def read_messages(
     tools = [function(t, f'tools[{i}]', 'name') for i,t in enumerate(tools)]
     return [{k:v for k,v in m.items() if k != 'order'} for m in out],[] if body.get('tool_choice') == 'none' else [{k:f[k] for k in ('name','description','parameters') if k in f} for f in tools]
 
-# %% ../nbs/08_serve.ipynb #cc2a126b
+# %% ../nbs/08_serve.ipynb #d00722de
 _LOCAL = 'localhost','127.0.0.1','::1'
 
 class _Gone(Exception): "The client has hung up."
@@ -206,7 +206,8 @@ class _Handler(BaseHTTPRequestHandler):
         head = self.head(body, chat, 'chat.completion.chunk' if chat else 'text_completion')
         def chunk(delta, why=None): self.event(head | dict(choices=[dict(index=0, finish_reason=why, logprobs=None) | (dict(delta=delta) if chat else dict(text=delta.get('content', '')))]))
         if chat: chunk(dict(role='assistant', content=''))
-        for kind,piece in self.pieces(answer, chat): chunk({'content' if kind == 'text' else 'reasoning_content':piece})
+        for kind,piece in self.pieces(answer, chat):
+            if piece: chunk({'content' if kind == 'text' else 'reasoning_content':piece})
         calls,rest,why = self.end(answer, tools)
         if rest: chunk(dict(content=rest))
         for i,c in enumerate(calls): chunk(dict(tool_calls=[dict(index=i, **c)]))

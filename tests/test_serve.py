@@ -15,30 +15,13 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.serve import Server
 from minigpt.tokenizer import train_tokenizer
 from project import ROOT
+from scripted import Scripted
 
 openai = pytest.importorskip("openai")
 
 CALL = '{"name": "weather", "arguments": {"city": "武汉"}}'
 WEATHER = dict(type="function", function=dict(name="weather", description="Is it raining?", parameters=dict(type="object", properties=dict(city=dict(type="string")), required=["city"])))
 ASK = [dict(role="user", content="Rain?")]
-
-
-class Scripted(GPT):
-    "A model whose next answers are given: its trunk counts, its head points at the next token"
-    def script(self, tok, *answers, pause=0):
-        self.answers, self.pause, self.steps = [[*tok.encode(a, special=True), tok.id("<|im_end|>")] for a in answers], pause, 0
-        return self
-
-    @property
-    def head(self): return torch.eye(self.config.vocab_size)
-
-    def trunk(self, x, mask=None, cache=None):
-        if x.shape[1] > 1 or not cache.length: self.now = [*self.answers.pop(0)]     # a prompt
-        cache.length += x.shape[1]; self.steps += 1
-        time.sleep(self.pause)
-        out = torch.zeros(*x.shape[:2], self.config.vocab_size)
-        out[:, -1, self.now.pop(0)] = 100.
-        return out
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +183,7 @@ def test_broken_calls_and_endless_calls(model, tok):
     assert "not JSON" in results[0]["error"] and results[1] == dict(rain=False) and chat.messages[-1]["content"] == "No."
     assert chat.messages[-6:-1] == [*chat.messages[:1], dict(role="assistant", content='Hm. \n<tool_call>\n{"name"'), *chat.messages[-4:-1]]
     chat = Chat(model.script(tok, *[call]*3), tok, tools=[weather], temperature=0, max_rounds=2)
-    kinds = [k for k, _ in chat.send("Rain?")]
+    kinds = [k for k, p in chat.send("Rain?") if p]
     assert kinds == ["call", "result"]*3 + ["note"]
     assert [m["role"] for m in chat.messages] == ["user", *["assistant", "tool"]*3, "assistant"] and "limit" in chat.messages[-2]["content"]
 
@@ -208,7 +191,7 @@ def test_broken_calls_and_endless_calls(model, tok):
 def test_a_result_that_does_not_fit(model, tok):
     def page(city: str): return "rain "*999
     chat = Chat(model.script(tok, f"<tool_call>{CALL.replace('weather', 'page')}</tool_call>", "Yes."), tok, tools=Tools([page], limit=9999), temperature=0)
-    assert [k for k, _ in chat.send("Rain?")] == ["call", "result", "note"]
+    assert [k for k, p in chat.send("Rain?") if p] == ["call", "result", "note"]
     assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
     assert "".join(p for k, p in chat.send("Rain?") if k == "text") == "Yes."     # what is too long is left out next time
 
@@ -231,7 +214,7 @@ def test_thoughts_that_the_template_opened(model, tok):
     from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer
     opened = Tokenizer(tok.hf, dict(tok.config, chat_template=CHAT_TEMPLATE.replace("assistant\\n' }}{%- endif %}", "assistant\\n<think>\\n' }}{%- endif %}")))
     chat = Chat(model.script(tok, "Hm.\n</think>\n\nNo."), opened, temperature=0)
-    assert list(dict(list(chat.send("Rain?")))) == ["thinking", "text"]
+    assert list(dict(chat.send("Rain?"))) == ["thinking", "text"]
     assert chat.messages[-1] == dict(role="assistant", content="No.", reasoning_content="Hm.")
 
 
@@ -244,8 +227,9 @@ def test_tools_run_nothing_else(tmp_path):
 
 
 TALK = """
-import sys, time, torch; sys.path[:0] = ["tests", "tools"]
-from test_serve import *
+import sys; sys.path.insert(0, "tests")
+from minigpt.model import GPTConfig; from minigpt.tokenizer import train_tokenizer; from scripted import Scripted
+from minigpt.chat import Chat
 tok = train_tokenizer(["Rain?"]*9, 300)
 model = Scripted(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=400)).script(tok, "no "*90, "Yes \\x1b[2J.", pause=.02)
 from minigpt.chat import chat_in_terminal
