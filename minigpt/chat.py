@@ -89,14 +89,14 @@ class Tools:
         if len(result) <= self.limit: return result
         return json.dumps(dict(beginning=result[:self.limit], left_out=f'{len(result)-self.limit} characters'), ensure_ascii=False)
 
-# %% ../nbs/08_chat.ipynb #f3e645ee
+# %% ../nbs/08_chat.ipynb #bbafcaab
 def encode_prompt(
     tokenizer:Tokenizer, # With a chat template
     messages:list[dict], # The conversation
     tools:list[dict]|None=None, # Schemas: name, description, parameters
 )->list[int]: # Token ids, up to the opening of the assistant's turn
     "A conversation as the model reads it; nobody's words can pass for control tokens."
-    tokens = {t['content']:t['special'] for t in tokenizer.json['added_tokens']}
+    tokens = {t['content']:t['special'] for t in tokenizer.json['added_tokens'] if t['content'].strip()}
     names,nonce = sorted(tokens, key=len, reverse=True),secrets.token_hex(8)
     def hidden(x, names):
         if isinstance(x, str): return re.sub('|'.join(map(re.escape, names)), lambda m: f'\ue000{nonce}:{[*tokens].index(m[0])}\ue000', x) if names else x
@@ -182,7 +182,7 @@ class Answer:
         text = self.said['text'] if calls or not self.said['call'] else '\n'.join(filter(None, (self.said['text'], self.said['call'])))
         return dict(role='assistant', content=text) | ({'reasoning_content':self.said['thinking']} if self.said['thinking'] else {}) | ({'tool_calls':[*calls]} if calls else {})
 
-# %% ../nbs/08_chat.ipynb #32c5efc5
+# %% ../nbs/08_chat.ipynb #b543e892
 class Chat:
     "A conversation with a model."
     def __init__(self,
@@ -255,9 +255,12 @@ class Chat:
         if turn[-1]['role'] == 'tool': turn.append(dict(role='assistant', content=''))
         self.messages += turn
 
-    def ask(self, text:str)->str: "`send`, and return the text of the answer alone."; return ''.join(piece for kind,piece in self.send(text) if kind == 'text')
+    def ask(self, text:str)->str:
+        "`send`, and return the text of the last answer."
+        for _ in self.send(text): pass
+        return self.messages[-1]['content']
 
-# %% ../nbs/08_chat.ipynb #772064c3
+# %% ../nbs/08_chat.ipynb #0ae31159
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /temperature 0.7   0: always the likeliest token
 /reset             begin a new conversation
@@ -285,8 +288,9 @@ def chat_in_terminal(
             if rest: chat.system = rest
             return f'system prompt: {chat.system or "none"}'
         if name == '/temperature':
-            try: t = float(rest); assert 0 <= t < float('inf')
-            except (ValueError, AssertionError): return f'temperature is {chat.temperature}; to change it, /temperature 0.7'
+            try: t = float(rest)
+            except ValueError: t = -1
+            if not 0 <= t < float('inf'): return f'temperature is {chat.temperature}; to change it, /temperature 0.7'
             chat.temperature = t; return f'temperature {t}'
         return _HELP
     if typed: write(_HELP + '\n', '2')

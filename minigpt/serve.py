@@ -49,7 +49,7 @@ def read_request(
     return dict(temperature=_number(body, 'temperature', 0, 2, 1.), top_p=_number(body, 'top_p', 1e-6, 1, None), top_k=_number(body, 'top_k', 1, 1<<20, None, int),
         max_new_tokens=_number(body, limit, 1, 1<<30, 1<<30, int), seed=_number(body, 'seed', -(1<<63), (1<<63)-1, None, int), stop=stop)
 
-# %% ../nbs/08_serve.ipynb #82a8d2ce
+# %% ../nbs/08_serve.ipynb #3bc9946d
 def read_messages(
     body:dict, # Of a request
 )->tuple[list[dict],list[dict]]: # Messages and the schemas of functions, as the chat template takes them
@@ -78,8 +78,9 @@ def read_messages(
             made_calls = []
             for c in calls:
                 f = function(c, where+'.tool_calls', 'name', 'arguments')
-                try: arguments = json.loads(f['arguments'] or '{}'); assert isinstance(arguments, dict)
-                except (ValueError, AssertionError, RecursionError): raise RequestError("the arguments of a call must be a JSON object, as a string", where+'.tool_calls') from None
+                try: arguments = json.loads(f['arguments'] or '{}')
+                except (ValueError, RecursionError): arguments = None
+                if not isinstance(arguments, dict): raise RequestError("the arguments of a call must be a JSON object, as a string", where+'.tool_calls')
                 made_calls.append(dict(name=f['name'], arguments=arguments))
             if calls: made['tool_calls'] = made_calls
             order = {c.get('id'):k for k,c in enumerate(calls)}

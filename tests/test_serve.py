@@ -111,6 +111,7 @@ def test_the_same_seed_the_same_text(client):
     (dict(model="gpt-9"), openai.NotFoundError, "there is scripted, plain"), (dict(messages=[]), openai.BadRequestError, "at least one"),
     (dict(messages=[dict(role="robot", content="x")]), openai.BadRequestError, "robot"), (dict(tool_choice="required", tools=[WEATHER]), openai.BadRequestError, "tool_choice"),
     (dict(messages=[dict(role="user", content=[dict(type="image_url", image_url=dict(url="x"))])]), openai.BadRequestError, "must be a string"),
+    (dict(messages=[*ASK, dict(role="assistant", tool_calls=[dict(id="a", type="function", function=dict(name="weather", arguments="[1]"))])]), openai.BadRequestError, "JSON object"),
     (dict(messages=[dict(role="user", content="no "*999)]), openai.BadRequestError, "at most 799")])
 def test_bad_requests(client, kw, error, says):
     with pytest.raises(error, match=says) as e: client.chat.completions.create(**dict(model="plain", messages=ASK, max_tokens=1) | kw)
@@ -216,6 +217,16 @@ def test_thoughts_that_the_template_opened(model, tok):
     chat = Chat(model.script(tok, "Hm.\n</think>\n\nNo."), opened, temperature=0)
     assert list(dict(chat.send("Rain?"))) == ["thinking", "text"]
     assert chat.messages[-1] == dict(role="assistant", content="No.", reasoning_content="Hm.")
+
+
+def test_a_foreign_template_gets_tools_as_transformers_hands_them(tok):
+    from minigpt.tokenizer import Tokenizer
+    other = Tokenizer(tok.hf, dict(tok.config, chat_template="{% for t in tools %}{{ t.type }} {{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"))
+    assert other.decode(encode_prompt(other, ASK, Tools([weather]).schemas)) == "function weatherRain?"
+
+
+def test_a_port_that_is_taken(server):
+    with pytest.raises(OSError, match="choose another port"): Server(server.models, port=server.server_address[1])
 
 
 def test_tools_run_nothing_else(tmp_path):
