@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Tools', 'encode_prompt', 'Answer', 'Chat', 'chat_in_terminal', 'tools_from_file']
 
-# %% ../nbs/08_chat.ipynb #6b2d1364
+# %% ../nbs/08_chat.ipynb #b02c652a
 import inspect, itertools, json, re, secrets, sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 from .generate import generate, parse_tool_calls, text_pieces
@@ -260,7 +261,7 @@ class Chat:
         for _ in self.send(text): pass
         return self.messages[-1]['content']
 
-# %% ../nbs/08_chat.ipynb #0ae31159
+# %% ../nbs/08_chat.ipynb #46264fce
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /temperature 0.7   0: always the likeliest token
 /reset             begin a new conversation
@@ -275,7 +276,7 @@ def chat_in_terminal(
     out = out or sys.stdout
     typed = read is None and sys.stdin.isatty()
     if typed:
-        try: import readline # noqa: F401 line editing and history for input()
+        try: import_module('readline') # line editing and history for input()
         except ImportError: pass # Windows' consoles edit by themselves
     read = read or (lambda: input('> ' if typed else ''))
     colour = out.isatty()

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['RequestError', 'read_request', 'read_messages', 'Server', 'serve']
 
-# %% ../nbs/08_serve.ipynb #8c1a9682
+# %% ../nbs/08_serve.ipynb #62a337a6
 import json, select, socket, threading, time, uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
 from urllib.parse import unquote
 from .chat import Answer, encode_prompt
 from .model import GPT
@@ -49,7 +50,7 @@ def read_request(
     return dict(temperature=_number(body, 'temperature', 0, 2, 1.), top_p=_number(body, 'top_p', 1e-6, 1, None), top_k=_number(body, 'top_k', 1, 1<<20, None, int),
         max_new_tokens=_number(body, limit, 1, 1<<30, 1<<30, int), seed=_number(body, 'seed', -(1<<63), (1<<63)-1, None, int), stop=stop)
 
-# %% ../nbs/08_serve.ipynb #3bc9946d
+# %% ../nbs/08_serve.ipynb #f6ddc668
 def read_messages(
     body:dict, # Of a request
 )->tuple[list[dict],list[dict]]: # Messages and the schemas of functions, as the chat template takes them
@@ -83,15 +84,14 @@ def read_messages(
                 if not isinstance(arguments, dict): raise RequestError("the arguments of a call must be a JSON object, as a string", where+'.tool_calls')
                 made_calls.append(dict(name=f['name'], arguments=arguments))
             if calls: made['tool_calls'] = made_calls
-            order = {c.get('id'):k for k,c in enumerate(calls)}
-        if role == 'tool': made['order'] = order.get(m.get('tool_call_id'), len(order))
+            order = {str(c.get('id')):k for k,c in enumerate(calls)}
+        if role == 'tool': made['order'] = order.get(str(m.get('tool_call_id')), len(order))
         out.append(made)
-    for i in range(1, len(out)): # results in the order of the calls
-        while out[i]['role'] == out[i-1]['role'] == 'tool' and out[i-1]['order'] > out[i]['order'] and i: out[i-1:i+1] = out[i],out[i-1]; i -= 1
+    out = [m for results,ms in groupby(out, lambda m: 'order' in m) for m in (sorted(ms, key=lambda m: m.pop('order')) if results else ms)] # in the order of the calls
     tools = body.get('tools') or []
     if not isinstance(tools, list): raise RequestError("tools must be a list", 'tools')
     tools = [function(t, f'tools[{i}]', 'name') for i,t in enumerate(tools)]
-    return [{k:v for k,v in m.items() if k != 'order'} for m in out],[] if body.get('tool_choice') == 'none' else [{k:f[k] for k in ('name','description','parameters') if k in f} for f in tools]
+    return out,[] if body.get('tool_choice') == 'none' else [{k:f[k] for k in ('name','description','parameters') if k in f} for f in tools]
 
 # %% ../nbs/08_serve.ipynb #d00722de
 _LOCAL = 'localhost','127.0.0.1','::1'
