@@ -157,7 +157,7 @@ def text_pieces(
         if whole == text: begin,mark = mark,len(seen); text = decode(seen[begin:]); sent = len(text)
     if len(text) > sent: yield text[sent:]
 
-# %% ../nbs/06_generate.ipynb #0a5c7401
+# %% ../nbs/06_generate.ipynb #486a4478
 def stream_text(
     model:GPT,
     tokenizer:Tokenizer,
@@ -167,7 +167,7 @@ def stream_text(
 )->Iterator[str]: # Pieces of the new text
     "Write on, and hand out the text as it comes."
     if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    else: ids = tokenizer.encode(tokenizer.render(prompt, tools=tools, add_generation_prompt=True), special=True)
+    else: ids = tokenizer.encode_prompt(prompt, tools)
     return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))
 
 # %% ../nbs/06_generate.ipynb #fb5ecfe4

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RequestError', 'read_request', 'read_messages', 'Server', 'serve']
 
-# %% ../nbs/08_serve.ipynb #62a337a6
+# %% ../nbs/08_serve.ipynb #de7697b2
 import json, select, socket, threading, time, uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from urllib.parse import unquote
-from .chat import Answer, encode_prompt
+from .chat import Answer
 from .model import GPT
 from .tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ def read_messages(
     tools = [function(t, f'tools[{i}]', 'name') for i,t in enumerate(tools)]
     return out,[] if body.get('tool_choice') == 'none' else [{k:f[k] for k in ('name','description','parameters') if k in f} for f in tools]
 
-# %% ../nbs/08_serve.ipynb #d00722de
+# %% ../nbs/08_serve.ipynb #6b642717
 _LOCAL = 'localhost','127.0.0.1','::1'
 
 class _Gone(Exception): "The client has hung up."
@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not chat:
             if isinstance(messages, list) and len(messages) == 1: messages = messages[0]
             if not isinstance(messages, str): raise RequestError("prompt must be one string", 'prompt')
-        try: ids = encode_prompt(tok, messages, schemas) if chat else tok.encode(messages) or [tok.eos_id]
+        try: ids = tok.encode_prompt(messages, schemas) if chat else tok.encode(messages) or [tok.eos_id]
         except ValueError as e: raise RequestError(str(e), 'messages' if chat else 'prompt') from None # the template refuses it, or it is no Unicode
         if len(ids) >= (longest := model.config.max_len): raise RequestError(f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at most {longest-1:,}, to leave room for an answer; shorten it", 'messages' if chat else 'prompt', 400, 'context_length_exceeded')
         answer = Answer(model, tok, ids, **options)

@@ -6,8 +6,8 @@
 __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TEMPLATE', 'chat_messages', 'chat_pieces',
            'Tokenizer', 'train_tokenizer', 'load_tokenizer']
 
-# %% ../nbs/01_tokenizer.ipynb #d317b443
-import json, re
+# %% ../nbs/01_tokenizer.ipynb #11592d8e
+import json, re, secrets
 from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -131,7 +131,7 @@ def _tiktoken(
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
     return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
 
-# %% ../nbs/01_tokenizer.ipynb #0ad22d78
+# %% ../nbs/01_tokenizer.ipynb #89d020b7
 _ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
 
 class Tokenizer:
@@ -222,6 +222,24 @@ class Tokenizer:
             pieces = [text[a:b] for a,b in zip(cuts, cuts[1:])]
         if len(pieces) < 2: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {pieces[0][:80]!r}")
         return pieces
+
+    def encode_prompt(self,
+        messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
+        tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
+    )->list[int]: # Token ids, up to the opening of the assistant's turn
+        "A conversation for the model to answer; nobody's words can pass for control tokens."
+        tokens = {t['content']:t['special'] for t in self.json['added_tokens'] if t['content'].strip()}
+        names,nonce = sorted(tokens, key=len, reverse=True),secrets.token_hex(8)
+        def hidden(x, names):
+            if isinstance(x, str): return re.sub('|'.join(map(re.escape, names)), lambda m: f'\ue000{nonce}:{[*tokens].index(m[0])}\ue000', x) if names else x
+            if isinstance(x, dict): return {hidden(k, names):hidden(v, names) for k,v in x.items()}
+            return [hidden(v, names) for v in x] if isinstance(x, list) else x
+        control = [n for n in names if tokens[n]]
+        messages,own = chat_messages(messages); tools = tools or own
+        messages = [hidden(m, names if m['role'] in ('user','tool') else control) for m in messages]
+        if tools and self.config.get('chat_template') != CHAT_TEMPLATE: tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
+        pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', self.render(messages, hidden(tools, names) or None, add_generation_prompt=True))
+        return [i for k,p in enumerate(pieces) for i in (self.encode([*tokens][int(p)]) if k%2 else self.encode(p, special=True))]
 
     def encode_chat(self,
         messages:list[dict], # A conversation without control tokens in its texts

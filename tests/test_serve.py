@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from minigpt.chat import Chat, Tools, encode_prompt
+from minigpt.chat import Chat, Tools
 from minigpt.model import GPT, GPTConfig
 from minigpt.serve import Server
 from minigpt.tokenizer import train_tokenizer
@@ -60,7 +60,7 @@ def test_an_answer_whole_and_streamed(client, model, tok):
     whole = client.chat.completions.create(model="scripted", messages=ASK)
     message = whole.choices[0].message
     assert (message.content, message.reasoning_content, whole.choices[0].finish_reason, message.tool_calls) == ("No, 不下雨。🌞", "No cloud.", "stop", None)
-    assert whole.usage.prompt_tokens == len(encode_prompt(tok, ASK)) and whole.usage.completion_tokens == len(tok.encode(said, special=True))
+    assert whole.usage.prompt_tokens == len(tok.encode_prompt(ASK)) and whole.usage.completion_tokens == len(tok.encode(said, special=True))
     chunks = list(client.chat.completions.create(model="scripted", messages=ASK, stream=True, stream_options=dict(include_usage=True)))
     deltas = [c.choices[0].delta for c in chunks if c.choices]
     assert "".join(d.content or "" for d in deltas) == message.content and len(deltas) > 6
@@ -81,7 +81,7 @@ def test_a_call_and_its_result(client, model, tok, stream):
     again = client.chat.completions.create(model="scripted", messages=back, tools=[WEATHER])
     assert again.choices[0].message.content == "No."
     read = [*ASK, dict(role="assistant", content="Let me see.", tool_calls=[json.loads(CALL)]*2), dict(role="tool", content="first"), dict(role="tool", content="second")]
-    assert again.usage.prompt_tokens == len(encode_prompt(tok, read, [WEATHER["function"]]))
+    assert again.usage.prompt_tokens == len(tok.encode_prompt(read, [WEATHER["function"]]))
 
 
 def test_calls_nobody_offered_or_broken_are_text(client, model, tok):
@@ -222,7 +222,7 @@ def test_thoughts_that_the_template_opened(model, tok):
 def test_a_foreign_template_gets_tools_as_transformers_hands_them(tok):
     from minigpt.tokenizer import Tokenizer
     other = Tokenizer(tok.hf, dict(tok.config, chat_template="{% for t in tools %}{{ t.type }} {{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"))
-    assert other.decode(encode_prompt(other, ASK, Tools([weather]).schemas)) == "function weatherRain?"
+    assert other.decode(other.encode_prompt(ASK, Tools([weather]).schemas)) == "function weatherRain?"
 
 
 def test_a_port_that_is_taken(server):
