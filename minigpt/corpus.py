@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['EN', 'ENGLISH', 'ZH', 'CHINESE', 'TOOLS', 'NO_TOOL', 'pick', 'take', 'between', 'read_grammar', 'tell', 'tidy',
            'table', 'article', 'facts_en', 'numbers', 'asked', 'number_zh', 'facts_zh', 'story', 'stories',
-           'write_corpus', 'exchange', 'talk', 'write_talks', 'add', 'multiply', 'count_letter', 'price', 'weather',
-           'schema', 'request', 'call', 'write_calls', 'preference', 'write_preferences', 'reasoning',
-           'write_reasoning', 'stdlib_text', 'kn_probs', 'discounted', 'trigram_loss']
+           'write_corpus', 'exchange', 'talk', 'write_talks', 'add', 'multiply', 'change', 'count_letter', 'reverse',
+           'price', 'weather', 'alarm', 'phone', 'book', 'schema', 'kept_back', 'request', 'call', 'turns',
+           'write_calls', 'call_prompts', 'preference', 'write_preferences', 'reasoning', 'write_reasoning',
+           'stdlib_text', 'kn_probs', 'discounted', 'trigram_loss']
 
-# %% ../nbs/04_corpus.ipynb #485434f4
-import inspect, json, os, re, sysconfig
+# %% ../nbs/04_corpus.ipynb #3dc7410a
+import inspect, json, os, re, sysconfig, zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -620,55 +621,101 @@ def write_talks(
     "Write conversations. Same arguments, same bytes; the file appears when it is whole."
     return write_file(path, ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n' for i in range(n)))
 
-# %% ../nbs/04_corpus.ipynb #e448bbc3
-_DEGREES = {k:int(v) for k,v in table('Athens|31;Berlin|17;Cairo|38;Dublin|12;Lagos|33;Lima|19;London|14;Madrid|28;Oslo|8;Paris|21;Rome|26;Tokyo|23;上海|22;北京|16;南京|24;广州|29;成都|20;昆明|18;杭州|25;西安|15')}
-_PRICES = {k:int(v) for k,v in table('apples|3;buns|4;carrots|2;cookies|6;grapes|8;muffins|7;nuts|9;oranges|5;pears|4;pies|12;plums|2;waffles|10;梨子|4;橙子|5;桃子|6;苹果|3;草莓|9;葡萄|8;蛋糕|12;香蕉|2')}
-_WORDS = 'apple banana bell bottle button cherry coffee dinner garden hammer kettle kitten letter mirror muffin pepper pillow puppet rabbit ribbon summer teapot tomato yellow'.split()
+# %% ../nbs/04_corpus.ipynb #105e8845
 _SKIES = ['sun','rain','wind','clouds'],['晴','有雨','有风','多云']
 
-def _known(name:str, x:str, pool)->int:
-    "Where `x` stands in `pool`."
-    if x not in pool: raise ValueError(f"{name} {x!r} is not known; it must be one of {', '.join(map(str, pool))}")
-    return list(pool).index(x)
+def _of(x:str, n:int)->int: "Something between 0 and `n-1` that belongs to `x`."; return zlib.crc32(x.encode())%n
+def _within(name:str, x:int, lo:int, hi:int):
+    if not lo <= x <= hi: raise ValueError(f"{name}={x} must be from {lo} to {hi}")
 
 def add(a:int, b:int)->dict: "The sum of two numbers"; return dict(sum=a+b)
 def multiply(a:int, b:int)->dict: "The product of two numbers"; return dict(product=a*b)
+def change(price:int, paid:int)->dict: "The coins that come back"; _within('paid', paid, price, 10**6); return dict(coins=paid-price)
 def count_letter(word:str, letter:str)->dict: "How often a letter is in a word"; return dict(count=word.count(letter))
-def price(thing:str, number:int)->dict: "What some things cost, in coins"; _known('thing', thing, _PRICES); return dict(coins=_PRICES[thing]*number)
-def weather(town:str, day:int)->dict:
-    "The weather of a town on a day of May"
-    t = _known('town', town, _DEGREES); _known('day', day, range(1, 32))
-    return dict(sky=_SKIES[not town.isascii()][(t+3*day+day//5)%4], degrees=_DEGREES[town] + (5*day+t*day//3)%11 - 5)
+def reverse(word:str)->dict: "A word backwards"; return dict(text=word[::-1])
+def price(thing:str, number:int)->dict: "What some things cost, in coins"; return dict(coins=(2+_of(thing, 19))*number)
+def weather(town:str, date:str)->dict: "The weather of a town"; return dict(sky=_SKIES[not town.isascii()][_of(town+date, 4)], degrees=8 + _of(town, 20) + _of(date, 5))
+def alarm(time:str)->dict:
+    "Set an alarm"
+    if not re.fullmatch(r'([01]?\d|2[0-3]):[0-5]\d', time): raise ValueError(f"time={time!r} must be hours and minutes, from 0:00 to 23:59")
+    return dict(rings=time)
+def phone(name:str)->dict: "The phone number of a person"; return dict(number=1000+_of(name, 9000))
+def book(name:str, time:str)->dict: "Book a table"; return dict(table=1+_of(name+time, 40))
 
 def schema(f)->dict: # JSON schema of its arguments, with name and description
     "What a model is told of the function `f`; its arguments are annotated with `int` or `str`, its docstring is one line."
     args = {k:dict(type={int:'integer', str:'string'}[p.annotation]) for k,p in inspect.signature(f).parameters.items()}
     return dict(name=f.__name__, description=f.__doc__, parameters=dict(type='object', properties=args, required=[*args]))
 
-TOOLS = {f.__name__:(f, schema(f)) for f in (add, multiply, count_letter, price, weather)} # name → function, schema
+TOOLS = {f.__name__:(f, schema(f)) for f in (add, multiply, change, count_letter, reverse, price, weather, alarm, phone, book)} # name → function, schema
 
-# %% ../nbs/04_corpus.ipynb #33a13a63
-_REQUESTS = dict( # a function's arguments, and two ways to ask with the answer, in English and in Chinese
-    add=(lambda r, zh: dict(a=between(r, 1, 60), b=between(r, 1, 60)),
-        ('What is {a} plus {b}?','Add {a} and {b}.', '{a} plus {b} is {sum}.'), ('{a}加{b}等于几？','请算{a}加{b}。', '{a}加{b}等于{sum}。')),
-    multiply=(lambda r, zh: dict(a=between(r, 2, 12), b=between(r, 2, 12)),
-        ('What is {a} times {b}?','Multiply {a} by {b}.', '{a} times {b} is {product}.'), ('{a}乘{b}等于几？','请算{a}乘{b}。', '{a}乘{b}等于{product}。')),
-    count_letter=(lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(pick(r, _WORDS)),
-        ('How many letters "{letter}" are in "{word}"?','Count each "{letter}" in "{word}".', 'The count of "{letter}" in "{word}" is {count}.'),
-        ('单词 "{word}" 里有几个 "{letter}"？','数一数 "{word}" 里的 "{letter}"。', '单词 "{word}" 里有{count}个 "{letter}"。')),
-    price=(lambda r, zh: dict(thing=pick(r, [k for k in _PRICES if k.isascii() != zh]), number=between(r, 2, 12)),
-        ('What do {number} {thing} cost?','What must I pay for {number} {thing}?', '{number} {thing} cost {coins} coins.'), ('{thing}买{number}个，要多少钱？','{thing}要{number}个，一共多少钱？', '{thing}{number}个要{coins}元。')),
-    weather=(lambda r, zh: dict(town=pick(r, [k for k in _DEGREES if k.isascii() != zh]), day=between(r, 1, 31)),
-        ('What is the weather in {town} on {day} May?','How will {day} May be in {town}?', '{town} will have {degrees} degrees and {sky} on {day} May.'), ('{town}5月{day}日天气怎么样？','我想知道{town}5月{day}日的天气。', '{town}5月{day}日{degrees}度，{sky}。')))
+# %% ../nbs/04_corpus.ipynb #6547c418
+def _word(r:Random)->str: return ''.join(pick(r, 'bdfgklmnprstvz') + pick(r, 'aeiou') for _ in range(between(r, 2, 3))) + pick(r, ['','l','n','r','s','t'])
+_SIGNS = '安白宝昌辰晨春川东芳丰光国海和红华江金静军兰乐丽林玲龙梅明宁平青清泉山石天文武溪霞小星雪阳玉远月云志'
+def _name(r:Random, zh:bool)->str: return pick(r, '王李张刘陈杨赵周吴徐孙马') + ''.join(take(r, _SIGNS, between(r, 1, 2))) if zh else _word(r).capitalize()
+def _town(r:Random, zh:bool)->str: return ''.join(take(r, _SIGNS, 2)) + pick(r, '市县镇村') if zh else _word(r).capitalize() + pick(r, ['ton','field','burg','ford'])
+def _thing(r:Random, zh:bool)->str:
+    if zh: return pick(r, '红蓝绿黄黑白大小新旧') + pick(r, '帽子 杯子 苹果 雨伞 本子 毛巾 铅笔 台灯 西瓜 花瓶'.split())
+    return pick(r, 'red blue green yellow black white big small new old'.split()) + ' ' + pick(r, 'hats cups apples lamps books towels pencils bowls melons pillows'.split())
+
+def _date(r:Random, zh:bool)->str: return f'{between(r, 1, 12)}月{between(r, 1, 30)}日' if zh else f'{between(r, 1, 30)} ' + pick(r, 'January March April May June July August September October November December'.split())
+def _time(r:Random)->str: return f'{between(r, 0, 23)}:{between(r, 0, 59):02}'
+
+_REQUESTS = dict( # a function's arguments; six ways to ask, and the answer, in English and in Chinese
+    add=(lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+        ('What is {a} plus {b}?','Add {a} and {b}.','What do {a} and {b} add up to?','Give me the sum of {a} and {b}.','How much is {a} plus {b}?','I need the sum of {a} and {b}.', '{a} plus {b} is {sum}.'),
+        ('{a}加{b}等于几？','请算{a}加{b}。','{a}和{b}的和是多少？','求{a}与{b}之和。','{a}加上{b}是多少？','帮我求一下{a}和{b}的和。', '{a}加{b}等于{sum}。')),
+    multiply=(lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+        ('What is {a} times {b}?','Multiply {a} by {b}.','Give me the product of {a} and {b}.','I multiply {a} by {b}. What do I get?','How much is {a} times {b}?','I need the product of {a} and {b}.', '{a} times {b} is {product}.'),
+        ('{a}乘{b}等于几？','请算{a}乘{b}。','{a}和{b}的积是多少？','求{a}与{b}之积。','{a}乘以{b}是多少？','帮我求一下{a}和{b}的积。', '{a}乘{b}等于{product}。')),
+    change=(lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
+        ('It costs {price} coins and I pay {paid}. What is the change?','The price is {price}. How much change is there from {paid}?','A bill of {price} coins, paid with {paid}: what comes back?','What change do I get when {price} coins are paid with {paid}?',
+         'The bill is {price} coins. I pay {paid}. How much comes back?','For {price} coins I give {paid}. What is my change?', 'Of {paid} coins, {coins} come back.'),
+        ('东西{price}元，付了{paid}元，找回多少？','价钱是{price}元，给{paid}元，应找多少？','{price}元的账，付{paid}元，要找几元？','买东西用了{price}元，给了{paid}元，找多少钱？','账单是{price}元，我付{paid}元，找回几元？','价钱{price}元，收了{paid}元，该找多少？', '付{paid}元，找回{coins}元。')),
+    count_letter=(lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
+        ('How many letters "{letter}" are in "{word}"?','Count each "{letter}" in "{word}".','How often is "{letter}" in the word "{word}"?','Look at "{word}" and count the letter "{letter}".',
+         'In the word "{word}", how many times is the letter "{letter}"?','Count how often "{letter}" is in "{word}".', 'The count of "{letter}" in "{word}" is {count}.'),
+        ('单词 "{word}" 里有几个 "{letter}"？','数一数 "{word}" 里的 "{letter}"。','"{letter}" 在 "{word}" 里有几个？','看 "{word}"，数出字母 "{letter}"。','数一下单词 "{word}" 有几个字母 "{letter}"。','字母 "{letter}" 在单词 "{word}" 里有几个？', '单词 "{word}" 里有{count}个 "{letter}"。')),
+    reverse=(lambda r, zh: dict(word=_word(r)),
+        ('What is "{word}" backwards?','Spell "{word}" backwards.','Turn the word "{word}" around.','Which word is "{word}" when it is turned around?','Turn "{word}" around for me.','How is "{word}" spelled backwards?', '"{word}" backwards is "{text}".'),
+        ('"{word}" 倒过来怎么写？','把 "{word}" 倒着写。','把单词 "{word}" 反过来。','"{word}" 反过来是什么？','单词 "{word}" 倒着怎么写？','帮我把 "{word}" 倒过来。', '"{word}" 倒过来是 "{text}"。')),
+    price=(lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
+        ('What do {number} {thing} cost?','What must I pay for {number} {thing}?','I want {number} {thing}. What is the price?','How much are {number} {thing}?','Tell me the price of {number} {thing}.','If I buy {number} {thing}, what do they cost?', '{number} {thing} cost {coins} coins.'),
+        ('{thing}买{number}个，要多少钱？','{thing}要{number}个，一共多少钱？','我想买{number}个{thing}，多少钱？','{number}个{thing}的价钱是多少？','买{number}个{thing}要付多少钱？','我要{thing}{number}个，价钱是多少？', '{thing}{number}个要{coins}元。')),
+    weather=(lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
+        ('What is the weather in {town} on {date}?','How will {date} be in {town}?','Will it rain in {town} on {date}?','Tell me the weather of {date} in {town}.','On {date} I am in {town}. What will the weather be?','Is the weather good in {town} on {date}?', '{town} will have {degrees} degrees and {sky} on {date}.'),
+        ('{town}{date}天气怎么样？','我想知道{town}{date}的天气。','{date}{town}会下雨吗？','告诉我{date}{town}的天气。','{date}我在{town}，天气好吗？','{town}在{date}会是什么天气？', '{town}{date}{degrees}度，{sky}。')),
+    alarm=(lambda r, zh: dict(time=_time(r)),
+        ('Wake me at {time}.','Set an alarm for {time}.','I must get up at {time}.','An alarm should ring at {time}.','Can you wake me up at {time}?','I need an alarm at {time}.', 'The alarm rings at {rings}.'),
+        ('{time}叫醒我。','定一个{time}的闹钟。','我{time}要起床。','闹钟在{time}响。','请你{time}叫我起床。','我要一个闹钟，{time}响。', '闹钟{rings}响。')),
+    phone=(lambda r, zh: dict(name=_name(r, zh)),
+        ('What is the phone number of {name}?','Give me the number of {name}.','I want to call {name}. What is the number?','How can I reach {name} by phone?','Find the phone number of {name} for me.','I would like to phone {name}. Which number is it?', 'The number of {name} is {number}.'),
+        ('{name}的电话是多少？','给我{name}的号码。','我想打电话给{name}，号码是什么？','怎么打电话找{name}？','查一下{name}的电话号码。','我要给{name}打电话，电话是多少？', '{name}的电话是{number}。')),
+    book=(lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
+        ('Book a table for {name} at {time}.','Keep a table for {time}, the name is {name}.','{name} would like a table at {time}.','We come at {time}. A table for {name}, please.','Can you book a table at {time} for {name}?','{name} comes to eat at {time}: book a table.', '{name} has table {table} at {time}.'),
+        ('给{name}订一张{time}的桌子。','{name}要订桌，{time}来。','我们{time}来，用{name}的名字订桌。','为{name}留一张桌子，{time}来吃饭。','帮{name}订桌，{time}到。','{time}来吃饭，给{name}订一张桌子。', '{name}{time}的桌子是{table}号。')))
+_HELLO = ('','','','Hello! ','Please tell me: ','One question. ','Good morning. ','Can you help me? '),('','','','你好！','请告诉我，','有个问题：','早上好！','能帮我吗？') # before a question
 NO_TOOL = ('No function at hand can tell me that.','这些函数都帮不上忙。') # the answer where the right function is not on offer
 
+def kept_back(value:int|str)->bool:
+    "Is this value of an argument in no conversation?"
+    return len(str(value)) > 2 and zlib.crc32(str(value).encode())%5 == 0
 
-def request(r:Random, name:str, zh:bool)->tuple[str,dict,dict,str]:
-    "A question for one function, the arguments of the call, what it returns, and the answer."
+def request(
+    r:Random, # The dice
+    name:str, # A function of `TOOLS`
+    zh:bool, # In Chinese?
+    held_out:bool=False, # A way to ask, and values, that no conversation has; otherwise, those that they have
+)->tuple[str,dict,dict,str]: # The question, the arguments of the call, what it returns, and the answer
+    "A question for one function."
     draw,*says = _REQUESTS[name]
-    args,(*asks,says) = draw(r, zh),says[zh]
+    *asks,says = says[zh]
+    while True:
+        args = draw(r, zh)
+        if all(kept_back(v) or k == 'letter' for k,v in args.items()) if held_out else not any(map(kept_back, args.values())): break
     result = TOOLS[name][0](**args)
-    return pick(r, asks).format(**args),args,result,says.format(**args, **result)
+    ask = pick(r, _HELLO[zh]) + pick(r, asks[-2:] if held_out else asks[:-2])
+    return ask.format(**args),args,result,says.format(**args, **result)
 
 def call(
     i:int, # Which one; each is made on its own
@@ -691,19 +738,40 @@ def call(
         messages.append(dict(role='assistant', content=answer))
     return messages
 
-# %% ../nbs/04_corpus.ipynb #beee4fcd
+# %% ../nbs/04_corpus.ipynb #6f116bd9
 def _write_rows(path, rows): return write_file(path, ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
+
+def turns(messages:list[dict])->list[list[dict]]:
+    "The questions of a conversation, each with all that follows it until the next; without a system message."
+    at = [i for i,m in enumerate(messages) if m['role'] == 'user'] + [len(messages)]
+    return [messages[a:b] for a,b in zip(at, at[1:])]
 
 def write_calls(
     path:str|Path, # JSONL file to write, one {"conversations": [...]} a line
     n:int=12_000, # Conversations
     seed:int=0,
+    short:bool=False, # Each question by itself, and without the schemas: an easier first lesson
 )->Path: # `path`
     "Write conversations with calls. In every third row `tool_calls` is a JSON string, as MiniMind writes it."
-    def row(i):
-        said = [dict(m, tool_calls=json.dumps(m['tool_calls'], ensure_ascii=False)) if i%3 == 2 and 'tool_calls' in m else m for m in call(i, seed)]
-        return dict(conversations=said)
-    return _write_rows(path, map(row, range(n)))
+    said = (call(i, seed) for i in range(n))
+    if short: said = (t for messages in said for t in turns(messages) if t[-1]['content'] not in NO_TOOL)
+    spelled = lambda i, m: dict(m, tool_calls=json.dumps(m['tool_calls'], ensure_ascii=False)) if i%3 == 2 and 'tool_calls' in m else m
+    return _write_rows(path, (dict(conversations=[spelled(i, m) for m in messages]) for i,messages in enumerate(said)))
+
+# %% ../nbs/04_corpus.ipynb #85f91d57
+def call_prompts(
+    n:int=100, # Questions; each function has as many as the others
+    seed:int=0,
+)->list[tuple[list[dict],dict]]: # Messages, three functions on offer and a question; and the call that is right
+    "Questions for one function each, asked in ways and with values that no conversation of `call` has."
+    r,found,names = Random(f'call prompts {seed}'),{},[*TOOLS]
+    while len(found) < n:
+        name = names[len(found)%len(names)]
+        offer = take(r, [name, *take(r, [n for n in names if n != name], 2)], 3)
+        question,args,*_ = request(r, name, r.random() < .5, held_out=True)
+        system = dict(role='system', content='', tools=json.dumps([TOOLS[n][1] for n in offer]))
+        found[question] = [system, dict(role='user', content=question)],dict(name=name, arguments=args)
+    return [*found.values()]
 
 # %% ../nbs/04_corpus.ipynb #65dacc45
 _RAMBLING = ('Well, well. That is a question that many people ask, and there is much to be said about it, and about other questions too.', 'Let me think about this, and then let me think about it again. There are answers, and there are many of them.')
@@ -741,7 +809,8 @@ def write_preferences(
     "Write choices."
     return _write_rows(path, (preference(i, seed) for i in range(n)))
 
-# %% ../nbs/04_corpus.ipynb #e7f719e8
+# %% ../nbs/04_corpus.ipynb #d5a1da8a
+_SNACKS = 'apples buns carrots cookies grapes muffins nuts oranges pears pies plums waffles'.split(),'梨子 橙子 桃子 苹果 草莓 葡萄 蛋糕 香蕉'.split()
 _SUMS = [ # the task, the steps, a check, the answer; in English and in Chinese
     (('{who} has {k} bags with {n} {things} in each, and eats {m}. How many {things} are left?', '{k} × {n} = {kn}\n{kn} - {m} = {left}', '{left} + {m} = {kn}', '{left} {things} are left.'),
         ('{who}有{k}袋{things}，每袋{n}个，吃了{m}个。还剩几个{things}？', '{k} × {n} = {kn}\n{kn} - {m} = {left}', '{left} + {m} = {kn}', '还剩{left}个{things}。')),
@@ -758,7 +827,7 @@ def reasoning(
     r = Random(f'reasoning {seed}:{i}')
     zh,how,n,k = r.random() < .5,r.random(),between(r, 3, 9),between(r, 2, 9)
     m,note = between(r, k, k*n-1),10*(k*n//10 + between(r, 1, 2))
-    d = dict(who=pick(r, _NAMES_ZH if zh else _NAMES), things=pick(r, [t for t in _PRICES if t.isascii() != zh]), n=n, k=k, m=m, note=note,
+    d = dict(who=pick(r, _NAMES_ZH if zh else _NAMES), things=pick(r, _SNACKS[zh]), n=n, k=k, m=m, note=note,
         kn=k*n, left=k*n-m, nm=n+m, now=n+m-k, change=note-k*n)
     task,steps,check,answer = (x.format(**d) for x in pick(r, _SUMS)[zh])
     said = dict(role='assistant', content=answer)
