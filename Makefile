@@ -50,7 +50,7 @@ compat-nbdev: .venv-compat-nbdev/.installed
 	@.venv-compat-nbdev/bin/python tools/compat_nbdev.py
 
 compat-widgets: .venv-compat-widgets/.installed
-	@.venv-compat-widgets/bin/python -m pytest -q tests/test_browser.py
+	@.venv-compat-widgets/bin/python -m pytest -q tests/test_browser.py tests/test_chat_browser.py
 
 export: $(VENV)/.dev-installed ## nbs/ to minigpt/ (nbdev-export)
 	@nbdev-export
