@@ -374,7 +374,7 @@ class Weights:
         for k,t in self: params[k].copy_(t)
         return model
 
-# %% ../nbs/07_checkpoint.ipynb #d26a711e
+# %% ../nbs/07_checkpoint.ipynb #e650850a
 def read_config(
     path:str|Path, # A model directory
 )->GPTConfig:
@@ -425,6 +425,7 @@ def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)-
     except (ValueError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
     for k,p in model.named_parameters():
         if dtype and '.lora_' not in k: p.data = p.data.to(dtype) # after the fingerprints were compared
+    model.origin = str(path)
     return model.eval()
 
 

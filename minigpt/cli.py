@@ -139,7 +139,7 @@ def _model_of(path:Path, which:Optional[str]=None):
     from minigpt.tokenizer import load_tokenizer
     return load_model(path),load_tokenizer(path)
 
-# %% ../nbs/18_cli.ipynb #16303381
+# %% ../nbs/18_cli.ipynb #0e1066e6
 @app.command()
 def chat(
     run:Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
@@ -170,15 +170,17 @@ def serve_(
 def evaluate_(
     models:Annotated[list[Path], typer.Argument(help="checkpoints, runs, exports, Llama or Qwen3 directories; the data come last")],
     data:Annotated[str, typer.Argument(help="a file or folder of .txt or .jsonl, a registered data set, a built-in corpus, or a token set such as RUN/data/valid")],
-    seq_len:Annotated[int, typer.Option(help="tokens of a sequence; 0: 512, or as many as the model reads")]=0,
-    max_sequences:Annotated[int, typer.Option(help="sequences that are predicted, spread over the data; 0: all")]=0,
-    max_rows:Annotated[int, typer.Option(help="rows of the data that are read; 0: all")]=0,
+    tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: each model's own")]=None,
+    max_seq_len:Annotated[int, typer.Option(help="tokens of a sequence; 0: 512, or as many as the model reads")]=0,
     batch_size:Annotated[int, typer.Option(help="sequences at once")]=8,
-    cache:Annotated[Optional[Path], typer.Option(help="folder that keeps the token set for the next time")]=None,
+    max_sequences:Annotated[int, typer.Option(help="sequences that are predicted, spread over the data; 0: all")]=0,
+    max_data_size:Annotated[int, typer.Option(help="rows of the data that are read, the first ones; 0: all")]=0,
+    device:Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]='auto',
+    cache:Annotated[Optional[Path], typer.Option(help="folder that keeps the tokens for the next time")]=None,
 ):
     "Loss, perplexity and bits a byte of models on data."
     from minigpt.evaluate import evaluate_on, evaluation_table
-    typer.echo(evaluation_table({str(m):evaluate_on(m, data, seq_len=seq_len, max_sequences=max_sequences, max_rows=max_rows, batch_size=batch_size, cache=cache) for m in models}))
+    typer.echo(evaluation_table({str(m):evaluate_on(m, data, tokenizer=tokenizer, seq_len=max_seq_len, batch_size=batch_size, max_sequences=max_sequences, max_rows=max_data_size, device=device, cache=cache) for m in models}))
 
 # %% ../nbs/18_cli.ipynb #9c2e789a
 @app.command()

@@ -523,7 +523,7 @@ def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[C
 def _quietly(f):
     with contextlib.suppress(Exception): f()
 
-# %% ../nbs/13_train.ipynb #9740c592
+# %% ../nbs/13_train.ipynb #6cbfe294
 def fit(
     model:str|Path|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
@@ -563,7 +563,7 @@ def fit(
         objective = _objective(data, cfg)
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
-        begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=getattr(net, 'base_path', None) or net.origin, given=isinstance(model, GPT)) # the weights of step 0
+        begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=net.origin or getattr(net, 'base_path', None), given=isinstance(model, GPT)) # the weights of step 0
         net = net.to(choices['device'])
         net.recompute = cfg.gradient_checkpointing
         identity = _identity(net, tok, data, cfg)
@@ -580,7 +580,7 @@ def fit(
             return run
         if isinstance(objective, Preference): _add_references([data, valid], t, begun)
         start = _pick(t, resume, backup, attempts) if known else None
-        if known and not start and begun['given'] and not isinstance(model, GPT): raise CheckpointError(f"{folder} has no checkpoint yet, and began with weights that this call does not give: pass the model that it began with{', '+begun['path'] if begun['path'] else ''}")
+        if known and not start and begun['given'] and weights_hash(net) != begun['hash']: raise CheckpointError(f"{folder} has no checkpoint yet, and began with weights that this call does not give: pass the model that it began with{', '+begun['path'] if begun['path'] else ''}")
         if start:
             state = read_checkpoint(start.path)
             max_steps,offset = _course(cfg, windows, state.trainer, state.arguments)
@@ -665,11 +665,12 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
 
-# %% ../nbs/13_train.ipynb #c59f8a00
+# %% ../nbs/13_train.ipynb #64afe784
 def _first_model(facts:dict):
     "What to pass to `fit` for a run to go on: its shape, or the model that it began with where its checkpoints need that one."
     began = facts.get('began') or {}
     if facts.get('lora'):
+        if began['path'] and (Path(began['path'])/'adapter_config.json').exists(): return load_model(began['path'])
         if not began['path'] or not (Path(began['path'])/'config.json').exists(): raise CheckpointError(f"the run trains an adapter of {began['path'] or 'a model that was in memory'}, which is not here; bring it, or call fit with lora(load_model(…)) as its model")
         return LoRAGPT(load_model(began['path']), LoRAConfig(**facts['lora']))
     if began.get('given') and began['path'] and (Path(began['path'])/'config.json').exists():

@@ -110,6 +110,19 @@ def test_adapters_share_a_base(foreign, tmp_path, talks):
     assert half.head.dtype == torch.bfloat16 and (logits(half)-logits(one)).abs().max() < .2*logits(one).abs().max()
 
 
+def test_an_adapter_is_trained_on(foreign, talks, tmp_path):
+    "In a run of its own, which begins with its weights, and begins with no others where it has no checkpoint yet"
+    fit(shaken(lora(load_model(foreign), r=2)), talks, output_dir=tmp_path/"one", **SHORT)
+    fit(tmp_path/"one", talks, output_dir=tmp_path/"two", **SHORT)
+    want = load_model(tmp_path/"two").weights()
+    for d in ("checkpoints", "best"): shutil.rmtree(tmp_path/"two"/d)
+    for n in ("MANIFEST.json", "adapter_config.json", "adapter_model.safetensors"): (tmp_path/"two"/n).unlink()
+    with pytest.raises(CheckpointError, match="began with weights that this call does not give: pass the model that it began with, .*one"): fit(lora(load_model(foreign), r=2), talks, output_dir=tmp_path/"two", **SHORT)
+    resume(tmp_path/"two")
+    got = load_model(tmp_path/"two").weights()
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
 def test_a_damaged_adapter_is_not_used(foreign, talks, tmp_path):
     run = fit(lora(load_model(foreign), r=2), talks, output_dir=tmp_path/"run", **SHORT)
     newest = tmp_path/"run"/"checkpoints"/"checkpoint-6"/"adapter_model.safetensors"
