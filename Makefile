@@ -72,8 +72,8 @@ hooks: $(VENV)/.dev-installed ## this clone: merge notebooks with nbdev, refuse 
 bump: $(VENV)/.dev-installed ## next version: make bump [PART=major|minor|patch] or make bump TO=1.2.3
 	@python tools/bump.py $(or $(TO),$(PART),patch)
 
-docs: ## not there yet
-	@echo "There is no documentation site yet: read README.md and the notebooks in nbs/." >&2; exit 1
+docs: $(VENV)/.dev-installed ## the documentation site, to _docs/site
+	@python tools/docs.py
 
 clean: ## remove build output and caches; keeps .venv
 	@rm -rf build dist _docs _proc .pytest_cache .hypothesis *.egg-info

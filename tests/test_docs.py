@@ -1,0 +1,33 @@
+"The documentation site builds, strictly, and shows what it should."
+import re
+import subprocess
+import sys
+
+import pytest
+from project import ROOT
+
+pytest.importorskip("material", reason="pip install mkdocs-material, to build the documentation")
+
+
+@pytest.fixture(scope="module")
+def site():
+    done = subprocess.run([sys.executable, ROOT/"tools"/"docs.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1500:]+done.stderr[-1500:]
+    return ROOT/"_docs"/"site"
+
+
+def words(path): return re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
+
+
+def test_pages(site):
+    from docs import MODULES, TUTORIALS
+    for page in [*(f"reference/{m}" for m in MODULES), *(f"tutorials/{t}" for t in TUTORIALS), "formats", "troubleshooting", "changelog", ""]: assert (site/page/"index.html").exists(), page
+    assert {p.stem for p in (ROOT/"nbs"/"tutorials").glob("*.ipynb")} == {*TUTORIALS}
+    assert (site/"search"/"search_index.json").stat().st_size > 100_000
+
+
+def test_a_symbol_has_its_signature_comments_and_source(site):
+    text = words(site/"reference"/"lora"/"index.html")
+    assert "r:int=8, # Rank" in text and "Freeze a model, and add an adapter that can be trained." in text
+    assert re.search(r'href="[^"]+/blob/main/minigpt/lora.py#L\d+"', (site/"reference"/"lora"/"index.html").read_text(encoding="utf-8"))
+    assert 'src="../dpo-1.png"' in (html := (site/"tutorials"/"dpo"/"index.html").read_text(encoding="utf-8")) or "dpo-1.png" in html
