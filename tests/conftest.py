@@ -1,5 +1,6 @@
 "Shared by all tests: the repository's root, its tools on the path, and settings that keep results the same from run to run."
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.insert(0, str(ROOT/"tools"))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test reaches for the network
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 
 try: import hypothesis
 except ImportError: pass
