@@ -84,7 +84,7 @@ def run_peft(folder:Path, out:Path, a)->dict:
     import torch
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback, TrainingArguments
     torch.set_num_threads(a.threads)
     peak,clock,found,losses = Peak(a.device),Clock(),{},[]
     class Tick(TrainerCallback):
@@ -93,28 +93,12 @@ def run_peft(folder:Path, out:Path, a)->dict:
             clock.tick(state.global_step)
             if state.global_step == WARM: peak.start()
             if state.global_step == a.steps-1: found['memory'] = peak.end()
-    class Batches(torch.utils.data.Dataset):
-        "A slice of the tensors is a batch; nothing to collate."
-        def __init__(self): self.data = load_file(folder/'batches.safetensors')
-        def __len__(self): return len(self.data['ids'])
-        def __getitems__(self, index):
-            cut = slice(index[0], index[-1]+1)
-            return dict(input_ids=self.data['ids'][cut], labels=self.data['labels'][cut], shift_labels=self.data['labels'][cut])
-    class OurTrainer(Trainer):
-        def _get_train_sampler(self, dataset=None): return torch.utils.data.SequentialSampler(self.train_dataset)
-        def training_step(self, *args, **kwargs):
-            losses.append(super().training_step(*args, **kwargs))
-            return losses[-1]
-    s = train_cpu.SHAPE
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=s['vocab_size'], hidden_size=s['dim'], num_hidden_layers=s['n_layer'], num_attention_heads=s['n_head'], num_key_value_heads=s['n_kv_head'], intermediate_size=s['ffn_dim'],
-        max_position_embeddings=s['max_len'], rms_norm_eps=1e-5, tie_word_embeddings=True, use_cache=False, pad_token_id=None, bos_token_id=None, eos_token_id=None, attn_implementation='sdpa', dtype='float32'))
-    wrong = model.load_state_dict(load_file(folder/'weights.safetensors'), strict=False)
-    assert not wrong.unexpected_keys and wrong.missing_keys == ['lm_head.weight'], wrong
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2*RANK, target_modules='all-linear', task_type='CAUSAL_LM'))
+    OurTrainer,batches = train_cpu.hf_trainer(folder, losses)
+    model = get_peft_model(train_cpu.hf_llama(folder, 'sdpa'), LoraConfig(r=RANK, lora_alpha=2*RANK, target_modules='all-linear', task_type='CAUSAL_LM'))
     assert not set_peft_model_state_dict(model, load_file(folder/'adapter.safetensors')).unexpected_keys
     args = TrainingArguments(output_dir=str(out), max_steps=a.steps, per_device_train_batch_size=a.batch, use_cpu=a.device == 'cpu', optim='adamw_torch_fused', learning_rate=LR, weight_decay=0., adam_beta2=.99, lr_scheduler_type='constant', warmup_steps=0,
         max_grad_norm=1., logging_strategy='no', save_strategy='steps', save_steps=a.steps, eval_strategy='no', report_to='none', disable_tqdm=True, logging_nan_inf_filter=False, remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False)
-    OurTrainer(model=model, args=args, train_dataset=Batches(), data_collator=lambda batch: batch, callbacks=[Tick()]).train()
+    OurTrainer(model=model, args=args, train_dataset=batches, data_collator=lambda batch: batch, callbacks=[Tick()]).train()
     saved = out/f'checkpoint-{a.steps}'
     return dict(clock.facts(WARM, a.steps-1), **found, trained=sum(p.numel() for p in model.parameters() if p.requires_grad), weights=size(saved/'adapter_model.safetensors'), checkpoint=size(saved), losses=torch.stack(losses).tolist())
 

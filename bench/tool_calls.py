@@ -60,7 +60,7 @@ def main():
         if not a.run: print(f'trained in {time.perf_counter()-began:.0f} s: {model.config.n_params:,} parameters')
     asked,said = call_prompts(a.n, a.seed),[]
     for i in range(0, a.n, 25):
-        prompts = [tok.encode(tok.render(messages, add_generation_prompt=True), special=True) for messages,_ in asked[i:i+25]]
+        prompts = [tok.encode_prompt(messages) for messages,_ in asked[i:i+25]]
         said += map(tok.decode, generate_batch(model, prompts, max_new_tokens=100, temperature=0, stop_ids=tok.stop_ids))
     scores = {k:[] for k in (*TOOLS,'all')}
     for (messages,right),text in zip(asked, said):

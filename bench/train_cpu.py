@@ -113,15 +113,22 @@ def run_ours(folder:Path, out:Path, steps:int, threads:int, **settings)->dict:
     return dict(clock.facts(WARM, steps-1), params=sum(p.numel() for p in model.parameters()), losses=[r['loss'] for r in run.history if 'loss' in r and r['step'] % 10 == 0],
         note=f"{chosen['precision']}, {'not compiled' if chosen['compile'] == 'no' else 'compiled'}")
 
-def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, optim:str, *more:str)->dict:
-    "Hugging Face Trainer."
+def hf_llama(folder:Path, attention:str):
+    "The model in transformers, with our weights."
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=SHAPE['vocab_size'], hidden_size=SHAPE['dim'], num_hidden_layers=SHAPE['n_layer'], num_attention_heads=SHAPE['n_head'],
+        num_key_value_heads=SHAPE['n_kv_head'], intermediate_size=SHAPE['ffn_dim'], max_position_embeddings=SHAPE['max_len'], rms_norm_eps=1e-5, tie_word_embeddings=True, use_cache=False,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None, attn_implementation=attention, dtype='float32'))
+    wrong = model.load_state_dict(load_file(folder/'weights.safetensors'), strict=False)
+    assert not wrong.unexpected_keys and wrong.missing_keys == ['lm_head.weight'], wrong
+    return model
+
+def hf_trainer(folder:Path, losses:list):
+    "A Trainer that takes the batches in our order and keeps its losses; and these batches."
     import torch
     from safetensors.torch import load_file
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-    torch.set_num_threads(threads)
-    clock,losses = Clock(),[]
-    class Tick(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs): clock.tick(state.global_step)
+    from transformers import Trainer
     class Batches(torch.utils.data.Dataset):
         "A slice of the tensors is a batch; nothing to collate."
         def __init__(self): self.data = load_file(folder/'batches.safetensors')
@@ -134,15 +141,21 @@ def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, op
         def training_step(self, *args, **kwargs):
             losses.append(super().training_step(*args, **kwargs))
             return losses[-1]
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=SHAPE['vocab_size'], hidden_size=SHAPE['dim'], num_hidden_layers=SHAPE['n_layer'], num_attention_heads=SHAPE['n_head'],
-        num_key_value_heads=SHAPE['n_kv_head'], intermediate_size=SHAPE['ffn_dim'], max_position_embeddings=SHAPE['max_len'], rms_norm_eps=1e-5, tie_word_embeddings=True, use_cache=False,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None, attn_implementation=attention, dtype='float32'))
-    wrong = model.load_state_dict(load_file(folder/'weights.safetensors'), strict=False)
-    assert not wrong.unexpected_keys and wrong.missing_keys == ['lm_head.weight'], wrong
+    return OurTrainer,Batches()
+
+def run_trainer(folder:Path, out:Path, steps:int, threads:int, attention:str, optim:str, *more:str)->dict:
+    "Hugging Face Trainer."
+    import torch
+    from transformers import TrainerCallback, TrainingArguments
+    torch.set_num_threads(threads)
+    clock,losses = Clock(),[]
+    class Tick(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): clock.tick(state.global_step)
+    model,OurTrainer,batches = hf_llama(folder, attention),*hf_trainer(folder, losses)
     args = TrainingArguments(output_dir=str(out), max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True, optim=optim,
         lr_scheduler_type='constant', warmup_steps=0, max_grad_norm=1., logging_strategy='no', save_strategy='no', eval_strategy='no', report_to='none', disable_tqdm=True,
         logging_nan_inf_filter=False, torch_compile='compiled' in more, bf16='bf16' in more, remove_unused_columns=False, dataloader_num_workers=0, dataloader_pin_memory=False, **RECIPE)
-    OurTrainer(model=model, args=args, train_dataset=Batches(), data_collator=lambda batch: batch, callbacks=[Tick()]).train()
+    OurTrainer(model=model, args=args, train_dataset=batches, data_collator=lambda batch: batch, callbacks=[Tick()]).train()
     losses = torch.stack(losses).tolist()
     return dict(clock.facts(WARM, steps-1), params=sum(p.numel() for p in model.parameters()), losses=tens(losses))
 

@@ -371,7 +371,7 @@ class _RunTrainer(Trainer):
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #4ea98a04
+# %% ../nbs/13_train.ipynb #c07afed5
 _OBJECTIVES = dict(next_token_prediction='text', conversation_modeling='conversation', tool_use_optimization='conversation', preference_alignment='preference')
 
 def _objective(data, cfg:TrainConfig):
@@ -408,7 +408,7 @@ def _given(model):
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
     "The model of a call, with weights decided by the seed."
     random.seed(cfg.seed); np.random.seed(cfg.seed % 2**32); torch.manual_seed(cfg.seed)
-    if isinstance(model, str): model = GPTConfig.preset(model, vocab_size=tok.vocab_size) # after a directory was opened: of `_given`
+    if isinstance(model, str): model = GPTConfig.preset(model, vocab_size=tok.vocab_size)
     shape = model if isinstance(model, GPTConfig) else model.config
     if shape.vocab_size < tok.vocab_size: raise ValueError(f"the model has vocab_size={shape.vocab_size} and the tokenizer {tok.vocab_size} tokens; give the model at least as many")
     if isinstance(model, GPT): return model

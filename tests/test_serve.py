@@ -250,7 +250,7 @@ print([len(m["content"]) for m in chat.messages])
 """
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process alone")
 def test_terminal_in_pipes_and_ctrl_c():
     p = subprocess.Popen([sys.executable, "-c", TALK], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
                          env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]), "PYTHONUTF8": "1"})
