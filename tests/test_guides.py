@@ -1,0 +1,91 @@
+"""Every block of code in README and the guides runs, in the order of its page, in a folder of its own, on a stand-in for Colab.
+
+Each page becomes one program: its python blocks as they are, its sh blocks through bash. What it needs stands in FILES, what is made smaller in SMALLER,
+what cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that has changed."""
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from project import ROOT
+from test_colab import STUB
+
+PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*.md"))]     # README.zh.md has the same code: test_chinese.py
+LEFT_OUT = {      # line: why
+    "make demo    # train, be killed with SIGKILL in the middle, resume, look at the result": "minutes; CI runs it by itself",
+    "make test    # everything that CI runs": "it would run this test",
+    "pip install git+https://github.com/minigpt-notebook/minigpt": "the network; CI installs a wheel in an empty environment",
+    "pip install 'minigpt-notebook[data] @ git+https://github.com/minigpt-notebook/minigpt'": "the network"}
+SMALLER = {       # text: what runs in its place
+    "--max-steps 2000": "--max-steps 2 --max-seq-len 64", "checkpoint-2000": "checkpoint-2",
+    "fit('small', ": "fit('tiny', max_seq_len=64, train=",            # 8 layers of 128
+    "--dataset stories=0.2": "--dataset my.txt=0.2 --max-steps 2 --max-seq-len 64",      # the corpus is 4 MB
+    "minigpt serve runs/liked ": "minigpt serve runs/liked --port 0 > served & until grep -q http served; do kill -0 $!; sleep .2; done; kill $!; ",      # it never ends
+}
+FILES = """
+import json, random
+from pathlib import Path
+import torch, transformers
+from minigpt.corpus import stories, write_preferences, write_talks
+from minigpt.tokenizer import train_tokenizer
+lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.' for who in ('Ada','Eva','Finn') for n in range(2, 10) for what in ('apples','boats','drums','hats')]
+random.Random(0).shuffle(lines)
+Path('my.txt').write_text('\\n\\n'.join(lines*5))
+rows = lambda name, texts: Path(name).write_text(''.join(json.dumps(dict(text=t))+'\\n' for t in texts))
+rows('my.jsonl', lines*3); rows('found.jsonl', [t for t, _ in zip(stories(), range(300))])
+write_talks('talks.jsonl', 60); write_talks('held-out.jsonl', 9, seed=1); write_preferences('pairs.jsonl', 80)
+Path('my_functions.py').write_text('def add(a:int, b:int)->int: "The sum"; return a+b')
+tok = train_tokenizer(lines, 400); tok.save('qwen3')
+shape = transformers.Qwen3Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+transformers.Qwen3ForCausalLM(shape).save_pretrained('qwen3')
+"""
+SH = """
+import subprocess
+def sh(block): subprocess.run(['bash', '-euxc', block], check=True, stdin=subprocess.DEVNULL)
+"""
+
+
+def blocks(page):
+    "Language and text of each block that can run"
+    return re.findall(r"^```(python|sh)\n(.*?)^```$", (ROOT/page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+def program(page):
+    "What runs in place of a page"
+    parts = [SH]
+    for language, text in blocks(page):
+        text = "".join(line+"\n" for line in text.splitlines() if line not in LEFT_OUT)
+        for old, new in SMALLER.items(): text = text.replace(old, new)
+        parts.append(text if language == "python" else f"sh({text!r})")
+    return "\n".join(parts)
+
+
+def run(page, folder):
+    "A page in an emptied process: its exit code and what it said"
+    (folder/"work").mkdir(parents=True); (folder/"bin").mkdir()
+    for name, text in STUB.items(): (folder/"stub"/name).parent.mkdir(parents=True, exist_ok=True); (folder/"stub"/name).write_text(text)
+    (folder/"bin"/"minigpt").write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from minigpt.cli import main; main()' \"$@\"\n"); (folder/"bin"/"minigpt").chmod(0o755)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder/"stub"), str(ROOT)]), "PATH": f"{folder/'bin'}{os.pathsep}{os.environ['PATH']}",
+           "STUB_DRIVE": str(folder/"drive"), "STUB_MACHINE": "m", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    (folder/"page.py").write_text(FILES+program(page), encoding="utf-8")
+    return subprocess.run([sys.executable, "../page.py", "ipykernel_launcher"], cwd=folder/"work", env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "All pages, two at a time"
+    with ThreadPoolExecutor(2) as pool: yield {p: pool.submit(run, p, tmp_path_factory.mktemp("page")) for p in PAGES if blocks(p)}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)])
+def test_every_block_runs(page, done):
+    result = done[page].result()
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+def test_nothing_is_listed_in_vain():
+    text = "\n".join(t for p in PAGES for _, t in blocks(p))
+    assert not [line for line in LEFT_OUT if line not in text.splitlines()] and not [old for old in SMALLER if old not in text]
