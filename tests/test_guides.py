@@ -21,7 +21,8 @@ LEFT_OUT = {      # line: why
     "pip install 'minigpt-notebook[data] @ git+https://github.com/minigpt-notebook/minigpt'": "the network"}
 SMALLER = {       # text: what runs in its place
     "--max-steps 2000": "--max-steps 2 --max-seq-len 64", "checkpoint-2000": "checkpoint-2",
-    "fit('small', ": "fit('tiny', max_seq_len=64, train=",            # 8 layers of 128
+    "fit('small', ": "fit('tiny', ", "max_steps=5000": "max_steps=2",      # 8 layers of 128
+    "--config small --max-steps 5000": "--config tiny --max-steps 5 --max-seq-len 64 --seconds 1",
     "--dataset stories=0.2": "--dataset my.txt=0.2 --max-steps 2 --max-seq-len 64",      # the corpus is 4 MB
     "minigpt serve runs/liked ": "minigpt serve runs/liked --port 0 > served & until grep -q http served; do kill -0 $!; sleep .2; done; kill $!; ",      # it never ends
 }

@@ -17,7 +17,7 @@ from readme import ansi, block
 
 PROC, OUT = ROOT/"_proc", ROOT/"_docs"
 SRC = OUT/"src"
-GUIDES = {"formats": "Formats", "troubleshooting": "Troubleshooting"}
+GUIDES = {"fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
 TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "inspect_checkpoints"]
 
 
