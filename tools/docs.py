@@ -18,6 +18,8 @@ from readme import ansi, block
 PROC, OUT = ROOT/"_proc", ROOT/"_docs"
 SRC = OUT/"src"
 GUIDES = {"fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
+CHINESE = {"zh/index": ("简介", "README.zh.md"), "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"), "zh/drive": ("用 Drive 训练", "docs/zh/drive.md")}
+WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, source) in CHINESE.items()}, "changelog": "CHANGELOG.md"}      # by hand: page to source
 TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "inspect_checkpoints"]
 
 
@@ -37,7 +39,8 @@ def page_of(target):
     "The page for a file of nbs/ or of the root, seen from the site's root; None: it has none"
     if target.startswith("nbs/tutorials/"): return f"tutorials/{Path(target).stem}.md"
     if target == "nbs/index.ipynb" or target == "README.md": return "index.md"
-    if target == "CHANGELOG.md": return "changelog.md"
+    if target.startswith("nbs/images/"): return Path(target).name                  # README's; its page has them beside it
+    if page := next((p for p, source in WRITTEN.items() if target == source), None): return f"{page}.md"
     name = next((n for n, p in MODULES.items() if target == f"nbs/{p}"), None)
     return name and f"reference/{name}.md"
 
@@ -106,7 +109,8 @@ def title(path): return next(l[2:] for c in load(path)["cells"] if c["cell_type"
 def configuration():
     cfg = settings()
     nav = [{"Home": "index.md"}, {"Guides": [{title(ROOT/f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS]},
-           {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"}]
+           {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"},
+           {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]}]
     palette = [{"media": f"(prefers-color-scheme: {s})", "scheme": c, "toggle": {"icon": f"material/weather-{i}", "name": f"to the {o} scheme"}} for s, c, i, o in (("light", "default", "sunny", "dark"), ("dark", "slate", "night", "light"))]
     return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": ["search"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
             "validation": {"nav": {"omitted_files": "warn"}, "links": {"not_found": "warn", "anchors": "warn", "absolute_links": "warn"}},
@@ -123,8 +127,7 @@ def main():
     settle()
     for t in TUTORIALS: convert(ROOT/f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")
     convert(ROOT/"nbs/index.ipynb", "nbs/index.ipynb", "index.md")
-    for g in GUIDES: write(f"{g}.md", linked((ROOT/f"docs/{g}.md").read_text(encoding="utf-8"), f"docs/{g}.md", f"{g}.md"))
-    write("changelog.md", linked((ROOT/"CHANGELOG.md").read_text(encoding="utf-8"), "CHANGELOG.md", "changelog.md"))
+    for page, source in WRITTEN.items(): write(f"{page}.md", linked((ROOT/source).read_text(encoding="utf-8"), source, f"{page}.md"))
     (OUT/"mkdocs.yml").write_text(json.dumps(configuration(), indent=1), encoding="utf-8")    # JSON is YAML
     sys.exit(subprocess.run([sys.executable, "-m", "mkdocs", "serve" if "--serve" in sys.argv else "build", "-f", OUT/"mkdocs.yml"], cwd=OUT).returncode)
 
