@@ -29,6 +29,7 @@ def test_pages(site):
 def test_a_symbol_has_its_signature_comments_and_source(site):
     text = words(site/"reference"/"lora"/"index.html")
     assert "r:int=8, # Rank" in text and "Freeze a model, and add an adapter that can be trained." in text
+    assert "how many sequences at once: measured where it can be, then written down" in words(site/"reference"/"speed"/"index.html")
     assert re.search(r'href="[^"]+/blob/main/minigpt/lora.py#L\d+"', (site/"reference"/"lora"/"index.html").read_text(encoding="utf-8"))
     picture = re.search(r'<img[^>]* src="([^"]*dpo-1\.png)"', (site/"tutorials"/"dpo"/"index.html").read_text(encoding="utf-8"))[1]
     assert (site/"tutorials"/"dpo"/picture).exists()

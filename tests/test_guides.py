@@ -18,7 +18,7 @@ from test_colab import STUB
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*.md"))]     # the code of README.zh.md is README.md's
 TWINS = {"docs/zh/quickstart.md": ["quickstart"], "docs/zh/drive.md": ["train_with_drive", "resume_after_disconnect"]}      # page: its notebooks
 LEFT_OUT = {      # line: why
-    "make demo    # train, be killed with SIGKILL in the middle, resume, look at the result": "minutes; CI runs it by itself",
+    "make demo    # train, be killed with SIGKILL, resume, look at the result": "minutes; CI runs it by itself",
     "make test    # everything that CI runs": "it would run this test",
     "pip install git+https://github.com/minigpt-notebook/minigpt": "the network; CI installs a wheel in an empty environment",
     "pip install 'minigpt-notebook[data] @ git+https://github.com/minigpt-notebook/minigpt'": "the network"}

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from project import ROOT, directives, joined, settings
 from readme import ansi, block
 
@@ -79,8 +80,8 @@ def convert(notebook, source, page):
     for cell in load(notebook)["cells"]:
         flags, text = directives(joined(cell["source"]))
         if cell["cell_type"] == "raw":                                            # nbdev's front matter
-            if m := re.search(r"^title: (.+)$", text, re.M): parts.append(f"# {m[1].strip()}")
-            if m := re.search(r"^description: (.+)$", text, re.M): parts.append("> " + m[1].strip().strip("'\""))
+            facts = yaml.safe_load(text.strip().strip("-"))
+            parts += [f"# {facts['title']}", f"> {facts['description']}"]
             parts.append(f"*This page is the notebook [{source}]({settings()['git_url']}/blob/{settings()['branch']}/{source}).*")
         elif "hide" in flags or text.startswith("<!-- WARNING"): continue
         elif cell["cell_type"] == "markdown": parts.append(linked(text, source, page).strip())
