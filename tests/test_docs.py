@@ -20,8 +20,9 @@ def words(path): return re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
 
 
 def test_pages(site):
-    from docs import MODULES, TUTORIALS
-    for page in [*(f"reference/{m}" for m in MODULES), *(f"tutorials/{t}" for t in TUTORIALS), "formats", "troubleshooting", "changelog", ""]: assert (site/page/"index.html").exists(), page
+    from docs import MODULES, TUTORIALS, WRITTEN
+    for page in [*(f"reference/{m}" for m in MODULES), *(f"tutorials/{t}" for t in TUTORIALS), *(p.removesuffix("index") for p in WRITTEN), ""]: assert (site/page/"index.html").exists(), page
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*.md")} <= {*WRITTEN.values()}
     assert {p.stem for p in (ROOT/"nbs"/"tutorials").glob("*.ipynb")} == {*TUTORIALS}
     assert (site/"search"/"search_index.json").stat().st_size > 100_000
 
