@@ -1,6 +1,6 @@
 """Every block of code in README and the guides runs, in the order of its page, in a folder of its own, on a stand-in for Colab.
 
-Each page becomes one program: its python blocks as they are, of its sh blocks each line. What it needs stands in FILES, what is made smaller in SMALLER,
+Each page becomes one program: its python blocks as they are, of its sh blocks each line. What they need stands in FILES and QWEN3, what is made smaller in SMALLER,
 what cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that has changed.
 The Chinese pages have the code and the figures of the English ones."""
 import json
@@ -34,7 +34,6 @@ SMALLER = {       # text: what runs in its place
 FILES = """
 import json, random
 from pathlib import Path
-import torch, transformers
 from minigpt.corpus import stories, write_preferences, write_talks
 from minigpt.tokenizer import train_tokenizer
 lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.' for who in ('Ada','Eva','Finn') for n in range(2, 10) for what in ('apples','boats','drums','hats')]
@@ -44,7 +43,10 @@ rows = lambda name, texts: Path(name).write_text(''.join(json.dumps(dict(text=t)
 rows('my.jsonl', lines*3); rows('found.jsonl', [t for t, _ in zip(stories(), range(300))])
 write_talks('talks.jsonl', 60); write_talks('held-out.jsonl', 9, seed=1); write_preferences('pairs.jsonl', 80)
 Path('my_functions.py').write_text('def add(a:int, b:int)->int: "The sum"; return a+b')
-tok = train_tokenizer(lines, 400); tok.save('qwen3')
+"""
+QWEN3 = """
+import transformers
+train_tokenizer(lines, 400).save('qwen3')
 shape = transformers.Qwen3Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 transformers.Qwen3ForCausalLM(shape).save_pretrained('qwen3')
 """
@@ -84,7 +86,8 @@ def run(page, folder):
     (folder/"bin"/"minigpt").write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from minigpt.cli import main; main()' \"$@\"\n"); (folder/"bin"/"minigpt").chmod(0o755)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder/"stub"), str(ROOT)]), "PATH": f"{folder/'bin'}{os.pathsep}{os.environ['PATH']}",
            "STUB_DRIVE": str(folder/"drive"), "STUB_MACHINE": "m", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
-    (folder/"page.py").write_text(FILES+program(page), encoding="utf-8")
+    text = program(page)
+    (folder/"page.py").write_text(FILES+QWEN3*("qwen3" in text)+text, encoding="utf-8")
     return subprocess.run([sys.executable, "../page.py", "ipykernel_launcher"], cwd=folder/"work", env=env, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
 
 
