@@ -21,6 +21,8 @@ SRC = OUT/"src"
 GUIDES = {"fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
 CHINESE = {"zh/index": ("简介", "README.zh.md"), "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"), "zh/drive": ("用 Drive 训练", "docs/zh/drive.md")}
 WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, source) in CHINESE.items()}, "changelog": "CHANGELOG.md"}      # by hand: page to source
+# Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
+SEARCH = {"separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""", "pipeline": ["stemmer", "stopWordFilter"]}
 CSS = ".md-grid {max-width: 76rem} .md-typeset pre > code {font-size: .78em} .md-typeset td code {white-space: nowrap}\n"      # long lines of code, names in tables
 TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "inspect_checkpoints"]
 
@@ -114,7 +116,7 @@ def configuration():
            {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"},
            {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]}]
     palette = [{"media": f"(prefers-color-scheme: {s})", "scheme": c, "toggle": {"icon": f"material/weather-{i}", "name": f"to the {o} scheme"}} for s, c, i, o in (("light", "default", "sunny", "dark"), ("dark", "slate", "night", "light"))]
-    return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": ["search"], "extra_css": ["extra.css"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
+    return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": [{"search": SEARCH}], "extra_css": ["extra.css"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
             "validation": {"nav": {"omitted_files": "warn"}, "links": {"not_found": "warn", "anchors": "warn", "absolute_links": "warn"}},
             "theme": {"name": "material", "font": False, "features": ["content.code.copy", "navigation.instant", "navigation.top", "search.highlight", "toc.follow"], "palette": palette},
             "markdown_extensions": ["attr_list", "md_in_html", "tables", "admonition", {"toc": {"permalink": True, "toc_depth": 3}}, "pymdownx.superfences", {"pymdownx.highlight": {"use_pygments": True}}, {"pymdownx.arithmatex": {"generic": True}}]}
