@@ -4,7 +4,6 @@ Each page becomes one program: its python blocks as they are, of its sh blocks e
 what cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that has changed.
 The Chinese pages have the code and the figures of the English ones."""
 import json
-import json
 import os
 import re
 import subprocess
@@ -18,9 +17,9 @@ from test_colab import STUB
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*.md"))]     # the code of README.zh.md is README.md's
 TWINS = {"docs/zh/quickstart.md": ["quickstart"], "docs/zh/drive.md": ["train_with_drive", "resume_after_disconnect"]}      # page: its notebooks
 LEFT_OUT = {      # line: why
-    "make demo    # train, be killed with SIGKILL, resume, look at the result": "minutes; CI runs it by itself",
+    "make demo    # train, be killed with SIGKILL, resume, look at the result": "minutes; test_kill.py kills and resumes smaller ones",
     "make test    # everything that CI runs": "it would run this test",
-    "pip install git+https://github.com/minigpt-notebook/minigpt": "the network; CI installs a wheel in an empty environment",
+    "pip install git+https://github.com/minigpt-notebook/minigpt": "the network; test_package.py builds the wheel and looks into it",
     "pip install 'minigpt-notebook[data] @ git+https://github.com/minigpt-notebook/minigpt'": "the network"}
 SMALLER = {       # text: what runs in its place
     "--max-steps 2000": "--max-steps 2 --max-seq-len 64", "checkpoint-2000": "checkpoint-2",
@@ -104,6 +103,7 @@ def test_every_block_runs(page, done):
 
 
 def test_nothing_is_listed_in_vain():
+    assert {language for p in PAGES for language, _ in fenced((ROOT/p).read_text(encoding="utf-8"))} <= {"python", "sh", "text", ""}, "a block of another language would not run"
     text = "\n".join(t for p in PAGES for _, t in blocks(p))
     assert not [line for line in LEFT_OUT if line not in text.splitlines()] and not [old for old in SMALLER if old not in text]
 
