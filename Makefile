@@ -43,8 +43,7 @@ bench: $(VENV)/.dev-installed ## run every measurement in bench/
 compat: compat-transformers compat-nbdev compat-widgets ## the other supported versions: transformers 4.57, nbdev 2.4, ipywidgets 7.7
 
 compat-transformers: .venv-compat-transformers/.installed
-	@if [ -e tests/test_transformers.py ]; then .venv-compat-transformers/bin/python -m pytest -q tests/test_transformers.py; \
-	else echo "tests/test_transformers.py is not there yet"; fi
+	@.venv-compat-transformers/bin/python -m pytest -q tests/test_transformers.py tests/test_diffusion.py
 
 compat-nbdev: .venv-compat-nbdev/.installed
 	@.venv-compat-nbdev/bin/python tools/compat_nbdev.py

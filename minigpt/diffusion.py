@@ -142,7 +142,7 @@ def from_hf(
     return TessConfig(vocab_size=d['vocab_size'], dim=d['hidden_size'], n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], ffn_dim=d['intermediate_size'], max_len=d['max_position_embeddings']-pad-1,
         dropout=d.get('hidden_dropout_prob', .1), norm_eps=d.get('layer_norm_eps', 1e-12), type_vocab=d.get('type_vocab_size', 2), pad_id=pad, **{k:d[k] for k in _OWN if k in d})
 
-# %% ../nbs/16_diffusion.ipynb #02cc9606
+# %% ../nbs/16_diffusion.ipynb #245c8855
 class EncoderBlock(nn.Module):
     "Attention both ways, then feed-forward; each adds to the stream, which is normalised afterwards. Names as in `transformers`."
     def __init__(self, c:TessConfig):
@@ -178,7 +178,7 @@ class Tess(LanguageModel):
         if c.simplex_value is not None:
             self.simplex_embeddings,self.timestep_embed = nn.Embedding(c.vocab_size, c.dim),nn.Linear(1, c.dim)
             if c.self_condition == 'logits': self.self_condition = nn.Linear(2*c.dim, c.dim)
-            self.register_buffer('left', alpha_bars(c.num_diffusion_steps), persistent=False) # (T,)
+            self.register_buffer('left', alpha_bars(c.num_diffusion_steps).float(), persistent=False) # (T,)
         for m in self.modules():
             if isinstance(m, (nn.Linear,nn.Embedding)): nn.init.normal_(m.weight, std=.02*math.sqrt(768/c.dim)) # RoBERTa's 0.02, which is for its width
             if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
@@ -262,7 +262,7 @@ class Tess(LanguageModel):
         new = fill(self, ids, blank, **how)[0,len(head):].tolist()
         return tokenizer.decode(new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, skip_special=True)
 
-# %% ../nbs/16_diffusion.ipynb #d7847be8
+# %% ../nbs/16_diffusion.ipynb #8194f907
 def draw_blanks(
     real:Tensor, # (B, T) bool: False behind the end of a text
     kind:str, # mixed, spans, rest, all: see `TessConfig`
@@ -320,6 +320,7 @@ class Denoising:
             x,previous = noised(simplex(tokens, c.vocab_size, c.simplex_value), model.left[time], c.simplex_value, noise),None
             if c.self_condition and (not model.training or torch.rand(()) < .5):
                 with torch.no_grad(): previous = model.guess(ids, blank, x, time, None, real)
+                torch.clear_autocast_cache() # in half precision some versions of torch would go on with the casts of weights made here, which have no gradient
             logits = model.guess(ids, blank, x, time, previous, real)
         logits = logits.float()
         return F.cross_entropy(logits, tokens, reduction='sum')/n_targets,dict(accuracy=(logits.argmax(-1) == tokens).sum()/n_targets)

@@ -115,6 +115,16 @@ def test_command_line(tmp_path):
     assert "'self_conditioning', which is unknown; did you mean 'self_condition'?" in call("mlm", "bad.json").stderr
 
 
+def test_the_example_configuration(tmp_path):
+    "configs/tess.json as it is, but for the files, the size and the length"
+    given = json.loads((ROOT/"configs"/"tess.json").read_text(encoding="utf-8"))
+    assert {"simplex_value": 5, "num_diffusion_steps": 500, "save_steps": 500, "save_total_limit": 5, "time_save_interval_seconds": 300, "backup_keep_last": 3}.items() <= given.items()
+    own = settings(tmp_path)
+    changed = {k: own[k] for k in ("model_name_or_path", "train_file", "output_dir")} | dict(validation_file=own["train_file"], max_seq_length=24, max_steps=2)
+    quiet = {k: own[k] for k in ("tokenizer_vocab_size", "num_threads", "progress", "plot_loss", "tensorboard")}
+    assert mlm(given | changed | quiet).finished
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (dict(self_condition="probs"), "self_condition='probs' must be one of none, logits, logits_addition, logits_mean"),
     (dict(beta_schedule="linear"), "beta_schedule='linear' must be"),
