@@ -263,7 +263,8 @@ def analyze_checkpoint(
     json:Annotated[Optional[Path], typer.Option(help="write all figures as JSON")]=None,
 ):
     "What takes the bytes of a checkpoint, what is known of its training, and what could be smaller. Reads headers; runs no code that is in it."
-    from minigpt.analyze import analyze, checkpoints_in, compare as side_by_side, create_demo as make_demo, precision_table
+    from minigpt.analyze import analyze, checkpoints_in, create_demo as make_demo
+    from minigpt.compare import compare as side_by_side, precision_table, suggestions
     from minigpt.files import write_json
     for f in figure, json:
         if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
@@ -278,7 +279,7 @@ def analyze_checkpoint(
     a = analyze(checkpoint or checkpoints_in(directory)[-1])
     typer.echo(a); typer.echo()
     typer.echo(precision_table(a)); typer.echo()
-    typer.echo(a.suggestions(training_hours, target))
+    typer.echo(suggestions(a, training_hours, target))
     if figure: a.figure().savefig(figure)
     if json: write_json(json, a.summary())
 
