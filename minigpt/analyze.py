@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 import numpy as np, orjson, zstandard
 from .files import dir_size, free_space, hidden, human_size, read_json
-from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, plain, printable, safetensors_header, tensors_in, torch_file
+from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, jsonable, printable, safetensors_header, tensors_in, torch_file
 from .picture import figure
 
 # %% ../nbs/09_analyze.ipynb #2a7cb1e0
@@ -220,7 +220,7 @@ def _read_safetensors(a:Analysis, path:Path, size:int, part:str):
     head = 0 if packed else start
     _take(a, part, size-head); _take(a, 'format', head)
     if part == 'model' and 'minigpt' in meta: _quantized(a, meta['minigpt'])
-    elif meta.keys()-{'format'}: a.metadata[path.name] = plain(meta)
+    elif meta.keys()-{'format'}: a.metadata[path.name] = jsonable(meta)
 
 def _quantized(a:Analysis, facts:str):
     "Give our quantized matrices the shape that they stand for; `minigpt.quantize` describes the format."
@@ -269,7 +269,7 @@ def _read_torch(a:Analysis, path:Path, size:int, part:str|None):
     wasted = sum(t.records[k][1]-n for k,n in used.items())
     if wasted > max(1<<20, .05*size): a.problems.append(f"{name}: {human_size(wasted)} are stored and not used: views of larger tensors were saved; .clone() them before saving")
     if '' not in roles: _facts(a, name, {k:v for k,v in entries.items() if roles[k] == 'metadata'})
-    elif name == 'training_args.bin': a.metadata['training_args'] = plain(entries[''])
+    elif name == 'training_args.bin': a.metadata['training_args'] = jsonable(entries[''])
     elif roles[''] == 'model': a.kind = a.kind or 'state dict'
 
 def _by_rows(x:StoredTensor)->bool: return all(n == 1 or s == math.prod(x.shape[i+1:]) for i,(n,s) in enumerate(zip(x.shape, x.stride)))
@@ -297,7 +297,7 @@ def _facts(a:Analysis, name:str, said:dict):
     "Step, losses and settings out of the entries of a `.pt`."
     for t in a.tensors: # losses that are tensors, as nanoGPT's
         if t.file == name and t.component == 'metadata' and t.numel == 1 and t.name in said and readable(t): said[t.name] = float(next(values(a.home, t))[0])
-    said = plain(said)
+    said = jsonable(said)
     ask = lambda *keys: _number(*(said.get(k) for k in keys))
     a.step,a.epoch = _step(ask('step','global_step','iter_num','iteration','steps')),ask('epoch','epochs')
     a.loss,a.best_loss = ask('loss','train_loss','last_loss'),ask('best_loss','best_val_loss','val_loss')
@@ -372,7 +372,7 @@ def _progress(a:Analysis, state:dict):
     a.step,a.epoch = _step(state.get('global_step')),_number(state.get('epoch'))
     a.loss = _number(state.get('last_loss'), *(r.get('loss') for r in reversed(history)))
     a.best_loss = _number(state.get('best_loss'), min(evaluated, default=None))
-    a.metadata['trainer_state'] = plain({k:v for k,v in state.items() if k not in ('log_history','recent_losses')})
+    a.metadata['trainer_state'] = jsonable({k:v for k,v in state.items() if k not in ('log_history','recent_losses')})
 
 def _manifest(a:Analysis, manifest:dict):
     "Compare names and sizes with a manifest's. Hashes are compared where a checkpoint is loaded."
@@ -388,8 +388,8 @@ def _read_directory(a:Analysis):
     said = _read_said(a)
     config,adapter,state,run,manifest = (said.pop(k) for k in ('config','adapter_config','trainer_state','run','MANIFEST'))
     weights = any(t.component == 'model' for t in a.tensors)
-    a.config = plain(config or adapter) or a.config
-    a.metadata |= {k:plain(v) for k,v in said.items() if v}
+    a.config = jsonable(config or adapter) or a.config
+    a.metadata |= {k:jsonable(v) for k,v in said.items() if v}
     if state: _progress(a, state)
     if 'MANIFEST.json' in a.files: _manifest(a, manifest)
     elif 'optimizer.safetensors' in a.files: a.problems.append('MANIFEST.json is missing: it was not written to its end')

@@ -15,7 +15,7 @@ import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
 from .checkpoint import CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
-from .data import open_set
+from .data import open_set, spread_over
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
 from .model import GPT, GPTConfig, to_hf
@@ -220,7 +220,7 @@ def _predict(model:GPT, data, seq_len:int, sequences:int)->tuple[float,Tensor]:
     n = data.n_windows(seq_len)
     if not n: raise ValueError(f"the data hold not one sequence of seq_len={seq_len}; take a smaller one, or more data")
     total,best = 0.,[]
-    for i in np.unique(np.arange(sequences)*n//sequences): # spread over the set
+    for i in spread_over(n, sequences):
         b = {k:torch.from_numpy(v) for k,v in data.windows(np.array([i]), seq_len).items()}
         keep = b['labels'] != -100
         scores = F.linear(model.hidden(b['ids'], rows=b.get('rows'))[keep], model.head)

@@ -149,12 +149,14 @@ def data_files(
     source:str|Path|Iterable[str|Path], # A file, a folder of data files, or a list of both
 )->list[Path]:
     "The data files that `source` names, in order."
+    if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
     out = []
     for p in map(Path, [source] if isinstance(source, (str,Path)) else source):
         if not p.is_dir(): look_at(p); out.append(p); continue
         inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and f.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")
         out += inside
+    if not out: raise DataError("the list of data files is empty; name at least one file or folder")
     return out
 
 # %% ../nbs/02_formats.ipynb #f44d7564

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'Refused', 'Reader', 'safetensors_header', 'printable', 'Named', 'Call', 'Storage', 'StoredTensor',
-           'read_pickle', 'TorchFile', 'torch_file', 'tensors_in', 'foreign', 'plain']
+           'follow_pickle', 'TorchFile', 'torch_file', 'tensors_in', 'foreign', 'jsonable']
 
 # %% ../nbs/08_headers.ipynb #822c7cc9
 import io, math, pickletools, re, struct, zipfile
@@ -126,7 +126,7 @@ def _made(f, args):
     return Call(name, args)
 
 # %% ../nbs/08_headers.ipynb #21fe881d
-def read_pickle(
+def follow_pickle(
     f, # A file, at the beginning of a pickle
     names:Counter, # Every class and function that the pickle names is counted here
 )->tuple[object,dict]: # What it holds, tensors and objects only described; the bytes that describe each entry, if it is a dict
@@ -231,10 +231,10 @@ def torch_file(
 
 def _old(f, size:int, names:Counter)->TorchFile:
     "Before torch 1.6."
-    top,spans = read_pickle(f, names)
+    top,spans = follow_pickle(f, names)
     if top != 0x1950a86a20f9469cfc6c: return TorchFile(top, {}, spans, size) # a pickle, but not of torch
-    for _ in range(2): read_pickle(f, names) # the protocol, the machine
-    (top,spans),(keys,_),n = read_pickle(f, names),read_pickle(f, names),f.tell()
+    for _ in range(2): follow_pickle(f, names) # the protocol, the machine
+    (top,spans),(keys,_),n = follow_pickle(f, names),follow_pickle(f, names),f.tell()
     stored,records,pickled = {t.storage.key:t.storage for _,t in tensors_in(top)},{},n
     for k in keys:
         if k not in stored: raise Refused(f"it stores {printable(str(k))}, which none of its tensors uses")
@@ -264,12 +264,12 @@ def _zip(f, size:int, names:Counter)->TorchFile:
         records[i.filename.removeprefix(place)] = begin,i.file_size
     try:
         if main.file_size > _LIMIT: raise Refused(f"it takes {human_size(main.file_size)}, more than the {human_size(_LIMIT)} that are read")
-        top,spans = read_pickle(io.BytesIO(z.read(main)), names)
+        top,spans = follow_pickle(io.BytesIO(z.read(main)), names)
         return TorchFile(top, records, spans, main.file_size)
     except _BROKEN as e: return TorchFile(None, records, {}, main.file_size, f"its pickle is not understood ({printable(str(e)) or type(e).__name__}); only the sizes of its records are shown")
 
 def tensors_in(
-    x, # What `read_pickle` gave
+    x, # What `follow_pickle` gave
     name:str='', # Its own path
     depth:int=0, # Above 32 nothing is looked at
     seen:set|None=None, # What was looked at already, by id
@@ -298,15 +298,15 @@ def foreign(
     return sorted(n for n in names if not _HARMLESS.fullmatch(n) and not (file == 'training_args.bin' and _TRAINER.fullmatch(n)))
 
 # %% ../nbs/08_headers.ipynb #2ddfe34b
-def plain(
-    x, # What `read_pickle` gave, or a part of it
+def jsonable(
+    x, # What `follow_pickle` gave, or a part of it
     budget:list[int]|None=None, # Objects that may still be copied; none: 20,000
     depth:int=0, # Above 8 nothing is copied
 ): # Dicts, lists, texts, numbers
     "A stranger's object as JSON can hold it."
     budget = [20_000] if budget is None else budget
     budget[0] -= 1
-    again = lambda v: plain(v, budget, depth+1)
+    again = lambda v: jsonable(v, budget, depth+1)
     if budget[0] < 0 or depth > 8: return '…'
     if isinstance(x, Call) and x.has: x = x.has
     if isinstance(x, bool) or x is None: return x

@@ -75,7 +75,7 @@ def get_dataset_config(
     "What is known of a data set; a `ValueError` lists the names, and the nearest one."
     if name in _SETS: return _SETS[name]
     near = difflib.get_close_matches(str(name), _SETS, 1, .5)
-    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else '') + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file")
+    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else '.') + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file")
 
 def list_datasets()->list[DatasetConfig]:
     "All registered data sets."
