@@ -66,6 +66,7 @@ class Tools:
         f:Callable, # Its parameters need type hints; what it returns must be JSON. Docstring and comments become the schema
     )->Callable: # `f`, unchanged
         "Let the model call a function."
+        if not callable(f): raise TypeError(f"{f!r} must be a function")
         name = f.__name__
         if not name.isidentifier(): raise ValueError(f"{name} is no name that a model can call; write the function with `def`")
         if name in self.functions: raise ValueError(f"there is a function {name} already; give this one another name")

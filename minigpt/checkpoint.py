@@ -71,7 +71,7 @@ def unpack_optimizer(
     state = {}
     for key,v in {**tensors, **facts['numbers']}.items():
         k,_,n = key.partition('/')
-        if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train")
+        if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train; go on with the model that the run began with (an adapter, or the whole)")
         state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v # the file may be mapped into memory, and must not be held
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
 
@@ -230,7 +230,7 @@ def read_checkpoint(
 )->State:
     "Read a checkpoint back; a `CheckpointError` if it is not whole."
     path = Path(path)
-    if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}")
+    if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}; `minigpt runs RUN` lists what a run has saved")
     if wrong := problem(path): raise CheckpointError(f"{path} is not used: {wrong}")
     if (kind := read_json(path/'MANIFEST.json')['kind']) in EXPORTED: raise CheckpointError(f"{path} is an export of kind {kind!r}, no state to go on from; open it with load_model, or unpack it with minigpt.export.export(…, weights_only=False) if it is a compressed full checkpoint")
     def packed(name):

@@ -325,7 +325,7 @@ class Mixture:
     def __init__(self,
         parts:Sequence[tuple[TokenSet,float]], # Sets, and their shares: positive numbers, in any unit
     ):
-        if not parts: raise ValueError("a mixture needs at least one data set")
+        if not parts: raise ValueError("a mixture needs at least one data set; give it pairs of a set and its weight, as in Mixture([(a, 2), (b, 1)])")
         self.sets,w = [d for d,_ in parts],np.array([w for _,w in parts], float)
         if not (np.isfinite(w) & (w > 0)).all(): raise ValueError(f"weights {w.tolist()} must all be above 0; leave out what is not wanted")
         if any(isinstance(d, PairSet) for d in self.sets) and not all(isinstance(d, PairSet) for d in self.sets): raise DataError("preferences do not mix with texts or conversations: their loss is another; train on them one after the other")

@@ -91,7 +91,7 @@ def _find(source)->Path:
     if not (path/'run.json').exists(): return path
     final = read_json(path/'trainer_state.json')['global_step'] if problem(path, hashes=False) is None else -1
     later = newest([CheckpointStore(path/'checkpoints'), CheckpointStore(path/'snapshots', name='snapshot')], unfit=lambda c: 'the final model is newer' if c.step <= final else None)
-    if not later and final < 0: raise CheckpointError(f"{path} has no whole checkpoint yet")
+    if not later and final < 0: raise CheckpointError(f"{path} has no whole checkpoint yet; wait until the run has saved one (`minigpt runs` lists them)")
     return later.path if later else path
 
 def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:

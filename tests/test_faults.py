@@ -25,6 +25,7 @@ from minigpt.data import DataError, TokenSet, build_tokenset
 from minigpt.evaluate import evaluate_on
 from minigpt.files import only_one
 from minigpt.lora import lora
+from minigpt.model import GPT, GPTConfig
 from minigpt.run import list_runs, open_run, runs_table
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import Callback, TrainConfig, fit
@@ -194,9 +195,13 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
     "data-itself": (lambda w: new_run(w, train="Once upon a time there was a cat. "*50), ["'Once upon a time", "is a text", "write it into a .txt file"]),
     "data-mistyped": (lambda w: new_run(w, train="storys"), ["'storys'", "did you mean", "'stories'"]),
+    "data-near": (lambda w: new_run(w, train=w/"texts.jsonl"), ["no file", "did you mean text.jsonl?"]),
+    "data-an-address": (lambda w: new_run(w, train="https://example.com/a.txt"), ["is an address, and must be a file", "minigpt.download.get"]),
     "valid-a-share": (lambda w: new_run(w, valid=.1), ["0.1 is no data"]),
     "model-None": (lambda w: new_run(w, model=None), ["model=None must be a preset's name (tiny, "]),
     "model-mistyped": (lambda w: new_run(w, model="tinny"), ["'tinny'", "Did you mean 'tiny'"]),
+    "model-of-a-name": (lambda w: GPT("tiny"), ["config='tiny' must be a GPTConfig", "GPTConfig.preset('tiny')"]),
+    "dim": (lambda w: GPTConfig.preset("tiny", dim="64"), ["dim='64' must be a whole number"]),
     "device": (lambda w: new_run(w, device="gpu"), ["device='gpu' must be auto, cpu, cuda"]),
     "objective": (lambda w: new_run(w, objective="dpo"), ["objective='dpo' must be one of '', next_token_prediction"]),
     "output_dir": (lambda w: new_run(w, output_dir=None), ["output_dir=None must be the path of a folder"]),
