@@ -414,7 +414,7 @@ def check_text(
 
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
-    return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}, or {{\"conversations\": [{{\"role\": \"user\", \"content\": \"…\"}}, {{\"role\": \"assistant\", \"content\": \"…\"}}]}}; plain text goes into a .txt file")
+    return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}, or {{\"conversations\": [{{\"role\": \"user\", \"content\": \"…\"}}, {{\"role\": \"assistant\", \"content\": \"…\"}}]}}; a plain text must be named as one, {files[0].stem}.txt")
 
 # %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:

@@ -152,7 +152,7 @@ N_BANDS,BAND = 10,12
 @cache
 def _rensa():
     try: import rensa
-    except ImportError: raise ImportError("finding near-duplicates needs rensa; install it with: pip install 'minigpt-notebook[data]', or pass near_duplicates=False") from None
+    except ImportError: raise ImportError("finding near-duplicates needs rensa; install it with: pip install 'minigpt-notebook[data]', or pass near_duplicates=False (--no-near-duplicates)") from None
     return rensa
 
 def band_keys(
