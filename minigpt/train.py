@@ -399,7 +399,7 @@ def _describe(data, seq_len:int)->list[str]:
 
 def _given(model):
     "The model of a call; opened, if a directory is named."
-    if not isinstance(model, (str,Path,GPTConfig,GPT)): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a GPT, or a directory with a model")
+    if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
