@@ -31,7 +31,7 @@ from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, usual_options
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #c9d6ee63
 class Callback:
@@ -565,6 +565,8 @@ def fit(
         model = _given(model)
         if tokenizer is None and not known and not cfg.retrain_tokenizer and (origin := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(origin)/'tokenizer.json').exists(): tokenizer = origin
         tok,data,valid = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        if not known and (home := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(home)/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
+            say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         objective = _objective(data, cfg)
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)

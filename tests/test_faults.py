@@ -248,6 +248,13 @@ def test_files_of_others(name, whole, tmp_path):
     for w in words: assert w in str(e.value)
 
 
+def test_another_tokenizer_for_weights_that_have_one(whole, tmp_path):
+    "It may be meant, so it is said and not refused"
+    new = lambda name, **kw: (new_run(whole[0], model=whole[0]/"run", output_dir=tmp_path/name, max_steps=1, **kw).path/"run.log").read_text(encoding="utf-8")
+    assert "was trained with another tokenizer" in new("other", tokenizer=train_tokenizer(["other words"]*9, vocab_size=280))
+    assert "another tokenizer" not in new("own")
+
+
 def test_a_damaged_run_hides_no_other(whole, tmp_path):
     copied(whole[0], tmp_path/"runs"); shutil.copytree(tmp_path/"runs"/"run", tmp_path/"runs"/"other"); (tmp_path/"runs"/"other"/"run.json").write_text("{")
     said = runs_table(list_runs(tmp_path/"runs"))
