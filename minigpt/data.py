@@ -414,7 +414,10 @@ def check_text(
 
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
-    return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}, or {{\"conversations\": [{{\"role\": \"user\", \"content\": \"…\"}}, {{\"role\": \"assistant\", \"content\": \"…\"}}]}}; a plain text must be named as one, {files[0].stem}.txt")
+    why = f"rows refused: {refusals(refused)}" if refused else "it is blank, or data_subset leaves nothing of it"
+    if any(k.startswith(('broken JSON', 'no "')) for k in refused):
+        why += f'. A row of a .jsonl file is {{"text": "…"}}, or {{"conversations": [{{"role": "user", "content": "…"}}, {{"role": "assistant", "content": "…"}}]}}; a plain text must be named as one, {files[0].stem}.txt'
+    return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
 
 # %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:
