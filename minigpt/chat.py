@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Tools', 'Answer', 'Chat', 'chat_in_terminal', 'tools_from_file']
 
-# %% ../nbs/08_chat.ipynb #169d3dc1
+# %% ../nbs/08_chat.ipynb #3a8fea03
 import inspect, itertools, json, re, sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 from .generate import generate, parse_tool_calls, text_pieces
-from .model import GPT
+from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
 
 # %% ../nbs/08_chat.ipynb #fcb2fab9
@@ -165,7 +165,7 @@ class Answer:
         text = self.said['text'] if calls or not self.said['call'] else '\n'.join(filter(None, (self.said['text'], self.said['call'])))
         return dict(role='assistant', content=text) | ({'reasoning_content':self.said['thinking']} if self.said['thinking'] else {}) | ({'tool_calls':[*calls]} if calls else {})
 
-# %% ../nbs/08_chat.ipynb #98992c67
+# %% ../nbs/08_chat.ipynb #f80cc204
 class Chat:
     "A conversation with a model."
     def __init__(self,
@@ -181,6 +181,7 @@ class Chat:
         max_rounds:int=5, # Calls and results, one after the other, before an answer must come
         seed:int|None=None, # The same seed, the same answers
     ):
+        need_gpt(model, 'a chat')
         self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds = model,tokenizer,system,max_new_tokens,max_rounds
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
         self.temperature,self.top_p,self.top_k,self.seed = temperature,top_p,top_k,seed

@@ -8,7 +8,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
-# %% ../nbs/07_checkpoint.ipynb #41c4709d
+# %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, pickle, random, re, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, rest, set_aside, write_json
 from .lora import LoRAConfig, LoRAGPT
-from .model import GPT, GPTConfig, from_hf, to_hf
+from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -137,7 +137,7 @@ def write_safetensors(
         if compress: write(out.flush())
     return hash.hexdigest()
 
-# %% ../nbs/07_checkpoint.ipynb #39a5cc5a
+# %% ../nbs/07_checkpoint.ipynb #7b344c79
 def _write_files(folder:Path, state:State)->dict[str,str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
     tok,hashes = state.tokenizer,{}
@@ -147,8 +147,8 @@ def _write_files(folder:Path, state:State)->dict[str,str]:
         write_json(folder/'adapter_config.json', state.adapter)
         tensors('adapter_model.safetensors', state.weights)
     else:
-        write_json(folder/'config.json', to_hf(state.config, eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id))
-        write_json(folder/'generation_config.json', dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True))
+        write_json(folder/'config.json', state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id))
+        if isinstance(state.config, GPTConfig): write_json(folder/'generation_config.json', dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True))
         tensors('model.safetensors', state.weights)
     tok.save(folder)
     write_json(folder/'trainer_state.json', state.trainer)
@@ -311,7 +311,7 @@ def read_pickle(
         refuse(f"it asks for {what[1]}, which is no tensor and could run code. If you made the file yourself, save its tensors alone" if what else "it is not what torch.save writes, or damaged")
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, zipfile.BadZipFile) as e: refuse(f'torch cannot read it; it is cut off or damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__})')
 
-# %% ../nbs/07_checkpoint.ipynb #e7c55068
+# %% ../nbs/07_checkpoint.ipynb #5438eb42
 def weight_files(
     path:str|Path, # A model directory
 )->list[Path]: # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
@@ -342,7 +342,7 @@ class Weights:
         if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
         found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
         with torch.device('meta'): # shapes without memory
-            try: want = GPT(config).load_weights({k:torch.empty(shape) for k,(_,shape) in found.items() if not k.endswith('rotary_emb.inv_freq')}).weights()
+            try: want = config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
             except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
         self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
 
@@ -367,14 +367,15 @@ class Weights:
         return ((k, t) for k,t in self._whole(stored, join) if k in self.header)
 
     def fill(self,
-        model:GPT, # Of the same shape, in any dtype
-    )->GPT: # Filled in place
+        model:LanguageModel, # Of the same shape, in any dtype
+    )->LanguageModel: # Filled in place
         "Put the weights into a model."
         params = model.weights()
         for k,t in self: params[k].copy_(t)
+        model.derive(self.header)
         return model
 
-# %% ../nbs/07_checkpoint.ipynb #e650850a
+# %% ../nbs/07_checkpoint.ipynb #f41eff58
 def read_config(
     path:str|Path, # A model directory
 )->GPTConfig:
@@ -398,16 +399,16 @@ def open_weights(
     return Weights([read_pickle(f) if f.suffix == '.bin' else SafeTensors(f) for f in weight_files(path)], config, path)
 
 def load_model(
-    path:str|Path, # A checkpoint of ours, the root of a finished run, an export, or a Llama or Qwen3 directory
+    path:str|Path, # A checkpoint of ours, the root of a finished run, an export, or a Llama, Qwen3 or RoBERTa directory
     device:str='cpu', # Where the model goes
     dtype:torch.dtype|None=None, # Of the model in memory; default: float32 whatever the file has, so that it can be trained
     base:GPT|None=None, # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
-)->GPT: # In eval mode
+)->LanguageModel: # In eval mode
     "The model of a directory."
     if (Path(path)/'adapter_config.json').exists(): return _load_adapter(Path(path), device, dtype, base)
     if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
     config = read_config(path)
-    model = open_weights(path, config).fill(GPT(config).to(dtype)).to(device).eval()
+    model = open_weights(path, config).fill(config.build().to(dtype)).to(device).eval()
     model.origin = str(path)
     return model
 

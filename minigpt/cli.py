@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'checkpoint_app', 'data_app', 'tokenizer_app', 'with_training_options', 'training_data', 'run_name', 'train',
-           'resume_', 'chat', 'serve_', 'evaluate_', 'runs', 'generate', 'bench', 'monitor', 'plot',
+           'resume_', 'chat', 'serve_', 'evaluate_', 'runs', 'generate', 'mlm', 'infill', 'bench', 'monitor', 'plot',
            'analyze_checkpoint', 'export', 'prepare', 'analyze_', 'list_', 'get', 'train_', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #f67e2f7f
@@ -182,7 +182,7 @@ def evaluate_(
     from minigpt.evaluate import evaluate_on, evaluation_table
     typer.echo(evaluation_table({str(m):evaluate_on(m, data, tokenizer=tokenizer, seq_len=max_seq_len, batch_size=batch_size, max_sequences=max_sequences, max_rows=max_data_size, device=device, cache=cache) for m in models}))
 
-# %% ../nbs/18_cli.ipynb #9c2e789a
+# %% ../nbs/18_cli.ipynb #32c023dc
 @app.command()
 def runs(
     folder:Annotated[Path, typer.Argument(help="where runs are kept, or one run")]=Path('runs'),
@@ -211,6 +211,28 @@ def generate(
     typer.echo(prompt+next(pieces, ''), nl=False)
     for piece in pieces: typer.echo(piece, nl=False)
     typer.echo()
+
+@app.command()
+def mlm(
+    config:Annotated[Path, typer.Argument(help="JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path, train_file, simplex_value, save_steps …")],
+    resume_from_checkpoint:Annotated[Optional[str], typer.Option('--resume_from_checkpoint', '--resume-from-checkpoint', '--resume', help="name of a checkpoint; default: the newest whole one, where there is one")]=None,
+):
+    "Train an encoder by simplex diffusion (TESS), or go on training it."
+    from minigpt.diffusion import mlm as train_encoder
+    train_encoder(config, resume_from_checkpoint)
+
+@app.command()
+def infill(
+    run:Annotated[Path, typer.Argument(help="folder of a run of `minigpt mlm`, or of such a model")],
+    text:Annotated[str, typer.Argument(help="with <mask> for each token that is wanted")],
+    steps:Annotated[Optional[int], typer.Option(help="guesses; default: the model's num_inference_diffusion_steps")]=None,
+    temperature:Annotated[float, typer.Option(help="0: always the likeliest token")]=1.,
+    top_p:Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens that make up this probability")]=.95,
+    seed:Annotated[Optional[int], typer.Option(help="the same seed, the same text")]=None,
+):
+    "Fill the gaps of a text, wherever they are."
+    from minigpt.diffusion import infill as fill_gaps
+    typer.echo(fill_gaps(*_model_of(run), text, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
 
 @app.command()
 @with_training_options

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import orjson
 
-# %% ../nbs/12_config.ipynb #88957735
+# %% ../nbs/12_config.ipynb #8d10e0c2
 def _option(default, help:str): return field(default=default, metadata=dict(help=help))
 
 _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
-    per_device_train_batch_size='batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
+    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
-# %% ../nbs/12_config.ipynb #5d3e7d93
+# %% ../nbs/12_config.ipynb #7ff71f02
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -50,6 +50,7 @@ class TrainConfig:
     backup_wait_seconds:float = _option(600., "how long to wait, at the end, until the backup is complete")
     evaluation_strategy:str = _option('steps', "steps, epoch or no; the end of training is evaluated unless no")
     eval_steps:int = _option(500, "steps between evaluations")
+    eval_batch_size:int = _option(0, "sequences at once in an evaluation; 0: batch_size")
     eval_sequences:int = _option(256, "sequences of an evaluation, spread over the validation set; 0: all")
     early_stopping:int = _option(0, "evaluations without a better validation loss after which training ends; 0: never")
     logging_steps:int = _option(10, "steps between lines in metrics.jsonl")
@@ -62,6 +63,7 @@ class TrainConfig:
     special_tokens:str = _option('', "tokens, with blanks between, that the tokenizer must have; one that is trained gets them")
     tokenizer_vocab_size:int = _option(0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus")
     tokenizer_samples:int = _option(100_000, "texts that the tokenizer is trained on, at most")
+    line_by_line:bool = _option(False, "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len; otherwise texts follow one another")
     on_bad_row:str = _option('skip', "refused rows: skip (and count) or error")
     seed:int = _option(0, "decides initial weights, order of the data, dropout")
     device:str = _option('auto', "auto, cpu, cuda, cuda:1, mps")
@@ -91,7 +93,7 @@ class TrainConfig:
             elif kind is int and type(v) is float and v.is_integer(): object.__setattr__(self, f.name, int(v))
             elif type(v) is not kind: raise TypeError(f'{f.name}={v!r} must be of type {kind.__name__}: {f.metadata["help"]}')
         for n in ('batch_size','gradient_accumulation','max_seq_len','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
-        for n in ('max_steps','save_total_limit','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
+        for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
         must('epochs', self.epochs > 0 or self.max_steps, 'above 0')
         if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
         must('dpo_beta', self.dpo_beta > 0, 'above 0')
@@ -111,15 +113,17 @@ class TrainConfig:
     def to_dict(self)->dict: "JSON-able."; return asdict(self)
 
     @classmethod
+    def names(cls)->list[str]: "Of all options, those they have elsewhere included."; return [*(f.name for f in fields(cls)), *_ALIASES]
+
+    @classmethod
     def make(cls, base:'TrainConfig|dict|None'=None, **options)->'TrainConfig':
         "From a whole configuration and single options, by their names or the names they have elsewhere."
         base = base.to_dict() if isinstance(base, cls) else dict(base or {})
-        known = [f.name for f in fields(cls)]
-        out = {}
+        known,out = cls.names(),{}
         for k,v in [*base.items(), *options.items()]: # an option goes before the base, whichever of its names is used
             name = _ALIASES.get(k, k)
             if name not in known:
-                near = difflib.get_close_matches(k, [*known, *_ALIASES], 1, .5)
+                near = difflib.get_close_matches(k, known, 1, .5)
                 raise TypeError(f"there is no option {k!r}" + (f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
             out[name] = v
         return cls(**out)

@@ -29,7 +29,7 @@ def dpo_loss(
     margin = won-lost
     return -F.logsigmoid(margin)*(1-label_smoothing) - F.logsigmoid(-margin)*label_smoothing,won.detach(),lost.detach()
 
-# %% ../nbs/12_dpo.ipynb #85b9d275
+# %% ../nbs/12_dpo.ipynb #53cb0c9b
 def _by_row(
     values:Tensor, # (B, T) of each position
     rows:Tensor, # (B, T) which row of its sequence each position belongs to; -1: none
@@ -48,6 +48,8 @@ class Preference:
     def __init__(self,
         config:TrainConfig, # `dpo_beta`, `dpo_loss`, `dpo_label_smoothing`
     ): self.beta,self.mean,self.smoothing = config.dpo_beta,config.dpo_loss == 'sigmoid_norm',config.dpo_label_smoothing
+
+    def prepare(self, batch:dict[str,Tensor], key:tuple[int,int])->dict[str,Tensor]: "Nothing is drawn."; return batch
 
     def count(self,
         batch:dict[str,Tensor], # Of a `PairSet` with its reference

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['token_bytes', 'total_loss', 'evaluate_on', 'evaluation_table']
 
-# %% ../nbs/14_evaluate.ipynb #ea72a890
+# %% ../nbs/14_evaluate.ipynb #e10f2d7b
 import math, tempfile
 from pathlib import Path
 import numpy as np, torch
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .checkpoint import load_model
 from .data import TokenSet, build_tokenset, open_set, spread_over
 from .files import hash_bytes
-from .model import GPT
+from .model import GPT, need_gpt
 from .run import Run, open_run, text_table
 from .source import source_files
 from .speed import best_device
@@ -57,7 +57,7 @@ def total_loss(
     model.train(mode)
     return dict(nats=nats, tokens=tokens) | (dict(bytes=text) if sizes is not None else {})
 
-# %% ../nbs/14_evaluate.ipynb #1afb1673
+# %% ../nbs/14_evaluate.ipynb #57d34c7b
 def _opened(model, tokenizer)->tuple[GPT,Tokenizer]:
     "The model that is meant, and its tokenizer."
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
@@ -93,6 +93,7 @@ def evaluate_on(
     "How well a model predicts data. Of conversations, what the assistant says counts."
     in_memory = isinstance(model, GPT)
     model,tok = _opened(model, tokenizer)
+    need_gpt(model, 'this evaluation')
     if tok.vocab_size > model.config.vocab_size: raise ValueError(f"the tokenizer has {tok.vocab_size:,} tokens and the model knows {model.config.vocab_size:,}; pass the tokenizer that it was trained with")
     seq_len = seq_len or min(512, model.config.max_len)
     if not 2 <= seq_len <= model.config.max_len: raise ValueError(f"seq_len={seq_len} must be from 2 to {model.config.max_len}, the longest text that the model reads")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BITS', 'GROUP', 'theory', 'export_bytes', 'minimind_config', 'export', 'ExportReport', 'export_report', 'export_onnx']
 
-# %% ../nbs/08_export.ipynb #34487f8c
+# %% ../nbs/08_export.ipynb #cb2471a4
 import math, shutil, tempfile
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
@@ -18,7 +18,7 @@ from .checkpoint import CheckpointError, CheckpointStore, Weights, load_model, n
 from .data import open_set, spread_over
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
-from .model import GPT, GPTConfig, to_hf
+from .model import GPT, GPTConfig, LanguageModel, need_gpt
 from .picture import figure
 from .quantize import group_shape, quantize
 from .tokenizer import Tokenizer, load_tokenizer
@@ -56,7 +56,7 @@ def export_bytes(
     with torch.device('meta'): model = GPT(config)
     return _size(_layout(((k, tuple(t.shape)) for k,t in model.weights().items()), precision))
 
-# %% ../nbs/08_export.ipynb #38084684
+# %% ../nbs/08_export.ipynb #649313b3
 def minimind_config(
     weights:dict[str,Tensor], # Of a MiniMind `.pth`
 )->GPTConfig:
@@ -97,14 +97,14 @@ def _find(source)->Path:
 def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
     "Shape and weights of a source, and its directory if it is one."
     if isinstance(source, LoRAGPT): source = source.merged()
-    if isinstance(source, GPT): return source.config,Weights([source.weights()], source.config, 'the model'),None
+    if isinstance(source, LanguageModel): return source.config,Weights([source.weights()], source.config, 'the model'),None
     path = _find(source)
     if path.is_file(): return *_from_pickle(path, config),None
     if (path/'adapter_config.json').exists(): merged = load_model(path).merged(); return merged.config,Weights([merged.weights()], merged.config, path),path
     config = read_config(path)
     return config,open_weights(path, config),path
 
-# %% ../nbs/08_export.ipynb #ed1e8dd4
+# %% ../nbs/08_export.ipynb #0020a95f
 _TOKENIZER = 'tokenizer.json','tokenizer_config.json','chat_template.jinja','special_tokens_map.json','added_tokens.json','vocab.json','merges.txt','tokenizer.model'
 
 def _converted(weights:Weights, precision:str, count:Callable[[int],None])->Iterator[Tensor]:
@@ -122,8 +122,8 @@ def _converted(weights:Weights, precision:str, count:Callable[[int],None])->Iter
 
 def _config_json(config:GPTConfig, precision:str, compress:bool, tokenizer:Tokenizer|None, theirs:dict)->dict:
     "What config.json says; token ids as the tokenizer has them, or the source's own."
-    if tokenizer: c = to_hf(config, eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id)
-    else: c = to_hf(config) | {k:theirs[k] for k in ('bos_token_id','eos_token_id','pad_token_id') if k in theirs}
+    if tokenizer: c = config.to_hf(eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id)
+    else: c = config.to_hf() | {k:theirs[k] for k in ('bos_token_id','eos_token_id','pad_token_id') if k in theirs}
     c['dtype'] = c['torch_dtype'] = str(_FLOATS.get(precision, torch.float32)).removeprefix('torch.')
     if precision not in _FLOATS: c['quantization'] = dict(bits=BITS[precision], group=GROUP)
     if precision not in _FLOATS or compress: c['opens_with'] = 'minigpt.checkpoint.load_model'
@@ -136,16 +136,16 @@ def _write_model(d:Path, config:GPTConfig, weights:Weights, folder:Path|None, pr
     if precision not in _FLOATS: metadata['minigpt'] = orjson.dumps(dict(bits=BITS[precision], group=GROUP, widths={k:s[1] for k,s in shapes if len(s) == 2})).decode()
     if tokenizer:
         tokenizer.save(d)
-        write_json(d/'generation_config.json', dict(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.eos_id, do_sample=True))
+        if isinstance(config, GPTConfig): write_json(d/'generation_config.json', dict(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.eos_id, do_sample=True))
     for n in (*_TOKENIZER, 'generation_config.json') if folder and not tokenizer else ():
         if (folder/n).exists(): shutil.copyfile(folder/n, d/n)
     name = 'model.safetensors'+'.zst'*compress
     return {name:write_safetensors(d/name, _layout(shapes, precision), metadata, _converted(weights, precision, count), compress)}
 
-# %% ../nbs/08_export.ipynb #35c672f6
+# %% ../nbs/08_export.ipynb #6ef3a860
 def _full(source)->Path:
     "The directory of a whole checkpoint that training can go on from."
-    folder = None if isinstance(source, GPT) else _find(source)
+    folder = None if isinstance(source, LanguageModel) else _find(source)
     why = problem(folder) if folder and (folder/'MANIFEST.json').exists() else 'it has no manifest of this library'
     if not why and not any(n.startswith('optimizer.safetensors') for n in read_json(folder/'MANIFEST.json')['files']): why = 'it holds no state of an optimizer'
     if why: raise CheckpointError(f"{folder or 'the model'} is not exported in full: {why}. Leave weights_only=True, or name a checkpoint of a run")
@@ -159,10 +159,10 @@ def _copy_files(d:Path, folder:Path, compress:bool, count):
             at,stream = 0,how.stream_reader(f, closefd=False) if how else f
             while piece := stream.read(1<<22): to.write(piece); count(f.tell()-at); at = f.tell()
 
-# %% ../nbs/08_export.ipynb #9f0b394d
+# %% ../nbs/08_export.ipynb #480d9537
 def _place(source, name:str)->Path:
     "Where an export goes if nobody says: `exports` of the run, or beside the source."
-    if isinstance(source, GPT): raise ValueError("a model in memory has no place; name the directory to write, such as out='exports/mine'")
+    if isinstance(source, LanguageModel): raise ValueError("a model in memory has no place; name the directory to write, such as out='exports/mine'")
     path = _find(source)
     if not path.name: path = path.absolute() # such as '.'
     run = next((p for p in (path, *path.parents[:2]) if (p/'run.json').exists()), None)
@@ -213,10 +213,11 @@ def export(
         except OSError as e: raise CheckpointError(f"{out} could not be written: {e} ({human_size(free_space(out))} free there). Make room, or choose another place") from e
     return out
 
-# %% ../nbs/08_export.ipynb #941f1bcb
+# %% ../nbs/08_export.ipynb #5ac8b5d2
 @torch.no_grad()
 def _predict(model:GPT, data, seq_len:int, sequences:int)->tuple[float,Tensor]:
     "Mean loss in nats, and the likeliest token, at the positions that are learned."
+    need_gpt(model, 'this measurement of the loss')
     n = data.n_windows(seq_len)
     if not n: raise ValueError(f"the data hold not one sequence of seq_len={seq_len}; take a smaller one, or more data")
     total,best = 0.,[]
@@ -268,7 +269,7 @@ def export_report(
     if isinstance(data, (str,Path)): data = open_set(data)
     shape,weights,folder = _open(source, config)
     quiet,kinds = dict(progress=lambda done,total: None),{}
-    if data: base,chosen = _predict(weights.fill(GPT(shape).eval()), data, seq_len, sequences)
+    if data: base,chosen = _predict(weights.fill(shape.build().eval()), data, seq_len, sequences)
     with tempfile.TemporaryDirectory() as tmp:
         def written(*options, **more):
             shutil.rmtree(Path(tmp)/'x', ignore_errors=True)
@@ -288,7 +289,7 @@ def export_report(
             kinds['full, compressed'] = dir_size(written(weights_only=False, compress=True))
     return ExportReport(parameters=shape.n_params, precisions=out, kinds=kinds, tokens=len(chosen) if data else 0)
 
-# %% ../nbs/08_export.ipynb #fce3bf54
+# %% ../nbs/08_export.ipynb #7c6a11e9
 def export_onnx(
     source:str|Path|GPT, # As for `export`
     out:str|Path|None=None, # The directory to appear; default: as for `export`
@@ -301,7 +302,8 @@ def export_onnx(
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, ids): return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head) # with `rows` the mask is explicit, whatever the length
     shape,weights,folder = _open(source, config)
-    graph = Scores(weights.fill(GPT(shape))).eval()
+    model = weights.fill(shape.build()); need_gpt(model, 'ONNX export')
+    graph = Scores(model).eval()
     out = Path(out) if out else _place(source, 'onnx')
     with new_dir(out, replace) as d, torch.no_grad():
         torch.onnx.export(graph, (torch.zeros(2, 8, dtype=torch.int64),), d/'model.onnx', input_names=['ids'], output_names=['logits'], dynamo=True, verbose=False,

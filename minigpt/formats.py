@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'ROLES', 'FORMATS', 'DataError', 'Look', 'look_at', 'open_data', 'data_files', 'Block', 'read_blocks',
-           'Row', 'parse_pretrain', 'parse_conversation', 'parse_preference', 'parse_text', 'parse_row', 'parse_block']
+           'Row', 'parse_pretrain', 'parse_conversation', 'parse_preference', 'parse_text', 'parse_lines', 'parse_row',
+           'parse_block']
 
 # %% ../nbs/02_formats.ipynb #fa91f5ee
 import ast, codecs, difflib, gzip, io, json, re, zlib
@@ -407,13 +408,23 @@ def parse_text(
     if row: yield replace(row, ends=row.ends or block.last and not piece)
     if piece: yield Row(start, ''.join(piece), ends=block.last)
 
-# %% ../nbs/02_formats.ipynb #28232ada
-FORMATS = dict(pretrain=parse_pretrain, conversation=parse_conversation, dpo=parse_preference)
+# %% ../nbs/02_formats.ipynb #e1df3d3a
+def parse_lines(
+    block:Block, # Lines of a plain text
+)->Iterator[Row]: # A line that is no UTF-8 is a refused row
+    "Each line that is not blank, as a text of its own, without its line end."
+    for number,raw in zip(block.numbers, block.lines):
+        try: line = raw.removeprefix(codecs.BOM_UTF8).decode().strip()
+        except UnicodeDecodeError as e: yield Row(number, reason='not UTF-8', detail=f'{e.reason} at byte {e.start} of the line'); continue
+        if line: yield Row(number, line)
+
+# %% ../nbs/02_formats.ipynb #43a13736
+FORMATS = dict(pretrain=parse_pretrain, conversation=parse_conversation, dpo=parse_preference, lines=parse_pretrain)
 
 def parse_row(
     line:bytes, # One line of a JSONL file
     number:int, # Its number, from 1
-    format:str|None=None, # `pretrain`, `conversation` (tool calls and reasoning too) or `dpo`; default: as the keys say
+    format:str|None=None, # `pretrain`, `conversation` (tool calls and reasoning too), `dpo` or `lines`; default: as the keys say
 )->list[Row]: # More than one only where several objects stand on the line
     "The rows of a line, each good or refused."
     try: values,mended = _read_json(line)
@@ -432,6 +443,6 @@ def parse_block(
 )->Iterator[Row]: # Blank lines between rows are no rows
     "All rows of a block, refused ones included."
     if format is not None and format not in FORMATS: raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
-    if block.layout == 'text': yield from parse_text(block); return
+    if block.layout == 'text': yield from parse_lines(block) if format == 'lines' else parse_text(block); return
     for number,line in zip(block.numbers, block.lines):
         if not line.isspace(): yield from parse_row(line, number, format)

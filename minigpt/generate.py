@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['next_probs', 'generate', 'generate_batch', 'text_pieces', 'stream_text', 'complete', 'parse_tool_calls']
 
-# %% ../nbs/06_generate.ipynb #56b6e52d
+# %% ../nbs/06_generate.ipynb #8331f555
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 import torch
 from torch import Tensor
-from .model import GPT, KVCache
+from .model import GPT, KVCache, need_gpt
 from .tokenizer import Tokenizer
 
 # %% ../nbs/06_generate.ipynb #e69070dd
@@ -69,9 +69,10 @@ def _reading(model):
     finally:
         for m in training: m.training = True
 
-# %% ../nbs/06_generate.ipynb #d7d1ddd8
+# %% ../nbs/06_generate.ipynb #a986e455
 def _checked(model, prompts, max_new_tokens, choice):
     "The prompts as lists of numbers, and how many tokens each has room for; refused where it cannot work."
+    need_gpt(model, 'this way of writing')
     _check_choice(*choice)
     if isinstance(max_new_tokens, str) or max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
     prompts,c = [[int(i) for i in p] for p in prompts],model.config
@@ -159,7 +160,7 @@ def text_pieces(
         if whole == text: begin,mark = mark,len(seen); text = decode(seen[begin:]); sent = len(text)
     if len(text) > sent: yield text[sent:]
 
-# %% ../nbs/06_generate.ipynb #486a4478
+# %% ../nbs/06_generate.ipynb #f41a4c4c
 def stream_text(
     model:GPT,
     tokenizer:Tokenizer,
@@ -168,6 +169,7 @@ def stream_text(
     **kw, # Options of `generate`; `stop_ids` is the tokenizer's unless given
 )->Iterator[str]: # Pieces of the new text
     "Write on, and hand out the text as it comes."
+    if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
     if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     else: ids = tokenizer.encode_prompt(prompt, tools)
     return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))

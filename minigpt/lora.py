@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['LINEAR', 'LoRAConfig', 'LoRALinear', 'weights_hash', 'LoRAGPT', 'lora']
 
-# %% ../nbs/06_lora.ipynb #202e30bc
+# %% ../nbs/06_lora.ipynb #594f3310
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 import torch, xxhash
 from torch import Tensor, nn
-from .model import GPT
+from .model import GPT, need_gpt
 
 # %% ../nbs/06_lora.ipynb #c1769714
 LINEAR = 'q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj' # the matrices of a block
@@ -78,7 +78,7 @@ class LoRALinear(nn.Linear):
         "The matrix that does the same alone."
         return (self.weight.float() + self.scale*(self.lora_B.weight @ self.lora_A.weight)).to(self.weight.dtype)
 
-# %% ../nbs/06_lora.ipynb #2d5c0808
+# %% ../nbs/06_lora.ipynb #fbdf8a63
 def weights_hash(
     model:nn.Module, # Anywhere, in any dtype
 )->str: # 32 hex digits
@@ -98,6 +98,7 @@ class LoRAGPT(GPT):
         seed:int=0, # Decides `A`
     ):
         if not isinstance(base, nn.Module): raise TypeError(f"base={base!r} must be a model, such as minigpt.checkpoint.load_model(directory)")
+        need_gpt(base, 'an adapter')
         if isinstance(base, LoRAGPT): raise ValueError("this model has an adapter already: train it as it is, or adapt model.merged()")
         with torch.device('meta'): super().__init__(base.config)
         self.load_state_dict(base.state_dict(), assign=True)

@@ -89,14 +89,14 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(params, 1-g['lr']*g['weight_decay'])
         torch._foreach_add_(params, [u.mT if t else u for u,t in zip(x, tall)], alpha=-g['lr']*.2*math.sqrt(x.shape[-1]))
 
-# %% ../nbs/12_optim.ipynb #359f55c1
+# %% ../nbs/12_optim.ipynb #ad50196e
 def muon(
     model:nn.Module, # On its device already
     config:TrainConfig, # `learning_rate`, `weight_decay`, and for AdamW's part `adam_beta1`, `adam_beta2`
     device:str, # Where the model is
 )->Muon:
     "Muon for the matrices inside the blocks of a model, AdamW for its embedding, output layer and norms."
-    outer = {id(m.weight) for name,m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith('lm_head')}
+    outer = {id(m.weight) for name,m in model.named_modules() if isinstance(m, nn.Embedding) or isinstance(m, nn.Linear) and name.endswith('lm_head')}
     params = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in params if p.dim() == 2 and id(p) not in outer]
     chosen = {id(p) for p in inner}

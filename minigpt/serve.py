@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['RequestError', 'read_request', 'read_messages', 'Server', 'serve']
 
-# %% ../nbs/08_serve.ipynb #de7697b2
+# %% ../nbs/08_serve.ipynb #54562328
 import json, select, socket, threading, time, uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from urllib.parse import unquote
 from .chat import Answer
-from .model import GPT
+from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
 
 # %% ../nbs/08_serve.ipynb #5c15343c
@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         if (body.get('stream_options') or {}).get('include_usage'): self.event(head | dict(choices=[], usage=self.usage(answer)))
         self.event('[DONE]'); self.wfile.write(b'0\r\n\r\n')
 
-# %% ../nbs/08_serve.ipynb #762cc047
+# %% ../nbs/08_serve.ipynb #d5f68e08
 class Server(ThreadingHTTPServer):
     "Models by name, behind OpenAI's interface. `serve_forever()` answers, `shutdown()` ends that; `url` is for the client's `base_url`."
     daemon_threads = True
@@ -226,6 +226,7 @@ class Server(ThreadingHTTPServer):
         port:int=8000, # 0: any that is free
     ):
         if not models: raise ValueError("there is no model to serve; pass {'name': (model, tokenizer)}")
+        for model,_ in models.values(): need_gpt(model, 'OpenAI\'s interface')
         self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL
         if ':' in host: self.address_family = socket.AF_INET6
         try: super().__init__((host, port), _Handler)

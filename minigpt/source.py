@@ -70,7 +70,7 @@ def source_from_json(source):
     if isinstance(source, dict): return mix([(source_from_json(p), w) if w is not None else source_from_json(p) for p,w in source['mix']])
     return open_set(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source
 
-# %% ../nbs/12_source.ipynb #755d0aa1
+# %% ../nbs/12_source.ipynb #6a9246a9
 class ResumeError(ValueError):
     "The folder holds another run than the call describes; names the field, both values and the ways out."
 
@@ -87,6 +87,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
     was = train.meta
     for k,usual in dict(data_subset=1., max_data_size=0).items():
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
+    if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
     if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
     if was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
@@ -97,7 +98,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
     if hashes(was['sources']) != hashes(now): refuse(folder, 'data', f"{was['sources'][0]['path']} ({hashes(was['sources'])})", f"{now[0]['path']} ({hashes(now)})", ': the content is another')
     return train,valid
 
-# %% ../nbs/12_source.ipynb #63a6e0e3
+# %% ../nbs/12_source.ipynb #b3dc7c58
 def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
     check_text(files)
@@ -116,7 +117,7 @@ def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainCon
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
-    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format=form)[0]
+    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form)[0]
 
 def open_source(
     folder:Path, # The run's
@@ -153,7 +154,7 @@ def open_source(
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
             opened.append((source, None))
         elif there: opened.append(_same_source(folder, place, source, cfg, say))
-        else: opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format=found[1]))
+        else: opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1]))
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
         was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]

@@ -7,14 +7,14 @@ __all__ = ['best_device', 'choose', 'autocast', 'attention_kernel', 'throw_away'
            'out_of_memory', 'memory_advice', 'fit_batch', 'flops_per_token', 'machine_flops', 'benchmark',
            'benchmark_table']
 
-# %% ../nbs/13_speed.ipynb #6c3f7b43
+# %% ../nbs/13_speed.ipynb #0e9455db
 import contextlib, math, os, statistics, time
 from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from .config import TrainConfig
 from .files import human_size, human_time
-from .model import GPT, GPTConfig
+from .model import GPT, GPTConfig, LanguageModel
 from .monitor import memory
 from .optim import make_optimizer
 
@@ -67,7 +67,7 @@ def attention_kernel(
     if kind != 'cuda': return 'flash' if kind == 'cpu' else 'plain'
     return 'memory-efficient' if packed or choices['precision'] == 'fp32' or torch.cuda.get_device_capability(choices['device']) < (8,0) else 'flash'
 
-# %% ../nbs/13_speed.ipynb #cc9f1706
+# %% ../nbs/13_speed.ipynb #3b831c3c
 @contextlib.contextmanager
 def throw_away(model:nn.Module):
     "What is computed inside leaves no trace in the model or in the random generators."
@@ -80,7 +80,7 @@ def throw_away(model:nn.Module):
 def _plain_loss(model, batch): return model.loss(**batch)
 
 def micro_step(
-    model:GPT,
+    model:LanguageModel,
     batch:dict[str,Tensor], # ids, labels and, where rows are packed, `rows`, (B, T) int64 each, on the model's device
     precision:str='fp32', # fp32, bf16 or fp16
     loss_of=_plain_loss, # What is to be made small, of model and batch
@@ -95,15 +95,15 @@ def micro_step(
     seconds = _timed(run); model.zero_grad()
     return seconds
 
-# %% ../nbs/13_speed.ipynb #86e248c3
-def _set_compiled(model:GPT, on:bool, mode:str='default'):
-    for block in model.model.layers:
+# %% ../nbs/13_speed.ipynb #d7df2a29
+def _set_compiled(model:LanguageModel, on:bool, mode:str='default'):
+    for block in model.blocks:
         if on: block.compile(dynamic=False, mode=mode)
         else: block._compiled_call_impl = None # torch has no public way back
 
-# %% ../nbs/13_speed.ipynb #667f0be0
+# %% ../nbs/13_speed.ipynb #8d408aff
 def decide_compile(
-    model:GPT, # On its device
+    model:LanguageModel, # On its device
     batch:dict[str,Tensor], # A micro-batch, on the same device
     micro_steps:int, # How many of these are to come
     precision:str='fp32', # fp32, bf16 or fp16
@@ -135,7 +135,7 @@ def decide_compile(
             if compiled > .97*plain: _set_compiled(model, False); return False
     return True
 
-# %% ../nbs/13_speed.ipynb #e6cc80be
+# %% ../nbs/13_speed.ipynb #5872efca
 def smaller(
     config:TrainConfig, # `batch_size` and `gradient_accumulation`
 )->tuple[int,int]|None: # Micro-batch and accumulation with the same effective batch; None: it is 1 already
@@ -157,7 +157,7 @@ def memory_advice(
     return ' or '.join(t for t in (first, '' if config.gradient_checkpointing else 'gradient_checkpointing=True (activations are computed twice instead of kept)') if t) or f'a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}'
 
 def fit_batch(
-    model:GPT, # On its device
+    model:LanguageModel, # On its device
     batch:dict[str,Tensor], # The first effective batch, on the CPU
     config:TrainConfig,
     precision:str='fp32', # fp32, bf16 or fp16

@@ -6,7 +6,7 @@
 __all__ = ['SILENT', 'is_held', 'pace', 'Watch', 'run_status', 'numbers', 'headline', 'resume_code', 'checkpoint_rows', 'notes',
            'plain', 'status_text', 'sparkline', 'monitor']
 
-# %% ../nbs/12_status.ipynb #f0fe9a00
+# %% ../nbs/12_status.ipynb #0a043f63
 import json, math, os, shlex, sys, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from .backup import drive_mount, read_heartbeat
 from .config import TrainConfig
 from .files import free_space, human_size, human_time
-from .model import GPTConfig
+from .model import shape_from_dict
 from .monitor import Curves, Follower, LossPicture, in_notebook, read_log
 from .run import Run, open_run, text_table
 from .schedule import checkpoint_size, storage_plan
@@ -40,7 +40,7 @@ def _alive(path:Path)->tuple[bool,str]:
     if beat.get('ended'): return False,f'its process ended {human_time(age)} ago'
     return age < SILENT,f"{'the last sign of life of its machine came' if age < SILENT else 'there has been no sign of life of its machine for'} {human_time(age)}{' ago' if age < SILENT else ''}"
 
-# %% ../nbs/12_status.ipynb #0fd3aef0
+# %% ../nbs/12_status.ipynb #15302a5b
 def pace(
     curves:Curves, # Of a run
 )->float|None: # Seconds a step, lately; None: nothing is known of this attempt yet
@@ -107,7 +107,7 @@ class Watch:
 
     def storage(self)->list[str]:
         "What the run takes now and will take at its end, against what is free."
-        cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or GPTConfig.from_dict(self.facts['model']).n_params
+        cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or shape_from_dict(self.facts['model']).n_params
         saves = dict(steps=-(-self.facts['max_steps']//cfg.save_steps), epoch=math.ceil(cfg.epochs), no=1)[cfg.save_strategy]
         free,there = free_space(self.path),sum(_size(self.path/d) for d in ('checkpoints','snapshots','best'))
         if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+_size(self.path/'final'))[1:]]

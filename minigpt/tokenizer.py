@@ -105,7 +105,7 @@ def chat_pieces(
         elif i or role != 'system': text += f'{IM_START}{role}\n{content}{IM_END}\n'
     return pieces + [text + f'{IM_START}assistant\n'*add_generation_prompt]
 
-# %% ../nbs/01_tokenizer.ipynb #d6e7a90c
+# %% ../nbs/01_tokenizer.ipynb #cab38a56
 def _blank()->HFTokenizer:
     "A byte-level BPE tokenizer that has learned nothing yet."
     tok = HFTokenizer(models.BPE())
@@ -119,19 +119,22 @@ def _byte_of()->dict[str,int]:
     rest = [b for b in range(256) if b not in plain]
     return {**{chr(b):b for b in plain}, **{chr(256+i):b for i,b in enumerate(rest)}}
 
+def _is_word(token:dict)->bool: "Is an added token neither a control token nor a mark, but a word that counts wherever it stands?"; return not token['special'] and token['normalized']
+
 def _tiktoken(
     tok:dict, # Content of a tokenizer.json
 )->tiktoken.Encoding|None: # None where its merges are not of our making
     "The same tokenizer for tiktoken, which takes the order of the ids for the order of the merges."
     blank,model = json.loads(_blank().to_str()),tok['model']
     if model['type'] != 'BPE' or any(tok[k] != blank[k] for k in ('normalizer','pre_tokenizer','post_processor','decoder')): return None
+    if any(map(_is_word, tok['added_tokens'])): return None # of words that begin alike, `tokenizers` takes the longest, and tiktoken any
     added,byte_of = {t['content']:t['id'] for t in tok['added_tokens']},_byte_of()
     made = [model['vocab'][a+b] for a,b in (m if isinstance(m, list) else m.split(' ') for m in model['merges'])]
     if made != sorted(made): return None
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
     return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
 
-# %% ../nbs/01_tokenizer.ipynb #89d020b7
+# %% ../nbs/01_tokenizer.ipynb #14d69489
 _ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
 
 class Tokenizer:
@@ -153,8 +156,8 @@ class Tokenizer:
 
     @cached_property
     def _ordinary(self)->HFTokenizer:
-        "The tokenizer, for which every added token is only its letters."
-        hf = HFTokenizer.from_str(json.dumps({**self.json, 'added_tokens':[{**t, 'special':True} for t in self.json['added_tokens']]}))
+        "The tokenizer, for which every added token but words is only its letters."
+        hf = HFTokenizer.from_str(json.dumps({**self.json, 'added_tokens':[{**t, 'special':not _is_word(t)} for t in self.json['added_tokens']]}))
         hf.encode_special_tokens = True
         return hf
 
@@ -228,7 +231,7 @@ class Tokenizer:
         tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
     )->list[int]: # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
-        tokens = {t['content']:t['special'] for t in self.json['added_tokens'] if t['content'].strip()}
+        tokens = {t['content']:t['special'] for t in self.json['added_tokens'] if t['content'].strip() and not _is_word(t)}
         names,nonce = sorted(tokens, key=len, reverse=True),secrets.token_hex(8)
         def hidden(x, names):
             if isinstance(x, str): return re.sub('|'.join(map(re.escape, names)), lambda m: f'\ue000{nonce}:{[*tokens].index(m[0])}\ue000', x) if names else x
@@ -271,6 +274,14 @@ class Tokenizer:
         cuts = np.searchsorted(start, edges, 'left') # a token belongs to the piece in which it begins
         turns[cuts[::2]] = 1; turns[cuts[1::2]] = -1
         return joined,turns[:-1].cumsum(dtype=np.int8).view(bool),np.array([len(i) for i in ids], np.int64)
+
+    def extend(self,
+        words:Iterable[str], # Names, terms, identifiers
+    )->'Tokenizer': # Its new ids stand behind the old ones
+        "The same tokenizer, for which each of these words is one token wherever it stands."
+        hf = HFTokenizer.from_str(self.hf.to_str())
+        hf.add_tokens([AddedToken(w, normalized=True, special=False) for w in dict.fromkeys(words) if w.strip() and self.id(w) is None])
+        return Tokenizer(hf, self.config)
 
     def save(self, folder:str|Path)->Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, for us and for `transformers`."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #d3ddc685
+# %% ../nbs/13_train.ipynb #3e933956
 import contextlib, math, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -24,7 +24,7 @@ from .files import dir_size, free_space, human_size, human_time, only_one, read_
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
-from .model import GPT, GPTConfig, PRESETS
+from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
 from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics
 from .optim import make_optimizer
 from .run import Run, open_run
@@ -33,7 +33,7 @@ from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
 from .tokenizer import Tokenizer, load_tokenizer
 
-# %% ../nbs/13_train.ipynb #c9d6ee63
+# %% ../nbs/13_train.ipynb #f8e2fc06
 class Callback:
     "What happens around the loop; every method may be left out."
     def on_start(self, t:'Trainer'): "Before the first step."
@@ -47,6 +47,7 @@ class TrainingError(RuntimeError):
 
 class NextToken:
     "What is learned from texts and conversations: at each position, the token that follows. (`minigpt.dpo.Preference` is the same for preferences.)"
+    def prepare(self, batch:dict[str,Tensor], key:tuple[int,int])->dict[str,Tensor]: "A batch as it is learned from; what is drawn for it depends on `key`, (seed, step), alone."; return batch
     def count(self, batch:dict[str,Tensor])->int: "What the loss of a batch is divided by."; return int((batch['labels'] != -100).sum())
     def __call__(self, model:nn.Module, batch:dict[str,Tensor], n_targets:int=1)->tuple[Tensor,dict[str,Tensor]]: "The loss, and what else is logged; both divided by `n_targets`."; return model.loss(**batch, n_targets=n_targets),{}
 
@@ -80,8 +81,9 @@ class Trainer:
         workers:int=0, # Processes that read ahead
     )->Iterable[dict[str,Tensor]]:
         "The effective batches from this step on, on the CPU."
-        cfg = self.config
-        return [] if self.complete else loader(self.data, range(self.step, until), cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers, self.device.startswith('cuda'), self.schedule.offset)
+        cfg,steps = self.config,range(self.step, 0 if self.complete else until)
+        batches = loader(self.data, steps, cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers, self.device.startswith('cuda'), self.schedule.offset)
+        return (self.objective.prepare(batch, (cfg.seed, step)) for step,batch in zip(steps, batches))
 
     def train_step(self, batch:dict[str,Tensor]):
         "One optimizer step on an effective batch: ids, labels and, where rows are packed, `rows`, (B, T) int64 each."
@@ -129,7 +131,7 @@ def _check_losses(t:Trainer)->list[dict[str,float]]:
         raise TrainingError(f"the {what} is {value}: training has diverged. {told}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
     return losses
 
-# %% ../nbs/13_train.ipynb #c96efab9
+# %% ../nbs/13_train.ipynb #154a0c00
 class _Log(Callback):
     "Rows in metrics.jsonl."
     def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
@@ -192,7 +194,7 @@ class _Evaluate(Callback):
     def on_step(self, t):
         if t.schedule.evaluation(t.step): self.evaluate(t)
     def evaluate(self, t):
-        with autocast(t.device, t.precision): found = measure(t.model, self.valid, t.config.max_seq_len, t.config.batch_size, t.config.eval_sequences, t.objective)
+        with autocast(t.device, t.precision): found = measure(t.model, self.valid, t.config.max_seq_len, t.config.eval_batch_size or t.config.batch_size, t.config.eval_sequences, t.objective)
         loss = found['loss']
         t.evaluated = t.step
         sample = dict(sample=complete(t.model, t.tokenizer, '', max_new_tokens=40, seed=t.step)) if t.config.progress else {}
@@ -269,7 +271,7 @@ class _Progress(Callback):
         self.bar.set_postfix(self.shown, refresh=False)
     def on_end(self, t): self.bar.close()
 
-# %% ../nbs/13_train.ipynb #c5b5a5f5
+# %% ../nbs/13_train.ipynb #5a7da85b
 @torch.inference_mode()
 def measure(
     model:GPT, # On its device; its mode is put back afterwards
@@ -285,7 +287,7 @@ def measure(
     model.eval()
     total,count = {},0
     for i in range(0, len(index), batch_size):
-        batch = {k:torch.from_numpy(v) for k,v in data.windows(index[i:i+batch_size], seq_len).items()}
+        batch = objective.prepare({k:torch.from_numpy(v) for k,v in data.windows(index[i:i+batch_size], seq_len).items()}, (0, i))
         loss,facts = objective(model, {k:t.to(device) for k,t in batch.items()})
         for k,v in dict(loss=loss, **facts).items(): total[k] = total.get(k, 0.) + v.item()
         count += objective.count(batch)
@@ -315,9 +317,9 @@ def _signals(t:Trainer):
     try: yield
     finally: restore()
 
-# %% ../nbs/13_train.ipynb #1751c75a
+# %% ../nbs/13_train.ipynb #76abb57d
 def _identity(model:GPT, tok:Tokenizer, data, config:TrainConfig)->dict:
-    shape = {f'model.{k}':v for k,v in model.config.to_dict().items() if k not in ('dropout','max_len')} | ({f'lora.{k}':v for k,v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
+    shape = {f'model.{k}':v for k,v in model.config.to_dict().items() if k not in model.config.free} | ({f'lora.{k}':v for k,v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
     return dict(**shape, tokenizer=tok.hash, data=data.fingerprint, curriculum=data.curriculum_id, max_seq_len=config.max_seq_len, effective_batch=config.effective_batch, seed=config.seed)
 
 def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
@@ -370,11 +372,12 @@ class _RunTrainer(Trainer):
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #c07afed5
+# %% ../nbs/13_train.ipynb #43001e5b
 _OBJECTIVES = dict(next_token_prediction='text', conversation_modeling='conversation', tool_use_optimization='conversation', preference_alignment='preference')
 
-def _objective(data, cfg:TrainConfig):
+def _objective(model:LanguageModel, data, cfg:TrainConfig):
     "What is learned from the data; a `ValueError` where they are not of the kind that is asked for."
+    if hasattr(model, 'objective'): return model.objective(data, cfg)
     for d in getattr(data, 'sets', [data]):
         kind = 'preference' if isinstance(d, PairSet) else 'conversation' if isinstance(d, ChatSet) else 'text'
         if cfg.objective and (want := _OBJECTIVES[cfg.objective]) != kind: raise ValueError(f"objective={cfg.objective!r} learns from rows of the kind {want}, and {d.path} holds rows of the kind {kind}; name another data set, or another objective")
@@ -405,14 +408,14 @@ def _given(model):
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
-def _model(model, tok:Tokenizer, cfg:TrainConfig)->GPT:
+def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     "The model of a call, with weights decided by the seed."
     random.seed(cfg.seed); np.random.seed(cfg.seed % 2**32); torch.manual_seed(cfg.seed)
     if isinstance(model, str): model = GPTConfig.preset(model, vocab_size=tok.vocab_size)
-    shape = model if isinstance(model, GPTConfig) else model.config
+    elif not isinstance(model, nn.Module) and callable(model): model = model(tok)
+    shape = model.config if isinstance(model, nn.Module) else model
     if shape.vocab_size < tok.vocab_size: raise ValueError(f"the model has vocab_size={shape.vocab_size} and the tokenizer {tok.vocab_size} tokens; give the model at least as many")
-    if isinstance(model, GPT): return model
-    return GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)))
+    return model if isinstance(model, nn.Module) else replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
 
 # %% ../nbs/13_train.ipynb #3e8b2007
 def _folder(output_dir, resume, overwrite:bool)->Path:
@@ -524,9 +527,9 @@ def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[C
 def _quietly(f):
     with contextlib.suppress(Exception): f()
 
-# %% ../nbs/13_train.ipynb #6cbfe294
+# %% ../nbs/13_train.ipynb #1d7edf1b
 def fit(
-    model:str|Path|GPTConfig|GPT, # A preset's name (tiny, small, medium, large), a shape, a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter
+    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
     valid=None, # Likewise; default: a share of `train` is held out
     *,
@@ -567,10 +570,10 @@ def fit(
         tok,data,valid = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
         if not known and (home := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(home)/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
-        objective = _objective(data, cfg)
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
-        begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=net.origin or getattr(net, 'base_path', None), given=isinstance(model, GPT)) # the weights of step 0
+        objective = _objective(net, data, cfg)
+        begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=net.origin or getattr(net, 'base_path', None), given=isinstance(model, nn.Module)) # the weights of step 0
         net = net.to(choices['device'])
         net.recompute = cfg.gradient_checkpointing
         identity = _identity(net, tok, data, cfg)
@@ -672,7 +675,7 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
 
-# %% ../nbs/13_train.ipynb #64afe784
+# %% ../nbs/13_train.ipynb #63220462
 def _first_model(facts:dict):
     "What to pass to `fit` for a run to go on: its shape, or the model that it began with where its checkpoints need that one."
     began = facts.get('began') or {}
@@ -683,7 +686,7 @@ def _first_model(facts:dict):
     if began.get('given') and began['path'] and (Path(began['path'])/'config.json').exists():
         model = load_model(began['path'])
         if weights_hash(model) == began['hash']: return model
-    return GPTConfig.from_dict(facts['model'])
+    return shape_from_dict(facts['model'])
 
 # %% ../nbs/13_train.ipynb #31e40fcf
 def resume(

@@ -40,6 +40,10 @@ def shape(vocab_size=300):
 def model_and_data(stage, work):
     "What a stage trains, and on what: both the same at every call"
     if stage == "text": return shape(), work/"text.jsonl"
+    if stage.startswith("tess"):        # an encoder: its coin, its noise and its dropout are drawn in every step
+        from minigpt.diffusion import TessConfig
+        how = dict(self_condition="logits_addition") if stage == "tess" else dict(self_condition="logits", pad_to_max_length=False)
+        return TessConfig(vocab_size=300, dim=32, n_layer=2, n_head=2, ffn_dim=64, max_len=64, dropout=.1, num_diffusion_steps=50, num_inference_diffusion_steps=5, **how), work/"text.jsonl"
     import torch
     from minigpt.corpus import write_preferences, write_talks
     from minigpt.lora import lora
@@ -61,7 +65,7 @@ def train(work, stage="text", **options):
         def on_start(self, t): self.write(t.attempt, t.step, "start", 0)
 
         def on_log(self, t, row):
-            for kind in ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"):
+            for kind in ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "accuracy", "eval_accuracy"):
                 if kind in row: self.write(t.attempt, row["step"], kind, float(row[kind]).hex())
 
         def on_step(self, t):

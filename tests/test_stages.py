@@ -1,4 +1,4 @@
-"""The other stages, killed with SIGKILL in mid-run, go on bit for bit: SFT, an adapter (with dropout), DPO. (What can go wrong around a kill is in test_kill.py.)"""
+"""The other stages, killed with SIGKILL in mid-run, go on bit for bit: SFT, an adapter (with dropout), DPO, simplex diffusion (packed, and line by line). (What can go wrong around a kill is in test_kill.py.)"""
 from concurrent.futures import ThreadPoolExecutor
 
 import kill_child as child
@@ -7,6 +7,7 @@ import pytest
 
 # packed rows of up to 128 positions; an epoch ends in between
 STAGES = {stage: dict(stage=stage, max_seq_len=128, batch_size=2, gradient_accumulation=1, eval_steps=13, eval_sequences=4, pause=.01) for stage in ("sft", "lora", "dpo")}
+STAGES |= {stage: dict(stage=stage, pause=.01, line_by_line=stage == "tess_lines") for stage in ("tess", "tess_lines")}
 
 
 def lose_half(work):
@@ -31,6 +32,7 @@ def test_killed_and_resumed(works, stage):
     got = child.compare(work, reference)
     assert got.identical, got.differ
     assert got.resumed and got.killed_at > 12 and not got.leftovers
+    if stage.startswith("tess"): assert {"accuracy", "eval_accuracy"} <= {k for _, _, k, _ in child.losses(work)}
     if stage == "dpo":
         assert any(k == "rewards/margins" for _, _, k, _ in child.losses(work))
         files = sorted((reference/"run").glob("data/*/reference-*.npy"))           # of the training and of the validation pairs

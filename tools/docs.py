@@ -12,12 +12,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from project import ROOT, directives, joined, settings
 from readme import ansi, block
 
 PROC, OUT = ROOT/"_proc", ROOT/"_docs"
 SRC = OUT/"src"
-GUIDES = {"formats": "Formats", "troubleshooting": "Troubleshooting"}
+GUIDES = {"fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
+CHINESE = {"zh/index": ("简介", "README.zh.md"), "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"), "zh/drive": ("用 Drive 训练", "docs/zh/drive.md")}
+WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, source) in CHINESE.items()}, "changelog": "CHANGELOG.md"}      # by hand: page to source
+# Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
+SEARCH = {"separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""", "pipeline": ["stemmer", "stopWordFilter"]}
+CSS = ".md-grid {max-width: 76rem} .md-typeset pre > code {font-size: .78em} .md-typeset td code {white-space: nowrap}\n"      # long lines of code, names in tables
 TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "inspect_checkpoints"]
 
 
@@ -37,7 +43,8 @@ def page_of(target):
     "The page for a file of nbs/ or of the root, seen from the site's root; None: it has none"
     if target.startswith("nbs/tutorials/"): return f"tutorials/{Path(target).stem}.md"
     if target == "nbs/index.ipynb" or target == "README.md": return "index.md"
-    if target == "CHANGELOG.md": return "changelog.md"
+    if target.startswith("nbs/images/"): return Path(target).name                  # README's; its page has them beside it
+    if page := next((p for p, source in WRITTEN.items() if target == source), None): return f"{page}.md"
     name = next((n for n, p in MODULES.items() if target == f"nbs/{p}"), None)
     return name and f"reference/{name}.md"
 
@@ -76,8 +83,8 @@ def convert(notebook, source, page):
     for cell in load(notebook)["cells"]:
         flags, text = directives(joined(cell["source"]))
         if cell["cell_type"] == "raw":                                            # nbdev's front matter
-            if m := re.search(r"^title: (.+)$", text, re.M): parts.append(f"# {m[1].strip()}")
-            if m := re.search(r"^description: (.+)$", text, re.M): parts.append("> " + m[1].strip().strip("'\""))
+            facts = yaml.safe_load(text.strip().strip("-"))
+            parts += [f"# {facts['title']}", f"> {facts['description']}"]
             parts.append(f"*This page is the notebook [{source}]({settings()['git_url']}/blob/{settings()['branch']}/{source}).*")
         elif "hide" in flags or text.startswith("<!-- WARNING"): continue
         elif cell["cell_type"] == "markdown": parts.append(linked(text, source, page).strip())
@@ -106,9 +113,10 @@ def title(path): return next(l[2:] for c in load(path)["cells"] if c["cell_type"
 def configuration():
     cfg = settings()
     nav = [{"Home": "index.md"}, {"Guides": [{title(ROOT/f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS]},
-           {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"}]
+           {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"},
+           {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]}]
     palette = [{"media": f"(prefers-color-scheme: {s})", "scheme": c, "toggle": {"icon": f"material/weather-{i}", "name": f"to the {o} scheme"}} for s, c, i, o in (("light", "default", "sunny", "dark"), ("dark", "slate", "night", "light"))]
-    return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": ["search"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
+    return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": [{"search": SEARCH}], "extra_css": ["extra.css"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
             "validation": {"nav": {"omitted_files": "warn"}, "links": {"not_found": "warn", "anchors": "warn", "absolute_links": "warn"}},
             "theme": {"name": "material", "font": False, "features": ["content.code.copy", "navigation.instant", "navigation.top", "search.highlight", "toc.follow"], "palette": palette},
             "markdown_extensions": ["attr_list", "md_in_html", "tables", "admonition", {"toc": {"permalink": True, "toc_depth": 3}}, "pymdownx.superfences", {"pymdownx.highlight": {"use_pygments": True}}, {"pymdownx.arithmatex": {"generic": True}}]}
@@ -123,8 +131,8 @@ def main():
     settle()
     for t in TUTORIALS: convert(ROOT/f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")
     convert(ROOT/"nbs/index.ipynb", "nbs/index.ipynb", "index.md")
-    for g in GUIDES: write(f"{g}.md", linked((ROOT/f"docs/{g}.md").read_text(encoding="utf-8"), f"docs/{g}.md", f"{g}.md"))
-    write("changelog.md", linked((ROOT/"CHANGELOG.md").read_text(encoding="utf-8"), "CHANGELOG.md", "changelog.md"))
+    for page, source in WRITTEN.items(): write(f"{page}.md", linked((ROOT/source).read_text(encoding="utf-8"), source, f"{page}.md"))
+    write("extra.css", CSS)
     (OUT/"mkdocs.yml").write_text(json.dumps(configuration(), indent=1), encoding="utf-8")    # JSON is YAML
     sys.exit(subprocess.run([sys.executable, "-m", "mkdocs", "serve" if "--serve" in sys.argv else "build", "-f", OUT/"mkdocs.yml"], cwd=OUT).returncode)
 
