@@ -402,7 +402,7 @@ def infill(
     **how, # steps, temperature, top_k, top_p, seed: see `denoise`
 )->Film: # `.text` is the result; a notebook shows how it came about
     "Fill the gaps of a text, wherever they are; the rest stays as it is."
-    if not isinstance(model, Tess): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
+    if not hasattr(model, 'left'): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
     head,*tails = text.split(mask)
     if not tails: raise ValueError(f"the text has no gap: write {mask} for each token that is wanted, such as 'The {mask}{mask} slept.'")
     ids,blank = tokenizer.encode(head),[]
