@@ -24,7 +24,7 @@ WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, 
 # Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
 SEARCH = {"separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""", "pipeline": ["stemmer", "stopWordFilter"]}
 CSS = ".md-grid {max-width: 76rem} .md-typeset pre > code {font-size: .78em} .md-typeset td code {white-space: nowrap}\n"      # long lines of code, names in tables
-TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "inspect_checkpoints"]
+TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "diffusion", "inspect_checkpoints"]
 
 
 def load(path): return json.loads(path.read_text(encoding="utf-8"))
