@@ -66,6 +66,7 @@ class Tools:
         f:Callable, # Its parameters need type hints; what it returns must be JSON. Docstring and comments become the schema
     )->Callable: # `f`, unchanged
         "Let the model call a function."
+        if not callable(f): raise TypeError(f"{f!r} must be a function")
         name = f.__name__
         if not name.isidentifier(): raise ValueError(f"{name} is no name that a model can call; write the function with `def`")
         if name in self.functions: raise ValueError(f"there is a function {name} already; give this one another name")
@@ -307,7 +308,8 @@ def tools_from_file(
     spec = spec_from_file_location(f'tools_{path.stem}', path)
     if spec is None: raise ValueError(f"{path} must be a Python file, with a name that ends in .py")
     sys.modules[spec.name] = module = module_from_spec(spec) # type hints and sources are looked up there
-    spec.loader.exec_module(module)
+    try: spec.loader.exec_module(module)
+    except Exception as e: raise ValueError(f"{path} stopped with {type(e).__name__}: {e}; it must run by itself: python {path}") from e
     tools = Tools(f for name,f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith('_'))
     if not len(tools): raise ValueError(f"{path} defines no function whose name begins without an underscore; a model has nothing to call there")
     return tools

@@ -71,7 +71,7 @@ def unpack_optimizer(
     state = {}
     for key,v in {**tensors, **facts['numbers']}.items():
         k,_,n = key.partition('/')
-        if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train")
+        if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train; go on with the model that the run began with (an adapter, or the whole)")
         state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v # the file may be mapped into memory, and must not be held
     optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
 
@@ -230,7 +230,7 @@ def read_checkpoint(
 )->State:
     "Read a checkpoint back; a `CheckpointError` if it is not whole."
     path = Path(path)
-    if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}")
+    if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}; `minigpt runs RUN` lists what a run has saved")
     if wrong := problem(path): raise CheckpointError(f"{path} is not used: {wrong}")
     if (kind := read_json(path/'MANIFEST.json')['kind']) in EXPORTED: raise CheckpointError(f"{path} is an export of kind {kind!r}, no state to go on from; open it with load_model, or unpack it with minigpt.export.export(…, weights_only=False) if it is a compressed full checkpoint")
     def packed(name):
@@ -381,11 +381,15 @@ def read_config(
 )->GPTConfig:
     "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
     path = Path(path)
+    if path.is_file(): raise CheckpointError(f"{path} is a file, and must be a directory with a model; name the one that it is in, or make one of it: minigpt.export.export({str(path)!r}, 'my-model')")
+    if not path.exists(): raise CheckpointError(f"there is no directory {path}; it must be a checkpoint, a finished run or a model directory here on this machine: a model on a hub is downloaded first")
     if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a run's checkpoints are in its folder checkpoints/")
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
     d = read_json(path/'config.json')
+    if not isinstance(d, dict): raise CheckpointError(f"{path/'config.json'} holds a {type(d).__name__}; it must be an object with the shape of a model")
     if q := d.get('quantization_config'): raise CheckpointError(f"{path} is quantized by another program ({q.get('quant_method') if isinstance(q, dict) else q}); open it with transformers, or get the model before it was quantized")
-    return from_hf(d)
+    try: return from_hf(d)
+    except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
 
 def open_weights(
     path:str|Path, # A model directory

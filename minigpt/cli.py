@@ -207,8 +207,9 @@ def generate(
 ):
     "Write a text with a trained model."
     from minigpt.run import open_run
-    typer.echo(prompt, nl=False)
-    for piece in open_run(run).stream(prompt, which, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed): typer.echo(piece, nl=False)
+    pieces = open_run(run).stream(prompt, which, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    typer.echo(prompt+next(pieces, ''), nl=False)
+    for piece in pieces: typer.echo(piece, nl=False)
     typer.echo()
 
 @app.command()
@@ -255,6 +256,11 @@ def monitor(
     from minigpt.status import monitor as follow
     follow(run, every, once)
 
+def _writable(*files:Optional[Path]):
+    "Said before anything is computed."
+    for f in files:
+        if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+
 @app.command()
 def plot(
     runs:Annotated[list[Path], typer.Argument(help="folders of runs; several are laid over each other")],
@@ -265,7 +271,7 @@ def plot(
     "Draw the loss curves of one or several runs."
     from minigpt.monitor import plot_runs
     from minigpt.run import open_run
-    if not output.absolute().parent.is_dir(): raise FileNotFoundError(f"{output} cannot be written: there is no folder {output.parent}")
+    _writable(output)
     plot_runs({str(r):open_run(r).history for r in runs}, last, log).savefig(output)
     typer.echo(output)
 
@@ -285,10 +291,10 @@ def analyze_checkpoint(
     json:Annotated[Optional[Path], typer.Option(help="write all figures as JSON")]=None,
 ):
     "What takes the bytes of a checkpoint, what is known of its training, and what could be smaller. Reads headers; runs no code that is in it."
-    from minigpt.analyze import analyze, checkpoints_in, compare as side_by_side, create_demo as make_demo, precision_table
+    from minigpt.analyze import analyze, checkpoints_in, create_demo as make_demo
+    from minigpt.compare import compare as side_by_side, precision_table, suggestions
     from minigpt.files import write_json
-    for f in figure, json:
-        if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+    _writable(figure, json)
     if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo_checkpoint'), config)
     if not checkpoint and not directory: raise ValueError("name a checkpoint (-c FILE_OR_DIRECTORY), a folder of them (-d FOLDER --compare), or --create-demo")
     if compare:
@@ -300,7 +306,7 @@ def analyze_checkpoint(
     a = analyze(checkpoint or checkpoints_in(directory)[-1])
     typer.echo(a); typer.echo()
     typer.echo(precision_table(a)); typer.echo()
-    typer.echo(a.suggestions(training_hours, target))
+    typer.echo(suggestions(a, training_hours, target))
     if figure: a.figure().savefig(figure)
     if json: write_json(json, a.summary())
 
@@ -358,8 +364,7 @@ def analyze_(
     from minigpt.files import write_json
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
-    for f in figure, json:
-        if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+    _writable(figure, json)
     report = analyze(source, load_tokenizer(tokenizer) if tokenizer else None, near_duplicates)
     typer.echo(report)
     if figure: report.figure().savefig(figure)

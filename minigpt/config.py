@@ -14,7 +14,7 @@ import orjson
 # %% ../nbs/12_config.ipynb #8d10e0c2
 def _option(default, help:str): return field(default=default, metadata=dict(help=help))
 
-_ALIASES = dict(num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
+_ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
 
 # %% ../nbs/12_config.ipynb #7ff71f02
@@ -105,7 +105,7 @@ class TrainConfig:
         must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
         for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
-                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(choice))
+                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(c or "''" for c in choice))
 
     @property
     def effective_batch(self)->int: "Sequences of an optimizer step."; return self.batch_size*self.gradient_accumulation
@@ -150,12 +150,12 @@ def read_options(
 )->dict: # As it stands there; `TrainConfig.make` checks it
     "The options in a configuration file."
     path = Path(path)
-    if not path.exists(): raise FileNotFoundError(f"there is no configuration file {path}")
+    if not path.is_file(): raise FileNotFoundError(f"there is no configuration file {path}; it must be a .json or .yaml file with options and their values")
     try:
         if path.suffix in ('.yaml','.yml'):
             import yaml
             found = yaml.safe_load(path.read_text('utf-8'))
         else: found = orjson.loads(path.read_bytes())
-    except Exception as e: raise ValueError(f"{path} is neither JSON nor YAML as its name says: {e}") from None
+    except Exception as e: raise ValueError(f"{path} cannot be read as {'YAML' if path.suffix in ('.yaml','.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} must hold options with their values, such as {{\"batch_size\": 8}}; it holds a {type(found).__name__}")
     return found

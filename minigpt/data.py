@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'LineSet', 'PairSet', 'curriculum', 'Mixture',
            'count_refused', 'refusals', 'check_text', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset',
-           'open_set', 'loader', 'check_size']
+           'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
 import contextlib, copy, json, os, signal
@@ -54,10 +54,11 @@ class TokenSet:
     ):
         self.path = Path(path)
         if not (self.path/'meta.json').exists(): raise FileNotFoundError(f"{self.path} is not a token set: it has no meta.json")
-        self.meta = read_json(self.path/'meta.json')
+        self.meta,tokens = read_json(self.path/'meta.json'),self.path/'tokens.bin'
+        if not isinstance(self.meta, dict) or not {'n_tokens','dtype','sources'} <= self.meta.keys(): raise DataError(f"{self.path/'meta.json'} does not describe a token set; delete the folder {self.path.parent} and it is built again")
         want = self.meta['n_tokens']*np.dtype(self.meta['dtype']).itemsize
-        if (size := (self.path/'tokens.bin').stat().st_size) != want: raise DataError(f"{self.path/'tokens.bin'} has {size:,} bytes and must have {want:,}; delete the folder {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}")
-        self.tokens = np.memmap(self.path/'tokens.bin', self.meta['dtype'], 'r') if want else np.empty(0, self.meta['dtype'])
+        if (size := tokens.stat().st_size if tokens.exists() else 0) != want: raise DataError(f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}")
+        self.tokens = np.memmap(tokens, self.meta['dtype'], 'r') if want else np.empty(0, self.meta['dtype'])
         self.difficulty,self.pace,self._orders = None,None,{} # of a `curriculum`
 
     def __len__(self)->int: "Tokens."; return self.meta['n_tokens']
@@ -343,7 +344,7 @@ class Mixture:
     def __init__(self,
         parts:Sequence[tuple[TokenSet,float]], # Sets, and their shares: positive numbers, in any unit
     ):
-        if not parts: raise ValueError("a mixture needs at least one data set")
+        if not parts: raise ValueError("a mixture needs at least one data set; give it pairs of a set and its weight, as in Mixture([(a, 2), (b, 1)])")
         self.sets,w = [d for d,_ in parts],np.array([w for _,w in parts], float)
         if not (np.isfinite(w) & (w > 0)).all(): raise ValueError(f"weights {w.tolist()} must all be above 0; leave out what is not wanted")
         if any(isinstance(d, PairSet) for d in self.sets) and not all(isinstance(d, PairSet) for d in self.sets): raise DataError("preferences do not mix with texts or conversations: their loss is another; train on them one after the other")
@@ -432,7 +433,10 @@ def check_text(
 
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
-    return DataError(f"{', '.join(map(str, files))}: no text that can be used; rows refused: {refusals(refused) or 'none'}. A row of a .jsonl file is {{\"text\": \"…\"}}; plain text goes into a .txt file")
+    why = f"rows refused: {refusals(refused)}" if refused else "it is blank, or data_subset leaves nothing of it"
+    if any(k.startswith(('broken JSON', 'no "')) for k in refused):
+        why += f'. A row of a .jsonl file is {{"text": "…"}}, or {{"conversations": [{{"role": "user", "content": "…"}}, {{"role": "assistant", "content": "…"}}]}}; a plain text must be named as one, {files[0].stem}.txt'
+    return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
 
 # %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:
@@ -549,6 +553,8 @@ def build_tokenset(
             if max_data_size and rows >= max_data_size: break
         if not sides[0].n + sides[1].n: raise no_text(files, refused)
         for side in sides: side.close(refused=refused, mended=mended, **facts)
+        if not sides[0].n: # the only texts there are were all held out: they are what to train on
+            for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
     if refused and progress: tqdm.write(f'rows refused: {refusals(refused)}')
     if mended and progress: tqdm.write(f'rows mended: {refusals(mended)}')
     return open_tokenset(out)
@@ -602,4 +608,13 @@ def check_size(
     for d in getattr(data, 'sets', ()):
         if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from; raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
-    if windows < batch_size: raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size")
+    if windows < batch_size:
+        lost = '; '.join(refusals(r).replace('\n', '; ') for d in getattr(data, 'sets', [data]) if (r := getattr(d, 'meta', {}).get('refused')))
+        raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size" + (f". Rows refused: {lost}" if lost else ''))
+
+def spread_over(
+    n:int, # Sequences of a set
+    most:int=0, # That are taken; 0: all
+)->np.ndarray: # Their places, in order
+    "Some of `n` sequences, at even distances: a sample that is the same each time."
+    return np.arange(n) if not most or n <= most else np.arange(most)*n//most

@@ -20,7 +20,7 @@ from .checkpoint import load_model
 from .config import TrainConfig, read_options
 from .data import ChatSet
 from .formats import data_files, read_blocks
-from .model import LanguageModel
+from .model import GPT, LanguageModel
 from .run import Run
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import fit
@@ -403,7 +403,7 @@ def infill(
     **how, # steps, temperature, top_k, top_p, seed: see `denoise`
 )->Film: # `.text` is the result; a notebook shows how it came about
     "Fill the gaps of a text, wherever they are; the rest stays as it is."
-    if not isinstance(model, Tess): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
+    if isinstance(model, GPT): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
     head,*tails = text.split(mask)
     if not tails: raise ValueError(f"the text has no gap: write {mask} for each token that is wanted, such as 'The {mask}{mask} slept.'")
     ids,blank = tokenizer.encode(head),[]

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
 from .checkpoint import load_model
-from .data import TokenSet, build_tokenset, open_set
+from .data import TokenSet, build_tokenset, open_set, spread_over
 from .files import hash_bytes
 from .model import GPT, need_gpt
 from .run import Run, open_run, text_table
 from .source import source_files
+from .speed import best_device
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/14_evaluate.ipynb #d9f8e569
@@ -44,8 +45,7 @@ def total_loss(
     progress:bool=False, # Show a bar?
 )->dict: # `nats` and `tokens` to predict, both in all; with `sizes`, their `bytes`
     "Cross-entropy over the set, without dropout, in the order of the text."
-    n = data.n_windows(seq_len)
-    index = np.arange(n) if not max_sequences or n <= max_sequences else np.arange(max_sequences)*n//max_sequences
+    index = spread_over(data.n_windows(seq_len), max_sequences)
     device,mode = next(model.parameters()).device,model.training
     model.eval()
     nats,tokens,text = 0.,0,0
@@ -96,8 +96,9 @@ def evaluate_on(
     need_gpt(model, 'this evaluation')
     if tok.vocab_size > model.config.vocab_size: raise ValueError(f"the tokenizer has {tok.vocab_size:,} tokens and the model knows {model.config.vocab_size:,}; pass the tokenizer that it was trained with")
     seq_len = seq_len or min(512, model.config.max_len)
-    if seq_len > model.config.max_len: raise ValueError(f"seq_len={seq_len} must be at most {model.config.max_len}, the longest text that the model reads")
-    if device == 'auto': device = next(model.parameters()).device if in_memory else 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not 2 <= seq_len <= model.config.max_len: raise ValueError(f"seq_len={seq_len} must be from 2 to {model.config.max_len}, the longest text that the model reads")
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if device == 'auto': device = next(model.parameters()).device if in_memory else best_device()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tokens = _token_set(data, tok, Path(cache or folder), max_rows, progress)
         m = total_loss(model.to(device), tokens, seq_len, batch_size, max_sequences, token_bytes(tok), progress)

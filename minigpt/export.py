@@ -15,7 +15,7 @@ import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
 from .checkpoint import CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
-from .data import open_set
+from .data import open_set, spread_over
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, need_gpt
@@ -91,7 +91,7 @@ def _find(source)->Path:
     if not (path/'run.json').exists(): return path
     final = read_json(path/'trainer_state.json')['global_step'] if problem(path, hashes=False) is None else -1
     later = newest([CheckpointStore(path/'checkpoints'), CheckpointStore(path/'snapshots', name='snapshot')], unfit=lambda c: 'the final model is newer' if c.step <= final else None)
-    if not later and final < 0: raise CheckpointError(f"{path} has no whole checkpoint yet")
+    if not later and final < 0: raise CheckpointError(f"{path} has no whole checkpoint yet; wait until the run has saved one (`minigpt runs` lists them)")
     return later.path if later else path
 
 def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
@@ -221,7 +221,7 @@ def _predict(model:GPT, data, seq_len:int, sequences:int)->tuple[float,Tensor]:
     n = data.n_windows(seq_len)
     if not n: raise ValueError(f"the data hold not one sequence of seq_len={seq_len}; take a smaller one, or more data")
     total,best = 0.,[]
-    for i in np.unique(np.arange(sequences)*n//sequences): # spread over the set
+    for i in spread_over(n, sequences):
         b = {k:torch.from_numpy(v) for k,v in data.windows(np.array([i]), seq_len).items()}
         keep = b['labels'] != -100
         scores = F.linear(model.hidden(b['ids'], rows=b.get('rows'))[keep], model.head)

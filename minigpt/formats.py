@@ -8,7 +8,7 @@ __all__ = ['LONGEST', 'ROLES', 'FORMATS', 'DataError', 'Look', 'look_at', 'open_
            'parse_block']
 
 # %% ../nbs/02_formats.ipynb #fa91f5ee
-import ast, codecs, gzip, io, json, re, zlib
+import ast, codecs, difflib, gzip, io, json, re, zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,11 @@ from .tokenizer import SPECIALS, chat_messages
 class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
-_REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it"), b'version https://git-lfs':('a Git LFS pointer', "fetch the real file with `git lfs pull`"), b'PAR1':('a Parquet file', "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…, force_ascii=False)`"),
+_REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document, save as text"), b'version https://git-lfs':('a Git LFS pointer', "fetch the real file with `git lfs pull`"), b'PAR1':('a Parquet file', "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…, force_ascii=False)`"),
     b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), b'\x80\x04':('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines"),
-    b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again")}
+    b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again"),
+    b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
+    b'ARROW1':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json(…, force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines")}
 
 class _damage:
     "What a broken archive raises, as a `DataError`."
@@ -51,7 +53,10 @@ class _Zstd(io.RawIOBase):
 def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     "How a file is packed, and its bytes unpacked."
     if path.is_dir(): raise DataError(f"{path} is a folder; name a file in it, or a list of files")
-    if not path.exists(): raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}); check the name, and on Colab that the file was uploaded or Drive is mounted")
+    if re.match('(https?|hf):', str(path)): raise DataError(f"{path} is an address, and must be a file; fetch it first: minigpt.download.get(ADDRESS, 'data.jsonl')")
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, .75) if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on Colab that the file was uploaded or Drive is mounted")
     if not path.stat().st_size: raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
     f = open(path, 'rb')
     head = f.peek(32)
@@ -150,12 +155,14 @@ def data_files(
     source:str|Path|Iterable[str|Path], # A file, a folder of data files, or a list of both
 )->list[Path]:
     "The data files that `source` names, in order."
+    if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
     out = []
     for p in map(Path, [source] if isinstance(source, (str,Path)) else source):
         if not p.is_dir(): look_at(p); out.append(p); continue
         inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and f.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")
         out += inside
+    if not out: raise DataError("the list of data files is empty; name at least one file or folder")
     return out
 
 # %% ../nbs/02_formats.ipynb #f44d7564

@@ -16,6 +16,8 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/06_generate.ipynb #e69070dd
 def _check_choice(temperature, top_k, top_p):
+    for k,v in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
+        if isinstance(v, str): raise TypeError(f"{k}={v!r} must be a number, without quotes")
     if not 0 <= temperature < float('inf'): raise ValueError(f"temperature={temperature} must be 0 (always the best token) or above; 0.7 to 1 is usual")
     if top_k is not None and (top_k < 1 or top_k != int(top_k)): raise ValueError(f"top_k={top_k} must be a whole number, at least 1; to keep every token leave it None")
     if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability; to keep every token leave it None")
@@ -72,7 +74,7 @@ def _checked(model, prompts, max_new_tokens, choice):
     "The prompts as lists of numbers, and how many tokens each has room for; refused where it cannot work."
     need_gpt(model, 'this way of writing')
     _check_choice(*choice)
-    if max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or more")
+    if isinstance(max_new_tokens, str) or max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
     prompts,c = [[int(i) for i in p] for p in prompts],model.config
     for ids in prompts:
         if not ids: raise ValueError("the prompt has no tokens; start from the token that ends a document, [tokenizer.eos_id]")

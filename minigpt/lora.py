@@ -97,6 +97,7 @@ class LoRAGPT(GPT):
         lora:LoRAConfig,
         seed:int=0, # Decides `A`
     ):
+        if not isinstance(base, nn.Module): raise TypeError(f"base={base!r} must be a model, such as minigpt.checkpoint.load_model(directory)")
         need_gpt(base, 'an adapter')
         if isinstance(base, LoRAGPT): raise ValueError("this model has an adapter already: train it as it is, or adapt model.merged()")
         with torch.device('meta'): super().__init__(base.config)

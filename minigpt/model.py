@@ -42,7 +42,7 @@ class GPTConfig:
 
     def __post_init__(self):
         for k in ('vocab_size','dim','n_layer','n_head','n_kv_head','ffn_dim','max_len'):
-            if getattr(self, k) < 1: raise ValueError(f"{k}={getattr(self, k)} must be at least 1")
+            if not isinstance(v := getattr(self, k), int) or v < 1: raise ValueError(f"{k}={v!r} must be a whole number, at least 1")
         if self.head_dim is None:
             if self.dim % self.n_head:
                 below = self.dim - self.dim % self.n_head
@@ -381,6 +381,7 @@ class LanguageModel(nn.Module):
 class GPT(LanguageModel):
     "Token ids in, scores for the next token out."
     def __init__(self, config:GPTConfig):
+        if not isinstance(config, GPTConfig): raise TypeError(f"config={config!r} must be a GPTConfig, such as GPTConfig.preset('tiny')")
         super().__init__()
         self.config = c = config
         self.model = nn.ModuleDict(dict(embed_tokens=nn.Embedding(c.vocab_size, c.dim), layers=nn.ModuleList(Block(c) for _ in range(c.n_layer)), norm=RMSNorm(c.dim, c.norm_eps)))

@@ -302,7 +302,7 @@ class EventWriter:
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError: raise ImportError("TensorBoard's event files need the package tensorboard: install minigpt's extra [tensorboard], or pass tensorboard=False") from None
+        except ImportError: raise ImportError("TensorBoard's event files need the package tensorboard; install it with: pip install 'minigpt-notebook[tensorboard]', or pass tensorboard=False") from None
         self.Event,self.folder,self.file,self.end,self.problem = Event,Path(folder),None,0,None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from .registry import mix
 def _choose(what:str, table:dict, name:str)->dict:
     if name in table: return dict(table[name])
     near = difflib.get_close_matches(str(name), table, 1, .5)
-    raise ValueError(f"there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else '') + f" There are {', '.join(table)}")
+    raise ValueError(f"there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else '.') + f" There are {', '.join(table)}")
 
 # %% ../nbs/12_presets.ipynb #bcd72195
 STAGES = dict(

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .files import human_size, spread
 from .picture import figure
 from .formats import Block, Row, data_files, look_at, parse_block, parse_row, read_blocks
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/03_quality.ipynb #377a074d
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]')
@@ -152,7 +152,7 @@ N_BANDS,BAND = 10,12
 @cache
 def _rensa():
     try: import rensa
-    except ImportError: raise ImportError("finding near-duplicates needs rensa; install it with: pip install 'minigpt-notebook[data]', or pass near_duplicates=False") from None
+    except ImportError: raise ImportError("finding near-duplicates needs rensa; install it with: pip install 'minigpt-notebook[data]', or pass near_duplicates=False (--no-near-duplicates)") from None
     return rensa
 
 def band_keys(
@@ -319,13 +319,14 @@ class _Rows:
 
 def analyze(
     source:str|Path|Iterable[str|Path], # A file, a folder, or a list of them
-    tokenizer:Tokenizer|None=None, # Lengths in tokens as well, from a sample of 2,000 rows
+    tokenizer:Tokenizer|str|Path|None=None, # Lengths in tokens as well, from a sample of 2,000 rows
     near_duplicates:bool=True, # Look for them too? Takes as long again as all the rest
     format:str|None=None, # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
     threads:int|None=None, # Workers; default: one a core
     progress:bool=True, # Show a progress bar on files above 8 MB?
 )->Report:
     "Read a data set once, and say what is in it."
+    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
     if near_duplicates: _rensa()
     _ftfy()
     files,threads = data_files(source),threads or os.cpu_count() or 1

@@ -75,7 +75,7 @@ def get_dataset_config(
     "What is known of a data set; a `ValueError` lists the names, and the nearest one."
     if name in _SETS: return _SETS[name]
     near = difflib.get_close_matches(str(name), _SETS, 1, .5)
-    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else '') + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file")
+    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else '.') + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file")
 
 def list_datasets()->list[DatasetConfig]:
     "All registered data sets."
@@ -138,7 +138,7 @@ def mix(
         try: return p,w if w is None else float(w)
         except (TypeError, ValueError): raise ValueError(f"weight {w!r} of {p} must be a number above 0") from None
     parts = tuple(number(*p) for p in (parts.items() if isinstance(parts, dict) else map(pair, parts)))
-    if not parts: raise ValueError("a mixture needs at least one data set")
+    if not parts: raise ValueError("a mixture needs at least one data set, as in mix({'sft_mini': 0.7, 'stories': 0.3})")
     if len({w is None for _,w in parts}) > 1: raise ValueError(f"give every data set a weight, or none of them: {[(str(p), w) for p,w in parts]}")
     if bad := [w for _,w in parts if w is not None and not 0 < w < float('inf')]: raise ValueError(f"weight {bad[0]} must be above 0; leave out what is not wanted")
     return Mix(parts)

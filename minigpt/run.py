@@ -7,7 +7,7 @@ __all__ = ['Run', 'open_run', 'list_runs', 'text_table', 'runs_table', 'run_tabl
 
 # %% ../nbs/11_run.ipynb #4c887c28
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
@@ -30,7 +30,12 @@ class Run:
     def __repr__(self): return f"Run({self.path}, {self.progress}, {len(self.checkpoints)} checkpoint{'s'*(len(self.checkpoints) != 1)})"
 
     @property
-    def facts(self)->dict: "The content of run.json."; return read_json(self.path/'run.json')
+    def facts(self)->dict:
+        "The content of run.json."
+        facts = read_json(self.path/'run.json')
+        if not isinstance(facts, dict) or not {'train','max_steps'} <= facts.keys(): raise ValueError(f"{self.path/'run.json'} is not one that fit writes; it was edited, or is of another program. Take it away, or name another folder")
+        return facts
+
     @property
     def history(self)->list[dict]: "A row a logged step: step, loss, lr, …; with `eval_loss` where it was evaluated."; return read_metrics(self.path/'metrics.jsonl')
     @property
@@ -88,7 +93,9 @@ class Run:
         if which is None: path = self.final if self.finished else getattr(newest([self.store, self.snapshot_store]), 'path', None)
         elif which == 'best': path = getattr(self.best, 'path', None)
         else: path = self.path/('snapshots' if which.startswith('snapshot') else 'checkpoints')/which
-        if path is None: raise FileNotFoundError(f"{self.path} has no {which or 'whole checkpoint'} yet; it saves every {self.facts['train'].get('save_steps')} steps")
+        if path is None or which and not path.is_dir():
+            saved = ', '.join(c.path.name for c in self.checkpoints+self.snapshots) or f"nothing yet; it saves every {self.facts['train'].get('save_steps')} steps"
+            raise FileNotFoundError(f"{self.path} has no {which or 'whole checkpoint'}; it has {saved}")
         return load_model(path, device)
 
     def stream(self, prompt:str|list[dict]='', which:str|None=None, **options)->Iterator[str]:
@@ -115,6 +122,7 @@ def open_run(
     path = Path(path)
     if not (path/'run.json').exists():
         near = ', '.join(r.path.name for r in list_runs(path.parent)) if path.parent.is_dir() else ''
+        if (path.absolute().parent.parent/'run.json').exists(): raise FileNotFoundError(f"{path} is a part of a run: name the run, {path.absolute().parent.parent}")
         raise FileNotFoundError(f"{path} is not a run: it has no run.json" + (f"; runs beside it: {near}" if near else '; a run is a folder that minigpt.train.fit made'))
     return Run(path)
 
@@ -134,15 +142,16 @@ def runs_table(
     runs:list[Run], # Such as of `list_runs`
 )->str:
     "A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints."
-    lines = [('run','steps','done','loss','validation','newest checkpoint','age','size')]
+    lines,damaged = [('run','steps','done','loss','validation','newest checkpoint','age','size')],[]
     for r in runs:
-        history = r.history
+        try: history,_ = r.history,r.facts
+        except ValueError as e: damaged.append(str(e)); continue
         last = lambda k: next((f'{h[k]:.3f}' for h in reversed(history) if h.get(k) is not None), '–')
         whole = sorted((c for c in r.checkpoints+r.snapshots if not c.problem), key=lambda c: c.step)
         c = whole[-1] if whole else None
         lines.append((r.path.name, f'{r.step:,}/{r.max_steps:,}', 'finished' if r.finished else f'{100*r.step/max(1,r.max_steps):.0f}%', last('loss'), last('eval_loss'),
             c.path.name if c else '–', human_time(time.time()-c.time)+' ago' if c else '–', human_size(sum(c.size for c in whole))))
-    return text_table(lines)
+    return '\n'.join([text_table(lines), *damaged])
 
 def run_table(
     run:Run,

@@ -230,6 +230,7 @@ class Server(ThreadingHTTPServer):
         self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL
         if ':' in host: self.address_family = socket.AF_INET6
         try: super().__init__((host, port), _Handler)
+        except OverflowError: raise ValueError(f"port={port} must be from 0 to 65535") from None
         except OSError as e: raise OSError(f"cannot listen on {host}, port {port} ({e.strerror}); another program may have it: choose another port") from None
 
     @property

@@ -7,6 +7,7 @@ __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_
            'refuse', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 import orjson
@@ -25,8 +26,13 @@ BUILT_IN:dict[str,Callable[[Path],Path]] = dict(stories=write_corpus, talks=writ
 def _named(source)->DatasetConfig|None:
     "The registered data set that is meant, if one is."
     if isinstance(source, DatasetConfig): return source
-    if not isinstance(source, str) or source in BUILT_IN or Path(source).exists(): return None
-    if source in [c.name for c in list_datasets()] or not Path(source).suffix and len(Path(source).parts) == 1: return get_dataset_config(source)
+    if not isinstance(source, str) or source in BUILT_IN: return None
+    if '\n' in source or any(len(p.encode()) > 255 for p in Path(source).parts): raise DataError(f"{source[:40]!r}… is a text, and must be the name of one; write it into a .txt file, and name that")
+    if Path(source).exists(): return None
+    if source not in [c.name for c in list_datasets()]:
+        if Path(source).suffix or len(Path(source).parts) > 1: return None
+        if near := difflib.get_close_matches(source, BUILT_IN, 1, .7): raise ValueError(f"there is no data set {source!r}; did you mean the built-in corpus {near[0]!r}?")
+    return get_dataset_config(source)
 
 def _is_set(source)->bool: return hasattr(source, 'sequences')
 
@@ -126,6 +132,7 @@ def open_source(
     "Everything that `fit` reads, in the run's folder."
     if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
+    if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
     tok = load_tokenizer(folder/'tokenizer') if known else given
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)

@@ -314,6 +314,7 @@ def train_tokenizer(
     marks = (*MARKS, *(m for m in dict.fromkeys(marks) if m not in SPECIALS+MARKS))
     smallest,size,sample = 256+len(SPECIALS)+len(marks),0,[]
     if vocab_size is not None and vocab_size < smallest: raise ValueError(f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes, {len(SPECIALS)} special tokens and {len(marks)} marks")
+    if isinstance(texts, str): raise TypeError(f"texts={texts[:60]!r} is one text, and must be a list of texts; of a file: [Path('my.txt').read_text('utf-8')]")
     for text in texts:
         sample.append(text); size += len(text.encode('utf-8', 'replace'))
         if len(sample) >= max_rows or size >= max_bytes: break
@@ -337,7 +338,7 @@ def load_tokenizer(
     file = folder if folder.suffix == '.json' else folder/'tokenizer.json'
     if not file.exists():
         if (old := file.with_name('tokenizer.pkl')).exists(): raise ValueError(f"{old} is a pickle, which can run code when it is opened, so it is not read; train a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its author for one")
-        raise FileNotFoundError(f"there is no tokenizer.json in {file.parent}; it is written by Tokenizer.save and by transformers' save_pretrained")
+        raise FileNotFoundError(f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'} {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers' save_pretrained")
     try: hf = HFTokenizer.from_file(str(file))
     except Exception as e: raise ValueError(f"{file} is not a tokenizer that this version of tokenizers reads ({e})") from None
     config = read_json(f) if (f := file.with_name('tokenizer_config.json')).exists() else None

@@ -18,7 +18,7 @@ import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_run_id, restore_run, wait_for_others
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
-from .data import ChatSet, Mixture, PairSet, TokenSet, check_size, loader
+from .data import ChatSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_json
 from .generate import complete
@@ -31,7 +31,7 @@ from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, usual_options
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
 class Callback:
@@ -282,8 +282,7 @@ def measure(
     objective=None, # `NextToken` or `Preference`; default: the first
 )->dict[str,float]: # `loss`, and what else the objective logs
     "Means over a set, without dropout, in the order of the text."
-    n,objective = data.n_windows(seq_len),objective or NextToken()
-    index = np.arange(n) if not max_sequences or n <= max_sequences else np.arange(max_sequences)*n//max_sequences
+    index,objective = spread_over(data.n_windows(seq_len), max_sequences),objective or NextToken()
     device,mode = next(model.parameters()).device,model.training
     model.eval()
     total,count = {},0
@@ -403,10 +402,11 @@ def _describe(data, seq_len:int)->list[str]:
 
 def _given(model):
     "The model of a call; opened, if a directory is named."
+    if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
-    return str(model)
+    return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     "The model of a call, with weights decided by the seed."
@@ -420,6 +420,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
 # %% ../nbs/13_train.ipynb #3e8b2007
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
+    if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
     folder = Path(output_dir)
     try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
@@ -544,6 +545,9 @@ def fit(
     **options, # Fields of `TrainConfig`
 )->Run: # The finished run
     "Train a model, or go on training it, or return it if it is trained."
+    if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
+    callbacks = [*callbacks]
+    if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
     cfg = TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train) | (config or {}), **options)
     if resume_from_checkpoint is not None: resume = resume_from_checkpoint
     override = (override,) if isinstance(override, str) else tuple(override)
@@ -553,7 +557,8 @@ def fit(
         say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data','data-source')): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
-        known = read_json(folder/'run.json') if (folder/'run.json').exists() else None
+        known = Run(folder).facts if (folder/'run.json').exists() else None
+        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
@@ -563,6 +568,8 @@ def fit(
         model = _given(model)
         if tokenizer is None and not known and not cfg.retrain_tokenizer and (origin := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(origin)/'tokenizer.json').exists(): tokenizer = origin
         tok,data,valid = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        if not known and (home := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(home)/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
+            say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
         objective = _objective(net, data, cfg)

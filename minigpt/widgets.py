@@ -192,7 +192,8 @@ class RunDashboard:
 import math
 from collections import Counter
 from collections.abc import Iterable
-from .analyze import PRECISIONS, Analysis, Comparison, Table, compare, difference, precision_table, suggestions
+from .analyze import Analysis, Table
+from .compare import PRECISIONS, Comparison, compare, difference, precision_table, suggestions
 from .files import dir_size, human_size
 
 # %% ../nbs/12_widgets.ipynb #dfb3d59f

@@ -21,7 +21,8 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from minigpt.analyze import Analysis, analyze, checkpoints_in, compare, create_demo, difference, precision_table, suggestions, treemap
+from minigpt.analyze import Analysis, analyze, checkpoints_in, create_demo, treemap
+from minigpt.compare import compare, difference, precision_table, suggestions
 from minigpt.files import dir_size
 from minigpt.model import GPT, GPTConfig
 
@@ -242,9 +243,9 @@ def test_compressed_and_quantized(run, tmp_path):
 def test_suggestions_are_computed(tmp_path):
     medium = GPTConfig.preset("medium")
     with torch.device("meta"): model = GPT(medium)
-    from minigpt.analyze import TensorInfo, _layer
+    from minigpt.analyze import TensorInfo, layer_of
     from minigpt.model import to_hf
-    tensors = [TensorInfo(k, "model", tuple(v.shape), "float32", 4*v.numel(), v.numel(), _layer(k)) for k, v in model.weights().items()]
+    tensors = [TensorInfo(k, "model", tuple(v.shape), "float32", 4*v.numel(), v.numel(), layer_of(k)) for k, v in model.weights().items()]
     P = medium.n_params
     a = Analysis(tmp_path, "x", 12*P, dict(model=4*P, optimizer=8*P), tensors, config=to_hf(medium), metadata=dict(training_args=dict(batch_size=4, max_seq_len=512)))
     found = {r["what"]: r for r in suggestions(a, training_hours=10)}
@@ -346,7 +347,7 @@ def test_demo(tmp_path, capsys):
 # --- light and fast --------------------------------------------------------------------------------------------------------------------------
 def test_no_torch_and_no_values_are_read(run, root):
     code = textwrap.dedent("""
-        import sys; from minigpt.analyze import analyze, compare; from pathlib import Path
+        import sys; from minigpt.analyze import analyze; from minigpt.compare import compare; from pathlib import Path
         run = Path(sys.argv[1]); print(len(compare(run))); str(analyze(run)); analyze(run)._repr_html_(); compare(run).between()
         print([m for m in ('torch', 'transformers', 'matplotlib', 'ipywidgets') if m in sys.modules])""")
     out = subprocess.run([sys.executable, "-c", code, run.path], cwd=root, capture_output=True, text=True, check=True).stdout.split("\n")

@@ -18,10 +18,16 @@ import kill_child as child
 import psutil
 import pytest
 from minigpt import cli
+from minigpt.chat import tools_from_file
 from minigpt.checkpoint import CheckpointError, CheckpointStore, load_model, problem, read_checkpoint
-from minigpt.data import DataError, build_tokenset
+from minigpt.config import read_options
+from minigpt.data import DataError, TokenSet, build_tokenset
+from minigpt.evaluate import evaluate_on
 from minigpt.files import only_one
-from minigpt.run import open_run
+from minigpt.lora import lora
+from minigpt.model import GPT, GPTConfig
+from minigpt.run import list_runs, open_run, runs_table
+from minigpt.tokenizer import train_tokenizer
 from minigpt.train import Callback, TrainConfig, fit
 
 STEPS = 20
@@ -183,6 +189,88 @@ def test_bad_options(options, words, work):
     assert not (work/"run").exists()
 
 
+def new_run(work, **options): return fit(**{"model": child.shape(), "train": work/"text.jsonl", "output_dir": work/"new", **SHORT, **options})
+MISTAKES = {  # what a beginner may well write → words of the answer: the thing, its value, what it must be
+    "data-None": (lambda w: new_run(w, train=None), ["None is no data", "name a file"]),
+    "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
+    "data-itself": (lambda w: new_run(w, train="Once upon a time there was a cat. "*50), ["'Once upon a time", "is a text", "write it into a .txt file"]),
+    "data-mistyped": (lambda w: new_run(w, train="storys"), ["'storys'", "did you mean", "'stories'"]),
+    "data-near": (lambda w: new_run(w, train=w/"texts.jsonl"), ["no file", "did you mean text.jsonl?"]),
+    "data-an-address": (lambda w: new_run(w, train="https://example.com/a.txt"), ["is an address, and must be a file", "minigpt.download.get"]),
+    "valid-a-share": (lambda w: new_run(w, valid=.1), ["0.1 is no data"]),
+    "model-None": (lambda w: new_run(w, model=None), ["model=None must be a preset's name (tiny, "]),
+    "model-mistyped": (lambda w: new_run(w, model="tinny"), ["'tinny'", "Did you mean 'tiny'"]),
+    "model-of-a-name": (lambda w: GPT("tiny"), ["config='tiny' must be a GPTConfig", "GPTConfig.preset('tiny')"]),
+    "dim": (lambda w: GPTConfig.preset("tiny", dim="64"), ["dim='64' must be a whole number"]),
+    "device": (lambda w: new_run(w, device="gpu"), ["device='gpu' must be auto, cpu, cuda"]),
+    "objective": (lambda w: new_run(w, objective="dpo"), ["objective='dpo' must be one of '', next_token_prediction"]),
+    "output_dir": (lambda w: new_run(w, output_dir=None), ["output_dir=None must be the path of a folder"]),
+    "tokenizer": (lambda w: new_run(w, tokenizer=5), ["tokenizer=5 must be a minigpt.tokenizer.Tokenizer", "directory with a tokenizer.json"]),
+    "config": (lambda w: new_run(w, config="a.json"), ["config='a.json' must be a TrainConfig", "read_options"]),
+    "callback": (lambda w: new_run(w, callbacks=[print]), ["callbacks: <built-in function print> must be a Callback"]),
+    "resume": (lambda w: new_run(w, resume="checkpoint-5"), ["resume='checkpoint-5'", "holds no run", "output_dir"]),
+    "which": (lambda w: open_run(w/"run").model("checkpoint-7"), ["run has no checkpoint-7; it has checkpoint-", "checkpoint-20"]),
+    "part-of-a-run": (lambda w: open_run(w/"run/checkpoints/checkpoint-20"), ["is a part of a run: name the run"]),
+    "model-of-a-file": (lambda w: load_model(w/"text.jsonl"), ["text.jsonl is a file", "must be a directory", "minigpt.export.export("]),
+    "model-of-a-hub": (lambda w: load_model("gpt2"), ["no directory gpt2", "downloaded first"]),
+    "temperature": (lambda w: open_run(w/"run").generate("a", temperature="0.7"), ["temperature='0.7' must be a number, without quotes"]),
+    "max_new_tokens": (lambda w: open_run(w/"run").generate("a", max_new_tokens="5"), ["max_new_tokens='5' must be a whole number"]),
+    "adapter": (lambda w: lora(str(w/"run")), ["base='", "must be a model, such as minigpt.checkpoint.load_model"]),
+    "tokenizer-of-a-text": (lambda w: train_tokenizer("a.txt"), ["texts='a.txt' is one text", "a list of texts"]),
+    "batch_size": (lambda w: evaluate_on(w/"run", w/"text.jsonl", batch_size=0), ["batch_size=0 must be at least 1"]),
+    "seq_len": (lambda w: evaluate_on(w/"run", w/"text.jsonl", seq_len=-1), ["seq_len=-1 must be from 2 to 64"]),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(case, whole):
+    do, words = MISTAKES[case]
+    with pytest.raises((CheckpointError, OSError, TypeError, ValueError)) as e: do(whole[0])
+    for w in words: assert w in str(e.value)
+
+
+FILES_OF_OTHERS = {
+    "run.json": (lambda f: f.write_text("[1]"), lambda d: open_run(d/"run").max_steps, ["run.json is not one that fit writes"]),
+    "data/train/meta.json": (lambda f: f.write_text("{}"), lambda d: TokenSet(d/"run/data/train"), ["meta.json does not describe a token set", "built again"]),
+    "data/train/tokens.bin": (lambda f: f.unlink(), lambda d: TokenSet(d/"run/data/train"), ["tokens.bin has 0 bytes and must have", "built again"]),
+    "checkpoints/checkpoint-20/config.json": (lambda f: (f.write_text("[]"), (f.parent/"MANIFEST.json").unlink()), lambda d: load_model(d/"run/checkpoints/checkpoint-20"), ["config.json holds a list", "must be an object"]),
+    "tools.py": (lambda f: f.write_text("def f(:\n"), lambda d: tools_from_file(d/"run/tools.py"), ["tools.py stopped with SyntaxError", "must run by itself"]),
+    "options.json": (lambda f: f.write_text('{"batch_size": 8, // rows\n}'), lambda d: read_options(d/"run/options.json"), ["options.json cannot be read as JSON, which has no comments"]),
+}
+
+
+@pytest.mark.parametrize("name", FILES_OF_OTHERS)
+def test_files_of_others(name, whole, tmp_path):
+    harm, use, words = FILES_OF_OTHERS[name]
+    copied(whole[0], tmp_path/"work")
+    harm(tmp_path/"work"/"run"/name)
+    with pytest.raises((CheckpointError, OSError, ValueError)) as e: use(tmp_path/"work")
+    for w in words: assert w in str(e.value)
+
+
+def test_another_tokenizer_for_weights_that_have_one(whole, tmp_path):
+    "It may be meant, so it is said and not refused"
+    new = lambda name, **kw: (new_run(whole[0], model=whole[0]/"run", output_dir=tmp_path/name, max_steps=1, **kw).path/"run.log").read_text(encoding="utf-8")
+    assert "was trained with another tokenizer" in new("other", tokenizer=train_tokenizer(["other words"]*9, vocab_size=280))
+    assert "another tokenizer" not in new("own")
+
+
+def test_a_damaged_run_hides_no_other(whole, tmp_path):
+    copied(whole[0], tmp_path/"runs"); shutil.copytree(tmp_path/"runs"/"run", tmp_path/"runs"/"other"); (tmp_path/"runs"/"other"/"run.json").write_text("{")
+    said = runs_table(list_runs(tmp_path/"runs"))
+    assert "run  " in said and "20/20" in said and "other/run.json is not valid JSON" in said
+
+
+def test_a_single_text_is_trained_on(tmp_path):
+    "Whether its hash falls on the side of validation or not"
+    tok = train_tokenizer(["some text"])
+    for i in range(40):
+        f = tmp_path/f"{i}.txt"; f.write_text(f"one long text, number {i}")
+        train, valid = build_tokenset(f, tok, tmp_path/str(i), .5, progress=False)
+        assert len(train) > 1 and valid is None
+        assert len(build_tokenset(f, tok, tmp_path/str(i), .5, progress=False)[0]) == len(train)
+
+
 def test_broken_rows_are_skipped_and_counted(work, monkeypatch, capsys):
     good = (work/"text.jsonl").read_bytes().splitlines(True)
     (work/"text.jsonl").write_bytes(b"".join(good[:40])+b'{"text": "cut of\n\n'+b"".join(good[40:60])+b'{"content": 1}\n{"text": 5}\n[1]\n{"text": " "}\n'+b"".join(good[60:]))
@@ -196,7 +284,6 @@ def test_broken_rows_are_skipped_and_counted(work, monkeypatch, capsys):
 
 def test_error_is_an_error_also_where_the_token_set_is_there_already(work):
     "Built with on_bad_row='skip' first"
-    from minigpt.tokenizer import train_tokenizer
     tok = train_tokenizer(["some text"])
     (work/"text.jsonl").write_bytes(GOOD+b"{\n")
     build_tokenset(work/"text.jsonl", tok, work/"tokens", progress=False)

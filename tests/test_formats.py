@@ -211,7 +211,7 @@ def test_a_given_format_refuses_the_others(tmp_path):
 REFUSED = {
     "zip": ("a.jsonl", b"PK\x03\x04"+bytes(50), "is a zip archive, not text: unpack it"), "lfs": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n", "is a Git LFS pointer, not text: fetch the real file with `git lfs pull`"),
     "parquet": ("a.json", b"PAR1"+bytes(9), "is a Parquet file"), "bzip2": ("a.txt", b"BZh91AY&SY", "is a bzip2 archive"), "xz": ("a.xz", b"\xfd7zXZ\0", "is an xz archive"), "pickle": ("a.jsonl", b"\x80\x04\x95", "a pickle can run code"),
-    "page": ("a.jsonl", b"<!doctype HTML><p>", "is a web page"), "empty": ("a.txt", b"", "is empty: 0 bytes"),
+    "page": ("a.jsonl", b"<!doctype HTML><p>", "is a web page"), "picture": ("a.txt", b"\x89PNG\r\n\x1a\n", "is a picture, not text"), "empty": ("a.txt", b"", "is empty: 0 bytes"),
 }
 
 
