@@ -6,10 +6,10 @@
 __all__ = ['FAMILIES', 'GPTConfig', 'to_hf', 'shape_from_dict', 'from_hf', 'RMSNorm', 'rope_angles', 'rotate', 'Attention', 'MLP',
            'Block', 'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'LanguageModel', 'GPT', 'need_gpt']
 
-# %% ../nbs/05_model.ipynb #3cfa166d
+# %% ../nbs/05_model.ipynb #658ad1e7
 import difflib, math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
