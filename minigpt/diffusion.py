@@ -52,7 +52,7 @@ def noised(
     left = left.to(x.dtype)[:,None]
     return left.sqrt()*x + (1-left).sqrt()*k*noise
 
-# %% ../nbs/16_diffusion.ipynb #fe819544
+# %% ../nbs/16_diffusion.ipynb #bb13dae5
 PRESETS = dict(tiny=dict(dim=128, n_layer=4, n_head=4, ffn_dim=512), small=dict(dim=256, n_layer=6, n_head=4, ffn_dim=1024),
     base=dict(vocab_size=50265, dim=768, n_layer=12, n_head=12, ffn_dim=3072)) # the last one is roberta-base
 
@@ -78,8 +78,8 @@ class TessConfig:
     num_diffusion_steps:int = 500 # T
     num_inference_diffusion_steps:int = 100 # How many of them sampling takes, unless it is told otherwise
     beta_schedule:str = 'squaredcos_improved_ddpm' # The only one
-    self_condition:str|None = 'logits_addition' # How a guess sees the one before: None (not at all), logits_addition (their embeddings are added), logits_mean (their probabilities are averaged), logits (both embeddings go through a matrix)
-    self_condition_zeros_after_softmax:bool = False # Where there is none before: zeros instead of equal probabilities
+    self_condition:str|None = 'logits_mean' # How a guess sees the one before: None (not at all), logits_mean (their probabilities are averaged), logits_addition (their embeddings are added), logits (both embeddings go through a matrix)
+    self_condition_zeros_after_softmax:bool = True # Where there is none before: zeros instead of equal probabilities
     blanks:str = 'mixed' # What is to be generated in training: spans (infill), rest (continue), all (from nothing), mixed (a third of the texts each)
     pad_to_max_length:bool = True # Line by line: fill each batch up to max_seq_len, rather than to its longest text
 
@@ -91,6 +91,7 @@ class TessConfig:
         if self.self_condition in ('none',''): object.__setattr__(self, 'self_condition', None)
         for n in ('vocab_size','dim','n_layer','n_head','ffn_dim','max_len','num_diffusion_steps','num_inference_diffusion_steps'): must(n, type(getattr(self, n)) is int and getattr(self, n) >= 1, 'a whole number, at least 1')
         must('n_head', self.dim % self.n_head == 0, f'a divisor of dim={self.dim}')
+        for n in ('dropout','simplex_value'): must(n, isinstance(getattr(self, n), (int,float,type(None))), 'a number, without quotes')
         must('dropout', 0 <= self.dropout < 1, 'at least 0 and below 1: it is the share that is dropped')
         must('simplex_value', self.simplex_value is None or self.simplex_value > 0, 'above 0, or None for a masked language model')
         must('num_inference_diffusion_steps', self.num_inference_diffusion_steps <= self.num_diffusion_steps, f'at most num_diffusion_steps={self.num_diffusion_steps}')
@@ -142,7 +143,7 @@ def from_hf(
     return TessConfig(vocab_size=d['vocab_size'], dim=d['hidden_size'], n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], ffn_dim=d['intermediate_size'], max_len=d['max_position_embeddings']-pad-1,
         dropout=d.get('hidden_dropout_prob', .1), norm_eps=d.get('layer_norm_eps', 1e-12), type_vocab=d.get('type_vocab_size', 2), pad_id=pad, **{k:d[k] for k in _OWN if k in d})
 
-# %% ../nbs/16_diffusion.ipynb #245c8855
+# %% ../nbs/16_diffusion.ipynb #14648780
 class EncoderBlock(nn.Module):
     "Attention both ways, then feed-forward; each adds to the stream, which is normalised afterwards. Names as in `transformers`."
     def __init__(self, c:TessConfig):
@@ -229,7 +230,7 @@ class Tess(LanguageModel):
         if how:
             q = previous.float().softmax(-1) if previous is not None else torch.full_like(p, 0. if c.self_condition_zeros_after_softmax else 1/c.vocab_size)
             if how == 'logits_mean': p = (p+q)/2
-            elif how == 'logits_addition': p = p+q
+            elif how == 'logits_addition': p = p+q # the sum of two embeddings is the embedding of the sum
         h = p @ E
         if how == 'logits': h = self.self_condition(torch.cat([h, q @ E], -1))
         return h + self.timestep_embed(time[:,None].float()/c.num_diffusion_steps)
@@ -448,7 +449,7 @@ def extend(
         return out
     return config.build().load_weights({k:wider(t) for k,t in model.weights().items()}).train(model.training),longer
 
-# %% ../nbs/16_diffusion.ipynb #0cca9ebd
+# %% ../nbs/16_diffusion.ipynb #263cff76
 _FILES = 'model_name_or_path','tokenizer_name','entities_file','train_file','validation_file','output_dir','overwrite_output_dir','resume_from_checkpoint','fp16','bf16'
 _NOISE = *(n for n in _OWN if n != 'mask_id'),'dropout'
 
@@ -458,10 +459,10 @@ def mlm(
     callbacks:Iterable=(), # As for `fit`
 )->Run:
     "Train an encoder by simplex diffusion, or go on training it."
-    d = dict(config) if isinstance(config, dict) else read_options(config)
+    d,where = (dict(config),'the configuration') if isinstance(config, dict) else (read_options(config),config)
     known = *_FILES,*_NOISE,*TrainConfig.names()
-    if bad := [k for k in d if k not in known]: raise ValueError(f"{'the configuration' if isinstance(config, dict) else config} has the key {bad[0]!r}, which is unknown{_near(bad[0], known)}")
-    if 'train_file' not in d: raise ValueError(f"{config} has no train_file; name the file (or files) to learn from")
+    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}, which is unknown{_near(bad[0], known)}")
+    if not d.get('train_file'): raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
     get = lambda k,usual=None: d.pop(k, None) or usual
     files,noise = {k:get(k) for k in _FILES},{k:d.pop(k) for k in _NOISE if k in d}
     if files['fp16'] or files['bf16']:

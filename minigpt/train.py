@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
-# %% ../nbs/13_train.ipynb #3e933956
+# %% ../nbs/13_train.ipynb #3e9e8642
 import contextlib, math, platform, random, signal, threading, time, uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -18,7 +18,7 @@ import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_run_id, restore_run, wait_for_others
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
-from .data import ChatSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
+from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
 from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_json
 from .generate import complete
@@ -372,7 +372,7 @@ class _RunTrainer(Trainer):
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
-# %% ../nbs/13_train.ipynb #43001e5b
+# %% ../nbs/13_train.ipynb #bf24d7f8
 _OBJECTIVES = dict(next_token_prediction='text', conversation_modeling='conversation', tool_use_optimization='conversation', preference_alignment='preference')
 
 def _objective(model:LanguageModel, data, cfg:TrainConfig):
@@ -396,6 +396,9 @@ def _add_references(sets:list, t:_RunTrainer, begun:dict):
 def _describe(data, seq_len:int)->list[str]:
     "How rows come into sequences, a line each."
     if isinstance(data, Mixture): return [f"mixture: {w:.0%} of {Path(d.meta['sources'][0]['path']).name}, {p:.2f} passes an epoch" for d,w,p in zip(data.sets, data.weights, data.passes(seq_len))] + [l for d in data.sets for l in _describe(d, seq_len)]
+    if isinstance(data, LineSet):
+        lengths = np.diff(data.starts); cut = int((lengths > seq_len).sum())
+        return [f"{len(lengths):,} lines, a sequence each, {1-np.minimum(lengths, seq_len).sum()/(seq_len*len(lengths)):.1%} padding" + (f'; {cut:,} are longer than max_seq_len={seq_len} and are cut' if cut else '')]
     if not isinstance(data, ChatSet): return []
     cut,lost = data.too_long(seq_len)
     return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + (f'; {cut-lost:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if cut > lost else '') + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')]

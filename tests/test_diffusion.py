@@ -79,7 +79,7 @@ def test_policy(run):
     assert {12} <= {c.step for c in run.backup if c.kind == "step"} and run.best
     rows = [r for r in run.history if "eval_loss" in r]
     assert [r["step"] for r in rows] == [6, 12] and all(0 <= r["eval_accuracy"] <= 1 for r in rows)
-    assert run.facts["model"]["model_type"] == "roberta" and run.facts["model"]["self_condition"] == "logits_addition"
+    assert run.facts["model"]["model_type"] == "roberta" and run.facts["model"]["self_condition"] == "logits_mean"
     found = analyze(run.checkpoints[-1].path)
     assert found.params == run.model().config.n_params and {"model", "optimizer", "rng", "tokenizer"} <= {*found.components} and "roberta.encoder.layer.1" in found.layers
     from minigpt.widgets import CheckpointExplorer, RunDashboard
@@ -130,6 +130,8 @@ def test_the_example_configuration(tmp_path):
     (dict(beta_schedule="linear"), "beta_schedule='linear' must be"),
     (dict(num_inference_diffusion_steps=51), "must be at most num_diffusion_steps=50"),
     (dict(simplex_value=0.), "simplex_value=0.0 must be above 0"),
+    (dict(simplex_value="5"), "simplex_value='5' must be a number, without quotes"),
+    (dict(train_file=None), "has no train_file"),
     (dict(model_name_or_path="tinny"), "neither a directory with a config.json nor one of the presets"),
     (dict(train_file="nothing.txt"), "nothing.txt"),
     (dict(max_seq_length=24, objective="conversation_modeling"), "is for a GPT"),
@@ -183,6 +185,15 @@ def test_export(run, tmp_path, precision):
     small = load_model(export(run.path, tmp_path/"small", precision, progress=lambda done, total: None))
     ids = torch.randint(2, small.config.vocab_size, (1, 12))
     with torch.no_grad(): assert (small(ids)-run.model()(ids)).abs().max() < .1
+
+
+def test_a_gpt_line_by_line(tmp_path):
+    from minigpt.model import GPTConfig
+    settings(tmp_path)
+    found = fit(GPTConfig(vocab_size=300, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=48), tmp_path/"text.txt", output_dir=tmp_path/"gpt", line_by_line=True, max_seq_len=6, batch_size=8, max_steps=10, learning_rate=3e-3,
+                tokenizer_vocab_size=300, num_threads=1, plot_loss=False, tensorboard=False, widget=False)
+    said = (found.path/"run.log").read_text(encoding="utf-8")
+    assert found.finished and " lines, a sequence each, " in said and "are longer than max_seq_len=6 and are cut" in said
 
 
 def test_validation_and_sampling_leave_the_generators_alone(run):
