@@ -143,7 +143,7 @@ def from_hf(
     return TessConfig(vocab_size=d['vocab_size'], dim=d['hidden_size'], n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], ffn_dim=d['intermediate_size'], max_len=d['max_position_embeddings']-pad-1,
         dropout=d.get('hidden_dropout_prob', .1), norm_eps=d.get('layer_norm_eps', 1e-12), type_vocab=d.get('type_vocab_size', 2), pad_id=pad, **{k:d[k] for k in _OWN if k in d})
 
-# %% ../nbs/16_diffusion.ipynb #14648780
+# %% ../nbs/16_diffusion.ipynb #ea51b2c0
 class EncoderBlock(nn.Module):
     "Attention both ways, then feed-forward; each adds to the stream, which is normalised afterwards. Names as in `transformers`."
     def __init__(self, c:TessConfig):
@@ -180,10 +180,15 @@ class Tess(LanguageModel):
             self.simplex_embeddings,self.timestep_embed = nn.Embedding(c.vocab_size, c.dim),nn.Linear(1, c.dim)
             if c.self_condition == 'logits': self.self_condition = nn.Linear(2*c.dim, c.dim)
             self.register_buffer('left', alpha_bars(c.num_diffusion_steps).float(), persistent=False) # (T,)
+        std = .02*math.sqrt(768/c.dim) # RoBERTa's 0.02, which is for its width
         for m in self.modules():
-            if isinstance(m, (nn.Linear,nn.Embedding)): nn.init.normal_(m.weight, std=.02*math.sqrt(768/c.dim)) # RoBERTa's 0.02, which is for its width
+            if isinstance(m, (nn.Linear,nn.Embedding)): nn.init.normal_(m.weight, std=std)
             if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
-        with torch.no_grad(): self.derive(k for k,_ in self.named_parameters() if k not in self.may_lack)
+        dice = torch.Generator().manual_seed(0) # what a RoBERTa lacks begins the same each time it is opened: so does a run that was killed before its first save
+        with torch.no_grad():
+            for k in 'timestep_embed','self_condition':
+                if m := getattr(self, k, None): m.weight.copy_(torch.empty(m.weight.shape, device='cpu').normal_(std=std, generator=dice))
+            self.derive([k for k,_ in self.named_parameters() if k not in self.may_lack])
 
     @property
     def blocks(self)->nn.ModuleList: "What may be compiled, one by one."; return self.roberta['encoder']['layer']
@@ -421,7 +426,7 @@ def infill(
     last = iter(i for i,_ in made[-1][1])
     return Film([(made[i][0], row(made[i][1])) for i in shown], tokenizer.decode([next(last) if b else i for i,b in zip(ids, blank)], skip_special=True))
 
-# %% ../nbs/16_diffusion.ipynb #01aad1b8
+# %% ../nbs/16_diffusion.ipynb #3ef5df17
 def line_entities(
     source, # File(s) of lines, one entity or several, with tabs between them
     tokenizer:Tokenizer, # What is one token already is left out
@@ -442,14 +447,15 @@ def extend(
     V,new = model.config.vocab_size,range(tokenizer.vocab_size, longer.vocab_size)
     config = replace(model.config, vocab_size=max(V, longer.vocab_size))
     pieces = [tokenizer.encode(longer.hf.id_to_token(i)) for i in new]
-    def wider(t):
-        if not t.dim() or t.shape[0] != V: return t
+    with torch.device('meta'): other = replace(model.config, vocab_size=V+1).build().weights() # what has another shape there has a row for each token
+    def wider(k, t):
+        if t.shape == other[k].shape: return t
         out = t.new_zeros(config.vocab_size, *t.shape[1:]); out[:V] = t
         for i,p in zip(new, pieces): out[i] = t[p].mean(0)
         return out
-    return config.build().load_weights({k:wider(t) for k,t in model.weights().items()}).train(model.training),longer
+    return config.build().load_weights({k:wider(k, t) for k,t in model.weights().items()}).train(model.training),longer
 
-# %% ../nbs/16_diffusion.ipynb #263cff76
+# %% ../nbs/16_diffusion.ipynb #069e7c3b
 _FILES = 'model_name_or_path','tokenizer_name','entities_file','train_file','validation_file','output_dir','overwrite_output_dir','resume_from_checkpoint','fp16','bf16'
 _NOISE = *(n for n in _OWN if n != 'mask_id'),'dropout'
 
@@ -473,9 +479,8 @@ def mlm(
     if (Path(name)/'config.json').exists():
         model = load_model(name)
         if not isinstance(model, Tess): raise ValueError(f"model_name_or_path={name!r} is a GPT; it must be a RoBERTa directory, or one of the presets {', '.join(PRESETS)}")
-        origin = model.origin
-        model = Tess(replace(model.config, **noise)).load_weights(model.weights()); model.origin = origin
-        tok = tok or load_tokenizer(name)
+        tok,origin = tok or load_tokenizer(name),model.origin
+        model = Tess(replace(model.config, **{'mask_id':tok.id('<mask>'), **noise})).load_weights(model.weights()); model.origin = origin
     elif name in PRESETS: model = lambda tok: TessConfig.preset(name, **{'vocab_size':tok.vocab_size, 'mask_id':tok.id('<mask>'), **noise})
     else: raise FileNotFoundError(f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the presets {', '.join(PRESETS)}")
     if files['entities_file']:

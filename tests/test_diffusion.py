@@ -12,11 +12,11 @@ from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.config import TrainConfig
 from minigpt.diffusion import Denoising, Tess, TessConfig, alpha_bars, extend, fill, infill, mlm
 from minigpt.export import export
-from minigpt.lora import lora
+from minigpt.lora import lora, weights_hash
 from minigpt.run import open_run
 from minigpt.schedule import storage_plan
 from minigpt.tokenizer import load_tokenizer
-from minigpt.train import evaluate, fit, resume
+from minigpt.train import fit, measure, resume
 from project import ROOT
 
 transformers = pytest.importorskip("transformers")
@@ -55,6 +55,7 @@ def test_a_roberta_of_transformers(roberta):
     theirs, path = roberta
     ours = load_model(path)
     assert isinstance(ours, Tess) and ours.config.simplex_value == 5 and ours.config.max_len == 64
+    assert weights_hash(load_model(path)) == weights_hash(ours)              # what it lacks begins the same each time
     ids = torch.randint(2, 300, (3, 40))
     real = torch.arange(40) < torch.tensor([40, 31, 7])[:, None]
     with torch.no_grad(): a, b = ours(ids, real), theirs(ids.where(real, 1), attention_mask=real.long()).logits
@@ -83,7 +84,7 @@ def test_policy(run):
     found = analyze(run.checkpoints[-1].path)
     assert found.params == run.model().config.n_params and {"model", "optimizer", "rng", "tokenizer"} <= {*found.components} and "roberta.encoder.layer.1" in found.layers
     from minigpt.widgets import CheckpointExplorer, RunDashboard
-    assert CheckpointExplorer(run.path) is not None and RunDashboard(run.path) is not None
+    assert "finished" in repr(RunDashboard(run.path)) and f"{found.params:,} parameters" in repr(CheckpointExplorer(run.checkpoints[-1].path))
 
 
 def test_resume_by_name_and_refusals(run, tmp_path):
@@ -168,10 +169,13 @@ def test_a_start_from_elsewhere_with_more_words(roberta, tmp_path, run):
 def test_extend_a_gpt(run):
     from minigpt.model import GPT, GPTConfig
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig.preset("tiny", vocab_size=run.tokenizer.vocab_size, n_layer=2)).eval()
+    gpt = GPT(GPTConfig.preset("tiny", vocab_size=run.tokenizer.vocab_size, n_layer=2, ffn_dim=run.tokenizer.vocab_size)).eval()      # other matrices have as many rows
     more, tok = extend(gpt, run.tokenizer, ["Nanjing"])
     ids = torch.tensor([run.tokenizer.encode("Ann and Ben")])
     with torch.no_grad(): assert torch.equal(more(ids)[..., :gpt.config.vocab_size], gpt(ids)) and len(tok.encode("Nanjing")) == 1
+    roomy = GPT(GPTConfig.preset("tiny", vocab_size=tok.vocab_size+9, n_layer=1))                                                          # has a row to spare already
+    E = extend(roomy, run.tokenizer, ["Nanjing"])[0].head
+    assert len(E) == tok.vocab_size+9 and torch.allclose(E[tok.vocab_size-1], roomy.head[run.tokenizer.encode("Nanjing")].mean(0))
 
 
 def test_masked_language_model(tmp_path):
@@ -201,12 +205,10 @@ def test_validation_and_sampling_leave_the_generators_alone(run):
     model, valid = run.model(), open_set(run.path/"data"/"valid")
     was = torch.get_rng_state()
     learn = Denoising(model.config, valid, TrainConfig(max_seq_len=24))
-    from minigpt.train import measure
     a, b = measure(model, valid, 24, objective=learn), measure(model, valid, 24, objective=learn, batch_size=8)
     ids, blank = torch.zeros(1, 9, dtype=torch.long), torch.ones(1, 9, dtype=torch.bool)
     assert a == b and torch.equal(fill(model, ids, blank, seed=4), fill(model, ids, blank, seed=4))
     assert torch.equal(was, torch.get_rng_state())
-    assert callable(evaluate)
 
 
 def test_storage_plan_of_roberta_base():
