@@ -442,15 +442,24 @@ def no_text(files:list[Path], refused:dict)->DataError:
 def _below(text:str, share:float, salt:int)->bool:
     return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
 
-def _encode_pair(row:Row, tok:Tokenizer)->list[tuple[np.ndarray,np.ndarray]]:
-    "Both sides of a preference; what they have in common is not learned."
-    same = next((i for i,(a,b) in enumerate(zip(row.messages, row.rejected)) if a != b), min(len(row.messages), len(row.rejected)))
-    return [_learn_behind(*tok.encode_chat(side), sum(m['role'] == 'assistant' for m in side[:same])) for side in (row.messages, row.rejected)]
+def _encode_texts(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,None,np.ndarray]:
+    "Ids, with an end behind each document, and how many each row has."
+    ids,lengths = tok.encode_batch([r.text for r in rows])
+    ends = np.array([r.ends for r in rows], bool)
+    return np.insert(ids, lengths.cumsum()[ends], tok.eos_id),None,lengths+ends
 
-def _learn_behind(ids:np.ndarray, learn:np.ndarray, n:int)->tuple[np.ndarray,np.ndarray]:
-    "Without the first `n` answers."
+def _encode_pairs(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np.ndarray]:
+    "Both sides of each preference; what they have in common is not learned."
+    ids,learn,lengths = tok.encode_chats([(side, None) for r in rows for side in (r.messages, r.rejected)])
+    sides = iter(np.split(learn, lengths.cumsum()[:-1]))
+    for r in rows:
+        same = next((i for i,(a,b) in enumerate(zip(r.messages, r.rejected)) if a != b), min(len(r.messages), len(r.rejected)))
+        for _ in range(2): _learn_behind(next(sides), sum(m['role'] == 'assistant' for m in r.messages[:same]))
+    return ids,learn,lengths
+
+def _learn_behind(learn:np.ndarray, n:int):
+    "Not the first `n` answers."
     if n: learn[:np.flatnonzero(learn[:-1] & ~learn[1:])[n-1]+1] = False
-    return ids,learn
 
 @dataclass
 class _Encoded:
@@ -472,14 +481,8 @@ def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
         good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
-    n,learn = 1 + (kind == 'preference'),None
-    if kind == 'conversation': ids,learn,lengths = tok.encode_chats([(r.messages, None) for r in good])
-    else:
-        end = np.array([tok.eos_id], tok.dtype)
-        parts = [p for r in good for p in _encode_pair(r, tok)] if kind == 'preference' else [(x, None) for r in good for x in ([tok.encode_array(r.text), end] if r.ends else [tok.encode_array(r.text)])]
-        ids = np.concatenate([np.empty(0, tok.dtype), *(i for i,_ in parts)])
-        if kind == 'preference': learn,lengths = np.concatenate([np.empty(0, bool), *(l for _,l in parts)]),np.array([len(i) for i,_ in parts], np.int64)
-        else: sizes = iter([len(i) for i,_ in parts]); lengths = np.array([next(sizes) + (next(sizes) if r.ends else 0) for r in good], np.int64)
+    n = 1 + (kind == 'preference')
+    ids,learn,lengths = _encode_pairs(good, tok) if kind == 'preference' else tok.encode_chats([(r.messages, None) for r in good]) if kind == 'conversation' else _encode_texts(good, tok)
     return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good for _ in range(n)], bad, mended)
 
 class _Writer:
@@ -545,7 +548,8 @@ def build_tokenset(
             if max_data_size: e = e.first((max_data_size-rows)*sides_of_row)
             rows += len(e.lengths)//sides_of_row
             for side,mine in enumerate((~e.held_out, e.held_out)):
-                if mine.any(): tokens = np.repeat(mine, e.lengths); sides[side].add(e.ids[tokens], e.learn if e.learn is None else e.learn[tokens], e.lengths[mine])
+                if mine.all(): sides[side].add(e.ids, e.learn, e.lengths)
+                elif mine.any(): tokens = np.repeat(mine, e.lengths); sides[side].add(e.ids[tokens], e.learn if e.learn is None else e.learn[tokens], e.lengths[mine])
             if e.refused and on_bad_row == 'error': raise DataError(f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}. {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'")
             count_refused(refused, block, e.refused)
             count_refused(mended, block, (replace(row, reason=m) for row in e.mended for m in row.mended))

@@ -18,13 +18,14 @@ from .files import hash_bytes, human_size, read_json, write_file, write_json
 
 # %% ../nbs/01_tokenizer.ipynb #c54cc17e
 _UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
-PATTERN = '|'.join([
+_CUTS = [
     r"'(?:[sdmt]|ll|ve|re)",                                  # English endings: 's 'll
     r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^' + _UNSPACED + r']]+', # a word, with the space or sign before it
     r'[' + _UNSPACED + r']{1,2}',                             # scripts without spaces: two characters
     r'\p{N}{1,3}',                                            # digits by threes
     r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',                        # punctuation
-    r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+'])                     # line ends and white space
+    r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+']                      # line ends; white space, but for the space that the next word takes
+PATTERN = '|'.join(_CUTS)
 
 # %% ../nbs/01_tokenizer.ipynb #e9467a97
 EOS,IM_START,IM_END = SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
@@ -70,6 +71,7 @@ def chat_messages(
     parse = lambda x: json.loads(x) if isinstance(x, str) else x
     messages,tools = [],None
     for m in conversation:
+        if len(m) == 2 and m.get('role') and isinstance(m.get('content'), str): messages.append(m); continue # most are like this
         m = {k:v for k,v in m.items() if v is not None}
         if 'role' not in m: raise ValueError(f"a message needs a \"role\"; this one has {sorted(m)}")
         if 'tools' in m: tools = parse(m.pop('tools') or 'null') or tools
@@ -119,6 +121,9 @@ def _byte_of()->dict[str,int]:
     rest = [b for b in range(256) if b not in plain]
     return {**{chr(b):b for b in plain}, **{chr(256+i):b for i,b in enumerate(rest)}}
 
+_WHITE = '\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000' # Unicode's white space, but for line ends
+_CUT,_GAP = '\ue000cut\ue001','\ue000gap\ue001' # tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space that belongs to the next word
+
 def _is_word(token:dict)->bool: "Is an added token neither a control token nor a mark, but a word that counts wherever it stands?"; return not token['special'] and token['normalized']
 
 def _tiktoken(
@@ -127,12 +132,14 @@ def _tiktoken(
     "The same tokenizer for tiktoken, which takes the order of the ids for the order of the merges."
     blank,model = json.loads(_blank().to_str()),tok['model']
     if model['type'] != 'BPE' or any(tok[k] != blank[k] for k in ('normalizer','pre_tokenizer','post_processor','decoder')): return None
+    if any(re.search(f'[{_WHITE}]{{2}}', t['content']) for t in tok['added_tokens']): return None # a gap could fall into it
     if any(map(_is_word, tok['added_tokens'])): return None # of words that begin alike, `tokenizers` takes the longest, and tiktoken any
     added,byte_of = {t['content']:t['id'] for t in tok['added_tokens']},_byte_of()
     made = [model['vocab'][a+b] for a,b in (m if isinstance(m, list) else m.split(' ') for m in model['merges'])]
     if made != sorted(made): return None
     ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
-    return tiktoken.Encoding('minigpt', pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=added)
+    unused = max(*ranks.values(), *added.values())+1
+    return tiktoken.Encoding('minigpt', pat_str='|'.join(c for c in _CUTS if '(?!' not in c), mergeable_ranks=ranks, special_tokens={**added, _CUT:unused, _GAP:unused+1})
 
 # %% ../nbs/01_tokenizer.ipynb #14d69489
 _ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
@@ -182,9 +189,29 @@ class Tokenizer:
         return self.encode_array(text, special).tolist()
 
     def encode_array(self, text:str, special:bool=False)->np.ndarray: # (n,) of `dtype`
-        "`encode` without the list: tiktoken works on while other threads run."
-        if self.fast: return self.fast.encode_to_numpy(text, allowed_special='all' if special else set(), disallowed_special=()).astype(self.dtype)
-        return np.array((self.hf if special else self._ordinary).encode(text, add_special_tokens=False).ids, self.dtype)
+        "`encode` without the list."
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self,
+        texts:Sequence[str],
+        special:bool=False, # As for `encode`
+    )->tuple[np.ndarray,np.ndarray]: # (n,) ids of all texts, one behind another, of `dtype`; (len(texts),) how many tokens each has
+        "`encode` for many texts at once: tiktoken reads them as one, while other threads run."
+        joined = _CUT.join(texts)
+        if not self.fast or _GAP in joined or joined.count(_CUT) >= max(1, len(texts)):
+            made = [np.array((self.hf if special else self._ordinary).encode(t, add_special_tokens=False).ids, self.dtype) for t in texts]
+            return np.concatenate([np.empty(0, self.dtype), *made]),np.array([len(i) for i in made], np.int64)
+        ids = self.fast.encode_to_numpy(self._gaps[special].sub(rf'\g<0>{_GAP}', joined), allowed_special='all' if special else {_CUT,_GAP}, disallowed_special=())
+        cut,gap = (self.fast.encode_single_token(t) for t in (_CUT,_GAP))
+        ids = ids[ids != gap]
+        lengths = np.diff(np.flatnonzero(ids == cut), prepend=-1, append=len(ids))-1
+        return ids[ids != cut].astype(self.dtype),lengths[:len(texts)]
+
+    @cached_property
+    def _gaps(self)->tuple[re.Pattern,re.Pattern]:
+        "The white space in front of another one that belongs to the next word; what stands next is no word if it is the end of a text or, in the second pattern, an added token."
+        names = [re.escape(_CUT), *(re.escape(t['content']) for t in self.json['added_tokens'])]
+        return tuple(re.compile(f'[{_WHITE}](?=[{_WHITE}](?!{"|".join(n)})[^\r\n{_WHITE}])') for n in (names[:1], names))
 
     def decode(self,
         ids, # A list or array of token ids
@@ -209,7 +236,7 @@ class Tokenizer:
     def _lengths(self)->np.ndarray|None: # (vocab_size,) bytes of each token, where tiktoken knows them
         if not self.fast: return None
         size = np.zeros(self.vocab_size, np.int64)
-        for i in range(self.fast.n_vocab):
+        for i in range(self.vocab_size):
             try: size[i] = len(self.fast.decode_single_token_bytes(i))
             except KeyError: pass
         return size
@@ -255,25 +282,25 @@ class Tokenizer:
         chats:Sequence[tuple[list[dict],list[dict]|None]], # Messages and tools of each
     )->tuple[np.ndarray,np.ndarray,np.ndarray]: # ids and what is learned, of all conversations one behind another; (len(chats),) how many tokens each has
         "Conversations as token ids; many at once take half the time."
-        ids,starts,edges,at = [],[],[],0
-        for messages,tools in chats:
-            pieces = self._chat_pieces(messages, tools)
-            if self.fast:
-                ids.append(self.encode_array(''.join(pieces), special=True))
-                sizes = [len(p) if p.isascii() else len(p.encode('utf-8', 'replace')) for p in pieces]
-            else:
-                made = self.hf.encode(''.join(pieces), add_special_tokens=False)
-                ids.append(np.array(made.ids, self.dtype)); starts.append(at + np.array([o[0] for o in made.offsets], np.int64))
-                sizes = [*map(len, pieces)]
-            for n in sizes: at += n; edges.append(at)
+        pieces = [self._chat_pieces(messages, tools) for messages,tools in chats]
+        size = (lambda p: len(p) if p.isascii() else len(p.encode('utf-8', 'replace'))) if self.fast else len
+        edges,at = [],0
+        for p in pieces:
+            for n in map(size, p): at += n; edges.append(at)
             edges.pop()
-        joined = np.concatenate(ids) if ids else np.empty(0, self.dtype)
-        if self.fast: sizes = self._lengths[joined]; start = sizes.cumsum()-sizes # bytes in front of each token
-        else: start = np.concatenate(starts) if starts else np.empty(0, np.int64)
-        turns = np.zeros(len(joined)+1, np.int8)
+        texts = [*map(''.join, pieces)]
+        if self.fast:
+            ids,lengths = self.encode_batch(texts, special=True)
+            sizes = self._lengths[ids]; start = sizes.cumsum()-sizes # bytes in front of each token
+        else:
+            made = [self.hf.encode(t, add_special_tokens=False) for t in texts]
+            ids,lengths = np.array([i for m in made for i in m.ids], self.dtype),np.array([len(m.ids) for m in made], np.int64)
+            before = np.cumsum([0, *map(len, texts)])[:-1]
+            start = np.array([o[0] for m in made for o in m.offsets], np.int64) + np.repeat(before, lengths) # characters in front of each token
+        turns = np.zeros(len(ids)+1, np.int8)
         cuts = np.searchsorted(start, edges, 'left') # a token belongs to the piece in which it begins
         turns[cuts[::2]] = 1; turns[cuts[1::2]] = -1
-        return joined,turns[:-1].cumsum(dtype=np.int8).view(bool),np.array([len(i) for i in ids], np.int64)
+        return ids,turns[:-1].cumsum(dtype=np.int8).view(bool),lengths
 
     def extend(self,
         words:Iterable[str], # Names, terms, identifiers

@@ -64,6 +64,20 @@ def hf_ids(tok, text, special):
     finally: tok.hf.encode_special_tokens = False
 
 
+@kinds
+@settings(max_examples=250)
+@given(texts=st.lists(TEXTS, max_size=5))
+@example(texts=["a  ", "  b", "", "c   d\n   e", " \u3000\u3000我  <|im_end|>   x"])
+@example(texts=["a  b", "a" + T._GAP + "b", T._CUT])
+def test_many_texts_at_once_are_each_as_alone(kind, texts):
+    tok = tokenizer(kind)
+    for special in False, True:
+        ids, lengths = tok.encode_batch(texts, special)
+        alone = [tok._ordinary.encode(t, add_special_tokens=False).ids if not special else hf_ids(tok, t, True) for t in texts]
+        assert [i.tolist() for i in (ids[a:a+n] for a, n in zip(lengths.cumsum()-lengths, lengths))] == alone
+        assert len(lengths) == len(texts) and ids.dtype == tok.dtype
+
+
 @cache
 def slow(kind):
     "The same tokenizer without tiktoken"
