@@ -33,14 +33,14 @@ def adamw(
 _A,_B,_C = 3.4445,-4.7750,2.0315 # Jordan's: steep at zero, so that small singular values rise fast
 
 def orthogonal(
-    x:Tensor, # (..., rows, columns), float
+    x:Tensor, # (n, rows, columns), float
 )->Tensor: # The same shape; singular values from .7 to 1.2, except those that were below a thousandth of the norm
     "The nearest matrix with equal singular values, roughly (Newton-Schulz)."
     if wide := x.shape[-2] > x.shape[-1]: x = x.mT
     x = x/x.norm(dim=(-2,-1), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         xx = x@x.mT
-        x = _A*x + (_B*xx + _C*xx@xx)@x
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=_B, alpha=_C), x, beta=_A) # A*x + (B*xx + C*xx@xx)@x
     return x.mT if wide else x
 
 # %% ../nbs/12_optim.ipynb #1f256485
