@@ -234,8 +234,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Divided by n in backward: in half precision, softmax/n would vanish before the product.
         need_h,need_w = (g and want_grad for g in ctx.needs_input_grad[:2])
         h,w = hidden.to(dtype),weight.to(dtype)
-        gh = torch.empty_like(hidden) if need_h else None
-        gw = torch.zeros_like(weight) if need_w else None
+        gh,gw = torch.empty_like(hidden) if need_h else None,None
         N,V = len(h),len(w)
         cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device)
         total,space = torch.zeros((), device=h.device),h.new_empty(rows, V)
@@ -253,13 +252,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not (need_h or need_w): continue
             p = p.scatter_add_(1, y, z.new_full((1,1), -1.).expand_as(y)).to(dtype)
             if need_h: gh[i:i+rows] = p @ w
-            if need_w: gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
+            if need_w: gw = (p.T @ x).to(weight.dtype) if gw is None else gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
+        if need_w and gw is None: gw = torch.zeros_like(weight)
         ctx.n = n; ctx.save_for_backward(gh, gw)
         return total/n
     @staticmethod
     def backward(ctx, g):
-        g = g/ctx.n
-        return *(None if t is None else t*g for t in ctx.saved_tensors), None, None, None, None
+        g = g/ctx.n # in place: what was saved is used once
+        return *(None if t is None else t.mul_(g) for t in ctx.saved_tensors), None, None, None, None
 
 # %% ../nbs/05_model.ipynb #aaf49678
 def linear_cross_entropy(
