@@ -111,8 +111,10 @@ class DecodeStep:
 
     @staticmethod
     def suits(model:GPT)->bool:
-        "Is this a plain model in float32 on a CPU, with no adapter and no quantized weight?"
-        return type(model) is GPT and model.head.device.type == 'cpu' and all(type(m) is nn.Linear for l in model.model.layers for m in l.modules() if hasattr(m, 'in_features')) and all(p.dtype == torch.float32 for p in model.parameters())
+        "Is this a plain model in float32 on a CPU: no adapter, no quantized weight, no autocast?"
+        linear = [m for l in model.model.layers for m in l.modules() if hasattr(m, 'in_features')]
+        return (type(model) is GPT and model.head.device.type == 'cpu' and all(type(m) is nn.Linear for m in linear)
+            and all(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled('cpu'))
 
     def norm(self, x:Tensor, gain:Tensor)->Tensor:
         "RMSNorm."
@@ -133,7 +135,7 @@ class DecodeStep:
             qk,v = _thin(self.norm(x, norm1), qkv).view(B, -1, D).split([H+K, K], 1)                             # (B, H+K, D), (B, K, D)
             if gains is not None: qk = self.norm(qk, gains)
             qk = torch.addcmul(qk*cos, qk.roll(D//2, -1), sin)                                                   # both halves turn at once
-            keys,values = cache.layer(i)(qk[:,H:,None], v[:,:,None])                            # (B, K, positions, D)
+            keys,values = cache.layer(i)(qk[:,H:,None], v[:,:,None])                                                  # (B, K, positions, D)
             y = F.scaled_dot_product_attention(qk[:,:H].reshape(B, K, H//K, D), keys, values, mask)              # heads that share keys stand in for positions
             x = x + _thin(y.reshape(B, H*D), o)
             h = self.norm(x, norm2)
