@@ -78,6 +78,13 @@ def test_many_texts_at_once_are_each_as_alone(kind, texts):
         assert len(lengths) == len(texts) and ids.dtype == tok.dtype
 
 
+def test_a_mark_with_two_spaces_stays_whole():
+    tok = train_tokenizer(MIXED, 700, marks=["[the  end]"])
+    text = "is it  [the  end]  yet?"
+    assert tok.id("[the  end]") in tok.encode(text, special=True) and tok.encode(text, special=True) == hf_ids(tok, text, True)
+    assert tok.decode(tok.encode(text)) == text
+
+
 @cache
 def slow(kind):
     "The same tokenizer without tiktoken"
