@@ -87,13 +87,15 @@ def _checked(model, prompts, max_new_tokens, choice):
 # %% ../nbs/06_generate.ipynb #ae43f6c5
 def _thin(
     x:Tensor, # (B, K), few rows
-    weight:Tensor, # (N, K)
+    weight:Tensor, # (K, N), the transpose of a stored weight
+    add:Tensor|None=None, # (B, N)
 )->Tensor: # (B, N)
-    "`x @ weight.T`."
-    B,N = len(x),len(weight)
-    n = next((n for n in (192,128,96,64,32,16) if N % n == 0), None) if 1 < B <= 8 and torch.backends.mkl.is_available() else None
-    if n is None: return torch.mm(x, weight.T)
-    return torch.bmm(x.expand(N//n, -1, -1), weight.unflatten(0, (-1, n)).mT).transpose(0, 1).reshape(B, N)
+    "`x @ weight + add`."
+    (B,K),N = x.shape,weight.shape[1]
+    n = next((n for n in (192,128,96,64,32,16) if N % n == 0), None) if 4 <= B <= 8 and K*N >= 1<<19 and torch.backends.mkl.is_available() else None
+    if n is None: return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+    y = torch.bmm(x.expand(N//n, -1, -1), weight.unflatten(1, (-1, n)).transpose(0, 1)).transpose(0, 1).reshape(B, N)
+    return y if add is None else y.add_(add)
 
 # %% ../nbs/06_generate.ipynb #31af0b87
 class DecodeStep:
@@ -102,11 +104,11 @@ class DecodeStep:
         model:GPT, # One that `suits`; but for queries, keys and values, weights are read where they are
     ):
         self.model,c = model,model.config
-        qkv = lambda a: torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])                           # (H*D + 2*K*D, C)
+        qkv = lambda a: torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).T                         # (C, H*D + 2*K*D)
         gains = lambda a: torch.cat([a.q_norm.weight.expand(c.n_head, -1), a.k_norm.weight.expand(c.n_kv_head, -1)]) if c.qk_norm else None # (H+K, D)
         with torch.inference_mode():
-            self.layers = [(l.input_layernorm.weight, qkv(l.self_attn), gains(l.self_attn), l.self_attn.o_proj.weight,
-                l.post_attention_layernorm.weight, l.mlp.gate_proj.weight, l.mlp.up_proj.weight, l.mlp.down_proj.weight) for l in model.model.layers]
+            self.layers = [(l.input_layernorm.weight, qkv(l.self_attn), gains(l.self_attn), l.self_attn.o_proj.weight.T,
+                l.post_attention_layernorm.weight, l.mlp.gate_proj.weight.T, l.mlp.up_proj.weight.T, l.mlp.down_proj.weight.T) for l in model.model.layers]
         self.eps = torch.tensor(c.norm_eps)
 
     @staticmethod
@@ -130,18 +132,20 @@ class DecodeStep:
         cache.check(B, 1)
         cos,sin = (torch.cat([t, t], -1)[0] for t in rope_angles(cache.length, 1, D, c.rope_theta, ids.device))  # (1, D)
         sin[:,:D//2].neg_()
+        cos,sin = torch.cat([cos.expand(H+K, -1), torch.ones(K, D)]),torch.cat([sin.expand(H+K, -1), torch.zeros(K, D)]) # (H+2*K, D): values stay as they are
         x = F.embedding(ids, self.model.model.embed_tokens.weight)                                               # (B, C)
-        for i,(norm1,qkv,gains,o,norm2,gate,up,down) in enumerate(self.layers):
-            qk,v = _thin(self.norm(x, norm1), qkv).view(B, -1, D).split([H+K, K], 1)                             # (B, H+K, D), (B, K, D)
-            if gains is not None: qk = self.norm(qk, gains)
-            qk = torch.addcmul(qk*cos, qk.roll(D//2, -1), sin)                                                   # both halves turn at once
-            keys,values = cache.layer(i)(qk[:,H:,None], v[:,:,None])                                                  # (B, K, positions, D)
-            y = F.scaled_dot_product_attention(qk[:,:H].reshape(B, K, H//K, D), keys, values, mask)              # heads that share keys stand in for positions
-            x = x + _thin(y.reshape(B, H*D), o)
+        here,seen = cache.kv[:,:,:,:,cache.length].unbind(0),cache.kv[:,:,:,:,:cache.length+1].unbind(0)         # of each block, (2, B, K, D) and (2, B, K, positions, D)
+        for (norm1,qkv,gains,o,norm2,gate,up,down),new,kv in zip(self.layers, here, seen):
+            h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)                                                   # (B, H+2*K, D)
+            if gains is not None: h[:,:H+K] = self.norm(h[:,:H+K], gains)
+            h = torch.addcmul(h*cos, h.roll(D//2, -1), sin)                                                      # both halves turn at once
+            new.copy_(h[:,H:].unflatten(1, (2, K)).transpose(0, 1))
+            y = F.scaled_dot_product_attention(h[:,:H].reshape(B, K, H//K, D), *kv, mask)                        # heads that share keys stand in for positions
+            x = _thin(y.reshape(B, H*D), o, x)
             h = self.norm(x, norm2)
-            x = x + _thin(F.silu(_thin(h, gate)).mul_(_thin(h, up)), down)
+            x = _thin(F.silu(_thin(h, gate)).mul_(_thin(h, up)), down, x)
         cache.length += 1
-        return _thin(self.norm(x, self.model.model.norm.weight), self.model.head)
+        return _thin(self.norm(x, self.model.model.norm.weight), self.model.head.T)
 
 # %% ../nbs/06_generate.ipynb #fdadcbc5
 def _write(model, prompts, room, choice, stop, seed, use_cache):
