@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import os
+import pathlib
 import random
 import shutil
 import threading
@@ -13,6 +14,13 @@ import time
 from pathlib import Path
 
 WRITING = set("wax+")
+KEPT = getattr(pathlib, "_NormalAccessor", None)  # Python 3.10: the functions that pathlib found when it was imported, and calls instead
+
+
+def put(module, name, f):
+    "Replace a function, for pathlib too"
+    setattr(module, name, f)
+    if hasattr(KEPT, name): setattr(KEPT, name, staticmethod(f))
 
 
 class File:
@@ -97,10 +105,10 @@ class Disk:
 
         new = {(builtins, "open"): opened, (io, "open"): opened, (os, "fsync"): fsync, (os, "stat"): looking(os, "stat"), (os, "scandir"): looking(os, "scandir"),
                **{(os, n): acting(os, n) for n in ("mkdir", "rename", "replace", "unlink", "rmdir")}}
-        for (m, n), f in new.items(): setattr(m, n, f)
+        for (m, n), f in new.items(): put(m, n, f)
         try: yield self
         finally:
-            for (m, n), f in real.items(): setattr(m, n, f)
+            for (m, n), f in real.items(): put(m, n, f)
 
 
 class Server:

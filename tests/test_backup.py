@@ -15,7 +15,7 @@ import time
 import kill_child as child
 import pytest
 import torch
-from faulty import Disk, Server, keeps_attributes
+from faulty import Disk, Server, keeps_attributes, put
 from minigpt import backup as backup_module
 from minigpt.backup import Backup, BackupError, restore_run
 from minigpt.checkpoint import CheckpointError, CheckpointStore, State, newest, pack_rng, problem
@@ -166,9 +166,9 @@ def test_deleted_copies_leave_no_bytes_in_the_trash(saves, tmp_path):
     def unlink(path, *a, **k):
         if str(path).startswith(str(disk)): seen.append((os.path.basename(path), os.path.getsize(path)))
         return real(path, *a, **k)
-    os.unlink = unlink
+    put(os, "unlink", unlink)
     try: drive(b, saves)
-    finally: os.unlink = real
+    finally: put(os, "unlink", real)
     assert len(seen) > 10 and not any(size for _, size in seen) and seen[0][0] == "MANIFEST.json"
 
 
