@@ -281,12 +281,14 @@ class Backup:
     def _mirror(self):
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
         small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if (f := self.run_path/n).exists()] + sorted((self.run_path/'tensorboard').glob('**/*'))
-        fixed = [f for n in ('tokenizer','data','data-valid') for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
+        places = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places') or dict(train=['data'], valid='data-valid')
+        fixed = [f for n in ('tokenizer', *places['train'], places['valid']) for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
         if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
+        gone = []
         if 'mirror.json' not in self.mirrored:
             self.doing = 'copying the tokenizer and the data'
             there = {k:v for k,v in listed(self.path).items() if (self.path/k).exists() and (self.path/k).stat().st_size == v['size']}
-            entries = {}
+            entries,gone = {},[*listed(self.path)]
             for f in fixed:
                 name = f.relative_to(self.run_path).as_posix(); entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
                 if there.get(name) != entries[name]: self._place(f, name)
@@ -299,6 +301,8 @@ class Backup:
             if name == 'run.json': self._replace(name, f.read_bytes())
             else: self._place(f, name, append=name in self.mirrored and name.endswith(('.jsonl','.log')))
             self.mirrored[name] = s.st_size,s.st_mtime_ns
+        for name in gone:
+            if name not in entries: (self.path/name).unlink(missing_ok=True) # tokens from before a change, which run.json names no more
 
     def _replace(self, name:str, data:bytes):
         "Write a small file under a new name first: without it a backup is nobody's."

@@ -78,6 +78,7 @@ def train(
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
     output_dir:Annotated[Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")]=None,
     resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name of a checkpoint [auto]", show_default=False)]=None,
+    override:Annotated[Optional[list[str]], typer.Option(help="what may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed")]=None,
     overwrite:Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]=False,
     config_file:Annotated[Optional[Path], typer.Option(help="JSON or YAML file with any of these options; data_files names the data")]=None,
     **options,
@@ -108,7 +109,7 @@ def train(
         if not isinstance(model, str) or not Path(model).is_dir(): raise ValueError(f"lora_r={rank} trains an adapter of a model that was trained before; config={model!r} must be its directory")
         model = lora(load_model(model), rank, alpha or 2*rank, targets.split(',') if isinstance(targets, str) and targets != 'all' else targets)
     resume = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
-    fit(model, data, get(valid, 'valid'), tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=get(overwrite or None, 'overwrite', default=False),
+    fit(model, data, get(valid, 'valid'), override=get(override, 'override', default=()), tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=get(overwrite or None, 'overwrite', default=False),
         output_dir=get(output_dir, 'output_dir', default=Path('runs')/run_name(data)), resume=False if resume in ('no', False) else resume, config=file, **options)
 
 # %% ../nbs/18_cli.ipynb #4ef381de
@@ -117,6 +118,7 @@ def train(
 def resume_(
     run:Annotated[Path, typer.Argument(help="folder of a run")],
     resume:Annotated[str, typer.Option(help="auto (the newest whole state), or the name of one")]='auto',
+    override:Annotated[Optional[list[str]], typer.Option(help="what may differ from the run: effective_batch, max_seq_len, data, validation_split, seed")]=None,
     yes:Annotated[bool, typer.Option('--yes', '-y', help="do not ask")]=False,
     **options,
 ):
@@ -126,7 +128,7 @@ def resume_(
     if (run/'run.json').exists():
         typer.echo(run_table(open_run(run)))
         if not yes and sys.stdin.isatty() and not typer.confirm(f"Go on from {'the newest that verifies' if resume == 'auto' else resume}?", default=True): return
-    go_on(run, resume, **options)
+    go_on(run, resume, override=override or (), **options)
 
 
 
@@ -196,7 +198,7 @@ def runs(
 
 @app.command()
 def generate(
-    run:Annotated[Path, typer.Argument(help="folder of a run")],
+    run:Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
     prompt:Annotated[str, typer.Argument(help="beginning of the text")]='',
     which:Annotated[Optional[str], typer.Option(help="checkpoint-N or best; default: the final model, else the newest")]=None,
     max_new_tokens:Annotated[int, typer.Option(help="tokens at most")]=200,
@@ -206,8 +208,8 @@ def generate(
     seed:Annotated[Optional[int], typer.Option(help="the same seed, the same text")]=None,
 ):
     "Write a text with a trained model."
-    from minigpt.run import open_run
-    pieces = open_run(run).stream(prompt, which, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    from minigpt.generate import stream_text
+    pieces = stream_text(*_model_of(run, which), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     typer.echo(prompt+next(pieces, ''), nl=False)
     for piece in pieces: typer.echo(piece, nl=False)
     typer.echo()

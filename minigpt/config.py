@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'lr_at', 'read_options']
 
 # %% ../nbs/12_config.ipynb #19306a1d
-import difflib, math
+import difflib, math, re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import orjson
@@ -94,6 +94,8 @@ class TrainConfig:
             elif type(v) is not kind: raise TypeError(f'{f.name}={v!r} must be of type {kind.__name__}: {f.metadata["help"]}')
         for n in ('batch_size','gradient_accumulation','max_seq_len','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
         for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
+        must('seed', -1<<63 <= self.seed < 1<<63, 'a whole number of 64 bits')
+        must('num_threads', self.num_threads <= 1024, 'at most 1024; 0: one a core')
         must('epochs', self.epochs > 0 or self.max_steps, 'above 0')
         if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
         must('dpo_beta', self.dpo_beta > 0, 'above 0')
@@ -154,7 +156,9 @@ def read_options(
     try:
         if path.suffix in ('.yaml','.yml'):
             import yaml
-            found = yaml.safe_load(path.read_text('utf-8'))
+            class Loader(yaml.SafeLoader): "Reads 3e-4 as a number, as YAML 1.2 does; YAML 1.1 wants 3.0e-4."
+            Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), [*'-+.0123456789'])
+            found = yaml.load(path.read_text('utf-8'), Loader)
         else: found = orjson.loads(path.read_bytes())
     except Exception as e: raise ValueError(f"{path} cannot be read as {'YAML' if path.suffix in ('.yaml','.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} must hold options with their values, such as {{\"batch_size\": 8}}; it holds a {type(found).__name__}")

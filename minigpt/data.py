@@ -522,6 +522,7 @@ def build_tokenset(
     data_subset:float=1., # Share of the rows that is used, above 0
     max_data_size:int=0, # Rows that are used, the first ones; 0: all
     format:str|None=None, # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
+    instead:str|Path|None=None, # Folder to appear where `out` holds another set, which then stays; default: it is replaced
 )->tuple[TokenSet,TokenSet|None]: # Training and validation set; None where too little was held out
     "Tokenize files once; an `out` that was built from the same content in the same way is used again."
     if not 0 <= validation_split < 1: raise ValueError(f"validation_split={validation_split} must be at least 0 and below 1: it is a share of the texts")
@@ -536,6 +537,7 @@ def build_tokenset(
     if old and same(old) == same(facts):
         if on_bad_row == 'error' and old['refused']: raise DataError(f"{out} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
         return open_tokenset(out)
+    if old and instead: return build_tokenset(files, tok, instead, validation_split, on_bad_row, threads, progress, data_subset, max_data_size, format)
     total,threads = sum(s['size'] for s in facts['sources']),threads or os.cpu_count() or 1
     refused,mended,rows = {},{},0
     kind = next((row.kind for f in files for b in read_blocks(f, 1<<16) for row in parse_block(b, format) if not row.reason), 'text')

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_json', 'source_from_json', 'ResumeError',
-           'refuse', 'open_source']
+           'refuse', 'token_places', 'clear_tokens', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
-import difflib
+import difflib, re
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
-from .files import set_aside, write_file
+from .files import remove_dir, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -78,10 +80,10 @@ OVERRIDES = 'effective_batch','max_seq_len','data','validation_split','seed' # t
 
 def refuse(folder:Path, field:str, was, now, hint:str=''):
     "Raise a `ResumeError`."
-    meant = f"; if the change is meant, pass override={field!r}, and it goes on at the same place in the data, counted in sequences" if field in OVERRIDES else ''
+    meant = f"; if the change is meant, pass override={field!r} (--override {field}), and it goes on at the same place in the data, counted in sequences" if field in OVERRIDES else ''
     raise ResumeError(f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go on with that run, use {was} again{meant}; to train another, choose a new output_dir, or pass overwrite=True, which moves the old run aside")
 
-def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[TokenSet,TokenSet|None]:
+def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tuple[str,...], say)->tuple[TokenSet,TokenSet|None]:
     "The run's token set, if `source` is still what it was built from."
     train,valid = open_tokenset(place)
     was = train.meta
@@ -89,7 +91,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, say)->tuple[T
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
     if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
     if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
-    if was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
+    if 'validation_split' not in override and was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
     except (FileNotFoundError, ValueError) as e:
         if isinstance(e, DataError): raise
@@ -108,16 +110,52 @@ def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
 
 def _n_parts(source)->int: return len(source['mix']) if isinstance(source, dict) else 0 # 0: no mixture
 
+def _places(known:dict|None)->tuple[list[str],str]:
+    "Where a run has its tokens, those of training and those of a validation set of the caller's own."
+    if not known: return [],'data-valid'
+    p = known['data'].get('places') or dict(train=_usual('data', _n_parts(known['data']['source'])), valid='data-valid') # not written by older versions
+    return p['train'],p['valid']
+
+def _usual(top:str, n_parts:int)->list[str]: "A folder for each part of a mixture, or for all there is."; return [f'{top}/{i}' for i in range(n_parts)] or [top]
+
+def _free(name:str, used:list[str])->str:
+    "`data`, or `data-2`, …: the first one in which no tokens of the run are."
+    return next(n for i in count(1) if (n := f'{name}-{i}' if i > 1 else name) not in [Path(u).parts[0] for u in used])
+
+def token_places(
+    folder:Path, # The run's
+    data, # What it trains on
+    valid:TokenSet|None, # What it is measured on
+)->dict: # Of folders below `folder`: `train`, a list, and `valid`
+    "Where `open_source` has put the tokens; for `run.json`."
+    found = [d.path.resolve().parent.relative_to(folder.resolve()).as_posix() for s in (data, valid) for d in getattr(s, 'sets', [s]) if d is not None and folder.resolve() in d.path.resolve().parents]
+    own = [p for p in found if p.startswith('data-valid')]
+    return dict(train=[*dict.fromkeys(p for p in found if p not in own)], valid=own[0] if own else 'data-valid')
+
+def clear_tokens(
+    folder:Path, # The run's
+    places:dict, # Of `token_places`
+):
+    "Delete the tokens of a run from before a change, when those after it are in use."
+    for name,used in ('data', places['train']), ('data-valid', [places['valid']]):
+        if not used or not all((folder/u/'train'/'meta.json').exists() for u in used): continue
+        tops = [d for d in folder.glob(f'{name}*') if re.fullmatch(rf'{name}(-\d+)?', d.name)]
+        for p in [q for d in tops for q in d.glob('[0-9]*')] + tops: # the parts of mixtures first
+            if p.relative_to(folder).as_posix() in used: continue
+            for side in ('train','valid','none'):
+                if (p/side/'meta.json').exists(): remove_dir(p/side)
+            with suppress(OSError): p.rmdir() # where nothing else is in it
+
 def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say)->TokenSet:
     "A validation set of the caller's own."
     if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
-    place = folder/'data-valid'
+    used = _places(known)[1]; place = folder/used
     try: files,form = source_files(valid, folder)
     except (FileNotFoundError, ValueError):
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
-    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form)[0]
+    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, instead=folder/_free('data-valid', [used]))[0]
 
 def open_source(
     folder:Path, # The run's
@@ -137,24 +175,28 @@ def open_source(
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
-    places = [folder/'data'/str(i) for i in range(len(parts))] if isinstance(train, Mix) else [folder/'data']
+    used = _places(known)[0]
+    new = [folder/p for p in _usual(_free('data', used), _n_parts(source_to_json(train)))] # what is to take the place of tokens of the run stands beside them, until `fit` has accepted it
+    places = [folder/p for p in used[:len(new)]] + new[len(used):]
     if tok is None and any(_is_set(s) for s,_ in parts): raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
     if tok is None and any(_named(s) for s,_ in parts) and (ready := data_dir()/'tokenizer').exists() and not cfg.retrain_tokenizer:
         tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
-    here = [known and (p/'train'/'meta.json').exists() and not {'data','validation_split'} & {*override} for p in places]
-    try: files = [None if _is_set(s) or there else source_files(s, folder) for (s,_),there in zip(parts, here)]
+    here,anew = [bool(known) and (p/'train'/'meta.json').exists() for p in places],bool({'data','validation_split'} & {*override})
+    try: files = [None if _is_set(s) or there and not anew else source_files(s, folder) for (s,_),there in zip(parts, here)]
     except FileNotFoundError as e:
-        if known: raise FileNotFoundError(f"{e}. The run's tokens are not here either, so they must be built again: bring the text that it was trained on, {known['data']['source']}") from None
-        raise
+        if not known or 'data' in override: raise
+        raise FileNotFoundError(f"{e}. {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'} must be built again: bring the text that it was trained on, {known['data']['source']}") from None
     if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; leave tokenizer out, and one is trained that has it")
     opened = []
-    for (source,_),place,there,found in zip(parts, places, here, files):
+    for (source,_),place,beside,there,found in zip(parts, places, new, here, files):
         if _is_set(source):
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
             opened.append((source, None))
-        elif there: opened.append(_same_source(folder, place, source, cfg, say))
-        else: opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1]))
+        elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
+        else:
+            if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say) # for another share, the texts are the same
+            opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], instead=beside))
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
         was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]

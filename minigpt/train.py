@@ -29,7 +29,7 @@ from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memo
 from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, usual_options
+from .source import OVERRIDES, clear_tokens, open_source, refuse, source_from_json, source_to_json, token_places, usual_options
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -325,17 +325,18 @@ def _identity(model:GPT, tok:Tokenizer, data, config:TrainConfig)->dict:
 def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
     for k in {**was, **now}:
         if was.get(k) == now.get(k): continue
-        if k in override: say(f'overridden: {k} {was[k]} → {now.get(k)}'); continue
         if k == 'curriculum' and bool(was[k]) != bool(now.get(k)): refuse(folder, 'curriculum_learning', bool(was[k]), bool(now.get(k)))
+        if {'curriculum':'data'}.get(k, k) in override: say(f'overridden: {k} {was[k]} → {now.get(k)}'); continue
         hint = {'lora.base':' (fingerprints of the weights that the adapter adapts: they are another model)', 'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
         refuse(folder, k, was.get(k), now.get(k), hint)
 
 # %% ../nbs/13_train.ipynb #461000d6
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
-    def __init__(self, *args, folder:Path, tokenizer:Tokenizer, attempt:int, say, **kwargs):
+    def __init__(self, *args, folder:Path, run_id:str, tokenizer:Tokenizer, attempt:int, valid, say, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run_path,self.tokenizer,self.attempt,self.say = folder,tokenizer,attempt,say
+        self.run_path,self.run_id,self.tokenizer,self.attempt,self.say = folder,run_id,tokenizer,attempt,say
+        self.measured_on = valid and f'{valid.fingerprint}, max_seq_len={self.config.max_seq_len}, eval_sequences={self.config.eval_sequences}' # two validation losses are of the same measure if this is
         cfg = self.config
         self.store = CheckpointStore(folder/'checkpoints', self.schedule.keep)
         self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
@@ -355,7 +356,8 @@ class _RunTrainer(Trainer):
         trainer = dict(global_step=self.step, max_steps=self.max_steps, progress=f'{100*self.step/self.max_steps:.1f}%', epoch=self.epoch, tokens=self.tokens,
             data_position=self.schedule.position(self.step), last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
             evaluated=self.evaluated, worse=self.worse, stopped_early=self.stopped_early, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
-            seed=self.config.seed, device=self.device, precision=self.precision, attempt=self.attempt)
+            measured_on=self.measured_on,
+            seed=self.config.seed, device=self.device, precision=self.precision, run=self.run_id, attempt=self.attempt)
         adapter = None
         if isinstance(m := self.model, LoRAGPT): adapter,trainer['base'] = m.lora.to_peft(m.base_path),m.base_hash
         return State(m.config, m.weights(), self.tokenizer, trainer, self.config.to_dict(), pack_optimizer(self.optimizer, m), pack_rng(), adapter)
@@ -369,6 +371,11 @@ class _RunTrainer(Trainer):
         if self.scaler.is_enabled() and s['grad_scaler']: self.scaler.load_state_dict(s['grad_scaler'])
         self.step,self.tokens,self.losses = s['global_step'],s['tokens'],s['recent_losses']
         self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
+        was = s.get('measured_on')
+        if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
+            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more' + ''.join(f', and {p.stem} is set aside as {p}' for p in self.best.supersede(-1)))
+            self.best_loss,self.best_step,self.worse = None,None,0
+        self.measured_on = self.measured_on or was
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
@@ -421,13 +428,19 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     return model if isinstance(model, nn.Module) else replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
 
 # %% ../nbs/13_train.ipynb #3e8b2007
+def _ownerless(folder:Path)->list[str]:
+    "Checkpoints, or a model, in a folder that has no run.json: nobody knows what they belong to."
+    saved = [c.path for s in (CheckpointStore(folder/'checkpoints'), CheckpointStore(folder/'snapshots', name='snapshot'), CheckpointStore(folder/'best')) for c in s.all()]
+    models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors') if (f := folder/n).exists()]
+    return [p.relative_to(folder).as_posix() for p in [*saved, *models]] if not (folder/'run.json').exists() else []
+
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
     if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
     folder = Path(output_dir)
     try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
-    if overwrite and (folder/'run.json').exists():
+    if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
         with only_one(folder): pass
         set_aside(folder, 'old'); folder.mkdir()
     elif resume is False and (folder/'run.json').exists():
@@ -440,8 +453,9 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
     def unfit(c):
         if c.path in failed: return failed[c.path]
         with contextlib.suppress(OSError, ValueError):
-            own = read_json(c.path/'trainer_state.json')['attempt']
-            if any(a['step'] < c.step for a in attempts[own:]): return 'training went back behind it later, so it belongs to a course that was given up'
+            own = read_json(c.path/'trainer_state.json')
+            if own.get('run', t.run_id) != t.run_id: return 'it belongs to another run'
+            if any(a['step'] < c.step for a in attempts[own['attempt']:]): return 'training went back behind it later, so it belongs to a course that was given up'
     passed_over = lambda c,why: t.say(f'{c.path.parent.name}/{c.path.name}{" of the backup" if backup and backup.path in c.path.parents else ""} is passed over: {why}')
     mirrored = backup.state_stores() if backup else []
     if resume is False: return None
@@ -463,6 +477,13 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
     whole = next((c for c in found if not problem(c.path)), None)
     if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
     return replace(whole, path=fetch(backup, whole)) if backup and backup.path in whole.path.parents else whole
+
+def _strangers_aside(t:_RunTrainer):
+    "What another run has saved is neither gone on from nor overwritten, should it have come into this folder."
+    for s in *t.stores, t.best:
+        for c in s.all():
+            with contextlib.suppress(OSError, ValueError):
+                if read_json(c.path/'trainer_state.json').get('run', t.run_id) != t.run_id: t.say(f"{c.path.parent.name}/{c.path.name} belongs to another run and is set aside as {set_aside(c.path, 'other-run')}")
 
 def _give_up(t:_RunTrainer, step:int):
     "What lies beyond `step` belongs to a course that is given up: it is set aside, and counts no more."
@@ -553,14 +574,16 @@ def fit(
     if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
     cfg = TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train) | (config or {}), **options)
     if resume_from_checkpoint is not None: resume = resume_from_checkpoint
+    if not isinstance(resume, (str,Path,bool)): raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
     override = (override,) if isinstance(override, str) else tuple(override)
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     folder = _folder(output_dir, resume, overwrite)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
-        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer','data','data-source')): sweep(f)
+        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = Run(folder).facts if (folder/'run.json').exists() else None
+        if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
         if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
@@ -580,13 +603,14 @@ def fit(
         net = net.to(choices['device'])
         net.recompute = cfg.gradient_checkpointing
         identity = _identity(net, tok, data, cfg)
-        if known: _check_same(folder, known['identity'], identity, override, say)
+        if known: _check_same(folder, known['identity'], identity, override + ('data',)*('validation_split' in override and not hasattr(train, 'sequences')), say) # the texts are the same, or open_source had refused them
 
         run = Run(folder)
         attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
         windows = data.n_windows(cfg.max_seq_len)
-        t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, tokenizer=tok, attempt=len(attempts)+1, say=say, objective=objective)
-        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), cfg, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
+        t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, run_id=id, tokenizer=tok, attempt=len(attempts)+1, valid=valid, say=say, objective=objective)
+        _strangers_aside(t)
+        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), t, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
             say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done.get('stopped_early') else ''))
             net.load_weights(read_checkpoint(folder).weights)
             if backup: _catch_up(backup, t, id, newest(t.stores)); backup.submit(folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
@@ -605,8 +629,10 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
+        places = token_places(folder, data, valid)
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data)), choices=choices, attempts=attempts))
+            max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
+        clear_tokens(folder, places)
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
@@ -659,9 +685,9 @@ def _enough_memory(t:_RunTrainer):
         if not out_of_memory(e): raise
         raise TrainingError(f"memory ran out in step {t.step+1:,} ({str(e).splitlines()[0][:200]}). {_last_good(t)[1]}. Call again with {memory_advice(t.config)}") from None
 
-def _is_done(state:dict, cfg:TrainConfig, max_steps:int)->bool:
-    "Is there nothing left to train? Not where a run that was stopped early is given more patience."
-    return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < cfg.early_stopping <= state['worse']
+def _is_done(state:dict, t:_RunTrainer, max_steps:int)->bool:
+    "Is there nothing left to train? Not where a run that was stopped early is given more patience, or another measure."
+    return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < t.config.early_stopping <= state['worse'] and state.get('measured_on', t.measured_on) == t.measured_on
 
 def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, state:Checkpoint|None, superseded:int|None=None):
     "Begin to mirror, with what the backup may not have got yet."

@@ -1,0 +1,216 @@
+"""A call that does not describe the run in its folder: what is refused has changed nothing, and what `override` lets through goes on with what it names."""
+import hashlib
+import json
+import random
+import shutil
+
+import pytest
+from minigpt.checkpoint import load_model
+from minigpt.data import build_tokenset
+from minigpt.model import GPTConfig
+from minigpt.registry import mix
+from minigpt.run import open_run
+from minigpt.source import ResumeError
+from minigpt.train import Callback, fit, resume
+
+SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
+OPTIONS = dict(validation_split=.2, tokenizer_vocab_size=300, max_seq_len=16, batch_size=4, max_steps=10, save_steps=5, eval_steps=5, num_threads=1, learning_rate=1e-3, progress=False, plot_loss=False)
+
+
+def text(path, words, seed):
+    rng = random.Random(seed)
+    path.write_text("\n\n".join(" ".join(rng.choices(words, k=12)) for _ in range(120)))
+    return path
+
+
+@pytest.fixture
+def work(tmp_path):
+    text(tmp_path/"a.txt", ["mill", "wheel", "river", "stone", "night"], 1)
+    text(tmp_path/"b.txt", ["lamp", "street", "window", "rain", "night"], 2)
+    return tmp_path
+
+
+def go(work, name="a.txt", to="run", *callbacks, **options):
+    override = options.pop("override", ())
+    return fit(SHAPE, options.pop("train", work/name), options.pop("valid", None), output_dir=work/to, override=override, callbacks=callbacks, **{**OPTIONS, **options})
+
+
+def contents(folder, of="**/*"):
+    "Every file that is not a log: name → hash"
+    return {p.relative_to(folder).as_posix():hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.glob(of)) if p.is_file() and p.name not in ("run.log", ".lock")}
+
+
+def said(run): return (run.path/"run.log").read_text("utf-8")
+
+
+class Stop(Callback):
+    "Break off without saving"
+    def __init__(self, at): self.at = at
+    def on_step(self, t):
+        if t.step == self.at: t.writer.wait(); raise RuntimeError("unplugged")
+
+
+# --- checkpoints that are nobody's, or another's ---
+@pytest.mark.parametrize("left", ["checkpoints", "snapshots", "best", "final"])
+def test_saved_work_without_run_json_is_not_trained_over(work, left):
+    "Once run.json is lost, nothing says whose checkpoints they are: a new training would prune and overwrite them"
+    a = go(work, max_steps=10)
+    lone = work/"lone"; lone.mkdir()
+    if left == "final":
+        for f in [*json.loads((a.path/"MANIFEST.json").read_text())["files"], "MANIFEST.json"]: shutil.copy(a.path/f, lone/f)
+    elif left == "snapshots": shutil.copytree(a.path/"checkpoints/checkpoint-5", lone/"snapshots/snapshot-5")
+    else: shutil.copytree(a.path/left, lone/left)
+    before = contents(lone)
+    with pytest.raises(FileExistsError) as e: go(work, to="lone", max_steps=20)
+    assert all(part in str(e.value) for part in ("lone holds", "no run.json", "overwrite=True", "output_dir", "pass one of them as the model"))
+    assert contents(lone) == before
+    fresh = go(work, to="lone", max_steps=5, overwrite=True)          # and the way out that the message names
+    assert fresh.step == 5 and contents(work/"lone.old-1") == before
+    if left in ("checkpoints", "final"):
+        saved = work/"lone.old-1"/("checkpoints/checkpoint-10" if left == "checkpoints" else ".")
+        assert fit(load_model(saved), work/"a.txt", output_dir=work/"next", **OPTIONS).finished
+
+
+def test_a_checkpoint_of_another_run_is_set_aside(work):
+    "A folder copied into another one: its checkpoints are neither resumed from nor overwritten"
+    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Stop(6), max_steps=20)
+    a,b = open_run(work/"run"),go(work, "a.txt", "other", max_steps=20, seed=3)
+    shutil.copytree(b.path/"checkpoints/checkpoint-20", a.path/"checkpoints/checkpoint-20")
+    shutil.copytree(b.path/"checkpoints/checkpoint-15", a.path/"checkpoints/checkpoint-10")
+    theirs = contents(b.path/"checkpoints/checkpoint-20")
+    a = go(work, max_steps=20)
+    assert "resuming from checkpoint-5" in said(a) and "belongs to another run and is set aside" in said(a)
+    assert contents(a.path/"checkpoints/checkpoint-20.other-run-1") == theirs
+    assert go(work, to="straight", max_steps=20).history[-1]["loss"] == a.history[-1]["loss"]
+
+
+# --- the tokens ---
+@pytest.mark.parametrize("change", [dict(batch_size=2), dict(max_seq_len=32), dict(seed=1), dict(max_seq_len=1000), dict(valid="missing.txt")])
+@pytest.mark.parametrize("override", ["data", "validation_split"])
+def test_a_refused_override_leaves_the_tokens(work, change, override):
+    "One change is meant, another is not: the call is refused, and the run goes on as if it had not been made"
+    run = go(work)
+    before = contents(run.path)
+    name = "b.txt" if override == "data" else "a.txt"
+    with pytest.raises((ValueError, FileNotFoundError)): go(work, name, override=override, **{**dict(max_steps=20), **({"validation_split":.3} if override == "validation_split" else {}), **change})
+    after = contents(run.path)
+    assert {k:after.get(k) for k in before} == before and all(k.startswith("data-2/") for k in {*after}-{*before})
+    assert go(work, max_steps=12).step == 12
+    assert not (run.path/"data-2").exists() and contents(run.path/"data") == contents(work/"run/data")
+
+
+def test_override_data_and_back(work):
+    "The tokens change once, are found again by the same call, and those before them are deleted"
+    run = go(work)
+    a = contents(run.path/"data")
+    run = go(work, "b.txt", max_steps=15, override="data")
+    assert run.facts["data"]["places"] == dict(train=["data-2"], valid="data-valid") and not (run.path/"data").exists()
+    kept = (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns
+    assert resume(run.path, max_steps=16).step == 16
+    assert go(work, "b.txt", max_steps=17, override="data").step == 17
+    assert go(work, "b.txt", max_steps=18).step == 18 and (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns == kept
+    with pytest.raises(ResumeError, match="the content is another"): go(work, max_steps=20)
+    run = go(work, max_steps=20, override="data")
+    assert contents(run.path/"data") == a and not (run.path/"data-2").exists()
+
+
+def test_override_data_between_a_file_and_a_mixture(work):
+    run = go(work)
+    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
+    with pytest.raises(ResumeError, match="data sets"): go(work, train=both, max_steps=15)
+    run = go(work, train=both, max_steps=15, override="data")
+    assert run.facts["data"]["places"]["train"] == ["data", "data-2/1"]
+    assert go(work, train=both, max_steps=16).step == 16
+    run = go(work, "b.txt", max_steps=18, override="data")
+    assert run.facts["data"]["places"]["train"] == ["data-3"] and {p.name for p in run.path.glob("data*")} == {"data-3"}
+
+
+@pytest.mark.parametrize("was,now", [(.1, .3), (0., .2), (.2, 0.)])
+def test_override_validation_split(work, was, now):
+    "The way out that the refusal names"
+    run = go(work, validation_split=was)
+    if was:
+        with pytest.raises(ResumeError, match="override='validation_split'"): go(work, validation_split=now, max_steps=15)
+    n = run.facts["data"]["tokens"]
+    with pytest.raises(ResumeError, match="the content is another"): go(work, "b.txt", validation_split=now, max_steps=15, override="validation_split")
+    run = go(work, validation_split=now, max_steps=15, override="validation_split")
+    assert run.step == 15 and (run.facts["data"]["tokens"] < n) == (now > was)
+    assert ("eval_loss" in run.history[-1]) == (now > 0)
+    assert go(work, validation_split=now, max_steps=17).step == 17
+
+
+def test_a_token_set_in_the_runs_own_folder_stays(work):
+    "The caller may name the run's tokens themselves, by another path than the run does"
+    from minigpt.data import open_set
+    run = go(work)
+    tokens = open_set((work/"run").resolve()/"data/train")
+    assert go(work, train=tokens, tokenizer=run.tokenizer, max_steps=12).step == 12
+    assert (run.path/"data/train/tokens.bin").exists()
+    mine,_ = build_tokenset(work/"b.txt", run.tokenizer, run.path/"data-mine", 0.)
+    assert go(work, train=mine, tokenizer=run.tokenizer, max_steps=14, override="data").step == 14
+    assert (mine.path/"tokens.bin").exists()
+
+
+# --- what validation measures ---
+@pytest.mark.parametrize("change,override", [(dict(name="b.txt"), "data"), (dict(valid="b.txt"), ()), (dict(validation_split=.3), "validation_split"), (dict(max_seq_len=8), "max_seq_len"), (dict(eval_sequences=3), ())])
+def test_the_best_loss_is_of_one_validation_set(work, change, override):
+    "A lower loss on another set says nothing: it counts from the first evaluation on"
+    run = go(work, learning_rate=1e-2, early_stopping=2)
+    old = run.best
+    assert old.step == 10
+    if "valid" in change: change = dict(change, valid=work/change["valid"])
+    run = go(work, **change, learning_rate=1e-9, max_steps=15, early_stopping=2, override=override)
+    assert "counts no more" in said(run) and (run.path/f"best/{old.path.name}.superseded-1").is_dir()
+    losses = {h["step"]:h["eval_loss"] for h in run.history if "eval_loss" in h} # of step 10, where it was saved and not yet evaluated, there are two
+    assert run.best.step == json.loads((run.path/"trainer_state.json").read_text())["best_step"] == min((10, 15), key=losses.get)
+    again = go(work, **change, learning_rate=1e-9, max_steps=20, early_stopping=2)
+    assert said(again).count("counts no more") == 1 # the same call again measures the same
+
+
+def test_a_run_that_was_stopped_early_goes_on_with_another_validation_set(work):
+    run = go(work, learning_rate=3., grad_clip=0., max_steps=100, early_stopping=1)
+    assert run.step < 100 and run.finished
+    stopped = run.step
+    assert go(work, learning_rate=3., grad_clip=0., max_steps=100, early_stopping=1).step == stopped
+    assert go(work, valid=work/"b.txt", learning_rate=1e-3, max_steps=stopped+5, early_stopping=1).step == stopped+5
+
+
+def test_open_run_sees_a_run_made_before_places_were_written(work):
+    "A run.json of an older version: the tokens are in data/"
+    run = go(work)
+    facts = run.facts; del facts["data"]["places"]
+    (run.path/"run.json").write_text(json.dumps(facts))
+    for c in run.checkpoints:
+        s = json.loads((c.path/"trainer_state.json").read_text())
+        assert s["run"] == facts["id"]
+    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"]["train"] == ["data"]
+
+
+def test_the_backup_has_the_tokens_of_now(work):
+    "On another machine, where neither the texts nor the run are, it goes on with the data that it was changed to"
+    drive = work/"drive"; drive.mkdir()
+    go(work, gdrive_backup_dir=str(drive))
+    run = go(work, "b.txt", max_steps=15, override="data", gdrive_backup_dir=str(drive))
+    tokens = contents(run.path/"data-2")
+    names = {p.relative_to(drive/"run").parts[0] for p in (drive/"run").rglob("*.bin")}
+    assert "data-2" in names and "data" not in names
+    shutil.rmtree(run.path); (work/"a.txt").unlink(); (work/"b.txt").unlink()
+    run = resume(work/"run", max_steps=20, gdrive_backup_dir=str(drive))
+    assert run.step == 20 and contents(run.path/"data-2") == tokens
+
+
+def test_the_command_lets_through_what_it_names(work, monkeypatch, capsys):
+    "`--override`, which the refusal advises, for both ways of going on"
+    from minigpt import cli
+    go(work)
+    monkeypatch.chdir(work)
+    def command(*words):
+        monkeypatch.setattr("sys.argv", ["minigpt", *words, "--num-threads", "1", "--no-progress", "--no-plot-loss"])
+        try: cli.main()
+        except SystemExit as e: return e.code
+    (work/"shape.json").write_text(json.dumps(dict(config=SHAPE.to_dict(), **{k:v for k,v in OPTIONS.items() if k != "max_steps"})))
+    call = ["train", "b.txt", "--config-file", "shape.json", "--output-dir", "run", "--max-steps", "12"]
+    assert "--override data" in command(*call)
+    assert not command(*call, "--override", "data") and open_run("run").step == 12
+    assert "--override effective_batch" in command("resume", "run", "--max-steps", "14", "--batch-size", "2")
+    assert not command("resume", "run", "--max-steps", "14", "--batch-size", "2", "--override", "effective_batch") and open_run("run").step == 14
