@@ -329,6 +329,14 @@ def _jinja()->ImmutableSandboxedEnvironment:
 _compiled = lru_cache(8)(lambda template: _jinja().from_string(template))
 
 # %% ../nbs/01_tokenizer.ipynb #47994030
+_LONG = re.compile(r'\S{4000}|\s{4000}')
+
+def _cut_long(text:str)->list[str]:
+    "The text, cut where no white space, or nothing else, comes for so long that it is no word: the trainer's time grows with the square of the longest."
+    if len(text) < 4000: return [text]
+    cuts = [0, *(m.end() for m in _LONG.finditer(text)), len(text)]
+    return [text[a:b] for a,b in zip(cuts, cuts[1:])]
+
 def train_tokenizer(
     texts:Iterable[str], # Texts to learn from; read until `max_rows` or `max_bytes`
     vocab_size:int|None=None, # Tokens, special ones and 256 bytes included; default: 15,000, or fewer where the sample is small
@@ -348,7 +356,7 @@ def train_tokenizer(
     if not size: raise ValueError("there is no text to learn a vocabulary from: every text was empty")
     want = vocab_size or min(15_000, max(smallest+256, size//300))
     tok = _blank()
-    tok.train_from_iterator(sample, trainers.BpeTrainer(vocab_size=want, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=verbose,
+    tok.train_from_iterator((piece for text in sample for piece in _cut_long(text)), trainers.BpeTrainer(vocab_size=want, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=verbose,
         special_tokens=[AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS+marks]))
     made = json.loads(tok.to_str())
     for t in made['added_tokens']: t['special'] = t['content'] in SPECIALS  # the trainer marks them all as special; a mark is output that people see
