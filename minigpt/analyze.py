@@ -433,7 +433,8 @@ def analyze(
     elif path.is_file():
         try: _read_file(a, path)
         except Refused as e: raise ValueError(f"{path} is refused: {e}") from None
-        a.kind = a.kind or ('safetensors file' if '.safetensors' in path.name else 'file of torch.save' if a.tensors or a.problems else 'file')
+        a.kind = a.kind or ('safetensors file' if '.safetensors' in path.name else 'file of torch.save' if a.tensors or a.problems else 'pickle' if _pickled(path) else '')
+        if not a.kind: raise ValueError(f"{path} is not a checkpoint: it must be a directory, or a file that safetensors or torch.save wrote (.safetensors, .pt, .pth, .bin)")
     elif path.exists(): raise ValueError(f"{path} is neither a file nor a directory")
     else:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3, .3) if path.parent.is_dir() else []

@@ -156,8 +156,9 @@ def data_files(
 )->list[Path]:
     "The data files that `source` names, in order."
     if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
-    out = []
-    for p in map(Path, [source] if isinstance(source, (str,Path)) else source):
+    out,source = [],[source] if isinstance(source, (str,Path)) else [*source]
+    if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
+    for p in map(Path, source):
         if not p.is_dir(): look_at(p); out.append(p); continue
         inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and f.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")

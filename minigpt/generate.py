@@ -9,8 +9,10 @@ __all__ = ['next_probs', 'DecodeStep', 'generate', 'generate_batch', 'text_piece
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
+from .formats import ROLES
 from .model import GPT, KVCache, need_gpt, rope_angles
 from .tokenizer import Tokenizer
 
@@ -72,11 +74,12 @@ def _reading(model):
         for m in training: m.training = True
 
 # %% ../nbs/06_generate.ipynb #a986e455
-def _checked(model, prompts, max_new_tokens, choice):
+def _checked(model, prompts, max_new_tokens, choice, seed):
     "The prompts as lists of numbers, and how many tokens each has room for; refused where it cannot work."
     need_gpt(model, 'this way of writing')
     _check_choice(*choice)
-    if isinstance(max_new_tokens, str) or max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
+    if seed is not None and not (isinstance(seed, Integral) and -1<<63 <= seed < 1<<63): raise ValueError(f"seed={seed!r} must be a whole number of 64 bits, or None for another text each time")
     prompts,c = [[int(i) for i in p] for p in prompts],model.config
     for ids in prompts:
         if not ids: raise ValueError("the prompt has no tokens; start from the token that ends a document, [tokenizer.eos_id]")
@@ -189,7 +192,7 @@ def generate(
 )->Iterator[int]: # New token ids, as they are chosen
     "Continue one prompt until a stop token, `max_new_tokens`, or the end of the model's `max_len`."
     choice = temperature,top_k,top_p
-    prompts,room = _checked(model, [ids], max_new_tokens, choice)
+    prompts,room = _checked(model, [ids], max_new_tokens, choice, seed)
     return (token for _,token in _write(model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache))
 
 def generate_batch(
@@ -206,7 +209,7 @@ def generate_batch(
 )->list[list[int]]: # New token ids of each prompt
     "Continue several prompts at once: on a GPU, hardly slower than one."
     choice = temperature,top_k,top_p
-    prompts,room = _checked(model, prompts, max_new_tokens, choice)
+    prompts,room = _checked(model, prompts, max_new_tokens, choice, seed)
     out = [[] for _ in prompts]
     for i,token in _write(model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache): out[i].append(token)
     return out
@@ -228,6 +231,12 @@ def text_pieces(
     if len(text) > sent: yield text[sent:]
 
 # %% ../nbs/06_generate.ipynb #f41a4c4c
+def _turns(prompt)->list[dict]:
+    "A conversation, with the roles that data have too."
+    if not isinstance(prompt, (list,tuple)) or not all(isinstance(m, dict) for m in prompt): raise TypeError(f"prompt={prompt!r:.80} must be a text, or a conversation: a list of messages such as dict(role='user', content='…'). For several texts at once there is minigpt.generate.generate_batch")
+    if bad := [r for m in prompt if not isinstance(r := m.get('role'), str) or r.strip().lower() not in ROLES]: raise ValueError(f"the role {bad[0]!r} of a message must be user, assistant, system or tool")
+    return [{**m, 'role':ROLES[m['role'].strip().lower()]} for m in prompt]
+
 def stream_text(
     model:GPT,
     tokenizer:Tokenizer,
@@ -238,7 +247,7 @@ def stream_text(
     "Write on, and hand out the text as it comes."
     if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
     if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    else: ids = tokenizer.encode_prompt(prompt, tools)
+    else: ids = tokenizer.encode_prompt(_turns(prompt), tools)
     return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))
 
 # %% ../nbs/06_generate.ipynb #fb5ecfe4

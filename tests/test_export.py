@@ -499,3 +499,20 @@ def test_onnx(plain, tmp_path):
     for run in runs:
         for x in (ids, ids[:1, :1], ids[:3, :50]): assert (torch.from_numpy(run({"ids": x.numpy()}))-scores(model, x)).abs().max() < 1e-4
     assert load_tokenizer(out).encode("The keeper") == load_tokenizer(path).encode("The keeper")
+
+
+def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsys):
+    "`minigpt generate` takes what `minigpt export` makes, and gives what the run gives"
+    from minigpt import cli
+    from minigpt.corpus import write_corpus
+    from minigpt.model import GPTConfig
+    from minigpt.train import fit
+    shape = GPTConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
+    fit(shape, write_corpus(tmp_path/"stories.jsonl", 50), output_dir=tmp_path/"run", tokenizer_vocab_size=300, max_seq_len=32, batch_size=2, max_steps=4, num_threads=1, progress=False, plot_loss=False)
+    def command(*words):
+        monkeypatch.setattr("sys.argv", ["minigpt", *map(str, words)])
+        try: cli.main()
+        except SystemExit as e: assert not e.code, e.code
+        return capsys.readouterr().out
+    command("export", tmp_path/"run", tmp_path/"made")
+    assert command("generate", tmp_path/"made", "The", "--max-new-tokens", 12, "--seed", 1) == command("generate", tmp_path/"run", "The", "--max-new-tokens", 12, "--seed", 1)

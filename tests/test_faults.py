@@ -18,6 +18,7 @@ import kill_child as child
 import psutil
 import pytest
 from minigpt import cli
+from minigpt.analyze import analyze
 from minigpt.chat import tools_from_file
 from minigpt.checkpoint import CheckpointError, CheckpointStore, load_model, problem, read_checkpoint
 from minigpt.config import read_options
@@ -215,6 +216,16 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
     "model-of-a-hub": (lambda w: load_model("gpt2"), ["no directory gpt2", "downloaded first"]),
     "temperature": (lambda w: open_run(w/"run").generate("a", temperature="0.7"), ["temperature='0.7' must be a number, without quotes"]),
     "max_new_tokens": (lambda w: open_run(w/"run").generate("a", max_new_tokens="5"), ["max_new_tokens='5' must be a whole number"]),
+    "half a token": (lambda w: open_run(w/"run").generate("a", max_new_tokens=2.5), ["max_new_tokens=2.5 must be a whole number"]),
+    "several prompts": (lambda w: open_run(w/"run").generate(["a", "b"]), ["prompt=['a', 'b'] must be a text, or a conversation", "generate_batch"]),
+    "no prompt": (lambda w: open_run(w/"run").generate(None), ["prompt=None must be a text"]),
+    "role of a prompt": (lambda w: open_run(w/"run").generate([dict(role="x", content="y")]), ["the role 'x' of a message must be user, assistant, system or tool"]),
+    "seed of a text": (lambda w: open_run(w/"run").generate("a", seed=1<<70), ["must be a whole number of 64 bits"]),
+    "seed": (lambda w: fit(child.shape(), w/"a.txt", output_dir=w/"x", seed=1<<70), [f"seed={1<<70} must be a whole number of 64 bits"]),
+    "threads": (lambda w: fit(child.shape(), w/"a.txt", output_dir=w/"x", num_threads=10**6), ["num_threads=1000000 must be at most 1024"]),
+    "resume": (lambda w: fit(child.shape(), w/"a.txt", output_dir=w/"x", resume=None), ["resume=None must be 'auto'", "False"]),
+    "rows in memory": (lambda w: fit(child.shape(), [dict(text="a")], output_dir=w/"x"), ["{'text': 'a'} in the list of data is no path", ".jsonl"]),
+    "analyze a text": (lambda w: analyze((w/"notes.txt").write_text("hello") and w/"notes.txt"), ["notes.txt is not a checkpoint", ".safetensors"]),
     "adapter": (lambda w: lora(str(w/"run")), ["base='", "must be a model, such as minigpt.checkpoint.load_model"]),
     "tokenizer-of-a-text": (lambda w: train_tokenizer("a.txt"), ["texts='a.txt' is one text", "a list of texts"]),
     "batch_size": (lambda w: evaluate_on(w/"run", w/"text.jsonl", batch_size=0), ["batch_size=0 must be at least 1"]),
