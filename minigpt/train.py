@@ -335,9 +335,9 @@ class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
     def __init__(self, *args, folder:Path, run_id:str, tokenizer:Tokenizer, attempt:int, valid, say, **kwargs):
         super().__init__(*args, **kwargs)
-        self.run_path,self.run_id,self.tokenizer,self.attempt,self.say = folder,run_id,tokenizer,attempt,say
-        self.measured_on = valid and f'{valid.fingerprint}, max_seq_len={self.config.max_seq_len}, eval_sequences={self.config.eval_sequences}' # two validation losses are of the same measure if this is
         cfg = self.config
+        self.run_path,self.run_id,self.tokenizer,self.attempt,self.say = folder,run_id,tokenizer,attempt,say
+        self.measured_on = None if valid is None else f'{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}' # two validation losses are of the same measure if this is
         self.store = CheckpointStore(folder/'checkpoints', self.schedule.keep)
         self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
         self.best = CheckpointStore(folder/'best', 1, kind='best')
