@@ -47,9 +47,10 @@ def check_there(
 
 # %% ../nbs/10_backup.ipynb #9758332e
 def _json_or(path:Path, otherwise):
-    "What a small file says; something else where it is absent or torn: files of a mount are not written in one step."
-    try: return orjson.loads(path.read_bytes())
+    "The object in a small file; something else where it is absent, torn (files of a mount are not written in one step) or no object."
+    try: found = orjson.loads(path.read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError): return otherwise
+    return found if isinstance(found, dict) else otherwise
 
 # %% ../nbs/10_backup.ipynb #51d7f6a4
 def read_run_id(path:Path)->str|None:
@@ -282,18 +283,20 @@ class Backup:
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
         small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if (f := self.run_path/n).exists()] + sorted((self.run_path/'tensorboard').glob('**/*'))
         places = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places') or dict(train=['data'], valid='data-valid')
-        fixed = [f for n in ('tokenizer', *places['train'], places['valid']) for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
+        places = ['tokenizer', *(p for p in (*places['train'], places['valid']) if p)]
+        fixed = [f for n in places for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
         if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
-        gone = []
         if 'mirror.json' not in self.mirrored:
             self.doing = 'copying the tokenizer and the data'
             there = {k:v for k,v in listed(self.path).items() if (self.path/k).exists() and (self.path/k).stat().st_size == v['size']}
-            entries,gone = {},[*listed(self.path)]
+            entries = {}
             for f in fixed:
                 name = f.relative_to(self.run_path).as_posix(); entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
                 if there.get(name) != entries[name]: self._place(f, name)
+            here = {p for p in places if (self.run_path/p).exists()}
+            entries = {k:v for k,v in there.items() if not here & {p.as_posix() for p in Path(k).parents}} | entries # what this machine lacks, and what run.json names until it is replaced
             self._replace('mirror.json', orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
-            self.mirrored['mirror.json'] = True
+            self.mirrored['mirror.json'] = entries
         for f in small:
             if not f.is_file(): continue
             name,s = f.relative_to(self.run_path).as_posix(),f.stat()
@@ -301,8 +304,11 @@ class Backup:
             if name == 'run.json': self._replace(name, f.read_bytes())
             else: self._place(f, name, append=name in self.mirrored and name.endswith(('.jsonl','.log')))
             self.mirrored[name] = s.st_size,s.st_mtime_ns
-        for name in gone:
-            if name not in entries: (self.path/name).unlink(missing_ok=True) # tokens from before a change, which run.json names no more
+        entries = self.mirrored['mirror.json']
+        if gone := [k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}]: # tokens from before a change, which run.json names no more
+            self.mirrored['mirror.json'] = entries = {k:v for k,v in entries.items() if k not in gone}
+            self._replace('mirror.json', orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
+            for k in gone: (self.path/k).unlink(missing_ok=True)
 
     def _replace(self, name:str, data:bytes):
         "Write a small file under a new name first: without it a backup is nobody's."
@@ -427,7 +433,7 @@ def restore_run(
     backup:Backup,
     say:Callable[[str],None]=print,
 )->bool: # Was there anything to restore?
-    "Bring a run's own files from its backup into an empty folder, `run.json` last."
+    "Bring a run's own files from its backup into a folder that does not have them, or not the newest, `run.json` last. What stands in their place is set aside."
     there,here = backup.path,backup.run_path
     id,mine = read_run_id(there),read_run_id(here)
     if mine is None and not (_json_or(there/'run.json', None) or {}).get('id'):
@@ -437,7 +443,9 @@ def restore_run(
         raise BackupError(f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it, or pass overwrite=True, which moves that folder aside")
     if mine is not None:
         if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
-        return False
+        theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
+        if not theirs[len(own):] or theirs[:len(own)] != own: return False
+        say(f'{here.name} has gone on elsewhere meanwhile')
     say(f'restoring {here.name} from {backup.folder}')
     here.mkdir(parents=True, exist_ok=True)
     groups = {}
@@ -445,8 +453,10 @@ def restore_run(
         if '..' in Path(name).parts or Path(name).is_absolute(): raise BackupError(f'{there}/mirror.json lists {name!r}, which is outside of the run: this is not a backup that minigpt made')
         groups.setdefault(Path(name).parts[0], {})[name] = want
     for group,files in groups.items():
+        if all((f := here/n).is_file() and f.stat().st_size == want['size'] and hash_file(f) == want['xxh3_128'] for n,want in files.items()): continue
+        if (here/group).exists(): say(f"what stood in {here/group} is kept as {set_aside(here/group, 'old')}")
         try:
-            with new_dir(here/group, replace=True) as d:
+            with new_dir(here/group) as d:
                 for name,want in files.items():
                     target = d/Path(name).relative_to(group); target.parent.mkdir(parents=True, exist_ok=True)
                     if copy_file(there/name, target)[0] != want['xxh3_128']: raise OSError(errno.EIO, f'{there/name} is damaged or has not arrived')
@@ -458,10 +468,15 @@ def restore_run(
             for name in ('tokenizer.json','tokenizer_config.json'): copy_file(c.path/name, d/name)
     if problem(there/'final') is None:
         for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']: copy_file(there/'final'/name, here/name)
+    if best := next((c for c in reversed(CheckpointStore(there/'best').all()) if not (here/'best'/c.path.name).exists() and problem(c.path) is None), None):
+        try: fetch(backup, best)
+        except (OSError, CheckpointError) as e: say(f'{best.path} is not restored: {e}')
     if (there/'run.log').exists():
         with open(here/'run.log', 'ab') as f: f.write((there/'run.log').read_bytes()) # it is open already, for what is said now
     for name in ('metrics.jsonl','run.json'):
-        if (there/name).exists(): write_file(here/name, (there/name).read_bytes())
+        if not (there/name).exists() or (here/name).exists() and name == 'metrics.jsonl' and (here/name).read_bytes().startswith((there/name).read_bytes()): continue
+        if (here/name).exists(): set_aside(here/name, 'old')
+        write_file(here/name, (there/name).read_bytes())
     return True
 
 def fetch(

@@ -84,10 +84,10 @@ class TrainConfig:
     def __post_init__(self):
         def must(name, ok, what):
             if not ok: raise ValueError(f'{name}={getattr(self, name)!r} must be {what}')
-        for f in fields(self):
+        for f in fields(self): # a bool where a word is wanted is YAML's `no`
             v,kind = getattr(self, f.name),type(f.default)
             if f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
-            elif f.name == 'enable_compile' and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
+            elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
             elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
             elif kind is int and type(v) is float and v.is_integer(): object.__setattr__(self, f.name, int(v))

@@ -12,6 +12,7 @@ import contextlib, copy, json, os, signal
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count, takewhile
 from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
@@ -511,6 +512,10 @@ def source_facts(files:list[Path], known:list[dict]=())->list[dict]:
         out.append({**facts, 'xxh3':old['xxh3'] if old else hash_file(f)})
     return out
 
+def _not_ours(out:Path)->list[str]:
+    "What stands where a token set is to appear, and is no part of one."
+    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in out.glob('*') if not p.name.startswith('.') and not (p.name in ('train','valid','none') and (p/'meta.json').exists()))
+
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
     tok:Tokenizer, # Its ids
@@ -522,7 +527,7 @@ def build_tokenset(
     data_subset:float=1., # Share of the rows that is used, above 0
     max_data_size:int=0, # Rows that are used, the first ones; 0: all
     format:str|None=None, # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
-    instead:str|Path|None=None, # Folder to appear where `out` holds another set, which then stays; default: it is replaced
+    keep:bool=False, # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
 )->tuple[TokenSet,TokenSet|None]: # Training and validation set; None where too little was held out
     "Tokenize files once; an `out` that was built from the same content in the same way is used again."
     if not 0 <= validation_split < 1: raise ValueError(f"validation_split={validation_split} must be at least 0 and below 1: it is a share of the texts")
@@ -530,14 +535,18 @@ def build_tokenset(
     if max_data_size < 0: raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
     if on_bad_row not in ('skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
     out,files = Path(out),data_files(source)
-    old = read_json(out/'train'/'meta.json') if (out/'train'/'meta.json').exists() else {}
     how = dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1), ('max_data_size', max_data_size, 0), ('format', format, None)) if v != usual}
-    facts = dict(sources=source_facts(files, old.get('sources', ())), tokenizer=tok.hash, options=how)
     same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
-    if old and same(old) == same(facts):
-        if on_bad_row == 'error' and old['refused']: raise DataError(f"{out} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
-        return open_tokenset(out)
-    if old and instead: return build_tokenset(files, tok, instead, validation_split, on_bad_row, threads, progress, data_subset, max_data_size, format)
+    facts = dict(sources=(), tokenizer=tok.hash, options=how)
+    beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
+    for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
+        old = read_json(place/'train'/'meta.json') if (place/'train'/'meta.json').exists() else {}
+        facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
+        if old and same(old) == same(facts):
+            if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
+            return open_tokenset(place)
+    if keep: out = next(p for p in chain([out], beside()) if not (p/'train'/'meta.json').exists() and not _not_ours(p))
+    elif others := _not_ours(out): raise FileExistsError(f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is overwritten; name another folder")
     total,threads = sum(s['size'] for s in facts['sources']),threads or os.cpu_count() or 1
     refused,mended,rows = {},{},0
     kind = next((row.kind for f in files for b in read_blocks(f, 1<<16) for row in parse_block(b, format) if not row.reason), 'text')

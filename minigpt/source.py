@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_json', 'source_from_json', 'ResumeError',
-           'refuse', 'token_places', 'clear_tokens', 'open_source']
+           'refuse', 'token_places', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
-import difflib, re
+import difflib
 from collections.abc import Callable
-from contextlib import suppress
-from itertools import count
+from itertools import zip_longest
 from pathlib import Path
 import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
-from .files import remove_dir, set_aside, write_file
+from .files import set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -90,8 +89,8 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tupl
     for k,usual in dict(data_subset=1., max_data_size=0).items():
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
     if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
-    if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
     if 'validation_split' not in override and was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
+    if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and Path(was['sources'][0]['path']).parts[-2:] == ('data-source', f'{source}.jsonl') and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
     except (FileNotFoundError, ValueError) as e:
         if isinstance(e, DataError): raise
@@ -110,52 +109,25 @@ def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
 
 def _n_parts(source)->int: return len(source['mix']) if isinstance(source, dict) else 0 # 0: no mixture
 
-def _places(known:dict|None)->tuple[list[str],str]:
-    "Where a run has its tokens, those of training and those of a validation set of the caller's own."
-    if not known: return [],'data-valid'
-    p = known['data'].get('places') or dict(train=_usual('data', _n_parts(known['data']['source'])), valid='data-valid') # not written by older versions
-    return p['train'],p['valid']
-
-def _usual(top:str, n_parts:int)->list[str]: "A folder for each part of a mixture, or for all there is."; return [f'{top}/{i}' for i in range(n_parts)] or [top]
-
-def _free(name:str, used:list[str])->str:
-    "`data`, or `data-2`, …: the first one in which no tokens of the run are."
-    return next(n for i in count(1) if (n := f'{name}-{i}' if i > 1 else name) not in [Path(u).parts[0] for u in used])
-
 def token_places(
-    folder:Path, # The run's
-    data, # What it trains on
-    valid:TokenSet|None, # What it is measured on
-)->dict: # Of folders below `folder`: `train`, a list, and `valid`
-    "Where `open_source` has put the tokens; for `run.json`."
-    found = [d.path.resolve().parent.relative_to(folder.resolve()).as_posix() for s in (data, valid) for d in getattr(s, 'sets', [s]) if d is not None and folder.resolve() in d.path.resolve().parents]
-    own = [p for p in found if p.startswith('data-valid')]
-    return dict(train=[*dict.fromkeys(p for p in found if p not in own)], valid=own[0] if own else 'data-valid')
+    known:dict|None, # run.json
+)->dict: # `train`, a list with one for each part of a mixture; `valid`, of a validation set of the caller's own. None: it is a token set from elsewhere
+    "Folders below the run's in which its tokens are."
+    data = (known or {}).get('data', {})
+    return data.get('places') or dict(train=_usual(_n_parts(data.get('source'))), valid='data-valid') # not written by older versions
 
-def clear_tokens(
-    folder:Path, # The run's
-    places:dict, # Of `token_places`
-):
-    "Delete the tokens of a run from before a change, when those after it are in use."
-    for name,used in ('data', places['train']), ('data-valid', [places['valid']]):
-        if not used or not all((folder/u/'train'/'meta.json').exists() for u in used): continue
-        tops = [d for d in folder.glob(f'{name}*') if re.fullmatch(rf'{name}(-\d+)?', d.name)]
-        for p in [q for d in tops for q in d.glob('[0-9]*')] + tops: # the parts of mixtures first
-            if p.relative_to(folder).as_posix() in used: continue
-            for side in ('train','valid','none'):
-                if (p/side/'meta.json').exists(): remove_dir(p/side)
-            with suppress(OSError): p.rmdir() # where nothing else is in it
+def _usual(n_parts:int)->list[str]: return [f'data/{i}' for i in range(n_parts)] or ['data']
 
 def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say)->TokenSet:
     "A validation set of the caller's own."
     if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
-    used = _places(known)[1]; place = folder/used
+    place = folder/(token_places(known)['valid'] or 'data-valid')
     try: files,form = source_files(valid, folder)
     except (FileNotFoundError, ValueError):
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
-    return build_tokenset(files, tok, place, 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, instead=folder/_free('data-valid', [used]))[0]
+    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, keep=True)[0]
 
 def open_source(
     folder:Path, # The run's
@@ -166,7 +138,7 @@ def open_source(
     cfg:TrainConfig,
     override:tuple[str,...]=(), # Fields that may differ from the run that goes on
     say:Callable[[str],None]=print, # Told what is done
-)->tuple[Tokenizer,TokenSet,TokenSet|None]: # Tokenizer, training and validation set
+)->tuple[Tokenizer,TokenSet,TokenSet|None,dict]: # Tokenizer, training and validation set, and where they are: as `token_places`
     "Everything that `fit` reads, in the run's folder."
     if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
@@ -175,9 +147,8 @@ def open_source(
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
-    used = _places(known)[0]
-    new = [folder/p for p in _usual(_free('data', used), _n_parts(source_to_json(train)))] # what is to take the place of tokens of the run stands beside them, until `fit` has accepted it
-    places = [folder/p for p in used[:len(new)]] + new[len(used):]
+    usual = [folder/p for p in _usual(len(parts)*isinstance(train, Mix))]
+    places = [folder/was if was else place for was,place in zip_longest(token_places(known)['train'][:len(parts)], usual)]
     if tok is None and any(_is_set(s) for s,_ in parts): raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
     if tok is None and any(_named(s) for s,_ in parts) and (ready := data_dir()/'tokenizer').exists() and not cfg.retrain_tokenizer:
         tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
@@ -189,14 +160,14 @@ def open_source(
     if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; leave tokenizer out, and one is trained that has it")
     opened = []
-    for (source,_),place,beside,there,found in zip(parts, places, new, here, files):
+    for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
         if _is_set(source):
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
         else:
             if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say) # for another share, the texts are the same
-            opened.append(build_tokenset(found[0], tok, place, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], instead=beside))
+            opened.append(build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], keep=True)) # beside the run's own, until `fit` has accepted it
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
         was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]
@@ -207,12 +178,15 @@ def open_source(
     else: data,held_out = opened[0]
     if known and not all(here) and not _is_set(train) and 'data' not in override and data.fingerprint != (was := known['identity']['data']):
         for p,there in zip(places, here):
-            if not there and p.exists(): set_aside(p, 'refused')
+            if not there and (p/'train'/'meta.json').exists(): set_aside(p, 'refused')
         refuse(folder, 'data', was, data.fingerprint, ' (fingerprints of the tokens)')
+    inside = lambda d: d.path.parent.relative_to(folder).as_posix()
+    places,own = [None if _is_set(s) else inside(d) for (s,_),(d,_) in zip(parts, opened)],None
     if valid is None and not _is_set(train):
         valid = held_out
         if valid is None and cfg.validation_split: say('no validation: ' + ('too few texts were held out' if all(getattr(d, 'meta', {}).get('options', {}).get('validation_split') for d in getattr(data, 'sets', [data])) else "the run's tokens were made with validation_split=0; override='validation_split' holds some out") + '; there is no validation loss')
-    elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say)
+    elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say); own = inside(valid)
     if valid is not None and not valid.n_windows(cfg.max_seq_len): valid = say(f'no validation: in no row held out does an answer begin within max_seq_len={cfg.max_seq_len}; there is no validation loss')
-    if not (folder/'tokenizer'/'tokenizer.json').exists() or not known: tok.save(folder/'tokenizer')
-    return tok,curriculum(data) if cfg.curriculum_learning else data,valid
+    if not known and (there := folder/'tokenizer').exists() and not ((there/'tokenizer.json').exists() and load_tokenizer(there).hash == tok.hash): say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
+    if not (folder/'tokenizer'/'tokenizer.json').exists(): tok.save(folder/'tokenizer')
+    return tok,curriculum(data) if cfg.curriculum_learning else data,valid,dict(train=places, valid=own or token_places(known)['valid'])

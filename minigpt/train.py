@@ -29,7 +29,7 @@ from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memo
 from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, clear_tokens, open_source, refuse, source_from_json, source_to_json, token_places, usual_options
+from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, token_places, usual_options
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -201,6 +201,7 @@ class _Evaluate(Callback):
         t.log(dict(step=t.step, epoch=round(t.epoch, 4), **{f'eval_{k}':v for k,v in found.items()}, **sample))
         if t.best_loss is None or loss < t.best_loss:
             t.best_loss,t.best_step,t.worse = loss,t.step,0
+            if t.other_best: t.other_best = False; t.best.supersede(-1)
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
         else: t.worse += 1
         if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
@@ -343,6 +344,7 @@ class _RunTrainer(Trainer):
         self.best = CheckpointStore(folder/'best', 1, kind='best')
         self.stores,self.writer = [self.store, self.snapshots],Writer(say)
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
+        self.other_best = False # is what stands in best/ the best by another measure?
         self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
 
     def log(self, row:dict):
@@ -373,8 +375,8 @@ class _RunTrainer(Trainer):
         self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
         was = s.get('measured_on')
         if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
-            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more' + ''.join(f', and {p.stem} is set aside as {p}' for p in self.best.supersede(-1)))
-            self.best_loss,self.best_step,self.worse = None,None,0
+            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more')
+            self.best_loss,self.best_step,self.worse,self.other_best = None,None,0,True
         self.measured_on = self.measured_on or was
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
@@ -441,6 +443,7 @@ def _folder(output_dir, resume, overwrite:bool)->Path:
     try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
     if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
+        if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")
         with only_one(folder): pass
         set_aside(folder, 'old'); folder.mkdir()
     elif resume is False and (folder/'run.json').exists():
@@ -583,6 +586,7 @@ def fit(
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = Run(folder).facts if (folder/'run.json').exists() else None
+        if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
         if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
         if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
         choices = choose(cfg)
@@ -593,7 +597,7 @@ def fit(
         given_valid = source_to_json(valid) if valid is not None else None
         model = _given(model)
         if tokenizer is None and not known and not cfg.retrain_tokenizer and (origin := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(origin)/'tokenizer.json').exists(): tokenizer = origin
-        tok,data,valid = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
         if not known and (home := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(home)/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
@@ -629,10 +633,9 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
-        places = token_places(folder, data, valid)
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
-        clear_tokens(folder, places)
+        if known and (before := {*token_places(known)['train']} - {*places['train'], None}): say(f"the tokens from before this change stay in {', '.join(sorted(before))}; delete them if nothing else needs them")
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,

@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from minigpt.backup import Backup
 from minigpt.checkpoint import load_model
 from minigpt.data import build_tokenset
 from minigpt.model import GPTConfig
@@ -95,23 +96,23 @@ def test_a_refused_override_leaves_the_tokens(work, change, override):
     with pytest.raises((ValueError, FileNotFoundError)): go(work, name, override=override, **{**dict(max_steps=20), **({"validation_split":.3} if override == "validation_split" else {}), **change})
     after = contents(run.path)
     assert {k:after.get(k) for k in before} == before and all(k.startswith("data-2/") for k in {*after}-{*before})
-    assert go(work, max_steps=12).step == 12
-    assert not (run.path/"data-2").exists() and contents(run.path/"data") == contents(work/"run/data")
+    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"]["train"] == ["data"]
 
 
 def test_override_data_and_back(work):
-    "The tokens change once, are found again by the same call, and those before them are deleted"
+    "The tokens change once, and are found again by the same call; those before them stay, until somebody deletes them"
     run = go(work)
     a = contents(run.path/"data")
     run = go(work, "b.txt", max_steps=15, override="data")
-    assert run.facts["data"]["places"] == dict(train=["data-2"], valid="data-valid") and not (run.path/"data").exists()
+    assert run.facts["data"]["places"] == dict(train=["data-2"], valid="data-valid")
+    assert "stay in data; delete them" in said(run) and contents(run.path/"data") == a
     kept = (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns
     assert resume(run.path, max_steps=16).step == 16
     assert go(work, "b.txt", max_steps=17, override="data").step == 17
     assert go(work, "b.txt", max_steps=18).step == 18 and (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns == kept
     with pytest.raises(ResumeError, match="the content is another"): go(work, max_steps=20)
     run = go(work, max_steps=20, override="data")
-    assert contents(run.path/"data") == a and not (run.path/"data-2").exists()
+    assert run.facts["data"]["places"]["train"] == ["data"] and contents(run.path/"data") == a
 
 
 def test_override_data_between_a_file_and_a_mixture(work):
@@ -119,10 +120,10 @@ def test_override_data_between_a_file_and_a_mixture(work):
     both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
     with pytest.raises(ResumeError, match="data sets"): go(work, train=both, max_steps=15)
     run = go(work, train=both, max_steps=15, override="data")
-    assert run.facts["data"]["places"]["train"] == ["data", "data-2/1"]
+    assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"]
     assert go(work, train=both, max_steps=16).step == 16
     run = go(work, "b.txt", max_steps=18, override="data")
-    assert run.facts["data"]["places"]["train"] == ["data-3"] and {p.name for p in run.path.glob("data*")} == {"data-3"}
+    assert run.facts["data"]["places"]["train"] == ["data-2"] and go(work, "b.txt", max_steps=19).step == 19
 
 
 @pytest.mark.parametrize("was,now", [(.1, .3), (0., .2), (.2, 0.)])
@@ -160,7 +161,7 @@ def test_the_best_loss_is_of_one_validation_set(work, change, override):
     assert old.step == 10
     if "valid" in change: change = dict(change, valid=work/change["valid"])
     run = go(work, **change, learning_rate=1e-9, max_steps=15, early_stopping=2, override=override)
-    assert "counts no more" in said(run) and (run.path/f"best/{old.path.name}.superseded-1").is_dir()
+    assert "counts no more" in said(run) and (run.path/f"best/{old.path.name}.superseded-1").is_dir()    # once another one took its place
     losses = {h["step"]:h["eval_loss"] for h in run.history if "eval_loss" in h} # of step 10, where it was saved and not yet evaluated, there are two
     assert run.best.step == json.loads((run.path/"trainer_state.json").read_text())["best_step"] == min((10, 15), key=losses.get)
     again = go(work, **change, learning_rate=1e-9, max_steps=20, early_stopping=2)
@@ -214,3 +215,130 @@ def test_the_command_lets_through_what_it_names(work, monkeypatch, capsys):
     assert not command(*call, "--override", "data") and open_run("run").step == 12
     assert "--override effective_batch" in command("resume", "run", "--max-steps", "14", "--batch-size", "2")
     assert not command("resume", "run", "--max-steps", "14", "--batch-size", "2", "--override", "effective_batch") and open_run("run").step == 14
+
+
+# --- what is not the run's ---
+@pytest.mark.parametrize("path", ["data/a.txt", "data/train/a.txt", "data-valid/a.txt", "data-2/a.txt", "tokenizer/tokenizer.json"])
+def test_what_others_keep_in_the_folder_stays(work, path):
+    "A run in a folder with files of its user, such as `output_dir='.'` beside `data/`"
+    home = work/"home"; (home/path).parent.mkdir(parents=True)
+    mine = home/path; shutil.copy(work/"a.txt", mine)
+    if mine.suffix == ".json": build_tokenizer(work).save(mine.parent)
+    before = mine.read_bytes()
+    kept = lambda: before in [p.read_bytes() for p in (mine, home/"tokenizer.old-1/tokenizer.json") if p.exists()]
+    with pytest.raises(ValueError): go(work, to="home", max_seq_len=10**6)
+    assert kept()
+    run = go(work, to="home", valid=work/"b.txt")
+    assert kept() and go(work, to="home", valid=work/"b.txt", max_steps=12).step == 12
+    run = go(work, "b.txt", "home", valid=work/"b.txt", max_steps=14, override="data")
+    assert kept() and run.step == 14
+    if path == "data/a.txt":
+        assert run.facts["data"]["places"]["train"][0].startswith("data-")
+        with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"): build_tokenset(work/"b.txt", run.tokenizer, home/"data")
+
+
+def build_tokenizer(work):
+    from minigpt.tokenizer import train_tokenizer
+    return train_tokenizer([(work/"b.txt").read_text()], 280)
+
+
+def test_token_sets_of_the_caller_stay(work):
+    tok = build_tokenizer(work)
+    one,two = (build_tokenset(work/f"{n}.txt", tok, work/"home"/d, .3)[0] for n,d in (("a", "data"), ("b", "data-2")))
+    before = contents(work/"home")
+    go(work, to="home", train=one, tokenizer=tok)
+    go(work, to="home", train=two, tokenizer=tok, max_steps=12, override="data")
+    go(work, to="home", max_steps=14, override="data")
+    assert {k:v for k,v in contents(work/"home").items() if k in before} == before
+
+
+def test_a_mixture_with_a_token_set_of_the_caller(work):
+    "Its other part is found again, without its text too"
+    tok = build_tokenizer(work)
+    one,_ = build_tokenset(work/"a.txt", tok, work/"sets", 0.)
+    both = lambda: mix([(one, 1), (str(work/"b.txt"), 1)])
+    run = go(work, train=both(), tokenizer=tok)
+    assert run.facts["data"]["places"]["train"] == [None, "data/1"]
+    built = (run.path/"data/1/train/tokens.bin").stat().st_mtime_ns
+    (work/"b.txt").unlink()
+    assert go(work, train=both(), tokenizer=tok, max_steps=12).step == 12 and (run.path/"data/1/train/tokens.bin").stat().st_mtime_ns == built
+
+
+def test_a_built_in_corpus_is_not_any_text(work):
+    "stories were taken for whatever the run had"
+    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Stop(7), max_steps=20)
+    with pytest.raises(ResumeError, match="the content is another"): go(work, train="stories", max_steps=20)
+    assert go(work, max_steps=20).step == 20
+
+
+def test_a_call_that_comes_to_nothing_leaves_the_best_model(work):
+    "Another validation set, and an end before it was looked at"
+    run = go(work, learning_rate=1e-2)
+    best = contents(run.path/"best")
+    class Never(Callback):
+        def on_start(self, t): raise RuntimeError("unplugged")
+    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Never(), valid=work/"b.txt", max_steps=20)
+    assert contents(run.path/"best") == best and run.best
+
+
+def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
+    go(work, to=".")
+    monkeypatch.chdir(work)
+    with pytest.raises(ValueError, match="is the working folder"): fit(SHAPE, "a.txt", output_dir=".", overwrite=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("content,words", [("[1]", "is not one that fit writes"), ('{"train": {}, "max_steps": 5}', "lacks attempts, choices")])
+def test_run_json_of_another_program(work, content, words):
+    (work/"drive").mkdir(); (work/"run").mkdir()
+    (work/"run/run.json").write_text(content)
+    with pytest.raises(ValueError, match=words): go(work, gdrive_backup_dir=str(work/"drive"))
+
+
+# --- the backup ---
+def test_a_restored_run_has_its_best_model(work):
+    drive = work/"drive"; drive.mkdir()
+    run = go(work, gdrive_backup_dir=str(drive))
+    best = contents(run.best.path)
+    shutil.rmtree(run.path)
+    run = go(work, gdrive_backup_dir=str(drive))
+    assert contents(run.best.path) == best and run.model("best")
+
+
+def test_a_run_that_went_on_elsewhere(work):
+    "Two machines, one after the other: the first one takes over what the second one has done, its history and its data"
+    drive = work/"drive"; drive.mkdir()
+    one,two = work/"one",work/"two"
+    for m in one, two: m.mkdir(); shutil.copy(work/"a.txt", m); shutil.copy(work/"b.txt", m)
+    on = lambda m, name, steps, **o: fit(SHAPE, m/name, output_dir=m/"run", gdrive_backup_dir=str(drive), **{**OPTIONS, "logging_steps":1, "max_steps":steps, **o})
+    on(one, "a.txt", 5); on(two, "a.txt", 8); on(two, "b.txt", 11, override="data")
+    with pytest.raises(ResumeError, match="the content is another"): on(one, "a.txt", 14)
+    run = on(one, "b.txt", 14)
+    assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 15)] and len(run.facts["attempts"]) == 4
+
+
+def test_a_newer_history_is_not_replaced_by_an_older_one(work):
+    "run.json is lost, and the backup's is from before"
+    drive = work/"drive"; drive.mkdir()
+    go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=5)
+    run = go(work, logging_steps=1, max_steps=10)
+    (run.path/"run.json").unlink()
+    run = go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=12)
+    assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 13)]
+
+
+def test_a_backup_that_was_cut_off_in_a_change_has_the_tokens_of_before(work, monkeypatch):
+    "Its run.json is still the old one: what that names is there"
+    drive = work/"drive"; drive.mkdir()
+    run = go(work, gdrive_backup_dir=str(drive))
+    old,real = contents(run.path/"data"),Backup._replace
+    def cut_off(self, name, data):
+        if name == "run.json": raise OSError(5, "unplugged")
+        real(self, name, data)
+    monkeypatch.setattr(Backup, "_replace", cut_off)
+    run = go(work, "b.txt", max_steps=12, override="data", gdrive_backup_dir=str(drive), backup_wait_seconds=3)
+    monkeypatch.undo()
+    assert {"data", "data-2"} <= {p.name for p in (drive/"run").iterdir()}
+    shutil.rmtree(run.path); (work/"b.txt").unlink(); (drive/"run/heartbeat.json").unlink(missing_ok=True)   # or it would wait for the machine that wrote there
+    (work/"a.txt").unlink()
+    run = resume(work/"run", max_steps=14, gdrive_backup_dir=str(drive))
+    assert run.step == 14 and contents(run.path/"data") == old
