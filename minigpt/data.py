@@ -512,9 +512,15 @@ def source_facts(files:list[Path], known:list[dict]=())->list[dict]:
         out.append({**facts, 'xxh3':old['xxh3'] if old else hash_file(f)})
     return out
 
+def _meta(side:Path)->dict:
+    "The meta.json of one side of a token set; empty where there is none."
+    try: found = read_json(side/'meta.json')
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) and found.get('format') == 'minigpt token set' else {}
+
 def _not_ours(out:Path)->list[str]:
     "What stands where a token set is to appear, and is no part of one."
-    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in out.glob('*') if not p.name.startswith('.') and not (p.name in ('train','valid','none') and (p/'meta.json').exists()))
+    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in out.glob('*') if not p.name.startswith('.') and not (p.name in ('train','valid','none') and _meta(p)))
 
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
@@ -540,12 +546,12 @@ def build_tokenset(
     facts = dict(sources=(), tokenizer=tok.hash, options=how)
     beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
     for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
-        old = read_json(place/'train'/'meta.json') if (place/'train'/'meta.json').exists() else {}
+        old = _meta(place/'train')
         facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
         if old and same(old) == same(facts):
             if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
             return open_tokenset(place)
-    if keep: out = next(p for p in chain([out], beside()) if not (p/'train'/'meta.json').exists() and not _not_ours(p))
+    if keep: out = next(p for p in chain([out], beside()) if not _meta(p/'train') and not _not_ours(p))
     elif others := _not_ours(out): raise FileExistsError(f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is overwritten; name another folder")
     total,threads = sum(s['size'] for s in facts['sources']),threads or os.cpu_count() or 1
     refused,mended,rows = {},{},0

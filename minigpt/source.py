@@ -187,6 +187,9 @@ def open_source(
         if valid is None and cfg.validation_split: say('no validation: ' + ('too few texts were held out' if all(getattr(d, 'meta', {}).get('options', {}).get('validation_split') for d in getattr(data, 'sets', [data])) else "the run's tokens were made with validation_split=0; override='validation_split' holds some out") + '; there is no validation loss')
     elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say); own = inside(valid)
     if valid is not None and not valid.n_windows(cfg.max_seq_len): valid = say(f'no validation: in no row held out does an answer begin within max_seq_len={cfg.max_seq_len}; there is no validation loss')
-    if not known and (there := folder/'tokenizer').exists() and not ((there/'tokenizer.json').exists() and load_tokenizer(there).hash == tok.hash): say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
+    if not known and (there := folder/'tokenizer').exists():
+        try: own_tokenizer = load_tokenizer(there).hash == tok.hash
+        except (OSError, ValueError): own_tokenizer = False
+        if not own_tokenizer: say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
     if not (folder/'tokenizer'/'tokenizer.json').exists(): tok.save(folder/'tokenizer')
     return tok,curriculum(data) if cfg.curriculum_learning else data,valid,dict(train=places, valid=own or token_places(known)['valid'])

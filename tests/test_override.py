@@ -218,12 +218,12 @@ def test_the_command_lets_through_what_it_names(work, monkeypatch, capsys):
 
 
 # --- what is not the run's ---
-@pytest.mark.parametrize("path", ["data/a.txt", "data/train/a.txt", "data-valid/a.txt", "data-2/a.txt", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("path", ["data/a.txt", "data/train/a.txt", "data/train/meta.json", "data-valid/a.txt", "data-2/a.txt", "tokenizer/tokenizer.json"])
 def test_what_others_keep_in_the_folder_stays(work, path):
     "A run in a folder with files of its user, such as `output_dir='.'` beside `data/`"
     home = work/"home"; (home/path).parent.mkdir(parents=True)
     mine = home/path; shutil.copy(work/"a.txt", mine)
-    if mine.suffix == ".json": build_tokenizer(work).save(mine.parent)
+    if mine.name == "tokenizer.json": build_tokenizer(work).save(mine.parent)
     before = mine.read_bytes()
     kept = lambda: before in [p.read_bytes() for p in (mine, home/"tokenizer.old-1/tokenizer.json") if p.exists()]
     with pytest.raises(ValueError): go(work, to="home", max_seq_len=10**6)
