@@ -283,7 +283,6 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
         while at < len(text):
             value,at = decoder.raw_decode(text, at)
             if _depth(value) >= 200: raise RecursionError
-            if _depth(value) >= 200: raise RecursionError
             values.append(clean := _no_surrogates(value))
             mended.append('lone surrogate' if clean != value else 'lenient JSON')
             while at < len(text) and text[at] in ' \t\r\n,': at += 1
