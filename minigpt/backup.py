@@ -146,6 +146,8 @@ class Backup:
     ):
         self.folder,self.run_path,self.keep = Path(folder),Path(run_path),keep
         self.path = self.folder/Path(os.path.abspath(run_path)).name
+        there,here = self.path.resolve(),self.run_path.resolve()
+        if there == here or here in there.parents or there in here.parents: raise BackupError(f"gdrive_backup_dir={str(folder)!r}: the backup would be {self.path}, which is the run's own folder {run_path}, or in it, or around it; choose a folder somewhere else")
         self.beat,self.retry,self.poll,self.clock = beat or BEAT,retry or RETRY,poll or POLL,clock
         self.session,self.run_id = uuid.uuid4().hex,None
         self.messages = deque()                    # for the user, from the main thread: Colab does not show what others print
@@ -283,7 +285,7 @@ class Backup:
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
         small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if (f := self.run_path/n).exists()] + sorted((self.run_path/'tensorboard').glob('**/*'))
         places = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places') or dict(train=['data'], valid='data-valid')
-        places = ['tokenizer', *(p for p in (*places['train'], places['valid']) if p)]
+        places = ['tokenizer', *(p for p in (*places['train'], places['valid']) if p and not ((self.run_path/p).exists() and not (self.run_path/p/'train'/'meta.json').exists()))]
         fixed = [f for n in places for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
         if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
         if 'mirror.json' not in self.mirrored:
@@ -444,8 +446,13 @@ def restore_run(
     if mine is not None:
         if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
         theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
-        if not theirs[len(own):] or theirs[:len(own)] != own: return False
+        if own[:len(theirs)] == theirs:
+            if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', (there/'metrics.jsonl').read_bytes())
+            return False
+        if theirs[:len(own)] != own: raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
+        for c in [c for f,n in _STATES.items() for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
+            if any(a['step'] < c.step for a in theirs[read_json(c.path/'trainer_state.json').get('attempt', len(theirs)):]): say(f"{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
     say(f'restoring {here.name} from {backup.folder}')
     here.mkdir(parents=True, exist_ok=True)
     groups = {}
@@ -467,15 +474,18 @@ def restore_run(
         with new_dir(here/'tokenizer', replace=True) as d:
             for name in ('tokenizer.json','tokenizer_config.json'): copy_file(c.path/name, d/name)
     if problem(there/'final') is None:
-        for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']: copy_file(there/'final'/name, here/name)
+        for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']:
+            if mine is None and (here/name).exists() and (here/name).read_bytes() != (there/'final'/name).read_bytes(): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
+            copy_file(there/'final'/name, here/name)
     if best := next((c for c in reversed(CheckpointStore(there/'best').all()) if not (here/'best'/c.path.name).exists() and problem(c.path) is None), None):
         try: fetch(backup, best)
         except (OSError, CheckpointError) as e: say(f'{best.path} is not restored: {e}')
     if (there/'run.log').exists():
-        with open(here/'run.log', 'ab') as f: f.write((there/'run.log').read_bytes()) # it is open already, for what is said now
+        known = {*(here/'run.log').read_bytes().splitlines()} if (here/'run.log').exists() else set()
+        with open(here/'run.log', 'ab') as f: f.write(b''.join(l for l in (there/'run.log').read_bytes().splitlines(True) if l.rstrip(b'\r\n') not in known)) # it is open already, for what is said now
     for name in ('metrics.jsonl','run.json'):
         if not (there/name).exists() or (here/name).exists() and name == 'metrics.jsonl' and (here/name).read_bytes().startswith((there/name).read_bytes()): continue
-        if (here/name).exists(): set_aside(here/name, 'old')
+        if (here/name).exists() and (mine is None if name == 'run.json' else not (there/name).read_bytes().startswith((here/name).read_bytes())): set_aside(here/name, 'old')
         write_file(here/name, (there/name).read_bytes())
     return True
 

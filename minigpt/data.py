@@ -520,7 +520,7 @@ def _meta(side:Path)->dict:
 
 def _not_ours(out:Path)->list[str]:
     "What stands where a token set is to appear, and is no part of one."
-    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in out.glob('*') if not p.name.startswith('.') and not (p.name in ('train','valid','none') and _meta(p)))
+    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in (out.iterdir() if out.exists() else ()) if not (p.name in ('train','valid','none') and _meta(p)))
 
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them

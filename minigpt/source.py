@@ -167,7 +167,9 @@ def open_source(
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
         else:
             if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say) # for another share, the texts are the same
-            opened.append(build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], keep=True)) # beside the run's own, until `fit` has accepted it
+            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], keep=True) # beside the run's own, until `fit` has accepted it
+            opened.append(built)
+            if known and (at := built[0].path.parent) != place: say(f'these tokens are in {at}')
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
         was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]
@@ -192,4 +194,4 @@ def open_source(
         except (OSError, ValueError): own_tokenizer = False
         if not own_tokenizer: say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
     if not (folder/'tokenizer'/'tokenizer.json').exists(): tok.save(folder/'tokenizer')
-    return tok,curriculum(data) if cfg.curriculum_learning else data,valid,dict(train=places, valid=own or token_places(known)['valid'])
+    return tok,curriculum(data) if cfg.curriculum_learning else data,valid,dict(train=places, valid=own or (token_places(known)['valid'] if known else None))

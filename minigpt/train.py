@@ -201,7 +201,6 @@ class _Evaluate(Callback):
         t.log(dict(step=t.step, epoch=round(t.epoch, 4), **{f'eval_{k}':v for k,v in found.items()}, **sample))
         if t.best_loss is None or loss < t.best_loss:
             t.best_loss,t.best_step,t.worse = loss,t.step,0
-            if t.other_best: t.other_best = False; t.best.supersede(-1)
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
         else: t.worse += 1
         if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
@@ -344,7 +343,6 @@ class _RunTrainer(Trainer):
         self.best = CheckpointStore(folder/'best', 1, kind='best')
         self.stores,self.writer = [self.store, self.snapshots],Writer(say)
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
-        self.other_best = False # is what stands in best/ the best by another measure?
         self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
 
     def log(self, row:dict):
@@ -375,8 +373,8 @@ class _RunTrainer(Trainer):
         self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
         was = s.get('measured_on')
         if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
-            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more')
-            self.best_loss,self.best_step,self.worse,self.other_best = None,None,0,True
+            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one takes its place in best/')
+            self.best_loss,self.best_step,self.worse = None,None,0
         self.measured_on = self.measured_on or was
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
@@ -431,9 +429,9 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
 
 # %% ../nbs/13_train.ipynb #3e8b2007
 def _ownerless(folder:Path)->list[str]:
-    "Checkpoints, or a model, in a folder that has no run.json: nobody knows what they belong to."
+    "Checkpoints, or files of a model, in a folder that has no run.json: nobody knows what they belong to."
     saved = [c.path for s in (CheckpointStore(folder/'checkpoints'), CheckpointStore(folder/'snapshots', name='snapshot'), CheckpointStore(folder/'best')) for c in s.all()]
-    models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors') if (f := folder/n).exists()]
+    models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors','tokenizer.json','tokenizer_config.json','trainer_state.json','training_args.json','generation_config.json') if (f := folder/n).exists()]
     return [p.relative_to(folder).as_posix() for p in [*saved, *models]] if not (folder/'run.json').exists() else []
 
 def _folder(output_dir, resume, overwrite:bool)->Path:
@@ -635,7 +633,7 @@ def fit(
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
-        if known and (before := {*token_places(known)['train']} - {*places['train'], None}): say(f"the tokens from before this change stay in {', '.join(sorted(before))}; delete them if nothing else needs them")
+        if known and (before := {p for p in token_places(known)['train'] if p and not any(f'{q}/'.startswith(f'{p}/') for q in places['train'])}): say(f"the tokens from before this change stay in {', '.join(sorted(before))}; delete them if nothing else needs them")
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
@@ -727,7 +725,7 @@ def resume(
     **options, # Fields of `TrainConfig` to change; `callbacks` too
 )->Run:
     "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
-    if folder := options.get('gdrive_backup_dir'):
+    if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
         check_there(folder)
         with only_one(run): restore_run(Backup(folder, run))
     facts = open_run(run).facts
