@@ -461,14 +461,14 @@ def restore_run(
         groups.setdefault(Path(name).parts[0], {})[name] = want
     for group,files in groups.items():
         if all((f := here/n).is_file() and f.stat().st_size == want['size'] and hash_file(f) == want['xxh3_128'] for n,want in files.items()): continue
-        if (here/group).exists(): say(f"what stood in {here/group} is kept as {set_aside(here/group, 'old')}")
         try:
-            with new_dir(here/group) as d:
+            with new_dir(made := here/f'{group}.restored', replace=True) as d:
                 for name,want in files.items():
                     target = d/Path(name).relative_to(group); target.parent.mkdir(parents=True, exist_ok=True)
                     if copy_file(there/name, target)[0] != want['xxh3_128']: raise OSError(errno.EIO, f'{there/name} is damaged or has not arrived')
-        except OSError as e:
-            say(f'{group}/ is not restored: {e}')
+        except OSError as e: say(f'{group}/ is not restored: {e}'); continue
+        if (here/group).exists(): say(f"what stood in {here/group} is kept as {set_aside(here/group, 'old')}")
+        os.rename(made, here/group)
     if not (here/'tokenizer'/'tokenizer.json').exists(): # every checkpoint has it as well; and the data can be built again
         if not (c := newest(backup.state_stores())): raise BackupError(f'{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is whole. Wait if files are still arriving; to train anew, choose another output_dir, or pass overwrite=True')
         with new_dir(here/'tokenizer', replace=True) as d:

@@ -66,7 +66,7 @@ class Run:
     def backup(self)->list[Checkpoint]:
         "What is in the backup; a `BackupError` where its folder cannot be reached."
         folder = self.facts['train'].get('gdrive_backup_dir')
-        if not folder: return []
+        if not folder or (self.path/'heartbeat.json').exists(): return [] # no backup, or this is one
         check_there(folder)
         there = Backup(folder, self.path)
         return there.copies() + CheckpointStore(there.path/'best').all()

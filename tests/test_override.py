@@ -411,3 +411,15 @@ def test_resume_knows_that_it_went_on_elsewhere(work):
     on = two_machines(work)
     on("one", "a.txt", 5); on("two", "a.txt", 8); on("two", "b.txt", 11, override="data")
     assert resume(work/"one/run", max_steps=13).step == 13
+
+
+def test_a_damaged_backup_takes_nothing_away(work):
+    "What cannot be copied whole does not take the place of what is here"
+    drive = work/"drive"; drive.mkdir()
+    run = go(work, gdrive_backup_dir=str(drive))
+    tokens = drive/"run/data/train/tokens.bin"
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    (run.path/"run.json").unlink(); (run.path/"data/valid/docs.npy").unlink()
+    before = contents(run.path/"data")
+    run = go(work, gdrive_backup_dir=str(drive), max_steps=12)
+    assert "data/ is not restored" in said(run) and run.step == 12 and before.items() <= contents(run.path/"data").items()
