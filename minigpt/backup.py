@@ -284,8 +284,8 @@ class Backup:
     def _mirror(self):
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
         small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if (f := self.run_path/n).exists()] + sorted((self.run_path/'tensorboard').glob('**/*'))
-        places = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places') or dict(train=['data'], valid='data-valid')
-        places = ['tokenizer', *(p for p in (*places['train'], places['valid']) if p and not ((self.run_path/p).exists() and not (self.run_path/p/'train'/'meta.json').exists()))]
+        told = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places')
+        places = ['tokenizer', *([p for p in (*told['train'], told['valid']) if p and ((self.run_path/p/'train'/'meta.json').exists() or not (self.run_path/p).exists())] if told else ('data','data-valid'))] # not told by older versions
         fixed = [f for n in places for f in sorted((self.run_path/n).rglob('*')) if f.is_file() and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
         if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
         if 'mirror.json' not in self.mirrored:
@@ -451,8 +451,10 @@ def restore_run(
             return False
         if theirs[:len(own)] != own: raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
-        for c in [c for f,n in _STATES.items() for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
-            if any(a['step'] < c.step for a in theirs[read_json(c.path/'trainer_state.json').get('attempt', len(theirs)):]): say(f"{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
+        given_up = lambda s: any(a['step'] < s['global_step'] for a in theirs[s.get('attempt', len(theirs)):])
+        for c in [c for f,n in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
+            if given_up(read_json(c.path/'trainer_state.json')): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
+        if problem(here, hashes=False) is None and given_up(read_json(here/'trainer_state.json')): set_aside(here/'MANIFEST.json', 'superseded') # its state is among those above
     say(f'restoring {here.name} from {backup.folder}')
     here.mkdir(parents=True, exist_ok=True)
     groups = {}

@@ -90,7 +90,7 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tupl
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
     if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
     if 'validation_split' not in override and was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
-    if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and Path(was['sources'][0]['path']).parts[-2:] == ('data-source', f'{source}.jsonl') and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
+    if isinstance(source, str) and source in BUILT_IN and not Path(source).exists() and was['sources'][0]['path'].replace('\\', '/').endswith(f'data-source/{source}.jsonl') and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
     try: now = source_facts(data_files(named.data_path) if (named := _named(source)) else source_files(source, folder)[0], was['sources'])
     except (FileNotFoundError, ValueError) as e:
         if isinstance(e, DataError): raise

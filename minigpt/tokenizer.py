@@ -329,12 +329,12 @@ def _jinja()->ImmutableSandboxedEnvironment:
 _compiled = lru_cache(8)(lambda template: _jinja().from_string(template))
 
 # %% ../nbs/01_tokenizer.ipynb #47994030
-_LONG = re.compile(r'\S{4000}|\s{4000}')
+_LONG = re.compile(r'(?<!\S)\S{4000,}|(?<!\s)\s{4000,}')
 
 def _cut_long(text:str)->list[str]:
     "The text, cut where no white space, or nothing else, comes for so long that it is no word: the trainer's time grows with the square of the longest."
     if len(text) < 4000: return [text]
-    cuts = [0, *(m.end() for m in _LONG.finditer(text)), len(text)]
+    cuts = [0, *(i for m in _LONG.finditer(text) for i in range(m.start()+4000, m.end(), 4000)), len(text)]
     return [text[a:b] for a,b in zip(cuts, cuts[1:])]
 
 def train_tokenizer(

@@ -387,6 +387,7 @@ def test_a_course_that_another_machine_gave_up_counts_no_more(work):
     on("two", "a.txt", 8)
     run = on("one", "a.txt", 11)
     assert run.step == 11 and [c.step for c in run.checkpoints if not c.problem][-1] == 11 and (run.path/"checkpoints/checkpoint-20.superseded-1").exists()
+    assert all(c.step <= 11 for c in run.best_store.all()) and run.finished
 
 
 def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
@@ -423,3 +424,15 @@ def test_a_damaged_backup_takes_nothing_away(work):
     before = contents(run.path/"data")
     run = go(work, gdrive_backup_dir=str(drive), max_steps=12)
     assert "data/ is not restored" in said(run) and run.step == 12 and before.items() <= contents(run.path/"data").items()
+
+
+def test_the_backup_of_a_mixture_from_before_places_were_written(work):
+    "An older version's run.json names none: nothing of its tokens is taken for left over"
+    drive = work/"drive"; drive.mkdir()
+    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
+    run = go(work, train=both, gdrive_backup_dir=str(drive))
+    facts = run.facts; del facts["data"]["places"]; (run.path/"run.json").write_text(json.dumps(facts))
+    tokens = contents(drive/"run/data", "*/*/*.bin")
+    assert len(tokens) >= 4
+    go(work, train=both, gdrive_backup_dir=str(drive))
+    assert contents(drive/"run/data", "*/*/*.bin") == tokens
