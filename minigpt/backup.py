@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEAT', 'RETRY', 'POLL', 'DATA_LIMIT', 'BackupError', 'Taken', 'drive_mount', 'check_there', 'read_run_id',
            'read_heartbeat', 'listed', 'copy_file', 'copy_checkpoint', 'arrived', 'discard', 'Backup',
-           'wait_for_others', 'restore_run', 'fetch']
+           'wait_for_others', 'given_up', 'restore_run', 'fetch']
 
 # %% ../nbs/10_backup.ipynb #66f95fed
 import errno, hashlib, os, shutil, sys, threading, time, uuid
@@ -431,6 +431,13 @@ def wait_for_others(
         if now and now.get('beat') != first.get('beat') and not now.get('ended'): raise BackupError(f"another process is training this run: the heartbeat in {backup.path} goes on. Stop it there, or choose another output_dir here: the name of the run decides its folder in the backup")
         if now and now.get('ended'): return
 
+def given_up(
+    state:dict, # A checkpoint's trainer_state.json
+    attempts:list[dict], # Of the run
+)->bool:
+    "Has training gone back behind this state later, so that it belongs to a course that counts no more?"
+    return any(a['step'] < state['global_step'] for a in attempts[state.get('attempt', len(attempts)):])
+
 def restore_run(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -451,10 +458,9 @@ def restore_run(
             return False
         if theirs[:len(own)] != own: raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
-        given_up = lambda s: any(a['step'] < s['global_step'] for a in theirs[s.get('attempt', len(theirs)):])
         for c in [c for f,n in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
-            if given_up(read_json(c.path/'trainer_state.json')): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
-        if problem(here, hashes=False) is None and given_up(read_json(here/'trainer_state.json')): set_aside(here/'MANIFEST.json', 'superseded') # its state is among those above
+            if given_up(read_json(c.path/'trainer_state.json'), theirs): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
+        if problem(here, hashes=False) is None and given_up(read_json(here/'trainer_state.json'), theirs): set_aside(here/'MANIFEST.json', 'superseded') # its state is among those above
     say(f'restoring {here.name} from {backup.folder}')
     here.mkdir(parents=True, exist_ok=True)
     groups = {}
@@ -477,7 +483,7 @@ def restore_run(
             for name in ('tokenizer.json','tokenizer_config.json'): copy_file(c.path/name, d/name)
     if problem(there/'final') is None:
         for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']:
-            if mine is None and (here/name).exists() and (here/name).read_bytes() != (there/'final'/name).read_bytes(): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
+            if mine is None and (here/name).exists() and hash_file(here/name) != hash_file(there/'final'/name): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
             copy_file(there/'final'/name, here/name)
     if best := next((c for c in reversed(CheckpointStore(there/'best').all()) if not (here/'best'/c.path.name).exists() and problem(c.path) is None), None):
         try: fetch(backup, best)

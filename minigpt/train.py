@@ -15,7 +15,7 @@ import numpy as np, torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
-from .backup import Backup, BackupError, check_there, drive_mount, fetch, read_run_id, restore_run, wait_for_others
+from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, read_run_id, restore_run, wait_for_others
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
@@ -456,7 +456,7 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
         with contextlib.suppress(OSError, ValueError):
             own = read_json(c.path/'trainer_state.json')
             if own.get('run', t.run_id) != t.run_id: return 'it belongs to another run'
-            if any(a['step'] < c.step for a in attempts[own['attempt']:]): return 'training went back behind it later, so it belongs to a course that was given up'
+            if given_up(own, attempts): return 'training went back behind it later, so it belongs to a course that was given up'
     passed_over = lambda c,why: t.say(f'{c.path.parent.name}/{c.path.name}{" of the backup" if backup and backup.path in c.path.parents else ""} is passed over: {why}')
     mirrored = backup.state_stores() if backup else []
     if resume is False: return None

@@ -200,7 +200,7 @@ def test_the_backup_has_the_tokens_of_now(work):
     assert run.step == 20 and contents(run.path/"data-2") == tokens
 
 
-def test_the_command_lets_through_what_it_names(work, monkeypatch, capsys):
+def test_the_command_lets_through_what_it_names(work, monkeypatch):
     "`--override`, which the refusal advises, for both ways of going on"
     from minigpt import cli
     go(work)
@@ -295,6 +295,12 @@ def test_run_json_of_another_program(work, content, words):
 
 
 # --- the backup ---
+def two_machines(work):
+    drive = work/"drive"; drive.mkdir()
+    for m in "one", "two": (work/m).mkdir(); shutil.copy(work/"a.txt", work/m); shutil.copy(work/"b.txt", work/m)
+    return lambda m, name, steps, drive=str(drive), **o: fit(SHAPE, work/m/name, output_dir=work/m/"run", gdrive_backup_dir=drive, **{**OPTIONS, "logging_steps":1, "max_steps":steps, **o})
+
+
 def test_a_restored_run_has_its_best_model(work):
     drive = work/"drive"; drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
@@ -306,13 +312,10 @@ def test_a_restored_run_has_its_best_model(work):
 
 def test_a_run_that_went_on_elsewhere(work):
     "Two machines, one after the other: the first one takes over what the second one has done, its history and its data"
-    drive = work/"drive"; drive.mkdir()
-    one,two = work/"one",work/"two"
-    for m in one, two: m.mkdir(); shutil.copy(work/"a.txt", m); shutil.copy(work/"b.txt", m)
-    on = lambda m, name, steps, **o: fit(SHAPE, m/name, output_dir=m/"run", gdrive_backup_dir=str(drive), **{**OPTIONS, "logging_steps":1, "max_steps":steps, **o})
-    on(one, "a.txt", 5); on(two, "a.txt", 8); on(two, "b.txt", 11, override="data")
-    with pytest.raises(ResumeError, match="the content is another"): on(one, "a.txt", 14)
-    run = on(one, "b.txt", 14)
+    on = two_machines(work)
+    on("one", "a.txt", 5); on("two", "a.txt", 8); on("two", "b.txt", 11, override="data")
+    with pytest.raises(ResumeError, match="the content is another"): on("one", "a.txt", 14)
+    run = on("one", "b.txt", 14)
     assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 15)] and len(run.facts["attempts"]) == 4
 
 
@@ -374,12 +377,6 @@ def test_a_message_never_says_to_delete_what_is_in_use(work):
     assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"] and "stay in data;" not in said(run)
 
 
-def two_machines(work):
-    drive = work/"drive"; drive.mkdir()
-    for m in "one", "two": (work/m).mkdir(); shutil.copy(work/"a.txt", work/m); shutil.copy(work/"b.txt", work/m)
-    return lambda m, name, steps, drive=str(drive), **o: fit(SHAPE, work/m/name, output_dir=work/m/"run", gdrive_backup_dir=drive, **{**OPTIONS, "logging_steps":1, "max_steps":steps, **o})
-
-
 def test_a_course_that_another_machine_gave_up_counts_no_more(work):
     on = two_machines(work)
     on("one", "a.txt", 20, backup_keep_last=9)
@@ -392,7 +389,7 @@ def test_a_course_that_another_machine_gave_up_counts_no_more(work):
 
 def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
     on = two_machines(work)
-    on("one", "a.txt", 5); on("two", "a.txt", 8, callbacks=[])
+    on("one", "a.txt", 5); on("two", "a.txt", 8)
     on("one", "a.txt", 7, drive="")
     before = contents(work/"drive")
     with pytest.raises(BackupError, match="cannot be joined"): on("one", "a.txt", 11)
