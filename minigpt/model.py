@@ -223,9 +223,11 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
 # %% ../nbs/05_model.ipynb #9b76e38e
-def _rows_at_once(N:int, V:int, device:torch.device)->int:
-    "Equal shares of `N` rows whose float32 logits take 32 MiB at most, or 128 on a GPU: no slower than larger ones."
-    rows = max(256, (1 << (23 if device.type == 'cpu' else 25))//V)
+def _rows_at_once(N:int, V:int, device:torch.device, dtype:torch.dtype=torch.float32)->int:
+    "Equal shares of `N` rows, whose logits and softmax take 64 MiB at most; on a GPU 256 MiB, or a sixty-fourth of its memory. Larger ones are no faster."
+    room = 1 << (26 if device.type == 'cpu' else 28)
+    if device.type == 'cuda': room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
+    rows = max(256, room//(V*(4 if dtype == torch.bfloat16 else 8)))
     return -(-N // -(-N//rows)) if N else 1
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -236,21 +238,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h,w = hidden.to(dtype),weight.to(dtype)
         gh,gw = torch.empty_like(hidden) if need_h else None,None
         N,V = len(h),len(w)
-        cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device)
+        cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device, dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype          # fp16 would lose small chances
         total,space = torch.zeros((), device=h.device),h.new_empty(rows, V)
         for i in range(0, N, rows):
             x,y = h[i:i+rows],labels[i:i+rows,None]
-            z = torch.mm(x, w.T, out=space[:len(x)]).float()               # (rows, V)
-            if cpu: # passes over fresh or large memory are dear: softmax in place, and its logarithm at the labels alone
-                p = torch.softmax(z, -1, out=z)
-                chance = p.gather(1, y)[:,0]
-                total -= chance.log().sum() if chance.amin() > 1e-30 else torch.log_softmax((x @ w.T).float(), -1).gather(1, y).sum()
-            else:
-                p = torch.log_softmax(z, -1)
-                total -= p.gather(1, y).sum()
-                p.exp_()
+            z = torch.mm(x, w.T, out=space[:len(x)])                       # (rows, V)
+            p = torch.softmax(z, -1, dtype=wide, out=z if cpu and wide == dtype else None) # in place on a CPU, where fresh memory is dear
+            chance = p.gather(1, y)[:,0].float()
+            if cpu and chance.amin() < 1e-30: total -= torch.log_softmax((x @ w.T).float(), -1).gather(1, y).sum()
+            else: total -= chance.clamp_min(1e-38).log().sum()
             if not (need_h or need_w): continue
-            p = p.scatter_add_(1, y, z.new_full((1,1), -1.).expand_as(y)).to(dtype)
+            p = p.scatter_add_(1, y, p.new_full((1,1), -1.).expand_as(y)).to(dtype)
             if need_h: gh[i:i+rows] = p @ w
             if need_w: gw = (p.T @ x).to(weight.dtype) if gw is None else gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
         if need_w and gw is None: gw = torch.zeros_like(weight)
@@ -272,7 +271,7 @@ def linear_cross_entropy(
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     keep = labels != -100
-    if kind != 'cpu' or not keep.all(): hidden,labels = hidden[keep],labels[keep] # the usual case on a CPU: all are kept, and nothing is copied
+    if not keep.all(): hidden,labels = hidden[keep],labels[keep]
     with torch.autocast(kind, enabled=False): return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype)
 
 # %% ../nbs/05_model.ipynb #284b5d49

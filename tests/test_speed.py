@@ -6,7 +6,9 @@ import kill_child as child
 import minigpt.train
 import pytest
 import torch
+import torch.nn.functional as F
 from minigpt.guard import Guard
+from minigpt.model import linear_cross_entropy
 from minigpt.run import open_run
 from minigpt.speed import decide_compile
 from minigpt.train import TrainingError
@@ -121,3 +123,16 @@ def test_choices_stand_in_run_json(work):
     run, _ = go(work, auto_batch_size=True)
     choices = json.loads((run.path/"run.json").read_text())["choices"]
     assert choices["compile"] == "no" and choices["batch_size"] == 4 and choices["device"] == "cpu" and choices["threads"] == 1
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+def test_the_loss_in_blocks_is_the_plain_one(dtype, near):
+    "Also for rows without a label, no rows, and chances too small for fp16"
+    for n, scale in ((600, 1.), (77, 8.), (1, 1.), (0, 1.)):
+        g = torch.Generator().manual_seed(n)
+        h, w = (scale*torch.randn(n, 64, generator=g)).requires_grad_(), torch.randn(9000, 64, generator=g).requires_grad_()
+        y = torch.randint(9000, (n,), generator=g); y[1::5] = -100
+        plain = F.cross_entropy(h@w.T, y, reduction="sum")/400
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32): ours = linear_cross_entropy(h, w, y, 400)
+        assert ours.item() == pytest.approx(plain.item(), rel=near)
+        for a, b in zip(torch.autograd.grad(plain, (h, w)), torch.autograd.grad(ours, (h, w))): assert (a-b).norm() <= 5*near*a.norm()
