@@ -50,6 +50,7 @@ def sample_texts(
 # %% ../nbs/04_data.ipynb #fa661689
 class TokenSet:
     "A folder of token ids, to take windows from."
+    stream = True # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
     def __init__(self,
         path:str|Path, # Folder with tokens.bin and meta.json
     ):
@@ -79,13 +80,14 @@ class TokenSet:
     def windows(self,
         index:np.ndarray, # (n,) which windows, from 0
         seq_len:int, # Tokens of a window
+        shift:np.ndarray|int=0, # (n,) where the first window begins; the stream is a ring
     )->dict[str,np.ndarray]: # ids and labels, (n, seq_len) int64 each; a label is the token that follows, or -100
         "Windows of the token stream. The last one reaches back so as to be full, and has no labels for what the one before it taught."
-        start = np.maximum(0, np.minimum(index*seq_len, len(self)-1-seq_len))
-        at = start[:,None] + np.arange(seq_len+1)
-        tokens = self.tokens[np.minimum(at, len(self)-1)].astype(np.int64)
-        labels = np.where((at[:,:-1] < (index*seq_len)[:,None]) | (at[:,1:] >= len(self)), -100, tokens[:,1:])
-        return dict(ids=tokens[:,:-1], labels=labels)
+        N = len(self)-1 # tokens with another one behind them
+        at = np.maximum(0, np.minimum(index*seq_len, N-seq_len))[:,None] + np.arange(seq_len)
+        learned = (at >= (index*seq_len)[:,None]) & (at < N)
+        at = (at + np.reshape(shift, (-1,1))) % max(1, N)
+        return dict(ids=self.tokens[at].astype(np.int64), labels=np.where(learned, self.tokens[at+1], np.int64(-100)))
 
     def sequences(self,
         place:np.ndarray, # (n,) places in the endless line of epochs, each in an order of its own
@@ -97,7 +99,16 @@ class TokenSet:
         epoch,place = np.divmod(place, n)
         index = np.empty(len(place), np.int64)
         for e in np.unique(epoch): index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed,int(e)))
-        return self.windows(index, seq_len)
+        return self.windows(index, seq_len, self.shift(epoch, seq_len, seed)) if self.stream and epoch.any() else self.windows(index, seq_len)
+
+    def shift(self,
+        epoch:np.ndarray, # (n,)
+        seq_len:int, # Tokens of a sequence
+        seed:int=0, # As for `sequences`
+    )->np.ndarray: # (n,) below `seq_len`; 0 for the first epoch
+        "How far into the stream an epoch cuts its first window: another place each time, until all have been."
+        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed,-1))
+        return (at[1:]-at[0]) % seq_len
 
     def order(self, place:np.ndarray, n:int, seq_len:int, key:tuple[int,int])->np.ndarray:
         "Which windows stand at some places of an epoch."
@@ -165,6 +176,7 @@ def pack(
 # %% ../nbs/04_data.ipynb #ce432028
 class ChatSet(TokenSet):
     "A token set of conversations: `mask.bin` says which tokens are learned; a window is a sequence of packed rows."
+    stream = False
     def __init__(self, path:str|Path):
         super().__init__(path)
         self.mask = np.memmap(self.path/'mask.bin', np.bool_, 'r') if len(self) else np.empty(0, bool)
@@ -269,6 +281,7 @@ def _keep(file:Path, array:np.ndarray):
 # %% ../nbs/04_data.ipynb #5e392825
 class LineSet(TokenSet):
     "A token set in which each text is a sequence of its own; one that is longer than a sequence is cut."
+    stream = False
     def __init__(self, path:str|Path):
         super().__init__(path)
         self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
