@@ -59,13 +59,17 @@ def autocast(
 
 # %% ../nbs/13_speed.ipynb #19b03a17
 def attention_kernel(
+    model:LanguageModel, # As it is trained
     choices:dict, # Of `choose`
-    packed:bool=False, # Do several rows share a sequence?
+    packed:bool=False, # Do several rows share a sequence? Then each has a mask
 )->str:
-    "What `scaled_dot_product_attention` takes here, by its documentation."
-    kind = choices['device'].split(':')[0]
-    if kind != 'cuda': return 'flash' if kind == 'cpu' else 'plain'
-    return 'memory-efficient' if packed or choices['precision'] == 'fp32' or torch.cuda.get_device_capability(choices['device']) < (8,0) else 'flash'
+    "What `scaled_dot_product_attention` takes here."
+    c,T,asked = model.config,256,getattr(torch, '_fused_sdp_choice', None) # torch has no public name for the question
+    if not asked: return "torch's"
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(choices['precision'], torch.float32)
+    q = torch.empty(1, c.n_head, T, getattr(c, 'head_dim', c.dim//c.n_head), device=choices['device'], dtype=half, requires_grad=True)
+    mask = torch.ones(1, 1, T, T, device=q.device, dtype=torch.bool) if packed else None
+    return {0:'plain', 1:'flash', 2:'memory-efficient', 3:'cuDNN'}.get(asked(q, q, q, mask, c.dropout, not packed), "torch's")
 
 # %% ../nbs/13_speed.ipynb #3b831c3c
 @contextlib.contextmanager
@@ -96,7 +100,8 @@ def micro_step(
     return seconds
 
 # %% ../nbs/13_speed.ipynb #d7df2a29
-def _set_compiled(model:LanguageModel, on:bool, mode:str='default'):
+def _set_compiled(model:LanguageModel, on:bool, how:str='yes'):
+    mode = {'max-autotune':'max-autotune-no-cudagraphs'}.get(how, 'default')
     for block in model.blocks:
         if on: block.compile(dynamic=False, mode=mode)
         else: block._compiled_call_impl = None # torch has no public way back
@@ -107,7 +112,7 @@ def decide_compile(
     batch:dict[str,Tensor], # A micro-batch, on the same device
     micro_steps:int, # How many of these are to come
     precision:str='fp32', # fp32, bf16 or fp16
-    how:str='auto', # auto, yes, no, or a mode of `torch.compile`: max-autotune, reduce-overhead
+    how:str='auto', # auto, yes, no or max-autotune
     say=print,
     loss_of=_plain_loss, # As for `micro_step`
     least:float=180., # `auto` leaves a training alone that takes less than this many seconds
@@ -115,6 +120,7 @@ def decide_compile(
     "Compile a model where that saves time; where it cannot be compiled, say why and go on without."
     _set_compiled(model, False)
     if how == 'no' or not micro_steps: return False
+    if how == 'reduce-overhead': say("enable_compile='reduce-overhead' stands for CUDA graphs, which would lose gradients here; the model is compiled without them, as with 'yes'")
     def once(): return micro_step(model, batch, precision, loss_of)
     def median(): once(); return statistics.median(once() for _ in range(3))
     with throw_away(model):
@@ -124,7 +130,7 @@ def decide_compile(
             say(f'{human_time(plain*micro_steps)} of training without torch.compile; measuring it with (enable_compile="no" skips this)')
         try:
             began = time.perf_counter()
-            _set_compiled(model, True, 'default' if how in ('auto','yes') else how)
+            _set_compiled(model, True, how)
             compiled = median(); took = time.perf_counter()-began
         except Exception as e: # of dynamo, of inductor, of the C++ compiler: each has its own
             _set_compiled(model, False)

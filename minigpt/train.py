@@ -639,7 +639,7 @@ def fit(
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(choices, isinstance(data, ChatSet))} attention, "
+        say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, isinstance(data, ChatSet))} attention, "
             f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         for line in _describe(data, cfg.max_seq_len): say(line)
         _plan(t, backup)
