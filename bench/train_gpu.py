@@ -5,7 +5,8 @@
     python bench/train_gpu.py --only fit Trainer                           # programs with one of these words in their name
     python bench/train_gpu.py --smoke                                      # a tiny model on the CPU: does everything run? Its figures mean nothing
 
-Not yet run on a GPU: none was at hand when this was written.
+Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences a step, one round: `fit` 521,000 tokens/s, an MFU of 45.0%; Trainer compiled 429,000
+(37.1%), so the ratio was 1.22. Both computed rightly, and losses were equal to 0.2%. The other programs, fp16 and `medium` have not been measured.
 
 124M      the shape of GPT-2: 12 layers, 12 heads, width 768, vocabulary 50,304. Ours is a Llama with FFN 2,048: 123,587,328 parameters, as many as GPT-2 has
           without biases and positions.
@@ -19,7 +20,8 @@ Trainer   Hugging Face's, on its own Llama with our weights and batches, eager a
 bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without biases, as wide inside as makes their parameters those of ours, flash attention, fused AdamW,
           autocast, the next batch on its way during a step; eager and compiled as a whole.
 
-First it is checked that ours computes the right thing: the loss and the gradients of a batch, in each precision, eager and compiled, against plain cross-entropy in fp32.
+First it is checked that ours computes the right thing: the loss and the gradients of a batch, in each precision, eager and compiled, against plain cross-entropy in fp32;
+and that a tiny run with dropout that is cut off and goes on has, bit for bit, the losses of one that was left alone.
 In the timed runs every loss must fall, and the Trainer's must be ours to 5%.
 Each measurement is a process of its own, and the order changes from round to round. Time runs from the 10th step to the last, with the GPU waited for at both ends.
 "first" is how long it takes from the call, imports done, to the end of the first step; it is that of the first round, for which nothing has been compiled yet.
@@ -140,8 +142,32 @@ def check(case:Case, modes:list[str])->list[str]: # A line for each mode
         (loss*scale).backward()
         off = abs(loss-plain).item()/plain.item(),((gradient()/scale-right).norm()/right.norm()).item()
         assert off[0] < near[0] and off[1] < near[1], f'{case.precision} {mode}: loss {loss.item()} against {plain.item()}, gradients {off[1]:.2%} off; must be below {near[0]:.2%} and {near[1]:.2%}'
-        lines.append(f'{case.precision} {mode}: loss {loss.item():.5f} (plain fp32: {plain.item():.5f}), gradients {off[1]:.3%} off')
+        lines.append(f'{case.precision} {mode}: loss {loss.item():.5f} (plain fp32: {plain.item():.5f}), gradients {off[1]:.3%} off; a run that was cut off {goes_on(case, mode)}')
     return lines
+
+def goes_on(case:Case, mode:str)->str: # How it goes on
+    "A run of 12 steps, cut off behind the 7th and called again, against one that was left alone."
+    import torch
+    from minigpt.model import GPT, GPTConfig
+    from minigpt.run import open_run
+    from minigpt.tokenizer import load_tokenizer
+    from minigpt.train import Callback, fit
+    class Off(Exception): "The power is."
+    class At7(Callback):
+        def on_step(self, t):
+            if t.step == 7: raise Off
+    def losses(out, *callbacks):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**SIZES['smoke'], max_len=32, dropout=.1))
+        with contextlib.suppress(Off): fit(model, case.data(), tokenizer=load_tokenizer(case.folder/'tokenizer'), output_dir=out, callbacks=callbacks, max_steps=12, save_steps=5, logging_steps=1, batch_size=2, gradient_accumulation=2, max_seq_len=32,
+            device=case.device, precision=case.precision, enable_compile=dict(eager='no', compiled='yes')[mode], progress=False, plot_loss=False)
+        return [r['loss'] for r in open_run(out).history if 'loss' in r]
+    with tempfile.TemporaryDirectory() as out:
+        alone = losses(Path(out)/'alone')
+        losses(Path(out)/'cut', At7())
+        after = losses(Path(out)/'cut')
+    assert len(alone) == 12 and alone == after, f'{case.precision} {mode}: {alone} without an interruption, {after} with one'
+    return 'goes on bit for bit'
 
 # --- the programs ----------------------------------------------------------------------------------------------------------------
 def run_ours(case:Case, settings:dict)->dict:
@@ -308,7 +334,7 @@ def usual_batch()->int:
     "Sequences of 1,024 tokens that every program holds at once."
     import torch
     gib = torch.cuda.get_device_properties(0).total_memory/2**30
-    return 32 if gib > 70 else 12 if gib > 35 else 8 if gib > 20 else 4
+    return 64 if gib > 100 else 32 if gib > 70 else 12 if gib > 35 else 8 if gib > 20 else 4
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
