@@ -15,6 +15,8 @@ CONFIG := settings.ini setup.py pyproject.toml constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait sleep instead of spinning: on a machine shared with other work, spinning makes small models a hundred times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Notebooks and tests compare with what a CPU computes, on a machine with a GPU too.
+notebooks pytest: export CUDA_VISIBLE_DEVICES ?=
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

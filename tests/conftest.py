@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT/"tools"))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test reaches for the network
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # tests compare with what a CPU computes, on a machine with a GPU too; bench/train_gpu.py checks the GPU
 signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 
 try: import hypothesis
