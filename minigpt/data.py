@@ -531,9 +531,12 @@ def _meta(side:Path)->dict:
     except (OSError, ValueError): return {}
     return found if isinstance(found, dict) and found.get('format') == 'minigpt token set' else {}
 
+_LITTER = '.DS_Store','Thumbs.db','desktop.ini' # what file managers leave in a folder that somebody looks at
+
 def _not_ours(out:Path)->list[str]:
     "What stands where a token set is to appear, and is no part of one."
-    return [out.name] if out.exists() and not out.is_dir() else sorted(p.name for p in (out.iterdir() if out.exists() else ()) if not (p.name in ('train','valid','none') and _meta(p)))
+    if not out.is_dir(): return [out.name]*os.path.lexists(out)
+    return sorted(p.name for p in out.iterdir() if p.name not in _LITTER and not (p.name in ('train','valid','none') and _meta(p)))
 
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
@@ -554,6 +557,7 @@ def build_tokenset(
     if max_data_size < 0: raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
     if on_bad_row not in ('skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
     out,files = Path(out),data_files(source)
+    if os.path.lexists(out.parent) and not out.parent.is_dir(): raise FileExistsError(f"{out.parent} is no folder, and tokens are to appear in one of that name; move it away, or name another output_dir")
     how = dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1), ('max_data_size', max_data_size, 0), ('format', format, None)) if v != usual}
     same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
     facts = dict(sources=(), tokenizer=tok.hash, options=how)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'source_to_json', 'source_from_json', 'ResumeError',
-           'refuse', 'token_places', 'open_source']
+           'refuse', 'token_places', 'unread_tokens', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
 import difflib
@@ -115,6 +115,15 @@ def token_places(
     "Folders below the run's in which its tokens are."
     data = (known or {}).get('data', {})
     return data.get('places') or dict(train=_usual(_n_parts(data.get('source'))), valid='data-valid') # not written by older versions
+
+def unread_tokens(
+    folder:Path, # The run's
+    *sets:TokenSet|None, # What it reads
+)->list[str]: # Folders below it
+    "Token sets that a run does not read: of a call that was refused, or from before a change."
+    used = {d.path.parent for s in sets if s is not None for d in getattr(s, 'sets', [s])}
+    found = {m.parent.parent for way in ('data*/train','data*/*/train') for m in folder.glob(f'{way}/meta.json')}
+    return sorted(p.relative_to(folder).as_posix() for p in found-used if not any(p in u.parents for u in used)) # what lies around another one stays
 
 def _usual(n_parts:int)->list[str]: return [f'data/{i}' for i in range(n_parts)] or ['data']
 

@@ -29,7 +29,7 @@ from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memo
 from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, token_places, usual_options
+from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
 from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -633,7 +633,7 @@ def fit(
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
-        if known and (before := {p for p in token_places(known)['train'] if p and not any(f'{q}/'.startswith(f'{p}/') for q in places['train'])}): say(f"the tokens from before this change stay in {', '.join(sorted(before))}; delete them if nothing else needs them")
+        if unread := unread_tokens(folder, data, valid): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,

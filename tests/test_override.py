@@ -97,6 +97,7 @@ def test_a_refused_override_leaves_the_tokens(work, change, override):
     after = contents(run.path)
     assert {k:after.get(k) for k in before} == before and all(k.startswith("data-2/") for k in {*after}-{*before})
     assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"]["train"] == ["data"]
+    assert ("does not read the tokens in data-2; delete them" in said(run)) == (run.path/"data-2").exists()
 
 
 def test_override_data_and_back(work):
@@ -105,7 +106,7 @@ def test_override_data_and_back(work):
     a = contents(run.path/"data")
     run = go(work, "b.txt", max_steps=15, override="data")
     assert run.facts["data"]["places"] == dict(train=["data-2"], valid=None)
-    assert "stay in data; delete them" in said(run) and contents(run.path/"data") == a
+    assert "does not read the tokens in data; delete them" in said(run) and contents(run.path/"data") == a
     kept = (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns
     assert resume(run.path, max_steps=16).step == 16
     assert go(work, "b.txt", max_steps=17, override="data").step == 17
@@ -121,7 +122,7 @@ def test_override_data_between_a_file_and_a_mixture(work):
     with pytest.raises(ResumeError, match="data sets"): go(work, train=both, max_steps=15)
     run = go(work, train=both, max_steps=15, override="data")
     assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"]
-    assert go(work, train=both, max_steps=16).step == 16
+    assert go(work, train=both, max_steps=16).step == 16 and "delete them" not in said(run), "they lie around those that are read"
     run = go(work, "b.txt", max_steps=18, override="data")
     assert run.facts["data"]["places"]["train"] == ["data-2"] and go(work, "b.txt", max_steps=19).step == 19
 
@@ -235,6 +236,23 @@ def test_what_others_keep_in_the_folder_stays(work, path):
     if path == "data/a.txt":
         assert run.facts["data"]["places"]["train"][0].startswith("data-")
         with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"): build_tokenset(work/"b.txt", run.tokenizer, home/"data")
+
+
+def test_what_a_file_manager_leaves_is_nobodys(work):
+    run = go(work)
+    for name in (".DS_Store", "Thumbs.db"): (run.path/"data"/name).write_bytes(b"x")
+    assert go(work, max_steps=12).step == 12 and go(work, to="again").step == 10
+    train, _ = build_tokenset(work/"b.txt", run.tokenizer, run.path/"data", 0.)         # replaces the set
+    assert train.path == run.path/"data/train" and not (run.path/"data/.DS_Store").exists()
+
+
+def test_no_folder_where_tokens_are_to_appear(work):
+    (work/"home").mkdir(); (work/"home/data").write_text("mine")
+    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
+    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"): go(work, to="home", train=both)
+    (work/"home/data").unlink(); (work/"home/data").symlink_to(work/"nowhere")
+    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"): go(work, to="home", train=both)
+    assert go(work, to="home").facts["data"]["places"]["train"] == ["data-2"] and (work/"home/data").is_symlink()
 
 
 def build_tokenizer(work):
