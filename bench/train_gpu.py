@@ -21,7 +21,7 @@ bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without 
           autocast, the next batch on its way during a step; eager and compiled as a whole.
 
 First it is checked that ours computes the right thing: the loss and the gradients of a batch, in each precision, eager and compiled, against plain cross-entropy in fp32;
-and that a tiny run with dropout that is cut off and goes on has, bit for bit, the losses of one that was left alone.
+and that a tiny run with dropout and `deterministic` that is cut off and goes on has, bit for bit, the losses of one that was left alone (not yet run on a GPU).
 In the timed runs every loss must fall, and the Trainer's must be ours to 5%.
 Each measurement is a process of its own, and the order changes from round to round. Time runs from the 10th step to the last, with the GPU waited for at both ends.
 "first" is how long it takes from the call, imports done, to the end of the first step; it is that of the first round, for which nothing has been compiled yet.
@@ -156,10 +156,11 @@ def goes_on(case:Case, mode:str)->str: # How it goes on
     class At7(Callback):
         def on_step(self, t):
             if t.step == 7: raise Off
+    length = 1024 if gpu() else 32 # long enough for attention's gradient to be added up in several parts
     def losses(out, *callbacks):
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**SIZES['smoke'], max_len=32, dropout=.1))
-        with contextlib.suppress(Off): fit(model, case.data(), tokenizer=load_tokenizer(case.folder/'tokenizer'), output_dir=out, callbacks=callbacks, max_steps=12, save_steps=5, logging_steps=1, batch_size=2, gradient_accumulation=2, max_seq_len=32,
+        model = GPT(GPTConfig(**SIZES['smoke'], max_len=length, dropout=.1))
+        with contextlib.suppress(Off): fit(model, case.data(), tokenizer=load_tokenizer(case.folder/'tokenizer'), output_dir=out, callbacks=callbacks, max_steps=12, save_steps=5, logging_steps=1, batch_size=2, gradient_accumulation=2, max_seq_len=length, deterministic=True,
             device=case.device, precision=case.precision, enable_compile=dict(eager='no', compiled='yes')[mode], progress=False, plot_loss=False)
         return [r['loss'] for r in open_run(out).history if 'loss' in r]
     with tempfile.TemporaryDirectory() as out:

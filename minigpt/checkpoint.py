@@ -525,6 +525,11 @@ class Saved:
     seconds:float=0. # From the copy to the verified directory
     size:int=0 # Bytes written
 
+def _room(t:Tensor)->int:
+    "Bytes that a copy of a tensor takes in the memory of the machine: of pinned memory, which a GPU is copied to, torch takes powers of two."
+    n = t.numel()*t.element_size()
+    return 1 << max(0, n-1).bit_length() if t.is_cuda else n
+
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
     def __init__(self, say:Callable[[str],None]=print):
@@ -544,8 +549,12 @@ class Writer:
         step = state.trainer['global_step']
         if not (self.busy and self.held == step): # another save of the same step shares its copy
             self.wait()
-            missing = sum(t.numel()*t.element_size() for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
-            if not missing or psutil.virtual_memory().available > 1.2*missing: self.copy(state); self.held = step
+            missing = sum(_room(t) for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
+            if not missing or psutil.virtual_memory().available > 1.2*missing:
+                try: self.copy(state); self.held = step
+                except RuntimeError as e: # of the allocator of pinned memory, which can have less than there is
+                    if 'out of memory' not in str(e): raise
+                    self.buffers = {}
         if self.held == step: self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
         else: # no room for a copy
             if not self.told: self.say(f'there is no memory for a second copy of the state ({human_size(state_size(state))}): training waits while a checkpoint is written')
@@ -560,7 +569,7 @@ class Writer:
                 b = self.buffers.get((part, k))
                 if b is None or b.shape != t.shape or b.dtype != t.dtype: b = self.buffers[part, k] = torch.empty_like(t, device='cpu', pin_memory=t.is_cuda)
                 b.copy_(t.detach(), non_blocking=t.is_cuda)
-        if torch.cuda.is_available(): torch.cuda.synchronize()
+        for d in {t.device for tensors in _tensors(state).values() for t in tensors.values() if t.is_cuda}: torch.cuda.synchronize(d)
 
     def copied(self, state:State)->State:
         "The same state, in the buffers, with nothing in it that the training still changes."

@@ -228,6 +228,7 @@ def _rows_at_once(N:int, V:int, device:torch.device, dtype:torch.dtype=torch.flo
     room = 1 << (26 if device.type == 'cpu' else 28)
     if device.type == 'cuda': room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
     rows = max(256, room//(V*(4 if dtype == torch.bfloat16 else 8)))
+    if dtype == torch.float16: rows = min(rows, 4096)                      # the gradient is summed over them, below 65,504
     return -(-N // -(-N//rows)) if N else 1
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -247,7 +248,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p = torch.softmax(z, -1, dtype=wide, out=z if cpu and wide == dtype else None) # in place on a CPU, where fresh memory is dear
             chance = p.gather(1, y)[:,0].float()
             if cpu and chance.amin() < 1e-30: total -= torch.log_softmax((x @ w.T).float(), -1).gather(1, y).sum()
-            else: total -= chance.clamp_min(1e-38).log().sum()
+            else: total -= chance.clamp_min(1.2e-38).log().sum()
             if not (need_h or need_w): continue
             p = p.scatter_add_(1, y, p.new_full((1,1), -1.).expand_as(y)).to(dtype)
             if need_h: gh[i:i+rows] = p @ w
@@ -427,6 +428,9 @@ class GPT(LanguageModel):
     )->Tensor: # (B, T, C)
         "What the model knows at each position, before it is turned into scores."
         mask = None if rows is None else (rows[:,:,None] == rows[:,None]).tril()[:,None]
+        if ids.is_cuda and mask is not None: # torch would make numbers of it in every block, and keep each for the gradient
+            dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else self.head.dtype
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
         return self.trunk(self.model.embed_tokens(ids), mask, cache)
 
     def forward(self,

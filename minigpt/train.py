@@ -6,7 +6,7 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, math, platform, random, signal, threading, time, uuid
+import contextlib, math, platform, random, signal, threading, time, traceback, uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
-from .speed import attention_kernel, autocast, choose, decide_compile, fit_batch, memory_advice, out_of_memory
+from .speed import attention_kernel, autocast, can_be, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
@@ -125,6 +125,7 @@ def _check_losses(t:Trainer)->list[dict[str,float]]:
     first = t.step-len(losses)+1
     bad = [(f'loss of step {first+i}', l['loss']) for i,l in enumerate(losses) if not math.isfinite(l['loss'])]
     if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
+    if t.scaler.is_enabled() and (scale := t.scaler.get_scale()) < 1e-3: raise TrainingError(f"fp16 has not been enough for the gradients of many steps up to {t.step}: they overflowed at every scale down to {scale:g}, and such steps change nothing. {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it")
     if bad:
         what,value = bad[0]
         good,told = _last_good(t)
@@ -194,6 +195,7 @@ class _Evaluate(Callback):
     def on_step(self, t):
         if t.schedule.evaluation(t.step): self.evaluate(t)
     def evaluate(self, t):
+        _check_losses(t)
         with autocast(t.device, t.precision): found = measure(t.model, self.valid, t.config.max_seq_len, t.config.eval_batch_size or t.config.batch_size, t.config.eval_sequences, t.objective)
         loss = found['loss']
         t.evaluated = t.step
@@ -377,7 +379,7 @@ class _RunTrainer(Trainer):
             self.best_loss,self.best_step,self.worse = None,None,0
         self.measured_on = self.measured_on or was
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
-        if state.rng and (missing := unpack_rng(state.rng)): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
+        if state.rng and (missing := [g for g in unpack_rng(state.rng) if g.partition('.')[0] == s['device'].partition(':')[0]]): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
 # %% ../nbs/13_train.ipynb #bf24d7f8
 _OBJECTIVES = dict(next_token_prediction='text', conversation_modeling='conversation', tool_use_optimization='conversation', preference_alignment='preference')
@@ -589,8 +591,9 @@ def fit(
         if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
-            choices = {k:old[k] if getattr(cfg, o) in ('auto',0) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
+            choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_be(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
         torch.set_num_threads(choices['threads'])
+        at_end.enter_context(same_bits(cfg.deterministic))
 
         given_valid = source_to_json(valid) if valid is not None else None
         model = _given(model)
@@ -604,6 +607,7 @@ def fit(
         begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=net.origin or getattr(net, 'base_path', None), given=isinstance(model, nn.Module)) # the weights of step 0
         net = net.to(choices['device'])
         net.recompute = cfg.gradient_checkpointing
+        if net.recompute and net.config.dropout and choices['device'].startswith('mps'): raise ValueError(f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other on an Apple GPU: torch draws other numbers there when it computes a block again; leave one out")
         identity = _identity(net, tok, data, cfg)
         if known: _check_same(folder, known['identity'], identity, override + ('data',)*('validation_split' in override and not hasattr(train, 'sequences')), say) # the texts are the same, or open_source had refused them
 
@@ -684,7 +688,11 @@ def _enough_memory(t:_RunTrainer):
     try: yield
     except RuntimeError as e:
         if not out_of_memory(e): raise
-        raise TrainingError(f"memory ran out in step {t.step+1:,} ({str(e).splitlines()[0][:200]}). {_last_good(t)[1]}. Call again with {memory_advice(t.config)}") from None
+        said = str(e).splitlines()[0][:200]
+        traceback.clear_frames(e.__traceback__); e.__traceback__ = None # a notebook keeps the error, and it would keep the activations
+        t.optimizer.zero_grad()
+        if t.device.startswith('cuda'): torch.cuda.empty_cache()
+        raise TrainingError(f"memory ran out in step {t.step+1:,} ({said}). {_last_good(t)[1]}. Call again with {memory_advice(t.config)}") from None
 
 def _is_done(state:dict, t:_RunTrainer, max_steps:int)->bool:
     "Is there nothing left to train? Not where a run that was stopped early is given more patience, or another measure."

@@ -1,16 +1,18 @@
 """Fast, and still exact: compiled, in bf16, with activations computed twice, by Muon; and what happens when memory runs out."""
 import json
 import shutil
+import weakref
 
 import kill_child as child
 import minigpt.train
 import pytest
 import torch
 import torch.nn.functional as F
+from minigpt.config import TrainConfig
 from minigpt.guard import Guard
 from minigpt.model import linear_cross_entropy
 from minigpt.run import open_run
-from minigpt.speed import decide_compile
+from minigpt.speed import can_be, choose, decide_compile
 from minigpt.train import TrainingError
 from test_faults import At, PowerCut, go, power_cut
 
@@ -67,8 +69,10 @@ def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypat
     assert run.finished and out.count("torch.compile failed") == 1 and "no C++ compiler was found" in out and ", not compiled," in out
 
 
-@pytest.mark.parametrize("options", [dict(precision="bf16"), dict(gradient_checkpointing=True), dict(optimizer="muon"), dict(disable_optimizations=True)], ids=lambda o: next(iter(o)))
-def test_every_way_to_train_goes_on_exactly(work, tmp_path, options): interrupted(work, tmp_path, **options)
+@pytest.mark.parametrize("options", [dict(precision="bf16"), dict(gradient_checkpointing=True), dict(optimizer="muon"), dict(disable_optimizations=True), dict(deterministic=True)], ids=lambda o: next(iter(o)))
+def test_every_way_to_train_goes_on_exactly(work, tmp_path, options):
+    interrupted(work, tmp_path, **options)
+    assert not torch.are_deterministic_algorithms_enabled(), "it is put back"
 
 
 def test_gradient_checkpointing_changes_no_loss(work, tmp_path):
@@ -112,6 +116,47 @@ def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
     with pytest.raises(TrainingError, match="in step 1 .*No checkpoint had been saved yet.*batch_size=2, gradient_accumulation=4"): go(work)
     monkeypatch.undo()
     assert go(work, batch_size=2, gradient_accumulation=4)[0].finished
+
+
+def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
+    "A notebook keeps the error, and the next call must find the memory free"
+    class Activations: pass
+    left = []
+    def too_much(t):
+        held = Activations(); left.append(weakref.ref(held))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(TrainingError) as e: go(work, At(7, too_much))
+    assert e.value.__traceback__ and left[0]() is None
+
+
+def test_fp16_that_overflows_at_every_scale_is_said(work):
+    "Such steps change nothing, so the loss would stay where it is, and the run would seem to end well"
+    def hopeless(t): t.scaler = torch.amp.GradScaler("cpu", init_scale=1e-4)
+    with pytest.raises(TrainingError, match="fp16 has not been enough .*down to 0.0001.*checkpoint-5.*precision='fp32'"): go(work, At(6, hopeless))
+
+
+def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, capsys):
+    def none(self, state): self.buffers["weights", "some"] = None; raise RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr(minigpt.train.Writer, "copy", none)
+    run, after = go(work)
+    assert run.finished and "training waits while a checkpoint is written" in (run.path/"run.log").read_text("utf-8")
+    monkeypatch.undo()
+    assert after == go(child.new_work(work/"other"))[1]
+
+
+@pytest.mark.parametrize("device, says", [("meta", "must be auto"), ("xpu", "must be auto"), ("cuda:7", "CUDA device"), ("mps", "Apple GPU")])
+def test_a_device_that_is_not_here(device, says):
+    with pytest.raises(ValueError, match=says): choose(TrainConfig(device=device))
+
+
+def test_a_device_that_was_there(monkeypatch):
+    "A run that goes on on another machine keeps what it can keep"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1); monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert can_be("device", "cuda", "cuda") and not can_be("device", "cuda:1", "cuda") and can_be("threads", 2, "cuda") and can_be("device", "cpu", "cpu")
+    assert can_be("precision", "fp16", "cuda") and not can_be("precision", "bf16", "cuda") and can_be("precision", "bf16", "cpu")
+    with pytest.raises(ValueError, match="finds 1 CUDA device here"): choose(TrainConfig(device="cuda:1"))
+    assert choose(TrainConfig(device="cuda"))["precision"] == "fp16"
 
 
 def test_another_error_is_not_taken_for_memory(work):
