@@ -548,7 +548,7 @@ class Writer:
         began = time.perf_counter()
         step = state.trainer['global_step']
         if not (self.busy and self.held == step): # another save of the same step shares its copy
-            self.wait()
+            self.wait(); self.held = None
             missing = sum(_room(t) for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
             if not missing or psutil.virtual_memory().available > 1.2*missing:
                 try: self.copy(state); self.held = step

@@ -224,7 +224,7 @@ class Block(nn.Module):
 
 # %% ../nbs/05_model.ipynb #9b76e38e
 def _rows_at_once(N:int, V:int, device:torch.device, dtype:torch.dtype=torch.float32)->int:
-    "Equal shares of `N` rows, whose logits and softmax take 64 MiB at most; on a GPU 256 MiB, or a sixty-fourth of its memory. Larger ones are no faster."
+    "Equal shares of `N` rows, whose logits and softmax take 64 MiB at most; on a GPU 256 MiB, or a sixty-fourth of its memory (but not below 256 rows). Larger ones are no faster."
     room = 1 << (26 if device.type == 'cpu' else 28)
     if device.type == 'cuda': room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
     rows = max(256, room//(V*(4 if dtype == torch.bfloat16 else 8)))
@@ -240,17 +240,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gh,gw = torch.empty_like(hidden) if need_h else None,None
         N,V = len(h),len(w)
         cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device, dtype)
-        wide = torch.float32 if dtype == torch.float16 else dtype          # fp16 would lose small chances
+        short,wide = dtype == torch.bfloat16,torch.float32 if dtype == torch.float16 else dtype # fp16 would lose small chances
         total,space = torch.zeros((), device=h.device),h.new_empty(rows, V)
         for i in range(0, N, rows):
             x,y = h[i:i+rows],labels[i:i+rows,None]
             z = torch.mm(x, w.T, out=space[:len(x)])                       # (rows, V)
             p = torch.softmax(z, -1, dtype=wide, out=z if cpu and wide == dtype else None) # in place on a CPU, where fresh memory is dear
             chance = p.gather(1, y)[:,0].float()
-            if cpu and chance.amin() < 1e-30: total -= torch.log_softmax((x @ w.T).float(), -1).gather(1, y).sum()
-            else: total -= chance.clamp_min(1.2e-38).log().sum()
+            log = chance.clamp_min(1.2e-38).log()
+            if short: # next to 1 the steps of bf16 are 1/256; what is missing there is the sum of the others
+                rest = p.scatter_(1, y, 0.).sum(-1, dtype=torch.float32)
+                log = torch.where(chance < .5, log, torch.log1p(-rest.clamp_max(.75)))
+            if cpu and chance.amin() < 1e-30: log = torch.log_softmax((x @ w.T).float(), -1).gather(1, y)
+            total -= log.sum()
             if not (need_h or need_w): continue
-            p = p.scatter_add_(1, y, p.new_full((1,1), -1.).expand_as(y)).to(dtype)
+            p = p.scatter_(1, y, -rest[:,None].to(dtype)) if short else p.scatter_add_(1, y, p.new_full((1,1), -1.).expand_as(y)).to(dtype)
             if need_h: gh[i:i+rows] = p @ w
             if need_w: gw = (p.T @ x).to(weight.dtype) if gw is None else gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
         if need_w and gw is None: gw = torch.zeros_like(weight)

@@ -118,10 +118,12 @@ def token_places(
 
 def unread_tokens(
     folder:Path, # The run's
-    *sets:TokenSet|None, # What it reads
+    sets:list[TokenSet|None], # What it reads
+    places:dict, # As `token_places`
 )->list[str]: # Folders below it
     "Token sets that a run does not read: of a call that was refused, or from before a change."
-    used = {d.path.parent for s in sets if s is not None for d in getattr(s, 'sets', [s])}
+    folder = folder.resolve()
+    used = {d.path.parent.resolve() for s in sets if s is not None for d in getattr(s, 'sets', [s])} | {folder/p for p in (*places['train'], places['valid']) if p}
     found = {m.parent.parent for way in ('data*/train','data*/*/train') for m in folder.glob(f'{way}/meta.json')}
     return sorted(p.relative_to(folder).as_posix() for p in found-used if not any(p in u.parents for u in used)) # what lies around another one stays
 

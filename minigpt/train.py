@@ -30,7 +30,7 @@ from .optim import make_optimizer
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
-from .speed import attention_kernel, autocast, can_be, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits
+from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
@@ -125,11 +125,11 @@ def _check_losses(t:Trainer)->list[dict[str,float]]:
     first = t.step-len(losses)+1
     bad = [(f'loss of step {first+i}', l['loss']) for i,l in enumerate(losses) if not math.isfinite(l['loss'])]
     if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
-    if t.scaler.is_enabled() and (scale := t.scaler.get_scale()) < 1e-3: raise TrainingError(f"fp16 has not been enough for the gradients of many steps up to {t.step}: they overflowed at every scale down to {scale:g}, and such steps change nothing. {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it")
     if bad:
         what,value = bad[0]
         good,told = _last_good(t)
         raise TrainingError(f"the {what} is {value}: training has diverged. {told}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
+    if t.scaler.is_enabled() and (scale := t.scaler.get_scale()) < 1e-3: raise TrainingError(f"fp16 has not been enough for the gradients of many steps up to {t.step}: they overflowed at every scale down to {scale:g}, and such steps change nothing. {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it")
     return losses
 
 # %% ../nbs/13_train.ipynb #154a0c00
@@ -591,7 +591,7 @@ def fit(
         if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
-            choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_be(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
+            choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_keep(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
         torch.set_num_threads(choices['threads'])
         at_end.enter_context(same_bits(cfg.deterministic))
 
@@ -637,13 +637,13 @@ def fit(
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
             max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
-        if unread := unread_tokens(folder, data, valid): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
+        if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
         t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, isinstance(data, ChatSet))} attention, "
+        say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, any(isinstance(d, (ChatSet,LineSet)) for d in getattr(data, 'sets', [data])))} attention, "
             f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         for line in _describe(data, cfg.max_seq_len): say(line)
         _plan(t, backup)

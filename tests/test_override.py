@@ -7,7 +7,7 @@ import shutil
 import pytest
 from minigpt.backup import Backup, BackupError
 from minigpt.checkpoint import load_model
-from minigpt.data import build_tokenset
+from minigpt.data import TokenSet, build_tokenset
 from minigpt.model import GPTConfig
 from minigpt.registry import mix
 from minigpt.run import open_run
@@ -236,6 +236,16 @@ def test_what_others_keep_in_the_folder_stays(work, path):
     if path == "data/a.txt":
         assert run.facts["data"]["places"]["train"][0].startswith("data-")
         with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"): build_tokenset(work/"b.txt", run.tokenizer, home/"data")
+
+
+def test_tokens_that_a_run_reads_are_not_called_unread(work, monkeypatch):
+    "Nor those that it would fall back on: a validation set that a call leaves out"
+    run = go(work, valid=work/"b.txt")
+    assert go(work, max_steps=12).step == 12 and "does not read" not in said(run)
+    monkeypatch.chdir(work)
+    own = TokenSet(build_tokenset("a.txt", run.tokenizer, work/"own/data", 0.)[0].path.resolve())
+    own = fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **OPTIONS) and fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **{**OPTIONS, "max_steps":12})
+    assert own.step == 12 and "does not read" not in said(own)
 
 
 def test_what_a_file_manager_leaves_is_nobodys(work):
