@@ -6,7 +6,7 @@
     python bench/train_gpu.py --smoke                                      # a tiny model on the CPU: does everything run? Its figures mean nothing
 
 Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences a step, one round: `fit` 521,000 tokens/s, an MFU of 45.0%; Trainer compiled 429,000
-(37.1%), so the ratio was 1.22. Both computed rightly, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass over the logits, about 1% of a step. The other programs, fp16 and `medium` have not been measured.
+(37.1%), so the ratio was 1.22. Both computed rightly, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass over the logits, which has not been timed. The other programs, fp16 and `medium` have not been measured.
 
 124M      the shape of GPT-2: 12 layers, 12 heads, width 768, vocabulary 50,304. Ours is a Llama with FFN 2,048: 123,587,328 parameters, as many as GPT-2 has
           without biases and positions.

@@ -70,7 +70,7 @@ class TrainConfig:
     precision:str = _option('auto', "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
     enable_compile:str = _option('auto', "torch.compile: auto (where it saves time), yes, no, or max-autotune, which takes minutes to begin (reduce-overhead is known, and taken as yes)")
     disable_optimizations:bool = _option(False, "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer")
-    deterministic:bool = _option(False, "on a GPU: only algorithms that give the same bits each time, so that a resume is exact there too; slower")
+    deterministic:bool = _option(False, "on a GPU: only algorithms that give the same bits each time, which is to make a resume exact there too; slower, and not yet tried on one")
     gradient_checkpointing:bool = _option(False, "compute activations a second time instead of keeping them: a third more time, far less memory")
     auto_batch_size:bool = _option(False, "on a GPU: the largest batch_size that fits, with the effective batch that is asked for")
     max_cpu:float = _option(100., "percent of all processors that may be busy, other programs included; 100: no limit")

@@ -153,7 +153,7 @@ def decide_compile(
     "Compile a model where that saves time; where it cannot be compiled, say why and go on without."
     _set_compiled(model, False)
     if how == 'no' or not micro_steps: return False
-    if how == 'reduce-overhead': say("enable_compile='reduce-overhead' stands for CUDA graphs, which would lose gradients here; the model is compiled without them, as with 'yes'")
+    if how == 'reduce-overhead': say("enable_compile='reduce-overhead' stands for CUDA graphs, with which losses were wrong here; the model is compiled without them, as with 'yes'")
     def once(): return micro_step(model, batch, precision, loss_of)
     def median(): once(); return statistics.median(once() for _ in range(3))
     with throw_away(model):
