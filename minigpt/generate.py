@@ -88,31 +88,47 @@ def _checked(model, prompts, max_new_tokens, choice, seed):
     return prompts,[min(max_new_tokens, c.max_len-len(ids)) for ids in prompts]
 
 # %% ../nbs/06_generate.ipynb #ae43f6c5
+def _panels(
+    weight:Tensor, # (N, K), as it is stored
+    copy:bool, # Each panel in one piece; otherwise the weight's own memory
+)->Tensor: # (N/n, K, n)
+    "A weight in panels of up to 192 outputs."
+    n = max((n for n in range(16, 193, 16) if len(weight) % n == 0), default=len(weight))
+    panels = weight.unflatten(0, (-1, n)).transpose(1, 2)
+    return panels.contiguous() if copy else panels
+
 def _thin(
     x:Tensor, # (B, K), few rows
-    weight:Tensor, # (K, N), the transpose of a stored weight
+    weight:Tensor, # (K, N), or panels of it
     add:Tensor|None=None, # (B, N)
 )->Tensor: # (B, N)
     "`x @ weight + add`."
-    (B,K),N = x.shape,weight.shape[1]
-    n = next((n for n in (192,128,96,64,32,16) if N % n == 0), None) if 4 <= B <= 8 and K*N >= 1<<19 and torch.backends.mkl.is_available() else None
-    if n is None: return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
-    y = torch.bmm(x.expand(N//n, -1, -1), weight.unflatten(1, (-1, n)).transpose(0, 1)).transpose(0, 1).reshape(B, N)
+    if weight.dim() == 2: return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+    y = torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
     return y if add is None else y.add_(add)
 
 # %% ../nbs/06_generate.ipynb #31af0b87
 class DecodeStep:
     "`GPT.forward` for one new token in each row, on a CPU."
     def __init__(self,
-        model:GPT, # One that `suits`; but for queries, keys and values, weights are read where they are
+        model:GPT, # One that `suits`, as it is now: some weights are copied
+        cache:KVCache, # Of the tokens before; new ones are added
     ):
-        self.model,c = model,model.config
-        qkv = lambda a: torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]).T                         # (C, H*D + 2*K*D)
-        gains = lambda a: torch.cat([a.q_norm.weight.expand(c.n_head, -1), a.k_norm.weight.expand(c.n_kv_head, -1)]) if c.qk_norm else None # (H+K, D)
+        self.model,self.cache,c = model,cache,model.config
+        H,K,D,n = c.n_head,c.n_kv_head,c.head_dim,cache.max_len
+        several,many = cache.kv.shape[2] >= 4 and torch.backends.mkl.is_available(),n-cache.length >= 64
+        laid = lambda w: _panels(w, copy=many) if several else w.T
+        qkv = lambda a: laid(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]))                     # for H*D + 2*K*D outputs
+        gain = lambda norm: norm.weight*norm.weight.numel()**.5
+        gains = lambda a: torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)]) if c.qk_norm else None # (H+K, D)
         with torch.inference_mode():
-            self.layers = [(l.input_layernorm.weight, qkv(l.self_attn), gains(l.self_attn), l.self_attn.o_proj.weight.T,
-                l.post_attention_layernorm.weight, l.mlp.gate_proj.weight.T, l.mlp.up_proj.weight.T, l.mlp.down_proj.weight.T) for l in model.model.layers]
-        self.eps = torch.tensor(c.norm_eps)
+            self.layers = [(gain(l.input_layernorm), qkv(l.self_attn), gains(l.self_attn), laid(l.self_attn.o_proj.weight),
+                gain(l.post_attention_layernorm), laid(l.mlp.gate_proj.weight), laid(l.mlp.up_proj.weight), laid(l.mlp.down_proj.weight)) for l in model.model.layers]
+            self.last = gain(model.model.norm),laid(model.head)
+            cos,sin = (torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, 'cpu'))                 # (n, 1, D)
+            sin[...,:D//2].neg_()
+            self.cos,self.sin = torch.cat([cos.expand(-1, H+K, -1), torch.ones(n, K, D)], 1),torch.cat([sin.expand(-1, H+K, -1), torch.zeros(n, K, D)], 1) # (n, H+2*K, D): values stay as they are
+            self.eps = {width:torch.tensor((width*c.norm_eps)**.5) for width in (c.dim,D)}
 
     @staticmethod
     def suits(model:GPT)->bool:
@@ -121,34 +137,35 @@ class DecodeStep:
         return (type(model) is GPT and model.head.device.type == 'cpu' and all(type(m) is nn.Linear for m in linear)
             and all(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled('cpu'))
 
-    def norm(self, x:Tensor, gain:Tensor)->Tensor:
-        "RMSNorm."
-        return x*torch.addcmul(self.eps, size := torch.linalg.vector_norm(x, dim=-1, keepdim=True), size, value=1/x.shape[-1]).rsqrt_()*gain
+    def norm(self,
+        x:Tensor, # (..., width)
+        gain:Tensor, # Its weight times the root of the width
+    )->Tensor:
+        "RMSNorm, from the length of `x` instead of its mean square."
+        return (x/torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.eps[x.shape[-1]])).mul_(gain)
 
     def __call__(self,
         ids:Tensor, # (B,) the new tokens
-        cache:KVCache, # Of the tokens before; these are added
-        mask:Tensor|None=None, # Bool, (B, 1, 1, positions): who is seen; default: all
+        mask:Tensor|None=None, # Bool, (B, positions): who is seen; default: all
     )->Tensor: # (B, V) scores of the token after each
-        c,B = self.model.config,len(ids)
-        H,K,D = c.n_head,c.n_kv_head,c.head_dim
+        c,cache,B = self.model.config,self.cache,len(ids)
+        H,K,D,t = c.n_head,c.n_kv_head,c.head_dim,cache.length
         cache.check(B, 1)
-        cos,sin = (torch.cat([t, t], -1)[0] for t in rope_angles(cache.length, 1, D, c.rope_theta, ids.device))  # (1, D)
-        sin[:,:D//2].neg_()
-        cos,sin = torch.cat([cos.expand(H+K, -1), torch.ones(K, D)]),torch.cat([sin.expand(H+K, -1), torch.zeros(K, D)]) # (H+2*K, D): values stay as they are
-        x = F.embedding(ids, self.model.model.embed_tokens.weight)                                               # (B, C)
-        here,seen = cache.kv[:,:,:,:,cache.length].unbind(0),cache.kv[:,:,:,:,:cache.length+1].unbind(0)         # of each block, (2, B, K, D) and (2, B, K, positions, D)
+        if mask is not None: mask = mask.repeat_interleave(K, 0)[:,None,None]                                    # (B*K, 1, 1, positions)
+        x,cos,sin = F.embedding(ids, self.model.model.embed_tokens.weight),self.cos[t],self.sin[t]               # (B, C), (H+2*K, D)
+        here,seen = cache.kv[:,:,:,:,t].unbind(0),cache.kv.flatten(2, 3)[:,:,:,None,:t+1].unbind(0)              # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
         for (norm1,qkv,gains,o,norm2,gate,up,down),new,kv in zip(self.layers, here, seen):
             h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)                                                   # (B, H+2*K, D)
             if gains is not None: h[:,:H+K] = self.norm(h[:,:H+K], gains)
             h = torch.addcmul(h*cos, h.roll(D//2, -1), sin)                                                      # both halves turn at once
             new.copy_(h[:,H:].unflatten(1, (2, K)).transpose(0, 1))
-            y = F.scaled_dot_product_attention(h[:,:H].reshape(B, K, H//K, D), *kv, mask)                        # heads that share keys stand in for positions
+            y = F.scaled_dot_product_attention(h[:,:H].reshape(B*K, 1, H//K, D), *kv, mask)                      # heads that share keys stand in for positions
             x = _thin(y.reshape(B, H*D), o, x)
             h = self.norm(x, norm2)
             x = _thin(F.silu(_thin(h, gate)).mul_(_thin(h, up)), down, x)
         cache.length += 1
-        return _thin(self.norm(x, self.model.model.norm.weight), self.model.head.T)
+        norm,head = self.last
+        return _thin(self.norm(x, norm), head)
 
 # %% ../nbs/06_generate.ipynb #fdadcbc5
 def _write(model, prompts, room, choice, stop, seed, use_cache):
@@ -160,11 +177,12 @@ def _write(model, prompts, room, choice, stop, seed, use_cache):
     fill = torch.tensor([[T-len(p)] for p in prompts])                                                       # (B, 1) positions in front
     real,padded = (torch.arange(T+n) >= fill).to(head.device),bool(fill.any())                               # (B, T+n)
     with _reading(model): cache = KVCache(model.config, len(rows), T+n, head.device, head.dtype) if use_cache else None
-    step = DecodeStep(model) if cache and DecodeStep.suits(model) else None
+    step = None
     for k in range(n):
         with _reading(model):
-            mask = None if not padded else real[:,None,None,:T+k] if new.shape[1] == 1 else (real[:,:T+k,None] == real[:,None,:T+k]).tril()[:,None]
-            if step and k: logits = step(new[:,0], cache, mask)                                              # (B, V)
+            if k == 1 and cache and DecodeStep.suits(model): step = DecodeStep(model, cache)
+            mask = None if not padded else real[:,:T+k] if step else real[:,None,None,:T+k] if new.shape[1] == 1 else (real[:,:T+k,None] == real[:,None,:T+k]).tril()[:,None]
+            if step: logits = step(new[:,0], mask)                                                           # (B, V)
             else: logits = (head @ model.trunk(model.model.embed_tokens(new), mask, cache)[:,-1].to(head.dtype).T).T
             tokens = _choose(logits.float().cpu().contiguous(), *choice, [dice[i] for i in rows])
         on = [j for j,token in enumerate(tokens) if token not in stop]
