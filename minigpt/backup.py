@@ -438,6 +438,16 @@ def given_up(
     "Has training gone back behind this state later, so that it belongs to a course that counts no more?"
     return any(a['step'] < state['global_step'] for a in attempts[state.get('attempt', len(attempts)):])
 
+def _went_on(
+    root:Path, # A run's folder, or its backup
+    attempts:list[dict], # As it has them
+    n:int, # Of these, what it shares with another
+)->bool:
+    "Has an attempt after the first `n` saved anything that it trained?"
+    saved = [c.path for f,name in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(root/f, name=name).all()]
+    states = [_json_or(p/'trainer_state.json', {}) for p in [*saved, root, root/'final']]
+    return any(s.get('attempt', 0) > n and s['global_step'] > min(a['step'] for a in attempts[n:]) for s in states)
+
 def restore_run(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -453,10 +463,11 @@ def restore_run(
     if mine is not None:
         if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
         theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
-        if own[:len(theirs)] == theirs:
+        same = next((i for i,(a,b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs)))
+        if same == len(theirs) or same < len(own) and not _went_on(there, theirs, same):
             if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', (there/'metrics.jsonl').read_bytes())
             return False
-        if theirs[:len(own)] != own: raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
+        if same < len(own) and _went_on(here, own, same): raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
         for c in [c for f,n in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
             if given_up(read_json(c.path/'trainer_state.json'), theirs): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
