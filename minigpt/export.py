@@ -6,7 +6,7 @@
 __all__ = ['BITS', 'GROUP', 'theory', 'export_bytes', 'minimind_config', 'export', 'ExportReport', 'export_report', 'export_onnx']
 
 # %% ../nbs/08_export.ipynb #cb2471a4
-import math, shutil, tempfile
+import inspect, math, shutil, tempfile
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from importlib.util import find_spec
@@ -298,6 +298,7 @@ def export_onnx(
 )->Path: # `out`, with model.onnx (`ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32) and the tokenizer
     "Write a model for other runtimes, in float32."
     if not all(map(find_spec, ('onnx','onnxscript'))): raise ImportError("ONNX export needs onnx and onnxscript; install them with: pip install 'minigpt-notebook[export]'")
+    if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters: raise ImportError(f"ONNX export needs torch 2.5 or newer, and this is {torch.__version__}")
     class Scores(torch.nn.Module):
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, ids): return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head) # with `rows` the mask is explicit, whatever the length

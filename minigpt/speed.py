@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['best_device', 'choose', 'can_keep', 'autocast', 'attention_kernel', 'same_bits', 'throw_away', 'micro_step',
-           'decide_compile', 'smaller', 'out_of_memory', 'memory_advice', 'fit_batch', 'flops_per_token',
-           'machine_flops', 'benchmark', 'benchmark_table']
+           'set_compiled', 'decide_compile', 'smaller', 'out_of_memory', 'memory_advice', 'fit_batch',
+           'flops_per_token', 'machine_flops', 'benchmark', 'benchmark_table']
 
 # %% ../nbs/13_speed.ipynb #0e9455db
 import contextlib, math, os, statistics, time
@@ -133,7 +133,12 @@ def micro_step(
     return seconds
 
 # %% ../nbs/13_speed.ipynb #d7df2a29
-def _set_compiled(model:LanguageModel, on:bool, how:str='yes'):
+def set_compiled(
+    model:LanguageModel,
+    on:bool,
+    how:str='yes', # Or max-autotune
+):
+    "Compile its blocks, or have them as they were."
     mode = {'max-autotune':'max-autotune-no-cudagraphs'}.get(how, 'default')
     for block in model.blocks:
         if on: block.compile(dynamic=False, mode=mode)
@@ -151,7 +156,7 @@ def decide_compile(
     least:float=180., # `auto` leaves a training alone that takes less than this many seconds
 )->bool: # Are its blocks compiled now?
     "Compile a model where that saves time; where it cannot be compiled, say why and go on without."
-    _set_compiled(model, False)
+    set_compiled(model, False)
     if how == 'no' or not micro_steps: return False
     if how == 'reduce-overhead': say("enable_compile='reduce-overhead' stands for CUDA graphs, with which losses were wrong here; the model is compiled without them, as with 'yes'")
     def once(): return micro_step(model, batch, precision, loss_of)
@@ -163,15 +168,15 @@ def decide_compile(
             say(f'{human_time(plain*micro_steps)} of training without torch.compile; measuring it with (enable_compile="no" skips this)')
         try:
             began = time.perf_counter()
-            _set_compiled(model, True, how)
+            set_compiled(model, True, how)
             compiled = median(); took = time.perf_counter()-began
         except Exception as e: # of dynamo, of inductor, of the C++ compiler: each has its own
-            _set_compiled(model, False)
+            set_compiled(model, False)
             say(f'torch.compile failed, training goes on without it: {type(e).__name__}: {str(e).strip().splitlines()[0][:300] if str(e).strip() else ""}')
             return False
         if how == 'auto':
             say(f'a micro-batch takes {1000*plain:.0f} ms, compiled {1000*compiled:.0f} ms; compiling took {human_time(took)}')
-            if compiled > .97*plain: _set_compiled(model, False); return False
+            if compiled > .97*plain: set_compiled(model, False); return False
     return True
 
 # %% ../nbs/13_speed.ipynb #5872efca

@@ -1,5 +1,6 @@
 """What no cell of 06_quantize, 07_checkpoint and 08_export can hold: other programs' files and readers, files that lie, kills, full disks, memory."""
 import errno
+import inspect
 import json
 import math
 import os
@@ -489,6 +490,7 @@ def test_memory_is_that_of_the_largest_tensor(plain, tmp_path, root):
 # --- ONNX ------------------------------------------------------------------------------------------------------------------------------------
 def test_onnx(plain, tmp_path):
     pytest.importorskip("onnxscript"); onnx = pytest.importorskip("onnx")
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters: pytest.skip("needs torch 2.5")
     model, path, ids = plain
     out = export_onnx(path, tmp_path/"onnx")
     onnx.checker.check_model(out/"model.onnx")
@@ -516,3 +518,10 @@ def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsy
         return capsys.readouterr().out
     command("export", tmp_path/"run", tmp_path/"made")
     assert command("generate", tmp_path/"made", "The", "--max-new-tokens", 12, "--seed", 1) == command("generate", tmp_path/"run", "The", "--max-new-tokens", 12, "--seed", 1)
+
+
+def test_onnx_with_an_old_torch(plain, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript"); pytest.importorskip("onnx")
+    monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)
+    with pytest.raises(ImportError, match="needs torch 2.5 or newer"): export_onnx(plain[1], tmp_path/"onnx")
+    assert not [*tmp_path.iterdir()]

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from minigpt.config import TrainConfig
 from minigpt.guard import Guard
-from minigpt.model import linear_cross_entropy
+from minigpt.model import GPT, linear_cross_entropy
 from minigpt.run import open_run
 from minigpt.speed import can_keep, choose, decide_compile
-from minigpt.train import TrainingError
+from minigpt.train import Callback, TrainingError, fit
 from test_faults import At, PowerCut, go, power_cut
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -206,3 +206,29 @@ def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
         plain = F.cross_entropy(round_(h)@round_(w).T, y, reduction="sum")/400
         assert ours.item() == pytest.approx(plain.item(), rel=5*near if known else near)
         for a, b in zip(torch.autograd.grad(plain, (h, w)), torch.autograd.grad(ours, (h, w))): assert (a-b).norm() <= 5*near*a.norm(), (n, scale, known)
+
+
+def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
+    def full(self, device): raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+    monkeypatch.setattr(GPT, "to", full)
+    with pytest.raises(TrainingError, match="the model, .* does not fit on cpu .*restart its kernel"): go(work)
+
+
+def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
+    def full(*args, model=None, **kwargs):
+        if model is not None: raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return False
+    monkeypatch.setattr("minigpt.train.add_reference", full)
+    with pytest.raises(TrainingError, match="memory ran out before the first step .*batch_size=") : fit(child.shape(), "preferences", output_dir=work/"dpo", data_subset=.02, batch_size=4, max_steps=2, max_seq_len=64, tokenizer_vocab_size=300, progress=False)
+
+
+def test_a_library_that_switches_subnormal_numbers_off(work):
+    "As those do that torch 2.4 compiles: the losses are those of a run that loads none"
+    tiny = lambda: float(torch.tensor([1e-40])*1)
+    seen = []
+    class Look(Callback):
+        def on_step(self, t): seen.append(tiny()); torch.set_flush_denormal(True)
+    if not torch.set_flush_denormal(True): pytest.skip("this processor has no such switch")
+    try: go(work, Look())
+    finally: torch.set_flush_denormal(False)
+    assert len(seen) > 2 and all(seen)
