@@ -439,13 +439,13 @@ def given_up(
     return any(a['step'] < state['global_step'] for a in attempts[state.get('attempt', len(attempts)):])
 
 def _went_on(
-    root:Path, # A run's folder, or its backup
+    run:Path, # A run's folder; of a backup it cannot be known, as its files may be on their way
     attempts:list[dict], # As it has them
-    n:int, # Of these, what it shares with another
+    n:int, # Of these, what it shares with another machine
 )->bool:
     "Has an attempt after the first `n` saved anything that it trained?"
-    saved = [c.path for f,name in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(root/f, name=name).all()]
-    states = [_json_or(p/'trainer_state.json', {}) for p in [*saved, root, root/'final']]
+    saved = [c.path for f,name in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(run/f, name=name).all()]
+    states = [_json_or(p/'trainer_state.json', {}) for p in [*saved, run]]
     return any(s.get('attempt', 0) > n and s['global_step'] > min(a['step'] for a in attempts[n:]) for s in states)
 
 def restore_run(
@@ -464,7 +464,7 @@ def restore_run(
         if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
         theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
         same = next((i for i,(a,b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs)))
-        if same == len(theirs) or same < len(own) and not _went_on(there, theirs, same):
+        if same == len(theirs):
             if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', (there/'metrics.jsonl').read_bytes())
             return False
         if same < len(own) and _went_on(here, own, same): raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")

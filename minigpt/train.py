@@ -27,7 +27,7 @@ from .lora import LoRAConfig, LoRAGPT, weights_hash
 from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
 from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics
 from .optim import make_optimizer
-from .parallel import Team, assemble, join, launched, own_device, share_batch
+from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
@@ -36,7 +36,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
 class Callback:
-    "What happens around the loop; every method may be left out."
+    "What happens around the loop; every method may be left out. Of several devices the first one alone calls them: there they must not change the model."
     def on_start(self, t:'Trainer'): "Before the first step."
     def on_step(self, t:'Trainer'): "After each optimizer step; `t.step` counts it."
     def on_log(self, t:'Trainer', row:dict): "After a row of metrics was written."
@@ -77,9 +77,7 @@ class Learner:
                 with autocast(self.device, self.precision): loss,facts = self.objective(self.model, micro, n_targets)
                 self.scaler.scale(loss).backward()
                 for k,v in dict(loss=loss.detach(), **facts).items(): total[k] = total.get(k, 0.) + v
-        if self.team:
-            total = {k:torch.as_tensor(v, device=self.device).clone() for k,v in total.items()}
-            self.team.add_up([*(p.grad for p in self.model.parameters() if p.grad is not None), *total.values()])
+        if self.team: self.team.add_up([*(p.grad for p in self.model.parameters() if p.grad is not None), *total.values()])
         self.scaler.unscale_(self.optimizer)
         self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
         self.scaler.step(self.optimizer); self.scaler.update()
@@ -122,7 +120,7 @@ class Trainer(Learner):
         cfg = self.config
         n_targets,lr = max(1, self.objective.count(batch)),lr_at(self.step, cfg, self.max_steps)
         parts = [dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))]
-        if self.team: parts = self.team.share([(self.step, parts[r::self.team.size], n_targets, lr) for r in range(self.team.size)])[1]
+        if self.team: parts = self.team.deal(parts, self.step, n_targets, lr)
         self.losses.append(self.learn(parts, n_targets, lr)); self.tokens += sum(int((t != -100).sum()) for k,t in batch.items() if k.endswith('labels'))
 
     def call(self, event:str, *args):
@@ -617,6 +615,7 @@ def fit(
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_keep(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
+        if cfg.devices > 1 and cfg.device == 'auto': choices['device'] = torch.device(choices['device']).type # and not the one that it had alone
         share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices) # refused now, if it cannot be
         team = assemble(cfg.devices, choices['device'])
         if team: at_end.callback(team.close); choices['device'] = own_device(choices['device'])
@@ -717,6 +716,7 @@ def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
         cfg = _shared(cfg, size)
         if not decide_compile(t.model, {k:v[:cfg.batch_size].to(t.device) for k,v in batch.items()}, (t.max_steps-t.step)*cfg.gradient_accumulation//size, t.precision, how, say, loss_of): how = 'no'
     cfg = _shared(cfg, size)
+    if size > 1 and cfg.batch_size < t.config.batch_size: say(f'micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that each of {size} devices gets as many')
     choices.update(compile='yes' if how == 'auto' else how, batch_size=cfg.batch_size, devices=size)
     return cfg
 
@@ -762,7 +762,7 @@ def _undisturbed():
 def _reported_by_the_first():
     "A process that `fit` has started need not say again what the first one says."
     try: yield
-    except RuntimeError:
+    except TeamError:
         if launched() is None: raise SystemExit(1) from None
         raise
 
@@ -774,7 +774,7 @@ def help_out():
         device = own_device(device)
         p = team.show(device=device)
         learner = Learner(p['model'], p['config'], p['choices'] | dict(device=device), p['objective'])
-        if p['optimizer']: unpack_optimizer(learner.optimizer, learner.model, p['optimizer'])
+        unpack_optimizer(learner.optimizer, learner.model, p.pop('optimizer'))
         learner.scaler.load_state_dict(p['scaler'])
         learner.team = team
         team.connect(device, p['choices']['threads'])
@@ -782,7 +782,7 @@ def help_out():
         learner.model.train()
         with same_bits(p['config'].deterministic):
             while (order := team.share()) is not None:
-                step,parts,n_targets,lr = order
+                step,n_targets,lr,parts = order
                 team.draw(p['config'].seed, step)
                 learner.learn(parts, n_targets, lr)
 

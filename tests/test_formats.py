@@ -70,7 +70,7 @@ TEXT = {  # name → (file, content, its rows)
     "nan": ("a.jsonl", b'{"text": "a", "x": NaN}\n{"text": "b", "x": [-Infinity]}\n{"text": NaN}\n', [good(1, "a", "lenient JSON"), good(2, "b", "lenient JSON"), bad(3, "text is not a string")]),
     "huge-numbers": ("a.jsonl", b'{"text": "a", "x": '+b"9"*30+b'}\n{"text": "b", "x": -'+b"9"*6000+b'}\n{"text": "c", "x": 1e999}\n', [good(1, "a"), good(2, "b", "lenient JSON"), good(3, "c", "lenient JSON")]),
     "control": ("a.jsonl", b'{"text": "a\tb\x01c"}\n', [good(1, "a\tb\x01c", "lenient JSON")]),
-    "deep": ("a.jsonl", b'{"text": "a", "x": '+b"["*200_000+b"]"*200_000+b'}\n{"text": "b"}\n'+b'{"text":'*5000+b"\n", [bad(1, "nested too deeply"), good(2, "b"), bad(3, "nested too deeply")]),
+    "deep": ("a.jsonl", b'{"text": "a", "x": '+b"["*200_000+b"]"*200_000+b'}\n{"text": "b"}\n'+b'{"text":'*200_000+b"\n", [bad(1, "nested too deeply"), good(2, "b"), bad(3, "nested too deeply")]),
     "deep-enough": ("a.jsonl", b'{"text": "a", "x": '+b"["*150+b"]"*150+b"}\n", [good(1, "a")]),
     "long": ("a.jsonl", dump({"text": "x"*5_000_000}, {"text": "b"}), [good(1, "x"*5_000_000), good(2, "b")]),
     "u2028": ("a.jsonl", '{"text": "a\u2028b\u2029c\x85d\u000bf"}\n{"text": "e"}\n'.encode(), [good(1, "a\u2028b\u2029c\x85d\u000bf", "lenient JSON"), good(2, "e")]),

@@ -1,14 +1,17 @@
 """Several processes that train one model: their losses are those of one, they go on exactly, and none of them waits for one that is gone.
 On the CPU, over gloo; on GPUs only the way of the gradients is another."""
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import psutil
 import pytest
 import torch
+from minigpt import parallel
 from minigpt.checkpoint import read_checkpoint
 from minigpt.lora import lora
 from minigpt.model import GPTConfig
@@ -102,10 +105,30 @@ def test_a_helper_that_dies(text, alone, tmp_path):
     "The first one says so instead of waiting, and the same call goes on"
     def kill(t):
         for p in helpers(): p.kill()
-    with pytest.raises(RuntimeError, match="a process that shares the steps is gone .* goes on from the last checkpoint"): train(text, tmp_path/"run", At(6, kill), devices=2)
+    with pytest.raises(RuntimeError, match="gone: process 1 of 2 ended with code -9. The same call goes on from the last checkpoint"): train(text, tmp_path/"run", At(6, kill), devices=2)
     assert not helpers()
     run = train(text, tmp_path/"run", devices=2)
     assert run.finished and torch.allclose(torch.tensor(losses(run)), torch.tensor(losses(alone)), rtol=1e-4)
+
+
+def test_ctrl_c_while_a_helper_is_stuck(text, tmp_path):
+    "The second one stops at once"
+    stuck = []
+    def stop(t):
+        stuck.extend(helpers())
+        for p in stuck: p.suspend()
+        for after in 1, 2: threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"): train(text, tmp_path/"run", At(6, stop), devices=2)
+    assert stuck and gone(stuck)
+
+
+def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
+    "And not the whole batch with each"
+    sent, real = [], parallel.dist.scatter_object_list
+    def count(out, orders, src): sent.append([len(pickle.dumps(o)) for o in orders]); return real(out, orders, src=src)
+    monkeypatch.setattr(parallel.dist, "scatter_object_list", count)
+    train(text, tmp_path/"run", devices=2, batch_size=8, gradient_accumulation=8, max_seq_len=32, max_steps=2)
+    assert max(b for _, b in sent) < 2*(64*32*8*2)//2, "twice the ids and labels, int64, of half the batch"
 
 
 SCRIPT = textwrap.dedent("""
