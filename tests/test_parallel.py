@@ -139,7 +139,7 @@ SCRIPT = textwrap.dedent("""
         def on_step(self, t): print('step', t.step, flush=True)
     for name in sys.argv[2:]:
         run = fit(GPTConfig(**{shape}), sys.argv[1], output_dir=name, callbacks=[Say()], **{options})
-    print('finished', run.finished, flush=True)
+    sys.stdout.write(f'finished {run.finished}\\n')
 """)
 
 
