@@ -6,7 +6,7 @@
 __all__ = ['TeamError', 'Team', 'launched', 'own_device', 'join', 'assemble', 'share_batch']
 
 # %% ../nbs/13_parallel.ipynb #81b394d5
-import contextlib, datetime, io, itertools, os, subprocess, sys, tempfile, time
+import contextlib, datetime, io, itertools, os, shutil, subprocess, sys, tempfile, time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -26,8 +26,9 @@ class Team:
         size:int, # How many there are
         store:'dist.Store', # Where they meet
         helpers:Iterable[subprocess.Popen]=(), # Those that this one has started
+        place:str|None=None, # The folder of the store, if it is to go at the end
     ):
-        self.rank,self.size,self.helpers,self.gradients,self.threads = rank,size,list(helpers),None,torch.get_num_threads()
+        self.rank,self.size,self.helpers,self.place,self.threads = rank,size,list(helpers),place,torch.get_num_threads()
         self.idle = True # do the others wait for a share?
         dist.init_process_group('gloo', store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
@@ -87,7 +88,8 @@ class Team:
     ):
         "Gradients on GPUs have a way of their own; processes on a CPU share its cores."
         if device == 'cpu': torch.set_num_threads(max(1, threads//self.size))
-        if device.startswith('cuda') and dist.is_nccl_available(): torch.cuda.set_device(device); self.gradients = dist.new_group(backend='nccl')
+        if device.startswith('cuda'): torch.cuda.set_device(device)
+        self.gradients = dist.new_group(backend='nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo')
 
     @contextlib.contextmanager
     def together(self):
@@ -126,6 +128,7 @@ class Team:
         for p in self.helpers:
             try: p.wait(10)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
+        if self.place: shutil.rmtree(self.place, ignore_errors=True)
 
 # %% ../nbs/13_parallel.ipynb #47d60cd7
 def launched()->int|None: "Which process of `torchrun` this is; None without it."; return int(os.environ['RANK']) if dist.is_available() and dist.is_torchelastic_launched() else None
@@ -185,18 +188,20 @@ def assemble(
     if kind.index: raise ValueError(f'devices={devices} takes the first ones, and device={device!r} names another; write device={kind.type!r}, or leave it out')
     if kind.type == 'cuda' and (there := torch.cuda.device_count()) < devices: raise ValueError(f'devices={devices}, but torch finds {there} CUDA device{"s"*(there > 1)} here; use devices={there}')
     if dist.is_initialized(): raise ValueError(f'devices={devices} makes a process group, and this process has one; call torch.distributed.destroy_process_group() first')
-    with tempfile.TemporaryDirectory(prefix='minigpt-', ignore_cleanup_errors=True) as d, _inside_the_machine():
-        store = dist.FileStore(place := f'{d}/team', devices)
-        helpers = [_start(r, devices, place) for r in range(1, devices)]
+    place = tempfile.mkdtemp(prefix='minigpt-')
+    with _inside_the_machine():
+        store = dist.FileStore(f'{place}/team', devices)
+        helpers = [_start(r, devices, f'{place}/team') for r in range(1, devices)]
         try:
             for rank,p in enumerate(helpers, 1):
                 while not store.check([f'here {rank}']):
                     if p.poll() is not None: raise RuntimeError(f'process {rank} of {devices} ended with code {p.returncode} before it could help; what it said stands above')
                     time.sleep(.05)
             store.set('begin', '')
-            return Team(0, devices, store, helpers)
+            return Team(0, devices, store, helpers, place)
         except BaseException:
             for p in helpers: p.kill()
+            shutil.rmtree(place, ignore_errors=True)
             raise
 
 # %% ../nbs/13_parallel.ipynb #3264a04b

@@ -6,7 +6,7 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, math, os, platform, random, signal, threading, time, traceback, uuid
+import contextlib, math, platform, random, signal, threading, time, traceback, uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
