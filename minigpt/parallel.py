@@ -124,6 +124,7 @@ class Team:
             with contextlib.suppress(TeamError): self.share([None]*self.size)
         else:
             for p in self.helpers: p.kill()
+        time.sleep(.1) # gloo's threads let go of their last tensors, for which they need the interpreter; torch 2.4 holds it while it waits for them
         dist.destroy_process_group()
         for p in self.helpers:
             try: p.wait(10)
