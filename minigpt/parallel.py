@@ -89,7 +89,8 @@ class Team:
         "Gradients on GPUs have a way of their own; processes on a CPU share its cores."
         if device == 'cpu': torch.set_num_threads(max(1, threads//self.size))
         if device.startswith('cuda'): torch.cuda.set_device(device)
-        self.gradients = dist.new_group(backend='nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo')
+        with _inside_the_machine() if self.place else contextlib.nullcontext():
+            self.gradients = dist.new_group(backend='nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo')
 
     @contextlib.contextmanager
     def together(self):
@@ -156,7 +157,7 @@ def _start(rank:int, size:int, place:str)->subprocess.Popen:
 
 @contextlib.contextmanager
 def _inside_the_machine():
-    "Where gloo listens."
+    "Where gloo listens; processes that are started inside listen there for good."
     name,was = {'linux':'lo', 'darwin':'lo0'}.get(sys.platform),os.environ.get('GLOO_SOCKET_IFNAME')
     if name and not was: os.environ['GLOO_SOCKET_IFNAME'] = name
     try: yield
@@ -172,7 +173,7 @@ def join()->Team:
     while not store.check(['begin']):
         if os.getppid() != first or not psutil.pid_exists(first): raise SystemExit(1) # it has died meanwhile
         time.sleep(.05)
-    with _inside_the_machine(): return Team(rank, size, store)
+    return Team(rank, size, store)
 
 def assemble(
     devices:int, # How many are asked for

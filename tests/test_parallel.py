@@ -122,6 +122,15 @@ def test_ctrl_c_while_a_helper_is_stuck(text, tmp_path):
     assert stuck and gone(stuck)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="where gloo listens elsewhere is not ours to say")
+def test_nobody_outside_the_machine_can_connect(text, tmp_path):
+    seen = []
+    def look(t): seen.extend(c.laddr.ip for p in (psutil.Process(), *helpers()) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.laddr.port not in before)
+    before = {c.laddr.port for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    train(text, tmp_path/"run", At(2, look), devices=2, max_steps=3)
+    assert seen and {*seen} <= {"127.0.0.1", "::1"}, seen
+
+
 def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
     "And not the whole batch with each"
     sent, real = [], parallel.dist.scatter_object_list
