@@ -7,7 +7,7 @@ __all__ = ['TAGS', 'Metrics', 'read_metrics', 'Curves', 'Follower', 'decimate', 
            'plot_runs', 'LossPicture', 'PlotWriter', 'EventWriter', 'RunLog', 'read_log', 'memory', 'in_notebook']
 
 # %% ../nbs/11_monitor.ipynb #04396639
-import io, re, sys, threading, time
+import contextlib, io, re, sys, threading, time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
@@ -340,15 +340,13 @@ class EventWriter:
 # %% ../nbs/11_monitor.ipynb #2caddefc
 class RunLog:
     "Appends lines to run.log; as a context it notes what ended it."
-    def __init__(self, path:str|Path): self.file = open(path, 'ab', buffering=0)
+    def __init__(self, path:str|Path): self.path = Path(path); open(path, 'ab').close() # it says now if that cannot be
     def __call__(self, message:str):
         "Add a line."
-        try: self.file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors='replace'))
-        except OSError: pass
+        with contextlib.suppress(OSError), open(self.path, 'ab', buffering=0) as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors='replace'))
     def __enter__(self): return self
     def __exit__(self, kind, error, trace):
         if kind: self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
-        self.file.close()
 
 def read_log(
     path:str|Path, # A run.log

@@ -6,7 +6,7 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, math, platform, random, signal, threading, time, traceback, uuid
+import contextlib, math, os, platform, random, signal, threading, time, traceback, uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -178,6 +178,9 @@ class _Save(Callback):
         if t.schedule.save(t.step): self.save(t, t.store)
         elif t.schedule.snapshot() and not t.writer.busy: self.save(t, t.snapshots)
     def save(self, t, store):
+        if not os.path.exists(t.run_path/'run.json'):
+            with contextlib.suppress(OSError): # where that cannot be, nor can the save, which says so
+                t.settle(); t.say(f'{t.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; what was in it before is not there any more')
         t.schedule.saved()
         if store.kind != 'light': self.saved = t.step # what a resume can go on from
         state = t.state()
@@ -368,6 +371,13 @@ class _RunTrainer(Trainer):
         self.stores,self.writer = [self.store, self.snapshots],Writer(say)
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
         self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
+
+    def settle(self):
+        "Write what makes a folder this run's."
+        self.run_path.mkdir(parents=True, exist_ok=True)
+        write_json(self.run_path/'run.json', self.facts)
+        if not (self.run_path/'tokenizer'/'tokenizer.json').exists(): self.tokenizer.save(self.run_path/'tokenizer')
+        self.metrics = Metrics(self.run_path/'metrics.jsonl', self.attempt, self.step)
 
     def log(self, row:dict):
         "Write a row of metrics, and tell every callback."
@@ -664,11 +674,11 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
-        write_json(folder/'run.json', dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts))
+        t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
+            max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
+        t.settle(); at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
-        t.metrics = Metrics(folder/'metrics.jsonl', t.attempt, t.step); at_end.callback(t.metrics.close)
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -447,6 +447,19 @@ def test_several_files(work):
     with pytest.raises(FileNotFoundError, match="bring the text that it was trained on"): fit(child.shape(), files, output_dir=work/"run", **{**options, "max_steps": 9})
 
 
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_the_folder_disappears_while_it_trains(whole, work, how):
+    "What is saved afterwards can be found, and gone on from"
+    def disappear(t): shutil.rmtree(t.run_path) if how == "deleted" else t.run_path.rename(work/"elsewhere")
+    def end(t):
+        if t.step == 16: raise PowerCut
+    with pytest.raises(PowerCut): go(work, At(7, disappear), At(16, end))
+    assert steps(work) == [10, 15] and [r["step"] for r in open_run(work/"run").history if "loss" in r][0] > 10
+    assert log(work).count("has been deleted, moved or renamed") == 1
+    _, losses = go(work)
+    assert weights(work) == weights(whole[0]) and all(whole[1][k] == v for k, v in losses.items()) and min(losses)[0] in (15, 16)
+
+
 # --- damage ---------------------------------------------------------------------------------------------------------------------
 def flip(at):
     def damage(f):
