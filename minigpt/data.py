@@ -60,8 +60,12 @@ class TokenSet:
         if not isinstance(self.meta, dict) or not {'n_tokens','dtype','sources'} <= self.meta.keys(): raise DataError(f"{self.path/'meta.json'} does not describe a token set; delete the folder {self.path.parent} and it is built again")
         want = self.meta['n_tokens']*np.dtype(self.meta['dtype']).itemsize
         if (size := tokens.stat().st_size if tokens.exists() else 0) != want: raise DataError(f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}")
-        self.tokens = np.memmap(tokens, self.meta['dtype'], 'r') if want else np.empty(0, self.meta['dtype'])
+        self.tokens = self._mapped('tokens.bin', self.meta['dtype'])
         self.difficulty,self.pace,self._orders = None,None,{} # of a `curriculum`
+
+    def _mapped(self, name:str, dtype)->np.ndarray: return np.memmap(self.path/name, dtype, 'r') if len(self) else np.empty(0, dtype)
+    def __getstate__(self): "What a worker process is sent: it maps the files itself."; return {k:v for k,v in vars(self).items() if k not in ('tokens','mask')}
+    def __setstate__(self, state): vars(self).update(state); self.tokens = self._mapped('tokens.bin', self.meta['dtype'])
 
     def __len__(self)->int: "Tokens."; return self.meta['n_tokens']
     def __repr__(self): return f"TokenSet({len(self):,} tokens, {self.meta['n_docs']:,} texts, {self.path.name})"
@@ -179,10 +183,12 @@ class ChatSet(TokenSet):
     stream = False
     def __init__(self, path:str|Path):
         super().__init__(path)
-        self.mask = np.memmap(self.path/'mask.bin', np.bool_, 'r') if len(self) else np.empty(0, bool)
+        self.mask = self._mapped('mask.bin', np.bool_)
         if len(self.mask) != len(self): raise DataError(f"{self.path/'mask.bin'} has {len(self.mask):,} bytes and must have {len(self):,}; delete the folder {self.path.parent} and it is built again")
         self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
         self._packs = {}
+
+    def __setstate__(self, state): super().__setstate__(state); self.mask = self._mapped('mask.bin', np.bool_)
 
     def lengths(self)->np.ndarray: "(n,) positions that each row takes."; return np.diff(self.starts)-1
 
