@@ -193,8 +193,9 @@ def assemble(
     place = tempfile.mkdtemp(prefix='minigpt-')
     with _inside_the_machine():
         store = dist.FileStore(f'{place}/team', devices)
-        helpers = [_start(r, devices, f'{place}/team') for r in range(1, devices)]
+        helpers = []
         try:
+            for rank in range(1, devices): helpers.append(_start(rank, devices, f'{place}/team'))
             for rank,p in enumerate(helpers, 1):
                 while not store.check([f'here {rank}']):
                     if p.poll() is not None: raise RuntimeError(f'process {rank} of {devices} ended with code {p.returncode} before it could help; what it said stands above')
@@ -202,7 +203,7 @@ def assemble(
             store.set('begin', '')
             return Team(0, devices, store, helpers, place)
         except BaseException:
-            for p in helpers: p.kill()
+            for p in helpers: p.kill(); p.wait()
             shutil.rmtree(place, ignore_errors=True)
             raise
 

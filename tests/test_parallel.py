@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
@@ -109,6 +110,18 @@ def test_a_helper_that_dies(text, alone, tmp_path):
     assert not helpers()
     run = train(text, tmp_path/"run", devices=2)
     assert run.finished and torch.allclose(torch.tensor(losses(run)), torch.tensor(losses(alone)), rtol=1e-4)
+
+
+def test_a_helper_that_cannot_be_started(monkeypatch):
+    "The other one does not stay"
+    started, real = [], parallel._start
+    def start(rank, size, place):
+        if rank == 2: raise OSError(12, "Cannot allocate memory")
+        started.append((real(rank, size, place), Path(place).parent)); return started[-1][0]
+    monkeypatch.setattr("minigpt.parallel._start", start)
+    with pytest.raises(OSError, match="allocate"): parallel.assemble(3, "cpu")
+    helper, place = started[0]
+    assert helper.poll() is not None and not place.exists()
 
 
 def test_ctrl_c_while_a_helper_is_stuck(text, tmp_path):
