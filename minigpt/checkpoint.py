@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
-           'write_manifest', 'write_checkpoint', 'state_size', 'problem', 'read_checkpoint', 'SafeTensors',
+           'write_manifest', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'Checkpoint',
            'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
@@ -16,11 +16,11 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, orjson, psutil, torch, xxhash, zstandard
+import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, new_dir, read_json, remove_dir, rest, set_aside, write_json
+from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, remove_dir, rest, set_aside, write_json
 from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
@@ -170,29 +170,6 @@ def write_manifest(
     entries = {p.name:dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p)) for p in sorted(folder.iterdir())}
     write_json(folder/'MANIFEST.json', dict(format='minigpt checkpoint', version=1, kind=kind, step=step, time=time.time(), files=entries))
 
-# %% ../nbs/07_checkpoint.ipynb #b2560926
-def write_checkpoint(
-    path:str|Path, # Directory to appear; one that stands there is replaced when the new one is whole
-    state:State, # What to write
-    kind:str='step', # `step`, `snapshot`, `light`, `best`, `final`
-)->Path: # `path`
-    "Write a checkpoint in one step; a `CheckpointError` if there is no room, and then nothing has changed."
-    path = Path(path)
-    try:
-        with new_dir(path, replace=True) as d:
-            hashes = _write_files(d, state)
-            for p in d.iterdir(): fsync(p)
-            write_manifest(d, hashes, kind, state.trainer['global_step'])
-    except OSError as e:
-        raise CheckpointError(f"{path} could not be written: {e} ({human_size(free_space(path))} free there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
-    return path
-
-def state_size(state:State)->int:
-    "Bytes of the tensors of a state: nearly all that its checkpoint will take."
-    return sum(t.numel()*t.element_size() for part in _tensors(state).values() for t in part.values())
-
-def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state.weights, **{k:p[0] for k in ('optimizer','rng') if (p := getattr(state, k))})
-
 # %% ../nbs/07_checkpoint.ipynb #1797d61d
 EXPORTED = 'weights','quantized','compressed' # kinds that `minigpt.export` writes: to be used, not to be trained on
 
@@ -222,6 +199,30 @@ def _compare(path:Path, hashes:bool)->str|None:
         if (found := f.stat().st_size) != size: return f'{name} has {found:,} bytes instead of {size:,}'
         if hashes and hash_file(f) != hash: return f'{name} is damaged: its content does not have the hash that the manifest gives'
     return None
+
+# %% ../nbs/07_checkpoint.ipynb #b2560926
+def write_checkpoint(
+    path:str|Path, # Directory to appear; one that stands there is replaced when the new one is whole
+    state:State, # What to write
+    kind:str='step', # `step`, `snapshot`, `light`, `best`, `final`
+)->Path: # `path`
+    "Write a checkpoint and read it back, in one step; a `CheckpointError` if there is no room or the disk fails, and then nothing has changed."
+    path = Path(path)
+    try:
+        with new_dir(path, replace=True) as d:
+            hashes = _write_files(d, state)
+            for p in d.iterdir(): fsync(p)
+            write_manifest(d, hashes, kind, state.trainer['global_step'])
+            if wrong := problem(d): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; what was saved before is untouched")
+    except OSError as e:
+        raise CheckpointError(f"{path} could not be written: {e} ({human_size(free_space(path))} free there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
+    return path
+
+def state_size(state:State)->int:
+    "Bytes of the tensors of a state: nearly all that its checkpoint will take."
+    return sum(t.numel()*t.element_size() for part in _tensors(state).values() for t in part.values())
+
+def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state.weights, **{k:p[0] for k in ('optimizer','rng') if (p := getattr(state, k))})
 
 # %% ../nbs/07_checkpoint.ipynb #fbbe2d8b
 def read_checkpoint(
@@ -478,20 +479,19 @@ class CheckpointStore:
         return newest([self], passed_over)
 
     def save(self, state:State)->Path:
-        "Write, verify, and only then delete what is beyond `keep`."
+        "Write, and only then delete what is beyond `keep`."
         path = self.folder/f"{self.name}-{state.trainer['global_step']}"
         if path.exists() and problem(path): set_aside(path, 'damaged')
         write_checkpoint(path, state, self.kind)
-        if wrong := problem(path): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; older checkpoints are untouched")
         with suppress(OSError): self.prune(path) # the next save deletes what this one could not
         return path
 
     def prune(self,
         newest:Path|None=None, # Just written: kept whatever its step
     ):
-        "Delete the oldest whole checkpoints beyond `keep`; one that is not whole counts for nothing and is left alone."
+        "Delete the oldest whole checkpoints beyond `keep`; one that is not whole counts for nothing and is left alone, and weights alone do not take the place of a state."
         if not self.keep: return
-        whole = [c for c in self.all() if not c.problem and c.path != newest]
+        whole = [c for c in self.all() if not c.problem and c.path != newest and (c.kind == 'light') == (self.kind == 'light')]
         for c in whole[:max(0, len(whole)+(newest is not None)-self.keep)]:
             if c.path not in self.pinned: remove_dir(c.path)
 
@@ -550,7 +550,8 @@ class Writer:
         if not (self.busy and self.held == step): # another save of the same step shares its copy
             self.wait(); self.held = None
             missing = sum(_room(t) for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
-            if not missing or psutil.virtual_memory().available > 1.2*missing:
+            used,limit = memory_use()
+            if not missing or limit-used > 1.2*missing:
                 try: self.copy(state); self.held = step
                 except RuntimeError as e: # of the allocator of pinned memory, which can have less than there is
                     if 'out of memory' not in str(e): raise
