@@ -318,10 +318,14 @@ class Backup:
         os.replace(self.path/f'{name}.new', self.path/name)
         self.confirmed.discard(self.path)
 
+    def _folders(self, target:Path):
+        "Make the folders that a target needs inside of the run's, which is never made anew."
+        for d in reversed(target.relative_to(self.path).parents[:-1]): (self.path/d).mkdir(exist_ok=True)
+
     def _place(self, source:Path, name:str, append:bool=False):
         "Copy a file; one that only grows is continued where that is possible."
         target = self.path/name
-        for d in reversed(target.relative_to(self.path).parents): (self.path/d).mkdir(exist_ok=True)
+        self._folders(target)
         size = target.stat().st_size if append and target.exists() else 0
         if 0 < size <= source.stat().st_size:
             with open(source, 'rb') as f, open(target, 'ab', buffering=0) as g:
@@ -337,7 +341,7 @@ class Backup:
             self.asked = False; self._pin()
         self.doing = f'copying {source.name}'
         self._write_status()
-        for d in reversed(target.relative_to(self.path).parents): (self.path/d).mkdir(exist_ok=True)
+        self._folders(target)
         manifest,old = (source/'MANIFEST.json').read_bytes(),None
         if target.exists():
             same = (target/'MANIFEST.json').exists() and (target/'MANIFEST.json').read_bytes() == manifest
@@ -394,7 +398,7 @@ class Backup:
                 if c.kind != 'light' and c.path not in kept and c.step < safe[-1].step: discard(c.path)
         for c in [c for c in self.copies() if c.kind == 'light'][:-self.keep]: discard(c.path)
         best = [c for c in CheckpointStore(self.path/'best').all() if c.path in self.confirmed or not c.problem and not self.confirms]
-        for c in best[:-1]: discard(c.path)
+        for c in sorted(best, key=lambda c: c.time)[:-1]: discard(c.path) # a course that was given up may have had its best later
 
     # --- the status ---
     def status(self)->dict:
@@ -496,7 +500,8 @@ def restore_run(
         for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']:
             if mine is None and (here/name).exists() and hash_file(here/name) != hash_file(there/'final'/name): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
             copy_file(there/'final'/name, here/name)
-    if best := next((c for c in reversed(CheckpointStore(there/'best').all()) if not (here/'best'/c.path.name).exists() and problem(c.path) is None), None):
+    best = next((c for c in sorted(CheckpointStore(there/'best').all(), key=lambda c: -c.time) if problem(c.path) is None), None)
+    if best and not (here/'best'/best.path.name).exists():
         try: fetch(backup, best)
         except (OSError, CheckpointError) as e: say(f'{best.path} is not restored: {e}')
     if (there/'run.log').exists():
@@ -518,5 +523,5 @@ def fetch(
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_dir(target) as d:
         d.rmdir(); copy_checkpoint(c.path, d)
-    if wrong := problem(target): raise CheckpointError(f'{target} does not read back: {wrong}')
+        if wrong := problem(d): raise CheckpointError(f'{target} does not read back: {wrong}')
     return target
