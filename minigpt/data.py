@@ -75,6 +75,11 @@ class TokenSet:
     @property
     def curriculum_id(self)->str: "Of its order from easy to hard, if it has one."; return '' if self.difficulty is None else hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
 
+    def damaged(self)->bool:
+        "Is the content another than meta.json tells? It is read once."
+        hashes = [hash_file(f) for n in ('tokens.bin','mask.bin') if (f := self.path/n).exists()]
+        return (hashes[0] if len(hashes) == 1 else hash_bytes(' '.join(hashes).encode())) != self.meta['fingerprint']
+
     def n_windows(self,
         seq_len:int, # Tokens of a window
     )->int:
@@ -495,7 +500,7 @@ def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
     good,held_out,bad,mended = [],[],[],[]
     for row in parse_block(block, how.get('format')):
-        if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the file began with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
+        if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the data begin with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
         if row.mended: mended.append(row)
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
@@ -555,6 +560,7 @@ def build_tokenset(
     data_subset:float=1., # Share of the rows that is used, above 0
     max_data_size:int=0, # Rows that are used, the first ones; 0: all
     format:str|None=None, # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
+    say:Callable[[str],None]|None=None, # Told of refused and mended rows; default: a line on the screen, if `progress`
     keep:bool=False, # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
 )->tuple[TokenSet,TokenSet|None]: # Training and validation set; None where too little was held out
     "Tokenize files once; an `out` that was built from the same content in the same way is used again."
@@ -599,8 +605,9 @@ def build_tokenset(
         for side in sides: side.close(refused=refused, mended=mended, **facts)
         if not sides[0].n: # the only texts there are were all held out: they are what to train on
             for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
-    if refused and progress: tqdm.write(f'rows refused: {refusals(refused)}')
-    if mended and progress: tqdm.write(f'rows mended: {refusals(mended)}')
+    say = say or (tqdm.write if progress else lambda message: None)
+    if refused: say(f'rows refused: {refusals(refused)}')
+    if mended: say(f'rows mended: {refusals(mended)}')
     return open_tokenset(out)
 
 def open_tokenset(
@@ -653,6 +660,8 @@ def check_size(
         if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from; raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
     if windows < batch_size:
+        lost = sum(d.too_long(seq_len)[1] for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet))
+        if lost: raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len ends before the first answer begins. Raise max_seq_len, add rows, or lower batch_size")
         lost = '; '.join(refusals(r).replace('\n', '; ') for d in getattr(data, 'sets', [data]) if (r := getattr(d, 'meta', {}).get('refused')))
         raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size" + (f". Rows refused: {lost}" if lost else ''))
 

@@ -23,7 +23,13 @@ _REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document
     b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), b'\x80\x04':('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines"),
     b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again"),
     b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
-    b'ARROW1':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json(…, force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines")}
+    b'ARROW1':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json(…, force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
+
+_TABLE = "a table, whose commas and quotes would be learned as text", "make rows of it: `pandas.read_csv(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output; or, if that is what it is, name it .txt"
+_NAMES = {'.csv':_TABLE, '.tsv':_TABLE, '.bin':("binary by its name, such as the token ids of nanoGPT's train.bin", "name the text that it was made from (input.txt); ids of another tokenizer mean nothing here"),
+    '.pt':('a checkpoint of PyTorch by its name', "name a file of text; as a model it is opened by `minigpt export`"), '.pth':('a checkpoint of PyTorch by its name', "name a file of text; as a model it is opened by `minigpt export`"), '.safetensors':('a file of tensors', "name a file of text")}
+
+def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
 
 class _damage:
     "What a broken archive raises, as a `DataError`."
@@ -58,6 +64,7 @@ def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, .75) if path.parent.is_dir() else []
         raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on Colab that the file was uploaded or Drive is mounted")
     if not path.stat().st_size: raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
+    if Path(_bare(path.name)).suffix in _NAMES: what,todo = _NAMES[Path(_bare(path.name)).suffix]; raise DataError(f"{path} is {what}: {todo}")
     f = open(path, 'rb')
     head = f.peek(32)
     if head.startswith(b'\x1f\x8b'): return 'gzip',io.BufferedReader(gzip.GzipFile(fileobj=f), 1<<20)
@@ -97,11 +104,10 @@ def _encoding(head:bytes)->str:
     best = charset_normalizer.from_bytes(odd, cp_isolation=['big5','cp1252','shift_jis','cp1251','gb18030']).best()
     return best.encoding if best else 'cp1252'
 
-_KEYS = 'text','conversations','messages','chosen','prompt'
+_KEYS = 'text','conversations','messages','chosen','prompt','instruction'
 
 def _layout(name:str, head:bytes)->str:
-    name = name.lower()
-    for end in '.gz','.zst': name = name.removesuffix(end)
+    name = _bare(name)
     first,_,rest = head.strip().partition(b'\n')
     first = first.strip()
     def value():
@@ -122,7 +128,10 @@ def look_at(
     encoding = _encoding(head)
     text = codecs.getincrementaldecoder(encoding)('replace').decode(head).lstrip('\ufeff')
     newline = 'CRLF' if '\r\n' in text else 'CR' if '\r' in text and '\n' not in text else 'LF'
-    return Look(packed, encoding, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')))
+    look = Look(packed, encoding, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')))
+    odd = sum(c == '\ufffd' or c < ' ' and c not in '\0\t\n\r\f\v\x1b' or '\x7f' <= c < '\xa0' for c in text)
+    if look.layout == 'text' and odd > .1*len(text): raise DataError(f"{path} is not text: {odd/len(text):.0%} of its first characters are control characters, or none at all. Numbers, pictures and compressed data are not read; name a file of text")
+    return look
 
 # %% ../nbs/02_formats.ipynb #a6bb6536
 class _Translated(io.RawIOBase):
@@ -160,7 +169,9 @@ def data_files(
     if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
     for p in map(Path, source):
         if not p.is_dir(): look_at(p); out.append(p); continue
-        inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and f.name.lower().removesuffix('.gz').removesuffix('.zst').endswith(('.jsonl','.json','.txt')))
+        if (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}).to_json('data.jsonl', force_ascii=False)`")
+        if (p/'tokens.bin').exists(): raise DataError(f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or name the text that it was made from")
+        inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and _bare(f.name).endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")
         out += inside
     if not out: raise DataError("the list of data files is empty; name at least one file or folder")
@@ -304,7 +315,7 @@ def parse_pretrain(
     text = row['text']
     if not isinstance(text, str): return Row(number, reason='text is not a string', detail=f'it is a {type(text).__name__}')
     if not text.strip(): return Row(number, reason='empty text')
-    return Row(number, text)
+    return Row(number, text, mended=('marks of turns (<|im_start|>) read as letters; conversations are given as messages',) if '<|im_start|>' in text else ())
 
 # %% ../nbs/02_formats.ipynb #1cbfa210
 ROLES = {r:name for name,others in dict(user=('user','human','用户'), assistant=('assistant','gpt','bot','ai','助手'), system=('system','系统'), tool=('tool','function','observation','工具')).items() for r in others}
@@ -323,6 +334,7 @@ def _messages(raw, where:str='')->tuple[list[dict], list[str]]:
         if not isinstance(name, str) or (role := ROLES.get(name.strip().lower())) is None: raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
         if name != role: mended.append(f'role {name[:20]!r} for {role}')
         content,thought = m.pop('content', m.pop('value', '')),m.get('reasoning_content', '')
+        if isinstance(content, list) and content and all(isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str) for p in content): content = ''.join(p['text'] for p in content) # OpenAI's parts
         for k,v in ('content', content),('reasoning_content', thought):
             if not isinstance(v, str): raise _Unreadable(f'{k} is not a string', f'message {i}: it is a {type(v).__name__}')
             if '<|' in v and (bad := next((t for t in SPECIALS if t in v), None)): raise _Unreadable('control token in a text', f'message {i} contains {bad}')
@@ -349,17 +361,48 @@ def _with_tools(messages:list[dict], tools)->list[dict]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _Unreadable('broken tools or tool_calls', f'{type(e).__name__}: {str(e)[:200]}') from None
     return messages
 
+_ASKED,_ANSWERED = ('instruction','prompt','question','query'),('output','completion','response','answer')
+
+def _as_messages(x, role:str): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
+
+def _one_of(row:dict, keys:Sequence[str])->str|None: return next((k for k in keys if row.get(k) is not None), None)
+
+def _in_fields(row:dict)->bool:
+    "Does a row ask and answer in fields of their own?"
+    return bool(_one_of(row, _ASKED) and _one_of(row, _ANSWERED)) and ('text' not in row or {'instruction','output'} <= row.keys())
+
+def _question(row:dict):
+    "What stands before the answer, as messages: in a field of its own, or as a conversation."
+    if not (k := _one_of(row, _ASKED)): return row.get('conversations', row.get('messages', []))
+    asked = row[k]
+    if isinstance(asked, str) and isinstance(row.get('input'), str): asked = '\n'.join(t for t in (asked, row['input']) if t.strip())
+    past = [dict(role=r, content=c) for turn in row.get('history') or () if isinstance(turn, list) for r,c in zip(('user','assistant'), turn)]
+    asked = _as_messages(asked, 'user')
+    return past+asked if isinstance(asked, list) else asked
+
+def _with_system(messages:list, row:dict)->list:
+    "The messages, behind the row's own `system`."
+    s = row.get('system')
+    return [dict(role='system', content=s), *messages] if isinstance(s, str) and s.strip() and not (messages and isinstance(messages[0], dict) and 'system' in (messages[0].get('role'), messages[0].get('from'))) else messages
+
 _said = lambda messages: '\n'.join([x for m in messages for x in (m.get('reasoning_content'), m['content']) if x])
 
 def parse_conversation(
-    row:dict, # What a line holds: `conversations` or `messages`, a list of {role, content}; or of {from, value}
+    row:dict, # What a line holds: `conversations` or `messages`, a list of {role, content} or {from, value}; or a question and an answer in fields of their own
     number:int, # Its number, from 1
 )->Row:
     "The messages of a conversation, tool calls and reasoning included."
-    raw = row.get('conversations', row.get('messages'))
-    if raw is None: return Row(number, reason='no "conversations"', detail=f'its keys are {sorted(map(str, row))[:8]}')
+    raw,how = row.get('conversations', row.get('messages')),[]
     try:
-        messages,mended = _messages(raw)
+        if raw is None and _in_fields(row):
+            if isinstance(row.get('label'), bool): raise _Unreadable('answers with a label', 'rows of {prompt, completion, label} tell good answers from bad ones; keep those whose label is true, without the label, or make pairs of chosen and rejected')
+            asked,answered = _one_of(row, _ASKED),_one_of(row, _ANSWERED)
+            question,answer = _question(row),_as_messages(row[answered], 'assistant')
+            if not isinstance(question, list) or not isinstance(answer, list): raise _Unreadable('question or answer is no text', f'{asked} is a {type(row[asked]).__name__}, {answered} a {type(row[answered]).__name__}')
+            raw,how = question+answer,[f'{asked} and {answered} as a conversation']
+        if raw is None: raise _Unreadable('no "conversations"', f'its keys are {sorted(map(str, row))[:8]}')
+        messages,mended = _messages(_with_system(raw, row) if isinstance(raw, list) else raw)
+        mended += how
         if not any(m['role'] == 'assistant' for m in messages): raise _Unreadable('nothing to learn', 'no assistant says anything')
         messages = _with_tools(messages, row.get('tools'))
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
@@ -367,19 +410,18 @@ def parse_conversation(
 
 # %% ../nbs/02_formats.ipynb #b5d1d465
 def parse_preference(
-    row:dict, # What a line holds: `chosen` and `rejected`, and `prompt` unless they are whole conversations
+    row:dict, # What a line holds: `chosen` and `rejected`, and unless they are whole conversations a `prompt` (or `instruction`, `question`), or `conversations` that end with the question
     number:int, # Its number, from 1
 )->Row: # `messages` end with the chosen answer, `rejected` with the other
     "Two conversations that differ in what the assistant answers."
     if missing := [k for k in ('chosen','rejected') if row.get(k) is None]: return Row(number, reason=f'no "{missing[0]}"', detail=f'its keys are {sorted(map(str, row))[:8]}')
-    def messages(x, role): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
     try:
-        prompt = messages(row['prompt'], 'user') if row.get('prompt') is not None else []
+        prompt = _question(row)
         sides,mended = [],set()
         for k in 'chosen','rejected':
-            answer = messages(row[k], 'assistant')
-            if not isinstance(answer, list) or not isinstance(prompt, list): raise _Unreadable('prompt or answer is no text', f'{k} is a {type(row[k]).__name__}, prompt a {type(row.get("prompt")).__name__}')
-            made,how = _messages((prompt if answer[:len(prompt)] != prompt else []) + answer, k)
+            answer = _as_messages(row[k], 'assistant')
+            if not isinstance(answer, list) or not isinstance(prompt, list): raise _Unreadable('prompt or answer is no text', f'{k} is a {type(row[k]).__name__}, the prompt a {type(prompt).__name__}')
+            made,how = _messages(_with_system((prompt if answer[:len(prompt)] != prompt else []) + answer, row), k)
             if made[-1]['role'] != 'assistant': raise _Unreadable('no answer', f'{k} ends with a message of the {made[-1]["role"]}')
             sides.append(_with_tools(made, row.get('tools'))); mended |= {*how}
         a,b = sorted(sides, key=len)
@@ -433,7 +475,7 @@ def parse_row(
     for v in values:
         if isinstance(v, list) and v and all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v): v = {'conversations':v} # the messages alone
         if not isinstance(v, dict): out.append(Row(number, reason='not an object', detail=f'a row is {{"text": …}} or {{"conversations": […]}}; this is a {type(v).__name__}')); continue
-        row = FORMATS[format or ('dpo' if 'rejected' in v or 'chosen' in v else 'conversation' if 'conversations' in v or 'messages' in v else 'pretrain')](v, number)
+        row = FORMATS[format or ('dpo' if 'rejected' in v or 'chosen' in v else 'conversation' if 'conversations' in v or 'messages' in v or _in_fields(v) else 'pretrain')](v, number)
         out.append(replace(row, mended=mended+row.mended) if mended else row)
     return out
 
