@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checkpoint import CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
+from .checkpoint import EXPORTED, CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
 from .data import open_set, spread_over
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
@@ -81,7 +81,7 @@ def _from_pickle(path:Path, config:GPTConfig|str|None)->tuple[GPTConfig,Weights]
     if config == 'minimind':
         try: config = minimind_config(d)
         except (KeyError, ValueError, IndexError) as e: raise CheckpointError(f"{path} is not converted: it is not shaped as a MiniMind model ({e})") from None
-    if not isinstance(config, GPTConfig): raise ValueError(f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps; pass config=GPTConfig(…), or config='minimind' if MiniMind trained it")
+    if not isinstance(config, GPTConfig): raise ValueError(f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps; pass config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)")
     return config,Weights([d], config, path)
 
 def _find(source)->Path:
@@ -168,6 +168,17 @@ def _place(source, name:str)->Path:
     run = next((p for p in (path, *path.parents[:2]) if (p/'run.json').exists()), None)
     return (run/'exports' if run else path.parent)/f'{path.stem if path.is_file() else path.name}-{name}'
 
+_ALIEN = {'.gguf':"GGUF is not written here; llama.cpp's convert_hf_to_gguf.py makes it of such a directory, if it knows the tokenizer", '.pth':"MiniMind's names are those in model.safetensors: load_state_dict(load_file(…), strict=False)", '.pt':'torch reads model.safetensors with safetensors.torch.load_file', '.bin':'torch reads model.safetensors with safetensors.torch.load_file', '.safetensors':'its weights are in model.safetensors', '.onnx':'for ONNX: minigpt export SOURCE DIR --precision onnx, or minigpt.export.export_onnx'}
+
+def _check_out(out:Path, source, replace:bool):
+    "A `ValueError` or `FileExistsError` if this is no name for an export, or something stands there that is none."
+    if out.suffix.lower() in _ALIEN: raise ValueError(f"{out}: an export is a directory, such as {out.with_suffix('')}; {_ALIEN[out.suffix.lower()]}")
+    if not replace or not out.exists(): return
+    if not isinstance(source, LanguageModel) and out.resolve() in ((at := Path(source).resolve()), *at.parents): raise FileExistsError(f"{out} is the source, or around it, so it is not replaced; choose another name")
+    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    ours = out.is_dir() and ('model.onnx' in names or 'MANIFEST.json' in names and read_json(out/'MANIFEST.json').get('kind') in ('best','step',*EXPORTED)) and all(p.is_file() for p in out.iterdir())
+    if not ours or 'run.json' in names or out.absolute().parent.name in ('checkpoints','snapshots','best'): raise FileExistsError(f"{out} is not an earlier export, so it is not replaced; choose another name, or move it away")
+
 def export(
     source:str|Path|GPT, # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
     out:str|Path|None=None, # The directory to appear; default: in `exports` of the run, else beside the source
@@ -178,11 +189,11 @@ def export(
     *,
     tokenizer:str|Path|Tokenizer|None=None, # To put in, or its folder; default: the source's own
     config:GPTConfig|str|None=None, # Only for a `.pth` file: its shape, or 'minimind'
-    replace:bool=False, # May it take the place of what stands at `out`?
+    replace:bool=False, # May it take the place of an earlier export at `out`?
     progress:Callable[[int,int],None]|None=None, # Told of bytes read and their total; default: a bar
 )->Path: # `out`
     "Write a model as a directory that `load_model` opens, with a manifest; transformers opens the plain ones, too."
-    if precision not in BITS: raise ValueError(f"precision={precision!r} must be one of {', '.join(BITS)}")
+    if precision not in BITS: raise ValueError(f"precision={precision!r} must be one of {', '.join(BITS)}; GGUF is not written here (llama.cpp's convert_hf_to_gguf.py makes it of a plain directory, if it knows the tokenizer)")
     if not weights_only and (precision != 'fp32' or metrics or tokenizer or config): raise ValueError("weights_only=False copies the checkpoint as it is, to train on from; precision, metrics, tokenizer and config are for weights alone")
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
     if weights_only:
@@ -197,6 +208,7 @@ def export(
     state = folder/'trainer_state.json' if folder and (folder/'trainer_state.json').exists() else None
     if metrics and not state: raise ValueError(f"metrics=True keeps trainer_state.json, and {folder or 'the source'} has none")
     out = Path(out) if out else _place(source, (precision if weights_only else 'full')+'-zst'*compress)
+    _check_out(out, source, replace)
     done = 0
     with tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024, desc=out.name, disable=progress is not None or total < 64<<20, leave=False) as bar:
         def count(n):
@@ -294,7 +306,7 @@ def export_onnx(
     source:str|Path|GPT, # As for `export`
     out:str|Path|None=None, # The directory to appear; default: as for `export`
     config:GPTConfig|str|None=None, # As for `export`
-    replace:bool=False, # May it take the place of what stands at `out`?
+    replace:bool=False, # May it take the place of an earlier export at `out`?
 )->Path: # `out`, with model.onnx (`ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32) and the tokenizer
     "Write a model for other runtimes, in float32."
     if not all(map(find_spec, ('onnx','onnxscript'))): raise ImportError("ONNX export needs onnx and onnxscript; install them with: pip install 'minigpt-notebook[export]'")
@@ -302,10 +314,11 @@ def export_onnx(
     class Scores(torch.nn.Module):
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, ids): return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head) # with `rows` the mask is explicit, whatever the length
+    out = Path(out) if out else _place(source, 'onnx')
+    _check_out(out, source, replace)
     shape,weights,folder = _open(source, config)
     model = weights.fill(shape.build()); need_gpt(model, 'ONNX export')
     graph = Scores(model).eval()
-    out = Path(out) if out else _place(source, 'onnx')
     with new_dir(out, replace) as d, torch.no_grad():
         torch.onnx.export(graph, (torch.zeros(2, 8, dtype=torch.int64),), d/'model.onnx', input_names=['ids'], output_names=['logits'], dynamo=True, verbose=False,
             dynamic_shapes=({0:'batch', 1:'length'},), external_data=theory(shape)['fp32'] > 1<<30) # a protobuf ends at 2 GiB
