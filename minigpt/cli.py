@@ -13,11 +13,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .config import TrainConfig, read_options
+from .config import TrainConfig, read_options, _ALIASES, _ELSEWHERE
 from .registry import Mix, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
-app = typer.Typer(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+def _spelled(name:str)->str:
+    "An option's name as it is declared: others write it with _, or have another one."
+    name = name.replace('-', '_')
+    return _ALIASES.get(name, name).replace('_', '-')
+
+app = typer.Typer(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_spelled),
     help='Train your own small GPT, without ever losing the work.')
 
 def with_training_options(
@@ -316,17 +321,19 @@ def analyze_checkpoint(
 def export(
     source:Annotated[Path, typer.Argument(help="a checkpoint, a run's folder, a Llama or Qwen3 directory, or MiniMind's .pth")],
     out:Annotated[Optional[Path], typer.Argument(help="directory to make; default: in the run's `exports`, else beside the source")]=None,
-    precision:Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4")]='fp32',
+    precision:Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4; or onnx, for other runtimes")]='fp32',
     weights_only:Annotated[bool, typer.Option('--weights-only/--full', help="the model alone, or all that a resume needs")]=True,
     compress:Annotated[bool, typer.Option('--compress', help="zstd; then only this library opens it")]=False,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory of a tokenizer to put in; default: the source's own")]=None,
     like:Annotated[Optional[str], typer.Option(help="whose .pth file it is: minimind")]=None,
-    overwrite:Annotated[bool, typer.Option('--overwrite', help="replace what stands there, once the new one is whole")]=False,
+    overwrite:Annotated[bool, typer.Option('--overwrite', help="replace an earlier export, once the new one is whole")]=False,
 ):
     "Write a model smaller, or for another program."
-    from minigpt.export import export as write
+    from minigpt.export import export as write, export_onnx
     from minigpt.files import dir_size, human_size
-    made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, config=like, replace=overwrite)
+    if like and source.is_dir(): raise ValueError(f"--like says whose file a .pth is; {source} is a directory and says it itself, leave it out")
+    if precision == 'onnx': made = export_onnx(source, out, like, overwrite)
+    else: made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, config=like, replace=overwrite)
     typer.echo(f'{made}: {human_size(dir_size(made))}')
 
 # %% ../nbs/18_cli.ipynb #6247374c
@@ -420,8 +427,13 @@ def show(
 # %% ../nbs/18_cli.ipynb #6ed9f59b
 def main():
     "The `minigpt` command."
+    for out in sys.stdout,sys.stderr:
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace') # a model may write what the terminal cannot show
     for i,(word,after) in enumerate(zip(sys.argv, [*sys.argv[1:], '-'])):
         if word == '--enable-compile' and after.startswith('-'): sys.argv[i] += '=yes' # as a flag, as in other programs
+    if sys.argv[1:2] in (['train'], ['resume']):
+        for word in sys.argv[2:]:
+            if word[:2] == '--' and (how := _ELSEWHERE.get(word[2:].partition('=')[0].replace('-', '_'))): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
     try: app(standalone_mode=True)
     except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {e}')

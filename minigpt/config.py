@@ -15,7 +15,22 @@ import orjson
 def _option(default, help:str): return field(default=default, metadata=dict(help=help))
 
 _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
-    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule')
+    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers',
+    block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
+    accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
+
+_SHAPE = "the shape is the model's: fit(GPTConfig(dim=…, n_layer=…, n_head=…, dropout=…), …), or model: {…} with these names in a configuration file; presets are tiny, small, medium, large"
+_RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
+_ELSEWHERE = { # name of another program → how it is done here
+    **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','bias','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here",
+    **dict.fromkeys(('out_dir','save_dir'), "the run's folder is output_dir"), 'overwrite_output_dir':"it is overwrite=True, which moves the old run aside", 'run_name':"a run is called as its folder, output_dir", 'save_weight':"a run is called as its folder, output_dir",
+    **dict.fromkeys(('fp16','bf16','dtype','tf32'), "it is precision: auto, fp32, bf16 or fp16"), **dict.fromkeys(('use_cpu','no_cuda'), "it is device='cpu'"),
+    **dict.fromkeys(('init_from','from_resume','ignore_data_skip'), _RESUME), **dict.fromkeys(('from_weight','model_name_or_path'), "the model to begin with is fit's first argument, a directory (--config DIR)"),
+    'decay_lr':"it is lr_schedule='constant'", 'lr_decay_iters':"the schedule ends with max_steps", 'min_lr':"it is min_lr_ratio, a share of learning_rate", 'warmup_ratio':"it is warmup_steps", 'always_save_checkpoint':"checkpoints are saved every save_steps, and the best model beside them",
+    **dict.fromkeys(('load_best_model_at_end','metric_for_best_model','greater_is_better'), "the best model by validation loss is kept in best/: run.model('best')"),
+    **dict.fromkeys(('report_to','wandb_log','use_wandb','wandb_project','logging_dir'), "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"), **dict.fromkeys(('compute_metrics','label_smoothing_factor','push_to_hub'), "there is none here; a Callback sees every step, and a checkpoint is a folder that huggingface_hub uploads as it is"),
+    **dict.fromkeys(('train_dataset','train_file','data_path','data_dir'), "the data are fit's second argument (in a configuration file data_files)"), **dict.fromkeys(('eval_dataset','eval_data','validation_file','do_eval'), "it is valid, a file; by default validation_split of the texts is held out"), 'do_train':"fit trains",
+    'peft_config':"it is fit(lora(load_model(DIR), r=8), …), or --lora-r"}
 
 # %% ../nbs/12_config.ipynb #7ff71f02
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +92,7 @@ class TrainConfig:
     max_cpu:float = _option(100., "percent of all processors that may be busy, other programs included; 100: no limit")
     max_memory:float = _option(95., "percent of the machine's (or container's) memory above which training saves and stops; 100: no limit")
     disable_monitoring:bool = _option(False, "watch neither max_cpu nor max_memory")
-    num_threads:int = _option(0, "CPU threads of torch; 0: one a core")
+    num_threads:int = _option(0, "CPU threads of torch; 0: OMP_NUM_THREADS, or one a core")
     dataloader_workers:int = _option(0, "processes that read ahead; batches do not depend on it")
     tensorboard:bool = _option(True, "write TensorBoard's event files, where tensorboard is installed")
     plot_loss:bool = _option(True, "write plots/loss_curve_*.png at each save")
@@ -127,8 +142,8 @@ class TrainConfig:
         for k,v in [*base.items(), *options.items()]: # an option goes before the base, whichever of its names is used
             name = _ALIASES.get(k, k)
             if name not in known:
-                near = difflib.get_close_matches(k, known, 1, .5)
-                raise TypeError(f"there is no option {k!r}" + (f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
+                near = difflib.get_close_matches(k, known, 1, .7)
+                raise TypeError(f"there is no option {k!r}" + (f": {_ELSEWHERE[k]}" if k in _ELSEWHERE else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
             out[name] = v
         return cls(**out)
 

@@ -48,7 +48,7 @@ def choose(
     if kind == 'mps' and not _mps(): raise ValueError(f"device={device!r} needs an Apple GPU and torch 2.5 or newer; use device='auto'")
     if kind == 'mps' and precision == 'fp16' and [int(v) for v in torch.__version__.split('.')[:2]] < [2,8]: raise ValueError(f"precision='fp16' on an Apple GPU needs torch 2.8, for its gradient scaler, and this is {torch.__version__}; use precision='fp32', or a newer torch")
     if kind not in ('cpu','cuda','mps'): raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps")
-    threads = config.num_threads or os.cpu_count() or 1
+    threads = config.num_threads or (int(n) if (n := os.environ.get('OMP_NUM_THREADS', '')).isdigit() and int(n) else os.cpu_count()) or 1
     if precision == 'fp16' and kind == 'cpu': raise ValueError("precision='fp16' needs a GPU: on a CPU use fp32, or bf16")
     if precision == 'auto' and not config.disable_optimizations:
         if kind == 'cuda': precision = 'bf16' if torch.cuda.get_device_capability(device) >= (8,0) else 'fp16'
