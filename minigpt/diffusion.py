@@ -287,6 +287,7 @@ def draw_blanks(
 
 class Denoising:
     "What `minigpt.train` needs to know: what to draw for a batch, what to divide by, and the loss."
+    draws = True # what is measured depends on how many sequences are drawn for together
     def __init__(self,
         shape:TessConfig,
         data, # What is trained on: texts

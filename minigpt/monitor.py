@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'Metrics', 'read_metrics', 'Curves', 'Follower', 'decimate', 'smooth', 'plot_losses', 'save_plots',
-           'plot_runs', 'LossPicture', 'PlotWriter', 'EventWriter', 'RunLog', 'read_log', 'memory', 'in_notebook']
+           'plot_runs', 'LossPicture', 'PlotWriter', 'EventWriter', 'RunLog', 'read_log', 'trouble', 'memory',
+           'in_notebook']
 
 # %% ../nbs/11_monitor.ipynb #04396639
 import contextlib, io, re, sys, threading, time
@@ -357,9 +358,11 @@ def read_log(
     try:
         with open(path, 'rb') as f: f.seek(max(0, f.seek(0, 2)-2**18)); lines = f.read().decode(errors='replace').splitlines()
     except OSError: return []
-    return [l for l in lines if l.strip() and (not troubles or _TROUBLE.search(l))][-n:]
+    return [l for l in lines if l.strip() and (not troubles or trouble(l))][-n:]
 
-_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|NO GPU)\b|cannot|could not|passed over|damaged") # what minigpt wants to be seen it writes in capitals
+def trouble(line:str)->bool: "Does a line tell of something that is wrong?"; return bool(_TROUBLE.search(line))
+
+_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
 
 # %% ../nbs/11_monitor.ipynb #df1e9640
 def memory(

@@ -129,6 +129,14 @@ def unread_tokens(
 
 def _usual(n_parts:int)->list[str]: return [f'data/{i}' for i in range(n_parts)] or ['data']
 
+def _whole(place:Path, say)->bool:
+    "Does a run's token set stand there, as it was written? What is left of a damaged one is set aside."
+    if not (place/'train'/'meta.json').exists(): return False
+    try: wrong = next((f'{d.path} does not hold what it was built with' for d in open_tokenset(place) if d is not None and d.damaged()), None)
+    except (OSError, ValueError, KeyError, TypeError) as e: wrong = str(e).partition(';')[0]
+    if wrong: say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
+    return not wrong
+
 def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say)->TokenSet:
     "A validation set of the caller's own."
     if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
@@ -138,7 +146,7 @@ def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainCon
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
-    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, keep=True)[0]
+    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, say=say, keep=True)[0]
 
 def open_source(
     folder:Path, # The run's
@@ -153,7 +161,7 @@ def open_source(
     "Everything that `fit` reads, in the run's folder."
     if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
-    if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
+    if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
     tok = load_tokenizer(folder/'tokenizer') if known else given
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
@@ -163,13 +171,15 @@ def open_source(
     if tok is None and any(_is_set(s) for s,_ in parts): raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
     if tok is None and any(_named(s) for s,_ in parts) and (ready := data_dir()/'tokenizer').exists() and not cfg.retrain_tokenizer:
         tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
-    here,anew = [bool(known) and (p/'train'/'meta.json').exists() for p in places],bool({'data','validation_split'} & {*override})
+    here,anew = [bool(known) and _whole(p, say) for p in places],bool({'data','validation_split'} & {*override})
     try: files = [None if _is_set(s) or there and not anew else source_files(s, folder) for (s,_),there in zip(parts, here)]
     except FileNotFoundError as e:
         if not known or 'data' in override: raise
         raise FileNotFoundError(f"{e}. {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'} must be built again: bring the text that it was trained on, {known['data']['source']}") from None
     if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
-    if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; leave tokenizer out, and one is trained that has it")
+    if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
+        if known: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which the run keeps; leave special_tokens out, or choose a new output_dir")
+        raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; leave tokenizer out, and one is trained that has it")
     opened = []
     for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
         if _is_set(source):
@@ -178,7 +188,7 @@ def open_source(
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
         else:
             if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say) # for another share, the texts are the same
-            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], keep=True) # beside the run's own, until `fit` has accepted it
+            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], say=say, keep=True) # beside the run's own, until `fit` has accepted it
             opened.append(built)
             if known and (at := built[0].path.parent) != place: say(f'these tokens are in {at}')
     if isinstance(train, Mix):

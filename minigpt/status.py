@@ -108,7 +108,7 @@ class Watch:
     def storage(self)->list[str]:
         "What the run takes now and will take at its end, against what is free."
         cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or shape_from_dict(self.facts['model']).n_params
-        saves = dict(steps=-(-self.facts['max_steps']//cfg.save_steps), epoch=math.ceil(cfg.epochs), no=1)[cfg.save_strategy]
+        saves = self.facts.get('saves') or -(-self.facts['max_steps']//cfg.save_steps) # older versions did not say
         free,there = free_space(self.path),sum(_size(self.path/d) for d in ('checkpoints','snapshots','best'))
         if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+_size(self.path/'final'))[1:]]
         folder = cfg.gdrive_backup_dir

@@ -6,9 +6,10 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, math, os, platform, random, signal, threading, time, traceback, uuid
-from collections.abc import Iterable
+import contextlib, gc, math, os, platform, random, signal, threading, time, traceback, uuid, weakref
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np, torch
@@ -25,7 +26,7 @@ from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
 from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
-from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics
+from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics, trouble
 from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
 from .run import Run, open_run
@@ -199,7 +200,7 @@ class _Save(Callback):
         if s.store is t.best: t.best_loss = None # the next one is the best of those that could be kept
         if not self.failed: t.say(f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}: {s.error}. Training goes on, and every later save is tried; this is said once")
         self.failed = s
-        if s.step == self.saved: self.saved = -1
+        if s.store in t.stores and s.step == self.saved: self.saved = -1
     def compare(self, t, s):
         if self.compared: return
         self.compared,planned = True,checkpoint_size(_n_saved(t.model))
@@ -229,7 +230,7 @@ class _Evaluate(Callback):
         if t.best_loss is None or loss < t.best_loss:
             t.best_loss,t.best_step,t.worse = loss,t.step,0
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
-        else: t.worse += 1
+        elif t.step != t.best_step: t.worse += 1 # it is, where the evaluation of a step is done again
         if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
             t.stopped_early = True
             t.say(f'stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with early_stopping=0 or a larger number')
@@ -258,7 +259,7 @@ class _Guard(Callback):
         self.guard = Guard(t.config.max_cpu, t.config.max_memory)
         if self.guard.warning: t.say(self.guard.warning)
     def on_step(self, t):
-        if why := self.guard.check(): t.stop = t.stop or why
+        if why := self.guard.check(): t.stop = t.stop or f'{why} (close other programs first, or train with less memory: {memory_advice(t.config)})'
 
 class _Plot(Callback):
     "The loss curve as PNG, on a thread."
@@ -291,12 +292,21 @@ class _Live(Callback):
 
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
-    def on_start(self, t): self.shown,self.bar = {},tqdm(total=t.max_steps, initial=t.step, desc=t.run_path.name, unit='step', dynamic_ncols=True)
-    def on_step(self, t): self.bar.update()
+    def on_start(self, t):
+        self.shown,self.bar = {},tqdm(disable=True)
+        with self.no_terminal(): self.bar = tqdm(total=t.max_steps, initial=t.step, desc=t.run_path.name, unit='step', dynamic_ncols=True)
+    def on_step(self, t):
+        with self.no_terminal(): self.bar.update()
+    @contextlib.contextmanager
+    def no_terminal(self):
+        "One that is closed is not the end of a training."
+        try: yield
+        except (OSError, ValueError): self.bar.disable = True
     def on_log(self, t, row):
         self.shown |= {k:f'{row[r]:.3f}' for k,r in dict(loss='loss', validation='eval_loss').items() if r in row} | ({'tokens/s':f"{row['tokens_per_second']:,.0f}"} if 'tokens_per_second' in row else {})
         self.bar.set_postfix(self.shown, refresh=False)
-    def on_end(self, t): self.bar.close()
+    def on_end(self, t):
+        with self.no_terminal(): self.bar.close()
 
 # %% ../nbs/13_train.ipynb #5a7da85b
 @torch.inference_mode()
@@ -308,7 +318,7 @@ def measure(
     max_sequences:int=0, # Spread evenly over the set; 0: all
     objective=None, # `NextToken` or `Preference`; default: the first
 )->dict[str,float]: # `loss`, and what else the objective logs
-    "Means over a set, without dropout, in the order of the text."
+    "Means over a set, without dropout, in the order of the text. An objective that draws does so once for `batch_size` sequences."
     index,objective = spread_over(data.n_windows(seq_len), max_sequences),objective or NextToken()
     device,mode = next(model.parameters()).device,model.training
     model.eval()
@@ -332,10 +342,21 @@ def evaluate(
     return measure(model, data, seq_len, batch_size, max_sequences).get('loss', 0.)
 
 # %% ../nbs/13_train.ipynb #723c087e
+def _leaving_nothing(f:Callable)->Callable:
+    "A notebook keeps the last error, and with it whatever its frames hold: of a training that was stopped, the model and the optimizer."
+    @wraps(f)
+    def g(*args, **kwargs):
+        try: return f(*args, **kwargs)
+        except (KeyboardInterrupt, SystemExit, TrainingError) as e:
+            while e: traceback.clear_frames(e.__traceback__); e = e.__context__
+            gc.collect(); raise
+    return g
+
 @contextlib.contextmanager
 def _signals(t:Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
     if threading.current_thread() is not threading.main_thread(): yield; return
+    t = weakref.proxy(t) # the frame of a handler keeps what it refers to
     def handler(number, frame):
         if t.stop: restore(); raise KeyboardInterrupt('stopped at once, without saving')
         t.stop = signal.Signals(number) # and not a word: the signal may have come in the middle of a print
@@ -364,7 +385,7 @@ class _RunTrainer(Trainer):
         super().__init__(*args, **kwargs)
         cfg = self.config
         self.run_path,self.run_id,self.tokenizer,self.attempt,self.say = folder,run_id,tokenizer,attempt,say
-        self.measured_on = None if valid is None else f'{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}' # two validation losses are of the same measure if this is
+        self.measured_on = None if valid is None else f'{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}' + f', eval_batch_size={cfg.eval_batch_size or cfg.batch_size}'*getattr(self.objective, 'draws', False) # two validation losses are of the same measure if this is
         self.store = CheckpointStore(folder/'checkpoints', self.schedule.keep)
         self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
         self.best = CheckpointStore(folder/'best', 1, kind='best')
@@ -410,6 +431,10 @@ class _RunTrainer(Trainer):
             self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one takes its place in best/')
             self.best_loss,self.best_step,self.worse = None,None,0
         self.measured_on = self.measured_on or was
+        for c in self.best.all(): # a save comes before the evaluation of its step, and does not know it yet
+            if c.step > self.step or problem(c.path): continue
+            b = read_json(c.path/'trainer_state.json')
+            if b.get('measured_on') == self.measured_on and (self.best_loss is None or b['best_loss'] < self.best_loss): self.best_loss,self.best_step,self.worse = b['best_loss'],b['best_step'],0
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
         if state.rng and (missing := [g for g in unpack_rng(state.rng) if g.partition('.')[0] == s['device'].partition(':')[0]]): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
@@ -446,11 +471,16 @@ def _describe(data, seq_len:int)->list[str]:
 
 def _given(model):
     "The model of a call; opened, if a directory is named."
+    if isinstance(model, nn.Module) and not isinstance(model, LanguageModel) or hasattr(model, 'to_json_string'): raise TypeError(f"model is a {type(model).__name__} of another library; write it with save_pretrained('DIR') and pass model='DIR' (a shape alone: minigpt.model.from_hf(config.to_dict()))")
     if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
+
+def _home(model)->Path|None:
+    "The directory that a model, or what its adapter adapts, was loaded from."
+    return Path(p) if (p := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) else None
 
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     "The model of a call, with weights decided by the seed."
@@ -466,7 +496,8 @@ def _ownerless(folder:Path)->list[str]:
     "Checkpoints, or files of a model, in a folder that has no run.json: nobody knows what they belong to."
     saved = [c.path for s in (CheckpointStore(folder/'checkpoints'), CheckpointStore(folder/'snapshots', name='snapshot'), CheckpointStore(folder/'best')) for c in s.all()]
     models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors','tokenizer.json','tokenizer_config.json','trainer_state.json','training_args.json','generation_config.json') if (f := folder/n).exists()]
-    return [p.relative_to(folder).as_posix() for p in [*saved, *models]] if not (folder/'run.json').exists() else []
+    others = sorted(p for pattern in ('checkpoint-*','ckpt.pt','*.pth') for p in folder.glob(pattern)) # of Trainer, nanoGPT, MiniMind
+    return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]] if not (folder/'run.json').exists() else []
 
 def _folder(output_dir, resume, overwrite:bool)->Path:
     "The run's folder, writable; what stands in it moved aside if asked for."
@@ -563,10 +594,11 @@ def _plan(t:_RunTrainer, backup:Backup|None):
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
 def _speaker(log:RunLog, aloud:bool):
-    "Says a line to the user, and to run.log."
+    "Says a line to run.log and to the user; to one who wants it quiet, only what is wrong."
     def say(message:str):
         log(message)
-        if aloud: tqdm.write(message)
+        with contextlib.suppress(OSError, ValueError): # a terminal that is gone, or cannot write ×
+            if aloud or trouble(message): tqdm.write(message)
     return say
 
 def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[Callback]:
@@ -587,6 +619,7 @@ def _quietly(f):
     with contextlib.suppress(Exception): f()
 
 # %% ../nbs/13_train.ipynb #1d7edf1b
+@_leaving_nothing
 def fit(
     model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
@@ -604,7 +637,7 @@ def fit(
     **options, # Fields of `TrainConfig`
 )->Run: # The finished run
     "Train a model, or go on training it, or return it if it is trained."
-    if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
+    if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
     callbacks = [*callbacks]
     if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
     cfg = TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train) | (config or {}), **options)
@@ -634,9 +667,11 @@ def fit(
 
         given_valid = source_to_json(valid) if valid is not None else None
         model = _given(model)
-        if tokenizer is None and not known and not cfg.retrain_tokenizer and (origin := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(origin)/'tokenizer.json').exists(): tokenizer = origin
+        if (home := _home(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
+            if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
+            tokenizer = home
         tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
-        if not known and (home := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) and (Path(home)/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
+        if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
@@ -670,12 +705,14 @@ def fit(
             t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
             t.restore(state)
             del state # as large as the training itself
-        if start and resume not in ('auto', True): _give_up(t, start.step)
+        attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
+        if start and resume not in ('auto', True):
+            write_json(folder/'run.json', known | dict(attempts=attempts)) # first: should it be killed from here on, what lies beyond is known to be given up, in the backup too
+            _give_up(t, start.step)
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
-        attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
+            max_steps=t.max_steps, saves=len(t.schedule.checkpoints()), data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
         t.settle(); at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
@@ -698,7 +735,7 @@ def fit(
         if t.stop:
             if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
             say(message := f'stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there')
-            if isinstance(t.stop, str): raise TrainingError(f'{t.stop}: {message}. Close other programs first, or train with less memory: {memory_advice(cfg)}')
+            if isinstance(t.stop, str): raise TrainingError(f'{t.stop}: {message}')
             raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128+t.stop)
         net.eval()
         say(f'finished {t.step:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
@@ -727,7 +764,8 @@ def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
         if not decide_compile(t.model, {k:v[:cfg.batch_size].to(t.device) for k,v in batch.items()}, (t.max_steps-t.step)*cfg.gradient_accumulation//size, t.precision, how, say, loss_of): how = 'no'
     cfg = _shared(cfg, size)
     if size > 1 and cfg.batch_size < t.config.batch_size: say(f'micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that each of {size} devices gets as many')
-    choices.update(compile='yes' if how == 'auto' else how, batch_size=cfg.batch_size, devices=size)
+    choices.update(compile='yes' if how == 'auto' and not t.complete else how, # nothing is measured where nothing is trained
+        batch_size=cfg.batch_size, devices=size)
     return cfg
 
 def _shared(cfg:TrainConfig, size:int)->TrainConfig:
@@ -804,13 +842,15 @@ def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, state:Checkpoint|None, s
     "Begin to mirror, with what the backup may not have got yet."
     backup.start(run_id, superseded)
     if state: backup.submit(state.path, {s.folder:s for s in t.stores}.get(state.path.parent))
-    if best := [c for c in t.best.all() if not c.problem]: backup.submit(best[-1].path, t.best)
+    if best := [c for c in t.best.all() if not c.problem]: backup.submit(max(best, key=lambda c: c.time).path, t.best)
 
 def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):
     "What goes on, from where, and what is not as it was."
     say(f"resuming from {start.path.name}" if start else 'no checkpoint that could be used: starting again with the same seed')
     for k,v in cfg.to_dict().items():
-        if known['train'].get(k, v) != v and k not in ('progress','plot_loss'): say(f"changed at this resume: {k} {known['train'][k]} → {v}")
+        if known['train'].get(k, v) == v or k in ('progress','plot_loss'): continue
+        if 'tokenizer' in k: say(f"{k} {known['train'][k]} → {v} changes nothing: the run keeps its tokenizer; for another, choose a new output_dir")
+        else: say(f"changed at this resume: {k} {known['train'][k]} → {v}")
     for k,v in {**choices, **{f'{k} version':v for k,v in _versions().items()}}.items():
         was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")

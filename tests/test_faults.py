@@ -1,6 +1,7 @@
 """What goes wrong on real machines: bad input, full disks, damaged files, signals, two processes at once. A clear message each time, and the next call goes on."""
 import contextlib
 import errno
+import gc
 import gzip
 import json
 import os
@@ -15,12 +16,15 @@ import time
 from pathlib import Path
 
 import kill_child as child
+import minigpt.train
+import numpy as np
 import psutil
 import pytest
+import torch
 from minigpt import cli
 from minigpt.analyze import analyze
 from minigpt.chat import tools_from_file
-from minigpt.checkpoint import CheckpointError, CheckpointStore, load_model, problem, read_checkpoint
+from minigpt.checkpoint import CheckpointError, CheckpointStore, load_model, problem, read_checkpoint, write_final
 from minigpt.config import read_options
 from minigpt.data import DataError, TokenSet, build_tokenset
 from minigpt.evaluate import evaluate_on
@@ -191,6 +195,10 @@ def test_bad_options(options, words, work):
 
 
 def new_run(work, **options): return fit(**{"model": child.shape(), "train": work/"text.jsonl", "output_dir": work/"new", **SHORT, **options})
+def without_tokenizer(work):
+    shutil.copytree(work/"run"/"best"/f"checkpoint-{STEPS}", work/"bare")
+    for name in ("tokenizer.json", "tokenizer_config.json", "MANIFEST.json"): (work/"bare"/name).unlink()
+    return work/"bare"
 MISTAKES = {  # what a beginner may well write → words of the answer: the thing, its value, what it must be
     "data-None": (lambda w: new_run(w, train=None), ["None is no data", "name a file"]),
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
@@ -228,6 +236,11 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
     "analyze a text": (lambda w: analyze((w/"notes.txt").write_text("hello") and w/"notes.txt"), ["notes.txt is not a checkpoint", ".safetensors"]),
     "adapter": (lambda w: lora(str(w/"run")), ["base='", "must be a model, such as minigpt.checkpoint.load_model"]),
     "tokenizer-of-a-text": (lambda w: train_tokenizer("a.txt"), ["texts='a.txt' is one text", "a list of texts"]),
+    "another library's model": (lambda w: new_run(w, model=torch.nn.Linear(2, 2)), ["model is a Linear of another library", "save_pretrained"]),
+    "no tokenizer": (lambda w: new_run(w, model=without_tokenizer(w)), ["bare has no tokenizer.json", "tokenizer='DIR'", "retrain_tokenizer=True"]),
+    "checkpoints of Trainer": (lambda w: ((w/"theirs/checkpoint-20").mkdir(parents=True), new_run(w, output_dir=w/"theirs")), ["theirs holds checkpoint-20 and no run.json", "choose a new output_dir"]),
+    "table": (lambda w: (w/"a.csv").write_text("a,b") and new_run(w, train=w/"a.csv"), ["a.csv is a table", "read_csv"]),
+    "numbers": (lambda w: (w/"train.bin").write_bytes(b"1234") and new_run(w, train=w/"train.bin"), ["train.bin is binary", "nanoGPT", "input.txt"]),
     "batch_size": (lambda w: evaluate_on(w/"run", w/"text.jsonl", batch_size=0), ["batch_size=0 must be at least 1"]),
     "seq_len": (lambda w: evaluate_on(w/"run", w/"text.jsonl", seq_len=-1), ["seq_len=-1 must be from 2 to 64"]),
 }
@@ -406,6 +419,33 @@ def test_full_disk_while_saving(disk, whole):
 def test_full_disk_while_saving_the_best(disk, whole):
     "A better model that cannot be saved does not end the training"
     disk_full(disk, whole, 100_000)
+
+
+def test_no_room_for_the_best_model_at_the_end(whole, work, monkeypatch):
+    "The training is finished all the same"
+    real = CheckpointStore.save
+    def full(self, state):
+        if self.kind == "best" and state.trainer["global_step"] == STEPS: raise CheckpointError("No space left on device")
+        return real(self, state)
+    monkeypatch.setattr(CheckpointStore, "save", full)
+    run, _ = go(work)
+    assert run.finished and weights(work) == weights(whole[0]) and "the best model is NOT SAVED" in log(work)
+
+
+@pytest.mark.parametrize("where", ["run/checkpoints", "run"])
+def test_a_disk_that_writes_something_else(where, whole, work, monkeypatch):
+    "What stood there stays until the new one has verified"
+    go(work); before = weights(work)
+    real = minigpt.checkpoint.write_safetensors
+    def wrong(path, *how, **more):
+        told = real(path, *how, **more)
+        data = bytearray(Path(path).read_bytes()); data[-5] ^= 1; Path(path).write_bytes(data)
+        return told
+    state = read_checkpoint(work/f"run/checkpoints/checkpoint-{STEPS}")
+    monkeypatch.setattr(minigpt.checkpoint, "write_safetensors", wrong)
+    with pytest.raises(CheckpointError, match="does not read back: .* is damaged.*untouched"):
+        CheckpointStore(work/where).save(state) if where != "run" else write_final(work/where, state)
+    assert problem(work/f"run/checkpoints/checkpoint-{STEPS}") is None and problem(work/"run") is None and weights(work) == before
 
 
 def test_full_disk_to_the_last_byte(disk, whole):
@@ -659,6 +699,51 @@ def test_the_best_of_a_course_that_was_given_up(tmp_path, whole):
     lowest = min(evals, key=evals.get)
     assert lowest < STEPS, "this test needs a course that gets worse"
     assert run.best is not None and run.best.step == lowest, evals
+
+
+def test_training_on_keeps_the_best_model(tmp_path, whole):
+    "It was found in the evaluation after the last save"
+    work = copied(whole[0], tmp_path/"work")
+    assert open_run(work/"run").best.step == STEPS
+    run, losses = go(work, max_steps=STEPS+5, learning_rate=30)     # it can only get worse
+    assert run.best.step == STEPS and losses[STEPS+5, "eval_loss"] > whole[1][STEPS, "eval_loss"]
+
+
+def test_a_stopped_training_leaves_nothing_in_memory(work):
+    "A notebook keeps the error"
+    alive = lambda: sum(type(o) is minigpt.train._RunTrainer for o in gc.get_objects())
+    gc.collect(); before = alive()
+    with pytest.raises(KeyboardInterrupt) as e: go(work, Interrupt(7))
+    assert alive() == before and e.value.__traceback__
+    def at_once(t): signal.raise_signal(signal.SIGINT); signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="at once") as e: go(work, At(9, at_once))
+    assert alive() == before and e.value.__traceback__
+
+
+@pytest.mark.parametrize("harm", ["shuffled", "cut", "no valid"])
+def test_damaged_tokens_are_built_again(harm, cut, tmp_path, whole):
+    work = copied(cut, tmp_path/"work"); tokens = work/"run/data/train/tokens.bin"
+    if harm == "shuffled": ids = np.fromfile(tokens, np.uint16); ids.sort(); ids.tofile(tokens)
+    elif harm == "cut": os.truncate(tokens.with_name("meta.json"), 100)
+    else: (work/"run/data/valid/meta.json").unlink()
+    _, losses = go(work)
+    same_as(whole, work, losses, 10)
+    assert "damaged tokens: " in log(work) and (work/"run/data.damaged-1").exists()
+
+
+def test_rows_left_out_are_in_the_log(work, capsys):
+    "And said, though nothing else is"
+    (work/"talks.jsonl").write_text('{"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello"}]}\n'*9)
+    fit(child.shape(), [work/"text.jsonl", work/"talks.jsonl"], output_dir=work/"run", **SHORT)
+    assert "rows refused: 9 × another format" in log(work) and capsys.readouterr().out.count("\n") == 1
+
+
+def test_a_terminal_that_is_closed(work):
+    "Not the end of a training"
+    words = command("train", work/"text.jsonl", output_dir=work/"run", **{**CLI, "max_steps": 12})
+    p = subprocess.Popen([sys.executable, "-c", "from minigpt.cli import main; main()", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=child.ROOT)
+    p.stdout.readline(); p.stdout.close(); p.wait()
+    assert open_run(work/"run").finished
 
 
 def test_beyond_the_end(cut, tmp_path):
