@@ -7,7 +7,8 @@ __all__ = ['Schedule', 'checkpoint_size', 'storage_plan', 'time_plan']
 
 # %% ../nbs/12_schedule.ipynb #a4016de6
 import math, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count, islice
 from .config import TrainConfig
 from .files import human_size, human_time
 
@@ -49,12 +50,18 @@ class Schedule:
     @property
     def keep(self)->int|None: "Checkpoints kept; None: all."; return 1 if self.config.save_best_only else self.config.save_total_limit or None
 
-    def checkpoints(self)->list[int]: "Every step at which a checkpoint falls."; return [s for s in range(1, self.max_steps+1) if self.save(s)]
+    def checkpoints(self, since:int=0)->Iterator[int]:
+        "The steps behind `since` at which checkpoints fall."
+        cfg = self.config
+        if cfg.save_strategy == 'steps': yield from range((since//cfg.save_steps+1)*cfg.save_steps, self.max_steps, cfg.save_steps)
+        for epoch in count(self.position(since)//self.windows+1) if cfg.save_strategy == 'epoch' else ():
+            step = -(-(epoch*self.windows-self.offset)//cfg.effective_batch)
+            if step >= self.max_steps: break
+            if step > since: since = step; yield step
+        yield self.max_steps
 
-    def deleted(self, step:int)->list[int]:
-        "The steps whose checkpoints the save at `step` deletes."
-        before = [s for s in self.checkpoints() if s < step]
-        return before[-self.keep:][:1] if self.keep and len(before) >= self.keep else []
+    @property
+    def n_checkpoints(self)->int: "How many checkpoints fall in the whole run."; return (self.max_steps-1)//self.config.save_steps+1 if self.config.save_strategy == 'steps' else sum(1 for _ in self.checkpoints())
 
 # %% ../nbs/12_schedule.ipynb #bf930084
 def checkpoint_size(
@@ -98,7 +105,7 @@ def time_plan(
     seconds:float, # Seconds a step, measured
 )->str:
     "How long the rest takes, and where its checkpoints fall."
-    saves = [s for s in schedule.checkpoints() if s > step]
-    shown = [f'{s:,} (in {human_time((s-step)*seconds)})' for s in saves[:3]] + (['…'] if len(saves) > 4 else []) + [f'{s:,}' for s in saves[3:][-1:]]
+    saves = [*islice(schedule.checkpoints(step), 5)]
+    shown = [f'{s:,} (in {human_time((s-step)*seconds)})' for s in saves[:3]] + (['…'] if len(saves) > 4 else []) + [f'{schedule.max_steps:,}']*(len(saves) > 3)
     every = schedule.config.time_save_interval_seconds
     return f"{seconds:.2f} s a step: {schedule.max_steps-step:,} more take about {human_time((schedule.max_steps-step)*seconds)}; checkpoints at {', '.join(shown)}" + (f'; a snapshot where {human_time(every)} pass without one' if every and seconds*schedule.config.save_steps > every else '')
