@@ -34,18 +34,10 @@ GPU_RECIPE = {**RECIPE, 'max_seq_len':256, 'batch_size':64, 'learning_rate':.005
 GPU_STEPS,GPU_NANOGPT = 1000,1.4697
 
 # --- ours ------------------------------------------------------------------------------------------------------------------------
-def characters(text:str):
-    "A tokenizer with one token for each character of a text."
-    from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers
-    from minigpt.tokenizer import EOS, Tokenizer
-    hf = HFTokenizer(models.WordLevel({c:i for i,c in enumerate([EOS, *sorted(set(text))])}, unk_token=EOS))
-    hf.pre_tokenizer,hf.decoder = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated'),decoders.Fuse()
-    hf.add_special_tokens([AddedToken(EOS, normalized=False)])
-    return Tokenizer(hf)
-
 def run_ours(work:Path, out:Path, steps:int, threads:int, gpu:bool):
     "`fit` on the text, cut by character."
     from minigpt.model import GPTConfig
+    from minigpt.tokenizer import characters
     from minigpt.train import Callback, fit
     tok,seen = characters((work/'text.txt').read_text('utf-8')),[]
     class Tick(Callback):

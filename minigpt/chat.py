@@ -178,11 +178,12 @@ class Chat:
         top_p:float|None=.95, # Draw from the likeliest tokens that make up this probability
         top_k:int|None=None, # Draw from the k likeliest
         max_new_tokens:int=500, # Of one answer, at most
+        thinking:bool|None=None, # Should answers begin with thoughts? See `Tokenizer.render`
         max_rounds:int=5, # Calls and results, one after the other, before an answer must come
         seed:int|None=None, # The same seed, the same answers
     ):
         need_gpt(model, 'a chat')
-        self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds = model,tokenizer,system,max_new_tokens,max_rounds
+        self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds,self.thinking = model,tokenizer,system,max_new_tokens,max_rounds,thinking
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
         self.temperature,self.top_p,self.top_k,self.seed = temperature,top_p,top_k,seed
         self.reset()
@@ -196,7 +197,7 @@ class Chat:
         head,longest = [dict(role='system', content=self.system)] if self.system else [],self.model.config.max_len
         start = self._start
         while True:
-            ids,last = self.tokenizer.encode_prompt(head+self.messages[start:]+turn, self.tools.schemas),start == len(self.messages)
+            ids,last = self.tokenizer.encode_prompt(head+self.messages[start:]+turn, self.tools.schemas, self.thinking),start == len(self.messages)
             if len(ids) + min(self.max_new_tokens, longest//4) <= longest or last and len(ids) < longest: self._start = start; return ids
             if last: raise ValueError(f"this is too long for the model: system prompt, functions and the last turn take {len(ids):,} tokens, and its max_len is {longest:,}; shorten them")
             start = next((i for i in range(start+1, len(self.messages)) if self.messages[i]['role'] == 'user'), len(self.messages))
@@ -246,6 +247,7 @@ class Chat:
 
 # %% ../nbs/08_chat.ipynb #46264fce
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
+/think on          thoughts before an answer, where the tokenizer's template asks for it; /think off: none
 /temperature 0.7   0: always the likeliest token
 /reset             begin a new conversation
 /exit              end (also Ctrl-D); Ctrl-C stops an answer"""
@@ -271,12 +273,13 @@ def chat_in_terminal(
         if name == '/system':
             if rest: chat.system = rest
             return f'system prompt: {chat.system or "none"}'
+        if name == '/think' and rest in ('on','off'): chat.thinking = rest == 'on'; return f'thinking: {rest}'
         if name == '/temperature':
             try: t = float(rest)
             except ValueError: t = -1
             if not 0 <= t < float('inf'): return f'temperature is {chat.temperature}; to change it, /temperature 0.7'
             chat.temperature = t; return f'temperature {t}'
-        return _HELP
+        return _HELP if name == '/help' else f'there is no {name}\n{_HELP}'
     if typed: write(_HELP + '\n', '2')
     while True:
         try: line = read().strip()

@@ -20,6 +20,7 @@ from .tokenizer import Tokenizer
 def _check_choice(temperature, top_k, top_p):
     for k,v in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
         if isinstance(v, str): raise TypeError(f"{k}={v!r} must be a number, without quotes")
+    if temperature is None: raise TypeError('temperature=None must be a number; 0.7 to 1 is usual, 0 is always the best token')
     if not 0 <= temperature < float('inf'): raise ValueError(f"temperature={temperature} must be 0 (always the best token) or above; 0.7 to 1 is usual")
     if top_k is not None and (top_k < 1 or top_k != int(top_k)): raise ValueError(f"top_k={top_k} must be a whole number, at least 1; to keep every token leave it None")
     if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability; to keep every token leave it None")
@@ -262,12 +263,13 @@ def stream_text(
     tokenizer:Tokenizer,
     prompt:str|list[dict], # A text to continue, or a conversation to answer; '' starts a new document
     tools:list[dict]|None=None, # JSON schemas of functions, for a conversation
+    thinking:bool|None=None, # Should the answer begin with thoughts? See `Tokenizer.render`
     **kw, # Options of `generate`; `stop_ids` is the tokenizer's unless given
 )->Iterator[str]: # Pieces of the new text
     "Write on, and hand out the text as it comes."
     if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
     if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    else: ids = tokenizer.encode_prompt(_turns(prompt), tools)
+    else: ids = tokenizer.encode_prompt(_turns(prompt), tools, thinking)
     return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))
 
 # %% ../nbs/06_generate.ipynb #fb5ecfe4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TEMPLATE', 'chat_messages', 'chat_pieces',
-           'Tokenizer', 'train_tokenizer', 'load_tokenizer']
+           'Tokenizer', 'train_tokenizer', 'characters', 'load_tokenizer']
 
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
 import json, re, secrets
@@ -224,12 +224,13 @@ class Tokenizer:
         messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
         tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
         add_generation_prompt:bool=False, # End with the opening of an assistant turn
+        thinking:bool|None=None, # Should the answer begin with thoughts? For a template that asks, as MiniMind's (`open_thinking`) and Qwen3's (`enable_thinking`) do; None: its own default
     )->str:
         "The conversation as the model reads it."
         template = self.config.get('chat_template')
         if not template: raise ValueError("this tokenizer has no chat template; put one under \"chat_template\" into its tokenizer_config.json")
         messages,own = chat_messages(messages)
-        return _compiled(template).render(messages=messages, tools=tools or own, add_generation_prompt=add_generation_prompt,
+        return _compiled(template).render(messages=messages, tools=tools or own, add_generation_prompt=add_generation_prompt, **({} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)),
             **{k:self.config.get(k) or '' for k in ('eos_token','bos_token')})
 
     @cached_property
@@ -256,6 +257,7 @@ class Tokenizer:
     def encode_prompt(self,
         messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
         tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
+        thinking:bool|None=None, # As for `render`
     )->list[int]: # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
         tokens = {t['content']:t['special'] for t in self.json['added_tokens'] if t['content'].strip() and not _is_word(t)}
@@ -268,7 +270,7 @@ class Tokenizer:
         messages,own = chat_messages(messages); tools = tools or own
         messages = [hidden(m, names if m['role'] in ('user','tool') else control) for m in messages]
         if tools and self.config.get('chat_template') != CHAT_TEMPLATE: tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
-        pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', self.render(messages, hidden(tools, names) or None, add_generation_prompt=True))
+        pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', self.render(messages, hidden(tools, names) or None, add_generation_prompt=True, thinking=thinking))
         return [i for k,p in enumerate(pieces) for i in (self.encode([*tokens][int(p)]) if k%2 else self.encode(p, special=True))]
 
     def encode_chat(self,
@@ -364,6 +366,17 @@ def train_tokenizer(
     if verbose and tok.vocab_size < (vocab_size or 15_000): print(f"vocabulary: {tok.vocab_size:,} tokens, fewer than {vocab_size or 15_000:,} because the sample is {human_size(size)}")
     return tok
 
+# %% ../nbs/01_tokenizer.ipynb #4e8a3d2b
+def characters(
+    texts:Iterable[str], # All there is to be read: a character that does not occur in them is read as the end of a text
+)->Tokenizer:
+    "A tokenizer with a token for each character."
+    if isinstance(texts, str): texts = [texts]
+    hf = HFTokenizer(models.WordLevel({c:i for i,c in enumerate([EOS, *sorted(set().union(*texts))])}, unk_token=EOS))
+    hf.pre_tokenizer,hf.decoder = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated'),decoders.Fuse()
+    hf.add_special_tokens([AddedToken(EOS, normalized=False)])
+    return Tokenizer(hf)
+
 # %% ../nbs/01_tokenizer.ipynb #4ef7e30c
 def load_tokenizer(
     folder:str|Path, # A directory with tokenizer.json, or that file: ours, MiniMind's, any Hugging Face model's
@@ -371,6 +384,7 @@ def load_tokenizer(
     "Read a tokenizer. No code of the directory is run."
     folder = Path(folder)
     file = folder if folder.suffix == '.json' else folder/'tokenizer.json'
+    if folder.is_file() and folder.suffix != '.json': raise ValueError(f"{folder} is not a tokenizer: " + ('a pickle can run code when it is opened, so it is not read; ' if folder.suffix == '.pkl' else '') + "name a directory with a tokenizer.json, or train one: minigpt.tokenizer.train_tokenizer, or characters for one token a character")
     if not file.exists():
         if (old := file.with_name('tokenizer.pkl')).exists(): raise ValueError(f"{old} is a pickle, which can run code when it is opened, so it is not read; train a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its author for one")
         raise FileNotFoundError(f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'} {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers' save_pretrained")

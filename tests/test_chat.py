@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from minigpt.chat import Chat
 from minigpt.data import build_tokenset, pack
 from minigpt.formats import Row, parse_row, read_blocks, parse_block
 from minigpt.model import GPT
-from minigpt.tokenizer import IM_END, train_tokenizer
+from minigpt.tokenizer import IM_END, Tokenizer, train_tokenizer
 from minigpt.train import fit
 from test_faults import At, Losses, PowerCut, power_cut
 
@@ -51,6 +52,16 @@ def test_real_rows(name, tok):
         said = tok.decode(ids[learn]).split(IM_END)
         assert said.pop() == "" and len(said) == sum(m["role"] == "assistant" for m in r.messages)
         for m, s in zip([m for m in r.messages if m["role"] == "assistant"], said): assert m["content"].lstrip() in s or not m["content"].strip(), (m, s)
+
+
+@pytest.mark.parametrize("name", ["open_thinking", "enable_thinking"])
+def test_a_template_that_asks_whether_to_think(tok, name):
+    "As MiniMind's and Qwen3's do"
+    other = Tokenizer(tok.hf, tok.config | dict(chat_template=tok.config["chat_template"] + "{%%- if add_generation_prompt and %s is defined %%}{{ '<think>' if %s else '<think></think>' }}{%%- endif %%}" % (name, name)))
+    prompt = lambda *thinking: other.decode(other.encode_prompt([dict(role="user", content="1 + 1 = ?")], None, *thinking)).rpartition("assistant")[2].strip()
+    assert [prompt(), prompt(True), prompt(False)] == ["", "<think>", "<think></think>"]
+    chat = Chat(GPT(child.shape(other.vocab_size)), other, thinking=True)
+    assert other.decode(chat._prompt([dict(role="user", content="1 + 1 = ?")])).endswith("<think>")
 
 
 @given(st.one_of(st.binary(max_size=80), st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=9) | st.sampled_from(["user", "assistant", "<|im_end|>", "[{]", '{"name": 1}']),
