@@ -3,6 +3,7 @@
 Each page becomes one program: its python blocks as they are, of its sh blocks each line. What they need stands in FILES and QWEN3, what is made smaller in SMALLER,
 what cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that has changed.
 The Chinese pages have the code and the figures of the English ones."""
+import dataclasses
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from minigpt.config import _ALIASES, TrainConfig
 from project import ROOT, directives, joined
 from test_colab import STUB
 
@@ -130,6 +132,21 @@ def test_the_chinese_readme_has_the_code_and_the_figures():
     assert fenced(chinese) == fenced(english)
     assert figures(chinese) == figures(english)
     assert "(README.zh.md)" in english and "(README.md)" in chinese
+
+
+def test_the_chinese_table_of_names_has_every_row():
+    english, chinese = ((ROOT/name).read_text(encoding="utf-8") for name in ("docs/coming.md", "docs/zh/coming.md"))
+    rows = lambda text: [set(re.findall(r"`([^`]+)`", line)) for line in text.splitlines() if line.startswith(("| ", "## "))]
+    assert rows(chinese) == rows(english)
+
+
+def test_names_that_are_taken_as_they_are():
+    "What the table says is so"
+    text = (ROOT/"docs/coming.md").read_text(encoding="utf-8")
+    taken = [n.lstrip("-") for line in text.splitlines() if "taken as they are" in line for n in re.findall(r"`([^`]+)`", line.split("|")[1])]
+    assert len(taken) > 20 and set(taken) <= set(TrainConfig.names())
+    same = [n for line in text.splitlines() if line.endswith("| the same |") for n in re.findall(r"`([^`]+)`", line.split("|")[1]) if n not in _ALIASES]
+    assert same and set(same) <= {f.name for f in dataclasses.fields(TrainConfig)}
 
 
 @pytest.mark.parametrize("page", TWINS)

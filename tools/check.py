@@ -19,7 +19,7 @@ def check_export():
         tree = Path(d)/settings()["repo"]
         copy_tree(tree)
         for p in tree.glob("minigpt/**/*.py"):
-            if p.name != "__init__.py": p.unlink()
+            if p.name not in ("__init__.py", "__main__.py"): p.unlink()      # written by hand
         export(tree)
         here, there = files(ROOT), files(tree)
     return [f"{f} differs from what the notebooks export: run `make export`"
