@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
-           'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'Checkpoint',
-           'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
+           'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
+           'Checkpoint', 'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, pickle, random, re, time, zipfile
@@ -381,8 +381,9 @@ def read_config(
     path:str|Path, # A model directory
 )->GPTConfig:
     "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
-    path = Path(path)
-    if path.is_file(): raise CheckpointError(f"{path} is a file, and must be a directory with a model; name the one that it is in, or make one of it: minigpt.export.export({str(path)!r}, 'my-model')")
+    if not isinstance(path, (str,Path)): raise TypeError(f"{path!r:.80} must be the path of a directory with a model")
+    path = Path(path).expanduser()
+    if path.is_file(): raise CheckpointError(f"{path} is a file, and must be a directory with a model; name the one that it is in, or, if another program wrote it, make one of it: `minigpt export {path} my-model` (for MiniMind's, with --like minimind --tokenizer DIR)")
     if not path.exists(): raise CheckpointError(f"there is no directory {path}; it must be a checkpoint, a finished run or a model directory here on this machine: a model on a hub is downloaded first")
     if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a run's checkpoints are in its folder checkpoints/")
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
@@ -406,12 +407,21 @@ def load_model(
     base:GPT|None=None, # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
 )->LanguageModel: # In eval mode
     "The model of a directory."
-    if (Path(path)/'adapter_config.json').exists(): return _load_adapter(Path(path), device, dtype, base)
+    if isinstance(path, (str,Path)): path = Path(path).expanduser()
+    if isinstance(path, Path) and (path/'adapter_config.json').exists(): return _load_adapter(path, device, dtype, base)
     if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
     config = read_config(path)
     model = open_weights(path, config).fill(config.build().to(dtype)).to(device).eval()
     model.origin = str(path)
     return model
+
+def find_base(
+    where, # What an adapter names as the directory of its base
+    beside:Path, # The adapter
+)->Path|None:
+    "That directory: as it stands, or below a folder around the adapter, should the working folder be another than in training."
+    if not isinstance(where, str) or not where: return None
+    return next((p for folder in (Path(), *beside.absolute().parents) if ((p := folder/where)/'config.json').exists() or (p/'adapter_config.json').exists()), None)
 
 def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
@@ -420,8 +430,8 @@ def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)-
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
         where = facts.get('base_model_name_or_path')
-        if not isinstance(where, str) or not (Path(where)/'config.json').exists(): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here; bring that model, or pass it as base=load_model(…)")
-        base = load_model(where, device)
+        if not (found := find_base(where, path)): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        base = load_model(found, device)
     known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
     model = LoRAGPT(base, config)
     if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")

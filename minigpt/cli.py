@@ -157,10 +157,11 @@ def chat(
     top_p:Annotated[float, typer.Option(help="draw from the likeliest tokens that make up this probability")]=.95,
     max_new_tokens:Annotated[int, typer.Option(help="tokens of an answer at most")]=500,
     seed:Annotated[Optional[int], typer.Option(help="the same seed, the same answers")]=None,
+    thinking:Annotated[Optional[bool], typer.Option('--thinking/--no-thinking', help="thoughts before an answer, where the tokenizer's template asks for it (MiniMind, Qwen3)", show_default=False)]=None,
 ):
     "Talk to a trained model. /help lists what else can be typed; Ctrl-C stops an answer."
     from minigpt.chat import Chat, chat_in_terminal, tools_from_file
-    chat_in_terminal(Chat(*_model_of(run, which), system, tools_from_file(tools) if tools else None, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed))
+    chat_in_terminal(Chat(*_model_of(run, which), system, tools_from_file(tools) if tools else None, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, thinking=thinking))
 
 @app.command('serve')
 def serve_(
@@ -266,7 +267,10 @@ def monitor(
 def _writable(*files:Optional[Path]):
     "Said before anything is computed."
     for f in files:
-        if f and not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+        if not f: continue
+        if not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+        if f.suffix not in ('.json','.png','.svg','.pdf'): raise ValueError(f"{f} must end in .json, or for a figure in .png, .svg or .pdf; nothing else is written over")
+        if f.exists() and any((f.absolute().parent/n).exists() for n in ('run.json','MANIFEST.json')): raise FileExistsError(f"{f} is a file of a run or a checkpoint, and is not written over; name another one")
 
 @app.command()
 def plot(

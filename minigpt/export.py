@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checkpoint import EXPORTED, CheckpointError, CheckpointStore, Weights, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
+from .checkpoint import EXPORTED, CheckpointError, CheckpointStore, Weights, find_base, load_model, newest, open_weights, problem, read_config, read_pickle, write_manifest, write_safetensors
 from .data import open_set, spread_over
 from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
@@ -199,7 +199,7 @@ def export(
     if weights_only:
         config,weights,folder = _open(source, config)
         if folder and not tokenizer and (folder/'adapter_config.json').exists(): # merged; its base's tokenizer, unless it has one
-            tokenizer = load_tokenizer(folder if (folder/'tokenizer.json').exists() else read_json(folder/'adapter_config.json')['base_model_name_or_path'])
+            tokenizer = load_tokenizer(folder if (folder/'tokenizer.json').exists() else find_base(read_json(folder/'adapter_config.json')['base_model_name_or_path'], folder))
         total = sum(math.prod(shape)*dtype.itemsize for dtype,shape in weights.header.values())
         kind = 'compressed' if compress else 'quantized' if precision not in _FLOATS else 'best' if metrics else 'weights'
     else:

@@ -160,14 +160,20 @@ def open_data(
     return f if look.encoding == 'utf-8' and look.newline != 'CR' else io.BufferedReader(_Translated(f, look), 1<<20)
 
 # %% ../nbs/02_formats.ipynb #d2785fce
+def _matching(p:Path)->list[Path]:
+    "The files that a pattern stands for."
+    if p.exists() or not any(c in p.name for c in '*?['): return [p]
+    if not (found := sorted(p.parent.glob(p.name))): raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
+    return found
+
 def data_files(
-    source:str|Path|Iterable[str|Path], # A file, a folder of data files, or a list of both
+    source:str|Path|Iterable[str|Path], # A file, a folder of data files, a pattern such as `texts/*.jsonl`, or a list of these
 )->list[Path]:
     "The data files that `source` names, in order."
     if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
     out,source = [],[source] if isinstance(source, (str,Path)) else [*source]
     if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
-    for p in map(Path, source):
+    for p in (q for p in source for q in _matching(Path(p).expanduser())):
         if not p.is_dir(): look_at(p); out.append(p); continue
         if (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}).to_json('data.jsonl', force_ascii=False)`")
         if (p/'tokens.bin').exists(): raise DataError(f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or name the text that it was made from")

@@ -53,9 +53,10 @@ class GPTConfig:
         if self.n_head % self.n_kv_head:
             fit = [k for k in range(1, self.n_head+1) if self.n_head % k == 0]
             raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; it can be {', '.join(map(str, fit))}")
+        if self.n_layer > 10_000: raise ValueError(f"n_layer={self.n_layer:,} must be at most 10,000")
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1: it is the share that is dropped")
         for k in ('rope_theta','norm_eps'):
-            if not getattr(self, k) > 0: raise ValueError(f"{k}={getattr(self, k)} must be above 0")
+            if not isinstance(v := getattr(self, k), (int,float)) or not v > 0: raise ValueError(f"{k}={v!r} must be a number above 0")
 
     @classmethod
     def preset(cls, name:str, **changes)->'GPTConfig':

@@ -134,6 +134,7 @@ def prepare(
     targets = [None]*len(files) if validate_only else [out]*len(files) if out.suffix in ('.jsonl','.json') else [out/stem(f) for f in files]
     for f,t in zip(files, targets):
         if t and t.exists() and t.resolve() in [x.resolve() for x in files]: raise DataError(f"{t} is one of the files that are read; name another output")
+        if t and (t.parent/'run.json').exists(): raise FileExistsError(f"{t} would be in a run's folder; name another output")
         if t and t.exists() and not overwrite: raise FileExistsError(f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to replace it when the new one is whole")
     if len({*targets}) < len(files) and out.suffix not in ('.jsonl','.json') and not validate_only: raise DataError(f"two of the files would be written as one: {', '.join(map(str, files))}; rename one, or prepare them one after the other")
     tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer

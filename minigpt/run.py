@@ -24,7 +24,7 @@ class Run:
     def __init__(self,
         path:str|Path, # The folder
     ):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.store,self.snapshot_store,self.best_store = CheckpointStore(self.path/'checkpoints'),CheckpointStore(self.path/'snapshots', name='snapshot'),CheckpointStore(self.path/'best')
 
     def __repr__(self): return f"Run({self.path}, {self.progress}, {len(self.checkpoints)} checkpoint{'s'*(len(self.checkpoints) != 1)})"
@@ -119,7 +119,8 @@ def open_run(
     path:str|Path, # Folder of a run
 )->Run:
     "A run, from its folder alone."
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.is_file(): raise FileNotFoundError(f"{path} is a file, and must be the folder of a run or of a model. If another program wrote it: `minigpt export {path} my-model` (for MiniMind's .pth, with --like minimind --tokenizer DIR) makes a folder of it")
     if not (path/'run.json').exists():
         near = ', '.join(r.path.name for r in list_runs(path.parent)) if path.parent.is_dir() else ''
         if (path.absolute().parent.parent/'run.json').exists(): raise FileNotFoundError(f"{path} is a part of a run: name the run, {path.absolute().parent.parent}")
@@ -146,11 +147,12 @@ def runs_table(
     for r in runs:
         try: history,_ = r.history,r.facts
         except ValueError as e: damaged.append(str(e)); continue
+        if type(r.max_steps) is not int: damaged.append(f"{r.path/'run.json'} says max_steps={r.max_steps!r}, which is no number of steps"); continue
         last = lambda k: next((f'{h[k]:.3f}' for h in reversed(history) if h.get(k) is not None), '–')
         whole = sorted((c for c in r.checkpoints+r.snapshots if not c.problem), key=lambda c: c.step)
         c = whole[-1] if whole else None
         lines.append((r.path.name, f'{r.step:,}/{r.max_steps:,}', 'finished' if r.finished else f'{100*r.step/max(1,r.max_steps):.0f}%', last('loss'), last('eval_loss'),
-            c.path.name if c else '–', human_time(time.time()-c.time)+' ago' if c else '–', human_size(sum(c.size for c in whole))))
+            c.path.name if c else '–', human_time(max(0, time.time()-c.time))+' ago' if c else '–', human_size(sum(c.size for c in whole))))
     return '\n'.join([text_table(lines), *damaged])
 
 def run_table(

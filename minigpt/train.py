@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, read_run_id, restore_run, wait_for_others
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
@@ -31,7 +31,7 @@ from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
+from .source import OVERRIDES, check_before_moving, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
 from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits, set_compiled
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -41,7 +41,7 @@ class Callback:
     def on_start(self, t:'Trainer'): "Before the first step."
     def on_step(self, t:'Trainer'): "After each optimizer step; `t.step` counts it."
     def on_log(self, t:'Trainer', row:dict): "After a row of metrics was written."
-    def on_save(self, t:'Trainer', path:Path): "After a checkpoint was written and verified."
+    def on_save(self, t:'Trainer', path:Path): "After a checkpoint, snapshot or best model was written and verified: some steps later than its own."
     def on_end(self, t:'Trainer'): "After the last step, or after a stop between two steps."
 
 class TrainingError(RuntimeError):
@@ -475,6 +475,7 @@ def _given(model):
     if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
+    if Path(model).is_file(): load_model(model) # says what becomes of a file
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
@@ -499,19 +500,21 @@ def _ownerless(folder:Path)->list[str]:
     others = sorted(p for pattern in ('checkpoint-*','ckpt.pt','*.pth') for p in folder.glob(pattern)) # of Trainer, nanoGPT, MiniMind
     return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]] if not (folder/'run.json').exists() else []
 
-def _folder(output_dir, resume, overwrite:bool)->Path:
-    "The run's folder, writable; what stands in it moved aside if asked for."
+def _folder(output_dir, resume, overwrite:bool, train)->tuple[Path,Path|None]:
+    "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
     if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
-    folder = Path(output_dir)
+    folder = Path(output_dir).expanduser()
     try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
     if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
         if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")
         with only_one(folder): pass
-        set_aside(folder, 'old'); folder.mkdir()
-    elif resume is False and (folder/'run.json').exists():
+        check_before_moving(train, folder)
+        aside = set_aside(folder, 'old'); folder.mkdir()
+        return folder,aside
+    if resume is False and (folder/'run.json').exists():
         raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
-    return folder
+    return folder,None
 
 def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
     "The state to go on from, in the run's own folder."
@@ -589,7 +592,7 @@ def _plan(t:_RunTrainer, backup:Backup|None):
     "Say what the run will take, before it takes it."
     there = sum(dir_size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
     free = free_space(t.run_path) - (t.config.backup_keep_last*checkpoint_size(_n_saved(t.model)) if backup and drive_mount(backup.folder) else 0) # Drive's cache is on this disk as well
-    for line in storage_plan(t.config, _n_saved(t.model), len(t.schedule.checkpoints()), free, free_space(backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
+    for line in storage_plan(t.config, _n_saved(t.model), t.schedule.n_checkpoints, free, free_space(backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
@@ -646,10 +649,11 @@ def fit(
     override = (override,) if isinstance(override, str) else tuple(override)
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     if launched(): help_out(); return Run(output_dir)
-    folder = _folder(output_dir, resume, overwrite)
+    folder,aside = _folder(output_dir, resume, overwrite, train)
     with only_one(folder), contextlib.ExitStack() as at_end:
         say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
+        if aside: say(f'what stood in {folder} is kept as {aside}')
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = Run(folder).facts if (folder/'run.json').exists() else None
         if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
@@ -712,7 +716,7 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, saves=len(t.schedule.checkpoints()), data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
+            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
         t.settle(); at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
@@ -856,15 +860,16 @@ def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|Non
         if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
 
 # %% ../nbs/13_train.ipynb #63220462
-def _first_model(facts:dict):
+def _first_model(run:Run):
     "What to pass to `fit` for a run to go on: its shape, or the model that it began with where its checkpoints need that one."
+    facts = run.facts
     began = facts.get('began') or {}
+    path = find_base(began.get('path'), run.path)
     if facts.get('lora'):
-        if began['path'] and (Path(began['path'])/'adapter_config.json').exists(): return load_model(began['path'])
-        if not began['path'] or not (Path(began['path'])/'config.json').exists(): raise CheckpointError(f"the run trains an adapter of {began['path'] or 'a model that was in memory'}, which is not here; bring it, or call fit with lora(load_model(…)) as its model")
-        return LoRAGPT(load_model(began['path']), LoRAConfig(**facts['lora']))
-    if began.get('given') and began['path'] and (Path(began['path'])/'config.json').exists():
-        model = load_model(began['path'])
+        if not path: raise CheckpointError(f"the run trains an adapter of {began['path'] or 'a model that was in memory'}, which is not here; bring it, or call fit with lora(load_model(…)) as its model")
+        return load_model(path) if (path/'adapter_config.json').exists() else LoRAGPT(load_model(path), LoRAConfig(**facts['lora']))
+    if began.get('given') and path:
+        model = load_model(path)
         if weights_hash(model) == began['hash']: return model
     return shape_from_dict(facts['model'])
 
@@ -880,5 +885,5 @@ def resume(
         check_there(folder)
         with only_one(run): restore_run(Backup(folder, run))
     facts = open_run(run).facts
-    return fit(_first_model(facts), source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
+    return fit(_first_model(Run(run)), source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
         output_dir=run, resume=checkpoint, config=facts['train'], **options)

@@ -220,7 +220,7 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
     "resume": (lambda w: new_run(w, resume="checkpoint-5"), ["resume='checkpoint-5'", "holds no run", "output_dir"]),
     "which": (lambda w: open_run(w/"run").model("checkpoint-7"), ["run has no checkpoint-7; it has checkpoint-", "checkpoint-20"]),
     "part-of-a-run": (lambda w: open_run(w/"run/checkpoints/checkpoint-20"), ["is a part of a run: name the run"]),
-    "model-of-a-file": (lambda w: load_model(w/"text.jsonl"), ["text.jsonl is a file", "must be a directory", "minigpt.export.export("]),
+    "model-of-a-file": (lambda w: load_model(w/"text.jsonl"), ["text.jsonl is a file", "must be a directory", "minigpt export "]),
     "model-of-a-hub": (lambda w: load_model("gpt2"), ["no directory gpt2", "downloaded first"]),
     "temperature": (lambda w: open_run(w/"run").generate("a", temperature="0.7"), ["temperature='0.7' must be a number, without quotes"]),
     "max_new_tokens": (lambda w: open_run(w/"run").generate("a", max_new_tokens="5"), ["max_new_tokens='5' must be a whole number"]),
