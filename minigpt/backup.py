@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem, stores_in
 from .files import Pace, fsync, hash_file, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
@@ -128,7 +128,6 @@ def discard(folder:Path):
     shutil.rmtree(folder)
 
 # %% ../nbs/10_backup.ipynb #c14d7c03
-_STATES = dict(checkpoints='checkpoint', snapshots='snapshot')
 BEAT,RETRY,POLL = 30.,5.,5. # Seconds, see `Backup`
 DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
 
@@ -275,7 +274,7 @@ class Backup:
         for p in [p for p in self.rejected if p.exists()]: set_aside(p, 'damaged') # it must not count as the newest
         self.rejected.clear()
         if self.superseded is None: return
-        for s in [*self.state_stores(), CheckpointStore(self.path/'best')]:
+        for s in stores_in(self.path):
             for c in s.all():
                 if c.step > self.superseded: set_aside(c.path, 'superseded')
         if (self.path/'final').exists(): set_aside(self.path/'final', 'superseded')
@@ -360,7 +359,9 @@ class Backup:
         for s in self.stores.values(): s.pinned = frozenset(source for source,_,store in jobs if store is s)
 
     # --- what has arrived ---
-    def state_stores(self)->list[CheckpointStore]: "Where the states are."; return [CheckpointStore(self.path/f, name=n) for f,n in _STATES.items()]
+    def state_stores(self)->list[CheckpointStore]: "Where the states are."; return [*stores_in(self.path)[:2]]
+
+    def best_models(self)->list[Checkpoint]: "The newest last: a course that was given up may have had its best at a later step."; return sorted(stores_in(self.path)[2].all(), key=lambda c: c.time)
 
     def copies(self)->list[Checkpoint]:
         "The states in the backup, by step."
@@ -369,7 +370,7 @@ class Backup:
     def _whole(self)->dict[Path,Checkpoint|None]:
         "Whole directories; of those that training can go on from, the step. The last one stands for run.json, tokenizer and data."
         states = {c.path:c if c.kind != 'light' else None for c in self.copies() if not c.problem}
-        best = {c.path:None for c in CheckpointStore(self.path/'best').all() if not c.problem}
+        best = {c.path:None for c in self.best_models() if not c.problem}
         return states | best | {f:None for f in [self.path/'final'] if problem(f, hashes=False) is None} | {self.path:None}
 
     def _unconfirmed(self)->list[Path]: return [p for p in [*self.seen] if p not in self.confirmed]
@@ -397,8 +398,8 @@ class Backup:
             for c in self.copies():
                 if c.kind != 'light' and c.path not in kept and c.step < safe[-1].step: discard(c.path)
         for c in [c for c in self.copies() if c.kind == 'light'][:-self.keep]: discard(c.path)
-        best = [c for c in CheckpointStore(self.path/'best').all() if c.path in self.confirmed or not c.problem and not self.confirms]
-        for c in sorted(best, key=lambda c: c.time)[:-1]: discard(c.path) # a course that was given up may have had its best later
+        best = [c for c in self.best_models() if c.path in self.confirmed or not c.problem and not self.confirms]
+        for c in best[:-1]: discard(c.path)
 
     # --- the status ---
     def status(self)->dict:
@@ -448,7 +449,7 @@ def _went_on(
     n:int, # Of these, what it shares with another machine
 )->bool:
     "Has an attempt after the first `n` saved anything that it trained?"
-    saved = [c.path for f,name in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(run/f, name=name).all()]
+    saved = [c.path for s in stores_in(run) for c in s.all()]
     states = [_json_or(p/'trainer_state.json', {}) for p in [*saved, run]]
     return any(s.get('attempt', 0) > n and s['global_step'] > min(a['step'] for a in attempts[n:]) for s in states)
 
@@ -473,7 +474,7 @@ def restore_run(
             return False
         if same < len(own) and _went_on(here, own, same): raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
-        for c in [c for f,n in (*_STATES.items(), ('best','checkpoint')) for c in CheckpointStore(here/f, name=n).all() if not c.problem]:
+        for c in [c for s in stores_in(here) for c in s.all() if not c.problem]:
             if given_up(read_json(c.path/'trainer_state.json'), theirs): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
         if problem(here, hashes=False) is None and given_up(read_json(here/'trainer_state.json'), theirs): set_aside(here/'MANIFEST.json', 'superseded') # its state is among those above
     say(f'restoring {here.name} from {backup.folder}')
@@ -500,7 +501,7 @@ def restore_run(
         for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']:
             if mine is None and (here/name).exists() and hash_file(here/name) != hash_file(there/'final'/name): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
             copy_file(there/'final'/name, here/name)
-    best = next((c for c in sorted(CheckpointStore(there/'best').all(), key=lambda c: -c.time) if problem(c.path) is None), None)
+    best = next((c for c in reversed(backup.best_models()) if problem(c.path) is None), None)
     if best and not (here/'best'/best.path.name).exists():
         try: fetch(backup, best)
         except (OSError, CheckpointError) as e: say(f'{best.path} is not restored: {e}')

@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'Checkpoint', 'CheckpointStore', 'newest', 'Saved', 'Writer', 'write_final']
+           'Checkpoint', 'CheckpointStore', 'stores_in', 'newest', 'Saved', 'Writer', 'write_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, pickle, random, re, time, zipfile
@@ -508,6 +508,13 @@ class CheckpointStore:
     def supersede(self, step:int)->list[Path]:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
         return [set_aside(c.path, 'superseded') for c in self.all() if c.step > step]
+
+def stores_in(
+    folder:str|Path, # Of a run, or of its copy in a backup
+)->tuple[CheckpointStore,CheckpointStore,CheckpointStore]:
+    "Its checkpoints, its snapshots, and its best model."
+    folder = Path(folder)
+    return CheckpointStore(folder/'checkpoints'),CheckpointStore(folder/'snapshots', name='snapshot'),CheckpointStore(folder/'best', kind='best')
 
 # %% ../nbs/07_checkpoint.ipynb #41588281
 def newest(

@@ -311,7 +311,9 @@ def analyze_checkpoint(
     if compare:
         found = side_by_side(directory or checkpoint)
         typer.echo(found)
-        if len(found) > 1: typer.echo(); typer.echo(found.between())
+        if len(found) > 1:
+            try: typer.echo(f'\n{found.between()}')
+            except FileNotFoundError as e: typer.echo(f'\nnot compared: {e.filename} was deleted meanwhile')
         if json: write_json(json, found.summary())
         return
     a = analyze(checkpoint or checkpoints_in(directory)[-1])

@@ -126,8 +126,10 @@ def from_hf(
     if kind not in ('llama','qwen3'): raise ValueError(f"config.json has model_type {kind!r}; this library computes 'llama', 'qwen3' and 'roberta' models only; open this one with transformers")
     missing = [k for k in ('vocab_size','hidden_size','num_hidden_layers','num_attention_heads','intermediate_size') if k not in d]
     if missing: raise ValueError(f"config.json lacks {', '.join(missing)}; is it the config.json of a whole model?")
-    rope = {**(d.get('rope_scaling') or {}), **(d.get('rope_parameters') or {})}
-    scaling = rope.get('rope_type', rope.get('type', 'default'))
+    ropes = [d.get('rope_scaling') or {}, d.get('rope_parameters') or {}]
+    rope,thetas = ropes[0]|ropes[1],{r['rope_theta'] for r in (*ropes, d) if 'rope_theta' in r}
+    if len(thetas) > 1: raise ValueError(f"config.json names several values of rope_theta, {' and '.join(map(str, thetas))}, of which programs take the one or the other; make them the same")
+    scaling = next((t for r in ropes if (t := r.get('rope_type', r.get('type', 'default'))) != 'default'), 'default')
     layers = {*(d.get('layer_types') or ())} - {'full_attention'}
     other = [f"{k} {v!r} (must be {want!r})" for k,v,want in (
         ('rope type', scaling, 'default'), ('hidden_act', d.get('hidden_act', 'silu'), 'silu'),

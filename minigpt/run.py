@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
-from .checkpoint import Checkpoint, CheckpointStore, load_model, newest, problem
+from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
 from .files import human_size, human_time, read_json
 from .generate import stream_text
 from .model import GPT
@@ -25,7 +25,7 @@ class Run:
         path:str|Path, # The folder
     ):
         self.path = Path(path).expanduser()
-        self.store,self.snapshot_store,self.best_store = CheckpointStore(self.path/'checkpoints'),CheckpointStore(self.path/'snapshots', name='snapshot'),CheckpointStore(self.path/'best')
+        self.store,self.snapshot_store,self.best_store = stores_in(self.path)
 
     def __repr__(self): return f"Run({self.path}, {self.progress}, {len(self.checkpoints)} checkpoint{'s'*(len(self.checkpoints) != 1)})"
 
@@ -69,7 +69,7 @@ class Run:
         if not folder or (self.path/'heartbeat.json').exists(): return [] # no backup, or this is one
         check_there(folder)
         there = Backup(folder, self.path)
-        return there.copies() + CheckpointStore(there.path/'best').all()
+        return there.copies() + there.best_models()
 
     @property
     def backup_said(self)->str:

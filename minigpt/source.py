@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
-from .checkpoint import CheckpointStore, newest
+from .checkpoint import newest, stores_in
 from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
 from .files import set_aside, write_file
 from .formats import DataError, data_files
@@ -143,7 +143,7 @@ def _own_tokenizer(folder:Path, say)->Tokenizer:
     "The run's tokenizer, which stands in every checkpoint as well."
     try: return load_tokenizer(folder/'tokenizer')
     except (OSError, ValueError) as e:
-        if not (c := newest([CheckpointStore(folder/'checkpoints'), CheckpointStore(folder/'snapshots', name='snapshot')])): raise
+        if not (c := newest([*stores_in(folder)[:2]])): raise
         tok = load_tokenizer(c.path); tok.save(folder/'tokenizer')
         say(f"{folder/'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}), and is written again from {c.path.name}")
         return tok

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, read_run_id, restore_run, wait_for_others
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, unpack_optimizer, unpack_rng, write_final
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, stores_in, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
@@ -495,7 +495,7 @@ def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
 # %% ../nbs/13_train.ipynb #3e8b2007
 def _ownerless(folder:Path)->list[str]:
     "Checkpoints, or files of a model, in a folder that has no run.json: nobody knows what they belong to."
-    saved = [c.path for s in (CheckpointStore(folder/'checkpoints'), CheckpointStore(folder/'snapshots', name='snapshot'), CheckpointStore(folder/'best')) for c in s.all()]
+    saved = [c.path for s in stores_in(folder) for c in s.all()]
     models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors','tokenizer.json','tokenizer_config.json','trainer_state.json','training_args.json','generation_config.json') if (f := folder/n).exists()]
     others = sorted(p for pattern in ('checkpoint-*','ckpt.pt','*.pth') for p in folder.glob(pattern)) # of Trainer, nanoGPT, MiniMind
     return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]] if not (folder/'run.json').exists() else []

@@ -114,7 +114,7 @@ def test_texts_and_conversations_do_not_mix(tok, tmp_path):
     f = write(tmp_path/"mixed.jsonl", 30)
     with open(f, "a") as out: out.write('{"text": "a text"}\n')
     data, _ = build_tokenset(f, tok, tmp_path/"set", 0., progress=False)
-    assert data.meta["n_docs"] == 30 and data.meta["refused"]["another format"]["examples"] == ["mixed.jsonl line 31: this is a text, and the file began with a conversation; they do not mix in one set: give each a file of its own, and `mix` them"]
+    assert data.meta["n_docs"] == 30 and data.meta["refused"]["another format"]["examples"] == ["mixed.jsonl line 31: this is a text, and the data begin with a conversation; they do not mix in one set: give each a file of its own, and `mix` them"]
 
 
 def test_fine_tuning_resumes_exactly(tmp_path):

@@ -335,7 +335,7 @@ def test_folders_that_are_no_runs(tmp_path):
     from minigpt.status import run_status
     (tmp_path/"file").write_text("x"); (tmp_path/"model").mkdir(); (tmp_path/"model"/"config.json").write_text("{}")
     for name in "none", "file", "model", "":
-        with pytest.raises(FileNotFoundError, match="is not a run"): run_status(tmp_path/name)
+        with pytest.raises(FileNotFoundError, match="is not a run|is a file, and must be"): run_status(tmp_path/name)
 
 
 # --- monitor ------------------------------------------------------------------------------------------------------------------------
