@@ -326,6 +326,7 @@ class Backup:
         target = self.path/name
         self._folders(target)
         size = target.stat().st_size if append and target.exists() else 0
+        if size > source.stat().st_size: set_aside(target, 'old'); size = 0 # it has begun anew, and the copy may be all there is of what was before
         if 0 < size <= source.stat().st_size:
             with open(source, 'rb') as f, open(target, 'ab', buffering=0) as g:
                 f.seek(size)

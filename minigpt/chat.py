@@ -273,7 +273,9 @@ def chat_in_terminal(
         if name == '/system':
             if rest: chat.system = rest
             return f'system prompt: {chat.system or "none"}'
-        if name == '/think' and rest in ('on','off'): chat.thinking = rest == 'on'; return f'thinking: {rest}'
+        if name == '/think':
+            if rest in ('on','off'): chat.thinking = rest == 'on'
+            return f"thinking: {'as the template has it' if chat.thinking is None else 'on' if chat.thinking else 'off'}; to change it, /think on or /think off"
         if name == '/temperature':
             try: t = float(rest)
             except ValueError: t = -1

@@ -20,7 +20,7 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, remove_dir, rest, set_aside, write_json
+from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, remove_dir, rest, set_aside, write_json
 from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
@@ -171,7 +171,7 @@ def write_manifest(
     write_json(folder/'MANIFEST.json', dict(format='minigpt checkpoint', version=1, kind=kind, step=step, time=time.time(), files=entries))
 
 # %% ../nbs/07_checkpoint.ipynb #1797d61d
-EXPORTED = 'weights','quantized','compressed' # kinds that `minigpt.export` writes: to be used, not to be trained on
+EXPORTED = 'weights','quantized','compressed','onnx' # kinds that `minigpt.export` writes: to be used, not to be trained on
 
 # %% ../nbs/07_checkpoint.ipynb #1404f9c0
 def problem(
@@ -382,7 +382,7 @@ def read_config(
 )->GPTConfig:
     "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
     if not isinstance(path, (str,Path)): raise TypeError(f"{path!r:.80} must be the path of a directory with a model")
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_file(): raise CheckpointError(f"{path} is a file, and must be a directory with a model; name the one that it is in, or, if another program wrote it, make one of it: `minigpt export {path} my-model` (for MiniMind's, with --like minimind --tokenizer DIR)")
     if not path.exists(): raise CheckpointError(f"there is no directory {path}; it must be a checkpoint, a finished run or a model directory here on this machine: a model on a hub is downloaded first")
     if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a run's checkpoints are in its folder checkpoints/")
@@ -407,7 +407,7 @@ def load_model(
     base:GPT|None=None, # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
 )->LanguageModel: # In eval mode
     "The model of a directory."
-    if isinstance(path, (str,Path)): path = Path(path).expanduser()
+    if isinstance(path, (str,Path)): path = at_home(path)
     if isinstance(path, Path) and (path/'adapter_config.json').exists(): return _load_adapter(path, device, dtype, base)
     if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
     config = read_config(path)

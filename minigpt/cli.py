@@ -17,12 +17,11 @@ from .config import TrainConfig, read_options, _ALIASES, _ELSEWHERE
 from .registry import Mix, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
-def _spelled(name:str)->str:
-    "An option's name as it is declared: others write it with _, or have another one."
-    name = name.replace('-', '_')
-    return _ALIASES.get(name, name).replace('_', '-')
+def _dashed(name:str)->str: "An option's name as it is declared: others write it with _."; return name.replace('_', '-')
+def _spelled(name:str)->str: "Likewise of a training, whose options have other names elsewhere."; return _dashed((_ALIASES | dict(resume_from_checkpoint='resume')).get(name.replace('-', '_'), name))
+_TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))
 
-app = typer.Typer(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_spelled),
+app = typer.Typer(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_dashed),
     help='Train your own small GPT, without ever losing the work.')
 
 def with_training_options(
@@ -65,7 +64,7 @@ def run_name(data)->str:
     return Path(str(first)).name.split('.')[0]
 
 # %% ../nbs/18_cli.ipynb #b9ecca00
-@app.command()
+@app.command(**_TRAINS)
 @with_training_options
 def train(
     data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, a registered data set (minigpt data list), or a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib")]=None,
@@ -115,10 +114,10 @@ def train(
         model = lora(load_model(model), rank, alpha or 2*rank, targets.split(',') if isinstance(targets, str) and targets != 'all' else targets)
     resume = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
     fit(model, data, get(valid, 'valid'), override=get(override, 'override', default=()), tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=get(overwrite or None, 'overwrite', default=False),
-        output_dir=get(output_dir, 'output_dir', default=Path('runs')/run_name(data)), resume=False if resume in ('no', False) else resume, config=file, **options)
+        output_dir=get(output_dir, 'output_dir', default=Path('runs')/run_name(data)), resume=False if resume in ('no', False) else 'auto' if resume in ('True','true','1') else resume, config=file, **options)
 
 # %% ../nbs/18_cli.ipynb #4ef381de
-@app.command('resume')
+@app.command('resume', **_TRAINS)
 @with_training_options
 def resume_(
     run:Annotated[Path, typer.Argument(help="folder of a run")],
@@ -242,7 +241,7 @@ def infill(
     from minigpt.diffusion import infill as fill_gaps
     typer.echo(fill_gaps(*_model_of(run), text, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
 
-@app.command()
+@app.command(**_TRAINS)
 @with_training_options
 def bench(
     config:Annotated[str, typer.Option(help="model preset: tiny, small, medium, large")]='small',
@@ -269,8 +268,8 @@ def _writable(*files:Optional[Path]):
     for f in files:
         if not f: continue
         if not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
-        if f.suffix not in ('.json','.png','.svg','.pdf'): raise ValueError(f"{f} must end in .json, or for a figure in .png, .svg or .pdf; nothing else is written over")
-        if f.exists() and any((f.absolute().parent/n).exists() for n in ('run.json','MANIFEST.json')): raise FileExistsError(f"{f} is a file of a run or a checkpoint, and is not written over; name another one")
+        if f.suffix.lower() not in ('.json','.png','.svg','.pdf','.jpg','.jpeg','.webp'): raise ValueError(f"{f} must end in .json, or for a figure in .png, .svg, .pdf or .jpg")
+        if f.exists() and f.suffix == '.json' and any((f.absolute().parent/n).exists() for n in ('run.json','MANIFEST.json')): raise FileExistsError(f"{f} is a file of a run or a checkpoint, and is not written over; name another one")
 
 @app.command()
 def plot(
@@ -338,6 +337,7 @@ def export(
     from minigpt.export import export as write, export_onnx
     from minigpt.files import dir_size, human_size
     if like and source.is_dir(): raise ValueError(f"--like says whose file a .pth is; {source} is a directory and says it itself, leave it out")
+    if precision == 'onnx' and (tokenizer or compress or not weights_only): raise ValueError("--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer, --compress and --full out")
     if precision == 'onnx': made = export_onnx(source, out, like, overwrite)
     else: made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, config=like, replace=overwrite)
     typer.echo(f'{made}: {human_size(dir_size(made))}')
@@ -439,6 +439,7 @@ def main():
         if word == '--enable-compile' and after.startswith('-'): sys.argv[i] += '=yes' # as a flag, as in other programs
     if sys.argv[1:2] in (['train'], ['resume']):
         for word in sys.argv[2:]:
+            if word == '--': break
             if word[:2] == '--' and (how := _ELSEWHERE.get(word[2:].partition('=')[0].replace('-', '_'))): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
     try: app(standalone_mode=True)
     except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')

@@ -10,6 +10,7 @@ import difflib, math, re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import orjson
+from .files import at_home
 
 # %% ../nbs/12_config.ipynb #8d10e0c2
 def _option(default, help:str): return field(default=default, metadata=dict(help=help))
@@ -19,7 +20,7 @@ _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epoch
     block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
     accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
 
-_SHAPE = "the shape is the model's: fit(GPTConfig(dim=…, n_layer=…, n_head=…, dropout=…), …), or model: {…} with these names in a configuration file; presets are tiny, small, medium, large"
+_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {vocab_size, dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}"
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
 _ELSEWHERE = { # name of another program → how it is done here
     **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','bias','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here",
@@ -104,7 +105,8 @@ class TrainConfig:
         for f in fields(self): # a bool where a word is wanted is YAML's `no`
             v,kind = getattr(self, f.name),type(f.default)
             if hasattr(v, 'item') and getattr(v, 'shape', None) == (): v = v.item(); object.__setattr__(self, f.name, v) # NumPy's numbers
-            if f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
+            if f.name == 'lr_schedule' and v == 'constant_with_warmup': object.__setattr__(self, f.name, 'constant') # as any schedule here has
+            elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
             elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
             elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
@@ -112,7 +114,7 @@ class TrainConfig:
             elif type(v) is not kind: raise TypeError(f'{f.name}={v!r} must be of type {kind.__name__}: {f.metadata["help"]}')
         for n in ('batch_size','gradient_accumulation','max_seq_len','devices','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
         for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
-        if self.gdrive_backup_dir.startswith('~'): object.__setattr__(self, 'gdrive_backup_dir', str(Path(self.gdrive_backup_dir).expanduser()))
+        if self.gdrive_backup_dir.startswith('~'): object.__setattr__(self, 'gdrive_backup_dir', str(at_home(self.gdrive_backup_dir)))
         must('seed', -1<<63 <= self.seed < 1<<63, 'a whole number of 64 bits')
         must('num_threads', self.num_threads <= 1024, 'at most 1024; 0: one a core')
         must('epochs', 0 < self.epochs < 1e9 or self.max_steps, 'above 0 and below a billion; to train until you stop it, give max_steps')
@@ -182,4 +184,4 @@ def read_options(
         else: found = orjson.loads(path.read_bytes())
     except Exception as e: raise ValueError(f"{path} cannot be read as {'YAML' if path.suffix in ('.yaml','.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}") from None
     if not isinstance(found, dict): raise ValueError(f"{path} must hold options with their values, such as {{\"batch_size\": 8}}; it holds a {type(found).__name__}")
-    return found
+    return {k.replace('-', '_') if isinstance(k, str) else k:v for k,v in found.items()}

@@ -175,9 +175,9 @@ def _check_out(out:Path, source, replace:bool):
     if out.suffix.lower() in _ALIEN: raise ValueError(f"{out}: an export is a directory, such as {out.with_suffix('')}; {_ALIEN[out.suffix.lower()]}")
     if not replace or not out.exists(): return
     if not isinstance(source, LanguageModel) and out.resolve() in ((at := Path(source).resolve()), *at.parents): raise FileExistsError(f"{out} is the source, or around it, so it is not replaced; choose another name")
-    names = {p.name for p in out.iterdir()} if out.is_dir() else set()
-    ours = out.is_dir() and ('model.onnx' in names or 'MANIFEST.json' in names and read_json(out/'MANIFEST.json').get('kind') in ('best','step',*EXPORTED)) and all(p.is_file() for p in out.iterdir())
-    if not ours or 'run.json' in names or out.absolute().parent.name in ('checkpoints','snapshots','best'): raise FileExistsError(f"{out} is not an earlier export, so it is not replaced; choose another name, or move it away")
+    try: m = read_json(out/'MANIFEST.json') if out.is_dir() else {}
+    except (OSError, ValueError): m = {}
+    if m.get('kind') not in EXPORTED or not {p.name for p in out.iterdir()} <= {*m['files'], 'MANIFEST.json'}: raise FileExistsError(f"{out} is not an earlier export of weights, so it is not replaced; choose another name, or move it away")
 
 def export(
     source:str|Path|GPT, # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
@@ -324,4 +324,5 @@ def export_onnx(
             dynamic_shapes=({0:'batch', 1:'length'},), external_data=theory(shape)['fp32'] > 1<<30) # a protobuf ends at 2 GiB
         for n in _TOKENIZER:
             if folder and (folder/n).exists(): shutil.copyfile(folder/n, d/n)
+        write_manifest(d, {}, 'onnx', 0)
     return out

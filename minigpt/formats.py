@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import orjson, zstandard
+from .files import at_home
 from .tokenizer import SPECIALS, chat_messages
 
 # %% ../nbs/02_formats.ipynb #cd40f8e8
@@ -20,14 +21,13 @@ class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
 _REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document, save as text"), b'version https://git-lfs':('a Git LFS pointer', "fetch the real file with `git lfs pull`"), b'PAR1':('a Parquet file', "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…, force_ascii=False)`"),
-    b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), b'\x80\x04':('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines"),
+    b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), **{b'\x80'+bytes([n]):('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines") for n in range(2, 6)}, b'{\\rtf':('a document of rich text', "save it as plain text"),
     b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again"),
     b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
     b'ARROW1':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json(…, force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
 
 _TABLE = "a table, whose commas and quotes would be learned as text", "make rows of it: `pandas.read_csv(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output; or, if that is what it is, name it .txt"
-_NAMES = {'.csv':_TABLE, '.tsv':_TABLE, '.bin':("binary by its name, such as the token ids of nanoGPT's train.bin", "name the text that it was made from (input.txt); ids of another tokenizer mean nothing here"),
-    '.pt':('a checkpoint of PyTorch by its name', "name a file of text; as a model it is opened by `minigpt export`"), '.pth':('a checkpoint of PyTorch by its name', "name a file of text; as a model it is opened by `minigpt export`"), '.safetensors':('a file of tensors', "name a file of text")}
+_NAMES = {'.csv':_TABLE, '.tsv':_TABLE, '.safetensors':('a file of tensors', "name a file of text")}
 
 def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
 
@@ -129,8 +129,9 @@ def look_at(
     text = codecs.getincrementaldecoder(encoding)('replace').decode(head).lstrip('\ufeff')
     newline = 'CRLF' if '\r\n' in text else 'CR' if '\r' in text and '\n' not in text else 'LF'
     look = Look(packed, encoding, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')))
-    odd = sum(c == '\ufffd' or c < ' ' and c not in '\0\t\n\r\f\v\x1b' or '\x7f' <= c < '\xa0' for c in text)
-    if look.layout == 'text' and odd > .1*len(text): raise DataError(f"{path} is not text: {odd/len(text):.0%} of its first characters are control characters, or none at all. Numbers, pictures and compressed data are not read; name a file of text")
+    if head[257:262] == b'ustar': raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
+    odd = sum(c == '\ufffd' or c < ' ' and c not in '\b\t\n\r\f\v\x1b' or '\x7f' <= c < '\xa0' for c in text)
+    if look.layout == 'text' and odd > .1*len(text): raise DataError(f"{path} is not text in any encoding that is known here: {odd/len(text):.0%} of its first characters are control characters, or none at all. Save a text as UTF-8; of numbers, such as the token ids in nanoGPT's train.bin, name the text that they were made from (input.txt)")
     return look
 
 # %% ../nbs/02_formats.ipynb #a6bb6536
@@ -160,10 +161,12 @@ def open_data(
     return f if look.encoding == 'utf-8' and look.newline != 'CR' else io.BufferedReader(_Translated(f, look), 1<<20)
 
 # %% ../nbs/02_formats.ipynb #d2785fce
+def _foreign(f:Path)->bool: "Is this no data, though it lies among them?"; return f.name.startswith('.') or f.name.endswith(('.source.json','.part.json'))
+
 def _matching(p:Path)->list[Path]:
     "The files that a pattern stands for."
     if p.exists() or not any(c in p.name for c in '*?['): return [p]
-    if not (found := sorted(p.parent.glob(p.name))): raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
+    if not (found := sorted(f for f in p.parent.glob(p.name) if not _foreign(f))): raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
     return found
 
 def data_files(
@@ -173,11 +176,12 @@ def data_files(
     if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
     out,source = [],[source] if isinstance(source, (str,Path)) else [*source]
     if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
-    for p in (q for p in source for q in _matching(Path(p).expanduser())):
+    for p in (q for p in source for q in _matching(at_home(p))):
         if not p.is_dir(): look_at(p); out.append(p); continue
-        if (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}).to_json('data.jsonl', force_ascii=False)`")
+        part = "['train']"*(p/'dataset_dict.json').exists()
+        if part or (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}){part}.to_json('data.jsonl', force_ascii=False)`")
         if (p/'tokens.bin').exists(): raise DataError(f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or name the text that it was made from")
-        inside = sorted(f for f in p.iterdir() if f.is_file() and not f.name.startswith('.') and not f.name.endswith(('.source.json','.part.json')) and _bare(f.name).endswith(('.jsonl','.json','.txt')))
+        inside = sorted(f for f in p.iterdir() if f.is_file() and not _foreign(f) and _bare(f.name).endswith(('.jsonl','.json','.txt')))
         if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file")
         out += inside
     if not out: raise DataError("the list of data files is empty; name at least one file or folder")
@@ -367,7 +371,7 @@ def _with_tools(messages:list[dict], tools)->list[dict]:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise _Unreadable('broken tools or tool_calls', f'{type(e).__name__}: {str(e)[:200]}') from None
     return messages
 
-_ASKED,_ANSWERED = ('instruction','prompt','question','query'),('output','completion','response','answer')
+_ASKED,_ANSWERED = ('prompt','instruction','question','query'),('output','completion','response','answer')
 
 def _as_messages(x, role:str): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
 
@@ -381,15 +385,29 @@ def _question(row:dict):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
     if not (k := _one_of(row, _ASKED)): return row.get('conversations', row.get('messages', []))
     asked = row[k]
-    if isinstance(asked, str) and isinstance(row.get('input'), str): asked = '\n'.join(t for t in (asked, row['input']) if t.strip())
-    past = [dict(role=r, content=c) for turn in row.get('history') or () if isinstance(turn, list) for r,c in zip(('user','assistant'), turn)]
+    for more in 'input','context':
+        if row.get(more) is None: continue
+        if not isinstance(asked, str) or not isinstance(row[more], str): raise _Unreadable(f'{more} is not a string', f'it is a {type(row[more]).__name__}, beside a {k} that is a {type(asked).__name__}')
+        asked = '\n'.join(t for t in (asked, row[more]) if t.strip())
+    past = []
+    for turn in _as_list(row, 'history'):
+        if isinstance(turn, list) and len(turn) == 2: past += [dict(role=r, content=c) for r,c in zip(('user','assistant'), turn)]
+        elif isinstance(turn, dict): past.append(turn)
+        else: raise _Unreadable('history is no list of turns', f'{str(turn)[:60]!r}')
     asked = _as_messages(asked, 'user')
     return past+asked if isinstance(asked, list) else asked
 
+def _as_list(row:dict, key:str)->list:
+    if not isinstance(row.get(key) or [], list): raise _Unreadable(f'{key} is no list', f'it is a {type(row[key]).__name__}')
+    return row.get(key) or []
+
+def _role(m)->str|None: "Of a message, whatever it is called there."; return ROLES.get(str(m.get('role', m.get('from'))).strip().lower()) if isinstance(m, dict) else None
+
 def _with_system(messages:list, row:dict)->list:
     "The messages, behind the row's own `system`."
-    s = row.get('system')
-    return [dict(role='system', content=s), *messages] if isinstance(s, str) and s.strip() and not (messages and isinstance(messages[0], dict) and 'system' in (messages[0].get('role'), messages[0].get('from'))) else messages
+    k = _one_of(row, ('system','system_prompt'))
+    if k and not isinstance(row[k], str): raise _Unreadable(f'{k} is not a string', f'it is a {type(row[k]).__name__}')
+    return [dict(role='system', content=row[k]), *messages] if k and row[k].strip() and _role(messages[0] if messages else None) != 'system' else messages
 
 _said = lambda messages: '\n'.join([x for m in messages for x in (m.get('reasoning_content'), m['content']) if x])
 
@@ -422,7 +440,10 @@ def parse_preference(
     "Two conversations that differ in what the assistant answers."
     if missing := [k for k in ('chosen','rejected') if row.get(k) is None]: return Row(number, reason=f'no "{missing[0]}"', detail=f'its keys are {sorted(map(str, row))[:8]}')
     try:
-        prompt = _question(row)
+        asked = [m.get('content', m.get('value')) for k in ('chosen','rejected') for m in (row[k] if isinstance(row[k], list) else ()) if _role(m) == 'user']
+        whole = bool(asked) # the question is in them
+        prompt = _question(row) if not whole else [] if row.get('prompt') is None or row['prompt'] in asked else _as_messages(row['prompt'], 'user')
+        if not whole and isinstance(prompt, list) and prompt and _role(prompt[-1]) == 'assistant': raise _Unreadable('no prompt', 'the conversation before chosen and rejected ends with an answer; it must end with the question')
         sides,mended = [],set()
         for k in 'chosen','rejected':
             answer = _as_messages(row[k], 'assistant')

@@ -40,6 +40,7 @@ class Metrics:
         except OSError as e: self.torn,self.problem = True,str(e)
         return not self.problem
 
+    def content(self)->bytes: "All lines so far."; self.file.seek(0); return self.file.read()
     def close(self): self.file.close()
 
 # %% ../nbs/11_monitor.ipynb #29c24c83

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
 from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
-from .files import human_size, human_time, read_json
+from .files import at_home, human_size, human_time, read_json
 from .generate import stream_text
 from .model import GPT
 from .monitor import plot_losses, read_metrics
@@ -24,7 +24,7 @@ class Run:
     def __init__(self,
         path:str|Path, # The folder
     ):
-        self.path = Path(path).expanduser()
+        self.path = at_home(path)
         self.store,self.snapshot_store,self.best_store = stores_in(self.path)
 
     def __repr__(self): return f"Run({self.path}, {self.progress}, {len(self.checkpoints)} checkpoint{'s'*(len(self.checkpoints) != 1)})"
@@ -119,7 +119,7 @@ def open_run(
     path:str|Path, # Folder of a run
 )->Run:
     "A run, from its folder alone."
-    path = Path(path).expanduser()
+    path = at_home(path)
     if path.is_file(): raise FileNotFoundError(f"{path} is a file, and must be the folder of a run or of a model. If another program wrote it: `minigpt export {path} my-model` (for MiniMind's .pth, with --like minimind --tokenizer DIR) makes a folder of it")
     if not (path/'run.json').exists():
         near = ', '.join(r.path.name for r in list_runs(path.parent)) if path.parent.is_dir() else ''

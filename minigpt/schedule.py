@@ -61,7 +61,11 @@ class Schedule:
         yield self.max_steps
 
     @property
-    def n_checkpoints(self)->int: "How many checkpoints fall in the whole run."; return (self.max_steps-1)//self.config.save_steps+1 if self.config.save_strategy == 'steps' else sum(1 for _ in self.checkpoints())
+    def n_checkpoints(self)->int: 
+        "How many checkpoints fall in the whole run."
+        how,batch = self.config.save_strategy,self.config.effective_batch
+        if how == 'steps': return (self.max_steps-1)//self.config.save_steps+1
+        return 1 if how == 'no' else self.max_steps if batch >= self.windows else ((self.max_steps-1)*batch+self.offset)//self.windows - self.offset//self.windows + 1
 
 # %% ../nbs/12_schedule.ipynb #bf930084
 def checkpoint_size(

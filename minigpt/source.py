@@ -7,16 +7,16 @@ __all__ = ['BUILT_IN', 'OVERRIDES', 'usual_options', 'source_files', 'check_befo
            'ResumeError', 'refuse', 'token_places', 'unread_tokens', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
-import difflib
-from collections.abc import Callable
+import contextlib, difflib
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from pathlib import Path
 import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
-from .checkpoint import newest, stores_in
+from .checkpoint import stores_in
 from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
-from .files import set_aside, write_file
+from .files import at_home, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -59,14 +59,23 @@ def source_files(
         return data_files(made.data_path),made.format_type
     return data_files(source),None
 
+def _paths(x)->list[Path]:
+    "What a part of a call reads."
+    if isinstance(x, Mix): return [p for s,_ in x.parts for p in _paths(s)]
+    if _is_set(x): return [d.path for d in getattr(x, 'sets', [x])]
+    if isinstance(x, (list,tuple)): return [p for y in x for p in _paths(y)]
+    return [p] if isinstance(x, (str,Path)) and (p := at_home(x)).exists() else []
+
 def check_before_moving(
-    source, # As for `source_files`, or what `fit` takes else
-    folder:Path, # A run's, which is about to be moved aside
+    folder:Path, # Of a run, which is about to be moved aside
+    data:Iterable, # What is to be read as data: as `source_files`, token sets, mixtures; None: nothing
+    others:Iterable=(), # What else may be a path: model, tokenizer
 ):
-    "Data that are not there, or would be moved along, are refused while everything stands where it is."
-    if isinstance(source, Mix): return [check_before_moving(s, folder) for s,_ in source.parts]
-    if _is_set(source) or _named(source) or isinstance(source, str) and source in BUILT_IN and not Path(source).exists(): return
-    if inside := [f for f in data_files(source) if folder.resolve() in f.resolve().parents]: raise ValueError(f"{inside[0]} is in {folder}, which overwrite=True moves aside; move the data elsewhere, or choose a new output_dir")
+    "Data that are not there, and whatever would be moved along, are refused while everything stands where it is."
+    for x in data:
+        for s in [s for s,_ in x.parts] if isinstance(x, Mix) else [x]:
+            if s is not None and not _is_set(s) and not _named(s) and not (isinstance(s, str) and s in BUILT_IN and not Path(s).exists()): data_files(s)
+    if inside := [p for x in (*data, *others) for p in _paths(x) if folder.resolve() in (q := p.resolve(), *q.parents)]: raise ValueError(f"{inside[0]} is in {folder}, which overwrite=True moves aside; move it elsewhere, or choose a new output_dir")
 
 # %% ../nbs/12_source.ipynb #73ff0eb6
 def source_to_json(source):
@@ -139,22 +148,25 @@ def unread_tokens(
 
 def _usual(n_parts:int)->list[str]: return [f'data/{i}' for i in range(n_parts)] or ['data']
 
-def _own_tokenizer(folder:Path, say)->Tokenizer:
+def _own_tokenizer(folder:Path, wanted:str, say)->Tokenizer:
     "The run's tokenizer, which stands in every checkpoint as well."
     try: return load_tokenizer(folder/'tokenizer')
     except (OSError, ValueError) as e:
-        if not (c := newest([*stores_in(folder)[:2]])): raise
-        tok = load_tokenizer(c.path); tok.save(folder/'tokenizer')
-        say(f"{folder/'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}), and is written again from {c.path.name}")
-        return tok
+        for c in sorted((c for s in stores_in(folder) for c in s.all()), key=lambda c: -c.step):
+            with contextlib.suppress(OSError, ValueError):
+                if (tok := load_tokenizer(c.path)).hash != wanted: continue
+                tok.save(folder/'tokenizer')
+                say(f"{folder/'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}), and is written again from {c.path.name}")
+                return tok
+        raise
 
-def _whole(place:Path, say)->bool:
-    "Does a run's token set stand there, as it was written? What is left of a damaged one is set aside."
-    if not (place/'train'/'meta.json').exists(): return False
-    try: wrong = next((f'{d.path} does not hold what it was built with' for d in open_tokenset(place) if d is not None and d.damaged()), None)
-    except (OSError, ValueError, KeyError, TypeError) as e: wrong = str(e).partition(';')[0]
-    if wrong: say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
-    return not wrong
+def _damage(place:Path)->str|None:
+    "What is wrong with a run's token set, if there is one. What cannot be read at this moment is an error, and may be whole."
+    if not (place/'train'/'meta.json').exists(): return None
+    try: return next((f'{d.path} does not hold what it was built with' for d in open_tokenset(place) if d is not None and d.damaged()), None)
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as e: return str(e).partition(';')[0]
+
+def _rebuild(place:Path, wrong:str, say): say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
 
 def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say)->TokenSet:
     "A validation set of the caller's own."
@@ -165,6 +177,7 @@ def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainCon
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
+    if known and (wrong := _damage(place)): _rebuild(place, wrong, say)
     return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, say=say, keep=True)[0]
 
 def open_source(
@@ -181,7 +194,7 @@ def open_source(
     if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
-    tok = _own_tokenizer(folder, say) if known else given
+    tok = _own_tokenizer(folder, known['identity'].get('tokenizer'), say) if known else given
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
@@ -190,11 +203,14 @@ def open_source(
     if tok is None and any(_is_set(s) for s,_ in parts): raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
     if tok is None and any(_named(s) for s,_ in parts) and (ready := data_dir()/'tokenizer').exists() and not cfg.retrain_tokenizer:
         tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
-    here,anew = [bool(known) and _whole(p, say) for p in places],bool({'data','validation_split'} & {*override})
+    wrong = [_damage(p) if known else None for p in places]
+    here,anew = [bool(known) and not w and (p/'train'/'meta.json').exists() for p,w in zip(places, wrong)],bool({'data','validation_split'} & {*override})
     try: files = [None if _is_set(s) or there and not anew else source_files(s, folder) for (s,_),there in zip(parts, here)]
     except FileNotFoundError as e:
         if not known or 'data' in override: raise
         raise FileNotFoundError(f"{e}. {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'} must be built again: bring the text that it was trained on, {known['data']['source']}") from None
+    for p,w in zip(places, wrong):
+        if w: _rebuild(p, w, say)
     if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
         if known: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which the run keeps; leave special_tokens out, or choose a new output_dir")

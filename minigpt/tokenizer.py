@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, tiktoken
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
-from .files import hash_bytes, human_size, read_json, write_file, write_json
+from .files import at_home, hash_bytes, human_size, read_json, write_file, write_json
 
 # %% ../nbs/01_tokenizer.ipynb #c54cc17e
 _UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
@@ -382,7 +382,7 @@ def load_tokenizer(
     folder:str|Path, # A directory with tokenizer.json, or that file: ours, MiniMind's, any Hugging Face model's
 )->Tokenizer:
     "Read a tokenizer. No code of the directory is run."
-    folder = Path(folder)
+    folder = at_home(folder)
     file = folder if folder.suffix == '.json' else folder/'tokenizer.json'
     if folder.is_file() and folder.suffix != '.json': raise ValueError(f"{folder} is not a tokenizer: " + ('a pickle can run code when it is opened, so it is not read; ' if folder.suffix == '.pkl' else '') + "name a directory with a tokenizer.json, or train one: minigpt.tokenizer.train_tokenizer, or characters for one token a character")
     if not file.exists():

@@ -6,8 +6,8 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, gc, math, os, platform, random, signal, threading, time, traceback, uuid, weakref
-from collections.abc import Callable, Iterable
+import contextlib, gc, math, os, platform, random, signal, sys, threading, time, traceback, uuid, weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import wraps
 from importlib.util import find_spec
@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Wri
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_json
+from .files import at_home, dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -181,7 +181,7 @@ class _Save(Callback):
     def save(self, t, store):
         if not os.path.exists(t.run_path/'run.json'):
             with contextlib.suppress(OSError): # where that cannot be, nor can the save, which says so
-                t.settle(); t.say(f'{t.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; what was in it before is not there any more')
+                t.settle_anew(); t.say(f'{t.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; the checkpoints that were in it are not there any more')
         t.schedule.saved()
         if store.kind != 'light': self.saved = t.step # what a resume can go on from
         state = t.state()
@@ -346,9 +346,10 @@ def _leaving_nothing(f:Callable)->Callable:
     "A notebook keeps the last error, and with it whatever its frames hold: of a training that was stopped, the model and the optimizer."
     @wraps(f)
     def g(*args, **kwargs):
+        seen = [sys.exc_info()[1], None] # what the caller deals with is his
         try: return f(*args, **kwargs)
-        except (KeyboardInterrupt, SystemExit, TrainingError) as e:
-            while e: traceback.clear_frames(e.__traceback__); e = e.__context__
+        except (KeyboardInterrupt, SystemExit, TrainingError, CheckpointError, BackupError) as e:
+            while e not in seen: seen.append(e); traceback.clear_frames(e.__traceback__); e = e.__context__
             gc.collect(); raise
     return g
 
@@ -360,7 +361,8 @@ def _signals(t:Trainer):
     def handler(number, frame):
         if t.stop: restore(); raise KeyboardInterrupt('stopped at once, without saving')
         t.stop = signal.Signals(number) # and not a word: the signal may have come in the middle of a print
-    old = {s:signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    asked = [signal.SIGINT, signal.SIGTERM] + [s for n in ['SIGHUP'] if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN] # the terminal is gone; nohup ignores that
+    old = {s:signal.signal(s, handler) for s in asked}
     restore = lambda: [signal.signal(s, h) for s,h in old.items()]
     try: yield
     finally: restore()
@@ -395,10 +397,16 @@ class _RunTrainer(Trainer):
 
     def settle(self):
         "Write what makes a folder this run's."
-        self.run_path.mkdir(parents=True, exist_ok=True)
         write_json(self.run_path/'run.json', self.facts)
         if not (self.run_path/'tokenizer'/'tokenizer.json').exists(): self.tokenizer.save(self.run_path/'tokenizer')
         self.metrics = Metrics(self.run_path/'metrics.jsonl', self.attempt, self.step)
+
+    def settle_anew(self):
+        "Likewise where the folder has disappeared; a `RuntimeError` if another process has taken its place."
+        self.run_path.mkdir(parents=True, exist_ok=True)
+        self.at_end.enter_context(only_one(self.run_path))
+        write_file(self.run_path/'metrics.jsonl', self.metrics.content()); self.metrics.close() # an open file outlives its name
+        self.settle()
 
     def log(self, row:dict):
         "Write a row of metrics, and tell every callback."
@@ -471,17 +479,21 @@ def _describe(data, seq_len:int)->list[str]:
 
 def _given(model):
     "The model of a call; opened, if a directory is named."
+    model = getattr(model, '_orig_mod', model) # of torch.compile; whether to compile is decided here
     if isinstance(model, nn.Module) and not isinstance(model, LanguageModel) or hasattr(model, 'to_json_string'): raise TypeError(f"model is a {type(model).__name__} of another library; write it with save_pretrained('DIR') and pass model='DIR' (a shape alone: minigpt.model.from_hf(config.to_dict()))")
     if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
+    model = at_home(model)
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).is_file(): load_model(model) # says what becomes of a file
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
 def _home(model)->Path|None:
-    "The directory that a model, or what its adapter adapts, was loaded from."
-    return Path(p) if (p := getattr(model, 'origin', None) or getattr(model, 'base_path', None)) else None
+    "The directory that a model, or what its adapter adapts, was loaded from; that with the tokenizer, if one has it."
+    origin = Path(p) if (p := getattr(model, 'origin', None)) else None
+    places = [p for p in (origin, find_base(getattr(model, 'base_path', None), origin or Path())) if p]
+    return next((p for p in places if (p/'tokenizer.json').exists()), places[0] if places else None)
 
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     "The model of a call, with weights decided by the seed."
@@ -500,16 +512,16 @@ def _ownerless(folder:Path)->list[str]:
     others = sorted(p for pattern in ('checkpoint-*','ckpt.pt','*.pth') for p in folder.glob(pattern)) # of Trainer, nanoGPT, MiniMind
     return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]] if not (folder/'run.json').exists() else []
 
-def _folder(output_dir, resume, overwrite:bool, train)->tuple[Path,Path|None]:
+def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|None]:
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
     if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
-    folder = Path(output_dir).expanduser()
+    folder = at_home(output_dir)
     try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
     if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
         if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")
         with only_one(folder): pass
-        check_before_moving(train, folder)
+        check_before_moving(folder, data, others)
         aside = set_aside(folder, 'old'); folder.mkdir()
         return folder,aside
     if resume is False and (folder/'run.json').exists():
@@ -649,7 +661,8 @@ def fit(
     override = (override,) if isinstance(override, str) else tuple(override)
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     if launched(): help_out(); return Run(output_dir)
-    folder,aside = _folder(output_dir, resume, overwrite, train)
+    train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
+    folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
     with only_one(folder), contextlib.ExitStack() as at_end:
         say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
@@ -691,7 +704,7 @@ def fit(
         attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
         windows = data.n_windows(cfg.max_seq_len)
         t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, run_id=id, tokenizer=tok, attempt=len(attempts)+1, valid=valid, say=say, objective=objective)
-        t.team = team
+        t.team,t.at_end = team,at_end
         _strangers_aside(t)
         if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), t, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
             say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done.get('stopped_early') else ''))
@@ -880,6 +893,7 @@ def resume(
     **options, # Fields of `TrainConfig` to change; `callbacks` too
 )->Run:
     "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
+    run = at_home(run)
     if launched(): help_out(); return Run(run)
     if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
         check_there(folder)

@@ -507,13 +507,14 @@ def test_only_an_earlier_export_is_replaced(plain, tmp_path):
     run = tmp_path/"run"; (run/"checkpoints").mkdir(parents=True); (run/"run.json").write_text("{}")
     shutil.copytree(plain[1], run/"checkpoints"/"checkpoint-25"); write_final(run, read_checkpoint(plain[1]))
     (tmp_path/"mine").mkdir(); (tmp_path/"mine"/"thesis.txt").write_text("precious"); (tmp_path/"data.txt").write_text("precious")
+    full = export(plain[1], tmp_path/"full", weights_only=False); (tmp_path/"mine"/"model.onnx").touch()      # from the one training can go on; the other is not ours
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    for out in run, run/"checkpoints", next((run/"checkpoints").iterdir()), tmp_path/"mine", tmp_path/"data.txt", tmp_path:
+    for out in run, run/"checkpoints", next((run/"checkpoints").iterdir()), tmp_path/"mine", tmp_path/"data.txt", tmp_path, full:
         with pytest.raises(FileExistsError, match="so it is not replaced"): export(run, out, replace=True)
     for name in "m.gguf", "m.pth":
         with pytest.raises(ValueError, match="an export is a directory, such as .*m;"): export(run, tmp_path/name)
     assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    assert export(run, tmp_path/"x") == export(run, tmp_path/"x", "int8", replace=True) == export(plain[1], tmp_path/"x", weights_only=False, replace=True) == export(run, tmp_path/"x", replace=True)
+    assert export(run, tmp_path/"x") == export(run, tmp_path/"x", "int8", replace=True) == export(run, tmp_path/"x", compress=True, replace=True)
 
 
 def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -240,7 +240,7 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
     "no tokenizer": (lambda w: new_run(w, model=without_tokenizer(w)), ["bare has no tokenizer.json", "tokenizer='DIR'", "retrain_tokenizer=True"]),
     "checkpoints of Trainer": (lambda w: ((w/"theirs/checkpoint-20").mkdir(parents=True), new_run(w, output_dir=w/"theirs")), ["theirs holds checkpoint-20 and no run.json", "choose a new output_dir"]),
     "table": (lambda w: (w/"a.csv").write_text("a,b") and new_run(w, train=w/"a.csv"), ["a.csv is a table", "read_csv"]),
-    "numbers": (lambda w: (w/"train.bin").write_bytes(b"1234") and new_run(w, train=w/"train.bin"), ["train.bin is binary", "nanoGPT", "input.txt"]),
+    "numbers": (lambda w: (w/"train.bin").write_bytes(bytes(range(32))*99) and new_run(w, train=w/"train.bin"), ["train.bin is not text", "nanoGPT", "input.txt"]),
     "batch_size": (lambda w: evaluate_on(w/"run", w/"text.jsonl", batch_size=0), ["batch_size=0 must be at least 1"]),
     "seq_len": (lambda w: evaluate_on(w/"run", w/"text.jsonl", seq_len=-1), ["seq_len=-1 must be from 2 to 64"]),
 }
@@ -489,12 +489,14 @@ def test_several_files(work):
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_the_folder_disappears_while_it_trains(whole, work, how):
-    "What is saved afterwards can be found, and gone on from"
+    "What is saved afterwards can be found, and gone on from; nobody else gets in; the losses so far are known"
     def disappear(t): shutil.rmtree(t.run_path) if how == "deleted" else t.run_path.rename(work/"elsewhere")
     def end(t):
-        if t.step == 16: raise PowerCut
+        if t.step == 16:
+            with pytest.raises(RuntimeError, match="another process"), only_one(work/"run"): pass
+            raise PowerCut
     with pytest.raises(PowerCut): go(work, At(7, disappear), At(16, end))
-    assert steps(work) == [10, 15] and [r["step"] for r in open_run(work/"run").history if "loss" in r][0] > 10
+    assert steps(work) == [10, 15] and [r["step"] for r in open_run(work/"run").history if "loss" in r][:16] == [*range(1, 17)]
     assert log(work).count("has been deleted, moved or renamed") == 1
     _, losses = go(work)
     assert weights(work) == weights(whole[0]) and all(whole[1][k] == v for k, v in losses.items()) and min(losses)[0] in (15, 16)
@@ -589,6 +591,14 @@ def test_a_named_damaged_checkpoint_is_refused(cut, tmp_path):
 
 
 # --- signals --------------------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_terminal_that_is_gone(work, whole):
+    with pytest.raises(SystemExit): go(work, At(7, lambda t: signal.raise_signal(signal.SIGHUP)))
+    assert steps(work) == [5, 7]
+    _, losses = go(work)
+    same_as(whole, work, losses, 7)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm(workers, work, whole):
     "What a machine sends before it goes away"
@@ -729,6 +739,26 @@ def test_damaged_tokens_are_built_again(harm, cut, tmp_path, whole):
     _, losses = go(work)
     same_as(whole, work, losses, 10)
     assert "damaged tokens: " in log(work) and (work/"run/data.damaged-1").exists()
+
+
+def test_tokens_that_cannot_be_read_now_stay_where_they_are(cut, tmp_path, whole, monkeypatch):
+    work = copied(cut, tmp_path/"work"); (work/"text.jsonl").rename(work/"away")
+    def broken(file): raise OSError(errno.EIO, "Input/output error")
+    with monkeypatch.context() as m:
+        m.setattr("minigpt.data.hash_file", broken)
+        with pytest.raises(OSError, match="Input/output"): go(work)
+    _, losses = go(work)
+    same_as(whole, work, losses, 10)
+
+
+def test_nothing_is_moved_aside_with_what_the_call_reads(whole, tmp_path):
+    work = copied(whole[0], tmp_path/"work")
+    before = sorted(p.relative_to(work) for p in work.rglob("*"))
+    tokens, model = TokenSet(work/"run/data/train"), work/"run/best"/f"checkpoint-{STEPS}"
+    for change in dict(train=tokens), dict(model=model), dict(valid=work/"none.txt"), dict(train=work/"none.txt"), dict(tokenizer=work/"run/tokenizer"):
+        call = dict(model=child.shape(), train=work/"text.jsonl", output_dir=work/"run", overwrite=True) | change
+        with pytest.raises((ValueError, FileNotFoundError), match="overwrite=True moves aside|there is no file"): fit(**call, **SHORT)
+    assert before == sorted(p.relative_to(work) for p in work.rglob("*"))
 
 
 def test_rows_left_out_are_in_the_log(work, capsys):
