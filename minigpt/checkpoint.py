@@ -6,7 +6,7 @@
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'Checkpoint', 'CheckpointStore', 'stores_in', 'newest', 'Saved', 'Writer', 'write_final']
+           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'newest', 'Saved', 'Writer', 'write_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, pickle, random, re, time, zipfile
@@ -445,6 +445,14 @@ def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)-
     return model.eval()
 
 
+
+def home_of(
+    model, # Any object; of one that was loaded from nowhere: None
+)->Path|None:
+    "The directory that a model, or what its adapter adapts, was loaded from; that with the tokenizer, if one has it."
+    origin = Path(p) if (p := getattr(model, 'origin', None)) else None
+    places = [p for p in (origin, find_base(getattr(model, 'base_path', None), origin or Path())) if p]
+    return next((p for p in places if (p/'tokenizer.json').exists()), places[0] if places else None)
 
 # %% ../nbs/07_checkpoint.ipynb #dd0c8525
 @dataclass(frozen=True)

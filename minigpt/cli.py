@@ -141,9 +141,10 @@ def _model_of(path:Path, which:Optional[str]=None):
     "The model and the tokenizer of a run, or of a directory with a model."
     from minigpt.run import open_run
     if (path/'run.json').exists() or not any((path/n).exists() for n in ('config.json','adapter_config.json')): run = open_run(path); return run.model(which),run.tokenizer
-    from minigpt.checkpoint import load_model
+    from minigpt.checkpoint import home_of, load_model
     from minigpt.tokenizer import load_tokenizer
-    return load_model(path),load_tokenizer(path)
+    model = load_model(path)
+    return model,load_tokenizer(home_of(model) or path)
 
 # %% ../nbs/18_cli.ipynb #0e1066e6
 @app.command()
@@ -436,7 +437,7 @@ def main():
     for out in sys.stdout,sys.stderr:
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace') # a model may write what the terminal cannot show
     for i,(word,after) in enumerate(zip(sys.argv, [*sys.argv[1:], '-'])):
-        if word == '--enable-compile' and after.startswith('-'): sys.argv[i] += '=yes' # as a flag, as in other programs
+        if word[:2] == '--' and _spelled(word[2:]) == 'enable-compile' and after.startswith('-'): sys.argv[i] += '=yes' # as a flag, as in other programs
     if sys.argv[1:2] in (['train'], ['resume']):
         for word in sys.argv[2:]:
             if word == '--': break

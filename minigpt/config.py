@@ -18,18 +18,20 @@ def _option(default, help:str): return field(default=default, metadata=dict(help
 _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
     per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers',
     block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
-    accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
+    compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
 
 _SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {vocab_size, dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}"
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
 _ELSEWHERE = { # name of another program → how it is done here
-    **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','bias','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here",
+    **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here", 'bias':"there are no biases, as in Llama",
+    'optim':"it is optimizer: adamw or muon", 'eval_iters':"it is eval_sequences, counted in sequences", 'loss_type':"it is dpo_loss", **dict.fromkeys(('label_smoothing','label_smoothing_factor'), "of preferences it is dpo_label_smoothing; for texts there is none"),
+    'packing':"rows are always packed; line_by_line makes each a sequence of its own", 'train_on_responses_only':"only what assistants say is learned", 'load_in_4bit':"weights are trained in fp32; minigpt export makes int4 of them", 'target_modules':"it is lora(…, targets=[…]), or --lora-targets",
     **dict.fromkeys(('out_dir','save_dir'), "the run's folder is output_dir"), 'overwrite_output_dir':"it is overwrite=True, which moves the old run aside", 'run_name':"a run is called as its folder, output_dir", 'save_weight':"a run is called as its folder, output_dir",
     **dict.fromkeys(('fp16','bf16','dtype','tf32'), "it is precision: auto, fp32, bf16 or fp16"), **dict.fromkeys(('use_cpu','no_cuda'), "it is device='cpu'"),
     **dict.fromkeys(('init_from','from_resume','ignore_data_skip'), _RESUME), **dict.fromkeys(('from_weight','model_name_or_path'), "the model to begin with is fit's first argument, a directory (--config DIR)"),
     'decay_lr':"it is lr_schedule='constant'", 'lr_decay_iters':"the schedule ends with max_steps", 'min_lr':"it is min_lr_ratio, a share of learning_rate", 'warmup_ratio':"it is warmup_steps", 'always_save_checkpoint':"checkpoints are saved every save_steps, and the best model beside them",
     **dict.fromkeys(('load_best_model_at_end','metric_for_best_model','greater_is_better'), "the best model by validation loss is kept in best/: run.model('best')"),
-    **dict.fromkeys(('report_to','wandb_log','use_wandb','wandb_project','logging_dir'), "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"), **dict.fromkeys(('compute_metrics','label_smoothing_factor','push_to_hub'), "there is none here; a Callback sees every step, and a checkpoint is a folder that huggingface_hub uploads as it is"),
+    **dict.fromkeys(('report_to','wandb_log','use_wandb','wandb_project','logging_dir'), "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"), **dict.fromkeys(('compute_metrics','push_to_hub'), "there is none here; a Callback sees every step, and a checkpoint is a folder that huggingface_hub uploads as it is"),
     **dict.fromkeys(('train_dataset','train_file','data_path','data_dir'), "the data are fit's second argument (in a configuration file data_files)"), **dict.fromkeys(('eval_dataset','eval_data','validation_file','do_eval'), "it is valid, a file; by default validation_split of the texts is held out"), 'do_train':"fit trains",
     'peft_config':"it is fit(lora(load_model(DIR), r=8), …), or --lora-r"}
 
@@ -106,6 +108,8 @@ class TrainConfig:
             v,kind = getattr(self, f.name),type(f.default)
             if hasattr(v, 'item') and getattr(v, 'shape', None) == (): v = v.item(); object.__setattr__(self, f.name, v) # NumPy's numbers
             if f.name == 'lr_schedule' and v == 'constant_with_warmup': object.__setattr__(self, f.name, 'constant') # as any schedule here has
+            elif f.name == 'precision' and (short := dict(bfloat16='bf16', float16='fp16', float32='fp32').get(v)): object.__setattr__(self, f.name, short)
+            elif f.name == 'enable_compile' and (word := {'1':'yes', 'true':'yes', '0':'no', 'false':'no'}.get(str(v).lower())): object.__setattr__(self, f.name, word)
             elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
             elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
@@ -148,7 +152,7 @@ class TrainConfig:
             name = _ALIASES.get(k, k)
             if name not in known:
                 near = difflib.get_close_matches(k, known, 1, .7)
-                raise TypeError(f"there is no option {k!r}" + (f": {_ELSEWHERE[k]}" if k in _ELSEWHERE else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
+                raise TypeError(f"there is no option {k!r}" + (": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line and configuration files" if k in ('lora_r','lora_alpha','lora_targets','r') else f": {_ELSEWHERE[k]}" if k in _ELSEWHERE else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
             out[name] = v
         return cls(**out)
 

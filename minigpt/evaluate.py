@@ -10,7 +10,7 @@ import math, tempfile
 from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
-from .checkpoint import load_model
+from .checkpoint import home_of, load_model
 from .data import TokenSet, build_tokenset, open_set, spread_over
 from .files import hash_bytes
 from .model import GPT, need_gpt
@@ -63,7 +63,7 @@ def _opened(model, tokenizer)->tuple[GPT,Tokenizer]:
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
     if isinstance(model, (str,Path)) and (Path(model)/'run.json').exists(): model = open_run(model)
     if isinstance(model, Run): return model.model(),tokenizer or model.tokenizer
-    if not isinstance(model, GPT): return load_model(model),tokenizer or load_tokenizer(model)
+    if not isinstance(model, GPT): model = load_model(model); return model,tokenizer or load_tokenizer(home_of(model))
     if tokenizer is None: raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
     return model,tokenizer
 

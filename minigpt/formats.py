@@ -24,10 +24,10 @@ _REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document
     b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), **{b'\x80'+bytes([n]):('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines") for n in range(2, 6)}, b'{\\rtf':('a document of rich text', "save it as plain text"),
     b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again"),
     b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
-    b'ARROW1':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json(…, force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
+    b'ARROW1':('an Arrow file', "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`"), b'\xff\xff\xff\xff':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
 
 _TABLE = "a table, whose commas and quotes would be learned as text", "make rows of it: `pandas.read_csv(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output; or, if that is what it is, name it .txt"
-_NAMES = {'.csv':_TABLE, '.tsv':_TABLE, '.safetensors':('a file of tensors', "name a file of text")}
+_NAMES = {'.csv':_TABLE, '.tsv':(_TABLE[0], _TABLE[1].replace('read_csv(…)', "read_csv(…, sep='\\t')")), '.safetensors':('a file of tensors', "name a file of text")}
 
 def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
 
@@ -316,6 +316,8 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     raise _Unreadable('broken JSON', why)
 
 # %% ../nbs/02_formats.ipynb #1d59e454
+_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:' # of chat templates
+
 def parse_pretrain(
     row:dict, # What a line holds
     number:int, # Its number, from 1
@@ -325,7 +327,7 @@ def parse_pretrain(
     text = row['text']
     if not isinstance(text, str): return Row(number, reason='text is not a string', detail=f'it is a {type(text).__name__}')
     if not text.strip(): return Row(number, reason='empty text')
-    return Row(number, text, mended=('marks of turns (<|im_start|>) read as letters; conversations are given as messages',) if '<|im_start|>' in text else ())
+    return Row(number, text, mended=next(((f'marks of turns ({m}) read as letters; conversations are given as messages',) for m in _TURNS if m in text), ()))
 
 # %% ../nbs/02_formats.ipynb #1cbfa210
 ROLES = {r:name for name,others in dict(user=('user','human','用户'), assistant=('assistant','gpt','bot','ai','助手'), system=('system','系统'), tool=('tool','function','observation','工具')).items() for r in others}

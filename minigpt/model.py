@@ -9,7 +9,7 @@ __all__ = ['FAMILIES', 'GPTConfig', 'to_hf', 'shape_from_dict', 'from_hf', 'RMSN
 # %% ../nbs/05_model.ipynb #658ad1e7
 import difflib, math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import import_module
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +70,7 @@ class GPTConfig:
     def from_dict(cls, d:dict)->'GPTConfig':
         "The configuration that `to_dict` wrote."
         known = [f.name for f in fields(cls)]
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in d]: raise ValueError(f"GPTConfig needs {', '.join(missing)} too; or take a preset and change it: GPTConfig.preset('small', n_layer=6)")
         if bad := [k for k in d if k not in known]: raise ValueError(f"GPTConfig has no field {bad[0]!r}; its fields are {', '.join(known)}")
         return cls(**d)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
 from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, read_run_id, restore_run, wait_for_others
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, stores_in, unpack_optimizer, unpack_rng, write_final
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, home_of, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, stores_in, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
@@ -489,12 +489,6 @@ def _given(model):
     if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
-def _home(model)->Path|None:
-    "The directory that a model, or what its adapter adapts, was loaded from; that with the tokenizer, if one has it."
-    origin = Path(p) if (p := getattr(model, 'origin', None)) else None
-    places = [p for p in (origin, find_base(getattr(model, 'base_path', None), origin or Path())) if p]
-    return next((p for p in places if (p/'tokenizer.json').exists()), places[0] if places else None)
-
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
     "The model of a call, with weights decided by the seed."
     random.seed(cfg.seed); np.random.seed(cfg.seed % 2**32); torch.manual_seed(cfg.seed)
@@ -684,7 +678,7 @@ def fit(
 
         given_valid = source_to_json(valid) if valid is not None else None
         model = _given(model)
-        if (home := _home(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
+        if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
         tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
