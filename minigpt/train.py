@@ -359,8 +359,8 @@ def _signals(t:Trainer):
     if threading.current_thread() is not threading.main_thread(): yield; return
     t = weakref.proxy(t) # the frame of a handler keeps what it refers to
     def handler(number, frame):
-        if t.stop: restore(); raise KeyboardInterrupt('stopped at once, without saving')
-        t.stop = signal.Signals(number) # and not a word: the signal may have come in the middle of a print
+        if t.stop and number in (signal.SIGINT, signal.SIGTERM): restore(); raise KeyboardInterrupt('stopped at once, without saving') # a terminal that is gone may say so more than once
+        t.stop = t.stop or signal.Signals(number) # and not a word: the signal may have come in the middle of a print
     asked = [signal.SIGINT, signal.SIGTERM] + [s for n in ['SIGHUP'] if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN] # the terminal is gone; nohup ignores that
     old = {s:signal.signal(s, handler) for s in asked}
     restore = lambda: [signal.signal(s, h) for s,h in old.items()]

@@ -593,7 +593,7 @@ def test_a_named_damaged_checkpoint_is_refused(cut, tmp_path):
 # --- signals --------------------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_terminal_that_is_gone(work, whole):
-    with pytest.raises(SystemExit): go(work, At(7, lambda t: signal.raise_signal(signal.SIGHUP)))
+    with pytest.raises(SystemExit): go(work, At(7, lambda t: [signal.raise_signal(signal.SIGHUP) for _ in range(2)]))
     assert steps(work) == [5, 7]
     _, losses = go(work)
     same_as(whole, work, losses, 7)
