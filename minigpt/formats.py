@@ -26,8 +26,8 @@ _REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document
     b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
     b'ARROW1':('an Arrow file', "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`"), b'\xff\xff\xff\xff':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
 
-_TABLE = "a table, whose commas and quotes would be learned as text", "make rows of it: `pandas.read_csv(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output; or, if that is what it is, name it .txt"
-_NAMES = {'.csv':_TABLE, '.tsv':(_TABLE[0], _TABLE[1].replace('read_csv(…)', "read_csv(…, sep='\\t')")), '.safetensors':('a file of tensors', "name a file of text")}
+_NAMES = {'.csv':("a table, whose commas and quotes would be learned as text", "make rows of it: `pandas.read_csv(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output; or, if that is what it is, name it .txt"),
+    '.safetensors':('a file of tensors', "name a file of text")}
 
 def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
 
