@@ -422,6 +422,7 @@ def parse_conversation(
     try:
         if raw is None and _in_fields(row):
             if isinstance(row.get('label'), bool): raise _Unreadable('answers with a label', 'rows of {prompt, completion, label} tell good answers from bad ones; keep those whose label is true, without the label, or make pairs of chosen and rejected')
+            if len(both := [k for k in _ASKED if row.get(k) is not None]) > 1: raise _Unreadable('two questions', f"{' and '.join(both)} are there both, and one of them would be lost; make one field of them")
             asked,answered = _one_of(row, _ASKED),_one_of(row, _ANSWERED)
             question,answer = _question(row),_as_messages(row[answered], 'assistant')
             if not isinstance(question, list) or not isinstance(answer, list): raise _Unreadable('question or answer is no text', f'{asked} is a {type(row[asked]).__name__}, {answered} a {type(row[answered]).__name__}')

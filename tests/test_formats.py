@@ -111,6 +111,7 @@ CHAT = {  # name → (rows, what they say or why not); each stands in a file beh
     "input-list": (dict(instruction="3?", output="5", input=["2?"]), bad(2, "input is not a string")),
     "system-list": (dict(talk(USER, ANSWER), system=["Be short."]), bad(2, "system is not a string")),
     "system-twice": (dict(talk(says("System", "Be long."), USER, ANSWER), system="Be short."), good(2, "Be long.\n2?\nTwo.", "role 'System' for system")),
+    "two-questions": (dict(instruction="Add", question="2?", answer="4"), bad(2, "two questions")),
     "kto": (dict(prompt="2?", completion="5", label=False), bad(2, "answers with a label")),
     "content-number": (talk(USER, says("assistant", 2)), bad(2, "content is not a string")),
     "thought-number": (talk(USER, says("assistant", "2", reasoning_content=2)), bad(2, "reasoning_content is not a string")),
