@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['human_size', 'human_time', 'at_home', 'free_space', 'dir_size', 'memory_use', 'Pace', 'rest', 'spread', 'hash_bytes',
-           'hash_file', 'fsync', 'hidden', 'write_file', 'write_json', 'read_json', 'new_dir', 'remove_dir',
-           'set_aside', 'sweep', 'only_one']
+           'hash_file', 'lexists', 'entries', 'may_pass', 'within_time', 'fsync', 'hidden', 'open_new', 'write_all',
+           'write_file', 'write_json', 'read_json', 'stay_inside', 'open_append', 'delete', 'new_dir', 'remove_dir',
+           'set_aside', 'sweep', 'can_lock', 'RunLock', 'only_one']
 
 # %% ../nbs/00_files.ipynb #dffc4503
-import ctypes, os, shutil, signal, sys, threading, time, warnings
+import ctypes, errno, os, shutil, signal, stat, sys, threading, time, warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 import orjson, psutil, xxhash
 from filelock import FileLock, Timeout
+try: import fcntl
+except ImportError: fcntl = None # Windows
 
 # %% ../nbs/00_files.ipynb #6a66106e
 def human_size(
@@ -58,8 +61,12 @@ def free_space(
 def dir_size(
     path:str|Path, # A folder; one that is not there takes nothing
 )->int: # Bytes
-    "What the files in a folder, and below it, take."
-    return sum(f.stat().st_size for f in Path(path).rglob('*') if f.is_file())
+    "What the files in a folder, and below it, take. Links are not followed; what cannot be read counts for nothing."
+    total = 0
+    for folder,_,names in os.walk(path):
+        for name in names:
+            with suppress(OSError): total += os.lstat(os.path.join(folder, name)).st_size
+    return total
 
 # %% ../nbs/00_files.ipynb #07c56224
 _CGROUP = (('memory.max','memory.current','memory.stat','inactive_file'), # version 2, then 1
@@ -146,6 +153,49 @@ def hash_file(
         while chunk := f.read(1<<22): h.update(chunk); rest()
     return h.hexdigest()
 
+# %% ../nbs/00_files.ipynb #9b4e0a68
+def lexists(path:str|Path)->bool:
+    "Is there anything of this name, a link that leads nowhere included? An error other than its absence is raised."
+    try: os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError): return False
+    return True
+
+def entries(
+    folder:str|Path, # One that is not there has no entries
+)->list[Path]: # In the order of their names
+    "What is in a folder. One that cannot be listed is an `OSError`, and never an empty one."
+    folder = Path(folder)
+    try:
+        with os.scandir(folder) as found: return sorted(folder/e.name for e in found)
+    except (FileNotFoundError, NotADirectoryError): return []
+
+def may_pass(
+    e:OSError, # From reading
+)->bool:
+    "Is this an error that may be gone later, so that it says nothing about the content?"
+    return e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+
+# %% ../nbs/00_files.ipynb #ba60693e
+def within_time(
+    f:Callable[[],object], # Asks a file system, say
+    seconds:float, # How long to wait for it
+    what:str, # Which thing does not answer, for the error
+): # What `f` returns, or its error
+    "Call `f`; a `TimeoutError` if there is no answer in time. The thread that waits is left behind, and does not keep Python from exiting."
+    answer = []
+    def ask():
+        try: answer.append((f(), None))
+        except BaseException as e: answer.append((None, e))
+    thread = threading.Thread(target=ask, name='minigpt-ask', daemon=True)
+    thread.start(); thread.join(seconds)
+    if not answer: raise TimeoutError(f"{what} has not answered for {human_time(seconds)}: the mount hangs. Mount it again, or leave it out")
+    value,error = answer[0]
+    if error: raise error
+    return value
+
+# %% ../nbs/00_files.ipynb #b153cdff
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK} # what a file system says of a request that it does not know
+
 # %% ../nbs/00_files.ipynb #5958539a
 def fsync(
     path:str|Path, # File or folder
@@ -154,6 +204,8 @@ def fsync(
     if os.name == 'nt' and os.path.isdir(path): return  # Windows has no handle for it, and needs none
     fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
     try: os.fsync(fd)
+    except OSError as e:
+        if e.errno not in _UNSUPPORTED: raise
     finally: os.close(fd)
 
 # %% ../nbs/00_files.ipynb #d9463824
@@ -165,6 +217,16 @@ def _named(e:BaseException, path:Path)->BaseException:
     "The error, with the path that a bare `No space left on device` does not have."
     return OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) and e.errno and not e.filename else e
 
+def open_new(path:str|Path):
+    "Open a file that nobody has written to, unbuffered. A leftover of its name, or a link, is unlinked first; what the link points to is not touched."
+    if lexists(path): os.unlink(path)
+    return open(path, 'xb', buffering=0)
+
+def write_all(f, data:bytes):
+    "Write all of `data`; one write may take less."
+    view = memoryview(data)
+    while view: view = view[f.write(view):]
+
 def write_file(
     path:str|Path, # File to write; an older one stays until the new one is whole
     data:bytes|str, # Its content; text is written as UTF-8
@@ -172,7 +234,7 @@ def write_file(
     "Write a file in one step."
     path = Path(path); tmp = hidden(path, 'tmp')
     try:
-        tmp.write_bytes(data.encode() if isinstance(data, str) else data)
+        with open_new(tmp) as f: write_all(f, data.encode() if isinstance(data, str) else data)
         fsync(tmp); os.replace(tmp, path); fsync(path.parent)
     except BaseException as e: tmp.unlink(missing_ok=True); raise _named(e, path)
     return path
@@ -187,6 +249,83 @@ def read_json(path:str|Path):
     try: return orjson.loads(Path(path).read_bytes())
     except orjson.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); it may have been cut off or edited by hand") from None
 
+# %% ../nbs/00_files.ipynb #017d7268
+def stay_inside(
+    path:str|Path, # To be written, renamed or deleted
+    root:str|Path, # The folder that it must be in
+)->Path: # `path`
+    "An `OSError` if `path` is not below `root`, or a folder on the way to it is a link."
+    path,root = Path(path),Path(root)
+    parts = path.parts[len(root.parts):]
+    if path.parts[:len(root.parts)] != root.parts or not parts or '..' in parts: raise OSError(errno.EXDEV, f'this is not in {root}, and nothing outside of it is touched', str(path))
+    for folder in list(path.parents)[:len(parts)-1]:
+        if os.path.islink(folder): raise OSError(errno.ELOOP, 'this folder is a link, and nothing is written or deleted through it; put the folder itself in its place', str(folder))
+    return path
+
+def open_append(path:str|Path, mode:str='ab'):
+    "Open a file to append to it, unbuffered; an `OSError` if it is a link."
+    if os.path.islink(path): raise OSError(errno.ELOOP, 'this is a link, and nothing is written through it; put the file itself in its place', str(path))
+    return open(path, mode, buffering=0)
+
+# %% ../nbs/00_files.ipynb #fc616e76
+_HANDLES = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and os.scandir in os.supports_fd # not on Windows
+_FOLDER = os.O_RDONLY | getattr(os, 'O_DIRECTORY', 0)
+_NO_LINK = getattr(os, 'O_NOFOLLOW', 0)
+
+def _empty(name:str, folder:int|None):
+    "Cut a file to nothing; not where it has a second name, which may be outside."
+    fd = os.open(name, os.O_WRONLY | _NO_LINK, dir_fd=folder)
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1: os.ftruncate(fd, 0)
+    finally: os.close(fd)
+
+def _delete(name:str, folder:int, device:int, emptied:bool):
+    "Delete a name in an open folder, and all below it."
+    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode):
+        if emptied and stat.S_ISREG(found.st_mode): _empty(name, folder)
+        os.unlink(name, dir_fd=folder)
+        return
+    if found.st_dev != device: raise OSError(errno.EXDEV, 'another disk is mounted here, and it is not deleted', name)
+    inside = os.open(name, _FOLDER | _NO_LINK, dir_fd=folder)
+    try:
+        with os.scandir(inside) as found: names = [e.name for e in found]
+        for n in sorted(names, key=lambda n: n != 'MANIFEST.json'): _delete(n, inside, device, emptied) # half deleted, it must not look whole
+    finally: os.close(inside)
+    os.rmdir(name, dir_fd=folder)
+
+def _delete_by_name(path:Path, emptied:bool):
+    "Likewise where the system has no handles of folders."
+    if path.is_symlink() or not path.is_dir():
+        if emptied and path.is_file() and not path.is_symlink(): _empty(str(path), None)
+        path.unlink()
+    elif os.path.ismount(path): raise OSError(errno.EXDEV, 'another disk is mounted here, and it is not deleted', str(path))
+    else:
+        for p in sorted(entries(path), key=lambda p: p.name != 'MANIFEST.json'): _delete_by_name(p, emptied)
+        path.rmdir()
+
+# %% ../nbs/00_files.ipynb #9cc10f71
+def delete(
+    path:str|Path, # File, link or folder; it may be gone already
+    root:str|Path|None=None, # The folder that it must be in; default: the one around it
+    emptied:bool=False, # Cut every file to nothing first: Drive keeps what is deleted in its trash, and an empty file takes no room there
+):
+    "Delete a name, and all that is in it if it is a folder. Links are unlinked, never followed; nothing outside of `root` is reached."
+    path = Path(path)
+    stay_inside(path, root := Path(path.parent if root is None else root))
+    if not _HANDLES:
+        if lexists(path): _delete_by_name(path, emptied)
+        return
+    handle = os.open(root, _FOLDER)
+    try:
+        for part in path.parts[len(root.parts):-1]:
+            below = os.open(part, _FOLDER | _NO_LINK, dir_fd=handle)
+            os.close(handle); handle = below
+        _delete(path.name, handle, os.fstat(handle).st_dev, emptied)
+    except FileNotFoundError: pass
+    finally: os.close(handle)
+
 # %% ../nbs/00_files.ipynb #a36aebc9
 @contextmanager
 def new_dir(
@@ -195,20 +334,22 @@ def new_dir(
 ): # Yields the hidden folder to fill
     "Fill a folder that appears whole when the block ends, and not at all if it fails."
     target = Path(target); tmp,old = hidden(target, 'tmp'),hidden(target, 'old')
-    if target.exists() and not replace: raise FileExistsError(f"{target} exists already and is not overwritten; move it away, or choose another name")
+    if lexists(target) and not replace: raise FileExistsError(f"{target} exists already and is not overwritten; move it away, or choose another name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir()
+    delete(tmp); tmp.mkdir()
     try:
         yield tmp
-        for p in sorted(tmp.rglob('*')): fsync(p)
+        for p in sorted(p for p in tmp.rglob('*') if not p.is_symlink()): fsync(p)
         fsync(tmp)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists(): os.rename(target, old)
+        delete(old)
+        if lexists(target): os.rename(target, old)
         os.rename(tmp, target); fsync(target.parent)
     except BaseException as e:
-        if old.exists() and not target.exists(): os.rename(old, target)
-        shutil.rmtree(tmp, ignore_errors=True); raise _named(e, target)
-    shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):
+            if lexists(old) and not lexists(target): os.rename(old, target)
+            delete(tmp)
+        raise _named(e, target)
+    with suppress(OSError): delete(old)
 
 # %% ../nbs/00_files.ipynb #5fab20ba
 def remove_dir(
@@ -216,15 +357,18 @@ def remove_dir(
 ):
     "Delete a folder: at once for every reader, then file by file."
     path = Path(path); gone = hidden(path, 'gone')
-    os.rename(path, gone); shutil.rmtree(gone, ignore_errors=True)
+    os.rename(path, gone)
+    with suppress(OSError): delete(gone)
 
 def set_aside(
     path:str|Path, # File or folder to keep, but out of the way
     why:str, # A word for the new name, such as `damaged`
+    root:str|Path|None=None, # The folder that it must be in, not through a link; default: the one around it
 )->Path: # Its new name, such as `checkpoint-500.damaged-1`
-    "Rename something aside instead of deleting it."
+    "Rename something aside instead of deleting it. Of a link, the link alone is renamed."
     path = Path(path); n = 1
-    while (to := path.with_name(f'{path.name}.{why}-{n}')).exists(): n += 1
+    if root is not None: stay_inside(path, root)
+    while lexists(to := path.with_name(f'{path.name}.{why}-{n}')): n += 1
     os.rename(path, to); fsync(to.parent)
     return to
 
@@ -234,26 +378,61 @@ def sweep(
 )->list[str]: # Names of what was removed or brought back
     "Clear what killed processes left behind."
     done = []
-    for p in sorted(Path(folder).glob('.*')):
+    if os.path.islink(folder): return done # what is behind a link is not ours
+    for p in (p for p in entries(folder) if p.name.startswith('.')):
         name,_,kind = p.name[1:].rpartition('.')
         what,_,pid = kind.partition('-')
         if not (name and pid.isdigit() and what in ('tmp','old','gone')): continue
         home = p.with_name(name)
-        if what == 'old' and not home.exists(): os.rename(p, home)
-        elif p.is_dir(): shutil.rmtree(p, ignore_errors=True)
-        else: p.unlink(missing_ok=True)
+        with suppress(OSError):
+            if what == 'old' and not lexists(home): os.rename(p, home)
+            else: delete(p)
         done.append(p.name)
     return done
 
 # %% ../nbs/00_files.ipynb #1f35c444
+def can_lock(
+    folder:str|Path, # With a file `.lock`, or able to get one
+)->bool:
+    "Does the file system know locks? Some network shares and FUSE mounts do not."
+    lock = Path(folder)/'.lock'
+    if os.path.islink(lock): raise OSError(errno.ELOOP, 'this is a link, and a lock must be a file of its own; delete the link', str(lock))
+    if fcntl is None: return True
+    with open(lock, 'ab') as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e: return e.errno not in _UNSUPPORTED
+    return True
+
+class RunLock:
+    "What `only_one` holds."
+    def __init__(self, folder:Path):
+        self.path,self.works = folder/'.lock',can_lock(folder) # `works`: can it keep others out?
+        self.lock = FileLock(self.path) if self.works else None
+        self.file = None
+
+    def acquire(self):
+        "A `RuntimeError` if another live process has it."
+        try:
+            if self.lock: self.lock.acquire(timeout=.5) # who only asks whether somebody trains holds it for microseconds
+        except Timeout: raise RuntimeError(f"another process is writing in {self.path.parent}; wait until it ends or stop it, or choose another output_dir") from None
+        self.file = os.stat(self.path)
+
+    def is_there(self)->bool:
+        "Is the file still the one that is held? Not where the folder was deleted or moved away."
+        try: now = os.stat(self.path)
+        except FileNotFoundError: return False
+        return os.path.samestat(now, self.file)
+
+    def release(self):
+        if self.lock: self.lock.release()
+
 @contextmanager
 def only_one(
     folder:str|Path, # The folder that one process at a time may write; made if missing
-):
+): # Yields a `RunLock`
     "Hold `folder`'s lock; a `RuntimeError` if another live process has it."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/'.lock')
-    try: lock.acquire(timeout=.5) # who only asks whether somebody trains holds it for microseconds
-    except Timeout: raise RuntimeError(f"another process is writing in {folder}; wait until it ends or stop it, or choose another output_dir") from None
-    try: yield
+    lock = RunLock(folder)
+    lock.acquire()
+    try: yield lock
     finally: lock.release()
