@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
-           'write_manifest', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
+           'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'newest', 'Saved', 'Writer', 'write_final']
+           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'Saved', 'Writer',
+           'write_final', 'place_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
-import math, pickle, random, re, time, zipfile
+import math, os, pickle, random, re, stat, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +21,7 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, remove_dir, rest, set_aside, write_json
+from .files import Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, remove_dir, rest, set_aside, stay_inside, write_json
 from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
@@ -174,30 +175,47 @@ def write_manifest(
 EXPORTED = 'weights','quantized','compressed','onnx' # kinds that `minigpt.export` writes: to be used, not to be trained on
 
 # %% ../nbs/07_checkpoint.ipynb #1404f9c0
+@dataclass(frozen=True)
+class Defect:
+    "Why a checkpoint is not used; as a text, the detail."
+    kind:str # `unfinished`: no manifest, so it was not written to its end; `damaged`: it is not what its manifest says; `unreadable`: it cannot be read at the moment, and may be whole; `unwanted`: it may be whole, and belongs elsewhere
+    detail:str # In words
+    def __str__(self): return self.detail
+
 def problem(
     path:str|Path, # A checkpoint directory
     hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
-)->str|None: # What is wrong with it; None if it is whole
+)->Defect|None: # What is wrong with it; None if it is whole
     "Check a checkpoint against its manifest."
     try: return _compare(Path(path), hashes)
-    except OSError as e: return f'it cannot be read: {e}'
+    except OSError as e: return Defect('unreadable' if may_pass(e) else 'damaged', f'it cannot be read: {e}')
 
-def _compare(path:Path, hashes:bool)->str|None:
-    if not (path/'MANIFEST.json').exists(): return 'MANIFEST.json is missing: it was not written to its end'
-    try:
-        manifest = read_json(path/'MANIFEST.json')
-        files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
-        kind = manifest['kind']
-        model = {'adapter_config.json','adapter_model.safetensors'} if 'adapter_config.json' in manifest['files'] else {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')}
-        needed = model | ({'trainer_state.json'} if kind not in EXPORTED else set()) | ({'optimizer.safetensors','rng_state.safetensors'} if kind in ('step','snapshot') else set())
-        if (absent := needed - {name for name,_,_ in files}) or any(Path(name).name != name for name,_,_ in files): return f"MANIFEST.json is damaged{': it does not list '+', '.join(sorted(absent)) if absent else ''}"
-        int(manifest['step']), float(manifest['time'])
-    except (ValueError, KeyError, TypeError, AttributeError): return 'MANIFEST.json is damaged'
+class _BadManifest(Exception): "What is wrong with it."
+
+def _listed_files(manifest)->list[tuple[str,int,str]]:
+    "Names, sizes and hashes of a manifest; a `_BadManifest`, or whatever nonsense raises."
+    files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
+    kind,names = manifest['kind'],{name for name,_,_ in files}
+    needed = {'adapter_config.json','adapter_model.safetensors'} if 'adapter_config.json' in names else {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')}
+    if kind not in EXPORTED: needed |= {'trainer_state.json'}
+    if kind in ('step','snapshot'): needed |= {'optimizer.safetensors','rng_state.safetensors'}
+    if absent := needed - names: raise _BadManifest(f"MANIFEST.json is damaged: it does not list {', '.join(sorted(absent))}")
+    if any(Path(name).name != name for name in names): raise _BadManifest('MANIFEST.json is damaged: it lists a file outside of the checkpoint')
+    int(manifest['step']), float(manifest['time'])
+    return files
+
+def _compare(path:Path, hashes:bool)->Defect|None:
+    try: files = _listed_files(read_json(path/'MANIFEST.json'))
+    except FileNotFoundError: return Defect('unfinished', 'MANIFEST.json is missing: it was not written to its end')
+    except _BadManifest as e: return Defect('damaged', str(e))
+    except (ValueError, KeyError, TypeError, AttributeError): return Defect('damaged', 'MANIFEST.json is damaged')
     for name,size,hash in files:
         f = path/name
-        if not f.exists(): return f'{name} is missing'
-        if (found := f.stat().st_size) != size: return f'{name} has {found:,} bytes instead of {size:,}'
-        if hashes and hash_file(f) != hash: return f'{name} is damaged: its content does not have the hash that the manifest gives'
+        try: found = os.stat(f)
+        except FileNotFoundError: return Defect('damaged', f'{name} is missing')
+        if not stat.S_ISREG(found.st_mode): return Defect('damaged', f'{name} is not a file')
+        if found.st_size != size: return Defect('damaged', f'{name} has {found.st_size:,} bytes instead of {size:,}')
+        if hashes and hash_file(f) != hash: return Defect('damaged', f'{name} is damaged: its content does not have the hash that the manifest gives')
     return None
 
 # %% ../nbs/07_checkpoint.ipynb #b2560926
@@ -215,7 +233,7 @@ def write_checkpoint(
             write_manifest(d, hashes, kind, state.trainer['global_step'])
             if wrong := problem(d): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; what was saved before is untouched")
     except OSError as e:
-        raise CheckpointError(f"{path} could not be written: {e} ({human_size(free_space(path))} free there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
+        raise CheckpointError(f"{path} could not be written: {e} ({free_said(path)} there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
     return path
 
 def state_size(state:State)->int:
@@ -463,7 +481,24 @@ class Checkpoint:
     kind:str='' # `step`, `snapshot` (time-triggered), `light` (a snapshot of the weights alone), `best`
     size:int=0 # Bytes
     time:float=0. # When it was written, seconds since 1970
-    problem:str|None=None # Why it cannot be used, as far as names and sizes tell
+    problem:Defect|None=None # Why it cannot be used, as far as names and sizes tell
+
+def _is_file(path:Path)->bool:
+    try: return not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError: return True # a link that leads nowhere
+    except OSError: return False # nobody knows; `problem` says why it cannot be read
+
+def _manifest_or_empty(path:Path)->dict:
+    try: found = read_json(path/'MANIFEST.json')
+    except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) else {}
+
+def _listed(path:Path, step:int)->Checkpoint|None:
+    "What a listing says of a directory; None if it was deleted while we looked."
+    wrong,m = problem(path, hashes=False),_manifest_or_empty(path)
+    if wrong and not lexists(path): return None
+    kind,written = m.get('kind'),m.get('time')
+    return Checkpoint(path, step, kind if isinstance(kind, str) else '', dir_size(path), float(written) if isinstance(written, (int,float)) else 0., wrong)
 
 class CheckpointStore:
     "The checkpoints in a folder, `NAME-STEP` each."
@@ -478,28 +513,20 @@ class CheckpointStore:
         self.folder,self.keep,self.name,self.kind = Path(folder),keep,name,kind
 
     def all(self)->list[Checkpoint]:
-        "All checkpoints, by step, also those that are not whole."
-        found = [(int(n), p) for p in self.folder.glob(f'{self.name}-*') if p.is_dir() and (n := p.name[len(self.name)+1:]).isdigit()]
-        out = []
-        for step,p in sorted(found):
-            try:
-                wrong = problem(p, hashes=False)
-                m = {} if wrong and wrong.startswith('MANIFEST') else read_json(p/'MANIFEST.json')
-                out.append(Checkpoint(p, step, m.get('kind', ''), dir_size(p), m.get('time', 0.), wrong))
-            except FileNotFoundError: # deleted by another thread or process while we looked
-                if p.exists(): raise
-        return out
+        "All checkpoints, by step, also those that are not whole or cannot be read. An `OSError` if their folder cannot be listed."
+        found = [(int(n), p) for p in entries(self.folder) if p.name.startswith(f'{self.name}-') and (n := p.name[len(self.name)+1:]).isascii() and n.isdigit() and not _is_file(p)]
+        return [c for step,p in sorted(found) if (c := _listed(p, step))]
 
     def newest(self,
-        passed_over:Callable[[Checkpoint,str],None]=lambda checkpoint,why: None, # Told of each that is skipped
+        passed_over:Callable[[Checkpoint,Defect],None]=lambda checkpoint,why: None, # Told of each that is skipped
     )->Checkpoint|None:
         "The newest checkpoint whose every file verifies."
         return newest([self], passed_over)
 
     def save(self, state:State)->Path:
         "Write, and only then delete what is beyond `keep`."
-        path = self.folder/f"{self.name}-{state.trainer['global_step']}"
-        if path.exists() and problem(path): set_aside(path, 'damaged')
+        path = stay_inside(self.folder/f"{self.name}-{state.trainer['global_step']}", self.folder.parent)
+        if lexists(path) and (wrong := problem(path)): set_aside(path, 'unreadable' if wrong.kind == 'unreadable' else 'damaged')
         write_checkpoint(path, state, self.kind)
         with suppress(OSError): self.prune(path) # the next save deletes what this one could not
         return path
@@ -511,11 +538,11 @@ class CheckpointStore:
         if not self.keep: return
         whole = [c for c in self.all() if not c.problem and c.path != newest and (c.kind == 'light') == (self.kind == 'light')]
         for c in whole[:max(0, len(whole)+(newest is not None)-self.keep)]:
-            if c.path not in self.pinned: remove_dir(c.path)
+            if c.path not in self.pinned: remove_dir(stay_inside(c.path, self.folder.parent))
 
     def supersede(self, step:int)->list[Path]:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
-        return [set_aside(c.path, 'superseded') for c in self.all() if c.step > step]
+        return [set_aside(c.path, 'superseded', self.folder.parent) for c in self.all() if c.step > step]
 
 def stores_in(
     folder:str|Path, # Of a run, or of its copy in a backup
@@ -524,11 +551,20 @@ def stores_in(
     folder = Path(folder)
     return CheckpointStore(folder/'checkpoints'),CheckpointStore(folder/'snapshots', name='snapshot'),CheckpointStore(folder/'best', kind='best')
 
+_WRITTEN = 'run.json','metrics.jsonl','run.log','backup.json','.lock','checkpoints','snapshots','best','tokenizer','plots','tensorboard','data-source' # by a run, in its folder
+
+def refuse_links(
+    folder:str|Path, # Of a run
+):
+    "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
+    found = [p for p in entries(folder) if p.is_symlink() and (p.name in _WRITTEN or p.name.startswith('data'))]
+    if found: raise CheckpointError(f"{found[0]} is a link to {os.readlink(found[0])}, and a run writes and deletes only in its own folder. Put the file or folder itself there; to keep a run on another disk, name a folder there as output_dir")
+
 # %% ../nbs/07_checkpoint.ipynb #41588281
 def newest(
     stores:list[CheckpointStore], # Where to look; of equal steps, the one in the earlier store counts
-    passed_over:Callable[[Checkpoint,str],None]=lambda checkpoint,why: None, # Told of each that is skipped
-    unfit:Callable[[Checkpoint],str|None]=lambda checkpoint: None, # Why a whole one is not wanted; None: it is
+    passed_over:Callable[[Checkpoint,Defect],None]=lambda checkpoint,why: None, # Told of each that is skipped
+    unfit:Callable[[Checkpoint],Defect|None]=lambda checkpoint: None, # Why a whole one is not wanted; None: it is
 )->Checkpoint|None:
     "The newest state in several places that training can go on from, and whose every file verifies."
     found = sorted(((c, -i) for i,s in enumerate(stores) for c in s.all()), key=lambda x: (x[0].step, x[1]), reverse=True)
@@ -631,7 +667,13 @@ def write_final(
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    made = write_checkpoint(hidden(folder/'final', 'tmp'), replace(state, optimizer=None, rng=None), 'final')
+    place_final(folder, write_checkpoint(hidden(folder/'final', 'tmp'), replace(state, optimizer=None, rng=None), 'final'))
+
+def place_final(
+    folder:Path, # The run's
+    made:Path, # A whole checkpoint below it, which is emptied
+):
+    "Put the files of a checkpoint into the root of a run."
     manifest = read_json(made/'MANIFEST.json')
     (folder/'MANIFEST.json').unlink(missing_ok=True)
     for name in manifest['files']: (made/name).replace(folder/name)

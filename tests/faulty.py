@@ -85,9 +85,10 @@ class Disk:
 
         def acting(m, name):
             def act(path, *a, **k):
-                if not k.get("dir_fd") and self.below(path): self.strike(f"{name} {path}")
+                whole = os.path.join(os.readlink(f"/proc/self/fd/{k['dir_fd']}"), path) if k.get("dir_fd") else path    # relative to an open folder
+                if self.below(whole): self.strike(f"{name} {whole}")
                 r = real[m, name](path, *a, **k)
-                if self.server and self.below(path) and name in ("unlink", "rename", "replace"): self.server.moved(path, a[0] if a else None)
+                if self.server and self.below(whole) and name in ("unlink", "rename", "replace"): self.server.moved(whole, a[0] if a else None)
                 return r
             return act
 

@@ -18,7 +18,7 @@ import torch
 from faulty import Disk, Server, keeps_attributes, put
 from minigpt import backup as backup_module
 from minigpt.backup import Backup, BackupError, restore_run
-from minigpt.checkpoint import CheckpointError, CheckpointStore, State, newest, pack_rng, problem
+from minigpt.checkpoint import CheckpointError, CheckpointStore, Defect, State, newest, pack_rng, problem
 from minigpt.files import write_json
 from minigpt.model import GPT, GPTConfig
 from minigpt.run import open_run
@@ -137,7 +137,7 @@ def test_a_file_that_reads_back_empty_for_a_while(saves, tmp_path, monkeypatch):
     "Nothing is copied again because of it, and nothing older is deleted before it reads back"
     (tmp_path/"disk").mkdir(); b = Backup(tmp_path/"disk", saves, keep=1); b.run_id = ID
     b.submit(saves/"checkpoints"/"checkpoint-100"); b.step()
-    real, late = backup_module.problem, iter(["model.safetensors has 0 bytes instead of 9,999"]*3)
+    real, late = backup_module.problem, iter([Defect("damaged", "model.safetensors has 0 bytes instead of 9,999")]*3)
     monkeypatch.setattr(backup_module, "problem", lambda p, *a, **k: next(late, None) or real(p, *a, **k) if p.name == "checkpoint-300" else real(p, *a, **k))
     b.submit(saves/"checkpoints"/"checkpoint-300"); b.step()
     assert "does not read back" in b.status()["failed"]["reason"] and b.status()["copied"]["step"] == 100 and (b.path/"checkpoints"/"checkpoint-100").exists()
@@ -163,7 +163,8 @@ def test_deleted_copies_leave_no_bytes_in_the_trash(saves, tmp_path):
     real = os.unlink
 
     def unlink(path, *a, **k):
-        if str(path).startswith(str(disk)): seen.append((os.path.basename(path), os.path.getsize(path)))
+        whole = os.path.join(os.readlink(f"/proc/self/fd/{k['dir_fd']}"), path) if k.get("dir_fd") else str(path)
+        if whole.startswith(str(disk)): seen.append((os.path.basename(path), os.path.getsize(whole)))
         return real(path, *a, **k)
     put(os, "unlink", unlink)
     try: drive(b, saves)
@@ -466,12 +467,12 @@ def test_a_checkpoint_is_not_deleted_while_it_is_copied(parts, tmp_path, monkeyp
     (tmp_path/"disk").mkdir(); run = tmp_path/"run"; run.mkdir(); write_json(run/"run.json", dict(id=ID))
     store = CheckpointStore(run/"checkpoints", keep=1); first = store.save(state(parts, 1))
     b = Backup(tmp_path/"disk", run); b.run_id = ID; b.submit(first, store)
-    real = backup_module.copy_checkpoint
-    def slow(source, target):
-        if source == first:
+    real = backup_module.CheckpointCopy.run
+    def slow(self):
+        if self.source == first:
             for n in (2, 3, 4): b.submit(store.save(state(parts, n)), store)
-        return real(source, target)
-    monkeypatch.setattr(backup_module, "copy_checkpoint", slow)
+        return real(self)
+    monkeypatch.setattr(backup_module.CheckpointCopy, "run", slow)
     b.step()
     assert not b.failed and not problem(b.path/"checkpoints"/"checkpoint-1")
     repeat(b); store.prune()
@@ -516,11 +517,14 @@ def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
     assert [a["step"] for a in run.facts["attempts"]] == [0, 10, 10] and "belongs to a course that was given up" in log(work)
 
 
-def test_the_newest_best_is_kept_in_the_backup(parts, saves, tmp_path):
-    "Not that with the highest step, which a course that was given up may have had"
+def test_the_newest_best_is_kept_in_the_backup(parts, saves, tmp_path, monkeypatch):
+    "That of the later attempt: not the one with the highest step, which a course that was given up may have had, nor that of the machine whose clock is ahead"
     b = Backup(tmp_path/"disk", saves); b.run_id = ID
     store = CheckpointStore(tmp_path/"best", kind="best")
-    for step in (60, 52): b.submit(store.save(state(parts, step)), store); b.step()
+    for attempt, (step, clock) in enumerate([(60, 2e9), (52, 1e9)], 1):
+        monkeypatch.setattr("minigpt.checkpoint.time.time", lambda: clock)
+        (made := state(parts, step)).trainer["attempt"] = attempt
+        b.submit(store.save(made), store); b.step()
     assert [p.name for p in (b.path/"best").iterdir()] == ["checkpoint-52"]
 
 
