@@ -607,7 +607,7 @@ def restore_run(
     best = next((c for c in reversed(backup.best_models()) if problem(c.path) is None), None)
     if best and not (here/'best'/best.path.name).exists():
         try: fetch(backup, best)
-        except (OSError, CheckpointError) as e: say(f'{best.path} is not restored: {e}')
+        except CheckpointError as e: say(f'{best.path} is not restored: {e}')
     if (there/'run.log').exists():
         known = {*(here/'run.log').read_bytes().splitlines()} if (here/'run.log').exists() else set()
         with open(no_link(here/'run.log'), 'ab') as f: f.write(b''.join(l for l in no_link(there/'run.log').read_bytes().splitlines(True) if l.rstrip(b'\r\n') not in known)) # it is open already, for what is said now

@@ -48,6 +48,7 @@ class TrainConfig:
     lr_schedule:str = _option('cosine', "cosine, linear, wsd (constant, then down over the last fifth) or constant")
     min_lr_ratio:float = _option(.1, "lowest learning rate, as a share of the highest")
     warmup_steps:int = _option(-1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most")
+    lr_extend:str = _option('stretch', "where a run goes on with more steps: stretch (the schedule is stretched over all of them, so the learning rate jumps up) or continue (from where it is, down to min_lr_ratio of that)")
     optimizer:str = _option('adamw', "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)")
     weight_decay:float = _option(.1, "decay of matrices")
     adam_beta1:float = _option(.9, "AdamW's memory of gradients")
@@ -132,7 +133,7 @@ class TrainConfig:
         must('validation_split', 0 <= self.validation_split < 1, 'at least 0 and below 1: it is a share of the texts')
         must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
-        for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
+        for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), lr_extend=('stretch','continue'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
                              precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(c or "''" for c in choice))
 
     @property
@@ -157,20 +158,29 @@ class TrainConfig:
         return cls(**out)
 
 # %% ../nbs/12_config.ipynb #2669d350
+def _fallen(
+    t:float, # Share of the way behind the warm-up, 0 to 1
+    config:'TrainConfig', # `lr_schedule`, `min_lr_ratio`
+)->float: # Share of the rate at t = 0
+    "How far a schedule has come down."
+    low = config.min_lr_ratio
+    if config.lr_schedule == 'cosine': return low + (1-low)*(1+math.cos(math.pi*t))/2
+    if config.lr_schedule == 'linear': return low + (1-low)*(1-t)
+    if config.lr_schedule == 'wsd': return 1 - (1-low)*max(0, (t-.8)/.2)
+    return 1.
+
 def lr_at(
     step:int, # Optimizer step, from 0
     config:TrainConfig, # `learning_rate`, `lr_schedule`, `min_lr_ratio`, `warmup_steps`
     max_steps:int, # Steps of the whole run
+    start:tuple[int,float]|None=None, # Step and rate from which it goes down: of a run that goes on with `lr_extend='continue'`
 )->float: # Learning rate of this step
     "Up in a line, then down as the schedule says."
-    peak,low = config.learning_rate,config.min_lr_ratio
+    if start and step >= start[0]: return start[1]*_fallen(min(1, (step-start[0])/max(1, max_steps-1-start[0])), config)
+    peak = config.learning_rate
     warmup = min(100, max_steps//10) if config.warmup_steps < 0 else min(config.warmup_steps, max_steps)
     if step < warmup: return peak*(step+1)/warmup
-    t = min(1, (step-warmup)/max(1, max_steps-1-warmup))
-    if config.lr_schedule == 'cosine': return peak*(low + (1-low)*(1+math.cos(math.pi*t))/2)
-    if config.lr_schedule == 'linear': return peak*(low + (1-low)*(1-t))
-    if config.lr_schedule == 'wsd': return peak*(1 - (1-low)*max(0, (t-.8)/.2))
-    return peak
+    return peak*_fallen(min(1, (step-warmup)/max(1, max_steps-1-warmup)), config)
 
 # %% ../nbs/12_config.ipynb #403288e6
 def read_options(

@@ -8,7 +8,7 @@ __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet
            'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
-import contextlib, copy, json, os, signal
+import contextlib, copy, io, json, os, signal
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
-from .files import hash_bytes, hash_file, hidden, new_dir, read_json, spread, write_json
+from .files import hash_bytes, hash_file, hidden, new_dir, open_new, read_json, spread, write_all, write_json
 from .formats import Block, DataError, Row, data_files, look_at, open_data, parse_block, read_blocks
 from .tokenizer import Tokenizer
 
@@ -75,8 +75,18 @@ class TokenSet:
     @property
     def curriculum_id(self)->str: "Of its order from easy to hard, if it has one."; return '' if self.difficulty is None else hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
 
+    def row_starts(self)->np.ndarray: # (rows+1,) int64
+        "Where each row begins in the tokens, and where the last one ends; a `DataError` if the file does not tell."
+        file = self.path/'docs.npy'
+        try: starts = np.load(file)
+        except (ValueError, EOFError, SyntaxError): starts = np.empty(0) # NumPy's own message would advise to open it as a pickle
+        fits = starts.shape == (self.meta['n_docs'],) and starts.dtype == np.int64 and np.all(np.diff(np.concatenate([[0], starts, [len(self)]])) >= 0)
+        if not fits: raise DataError(f"{file} is damaged: it must say where each of {self.meta['n_docs']:,} rows begins; delete the folder {self.path.parent} and it is built again")
+        return np.append(starts, len(self))
+
     def damaged(self)->bool:
         "Is the content another than meta.json tells? It is read once."
+        if any(hash_file(self.path/name) != hash for name,hash in self.meta.get('hashes', {}).items()): return True # older versions noted none
         hashes = [hash_file(f) for n in ('tokens.bin','mask.bin') if (f := self.path/n).exists()]
         return (hashes[0] if len(hashes) == 1 else hash_bytes(' '.join(hashes).encode())) != self.meta['fingerprint']
 
@@ -128,7 +138,7 @@ class TokenSet:
     def window_difficulty(self, seq_len:int)->np.ndarray:
         "(n,) of each window: that of the text in its middle."
         middle = np.minimum(np.arange(self.n_windows(seq_len))*seq_len + seq_len//2, len(self)-1)
-        return self.difficulty[np.searchsorted(np.load(self.path/'docs.npy'), middle, 'right')-1]
+        return self.difficulty[np.searchsorted(self.row_starts()[:-1], middle, 'right')-1]
 
     def batch(self,
         step:int, # Optimizer step, from 0
@@ -190,7 +200,7 @@ class ChatSet(TokenSet):
         super().__init__(path)
         self.mask = self._mapped('mask.bin', np.bool_)
         if len(self.mask) != len(self): raise DataError(f"{self.path/'mask.bin'} has {len(self.mask):,} bytes and must have {len(self):,}; delete the folder {self.path.parent} and it is built again")
-        self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
+        self.starts = self.row_starts()
         self._packs = {}
 
     def __setstate__(self, state): super().__setstate__(state); self.mask = self._mapped('mask.bin', np.bool_)
@@ -210,10 +220,10 @@ class ChatSet(TokenSet):
         "Which rows share a sequence."
         if seq_len not in self._packs:
             n,file = len(self.lengths()),self.path/f'packs-{seq_len}.npy' if self.difficulty is None else None
-            if (kept := _kept(file)) is not None: rows,starts = np.split(kept, [n])
+            if (kept := _kept(file, self.fingerprint)) is not None: rows,starts = np.split(kept, [n])
             else:
                 rows,starts = self._pack(seq_len)
-                if file: _keep(file, np.concatenate([rows, np.full(n-len(rows), -1, np.int32), starts.astype(np.int32)]))
+                if file: _keep(file, np.concatenate([rows, np.full(n-len(rows), -1, np.int32), starts.astype(np.int32)]), self.fingerprint)
             self._packs[seq_len] = rows[:starts[-1]],starts
         return self._packs[seq_len]
 
@@ -276,15 +286,22 @@ class ChatSet(TokenSet):
         "Rows that are cut; rows left out, because no answer would be left of them."
         return int((self.lengths() > seq_len).sum()),int((~self.teaches(seq_len)).sum())
 
-def _kept(file:Path|None)->np.ndarray|None:
-    try: return np.load(file) if file and file.exists() else None
-    except (OSError, ValueError, EOFError): return None
+def _digest(body:bytes, key:str)->bytes: return xxhash.xxh3_128_digest(key.encode()+body)
 
-def _keep(file:Path, array:np.ndarray):
-    "Save what can be made again; a disk that is full or read-only is no reason to stop."
+def _kept(file:Path|None, key:str)->np.ndarray|None:
+    "What `_keep` saved; None where it is not there, was damaged, or belongs to other tokens: it is made again."
+    try: data = file.read_bytes() if file else b''
+    except OSError: return None
+    body,digest = data[:-16],data[-16:]
+    return np.load(io.BytesIO(body)) if body and digest == _digest(body, key) else None
+
+def _keep(file:Path, array:np.ndarray, key:str):
+    "Save what can be made again, with a digest behind it; a disk that is full or read-only is no reason to stop."
     tmp = hidden(file, 'tmp')
+    np.save(made := io.BytesIO(), array)
+    body = made.getvalue()
     try:
-        with open(tmp, 'wb') as f: np.save(f, array)
+        with open_new(tmp) as f: write_all(f, body+_digest(body, key))
         os.replace(tmp, file)
     except OSError:
         with contextlib.suppress(OSError): tmp.unlink()
@@ -295,7 +312,7 @@ class LineSet(TokenSet):
     stream = False
     def __init__(self, path:str|Path):
         super().__init__(path)
-        self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
+        self.starts = self.row_starts()
     @property
     def fingerprint(self)->str: return hash_bytes(f"{self.meta['fingerprint']} line by line".encode())
     def n_windows(self, seq_len:int)->int: return len(self.starts)-1
@@ -340,7 +357,7 @@ def curriculum(
     for k,v in dict(start=start, reach=reach).items():
         if not 0 < v <= 1: raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
     if isinstance(data, Mixture): return Mixture([(curriculum(d, by, start, reach), w) for d,w in zip(data.sets, data.weights)])
-    rows = np.append(np.load(data.path/'docs.npy'), len(data))
+    rows = data.row_starts()
     step = 2 if isinstance(data, PairSet) else 1
     n = (len(rows)-1)//step
     if isinstance(by, str):
@@ -523,7 +540,7 @@ class _Writer:
         for file,_ in self.files: file.close()
         starts,digests = np.concatenate(self.starts),[h.hexdigest() for _,h in self.files]
         np.save(self.path/'docs.npy', starts)
-        write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, n_tokens=self.n, n_docs=len(starts), dtype=self.dtype.name, fingerprint=digests[0] if len(digests) == 1 else hash_bytes(' '.join(digests).encode()), **facts))
+        write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, hashes={'docs.npy':hash_file(self.path/'docs.npy')}, n_tokens=self.n, n_docs=len(starts), dtype=self.dtype.name, fingerprint=digests[0] if len(digests) == 1 else hash_bytes(' '.join(digests).encode()), **facts))
 
 # %% ../nbs/04_data.ipynb #853fcfe9
 def source_facts(files:list[Path], known:list[dict]=())->list[dict]:

@@ -6,13 +6,13 @@
 __all__ = ['dpo_loss', 'Preference', 'add_reference']
 
 # %% ../nbs/12_dpo.ipynb #0a84b918
-import os
+from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 from .config import TrainConfig
 from .data import PairSet
-from .files import hidden
+from .files import write_file
 from .model import GPT
 
 # %% ../nbs/12_dpo.ipynb #3ab348e3
@@ -71,6 +71,42 @@ class Preference:
         facts = {'rewards/chosen':won, 'rewards/rejected':lost, 'rewards/margins':won-lost, 'rewards/accuracies':(won > lost).float()}
         return losses.sum()/n_targets,{k:v.sum()/n_targets for k,v in facts.items()}
 
+# %% ../nbs/12_dpo.ipynb #a667777e
+def _salt(n:int)->np.ndarray: "(n,) int32, another number for each place."; return (np.arange(1, n+1, dtype=np.uint64)*0x9E3779B1 % 2**32).astype(np.uint32).view(np.int32)
+
+class _Reference:
+    "The file of a reference: each log-probability as its 32 bits, and a second time mixed with its place. A number that is damaged, or was not computed yet, does not agree with its double."
+    def __init__(self,
+        path:Path,
+        n:int, # Answers
+    ):
+        self.path,self.n,self.salt = path,n,_salt(n)
+
+    def read(self)->np.ndarray: # (n,) float32
+        "What is known; NaN for the rest."
+        try: bits = np.fromfile(self.path, np.int32)
+        except FileNotFoundError: bits = np.empty(0, np.int32)
+        if len(bits) != 2*self.n: return self.older()
+        values,doubles = bits.reshape(2, self.n)
+        return np.where(values ^ self.salt == doubles, values.view(np.float32), np.float32(np.nan))
+
+    def older(self)->np.ndarray:
+        "As the version before wrote it: the numbers alone."
+        try: found = np.load(self.path.with_suffix('.npy'))
+        except (FileNotFoundError, ValueError, EOFError, SyntaxError): found = np.empty(0)
+        sound = found.shape == (self.n,) and found.dtype == np.float32 and not (found > 0).any() # a probability is at most 1
+        return found if sound else np.full(self.n, np.nan, np.float32)
+
+    def create(self, values:np.ndarray)->np.memmap: # (2, n) int32, to `put` into
+        "Write all that is known, in one step."
+        bits = np.ascontiguousarray(values).view(np.int32)
+        write_file(self.path, np.stack([bits, np.where(np.isnan(values), bits, bits ^ self.salt)]).tobytes()) # of what is not known, the double is wrong
+        return np.memmap(self.path, np.int32, 'r+', shape=(2, self.n))
+
+    def put(self, file:np.memmap, rows:np.ndarray, values:np.ndarray):
+        bits = np.ascontiguousarray(values, np.float32).view(np.int32)
+        file[0,rows],file[1,rows] = bits,bits ^ self.salt[rows]
+
 # %% ../nbs/12_dpo.ipynb #a9524514
 @torch.inference_mode()
 def add_reference(
@@ -82,19 +118,15 @@ def add_reference(
     progress:bool=True, # Show a bar
 )->bool: # Is it there? Never False with a model
     "Give a set of preferences the log-probability of each answer under the reference."
-    file,n = data.path/f'reference-{seq_len}-{name}.npy',2*len(data.lengths())
-    try: known = np.load(file, mmap_mode='r+' if model is not None else 'r')
-    except (OSError, ValueError, EOFError): known = None
-    if known is None or known.shape != (n,) or known.dtype != np.float32:
-        if model is None: return False
-        tmp = hidden(file, 'tmp')
-        with open(tmp, 'wb') as f: np.save(f, np.full(n, np.nan, np.float32)); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, file); known = np.load(file, mmap_mode='r+')
-    todo = [i for i in range(data.n_windows(seq_len)) if np.isnan(known[2*data.rows_of(i, seq_len)]).any() or np.isnan(known[2*data.rows_of(i, seq_len)+1]).any()]
+    n = 2*len(data.lengths())
+    reference = _Reference(data.path/f'reference-{seq_len}-{name}.bin', n)
+    known = reference.read()
+    missing = lambda i: np.isnan(known[2*data.rows_of(i, seq_len)]).any() or np.isnan(known[2*data.rows_of(i, seq_len)+1]).any()
+    todo = [i for i in range(data.n_windows(seq_len)) if missing(i)]
     if todo and model is None: return False
     data.reference,mode = None,model is not None and model.training
     if todo:
-        device = next(model.parameters()).device
+        device,file = next(model.parameters()).device,reference.create(known)
         model.eval()
         for at in tqdm(range(0, len(todo), batch_size), desc='reference', unit='batch', disable=not progress, dynamic_ncols=True):
             index = np.array(todo[at:at+batch_size])
@@ -104,7 +136,8 @@ def add_reference(
                 found = _answers(model, *(batch[which+k] for k in ('ids','labels','rows')), n)[0].view(-1, n).cpu().numpy()
                 for i,f in zip(index, found):
                     pairs = data.rows_of(int(i), seq_len)
-                    known[2*pairs+k] = f[:len(pairs)]
-        known.flush(); model.train(mode)
+                    reference.put(file, 2*pairs+k, f[:len(pairs)])
+        file.flush(); model.train(mode)
+        known = reference.read()
     data.reference = known
     return True

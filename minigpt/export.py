@@ -129,6 +129,19 @@ def _config_json(config:GPTConfig, precision:str, compress:bool, tokenizer:Token
     if precision not in _FLOATS or compress: c['opens_with'] = 'minigpt.checkpoint.load_model'
     return c
 
+def _own_file(folder:Path, name:str)->Path|None: # None: it is not there
+    "A file of a model directory; a `CheckpointError` if it is a link out of it, which would bring a stranger's choice of your files into the export. (In the cache of Hugging Face's hub, files are links into the folder blobs beside; these are followed.)"
+    path = folder/name
+    if not path.exists(): return None
+    real,home = path.resolve(),folder.resolve()
+    if home not in real.parents and real.parent != home.parent.parent/'blobs': raise CheckpointError(f"{path} is a link to {real}, outside of the directory, and is not copied. Put the file itself there, or delete the link")
+    return real
+
+def _copy_small(folder:Path, d:Path, names:Iterable[str]):
+    "Copy those of some files that a model directory has."
+    for name in names:
+        if found := _own_file(folder, name): shutil.copyfile(found, d/name)
+
 def _write_model(d:Path, config:GPTConfig, weights:Weights, folder:Path|None, precision:str, compress:bool, tokenizer:Tokenizer|None, count)->dict[str,str]:
     "Config, weights and tokenizer; the hash of the weights."
     write_json(d/'config.json', _config_json(config, precision, compress, tokenizer, read_json(folder/'config.json') if folder and (folder/'config.json').exists() else {}))
@@ -137,8 +150,7 @@ def _write_model(d:Path, config:GPTConfig, weights:Weights, folder:Path|None, pr
     if tokenizer:
         tokenizer.save(d)
         if isinstance(config, GPTConfig): write_json(d/'generation_config.json', dict(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.eos_id, do_sample=True))
-    for n in (*_TOKENIZER, 'generation_config.json') if folder and not tokenizer else ():
-        if (folder/n).exists(): shutil.copyfile(folder/n, d/n)
+    if folder and not tokenizer: _copy_small(folder, d, (*_TOKENIZER, 'generation_config.json'))
     name = 'model.safetensors'+'.zst'*compress
     return {name:write_safetensors(d/name, _layout(shapes, precision), metadata, _converted(weights, precision, count), compress)}
 
@@ -154,7 +166,7 @@ def _full(source)->Path:
 def _copy_files(d:Path, folder:Path, compress:bool, count):
     for name in read_json(folder/'MANIFEST.json')['files']:
         plain = name.removesuffix('.zst'); pack = compress and plain.endswith('.safetensors')
-        with open(folder/name, 'rb') as f, open(d/(plain+'.zst'*pack), 'wb') as to:
+        with open(_own_file(folder, name), 'rb') as f, open(d/(plain+'.zst'*pack), 'wb') as to:
             how = None if pack == (name != plain) else zstandard.ZstdCompressor(write_checksum=True) if pack else zstandard.ZstdDecompressor()
             at,stream = 0,how.stream_reader(f, closefd=False) if how else f
             while piece := stream.read(1<<22): to.write(piece); count(f.tell()-at); at = f.tell()
@@ -218,7 +230,7 @@ def export(
         try:
             with new_dir(out, replace) as d:
                 hashes = _write_model(d, config, weights, folder, precision, compress, tokenizer, count) if weights_only else _copy_files(d, folder, compress, count) or {}
-                if metrics: shutil.copyfile(state, d/state.name)
+                if metrics: _copy_small(folder, d, [state.name])
                 write_manifest(d, hashes, kind, read_json(state).get('global_step', 0) if state else 0)
                 if wrong := problem(d): raise CheckpointError(f"{out} was written and does not read back: {wrong}. The disk may be failing")
         except FileExistsError: raise
@@ -322,7 +334,6 @@ def export_onnx(
     with new_dir(out, replace) as d, torch.no_grad():
         torch.onnx.export(graph, (torch.zeros(2, 8, dtype=torch.int64),), d/'model.onnx', input_names=['ids'], output_names=['logits'], dynamo=True, verbose=False,
             dynamic_shapes=({0:'batch', 1:'length'},), external_data=theory(shape)['fp32'] > 1<<30) # a protobuf ends at 2 GiB
-        for n in _TOKENIZER:
-            if folder and (folder/n).exists(): shutil.copyfile(folder/n, d/n)
+        if folder: _copy_small(folder, d, _TOKENIZER)
         write_manifest(d, {}, 'onnx', 0)
     return out

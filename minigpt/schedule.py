@@ -79,8 +79,8 @@ def storage_plan(
     config:TrainConfig,
     n_params:int, # Of the model
     saves:int, # Checkpoints that the run will make, if none were deleted
-    free:int, # Bytes free on the disk of the run
-    free_backup:int|None=None, # Bytes free where the backup is; None: no backup
+    free:float, # Bytes free on the disk of the run; infinity: not known
+    free_backup:float|None=None, # Likewise where the backup is; None: no backup
     there:int=0, # Bytes that checkpoints of this run take already
     there_backup:int=0, # Likewise in the backup
 )->list[str]: # Lines to show; a warning begins with WARNING
@@ -90,7 +90,8 @@ def storage_plan(
     snap = (config.snapshot_total_limit if config.time_save_interval_seconds else 0)*(light if config.snapshot_kind == 'light' else full)
     best = light if config.evaluation_strategy != 'no' else 0
     need = (keep+1)*full + snap + best + light      # one more while the oldest is still there; the final model
-    lines = [f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept, with snapshots, best and final model: {human_size(need)} at most; {human_size(free)} free"]
+    room = lambda n: 'free space unknown' if n == math.inf else f'{human_size(n)} free'
+    lines = [f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept, with snapshots, best and final model: {human_size(need)} at most; {room(free)}"]
     def warn(what, need, free, kept, limit):
         if need <= free: return
         fit = max(0, kept-math.ceil((need-free)/full))
@@ -98,7 +99,7 @@ def storage_plan(
     warn('the disk', need-there, free, keep, 'save_total_limit')
     if free_backup is not None:
         need_backup = (config.backup_keep_last+1)*full + best + light
-        lines.append(f"in the backup: {config.backup_keep_last} states, best and final model: {human_size(need_backup)} at most; {human_size(free_backup)} free")
+        lines.append(f"in the backup: {config.backup_keep_last} states, best and final model: {human_size(need_backup)} at most; {room(free_backup)}")
         warn('the backup', need_backup-there_backup, free_backup, config.backup_keep_last, 'backup_keep_last')
     return lines
 

@@ -16,7 +16,7 @@ from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .checkpoint import stores_in
 from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
-from .files import at_home, set_aside, write_file
+from .files import at_home, in_folder, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -133,7 +133,9 @@ def token_places(
 )->dict: # `train`, a list with one for each part of a mixture; `valid`, of a validation set of the caller's own. None: it is a token set from elsewhere
     "Folders below the run's in which its tokens are."
     data = (known or {}).get('data', {})
-    return data.get('places') or dict(train=_usual(_n_parts(data.get('source'))), valid='data-valid') # not written by older versions
+    places = data.get('places') or dict(train=_usual(_n_parts(data.get('source'))), valid='data-valid') # not written by older versions
+    if bad := [p for p in (*places['train'], places['valid']) if p is not None and not (in_folder(p) and p.startswith('data'))]: raise ValueError(f"run.json says that the tokens are in {bad[0]!r}; they must be in a folder data… of the run's own, and nothing outside is read or renamed. It was edited, or is not from minigpt: bring back the one that fit wrote, or choose a new output_dir")
+    return places
 
 def unread_tokens(
     folder:Path, # The run's
@@ -218,6 +220,7 @@ def open_source(
     opened = []
     for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
         if _is_set(source):
+            if spoilt := [d for d in getattr(source, 'sets', [source]) if d.damaged()]: raise DataError(f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged. Build it again with minigpt.data.build_tokenset")
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))

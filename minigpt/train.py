@@ -6,7 +6,7 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, gc, math, os, platform, random, signal, sys, threading, time, traceback, uuid, weakref
+import contextlib, errno, gc, math, os, platform, random, signal, sys, threading, time, traceback, uuid, weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import wraps
@@ -16,12 +16,12 @@ import numpy as np, torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
-from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, read_run_id, restore_run, wait_for_others
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Writer, find_base, home_of, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, stores_in, unpack_optimizer, unpack_rng, write_final
+from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, made_later, read_run_id, restore_run, wait_for_others
+from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, Defect, State, Writer, find_base, home_of, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, refuse_links, stores_in, unpack_optimizer, unpack_rng, write_final
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import at_home, dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, only_one, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -92,6 +92,7 @@ class Trainer(Learner):
         self.data,self.callbacks = data,list(callbacks)
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; what asks for an end: a signal, or in words
+        self.lr_start:tuple[int,float]|None = None # step and rate from which the schedule goes down, where the run went on with another end
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, by name, as tensors on the device; target tokens so far
 
@@ -119,7 +120,7 @@ class Trainer(Learner):
     def train_step(self, batch:dict[str,Tensor]):
         "One optimizer step on an effective batch, in micro-batches."
         cfg = self.config
-        n_targets,lr = max(1, self.objective.count(batch)),lr_at(self.step, cfg, self.max_steps)
+        n_targets,lr = max(1, self.objective.count(batch)),lr_at(self.step, cfg, self.max_steps, self.lr_start)
         parts = [dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))]
         if self.team: parts = self.team.deal(parts, self.step, n_targets, lr)
         self.losses.append(self.learn(parts, n_targets, lr)); self.tokens += sum(int((t != -100).sum()) for k,t in batch.items() if k.endswith('labels'))
@@ -181,7 +182,7 @@ class _Save(Callback):
     def save(self, t, store):
         if not os.path.exists(t.run_path/'run.json'):
             with contextlib.suppress(OSError): # where that cannot be, nor can the save, which says so
-                t.settle_anew(); t.say(f'{t.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; the checkpoints that were in it are not there any more')
+                t.say(t.settle_anew())
         t.schedule.saved()
         if store.kind != 'light': self.saved = t.step # what a resume can go on from
         state = t.state()
@@ -401,12 +402,17 @@ class _RunTrainer(Trainer):
         if not (self.run_path/'tokenizer'/'tokenizer.json').exists(): self.tokenizer.save(self.run_path/'tokenizer')
         self.metrics = Metrics(self.run_path/'metrics.jsonl', self.attempt, self.step)
 
-    def settle_anew(self):
-        "Likewise where the folder has disappeared; a `RuntimeError` if another process has taken its place."
-        self.run_path.mkdir(parents=True, exist_ok=True)
-        self.at_end.enter_context(only_one(self.run_path))
-        write_file(self.run_path/'metrics.jsonl', self.metrics.content()); self.metrics.close() # an open file outlives its name
+    def settle_anew(self)->str: # What had happened, for the user
+        "Likewise where run.json or the whole folder has disappeared; a `RuntimeError` if another process has taken its place."
+        whole = self.lock.is_there() # is it the folder that was locked?
+        if not whole:
+            self.run_path.mkdir(parents=True, exist_ok=True)
+            self.lock = self.at_end.enter_context(only_one(self.run_path))
+        if not lexists(self.run_path/'metrics.jsonl'): write_file(self.run_path/'metrics.jsonl', self.metrics.content()) # an open file outlives its name
+        self.metrics.close()
         self.settle()
+        if whole: return f"{self.run_path/'run.json'} has been deleted while its training goes on, and is written again"
+        return f'{self.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; the checkpoints that were in it are not there any more'
 
     def log(self, row:dict):
         "Write a row of metrics, and tell every callback."
@@ -420,7 +426,7 @@ class _RunTrainer(Trainer):
             data_position=self.schedule.position(self.step), last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
             evaluated=self.evaluated, worse=self.worse, stopped_early=self.stopped_early, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
             measured_on=self.measured_on,
-            seed=self.config.seed, device=self.device, precision=self.precision, run=self.run_id, attempt=self.attempt)
+            seed=self.config.seed, device=self.device, precision=self.precision, run=self.run_id, attempt=self.attempt, **(dict(lr_start=self.lr_start) if self.lr_start else {}))
         adapter = None
         if isinstance(m := self.model, LoRAGPT): adapter,trainer['base'] = m.lora.to_peft(m.base_path),m.base_hash
         return State(m.config, m.weights(), self.tokenizer, trainer, self.config.to_dict(), pack_optimizer(self.optimizer, m), pack_rng(), adapter)
@@ -444,6 +450,7 @@ class _RunTrainer(Trainer):
             b = read_json(c.path/'trainer_state.json')
             if b.get('measured_on') == self.measured_on and (self.best_loss is None or b['best_loss'] < self.best_loss): self.best_loss,self.best_step,self.worse = b['best_loss'],b['best_step'],0
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
+        self.lr_start = s['lr_start'] and tuple(s['lr_start']) if 'lr_start' in s else None
         if state.rng and (missing := [g for g in unpack_rng(state.rng) if g.partition('.')[0] == s['device'].partition(':')[0]]): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
 
 # %% ../nbs/13_train.ipynb #bf24d7f8
@@ -510,7 +517,7 @@ def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|N
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
     if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
     folder = at_home(output_dir)
-    try: folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
+    try: refuse_links(folder); folder.mkdir(parents=True, exist_ok=True); open(folder/'.lock', 'ab').close()
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
     if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
         if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")
@@ -522,36 +529,75 @@ def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|N
         raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
     return folder,None
 
+_WAITS = .5,1.,2.,4. # Seconds between tries to read what cannot be read: a mount may stutter
+
+def _unwanted(c:Checkpoint, t:_RunTrainer, attempts:list[dict])->Defect|None:
+    "Why a whole state is not one to go on from."
+    try: own = read_json(c.path/'trainer_state.json')
+    except (OSError, ValueError): return None # that it cannot be read is said where it is verified
+    if own.get('run', t.run_id) != t.run_id: return Defect('unwanted', 'it belongs to another run')
+    if given_up(own, attempts): return Defect('unwanted', 'training went back behind it later, so it belongs to a course that was given up')
+    return None
+
+class _Choice:
+    "The search for the newest state that is whole, here or in the backup."
+    def __init__(self, t:_RunTrainer, backup:Backup|None, attempts:list[dict]):
+        self.t,self.backup,self.attempts = t,backup,attempts
+        self.stores = [*t.stores, *(backup.state_stores() if backup else [])]
+        self.failed,self.told,self.unreadable = {},set(),{} # damaged copies by path; what was said; step and reason of what cannot be read, by path
+
+    def in_backup(self, c:Checkpoint)->bool: return self.backup is not None and self.backup.path in c.path.parents
+
+    def passed_over(self, c:Checkpoint, why:Defect):
+        if why.kind == 'unreadable': self.unreadable[c.path] = c.step,why
+        elif c.path not in self.told:
+            self.told.add(c.path)
+            self.t.say(f"{c.path.parent.name}/{c.path.name}{' of the backup' if self.in_backup(c) else ''} is passed over: {why}")
+            if self.in_backup(c) and c.path not in self.failed: self.backup.rejected.add(c.path)
+
+    def look(self)->Checkpoint|None:
+        "The newest state; what may be newer, and cannot be read, is in `unreadable`."
+        self.unreadable = {}
+        try: c = newest(self.stores, self.passed_over, lambda c: self.failed.get(c.path) or _unwanted(c, self.t, self.attempts))
+        except OSError as e: self.unreadable[Path(e.filename or self.t.run_path)] = math.inf,Defect('unreadable', f'it cannot be listed: {e}'); return None
+        self.unreadable = {p:x for p,x in self.unreadable.items() if not c or x[0] > c.step}
+        if not c or self.unreadable or not self.in_backup(c): return c
+        try: here = fetch(self.backup, c)
+        except CheckpointError as e: self.failed[c.path] = Defect('damaged', f'it could not be copied: {e}'); return self.look()
+        except OSError as e: self.unreadable[c.path] = c.step,Defect('unreadable', f'it could not be copied: {e}'); return None
+        self.t.say(f'{c.path.name} comes from the backup')
+        return replace(c, path=here)
+
+    def __call__(self)->Checkpoint|None:
+        "The state to go on from. An error where one that may be newer cannot be read: to go on from an older one would give it up."
+        for wait in *_WAITS,None:
+            c = self.look()
+            if not self.unreadable: return c
+            if wait: time.sleep(wait)
+        path,(_,why) = next(iter(self.unreadable.items()))
+        back = f", or go back on purpose, to an older state: resume={c.path.name!r}" if c else ''
+        ours = not (self.backup and (path == self.backup.path or self.backup.path in path.parents))
+        raise (CheckpointError if ours else BackupError)(f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give it up. Make it readable (a mount may have to be mounted again, a folder may lack a permission, a disk may be full), and call again{back}{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}")
+
 def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
     "The state to go on from, in the run's own folder."
-    failed = {}
-    def unfit(c):
-        if c.path in failed: return failed[c.path]
-        with contextlib.suppress(OSError, ValueError):
-            own = read_json(c.path/'trainer_state.json')
-            if own.get('run', t.run_id) != t.run_id: return 'it belongs to another run'
-            if given_up(own, attempts): return 'training went back behind it later, so it belongs to a course that was given up'
-    passed_over = lambda c,why: t.say(f'{c.path.parent.name}/{c.path.name}{" of the backup" if backup and backup.path in c.path.parents else ""} is passed over: {why}')
-    mirrored = backup.state_stores() if backup else []
     if resume is False: return None
-    if resume in ('auto', True):
-        told = set()
-        def once(c, why):
-            if c.path in told: return
-            told.add(c.path); passed_over(c, why)
-            if backup and backup.path in c.path.parents and c.path not in failed and not why.startswith('it cannot be read'): backup.rejected.add(c.path) # what cannot be read now may be whole all the same
-        while (c := newest([*t.stores, *mirrored], once, unfit)) and backup and backup.path in c.path.parents:
-            t.say(f'{c.path.name} comes from the backup')
-            try: return replace(c, path=fetch(backup, c))
-            except (OSError, CheckpointError) as e: failed[c.path] = f'it could not be copied: {e}'
-        if c is None and failed: raise BackupError(f"{backup.path} has {', '.join(p.name for p in failed)}, and none could be copied here: {[*failed.values()][0]}. Make room, or mount it again, and call again; nothing is trained anew meanwhile")
-        return c
-    path = Path(resume)
+    if resume in ('auto', True): return _Choice(t, backup, attempts)()
+    mirrored,path = backup.state_stores() if backup else [],Path(resume)
     found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == str(resume))]
     if not found: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
     whole = next((c for c in found if not problem(c.path)), None)
     if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
     return replace(whole, path=fetch(backup, whole)) if backup and backup.path in whole.path.parents else whole
+
+def _check_readable(folder:Path):
+    "A `CheckpointError` if the states that a run has saved cannot be seen, or no others could be saved beside them."
+    for store in stores_in(folder):
+        try:
+            entries(store.folder)
+            if lexists(store.folder) and not os.access(store.folder, os.W_OK | os.X_OK): raise PermissionError(errno.EACCES, 'nothing can be saved in it')
+        except OSError as e: raise CheckpointError(f"{store.folder} cannot be used: {e.strerror or e}. Nothing is trained while its states cannot be read and saved. Give yourself the permission, or mount the disk again, and call again") from None
+    if (wrong := problem(folder, hashes=False)) and wrong.kind == 'unreadable': raise CheckpointError(f"the final model in {folder} may be whole, and {wrong}. Nothing is trained meanwhile; make it readable, and call again")
 
 def _strangers_aside(t:_RunTrainer):
     "What another run has saved is neither gone on from nor overwritten, should it have come into this folder."
@@ -573,12 +619,20 @@ def _mirror(folder:Path, cfg:TrainConfig, resume, overwrite:bool, say)->Backup|N
     if not cfg.gdrive_backup_dir: return None
     check_there(cfg.gdrive_backup_dir)
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
-    wait_for_others(backup, say)
+    _patiently(lambda: wait_for_others(backup, say), backup)
     fresh = read_run_id(folder) is None
     if fresh and overwrite and backup.path.exists(): say(f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with this run later, leave overwrite out of the call")
     if fresh and resume is False and read_run_id(backup.path): raise FileExistsError(f"{backup.path} holds a backup of such a run, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
-    restore_run(backup, say)
+    _patiently(lambda: restore_run(backup, say), backup)
     return backup
+
+def _patiently(ask:Callable, backup:Backup):
+    "Ask a backup again and again for a while; a `BackupError` if it cannot be read then either."
+    for wait in *_WAITS,None:
+        try: return ask()
+        except OSError as e:
+            if not may_pass(e) or wait is None: raise BackupError(f"{backup.path} cannot be read now: {e}. Nothing is trained meanwhile. Mount it again and call again; or, to go on without it, leave gdrive_backup_dir out") from None
+            time.sleep(wait)
 
 def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:bool=True):
     "Wait for the backup, and say what is and what is not there."
@@ -597,8 +651,14 @@ def _n_saved(model:GPT)->int: "Numbers that a checkpoint of weights holds."; ret
 def _plan(t:_RunTrainer, backup:Backup|None):
     "Say what the run will take, before it takes it."
     there = sum(dir_size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
-    free = free_space(t.run_path) - (t.config.backup_keep_last*checkpoint_size(_n_saved(t.model)) if backup and drive_mount(backup.folder) else 0) # Drive's cache is on this disk as well
-    for line in storage_plan(t.config, _n_saved(t.model), t.schedule.n_checkpoints, free, free_space(backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
+    free = _space(t, t.run_path)
+    if backup and drive_mount(backup.folder): free -= t.config.backup_keep_last*checkpoint_size(_n_saved(t.model)) # Drive's cache is on this disk as well
+    for line in storage_plan(t.config, _n_saved(t.model), t.schedule.n_checkpoints, free, _space(t, backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
+
+def _space(t:_RunTrainer, folder:Path)->float:
+    "Free bytes; infinity, where the file system does not tell."
+    try: return free_space(folder)
+    except OSError as e: t.say(f'the free space of {folder} is not known ({e.strerror or e}), so whether the run fits there is not known either'); return math.inf
 
 def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
@@ -657,9 +717,11 @@ def fit(
     if launched(): help_out(); return Run(output_dir)
     train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
     folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
-    with only_one(folder), contextlib.ExitStack() as at_end:
+    with only_one(folder) as lock, contextlib.ExitStack() as at_end:
         say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
-        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
+        _check_readable(folder)
+        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *(p for p in entries(folder) if p.name.startswith('data')): sweep(f)
+        if not lock.works: say(f'WARNING: the file system of {folder} has no locks, so nothing keeps a second process from training this run at the same time; see to it yourself')
         if aside: say(f'what stood in {folder} is kept as {aside}')
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = Run(folder).facts if (folder/'run.json').exists() else None
@@ -698,7 +760,7 @@ def fit(
         attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
         windows = data.n_windows(cfg.max_seq_len)
         t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, run_id=id, tokenizer=tok, attempt=len(attempts)+1, valid=valid, say=say, objective=objective)
-        t.team,t.at_end = team,at_end
+        t.team,t.at_end,t.lock = team,at_end,lock
         _strangers_aside(t)
         if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), t, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
             say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done.get('stopped_early') else ''))
@@ -715,6 +777,7 @@ def fit(
             if start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
             t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
             t.restore(state)
+            _settle_rate(t, state.trainer, state.arguments)
             del state # as large as the training itself
         attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
         if start and resume not in ('auto', True):
@@ -734,6 +797,7 @@ def fit(
             f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
         for line in _describe(data, cfg.max_seq_len): say(line)
         _plan(t, backup)
+        at_end.callback(_prune, t)
         if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
         began = time.perf_counter()
@@ -758,6 +822,17 @@ def _course(cfg:TrainConfig, windows:int, state:dict|None=None, was:dict|None=No
     "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
     offset = state['data_position']*was['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
     return cfg.max_steps or max(1, math.ceil((cfg.epochs*windows-offset)/cfg.effective_batch)),offset
+
+def _settle_rate(t:_RunTrainer, state:dict, was:dict):
+    "Where a run goes on with another number of steps: decide how the learning rate goes on, and say where it jumps."
+    cfg,longer = t.config,state['max_steps'] != t.max_steps
+    if cfg.lr_extend == 'stretch': t.lr_start = None
+    elif longer: t.lr_start = t.step,state['learning_rate']
+    if t.step >= t.max_steps or not (longer or cfg.lr_extend != was.get('lr_extend', 'stretch')): return
+    last,now = state['learning_rate'],lr_at(t.step, cfg, t.max_steps, t.lr_start)
+    said = f"the learning rate of step {t.step:,} was {last:.3g}, of {state['max_steps']:,} steps; of {t.max_steps:,} steps it goes on with {now:.3g}"
+    if now <= 1.1*last: t.say(said)
+    else: t.say(f"WARNING: {said}, so the loss may rise for a while. To go on from {last:.3g}, and only down, stop now and pass lr_extend='continue'")
 
 def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
     "The choices for which the model must be asked: its micro-batch, and whether it is compiled. A run that goes on on the same kind of device takes them over."
@@ -853,7 +928,12 @@ def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, state:Checkpoint|None, s
     "Begin to mirror, with what the backup may not have got yet."
     backup.start(run_id, superseded)
     if state: backup.submit(state.path, {s.folder:s for s in t.stores}.get(state.path.parent))
-    if best := [c for c in t.best.all() if not c.problem]: backup.submit(max(best, key=lambda c: c.time).path, t.best)
+    if best := [c for c in t.best.all() if not c.problem]: backup.submit(max(best, key=made_later).path, t.best)
+
+def _prune(t:_RunTrainer):
+    "Delete what could not be deleted while it was copied to the backup."
+    for store in *t.stores,t.best:
+        with contextlib.suppress(OSError): store.prune()
 
 def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):
     "What goes on, from where, and what is not as it was."

@@ -480,19 +480,31 @@ def test_a_checkpoint_is_not_deleted_while_it_is_copied(parts, tmp_path, monkeyp
 
 
 def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
-    "The one before it is taken; where none can be, nothing is trained anew"
+    "A mount that stutters is asked again; while a copy cannot be read nothing is trained, and no older state takes its place; a damaged one is passed over"
     backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    monkeypatch.setattr("minigpt.train._WAITS", (.01, .01))
     with pytest.raises(PowerCut): go(work, Wait(), At(17, power_cut), **backup)
     shutil.rmtree(work/"run"); real = backup_module.copy_checkpoint
-    def broken(source, target):
-        if source.name in names: raise OSError(errno.EIO, "Input/output error")
+    def stutters(source, target):
+        if source.name == "checkpoint-15" and source.parent.name == "checkpoints" and errors.pop(): raise OSError(errno.EIO, "Input/output error")
         return real(source, target)
-    monkeypatch.setattr("minigpt.backup.copy_checkpoint", broken)
-    names = {"checkpoint-5", "checkpoint-10", "checkpoint-15"}
-    with pytest.raises(BackupError, match="none could be copied here: .*nothing is trained anew"): go(work, **backup)
-    names = {"checkpoint-15"}
+    monkeypatch.setattr("minigpt.backup.copy_checkpoint", stutters)
+    errors = [True]*9
+    for _ in range(2):
+        with pytest.raises(BackupError, match="checkpoint-15 may be whole, and it could not be copied.*Nothing is trained meanwhile"): go(work, **backup)
+    assert len(errors) == 3 and not (work/"run/checkpoints").exists() and len(open_run(work/"run").facts["attempts"]) == 1
+    errors = [False, True]
     run, losses = go(work, **backup)
-    assert run.facts["attempts"][-1]["step"] == 10 and weights(work) == weights(whole[0])
+    assert [a["step"] for a in run.facts["attempts"]] == [0, 15] and weights(work) == weights(whole[0])
+
+
+def test_one_copy_that_is_damaged(work, whole, tmp_path):
+    "The one before it is taken"
+    backup = dict(gdrive_backup_dir=str(tmp_path/"disk"))
+    with pytest.raises(PowerCut): go(work, Wait(), At(17, power_cut), **backup)
+    shutil.rmtree(work/"run"); (f := tmp_path/"disk/run/checkpoints/checkpoint-15/optimizer.safetensors").write_bytes(f.read_bytes()[:-1])
+    run, losses = go(work, **backup)
+    assert run.facts["attempts"][-1]["step"] == 10 and weights(work) == weights(whole[0]) and "checkpoint-15 of the backup is passed over" in log(work)
 
 
 def test_a_course_that_was_given_up_is_not_restored(work, tmp_path):

@@ -75,7 +75,7 @@ def test_a_reference_for_two_and_in_half_precision(pairs, tok, tmp_path):
     data, _ = build_tokenset(pairs, tok, tmp_path/"data", 0., progress=False)
     for name, out, more in (("a", "one", {}), ("b", "two", dict(seed=3)), ("c", "three", dict(precision="bf16"))):
         fit(gpt(tok, seed=more.pop("seed", 0)), data, tokenizer=tok, output_dir=tmp_path/out, **{**SHORT, **more, "max_steps": 2})
-    assert len([*data.path.glob("reference-128-fp32-*.npy")]) == 2 and len([*data.path.glob("reference-128-bf16-*.npy")]) == 1
+    assert len([*data.path.glob("reference-128-fp32-*.bin")]) == 2 and len([*data.path.glob("reference-128-bf16-*.bin")]) == 1
 
 
 def test_an_adapter_learns_preferences(pairs, tok, tmp_path):
@@ -89,7 +89,7 @@ def test_a_lost_reference(pairs, tok, tmp_path):
     from minigpt.export import export
     export(gpt(tok), tmp_path/"base", tokenizer=tok)
     run = fit(tmp_path/"base", pairs, output_dir=tmp_path/"run", **SHORT)
-    lose = lambda: [f.unlink() for f in (tmp_path/"run"/"data").glob("*/reference-*.npy")]
+    lose = lambda: [f.unlink() for f in (tmp_path/"run"/"data").glob("*/reference-*.bin")]
     lose()
     with pytest.raises(CheckpointError, match="has lost the reference of the preferences, and this call gives another model .*Pass the model that it began with, .*base"): fit(run.model(), pairs, output_dir=tmp_path/"run", **{**SHORT, "max_steps": 10})
     assert resume(tmp_path/"run", max_steps=10).step == 10 and lose()

@@ -206,7 +206,7 @@ def test_training_on_two_sets_of_preferences(tok, tmp_path):
     "Mixed; each has its own reference. Another objective is refused"
     files = [rows_to(tmp_path/f"{i}.jsonl", preferences()[i::2]) for i in (0, 1)]
     run = fit(child.shape(), mix([(str(f), 1.) for f in files]), output_dir=tmp_path/"run", **{**child.OPTIONS, "max_steps": 2, "max_seq_len": 64, "validation_split": 0., "batch_size": 2, "gradient_accumulation": 1})
-    assert abs(run.history[0]["loss"]-np.log(2)) < .1 and len([*(tmp_path/"run"/"data").glob("*/train/reference-*.npy")]) == 2
+    assert abs(run.history[0]["loss"]-np.log(2)) < .1 and len([*(tmp_path/"run"/"data").glob("*/train/reference-*.bin")]) == 2
     with pytest.raises(ValueError, match="objective='conversation_modeling' learns from rows of the kind conversation"): fit(child.shape(), files[0], output_dir=tmp_path/"other", objective="conversation_modeling", **child.OPTIONS)
 
 
