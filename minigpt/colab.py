@@ -58,7 +58,8 @@ def setup(
     return backup
 
 def _say_space(model, config:TrainConfig, folder, backup:str, say):
-    free,there = free_space(folder),free_space(backup) if backup else None
+    try: free,there = free_space(folder),free_space(backup) if backup else None
+    except OSError as e: say(f'the free space is not known: {e}'); return
     say(f'free: {human_size(free)} here' + (f', {human_size(there)} in {backup}' if backup else ''))
     if model is None: return
     from minigpt.model import GPTConfig

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 import numpy as np
-from .files import write_file
+from .files import open_new, write_file
 
 # %% ../nbs/04_corpus.ipynb #84690096
 def pick(r:Random, pool:list):
@@ -566,7 +566,7 @@ def write_corpus(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp,room = path.with_name(f'.{path.name}.tmp'), megabytes*1e6
-    with open(tmp, 'wb') as f:
+    with open_new(tmp, -1) as f:
         for text in stories(seed, language):
             row = (json.dumps({'text':text}, ensure_ascii=False) + '\n').encode()
             room -= len(row)

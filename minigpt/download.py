@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
 from tqdm.auto import tqdm
-from .files import free_space, fsync, human_size, human_time, read_json, write_json
+from .files import free_space, fsync, human_size, human_time, no_link, open_new, read_json, write_json
 
 # %% ../nbs/03_download.ipynb #8c8c20b4
 class DownloadError(OSError):
@@ -133,6 +133,11 @@ def _answer(
     raise job.error("one web page after the other came in place of the file; open the address in a browser")
 
 # %% ../nbs/03_download.ipynb #c425e12a
+def _room(path:Path)->float:
+    "Free bytes where a file is to go; infinity, where the file system does not tell."
+    try: return free_space(path)
+    except OSError: return float('inf')
+
 def _facts(res, said:dict)->tuple: # Response and headers
     "From an answer: first byte and length of the whole, the version's name, its size and hash as the hub says them."
     span = re.match(r'bytes (\d+)-\d+/(\d+)$', said.get('content-range', '')) if res.status == 206 else None
@@ -157,9 +162,10 @@ def _once(job:_Job, bar:tqdm)->tuple: # The part, or the target if that is right
         if digest and not job.digest and job.to.exists() and not _wrong(job.to, size, digest): return job.to,size,digest
         if None not in (job.size,size) and size != job.size: raise job.error(f"the file there has {size:,} bytes, not {job.size:,}; it is another version of it, or another file")
         size,digest = size if job.size is None else job.size, job.digest or digest
-        if (room := free_space(job.to)) < (size or 0)-first: raise job.error(f"it needs {human_size(size-first)}, and {human_size(room)} are free; make room, or choose another disk")
+        room = _room(job.to)
+        if room < (size or 0)-first: raise job.error(f"it needs {human_size(size-first)}, and {human_size(room)} are free; make room, or choose another disk")
         done,bar.n,bar.total = first,first,size
-        with open(job.part, 'ab' if done else 'wb') as f:
+        with open(no_link(job.part), 'ab') if done else open_new(job.part, -1) as f:
             write_json(job.note, {'source':job.source, 'version':now, 'size':size, 'digest':digest})
             while chunk := chunk or _read(res):
                 if os.fstat(f.fileno()).st_size != done: raise job.error(f"another process is writing {job.part.name}; wait until it ends, or stop it, and call again")

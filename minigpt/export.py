@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .checkpoint import EXPORTED, CheckpointError, Defect, Weights, find_base, load_model, newest, open_weights, problem, read_config, read_pickle, stores_in, write_manifest, write_safetensors
 from .data import open_set, spread_over
-from .files import dir_size, free_space, human_size, new_dir, read_json, write_json
+from .files import delete, dir_size, free_said, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, need_gpt
 from .picture import figure
@@ -234,7 +234,7 @@ def export(
                 write_manifest(d, hashes, kind, read_json(state).get('global_step', 0) if state else 0)
                 if wrong := problem(d): raise CheckpointError(f"{out} was written and does not read back: {wrong}. The disk may be failing")
         except FileExistsError: raise
-        except OSError as e: raise CheckpointError(f"{out} could not be written: {e} ({human_size(free_space(out))} free there). Make room, or choose another place") from e
+        except OSError as e: raise CheckpointError(f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose another place") from e
     return out
 
 # %% ../nbs/08_export.ipynb #5ac8b5d2
@@ -296,7 +296,7 @@ def export_report(
     if data: base,chosen = _predict(weights.fill(shape.build().eval()), data, seq_len, sequences)
     with tempfile.TemporaryDirectory() as tmp:
         def written(*options, **more):
-            shutil.rmtree(Path(tmp)/'x', ignore_errors=True)
+            delete(Path(tmp)/'x')
             return export(source, Path(tmp)/'x', *options, **more, **quiet)
         def measured(p):
             d = written(p, config=config)

@@ -222,10 +222,10 @@ def _named(e:BaseException, path:Path)->BaseException:
     "The error, with the path that a bare `No space left on device` does not have."
     return OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) and e.errno and not e.filename else e
 
-def open_new(path:str|Path):
-    "Open a file that nobody has written to, unbuffered. A leftover of its name, or a link, is unlinked first; what the link points to is not touched."
+def open_new(path:str|Path, buffering:int=0):
+    "Open a file that nobody has written to. A leftover of its name, or a link, is unlinked first; what the link points to is not touched."
     if lexists(path): os.unlink(path)
-    return open(path, 'xb', buffering=0)
+    return open(path, 'xb', buffering)
 
 def write_all(f, data:bytes):
     "Write all of `data`; one write may take less."

@@ -6,15 +6,20 @@
 __all__ = ['TeamError', 'Team', 'launched', 'own_device', 'join', 'assemble', 'share_batch']
 
 # %% ../nbs/13_parallel.ipynb #81b394d5
-import contextlib, datetime, io, itertools, os, shutil, subprocess, sys, tempfile, time
+import contextlib, datetime, io, itertools, os, subprocess, sys, tempfile, time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 import numpy as np, psutil, torch, torch.distributed as dist
 from torch import Tensor
+from .files import delete
 
 # %% ../nbs/13_parallel.ipynb #51e884f8
 _PATIENCE = datetime.timedelta(days=30) # while the first process evaluates, saves, or waits for a backup, the others wait for it
+
+def _leave(place:str):
+    "Delete the folder in which processes met."
+    with contextlib.suppress(OSError): delete(place)
 
 class TeamError(RuntimeError):
     "Another process could not go on, or is gone; says what is known of it."
@@ -130,7 +135,7 @@ class Team:
         for p in self.helpers:
             try: p.wait(10)
             except subprocess.TimeoutExpired: p.kill(); p.wait()
-        if self.place: shutil.rmtree(self.place, ignore_errors=True)
+        if self.place: _leave(self.place)
 
 # %% ../nbs/13_parallel.ipynb #47d60cd7
 def launched()->int|None: "Which process of `torchrun` this is; None without it."; return int(os.environ['RANK']) if dist.is_available() and dist.is_torchelastic_launched() else None
@@ -204,7 +209,7 @@ def assemble(
             return Team(0, devices, store, helpers, place)
         except BaseException:
             for p in helpers: p.kill(); p.wait()
-            shutil.rmtree(place, ignore_errors=True)
+            _leave(place)
             raise
 
 # %% ../nbs/13_parallel.ipynb #3264a04b

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np, orjson
 from tqdm.auto import tqdm
 from .data import check_text, count_refused, sample_texts
-from .files import fsync, hidden, spread
+from .files import fsync, hidden, open_new, spread
 from .formats import Block, DataError, Row, data_files, parse_block, read_blocks
 from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
 from .registry import data_dir
@@ -144,7 +144,7 @@ def prepare(
     rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
     exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
     try:
-        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open(hidden(t, 'tmp'), 'wb')
+        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open_new(hidden(t, 'tmp'), -1)
         with tqdm(total=total, unit='B', unit_scale=True, desc='validating' if validate_only else 'preparing', disable=not progress or total < 8e6, leave=False) as bar:
             blocks = ((t,b) for f,t in zip(files, targets) for b in read_blocks(f))
             for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, total > 16e6):
