@@ -99,7 +99,7 @@ class Watch:
         before,self.problems,run = self.problems,[],self.run
         here = [(name, store.all) for name,store in dict(checkpoints=run.store, snapshots=run.snapshot_store, best=run.best_store).items()]
         there = [('backup', lambda: run.backup)] if backup and self.facts and not self.mirror else []
-        found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem) for name,all in here+there for c in self.part(name, all, [])]
+        found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem and str(c.problem)) for name,all in here+there for c in self.part(name, all, [])]
         out = dict(training=training, finished=bool(self.facts) and self.part('final model', lambda: run.finished, False), safe_step=self.part('checkpoints', lambda: run.step, 0), checkpoints=found,
             size=_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [])
         out['unread'],self.problems = self.problems,before

@@ -47,11 +47,19 @@ class File:
 
 class Disk:
     """What can be wrong with the folder `root`. `at` is the number of the write (counted from 0: opening to write, writing, renaming, deleting, making,
-    flushing) from which on it fails with `error`, `times` times; `gone` makes every access fail; `delay` seconds pass with each write."""
+    flushing) from which on it fails with `error`, `times` times; `gone` makes every access fail; `delay` seconds pass with each write. What stands in
+    `unreadable` (path → errno) cannot be opened or listed, nor anything below it."""
     def __init__(self, root, error=errno.EIO, at=None, times=1, short=False, delay=0.):
         self.root, self.error, self.at, self.times, self.short, self.delay = str(root), error, at, times, short, delay
         self.count, self.struck, self.gone, self.log = 0, [], False, []
-        self.server = None
+        self.server, self.unreadable = None, {}
+
+    def refuse(self, path, itself=True):
+        "Fail where a path, or a folder around it, cannot be read"
+        if not self.below(path): return
+        path = os.path.abspath(os.fspath(path))
+        for bad, error in self.unreadable.items():
+            if (path == bad and itself) or path.startswith(bad+os.sep): raise OSError(error, os.strerror(error), path)
 
     def below(self, path):
         try: path = os.path.abspath(os.fspath(path))
@@ -72,12 +80,12 @@ class Disk:
     @contextlib.contextmanager
     def at_work(self):
         "Replace what touches files"
-        real = {(m, n): getattr(m, n) for m, n in [(builtins, "open"), (io, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"), (os, "stat"), (os, "scandir")]}
+        real = {(m, n): getattr(m, n) for m, n in [(builtins, "open"), (io, "open"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "fsync"), (os, "stat"), (os, "lstat"), (os, "scandir")]}
 
         def opened(file, mode="r", *a, **k):
             if not self.below(file): return real[builtins, "open"](file, mode, *a, **k)
             if self.gone: raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(file))
-            if not WRITING & set(mode): return real[builtins, "open"](file, mode, *a, **k)
+            if not WRITING & set(mode): self.refuse(file); return real[builtins, "open"](file, mode, *a, **k)
             self.strike(f"open {file}")
             f = File(self, real[builtins, "open"](file, mode, *a, **k), os.path.abspath(file))
             self.changed(f.path)
@@ -95,6 +103,7 @@ class Disk:
         def looking(m, name):
             def look(path=".", *a, **k):
                 if self.gone and self.below(path): raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(path))
+                self.refuse(path, itself=name == "scandir")
                 return real[m, name](path, *a, **k)
             return look
 
@@ -104,7 +113,7 @@ class Disk:
             if path and self.below(path): self.strike(f"fsync {path}")
             return real[os, "fsync"](fd)
 
-        new = {(builtins, "open"): opened, (io, "open"): opened, (os, "fsync"): fsync, (os, "stat"): looking(os, "stat"), (os, "scandir"): looking(os, "scandir"),
+        new = {(builtins, "open"): opened, (io, "open"): opened, (os, "fsync"): fsync, (os, "stat"): looking(os, "stat"), (os, "lstat"): looking(os, "lstat"), (os, "scandir"): looking(os, "scandir"),
                **{(os, n): acting(os, n) for n in ("mkdir", "rename", "replace", "unlink", "rmdir")}}
         for (m, n), f in new.items(): put(m, n, f)
         try: yield self
