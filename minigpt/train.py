@@ -31,7 +31,7 @@ from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
 from .run import Run, open_run
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, check_before_moving, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
+from .source import OVERRIDES, check_before_moving, meanings, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
 from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits, set_compiled
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -649,7 +649,8 @@ def fit(
     if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
     callbacks = [*callbacks]
     if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
-    cfg = TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train) | (config or {}), **options)
+    configured = lambda decided: TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train, decided) | (config or {}), **options)
+    cfg = configured(None)
     if resume_from_checkpoint is not None: resume = resume_from_checkpoint
     if not isinstance(resume, (str,Path,bool)): raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
     override = (override,) if isinstance(override, str) else tuple(override)
@@ -666,6 +667,8 @@ def fit(
         if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
         if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
         if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
+        decided = meanings((train, valid), None if 'data' in override else known, folder)
+        cfg = configured(decided) # a name is what the run took it for, so its usual options are
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_keep(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
@@ -681,7 +684,7 @@ def fit(
         if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
-        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, decided)
         if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
@@ -723,7 +726,7 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
+            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, named=decided, tokens=len(data), places=places), choices=choices, attempts=attempts)
         t.settle(); at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
