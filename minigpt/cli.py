@@ -120,9 +120,6 @@ def train(
     if use_full_data: file.pop('train', None); data = full_data(Path(output_dir or 'runs/pretrain'), options.get('gdrive_backup_dir', file.get('gdrive_backup_dir') or ''), overwrite or 'data' in override)
     else: data = training_data(data, file)
     model = get(config, 'config', 'model', default='tiny')
-    if isinstance(model, dict):
-        from minigpt.model import GPTConfig
-        model = GPTConfig.from_dict(model)
     rank,alpha,targets = get(lora_r, 'lora_r'),get(lora_alpha, 'lora_alpha'),get(lora_targets, 'lora_targets', default='all')
     if rank is None and (alpha or targets != 'all'): raise ValueError("lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too")
     if rank is not None:
@@ -316,6 +313,7 @@ def analyze_checkpoint(
     compare:Annotated[bool, typer.Option('--compare', help="the checkpoints of --directory side by side")]=False,
     create_demo:Annotated[bool, typer.Option('--create-demo', help="make a demonstration checkpoint to learn on, and analyse it")]=False,
     config:Annotated[str, typer.Option(help="of the demonstration: tiny, small, medium, large")]='medium',
+    overwrite:Annotated[bool, typer.Option('--overwrite', help="the demonstration may take the place of one that is there")]=False,
     target:Annotated[Optional[str], typer.Option(help="suggestions for mobile, edge or server")]=None,
     training_hours:Annotated[Optional[float], typer.Option(help="how long the training took, for suggestions in hours")]=None,
     figure:Annotated[Optional[Path], typer.Option(help="write the figure as PNG")]=None,
@@ -326,7 +324,7 @@ def analyze_checkpoint(
     from minigpt.compare import compare as side_by_side, precision_table, suggestions
     from minigpt.files import write_json
     _writable(figure, json)
-    if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo_checkpoint'), config)
+    if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo_checkpoint'), config, overwrite=overwrite)
     if not checkpoint and not directory: raise ValueError("name a checkpoint (-c FILE_OR_DIRECTORY), a folder of them (-d FOLDER --compare), or --create-demo")
     if compare:
         found = side_by_side(directory or checkpoint)

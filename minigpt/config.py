@@ -20,7 +20,7 @@ _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epoch
     block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
     compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
 
-_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {vocab_size, dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}"
+_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}, whose vocabulary is the tokenizer's"
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
 _ELSEWHERE = { # name of another program → how it is done here
     **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here", 'bias':"there are no biases, as in Llama",

@@ -477,10 +477,18 @@ def _describe(data, seq_len:int)->list[str]:
     cut,lost = data.too_long(seq_len)
     return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + (f'; {cut-lost:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if cut > lost else '') + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')]
 
-def _given(model):
+def _shape(d:dict, known:dict|None):
+    "A shape in a configuration file: its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."
+    if d.get('vocab_size') is not None: return shape_from_dict(d)
+    of_size = lambda n: shape_from_dict({**d, 'vocab_size':n})
+    of_size(20_000) # what is wrong in it is said before a tokenizer is trained
+    return of_size(known['model']['vocab_size']) if known else lambda tok: of_size(tok.vocab_size)
+
+def _given(model, known:dict|None=None):
     "The model of a call; opened, if a directory is named."
     model = getattr(model, '_orig_mod', model) # of torch.compile; whether to compile is decided here
     if isinstance(model, nn.Module) and not isinstance(model, LanguageModel) or hasattr(model, 'to_json_string'): raise TypeError(f"model is a {type(model).__name__} of another library; write it with save_pretrained('DIR') and pass model='DIR' (a shape alone: minigpt.model.from_hf(config.to_dict()))")
+    if isinstance(model, dict): return _shape(model, known)
     if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     model = at_home(model)
@@ -630,7 +638,7 @@ def _quietly(f):
 # %% ../nbs/13_train.ipynb #1d7edf1b
 @_leaving_nothing
 def fit(
-    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
+    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
     valid=None, # Likewise; default: a share of `train` is held out
     *,
@@ -680,7 +688,7 @@ def fit(
         at_end.enter_context(same_bits(cfg.deterministic))
 
         given_valid = source_to_json(valid) if valid is not None else None
-        model = _given(model)
+        model = _given(model, known)
         if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
