@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'FULL_DATA', 'checkpoint_app', 'data_app', 'tokenizer_app', 'with_training_options', 'training_data',
-           'full_data', 'run_name', 'train', 'resume_', 'chat', 'serve_', 'evaluate_', 'runs', 'generate', 'mlm',
-           'infill', 'bench', 'monitor', 'plot', 'analyze_checkpoint', 'export', 'prepare', 'analyze_', 'list_', 'get',
-           'train_', 'show', 'main']
+           'full_data', 'where_to_resume', 'run_name', 'train', 'resume_', 'chat', 'serve_', 'evaluate_', 'runs',
+           'generate', 'mlm', 'infill', 'bench', 'monitor', 'plot', 'analyze_checkpoint', 'export', 'prepare',
+           'analyze_', 'list_', 'get', 'train_', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #f67e2f7f
 import inspect, sys
@@ -14,7 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .config import TrainConfig, read_options, _ALIASES, _ELSEWHERE
+from .config import PATIENCE, TrainConfig, elsewhere, read_options, without_idle, _ALIASES
 from .registry import Mix, all_here, list_datasets, locate, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
@@ -71,6 +71,19 @@ def full_data(
     there = not anew and any((p/'run.json').exists() for p in [folder, *([Path(backup)/folder.name] if backup else [])])
     return mix(FULL_DATA if there else all_here(FULL_DATA))
 
+def where_to_resume(
+    resume, # auto, no, or the name or path of a checkpoint; or a run's folder
+    output_dir:Path|None, # Where one is named
+)->tuple: # `resume` and `output_dir` as `fit` takes them; does `resume` tell the run?
+    "Documents write it in several ways: --resume auto, checkpoint-500, RUN/checkpoint-500, RUN/checkpoints/checkpoint-500, RUN."
+    from minigpt.run import split_checkpoint
+    if resume in ('no', False): return False,output_dir,False
+    if resume in ('auto','True','true','1',True): return 'auto',output_dir,False
+    run,name = (Path(resume), 'auto') if (Path(resume)/'run.json').exists() else split_checkpoint(resume)
+    if not run or output_dir and Path(output_dir).resolve() != run.resolve(): return resume,output_dir,False
+    if (Path(resume)/'config.json').exists() and not (run/'run.json').exists(): raise FileNotFoundError(f"{run} is not a run of this library (no run.json), so its training does not go on here. To begin with the weights in {resume}: minigpt train DATA --config {resume}")
+    return name,run,True
+
 def run_name(data)->str:
     "What a run is called after its data."
     first = data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
@@ -94,7 +107,8 @@ def train(
     lora_targets:Annotated[Optional[str], typer.Option(help="matrices of each block that are adapted, with commas between [all]", show_default=False)]=None,
     tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
     output_dir:Annotated[Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")]=None,
-    resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name of a checkpoint [auto]", show_default=False)]=None,
+    resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name or path of a checkpoint; a path says the run too, and its data, where none are named [auto]", show_default=False)]=None,
+    yes:Annotated[bool, typer.Option('--yes', '-y', help="as of `resume`: do not ask; here nothing is asked")]=False,
     override:Annotated[Optional[list[str]], typer.Option(help="what may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed")]=None,
     overwrite:Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]=False,
     config_file:Annotated[Optional[Path], typer.Option(help="JSON or YAML file with any of these options; data_files names the data")]=None,
@@ -102,8 +116,8 @@ def train(
 ):
     "Train a model, or go on training it."
     from minigpt.presets import hardware as hardware_options, recipe as recipe_options, stage as stage_options
-    from minigpt.train import fit
-    given_file = read_options(config_file) if config_file else {}
+    from minigpt.train import fit, resume as go_on
+    given_file = without_idle(read_options(config_file), typer.echo) if config_file else {}
     recipe,stage,hardware = (chosen or given_file.pop(k, None) for k,chosen in dict(recipe=recipe, stage=stage, hardware=hardware).items())
     use_full_data = given_file.pop('use_full_data', False) or use_full_data
     file = (recipe_options(recipe) if recipe else {}) | (stage_options(stage) if stage else {})
@@ -116,20 +130,27 @@ def train(
     data = [*(data or []), *(dataset or []), *(data_files or [])]
     if use_full_data and (twice := [*data, *({'data_files','data','dataset','datasets'} & {*file})]): raise ValueError(f"use_full_data names all data, and {twice[0]} names data too; leave one out")
     override,overwrite = get(override, 'override', default=()),get(overwrite or None, 'overwrite', default=False)
-    output_dir = get(output_dir, 'output_dir')
+    asked = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
+    resume,output_dir,told = where_to_resume(asked, get(output_dir, 'output_dir'))
+    named = data or use_full_data or {'data_files','data','dataset','datasets','train'} & {*file}
     if use_full_data: file.pop('train', None); data = full_data(Path(output_dir or 'runs/pretrain'), options.get('gdrive_backup_dir', file.get('gdrive_backup_dir') or ''), overwrite or 'data' in override)
-    else: data = training_data(data, file)
-    model = get(config, 'config', 'model', default='tiny')
+    elif named or not told: data = training_data(data, file)
+    model = get(config, 'config', 'model', default='tiny' if named else None)
     rank,alpha,targets = get(lora_r, 'lora_r'),get(lora_alpha, 'lora_alpha'),get(lora_targets, 'lora_targets', default='all')
     if rank is None and (alpha or targets != 'all'): raise ValueError("lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too")
     if rank is not None:
         from minigpt.checkpoint import load_model
+        from minigpt.files import on_hub
         from minigpt.lora import lora
-        if not isinstance(model, str) or not Path(model).is_dir(): raise ValueError(f"lora_r={rank} trains an adapter of a model that was trained before; config={model!r} must be its directory")
+        if not isinstance(model, str) or not Path(model).is_dir(): raise ValueError(f"lora_r={rank} trains an adapter of a model that was trained before; config={model!r} must be its directory{on_hub(model) if isinstance(model, str) else ''}")
         model = lora(load_model(model), rank, alpha or 2*rank, targets.split(',') if isinstance(targets, str) and targets != 'all' else targets)
-    resume = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
-    fit(model, data, get(valid, 'valid'), override=override, tokenizer=get(tokenizer, 'tokenizer', 'tokenizer_path'), overwrite=overwrite,
-        output_dir=output_dir or Path('runs')/('pretrain' if use_full_data else run_name(data)), resume=False if resume in ('no', False) else 'auto' if resume in ('True','true','1') else resume, config=file, **options)
+    valid,tokenizer = get(valid, 'valid'),get(tokenizer, 'tokenizer', 'tokenizer_path')
+    if not named:
+        if valid or overwrite: raise ValueError(f"{'valid' if valid else 'overwrite'} is given and no data: --resume {asked} goes on with the run's own; name the data too")
+        go_on(output_dir, resume, model=model, override=override, tokenizer=tokenizer, **{**file, **options})
+        return
+    fit(model, data, valid, override=override, tokenizer=tokenizer, overwrite=overwrite,
+        output_dir=output_dir or Path('runs')/('pretrain' if use_full_data else run_name(data)), resume=resume, config=file, **options)
 
 # %% ../nbs/18_cli.ipynb #4ef381de
 @app.command('resume', **_TRAINS)
@@ -452,16 +473,18 @@ def show(
     typer.echo(f"{len(ids)} tokens, {len(text.encode())/max(1, len(ids)):.2f} bytes each: " + '|'.join(tok.decode([i]) for i in ids))
 
 # %% ../nbs/18_cli.ipynb #6ed9f59b
+_AS_FLAGS = {'enable-compile':'yes', 'early-stopping':PATIENCE} # options that other programs have as flags, and what they then mean
+
 def main():
     "The `minigpt` command."
     for out in sys.stdout,sys.stderr:
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace') # a model may write what the terminal cannot show
     for i,(word,after) in enumerate(zip(sys.argv, [*sys.argv[1:], '-'])):
-        if word[:2] == '--' and _spelled(word[2:]) == 'enable-compile' and after.startswith('-'): sys.argv[i] += '=yes' # as a flag, as in other programs
+        if word[:2] == '--' and after.startswith('-') and (usual := _AS_FLAGS.get(_spelled(word[2:]))): sys.argv[i] += f'={usual}'
     if sys.argv[1:2] in (['train'], ['resume']):
         for word in sys.argv[2:]:
             if word == '--': break
-            if word[:2] == '--' and (how := _ELSEWHERE.get(word[2:].partition('=')[0].replace('-', '_'))): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
+            if word[:2] == '--' and (how := elsewhere(word[2:].partition('=')[0])): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
     try: app(standalone_mode=True)
     except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {e}')

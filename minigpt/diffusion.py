@@ -17,7 +17,7 @@ import torch, torch.nn.functional as F, xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .checkpoint import load_model
-from .config import TrainConfig, read_options
+from .config import TrainConfig, elsewhere, read_options, without_idle
 from .data import ChatSet
 from .formats import data_files, read_blocks
 from .model import GPT, LanguageModel
@@ -467,8 +467,9 @@ def mlm(
 )->Run:
     "Train an encoder by simplex diffusion, or go on training it."
     d,where = (dict(config),'the configuration') if isinstance(config, dict) else (read_options(config),config)
-    known = *_FILES,*_NOISE,*TrainConfig.names()
-    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}, which is unknown{_near(bad[0], known)}")
+    d,known = {k:d[k] for k in d if k in _FILES} | without_idle({k:v for k,v in d.items() if k not in _FILES}),(*_FILES, *_NOISE, *TrainConfig.names())
+    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}" + (f": {how}" if (how := elsewhere(str(bad[0]))) else f", which is unknown{_near(bad[0], known)}"))
+    d = {k:v for k,v in d.items() if v is not None or k in _NOISE} # null: as if it were not there
     if not d.get('train_file'): raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
     get = lambda k,usual=None: d.pop(k, None) or usual
     files,noise = {k:get(k) for k in _FILES},{k:d.pop(k) for k in _NOISE if k in d}

@@ -148,7 +148,10 @@ def what_is_read(
     told = [t for s in _parts(source) if (t := _told(s, decided, folder))]
     return [f"{what}: {'; '.join(told)}"] if told else []
 
+def _found(path)->str: "Of a bare file name: where the file is."; return '' if (at := locate(path)) == path else f'{path} = {at}'
+
 def _told(s, decided, folder)->str:
+    if isinstance(s, (list,tuple)): return '; '.join(t for e in s if isinstance(e, (str,Path)) and (t := _found(e)))
     kind = meaning(s, decided, folder)
     if kind == REGISTERED:
         if not (known := s if isinstance(s, DatasetConfig) else find_dataset(s)): return ''
@@ -156,7 +159,7 @@ def _told(s, decided, folder)->str:
         told = f"{name} = {kind}{f' {known.name}'*(name != known.name)}, {', '.join(str(find_file(f) or known.place(f)) for f in known.files)}"
     elif kind == CORPUS: told = f'{s} = {kind}' + (f"; the registered data set of this name is not here (minigpt data get {s})" if find_dataset(s) and find_dataset(s).missing else '')
     elif not isinstance(s, (str,Path)): return ''
-    elif (at := locate(s)) != s: told = f'{s} = {at}'
+    elif found := _found(s): told = found
     elif isinstance(s, str) and (s in BUILT_IN or find_dataset(s)): told = f"{s} = the {'folder' if Path(s).is_dir() else 'file'} {Path(s).absolute()}"
     else: return ''
     return told + ', as when the run began'*(isinstance(s, str) and s in (decided or {}) and _now(s, folder) != kind)

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, State, Wri
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import at_home, dir_size, free_space, human_size, human_time, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import at_home, dir_size, free_space, human_size, human_time, on_hub, only_one, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -29,7 +29,7 @@ from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
 from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics, trouble
 from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
-from .run import Run, open_run
+from .run import Run, open_run, split_checkpoint
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from .source import OVERRIDES, check_before_moving, meanings, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
 from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits, set_compiled
@@ -217,6 +217,7 @@ class _Evaluate(Callback):
     "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
     def __init__(self, valid): self.valid = valid
     def on_start(self, t):
+        if n := t.config.early_stopping: t.say(f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''} without a better validation loss")
         if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step): self.evaluate(t) # stopped between a save and the evaluation behind it
     def on_step(self, t):
         if t.schedule.evaluation(t.step): self.evaluate(t)
@@ -494,7 +495,7 @@ def _given(model, known:dict|None=None):
     model = at_home(model)
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).is_file(): load_model(model) # says what becomes of a file
-    if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
+    if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}{on_hub(model)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
@@ -530,6 +531,29 @@ def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|N
         raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
     return folder,None
 
+@contextlib.contextmanager
+def _as_it_was(output_dir)->Iterator[list]:
+    "A call that is refused before there is a run leaves no trace of itself: neither folders, nor a lock or a log; what was moved aside (the list is told) comes back. Tokens that it has made stay, for the next call."
+    folder,moved = at_home(output_dir) if isinstance(output_dir, (str,Path)) else None,[]
+    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)] if folder else []
+    traces = [folder/n for n in ('run.log','.lock') if folder and not os.path.lexists(folder/n)]
+    try: yield moved
+    except BaseException:
+        with contextlib.suppress(OSError, RuntimeError): # RuntimeError: another process has the folder meanwhile
+            if folder and folder.is_dir() and not (folder/'run.json').exists(): _tidy(folder, made, traces, next(filter(None, moved), None))
+        raise
+
+def _tidy(folder:Path, made:list[Path], traces:list[Path], aside:Path|None):
+    if aside: made = [folder, *made]
+    with only_one(folder):
+        for p in [folder/'run.log', folder/'.lock'] if aside else traces: p.unlink(missing_ok=True)
+        for p in [p for p in folder.iterdir() if folder in made] + made:
+            with contextlib.suppress(OSError): p.rmdir() # of those that are empty
+    if aside and not folder.exists():
+        os.rename(aside, folder)
+        for p in traces: p.unlink(missing_ok=True) # those from before it was moved
+        tqdm.write(f'nothing is trained, and {folder} is as it was')
+
 def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
     "The state to go on from, in the run's own folder."
     failed = {}
@@ -554,8 +578,9 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
             except (OSError, CheckpointError) as e: failed[c.path] = f'it could not be copied: {e}'
         if c is None and failed: raise BackupError(f"{backup.path} has {', '.join(p.name for p in failed)}, and none could be copied here: {[*failed.values()][0]}. Make room, or mount it again, and call again; nothing is trained anew meanwhile")
         return c
-    path = Path(resume)
-    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == str(resume))]
+    path,(around,name) = Path(resume),split_checkpoint(resume)
+    if around and around.resolve() != t.run_path.resolve(): name = str(resume)
+    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == name)]
     if not found: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
     whole = next((c for c in found if not problem(c.path)), None)
     if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
@@ -644,7 +669,7 @@ def fit(
     *,
     tokenizer:Tokenizer|str|Path|None=None, # Default: the run's own, or one trained on `train`
     output_dir:str|Path='runs/demo', # The run's folder
-    resume:str|Path|bool='auto', # 'auto': the newest whole checkpoint; the name of one; False: refuse a folder that holds a run
+    resume:str|Path|bool='auto', # 'auto': the newest whole checkpoint; the name or path of one; False: refuse a folder that holds a run
     callbacks:Iterable[Callback]=(), # Called after each step's log and save, before an evaluation
     config:TrainConfig|dict|None=None, # A whole configuration; `options` go before it
     overwrite:bool=False, # Move a run that stands in `output_dir` aside
@@ -665,16 +690,19 @@ def fit(
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     if launched(): help_out(); return Run(output_dir)
     train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
-    folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
-    with only_one(folder), contextlib.ExitStack() as at_end:
-        say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
+    with _as_it_was(output_dir) as moved, contextlib.ExitStack() as at_end:
+        folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
+        moved.append(aside)
+        at_end.enter_context(only_one(folder))
+        log = at_end.enter_context(RunLog(folder/'run.log'))
+        say,log.counts = _speaker(log, cfg.progress),False # until the call is accepted
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *folder.glob('data*'): sweep(f)
         if aside: say(f'what stood in {folder} is kept as {aside}')
         backup = _mirror(folder, cfg, resume, overwrite, say)
         known = Run(folder).facts if (folder/'run.json').exists() else None
         if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
         if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
-        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
+        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew" + (f"; to begin with the weights in {resume}, pass it as the model (--config {resume})" if (Path(resume)/'config.json').exists() else ''))
         decided = meanings((train, valid), None if 'data' in override else known, folder)
         cfg = configured(decided) # a name is what the run took it for, so its usual options are
         choices = choose(cfg)
@@ -735,7 +763,7 @@ def fit(
         if known: _say_changes(known, cfg, choices, start, say)
         t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
             max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, named=decided, tokens=len(data), places=places), choices=choices, attempts=attempts)
-        t.settle(); at_end.callback(lambda: t.metrics.close())
+        t.settle(); log.counts = True; at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
         t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
@@ -894,15 +922,18 @@ def _first_model(run:Run):
 # %% ../nbs/13_train.ipynb #31e40fcf
 def resume(
     run:str|Path, # A run's folder
-    checkpoint:str|Path='auto', # The newest whole one, or the name of one
+    checkpoint:str|Path='auto', # The newest whole one, or the name or path of one
+    *,
+    model=None, # Default: the shape or the model that the run began with
     **options, # Fields of `TrainConfig` to change; `callbacks` too
 )->Run:
     "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
     run = at_home(run)
     if launched(): help_out(); return Run(run)
-    if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
-        check_there(folder)
-        with only_one(run): restore_run(Backup(folder, run))
-    facts = open_run(run).facts
-    return fit(_first_model(Run(run)), source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
+    with _as_it_was(run):
+        if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
+            check_there(folder)
+            with only_one(run): restore_run(Backup(folder, run))
+        facts = open_run(run).facts
+    return fit(_first_model(Run(run)) if model is None else model, source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
         output_dir=run, resume=checkpoint, config=facts['train'], **options)

@@ -1,11 +1,15 @@
 """What users write as the documents of other programs have it: taken as it is meant, or answered with what to write instead."""
 import json
+import shutil
 
 import kill_child as child
 import pytest
 from minigpt import cli
+from minigpt.checkpoint import CheckpointError
+from minigpt.config import TrainConfig
 from minigpt.run import open_run
-from minigpt.train import fit
+from minigpt.source import ResumeError
+from minigpt.train import Callback, fit, resume
 from typer.testing import CliRunner
 
 OPTIONS = dict(child.OPTIONS, max_steps=4, save_steps=2, eval_steps=4, eval_sequences=4)
@@ -41,3 +45,131 @@ def test_a_shape_that_names_its_vocabulary_keeps_it_and_so_does_a_run_from_befor
     fit({**SHAPE, "vocab_size": 320}, "text.jsonl", output_dir="run", **OPTIONS)
     assert open_run("run").facts["model"]["vocab_size"] == 320
     assert fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5}).step == 5 and open_run("run").facts["model"]["vocab_size"] == 320
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    "A run of four steps"
+    folder = tmp_path_factory.mktemp("words")
+    child.write_text(folder/"text.jsonl")
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        fit(SHAPE, "text.jsonl", output_dir="outputs", **OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def copy(outputs, tmp_path, monkeypatch):
+    shutil.copytree(outputs, tmp_path/"w")
+    monkeypatch.chdir(tmp_path/"w")
+    return tmp_path/"w"
+
+
+@pytest.mark.parametrize("words", [["--resume", "outputs/checkpoint-2", "-y"], ["--resume_from_checkpoint", "outputs/checkpoints/checkpoint-2", "--yes"]])
+def test_a_checkpoint_is_named_by_its_path(copy, words):
+    "Alone it says the run, its data and its options"
+    r = minigpt("train", *words, "--max-steps", "5", "--no-progress")
+    assert r.exception is None and "going back to step 2 once" in said(copy/"outputs")
+    run = open_run("outputs")
+    assert run.step == 5 and [a["step"] for a in run.facts["attempts"]] == [0, 2] and not (copy/"runs").exists()
+
+
+def test_a_run_is_named_instead(copy):
+    assert minigpt("train", "--resume", "outputs", "--max-steps", "5", "--no-progress").exception is None
+    assert [a["step"] for a in open_run("outputs").facts["attempts"]] == [0, 4]
+
+
+def test_fit_takes_the_path_of_a_checkpoint(copy):
+    run = fit(SHAPE, "text.jsonl", output_dir="outputs", resume_from_checkpoint="outputs/checkpoint-2", **{**OPTIONS, "max_steps": 5})
+    assert [a["step"] for a in run.facts["attempts"]] == [0, 2]
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this run"): fit(SHAPE, "text.jsonl", output_dir="outputs", resume="elsewhere/checkpoint-2", **OPTIONS)      # the name alone would fit
+
+
+def test_what_is_no_run_to_go_on_with(work):
+    (work/"theirs/checkpoint-5").mkdir(parents=True); (work/"theirs/checkpoint-5/config.json").write_text("{}")
+    e = str(minigpt("train", "--resume", "theirs/checkpoint-5", "-y").exception)
+    assert "theirs is not a run of this library" in e and "minigpt train DATA --config theirs/checkpoint-5" in e
+    assert "none is not a run" in str(minigpt("train", "--resume", "none/checkpoint-5").exception) and not (work/"none").exists()
+    assert "no data to train on" in str(minigpt("train", "--resume", "checkpoint-5").exception)
+
+
+# --- names of other programs ------------------------------------------------------------------------------------------------------
+def test_early_stopping_without_a_number(work):
+    (work/"c.yaml").write_text("early_stopping: True\n")
+    assert minigpt("train", "text.jsonl", *QUICK, "--config-file", "c.yaml", "--output-dir", "run", "--max-steps", "1").exception is None
+    assert open_run("run").facts["train"]["early_stopping"] == 3 and "early stopping: training ends after 3 evaluations in a row without a better validation loss" in said(work/"run")
+    assert TrainConfig.make(early_stopping_patience=5, early_stopping=True).early_stopping == TrainConfig.make(early_stopping=True, early_stopping_patience=5).early_stopping == 5
+
+
+def test_options_that_are_not_here_are_answered(monkeypatch, capsys):
+    for words, answer in {"--no-unsloth": "nothing of Unsloth is used", "--run_name=x": "a run is called as its folder, output_dir", "--mode sft": "it is stage", "--early-stopping --no-unsloth": "nothing of Unsloth"}.items():
+        monkeypatch.setattr("sys.argv", ["minigpt", "train", "text.txt", *words.split()])
+        with pytest.raises(SystemExit) as e: cli.main()
+        assert answer in str(e.value)
+    with pytest.raises(TypeError, match="there is no option 'run_name': a run is called as its folder"): TrainConfig.make(run_name="x")
+
+
+def test_a_bare_file_name_is_found_in_the_data_folders(work):
+    (work/"data/dataset/minimind_dataset").mkdir(parents=True); (work/"text.jsonl").rename(work/"data/dataset/minimind_dataset/sft_mini_512.jsonl")
+    (work/"data/dataset/custom").mkdir(); child.write_text(work/"data/dataset/custom/own.jsonl", seed=1)
+    assert minigpt("train", "--data-files", "sft_mini_512.jsonl", *QUICK, "--output-dir", "a", "--max-steps", "1").exception is None
+    assert "training data: sft_mini_512.jsonl = data/dataset/minimind_dataset/sft_mini_512.jsonl" in said(work/"a")
+    assert minigpt("train", "--data-files", "sft_mini_512.jsonl", "--data-files", "own.jsonl", *QUICK, "--output-dir", "b", "--max-steps", "1").exception is None
+    files = ["data/dataset/minimind_dataset/sft_mini_512.jsonl", "data/dataset/custom/own.jsonl"]
+    assert [s["path"] for s in json.loads((work/"b/data/train/meta.json").read_text())["sources"]] == files and all(f"{f.split('/')[-1]} = {f}" in said(work/"b") for f in files)
+    assert "there is no file sft_maxi.jsonl" in str(minigpt("train", "--data-files", "sft_maxi.jsonl", *QUICK).exception)
+
+
+# --- calls that are refused -----------------------------------------------------------------------------------------------------------
+def everything(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("call", "error"), [
+    (lambda: fit(SHAPE, "none.txt", output_dir="runs/x", **OPTIONS), FileNotFoundError),
+    (lambda: fit("medum", "text.jsonl", output_dir="runs/x", **OPTIONS), ValueError),
+    (lambda: fit("org/model", "text.jsonl", output_dir="runs/x", **OPTIONS), FileNotFoundError),
+    (lambda: fit(SHAPE, "text.jsonl", output_dir="runs/x", **OPTIONS, resume="checkpoint-5"), CheckpointError),
+    (lambda: fit(SHAPE, "none.txt", output_dir="mine", **OPTIONS), FileNotFoundError),
+    (lambda: fit(SHAPE, "none.txt", output_dir="theirs", **OPTIONS), FileExistsError),
+    (lambda: fit(SHAPE, "text.jsonl", output_dir="theirs", **OPTIONS, overwrite=True, tokenizer="none"), FileNotFoundError),
+    (lambda: resume("runs/x", gdrive_backup_dir="drive"), FileNotFoundError),
+], ids=["no data", "no preset", "a hub's name", "no checkpoint", "a folder with notes", "a folder with a model", "moved aside", "no backup"])
+def test_a_refused_call_leaves_no_trace(work, call, error):
+    for name in ("mine/notes.txt", "theirs/model.safetensors", "drive/other/x"): (work/name).parent.mkdir(parents=True); (work/name).write_text("x")
+    before = everything(work)
+    with pytest.raises(error): call()
+    assert everything(work) == before
+
+
+def test_a_refused_call_is_not_the_end_of_a_run(copy):
+    was = said(copy/"outputs")
+    with pytest.raises(ResumeError): fit(SHAPE, "text.jsonl", output_dir="outputs", **OPTIONS, seed=7)
+    assert "FileNotFoundError" not in said(copy/"outputs") and "ENDED" not in said(copy/"outputs") and said(copy/"outputs").startswith(was)
+
+    class Fail(Callback):
+        def on_step(self, t): raise OSError("unplugged")
+    with pytest.raises(OSError, match="unplugged"): fit(SHAPE, "text.jsonl", output_dir="outputs", callbacks=[Fail()], **{**OPTIONS, "max_steps": 6})
+    assert "ENDED by OSError: unplugged" in said(copy/"outputs")
+
+
+def test_tokens_of_a_refused_call_stay_for_the_next(work):
+    with pytest.raises(ValueError, match="one step takes 4000"): fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "batch_size": 2000})
+    assert sorted(p.name for p in (work/"run").iterdir()) == ["data", "tokenizer"]
+    made = (work/"run/data/train/tokens.bin").stat().st_mtime_ns
+    assert fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 1}).step == 1 and (work/"run/data/train/tokens.bin").stat().st_mtime_ns == made
+
+
+@pytest.mark.parametrize(("words", "parts"), [
+    (["chat", "runs/boats"], ["runs/boats is not a run", "minigpt train DATA --config DIR"]),
+    (["chat", "jingyaogong/MiniMind2"], ["download it first", "snapshot_download('jingyaogong/MiniMind2', local_dir='DIR')"]),
+    (["train", "text.jsonl", "--config", "Qwen/Qwen3-0.6B"], ["download it first", "snapshot_download('Qwen/Qwen3-0.6B', local_dir='DIR')"]),
+    (["train", "text.jsonl", "--config", "Qwen/Qwen3-0.6B", "--lora-r", "4"], ["must be its directory", "download it first"]),
+    (["plot", "model"], ["model is not a run: it has no run.json, but a model", "minigpt train DATA --config model"]),
+    (["monitor", "outputs/checkpoints/checkpoint-2", "--once"], ["is a part of a run: name the run", "outputs", "minigpt resume", "--resume checkpoint-2"]),
+    (["plot", "outputs/checkpoint-4"], ["is a part of a run: name the run", "--resume checkpoint-4"]),
+], ids=lambda x: " ".join(x[:3]) if x[0] in ("chat", "train", "plot", "monitor") else "")
+def test_what_is_no_run_is_told_what_to_do(copy, words, parts):
+    (copy/"runs").mkdir(); (copy/"model").mkdir(); (copy/"model/config.json").write_text("{}")
+    e = str(minigpt(*words).exception)
+    assert all(p in e for p in parts), e
