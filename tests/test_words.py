@@ -1,10 +1,12 @@
 """What users write as the documents of other programs have it: taken as it is meant, or answered with what to write instead."""
 import json
+import os
 import shutil
 
 import kill_child as child
 import pytest
 from minigpt import cli
+from minigpt.backup import BackupError, check_there, drive_mount
 from minigpt.checkpoint import CheckpointError
 from minigpt.config import TrainConfig
 from minigpt.run import open_run
@@ -173,3 +175,19 @@ def test_what_is_no_run_is_told_what_to_do(copy, words, parts):
     (copy/"runs").mkdir(); (copy/"model").mkdir(); (copy/"model/config.json").write_text("{}")
     e = str(minigpt(*words).exception)
     assert all(p in e for p in parts), e
+
+
+# --- a folder that is called MyDrive ----------------------------------------------------------------------------------------------------
+def test_a_folder_called_mydrive(tmp_path, monkeypatch):
+    "On a laptop it is a folder; on Colab, at Colab's mount, and where a mount is missing, it is not Drive"
+    (tmp_path/"stuff/MyDrive").mkdir(parents=True); (tmp_path/"empty").mkdir()
+    check_there(tmp_path/"stuff/MyDrive/x")
+    assert (tmp_path/"stuff/MyDrive/x").is_dir() and drive_mount(tmp_path/"stuff/MyDrive/x") is None
+    with pytest.raises(BackupError, match="nothing is mounted at .*empty"): check_there(tmp_path/"empty/MyDrive/x")
+    real = os.path.isdir
+    with monkeypatch.context() as m:      # a folder that an earlier program has made where Colab's mount belongs
+        m.setattr("os.path.isdir", lambda p: str(p).startswith("/content/drive") or real(p))
+        with pytest.raises(BackupError, match="nothing is mounted at /content/drive"): check_there("/content/drive/MyDrive/x")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    with pytest.raises(BackupError, match="nothing is mounted at .*stuff"): check_there(tmp_path/"stuff/MyDrive/x")
+    assert drive_mount(tmp_path/"stuff/MyDrive/x") == tmp_path/"stuff"
