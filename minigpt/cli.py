@@ -389,7 +389,7 @@ app.add_typer(data_app, name='data')
 @data_app.command()
 def prepare(
     input:Annotated[str, typer.Option(help="a file, or a folder")],
-    output:Annotated[Optional[Path], typer.Option(help="JSONL file, or a folder for a file each; default: data/dataset/preprocessed/")]=None,
+    output:Annotated[Optional[Path], typer.Option(help="JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with --analyze nothing")]=None,
     format:Annotated[Optional[str], typer.Option(help="pretrain, conversation or dpo; default: as each row says")]=None,
     max_seq_len:Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")]=512,
     quality_filter:Annotated[bool, typer.Option('--quality-filter', help="leave out duplicates and rows of low quality")]=False,
@@ -397,7 +397,7 @@ def prepare(
     near_duplicates:Annotated[bool, typer.Option('--near-duplicates', help="near-duplicates count as duplicates")]=False,
     add_special_tokens:Annotated[bool, typer.Option('--add-special-tokens', help="write thoughts and calls into the texts, between <think> and <tool_call>")]=False,
     validate_only:Annotated[bool, typer.Option('--validate-only', help="count, and write nothing")]=False,
-    analyze:Annotated[bool, typer.Option('--analyze', help="report on the result")]=False,
+    analyze:Annotated[bool, typer.Option('--analyze', help="report on the result; without --output nothing is written, and the report is on the input")]=False,
     tokenizer:Annotated[Optional[Path], typer.Option(help="which counts the tokens; default: data/tokenizer/, else one trained on the input")]=None,
     on_bad_row:Annotated[str, typer.Option(help="skip or error")]='skip',
     overwrite:Annotated[bool, typer.Option('--overwrite', help="replace an output that exists")]=False,
@@ -420,7 +420,7 @@ def analyze_(
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
     _writable(figure, json)
-    report = analyze(source, load_tokenizer(tokenizer) if tokenizer else None, near_duplicates)
+    report = analyze([locate(s) for s in source], load_tokenizer(tokenizer) if tokenizer else None, near_duplicates)
     typer.echo(report)
     if figure: report.figure().savefig(figure)
     if json: write_json(json, report.summary())

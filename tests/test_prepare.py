@@ -296,3 +296,16 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
     texts = [f"The mill on the hill number {i} turns its wheel for {i*7} sacks of flour a day."*20 for i in range(300)]
     (_, keys), = spread(band_keys, [texts], 1)
     assert np.array_equal(keys, band_keys(texts)) and keys.all()
+
+
+def test_a_look_writes_nothing(data, tmp_path):
+    "`--analyze` alone is on what is read, a folder too; with an output it is on what was written"
+    (tmp_path/"raw").mkdir(); child.write_text(tmp_path/"raw/a.jsonl", rows=20); child.write_text(tmp_path/"raw/b.jsonl", rows=30, seed=1)
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(cli.app, ["data", "prepare", "--input", "raw", "--analyze"])
+    assert shown.exception is None and "50 rows from 50; nothing was written; to write them, name an output" in shown.output and "topics" in shown.output
+    assert sorted(tmp_path.rglob("*")) == before
+    made = prepare(tmp_path/"raw", "out", analyze=True, max_seq_len=0)
+    assert len(made["output"]) == 2 and made["report"]["total_samples"] == 50
+    put()
+    assert prepare("r1_mix_1024.jsonl", analyze=True)["files"] == [REASONING]
