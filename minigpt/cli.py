@@ -261,7 +261,7 @@ def generate(
 @app.command()
 def mlm(
     config:Annotated[Path, typer.Argument(help="JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path, train_file, simplex_value, save_steps …")],
-    resume_from_checkpoint:Annotated[Optional[str], typer.Option('--resume_from_checkpoint', '--resume-from-checkpoint', '--resume', help="name of a checkpoint; default: the newest whole one, where there is one")]=None,
+    resume_from_checkpoint:Annotated[Optional[str], typer.Option('--resume_from_checkpoint', '--resume-from-checkpoint', '--resume', help="name or path of a checkpoint; default: the newest whole one, where there is one")]=None,
 ):
     "Train an encoder by simplex diffusion (TESS), or go on training it."
     from minigpt.diffusion import mlm as train_encoder

@@ -363,7 +363,7 @@ def read_log(
 
 def trouble(line:str)->bool: "Does a line tell of something that is wrong?"; return bool(_TROUBLE.search(line))
 
-_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
+_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
 
 # %% ../nbs/11_monitor.ipynb #df1e9640
 def memory(

@@ -92,6 +92,7 @@ class Trainer(Learner):
         self.data,self.callbacks = data,list(callbacks)
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; what asks for an end: a signal, or in words
+        self.resting = None # says what share of the time was rested lately, where max_cpu asks for pauses
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, by name, as tensors on the device; target tokens so far
 
@@ -165,6 +166,7 @@ class _Log(Callback):
         now = time.perf_counter()
         row = dict(step=t.step, epoch=round(t.epoch, 4), **{k:sum(l[k] for l in losses)/len(losses) for k in losses[0]}, lr=t.optimizer.param_groups[0]['lr'], grad_norm=float(t.grad_norm),
             tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1), **memory(t.device))
+        if t.resting: row['resting'] = round(t.resting(), 3)
         if t.writer.stall: row['save_stall_seconds'],t.writer.stall = round(t.writer.stall, 4),0.
         self.since,self.tokens,t.losses,t.last_loss = now,t.tokens,[],row['loss']
         t.log(row)
@@ -254,12 +256,24 @@ class _Estimate(Callback):
         if n == 1: self.first,self.began = t.step,time.perf_counter() # the first step is slower than the others
         elif not self.told and n >= 5 and seconds > 10: self.told = True; t.say(time_plan(t.schedule, t.step, seconds/n))
 
+class _LossLines(Callback):
+    "Losses in run.log, to be read without this library: the first, the last, one a minute between them, and every evaluation."
+    def __init__(self, log:RunLog): self.log,self.told = log,-math.inf
+    def on_log(self, t, row):
+        where = f"step {row['step']:,} of {t.max_steps:,}: "
+        if 'eval_loss' in row: self.log(where+f"validation loss {row['eval_loss']:.4f}")
+        if 'loss' not in row or time.monotonic()-self.told < 60 and row['step'] < t.max_steps: return
+        self.told = time.monotonic()
+        self.log(where+f"loss {row['loss']:.4f}, learning rate {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s")
+
 class _Guard(Callback):
     "Rests, or ends the training, before the machine has no room left."
     def on_start(self, t):
-        self.guard = Guard(t.config.max_cpu, t.config.max_memory)
+        self.guard,self.told = Guard(t.config.max_cpu, t.config.max_memory),False
+        if t.config.max_cpu < 100: t.resting = self.guard.resting
         if self.guard.warning: t.say(self.guard.warning)
     def on_step(self, t):
+        if self.guard.slow and not self.told: self.told = True; t.say(self.guard.slow)
         if why := self.guard.check(): t.stop = t.stop or f'{why} (close other programs first, or train with less memory: {memory_advice(t.config)})'
 
 class _Plot(Callback):
@@ -766,7 +780,7 @@ def fit(
         t.settle(); log.counts = True; at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
-        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
+        t.callbacks = [_Log(), _Save(), _LossLines(log), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, any(isinstance(d, (ChatSet,LineSet)) for d in getattr(data, 'sets', [data])))} attention, "

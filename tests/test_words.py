@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import kill_child as child
 import pytest
@@ -9,6 +10,9 @@ from minigpt import cli
 from minigpt.backup import BackupError, check_there, drive_mount
 from minigpt.checkpoint import CheckpointError
 from minigpt.config import TrainConfig
+from minigpt.files import human_size
+from minigpt.guard import Guard
+from minigpt.monitor import trouble
 from minigpt.run import open_run
 from minigpt.source import ResumeError
 from minigpt.train import Callback, fit, resume
@@ -191,3 +195,46 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     with pytest.raises(BackupError, match="nothing is mounted at .*stuff"): check_there(tmp_path/"stuff/MyDrive/x")
     assert drive_mount(tmp_path/"stuff/MyDrive/x") == tmp_path/"stuff"
+
+
+# --- what a run says of itself ----------------------------------------------------------------------------------------------------------
+def test_losses_stand_in_the_log(work):
+    "The first, the last, and one a minute between them; every evaluation"
+    run = fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 9, "eval_steps": 4})
+    lines = [l[20:] for l in said(run.path).splitlines() if l[20:].startswith("step ")]
+    assert [l.partition(",")[0] for l in lines] == [f"step {h['step']} of 9: {k}" for h in run.history for k in [*([f"loss {h['loss']:.4f}"] if h["step"] in (1, 9) else []), *([f"validation loss {h['eval_loss']:.4f}"] if "eval_loss" in h else [])]]
+    assert len(lines) == 5 and all("learning rate" in l and "tokens/s" in l for l in lines if "validation" not in l) and not any(map(trouble, lines))
+
+
+def test_a_minute_later_there_is_another_line(monkeypatch):
+    from minigpt import train
+    lines, now = [], 0.
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
+    log, t = train._LossLines(lines.append), SimpleNamespace(max_steps=10**6)
+    for step in range(1, 1801): now = step*.1; log.on_log(t, dict(step=step, loss=1., lr=.1, tokens_per_second=9.))
+    assert [l.split(" of ")[0] for l in lines] == ["step 1", "step 601", "step 1,201"]
+
+
+def test_the_monitor_shows_what_model_and_optimizer_take(copy):
+    from minigpt.status import numbers, run_status, status_text
+    s, at = run_status("outputs"), copy/"outputs/checkpoints/checkpoint-4"
+    assert (s["model_size"], s["optimizer_size"]) == tuple((at/f"{n}.safetensors").stat().st_size for n in ("model", "optimizer")) and s["optimizer_size"] > 1.9*s["model_size"]
+    assert f"model {human_size(s['model_size'])} · optimizer {human_size(s['optimizer_size'])}" in status_text(s) and "model" in dict(numbers(s))
+    shutil.rmtree("outputs/checkpoints")
+    s = run_status("outputs")
+    assert (s["model_size"], s["optimizer_size"]) == (4*open_run("outputs").facts["saved_params"], None)
+
+
+def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
+    from minigpt import train
+    from minigpt.status import run_status, status_text
+    monkeypatch.setattr(train, "Guard", lambda *limits: Guard(*limits, every=.001, cpu=lambda: 100.))
+    run = fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.})
+    told = "the processors are 100% busy, more than max_cpu=70, so training rests between its steps and is SLOWER"
+    assert capsys.readouterr().out.count(told) == said(run.path).count(told) == 1       # on the screen, though progress=False
+    rested = [h["resting"] for h in run.history]
+    assert all(0 <= r <= 1 for r in rested) and rested[-1] > .3
+    s = run_status("run")
+    assert any(told in t for t in s["troubles"]) and f"resting {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
+    free = fit(SHAPE, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
+    assert "resting" not in free.history[-1] and "SLOWER" not in said(free.path)
