@@ -476,12 +476,15 @@ def create_demo(
     config='medium', # A preset's name, or a `GPTConfig`
     steps:int=2, # AdamW's steps on random tokens, so that its moments are real
     progress:bool=True, # Show a bar?
+    overwrite:bool=False, # May it take the place of one that is there?
 )->Path: # The file; `medium` takes 1.3 GiB on disk, and 2.2 GiB of memory while it is made
     "Make a demonstration checkpoint: model, AdamW, schedule, losses."
     import torch
     from tqdm.auto import tqdm
     from minigpt.model import GPT, GPTConfig, to_hf
     config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,Path(folder)
+    path = folder/f'checkpoint_step_{steps}.pt'
+    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists already and is not overwritten: look at it (minigpt checkpoint analyze -c {path}), name another folder (-d), or pass overwrite=True (--overwrite)")
     need,free = 12*config.n_params,free_space(folder)
     if free < 1.05*need: raise OSError(f"{folder} has {human_size(free)} free, and this checkpoint takes {human_size(need)}: choose a smaller config, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -496,7 +499,6 @@ def create_demo(
             loss = model.loss(ids[:,:-1], ids[:,1:])
             loss.backward(); optimizer.step(); schedule.step(); optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item()); bar.update()
-    path = folder/f'checkpoint_step_{steps}.pt'
     tmp = hidden(path, 'tmp')
     state = dict(model_state_dict=model.weights(), optimizer_state_dict=optimizer.state_dict(), scheduler_state_dict=schedule.state_dict(), epoch=1, step=steps, loss=losses[-1], best_loss=min(losses),
         config=to_hf(config), model_info=dict(total_params=config.n_params, trainable_params=config.n_params))

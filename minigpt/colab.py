@@ -8,17 +8,17 @@ __all__ = ['MOUNT', 'in_colab', 'setup']
 # %% ../nbs/17_colab.ipynb #c13df0e9
 import os, sys
 from pathlib import Path
-from .backup import BackupError, check_there
+from .backup import COLAB_MOUNT, BackupError, check_there, on_colab
 from .config import TrainConfig
 from .files import free_space, human_size
 from .schedule import checkpoint_size, storage_plan
 
 # %% ../nbs/17_colab.ipynb #abb38070
-MOUNT = '/content/drive' # Where Drive goes on Colab
+MOUNT = COLAB_MOUNT # Where Drive goes
 
 def in_colab()->bool:
     "Is this Colab, in the notebook or in a subprocess of it?"
-    return 'google.colab' in sys.modules or 'COLAB_RELEASE_TAG' in os.environ
+    return on_colab()
 
 # %% ../nbs/17_colab.ipynb #31dd1c79
 def _mount(say)->bool:

@@ -7,6 +7,7 @@ __all__ = ['TrainConfig', 'lr_at', 'read_options']
 
 # %% ../nbs/12_config.ipynb #19306a1d
 import difflib, math, re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 import orjson
@@ -16,11 +17,12 @@ from .files import at_home
 def _option(default, help:str): return field(default=default, metadata=dict(help=help))
 
 _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
-    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers',
+    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers', early_stopping_patience='early_stopping',
+    max_train_samples='max_data_size', max_eval_samples='eval_sequences', max_train_steps='max_steps', num_warmup_steps='warmup_steps', checkpointing_steps='save_steps', # of its scripts
     block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
     compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
 
-_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {vocab_size, dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}"
+_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}, whose vocabulary is the tokenizer's"
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
 _ELSEWHERE = { # name of another program → how it is done here
     **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here", 'bias':"there are no biases, as in Llama",
@@ -33,7 +35,33 @@ _ELSEWHERE = { # name of another program → how it is done here
     **dict.fromkeys(('load_best_model_at_end','metric_for_best_model','greater_is_better'), "the best model by validation loss is kept in best/: run.model('best')"),
     **dict.fromkeys(('report_to','wandb_log','use_wandb','wandb_project','logging_dir'), "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"), **dict.fromkeys(('compute_metrics','push_to_hub'), "there is none here; a Callback sees every step, and a checkpoint is a folder that huggingface_hub uploads as it is"),
     **dict.fromkeys(('train_dataset','train_file','data_path','data_dir'), "the data are fit's second argument (in a configuration file data_files)"), **dict.fromkeys(('eval_dataset','eval_data','validation_file','do_eval'), "it is valid, a file; by default validation_split of the texts is held out"), 'do_train':"fit trains",
-    'peft_config':"it is fit(lora(load_model(DIR), r=8), …), or --lora-r"}
+    'peft_config':"it is fit(lora(load_model(DIR), r=8), …), or --lora-r", **dict.fromkeys(('unsloth','use_unsloth'), "nothing of Unsloth is used; what makes a training fast is chosen by itself, and disable_optimizations=True (--disable-optimizations) is the plain loop"),
+    **dict.fromkeys(('mode','training_stage'), "it is stage: pretrain, sft, tool_calling or dpo"), **dict.fromkeys(('validation_split_percentage','validation_split_ratio'), "it is validation_split, a share: 0.05 for 5 percent"),
+    **dict.fromkeys(('dataset_name','dataset_config_name','tokenized_data_path'), "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub: data.to_json('data.jsonl', force_ascii=False)"),
+    **dict.fromkeys(('mlm_probability','conditional_generation'), "of an encoder it is blanks: spans, rest, all or mixed")}
+
+_IDLE = { # key of other programs' configurations → the values with which it asks for nothing that is not done anyway; None: any
+    **dict.fromkeys(('do_train','do_eval','use_fast_tokenizer','remove_unused_columns','save_safetensors','logging_first_step'), (True,)), 'logging_strategy':('steps',), 'report_to':('none','tensorboard',['none'],['tensorboard'],[]),
+    **dict.fromkeys(('do_predict','fp16','bf16','tf32','no_cuda','use_cpu','use_moe','use_wandb','wandb_log','push_to_hub','disable_tqdm','with_tracking','use_slow_tokenizer','trust_remote_code','group_by_length'), (False,)),
+    **dict.fromkeys(('overwrite_cache','cache_dir','preprocessing_num_workers','streaming','low_cpu_mem_usage','logging_dir','ddp_find_unused_parameters','dataloader_pin_memory','prediction_loss_only'))}
+
+def without_idle(
+    options:dict, # Of a configuration file that was written for another program
+    say:Callable[[str],None]=print, # Told what is left out
+)->dict: # The others
+    "Options without those that change nothing here."
+    idle = [k for k,v in options.items() if k in _IDLE and (_IDLE[k] is None or v is None or v in _IDLE[k])]
+    if idle: say(f"ignored, since {'it changes' if len(idle) == 1 else 'they change'} nothing here: {', '.join(idle)}")
+    return {k:v for k,v in options.items() if k not in idle}
+
+def elsewhere(
+    name:str, # Of an option in another program, also with `no` before it
+)->str|None:
+    "How that is done here; None: it is not known."
+    name = name.replace('-', '_')
+    return _ELSEWHERE.get(name) or _ELSEWHERE.get(name.removeprefix('no_'))
+
+PATIENCE = 3 # evaluations, of `early_stopping: true`
 
 # %% ../nbs/12_config.ipynb #7ff71f02
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +99,7 @@ class TrainConfig:
     eval_steps:int = _option(500, "steps between evaluations")
     eval_batch_size:int = _option(0, "sequences at once in an evaluation; 0: batch_size")
     eval_sequences:int = _option(256, "sequences of an evaluation, spread over the validation set; 0: all")
-    early_stopping:int = _option(0, "evaluations without a better validation loss after which training ends; 0: never")
+    early_stopping:int = _option(0, "evaluations without a better validation loss after which training ends; 0: never; True: 3")
     logging_steps:int = _option(10, "steps between lines in metrics.jsonl")
     validation_split:float = _option(.05, "share of the texts held out, where fit builds the token set")
     data_subset:float = _option(1., "share of the rows that is used")
@@ -112,6 +140,8 @@ class TrainConfig:
             elif f.name == 'precision' and (short := dict(bfloat16='bf16', float16='fp16', float32='fp32').get(v)): object.__setattr__(self, f.name, short)
             elif f.name == 'enable_compile' and (word := {'1':'yes', 'true':'yes', '0':'no', 'false':'no'}.get(str(v).lower())): object.__setattr__(self, f.name, word)
             elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
+            elif f.name == 'early_stopping' and isinstance(v, bool): object.__setattr__(self, f.name, PATIENCE*v)
+            elif f.name == 'max_steps' and v == -1: object.__setattr__(self, f.name, 0) # as the Trainer says it
             elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
             elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
@@ -153,8 +183,8 @@ class TrainConfig:
             name = _ALIASES.get(k, k)
             if name not in known:
                 near = difflib.get_close_matches(k, known, 1, .7)
-                raise TypeError(f"there is no option {k!r}" + (": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line and configuration files" if k in ('lora_r','lora_alpha','lora_targets','r') else f": {_ELSEWHERE[k]}" if k in _ELSEWHERE else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
-            out[name] = v
+                raise TypeError(f"there is no option {k!r}" + (": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line and configuration files" if k in ('lora_r','lora_alpha','lora_targets','r') else f": {how}" if (how := elsewhere(str(k))) else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
+            if not (v is True and name == 'early_stopping' and out.get(name)): out[name] = v # a patience of one's own stays
         return cls(**out)
 
 # %% ../nbs/12_config.ipynb #2669d350

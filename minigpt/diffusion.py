@@ -17,11 +17,12 @@ import torch, torch.nn.functional as F, xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .checkpoint import load_model
-from .config import TrainConfig, read_options
+from .config import TrainConfig, elsewhere, read_options, without_idle
 from .data import ChatSet
+from .files import on_hub
 from .formats import data_files, read_blocks
 from .model import GPT, LanguageModel
-from .run import Run
+from .run import Run, split_checkpoint
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import fit
 
@@ -462,13 +463,14 @@ _NOISE = *(n for n in _OWN if n != 'mask_id'),'dropout'
 
 def mlm(
     config:str|Path|dict, # A JSON or YAML file, or what would stand in it
-    resume_from_checkpoint:str|Path|None=None, # Default: what the file says, else the newest whole one, where there is one
+    resume_from_checkpoint:str|Path|None=None, # The name or path of one. Default: what the file says, else the newest whole one, where there is one
     callbacks:Iterable=(), # As for `fit`
 )->Run:
     "Train an encoder by simplex diffusion, or go on training it."
     d,where = (dict(config),'the configuration') if isinstance(config, dict) else (read_options(config),config)
-    known = *_FILES,*_NOISE,*TrainConfig.names()
-    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}, which is unknown{_near(bad[0], known)}")
+    d,known = {k:d[k] for k in d if k in _FILES} | without_idle({k:v for k,v in d.items() if k not in _FILES}),(*_FILES, *_NOISE, *TrainConfig.names())
+    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}" + (f": {how}" if (how := elsewhere(str(bad[0]))) else f", which is unknown{_near(bad[0], known)}"))
+    d = {k:v for k,v in d.items() if v is not None or k in _NOISE} # null: as if it were not there
     if not d.get('train_file'): raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
     get = lambda k,usual=None: d.pop(k, None) or usual
     files,noise = {k:get(k) for k in _FILES},{k:d.pop(k) for k in _NOISE if k in d}
@@ -483,7 +485,7 @@ def mlm(
         tok,origin = tok or load_tokenizer(name),model.origin
         model = Tess(replace(model.config, **{'mask_id':tok.id('<mask>'), **noise})).load_weights(model.weights()); model.origin = origin
     elif name in PRESETS: model = lambda tok: TessConfig.preset(name, **{'vocab_size':tok.vocab_size, 'mask_id':tok.id('<mask>'), **noise})
-    else: raise FileNotFoundError(f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the presets {', '.join(PRESETS)}")
+    else: raise FileNotFoundError(f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the presets {', '.join(PRESETS)}{on_hub(name)}")
     if files['entities_file']:
         if tok is None: raise ValueError("entities_file extends a tokenizer that is there; name it as tokenizer_name")
         words = line_entities(files['entities_file'], tok)
@@ -491,4 +493,5 @@ def mlm(
         else: tok = tok.extend(words)
     if noise.get('simplex_value', 5.) is None and tok is None: d.setdefault('special_tokens', '<mask>')
     resume = resume_from_checkpoint or files['resume_from_checkpoint'] or 'auto'
-    return fit(model, files['train_file'], files['validation_file'], tokenizer=tok, output_dir=files['output_dir'] or 'runs/tess', overwrite=bool(files['overwrite_output_dir']), resume=resume, callbacks=callbacks, config=d)
+    around = split_checkpoint(resume)[0] if isinstance(resume, (str,Path)) else None
+    return fit(model, files['train_file'], files['validation_file'], tokenizer=tok, output_dir=files['output_dir'] or around or 'runs/tess', overwrite=bool(files['overwrite_output_dir']), resume=resume, callbacks=callbacks, config=d)

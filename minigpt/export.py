@@ -18,7 +18,7 @@ from .checkpoint import EXPORTED, CheckpointError, Defect, Weights, find_base, l
 from .data import open_set, spread_over
 from .files import delete, dir_size, free_said, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
-from .model import GPT, GPTConfig, LanguageModel, need_gpt
+from .model import GPT, GPTConfig, LanguageModel, from_hf, need_gpt
 from .picture import figure
 from .quantize import group_shape, quantize
 from .tokenizer import Tokenizer, load_tokenizer
@@ -72,6 +72,10 @@ def minimind_config(
 def _from_pickle(path:Path, config:GPTConfig|str|None)->tuple[GPTConfig,Weights]:
     "A state dict that somebody saved, alone or in a dict of a training state."
     d = read_pickle(path)
+    own = d.get('config') if isinstance(d, dict) else None
+    if config is None and isinstance(own, dict) and own.get('model_type') in ('llama','qwen3'): # what stands in a config.json, as in our demonstration
+        try: config = from_hf(own)
+        except ValueError as e: raise CheckpointError(f"{path} is not converted: {e}") from None
     if isinstance(d, dict): d = next((d[k] for k in ('model_state_dict','state_dict','model') if isinstance(d.get(k), dict)), d)
     if not isinstance(d, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k,t in d.items()): raise CheckpointError(f"{path} is not converted: there are no weights by name in it (keys {[*d][:6] if isinstance(d, dict) else type(d).__name__})")
     d = {k.removeprefix('module.').removeprefix('_orig_mod.'):t for k,t in d.items()} # of DistributedDataParallel, of torch.compile
@@ -88,6 +92,8 @@ def _find(source)->Path:
     "The directory or file that is meant by a path; of a run, its final model, or its newest checkpoint if that is newer."
     path = Path(source)
     if not path.exists(): raise FileNotFoundError(f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth file")
+    alone = [f for f in path.iterdir() if f.suffix in ('.pt','.pth')] if path.is_dir() and not any((path/n).exists() for n in ('run.json','config.json','adapter_config.json')) else []
+    if len(alone) == 1: return alone[0]
     if not (path/'run.json').exists(): return path
     final = read_json(path/'trainer_state.json')['global_step'] if problem(path, hashes=False) is None else -1
     later = newest([*stores_in(path)[:2]], unfit=lambda c: Defect('unwanted', 'the final model is newer') if c.step <= final else None)

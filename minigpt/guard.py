@@ -23,6 +23,7 @@ class Guard:
     ):
         self.max_cpu,self.max_memory,self.patience,self.every,self.memory,self.cpu = max_cpu,max_memory,patience,every,memory,cpu
         self.share,self.full_since,self.looked,self.ended = 1.,None,time.monotonic(),time.monotonic() # `share`: of the time, in which we work
+        self.rested,self.asked,self.slow = 0.,time.monotonic(),'' # seconds of pauses since `resting` was asked; what to tell the user once they are felt
         self.cpu()
         self.warning = f'{self._said()} before training has begun, more than max_memory={self.max_memory:g}: the guard does not watch the memory of this run' if self._full() else ''
         if self.warning: self.max_memory = 100.
@@ -34,13 +35,28 @@ class Guard:
         used,limit = self.memory()
         return f'{100*used/limit:.0f}% of the memory is in use ({human_size(used)} of {human_size(limit)})'
 
+    def balance(self,
+        busy:float, # Percent of the processors, all programs together
+    ):
+        "Longer pauses above `max_cpu`, shorter ones below it."
+        self.share = min(1., max(.05, self.share*min(1.1, self.max_cpu/max(1., busy))))
+        if self.share < .8 and not self.slow: self.slow = f'the processors are {busy:.0f}% busy, more than max_cpu={self.max_cpu:g}, so training rests between its steps and is SLOWER for as long as that lasts; close other programs, or raise max_cpu (100: no limit)'
+
+    def resting(self)->float:
+        "Share of the time that was rested since this was last asked."
+        now = time.monotonic()
+        share,self.rested,self.asked = self.rested/max(1e-9, now-self.asked),0.,now
+        return min(1., share)
+
     def check(self)->str|None: # Why training must stop; None: go on
         "Rest as long as the limits ask for."
         now = time.monotonic()
-        if self.share < 1: time.sleep(min(5., (now-self.ended)*(1/self.share-1)))
+        if self.share < 1:
+            time.sleep(min(5., (now-self.ended)*(1/self.share-1)))
+            self.rested += time.monotonic()-now
         if now-self.looked >= self.every:
             self.looked = now
-            if self.max_cpu < 100: self.share = min(1., max(.05, self.share*min(1.1, self.max_cpu/max(1., self.cpu()))))
+            if self.max_cpu < 100: self.balance(self.cpu())
             if self.max_memory < 100:
                 if not self._full(): self.full_since = None
                 else:

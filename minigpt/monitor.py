@@ -342,13 +342,13 @@ class EventWriter:
 # %% ../nbs/11_monitor.ipynb #2caddefc
 class RunLog:
     "Appends lines to run.log; as a context it notes what ended it."
-    def __init__(self, path:str|Path): self.path = Path(path); open(path, 'ab').close() # it says now if that cannot be
+    def __init__(self, path:str|Path): self.path,self.counts = Path(path),True; open(path, 'ab').close() # it says now if that cannot be. `counts`: is an error the end of a training, and not of a call that was refused?
     def __call__(self, message:str):
         "Add a line."
         with contextlib.suppress(OSError), open(self.path, 'ab', buffering=0) as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors='replace'))
     def __enter__(self): return self
     def __exit__(self, kind, error, trace):
-        if kind: self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
+        if kind and self.counts: self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
 
 def read_log(
     path:str|Path, # A run.log
@@ -363,7 +363,7 @@ def read_log(
 
 def trouble(line:str)->bool: "Does a line tell of something that is wrong?"; return bool(_TROUBLE.search(line))
 
-_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
+_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
 
 # %% ../nbs/11_monitor.ipynb #df1e9640
 def memory(

@@ -16,7 +16,7 @@ from .data import check_text, count_refused, sample_texts
 from .files import fsync, hidden, open_new, spread
 from .formats import Block, DataError, Row, data_files, parse_block, read_blocks
 from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
-from .registry import data_dir
+from .registry import data_dir, locate
 from .tokenizer import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
 
 # %% ../nbs/04_prepare.ipynb #489a879e
@@ -117,7 +117,7 @@ def prepare(
     near_duplicates:bool=False, # Do near-duplicates count as duplicates?
     add_special_tokens:bool=False, # Write thoughts and calls into the texts, between <think> and <tool_call>, for programs that do not know the fields. Turn marks are never written: the chat template sets them
     validate_only:bool=False, # Count, and write nothing
-    analyze:bool=False, # Put the `Report` on what was written (or read) under `report`
+    analyze:bool=False, # Put the `Report` on what was written (or read) under `report`; without `out` nothing is written
     on_bad_row:str='skip', # `error` stops at the first row that is refused
     overwrite:bool=False, # Replace an `out` that exists, when the new one is whole
     threads:int|None=None, # Workers; default: one a core
@@ -127,7 +127,8 @@ def prepare(
     if max_seq_len < 0 or 0 < max_seq_len < 16: raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
     if not 0 <= min_quality <= 1: raise ValueError(f"min_quality={min_quality} must be from 0 to 1")
     if on_bad_row not in ('skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
-    files = data_files(source)
+    validate_only = validate_only or analyze and out is None
+    files = data_files(locate(source) if isinstance(source, (str,Path)) else source)
     stem = lambda f: f.name.removesuffix('.gz').removesuffix('.zst').rsplit('.', 1)[0]+'.jsonl'
     out = Path(out) if out else data_dir()/'dataset/preprocessed'
     if out.suffix in ('.gz','.zst','.txt'): raise ValueError(f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines, not packed")
@@ -181,7 +182,7 @@ def prepare_summary(
 )->str:
     "What was done, in a few lines."
     r,lines = result,[]
-    lines.append(f"{r['processed_samples']:,} rows from {r['original_samples']:,}" + (f", in {r['output']}" if r['output'] else '; nothing was written'))
+    lines.append(f"{r['processed_samples']:,} rows from {r['original_samples']:,}" + (f", in {r['output']}" if r['output'] else '; nothing was written' + '; to write them, name an output'*('report' in r)))
     lines.append(f"quality {r['quality_score']:.3f}; {r['average_length']:,.0f} characters" + (f", {r['average_tokens']:,.0f} tokens" if r['average_tokens'] else '') + " on average")
     for what in 'rejected','mended': lines += [f"{what}: {v['count']:,} × {k} ({v['examples'][0]})" for k,v in sorted(r[what].items(), key=lambda kv: -kv[1]['count'])]
     lines += [f'changed: {n:,} × {k}' for k,n in sorted(r['changes'].items(), key=lambda kv: -kv[1])]

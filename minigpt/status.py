@@ -83,7 +83,7 @@ class Watch:
         c,end = self.follower.curves,self.facts.get('max_steps', 0)
         seconds,(at,held) = pace(c),c('eval_loss')
         return dict(path=str(self.path), mirror=self.mirror, step=c.step, max_steps=end, seconds_per_step=seconds, seconds_left=seconds*max(0, end-c.step) if seconds and end else None,
-            updated=max(c.last('time') or 0, c.start.get('time', 0)) or None, **{k:c.last(k) for k in ('epoch','loss','eval_loss','lr','grad_norm','tokens','tokens_per_second','memory','memory_reserved')},
+            updated=max(c.last('time') or 0, c.start.get('time', 0)) or None, **{k:c.last(k) for k in ('epoch','loss','eval_loss','lr','grad_norm','tokens','tokens_per_second','resting','memory','memory_reserved')},
             best_loss=float(held.min()) if len(held) else None, best_step=int(at[held.argmin()]) if len(held) else None, sample=c.sample and c.sample['sample'], attempt=len(self.facts.get('attempts', ())))
 
     def status(self, fresh:bool=False)->dict:
@@ -99,9 +99,10 @@ class Watch:
         before,self.problems,run = self.problems,[],self.run
         here = [(name, store.all) for name,store in dict(checkpoints=run.store, snapshots=run.snapshot_store, best=run.best_store).items()]
         there = [('backup', lambda: run.backup)] if backup and self.facts and not self.mirror else []
-        found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem and str(c.problem)) for name,all in here+there for c in self.part(name, all, [])]
+        listed = [(name, c) for name,all in here+there for c in self.part(name, all, [])]
+        found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem and str(c.problem)) for name,c in listed]
         out = dict(training=training, finished=bool(self.facts) and self.part('final model', lambda: run.finished, False), safe_step=self.part('checkpoints', lambda: run.step, 0), checkpoints=found,
-            size=_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [])
+            size=_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [], **_state_sizes(self.facts, [c for name,c in listed if name in ('checkpoints','snapshots')]))
         out['unread'],self.problems = self.problems,before
         return out
 
@@ -118,6 +119,17 @@ class Watch:
     def resume(self)->dict:
         "The run and the options for `minigpt.train.resume`."
         return dict(run=f'runs/{self.path.resolve().name}', gdrive_backup_dir=str(self.path.resolve().parent)) if self.mirror else dict(run=str(self.path))
+
+def _state_sizes(facts:dict, states:list)->dict:
+    "Bytes of the weights and of the optimizer, as the newest whole state has them; before there is one, what the weights will take."
+    newest = max((c for c in states if not c.problem), key=lambda c: c.step, default=None)
+    def bytes_of(*names):
+        total = 0
+        for n in names if newest else ():
+            with suppress(OSError): total += (newest.path/n).stat().st_size
+        return total or None
+    n = facts.get('saved_params')
+    return dict(model_size=bytes_of('model.safetensors', 'adapter_model.safetensors') or (4*n if isinstance(n, int) else None), optimizer_size=bytes_of('optimizer.safetensors'))
 
 def _size(folder:Path)->int:
     "Bytes in a folder from which files may vanish meanwhile."
@@ -141,7 +153,8 @@ def numbers(
     show = dict(loss=('loss','{:.3f}'), eval_loss=('validation','{:.3f}'), lr=('learning rate','{:.2e}'), grad_norm=('gradient norm','{:.2f}'), tokens_per_second=('tokens/s','{:,.0f}'), epoch=('epoch','{:.2f}'), tokens=('tokens','{:,.0f}'))
     out = [(name, how.format(s[k])) for k,(name,how) in show.items() if s[k] is not None]
     if s['best_loss'] is not None: out.insert(2, ('lowest', f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
-    return out + [(name, human_size(s[k])) for k,name in dict(memory='memory', memory_reserved='reserved').items() if s[k] is not None]
+    if s.get('resting'): out.append(('resting', f"{s['resting']:.0%} of the time (max_cpu)"))
+    return out + [(name, human_size(s[k])) for k,name in dict(memory='memory', memory_reserved='reserved', model_size='model', optimizer_size='optimizer').items() if s.get(k) is not None]
 
 def headline(
     s:dict, # Of `Watch.progress` or `run_status`

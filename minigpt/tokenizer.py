@@ -32,7 +32,39 @@ EOS,IM_START,IM_END = SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
 MARKS = ('<think>', '</think>', '<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>', '<ultra_think>', '</ultra_think>')
 
 # %% ../nbs/01_tokenizer.ipynb #6f980994
-CHAT_TEMPLATE = r"""
+_AS_JSON = r"""
+{%- macro as_json(text) %}
+    {%- set now = namespace(place='outside', code='', high=0) %}
+    {%- for c in text %}
+        {%- if now.place == 'string' and c not in '"\\' %}{{- c }}
+        {%- elif now.place == 'outside' and c != '"' %}{{- c + ' ' if c in ',:' else c | trim }}
+        {%- elif c == '"' and now.place != 'escape' %}{%- set now.place = 'outside' if now.place == 'string' else 'string' %}{{- c }}
+        {%- elif now.place == 'string' %}{%- set now.place = 'escape' %}
+        {%- elif now.place == 'escape' %}
+            {%- set now.place = 'code' if c == 'u' else 'string' %}
+            {%- if c != 'u' %}{{- c if c == '/' else '\\' + c }}{%- endif %}
+        {%- else %}
+            {%- set now.code = now.code + c %}
+            {%- if now.code | length == 4 %}
+                {%- set n = now.code | int(0, 16) %}
+                {%- set now.place = 'string' %}{%- set now.code = '' %}
+                {%- if n >= 55296 and n < 56320 %}{%- set now.high = n - 55287 %}
+                {%- else %}{{- ('%c' | format(n + 1024 * now.high) | tojson)[1:-1] }}{%- set now.high = 0 %}{%- endif %}
+            {%- endif %}
+        {%- endif %}
+    {%- endfor %}
+{%- endmacro %}"""
+
+_CALL = r"""            {%- set f = call['function'] or call %}
+            {{- '\n' if m['content'] or not loop.first else '' }}
+            {{- '<tool_call>\n{"name": "' + f['name'] + '", "arguments": ' }}
+            {%- if f['arguments'] is string %}{{- as_json(f['arguments']) or '{}' }}{%- else %}{{- (f['arguments'] or {}) | tojson }}{%- endif %}
+            {{- '}\n</tool_call>' }}"""
+
+_CALL_BEFORE = r"""            {{- '\n' if m['content'] or not loop.first else '' }}
+            {{- '<tool_call>\n{"name": "' + call['name'] + '", "arguments": ' }}{{- call['arguments'] | tojson }}{{- '}\n</tool_call>' }}"""
+
+_TEMPLATE = r"""
 {%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else '' %}
 {%- if system or tools %}
     {{- '<|im_start|>system\n' + system + ('\n\n' if system and tools else '') }}
@@ -53,8 +85,7 @@ CHAT_TEMPLATE = r"""
         {%- if m['reasoning_content'] %}{{- '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' }}{%- endif %}
         {{- m['content'] or '' }}
         {%- for call in m['tool_calls'] or [] %}
-            {{- '\n' if m['content'] or not loop.first else '' }}
-            {{- '<tool_call>\n{"name": "' + call['name'] + '", "arguments": ' }}{{- call['arguments'] | tojson }}{{- '}\n</tool_call>' }}
+CALL
         {%- endfor %}
         {{- '<|im_end|>\n' }}
     {%- elif m['role'] != 'system' or not loop.first %}
@@ -62,6 +93,9 @@ CHAT_TEMPLATE = r"""
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace('CALL', _CALL)
+_BEFORE = _TEMPLATE.replace('CALL', _CALL_BEFORE) # of older versions; what `chat_messages` gives is rendered alike
 
 # %% ../nbs/01_tokenizer.ipynb #f2fc8313
 def chat_messages(
@@ -244,7 +278,7 @@ class Tokenizer:
 
     def _chat_pieces(self, messages:list[dict], tools:list[dict]|None)->list[str]:
         "The rendered conversation, cut where an assistant's words begin and end."
-        if self.config.get('chat_template') == CHAT_TEMPLATE:
+        if self.config.get('chat_template') in (CHAT_TEMPLATE, _BEFORE):
             made,own = chat_messages(messages)
             pieces = chat_pieces(made, tools or own)
         else:
@@ -269,7 +303,7 @@ class Tokenizer:
         control = [n for n in names if tokens[n]]
         messages,own = chat_messages(messages); tools = tools or own
         messages = [hidden(m, names if m['role'] in ('user','tool') else control) for m in messages]
-        if tools and self.config.get('chat_template') != CHAT_TEMPLATE: tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
+        if tools and self.config.get('chat_template') not in (CHAT_TEMPLATE, _BEFORE): tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
         pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', self.render(messages, hidden(tools, names) or None, add_generation_prompt=True, thinking=thinking))
         return [i for k,p in enumerate(pieces) for i in (self.encode([*tokens][int(p)]) if k%2 else self.encode(p, special=True))]
 

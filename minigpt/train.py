@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, Defect, St
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -29,9 +29,9 @@ from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
 from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics, trouble
 from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
-from .run import Run, open_run
+from .run import Run, open_run, split_checkpoint
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, check_before_moving, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
+from .source import OVERRIDES, check_before_moving, meanings, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
 from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits, set_compiled
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -93,6 +93,7 @@ class Trainer(Learner):
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         self.step,self.stop = 0,None # optimizer steps done; what asks for an end: a signal, or in words
         self.lr_start:tuple[int,float]|None = None # step and rate from which the schedule goes down, where the run went on with another end
+        self.resting = None # says what share of the time was rested lately, where max_cpu asks for pauses
         self.stopped_early = False   # because the validation loss has ceased to fall
         self.losses,self.tokens = [],0 # of the steps since the last log, by name, as tensors on the device; target tokens so far
 
@@ -166,6 +167,7 @@ class _Log(Callback):
         now = time.perf_counter()
         row = dict(step=t.step, epoch=round(t.epoch, 4), **{k:sum(l[k] for l in losses)/len(losses) for k in losses[0]}, lr=t.optimizer.param_groups[0]['lr'], grad_norm=float(t.grad_norm),
             tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1), **memory(t.device))
+        if t.resting: row['resting'] = round(t.resting(), 3)
         if t.writer.stall: row['save_stall_seconds'],t.writer.stall = round(t.writer.stall, 4),0.
         self.since,self.tokens,t.losses,t.last_loss = now,t.tokens,[],row['loss']
         t.log(row)
@@ -218,6 +220,7 @@ class _Evaluate(Callback):
     "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
     def __init__(self, valid): self.valid = valid
     def on_start(self, t):
+        if n := t.config.early_stopping: t.say(f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''} without a better validation loss")
         if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step): self.evaluate(t) # stopped between a save and the evaluation behind it
     def on_step(self, t):
         if t.schedule.evaluation(t.step): self.evaluate(t)
@@ -254,12 +257,24 @@ class _Estimate(Callback):
         if n == 1: self.first,self.began = t.step,time.perf_counter() # the first step is slower than the others
         elif not self.told and n >= 5 and seconds > 10: self.told = True; t.say(time_plan(t.schedule, t.step, seconds/n))
 
+class _LossLines(Callback):
+    "Losses in run.log, to be read without this library: the first, the last, one a minute between them, and every evaluation."
+    def __init__(self, log:RunLog): self.log,self.told = log,-math.inf
+    def on_log(self, t, row):
+        where = f"step {row['step']:,} of {t.max_steps:,}: "
+        if 'eval_loss' in row: self.log(where+f"validation loss {row['eval_loss']:.4f}")
+        if 'loss' not in row or time.monotonic()-self.told < 60 and row['step'] < t.max_steps: return
+        self.told = time.monotonic()
+        self.log(where+f"loss {row['loss']:.4f}, learning rate {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s")
+
 class _Guard(Callback):
     "Rests, or ends the training, before the machine has no room left."
     def on_start(self, t):
-        self.guard = Guard(t.config.max_cpu, t.config.max_memory)
+        self.guard,self.told = Guard(t.config.max_cpu, t.config.max_memory),False
+        if t.config.max_cpu < 100: t.resting = self.guard.resting
         if self.guard.warning: t.say(self.guard.warning)
     def on_step(self, t):
+        if self.guard.slow and not self.told: self.told = True; t.say(self.guard.slow)
         if why := self.guard.check(): t.stop = t.stop or f'{why} (close other programs first, or train with less memory: {memory_advice(t.config)})'
 
 class _Plot(Callback):
@@ -484,16 +499,24 @@ def _describe(data, seq_len:int)->list[str]:
     cut,lost = data.too_long(seq_len)
     return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + (f'; {cut-lost:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if cut > lost else '') + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')]
 
-def _given(model):
+def _shape(d:dict, known:dict|None):
+    "A shape in a configuration file: its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."
+    if d.get('vocab_size') is not None: return shape_from_dict(d)
+    of_size = lambda n: shape_from_dict({**d, 'vocab_size':n})
+    of_size(20_000) # what is wrong in it is said before a tokenizer is trained
+    return of_size(known['model']['vocab_size']) if known else lambda tok: of_size(tok.vocab_size)
+
+def _given(model, known:dict|None=None):
     "The model of a call; opened, if a directory is named."
     model = getattr(model, '_orig_mod', model) # of torch.compile; whether to compile is decided here
     if isinstance(model, nn.Module) and not isinstance(model, LanguageModel) or hasattr(model, 'to_json_string'): raise TypeError(f"model is a {type(model).__name__} of another library; write it with save_pretrained('DIR') and pass model='DIR' (a shape alone: minigpt.model.from_hf(config.to_dict()))")
+    if isinstance(model, dict): return _shape(model, known)
     if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
     if not isinstance(model, (str,Path)) or model in PRESETS: return model
     model = at_home(model)
     if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
     if Path(model).is_file(): load_model(model) # says what becomes of a file
-    if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}")
+    if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}{on_hub(model)}")
     return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
 
 def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
@@ -579,12 +602,37 @@ class _Choice:
         ours = not (self.backup and (path == self.backup.path or self.backup.path in path.parents))
         raise (CheckpointError if ours else BackupError)(f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give it up. Make it readable (a mount may have to be mounted again, a folder may lack a permission, a disk may be full), and call again{back}{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}")
 
+@contextlib.contextmanager
+def _as_it_was(output_dir)->Iterator[list]:
+    "A call that is refused before there is a run leaves no trace of itself: neither folders, nor a lock or a log; what was moved aside (the list is told) comes back. Tokens that it has made stay, for the next call."
+    folder,moved = at_home(output_dir) if isinstance(output_dir, (str,Path)) else None,[]
+    made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)] if folder else []
+    traces = [folder/n for n in ('run.log','.lock') if folder and not os.path.lexists(folder/n)]
+    try: yield moved
+    except BaseException:
+        with contextlib.suppress(OSError, RuntimeError): # RuntimeError: another process has the folder meanwhile
+            if folder and folder.is_dir() and not (folder/'run.json').exists(): _tidy(folder, made, traces, next(filter(None, moved), None))
+        raise
+
+def _tidy(folder:Path, made:list[Path], traces:list[Path], aside:Path|None):
+    if aside: made = [folder, *made]
+    with only_one(folder):
+        for p in [folder/'run.log', folder/'.lock'] if aside else traces: p.unlink(missing_ok=True)
+        for p in [p for p in folder.iterdir() if folder in made] + made:
+            with contextlib.suppress(OSError): p.rmdir() # of those that are empty
+    if aside and not folder.exists():
+        os.rename(aside, folder)
+        for p in traces: p.unlink(missing_ok=True) # those from before it was moved
+        tqdm.write(f'nothing is trained, and {folder} is as it was')
+
 def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
     "The state to go on from, in the run's own folder."
     if resume is False: return None
     if resume in ('auto', True): return _Choice(t, backup, attempts)()
     mirrored,path = backup.state_stores() if backup else [],Path(resume)
-    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == str(resume))]
+    around,name = split_checkpoint(resume)
+    if around and around.resolve() != t.run_path.resolve(): name = str(resume)
+    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == name)]
     if not found: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
     whole = next((c for c in found if not problem(c.path)), None)
     if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
@@ -690,13 +738,13 @@ def _quietly(f):
 # %% ../nbs/13_train.ipynb #1d7edf1b
 @_leaving_nothing
 def fit(
-    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
+    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
     valid=None, # Likewise; default: a share of `train` is held out
     *,
     tokenizer:Tokenizer|str|Path|None=None, # Default: the run's own, or one trained on `train`
     output_dir:str|Path='runs/demo', # The run's folder
-    resume:str|Path|bool='auto', # 'auto': the newest whole checkpoint; the name of one; False: refuse a folder that holds a run
+    resume:str|Path|bool='auto', # 'auto': the newest whole checkpoint; the name or path of one; False: refuse a folder that holds a run
     callbacks:Iterable[Callback]=(), # Called after each step's log and save, before an evaluation
     config:TrainConfig|dict|None=None, # A whole configuration; `options` go before it
     overwrite:bool=False, # Move a run that stands in `output_dir` aside
@@ -709,16 +757,20 @@ def fit(
     if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
     callbacks = [*callbacks]
     if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
-    cfg = TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train) | (config or {}), **options)
+    configured = lambda decided: TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train, decided) | (config or {}), **options)
+    cfg = configured(None)
     if resume_from_checkpoint is not None: resume = resume_from_checkpoint
     if not isinstance(resume, (str,Path,bool)): raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
     override = (override,) if isinstance(override, str) else tuple(override)
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     if launched(): help_out(); return Run(output_dir)
     train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
-    folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
-    with only_one(folder) as lock, contextlib.ExitStack() as at_end:
-        say = _speaker(at_end.enter_context(RunLog(folder/'run.log')), cfg.progress)
+    with _as_it_was(output_dir) as moved, contextlib.ExitStack() as at_end:
+        folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
+        moved.append(aside)
+        lock = at_end.enter_context(only_one(folder))
+        log = at_end.enter_context(RunLog(folder/'run.log'))
+        say,log.counts = _speaker(log, cfg.progress),False # until the call is accepted
         _check_readable(folder)
         for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *(p for p in entries(folder) if p.name.startswith('data')): sweep(f)
         if not lock.works: say(f'WARNING: the file system of {folder} has no locks, so nothing keeps a second process from training this run at the same time; see to it yourself')
@@ -727,7 +779,9 @@ def fit(
         known = Run(folder).facts if (folder/'run.json').exists() else None
         if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
         if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
-        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew")
+        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew" + (f"; to begin with the weights in {resume}, pass it as the model (--config {resume})" if (Path(resume)/'config.json').exists() else ''))
+        decided = meanings((train, valid), None if 'data' in override else known, folder)
+        cfg = configured(decided) # a name is what the run took it for, so its usual options are
         choices = choose(cfg)
         if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
             choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_keep(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
@@ -739,11 +793,11 @@ def fit(
         at_end.enter_context(same_bits(cfg.deterministic))
 
         given_valid = source_to_json(valid) if valid is not None else None
-        model = _given(model)
+        model = _given(model, known)
         if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
-        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, decided)
         if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
@@ -786,11 +840,11 @@ def fit(
         with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
         if known: _say_changes(known, cfg, choices, start, say)
         t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, tokens=len(data), places=places), choices=choices, attempts=attempts)
-        t.settle(); at_end.callback(lambda: t.metrics.close())
+            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, named=decided, tokens=len(data), places=places), choices=choices, attempts=attempts)
+        t.settle(); log.counts = True; at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
 
-        t.callbacks = [_Log(), _Save(), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
+        t.callbacks = [_Log(), _Save(), _LossLines(log), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
             *([_Evaluate(valid)] if valid is not None else [])]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, any(isinstance(d, (ChatSet,LineSet)) for d in getattr(data, 'sets', [data])))} attention, "
@@ -963,15 +1017,18 @@ def _first_model(run:Run):
 # %% ../nbs/13_train.ipynb #31e40fcf
 def resume(
     run:str|Path, # A run's folder
-    checkpoint:str|Path='auto', # The newest whole one, or the name of one
+    checkpoint:str|Path='auto', # The newest whole one, or the name or path of one
+    *,
+    model=None, # Default: the shape or the model that the run began with
     **options, # Fields of `TrainConfig` to change; `callbacks` too
 )->Run:
     "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
     run = at_home(run)
     if launched(): help_out(); return Run(run)
-    if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
-        check_there(folder)
-        with only_one(run): restore_run(Backup(folder, run))
-    facts = open_run(run).facts
-    return fit(_first_model(Run(run)), source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
+    with _as_it_was(run):
+        if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
+            check_there(folder)
+            with only_one(run): restore_run(Backup(folder, run))
+        facts = open_run(run).facts
+    return fit(_first_model(Run(run)) if model is None else model, source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
         output_dir=run, resume=checkpoint, config=facts['train'], **options)

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -22,7 +23,9 @@ import zstandard
 from safetensors.torch import load_file, save_file
 
 from minigpt.analyze import Analysis, analyze, checkpoints_in, create_demo, treemap
+from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.compare import compare, difference, precision_table, suggestions
+from minigpt.export import export
 from minigpt.files import dir_size
 from minigpt.model import GPT, GPTConfig
 
@@ -342,6 +345,26 @@ def test_demo(tmp_path, capsys):
     assert a.params == a.trainable == config.n_params and (a.step, a.loss) == (2, d["loss"])
     assert all(s["exp_avg"].abs().sum() > 0 for s in d["optimizer_state_dict"]["state"].values())
     with pytest.raises(ValueError, match="Did you mean 'medium'"): create_demo(tmp_path, "medum")
+
+
+def test_a_demo_is_exported_as_the_suggestions_say(tmp_path):
+    config = GPTConfig(vocab_size=50, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32, rope_theta=5000.)
+    path = create_demo(tmp_path/"demo", config, progress=False)
+    weights = torch.load(path, weights_only=True)["model_state_dict"]
+    for source, out in ((path.parent, "folder"), (path, "file")):
+        model = load_model(export(source, tmp_path/out))
+        assert model.config == config and {k: t.tolist() for k, t in model.weights().items()} == {k: t.tolist() for k, t in weights.items()}
+    assert export(path, precision="int4") == path.parent/"checkpoint_step_2-int4"
+    torch.save({"model_state_dict": weights, "config": {"model_type": "llama", "hidden_size": 16}}, path)
+    with pytest.raises(CheckpointError, match="is not converted: config.json lacks"): export(path, tmp_path/"x")
+
+
+def test_a_demo_is_not_written_over(tmp_path):
+    config = GPTConfig(vocab_size=50, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
+    was = create_demo(tmp_path/"demo", config, progress=False).read_bytes()
+    with pytest.raises(FileExistsError, match="checkpoint_step_2.pt exists already and is not overwritten.*--overwrite"): create_demo(tmp_path/"demo", replace(config, n_layer=2), progress=False)
+    assert (tmp_path/"demo/checkpoint_step_2.pt").read_bytes() == was
+    assert analyze(create_demo(tmp_path/"demo", replace(config, n_layer=2), progress=False, overwrite=True)).params > config.n_params
 
 
 # --- light and fast --------------------------------------------------------------------------------------------------------------------------

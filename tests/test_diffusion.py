@@ -137,10 +137,28 @@ def test_the_example_configuration(tmp_path):
     (dict(train_file="nothing.txt"), "nothing.txt"),
     (dict(max_seq_length=24, objective="conversation_modeling"), "is for a GPT"),
     (dict(entities_file="e.txt"), "name it as tokenizer_name"),
+    (dict(model_name_or_path="FacebookAI/roberta-base"), "download it first (huggingface_hub.snapshot_download('FacebookAI/roberta-base', local_dir='DIR'))"),
+    (dict(do_train=False), "the key 'do_train': fit trains"),
+    (dict(report_to="wandb"), "the key 'report_to': there are tensorboard=True and metrics.jsonl"),
+    (dict(mlm_probability=.15), "the key 'mlm_probability': of an encoder it is blanks"),
+    (dict(run_name="mine"), "the key 'run_name': a run is called as its folder"),
 ])
 def test_bad_settings(tmp_path, change, message):
     with pytest.raises((ValueError, OSError)) as e: mlm(settings(tmp_path, **change))
     assert message in str(e.value)
+
+
+def test_keys_of_scripts_and_of_tess(tmp_path, capsys):
+    "What has an equal is taken, what changes nothing is passed over and named; a checkpoint is named by its path"
+    how = {k: v for k, v in settings(tmp_path).items() if k not in ("max_steps", "save_steps", "output_dir")}
+    theirs = dict(do_train=True, do_eval=True, report_to="tensorboard", overwrite_cache=True, preprocessing_num_workers=4, fp16=False, max_train_samples=60, num_warmup_steps=2, checkpointing_steps=1, max_steps=-1, max_train_steps=2,
+                  validation_file=None, max_eval_samples=8, cache_dir=None)
+    found = mlm(how | theirs | dict(output_dir=str(tmp_path/"out")))
+    train = found.facts["train"]
+    assert [train[k] for k in ("max_data_size", "warmup_steps", "save_steps", "max_steps", "eval_sequences")] == [60, 2, 1, 2, 8] and [c.step for c in found.checkpoints] == [1, 2]
+    assert "ignored, since they change nothing here: do_train, do_eval, report_to, overwrite_cache, preprocessing_num_workers, cache_dir\n" in capsys.readouterr().out
+    again = mlm(how | theirs | dict(max_train_steps=3, resume_from_checkpoint=str(tmp_path/"out/checkpoint-1")))
+    assert again.path == found.path and [a["step"] for a in again.facts["attempts"]] == [0, 1]
 
 
 def test_conversations_and_gpts_are_refused(tmp_path, run):

@@ -6,14 +6,16 @@ import os
 import kill_child as child
 import numpy as np
 import pytest
-from minigpt import registry
+from minigpt import cli, registry
 from minigpt.formats import DataError, parse_block, read_blocks
 from minigpt.prepare import prepare
 from minigpt.quality import analyze
-from minigpt.registry import dataset, mix, register_dataset
+from minigpt.registry import dataset, get_dataset_config, mix, register_dataset
+from minigpt.run import open_run
 from minigpt.source import ResumeError
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import fit, resume
+from typer.testing import CliRunner
 
 SHARED = child.ROOT.parent/"shared"/"data"
 OPTIONS = dict(child.OPTIONS, max_steps=6, save_steps=3, eval_steps=6)
@@ -148,6 +150,85 @@ def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
     assert resume(tmp_path/"run", max_steps=9).step == 9
 
 
+# --- what a name stands for ---------------------------------------------------------------------------------------------------------
+REASONING = "data/dataset/minimind_dataset/r1_mix_1024.jsonl"
+
+
+def put(name="r1_mix_1024.jsonl", seed=0):
+    "A file of the registered sets"
+    os.makedirs("data/dataset/minimind_dataset", exist_ok=True)
+    path = f"data/dataset/minimind_dataset/{name}"
+    if name.startswith("pretrain"): return child.write_text(path, seed=seed)
+    talk = lambda i: dict(conversations=[dict(role="user", content=f"{i}+{seed}?"), dict(role="assistant", content=str(i+seed))])
+    with open(path, "w") as f: f.writelines(json.dumps(talk(i))+"\n" for i in range(150))
+
+
+def said(run): return (run.path/"run.log").read_text("utf-8")
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    "A built-in corpus `reasoning` that takes no time"
+    from minigpt import source
+    monkeypatch.setitem(source.BUILT_IN, "reasoning", lambda path: child.write_text(path, seed=5))
+
+
+def test_a_registered_set_that_is_here_goes_before_a_corpus(data, corpus):
+    put()
+    run = fit(child.shape(), "reasoning", output_dir="run", **OPTIONS)
+    assert f"training data: reasoning = registered data set, {REASONING}" in said(run)
+    assert json.loads((run.path/"data/train/meta.json").read_text())["sources"][0]["path"] == REASONING and run.facts["data"]["named"] == dict(reasoning="registered data set")
+    os.unlink(REASONING)
+    assert resume("run", max_steps=8).step == 8 and fit(child.shape(), "reasoning", output_dir="run", **{**OPTIONS, "max_steps": 9}).step == 9      # the corpus does not take its place
+    assert "reasoning is not here any more" in said(run)
+
+
+def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
+    "It wrote the name alone; the registered set that has arrived since is another meaning of it"
+    options = {k: v for k, v in OPTIONS.items() if k != "batch_size"} | dict(gradient_accumulation=1, max_steps=1, save_steps=1)
+    run = fit(child.shape(), "reasoning", output_dir="run", **options)
+    assert "reasoning = built-in corpus; the registered data set of this name is not here (minigpt data get reasoning)" in said(run)
+    facts = json.loads((run.path/"run.json").read_text()); del facts["data"]["named"]; (run.path/"run.json").write_text(json.dumps(facts))
+    tokens = (run.path/"data/train/tokens.bin").read_bytes()
+    put()
+    run = fit(child.shape(), "reasoning", output_dir="run", **{**options, "max_steps": 2})
+    assert run.step == 2 and (run.path/"data/train/tokens.bin").read_bytes() == tokens and run.facts["data"]["named"] == dict(reasoning="built-in corpus")
+    assert "training data: reasoning = built-in corpus, as when the run began" in said(run)
+    run = fit(child.shape(), "reasoning", output_dir="run", override="data", **{**options, "max_steps": 3, "batch_size": 8})
+    assert run.step == 3 and run.facts["data"] | dict(tokens=0) == dict(source="reasoning", valid=None, named=dict(reasoning="registered data set"), tokens=0, places=dict(train=["data-2"], valid=None))
+
+
+def test_two_things_of_one_name_are_an_error_that_says_how_to_name_each(data, tmp_path):
+    put("pretrain_hq.jsonl"); (tmp_path/"pretrain").mkdir(); child.write_text("pretrain/mine.jsonl", seed=1)
+    for source in ("pretrain", mix(["pretrain", "talks"])):
+        with pytest.raises(DataError) as e: fit(child.shape(), source, output_dir="run", **OPTIONS)
+        assert all(part in str(e.value) for part in ("'pretrain' has two meanings", f"the folder pretrain in {tmp_path}", "Write './pretrain' for the first, or 'data/dataset/minimind_dataset/pretrain_hq.jsonl' for the second"))
+    paths = [json.loads((fit(child.shape(), s, output_dir=to, **{**OPTIONS, "max_steps": 1}).path/"data/train/meta.json").read_text())["sources"][0]["path"] for s, to in (("./pretrain", "a"), (get_dataset_config("pretrain"), "b"))]
+    assert paths == ["pretrain/mine.jsonl", "data/dataset/minimind_dataset/pretrain_hq.jsonl"]
+    run = resume("a", max_steps=2)      # run.json says which it was
+    assert run.step == 2 and run.facts["data"]["named"] == {"./pretrain": "path"}
+
+
+def test_a_run_in_a_folder_that_is_called_as_its_corpus(data, corpus):
+    assert fit(child.shape(), "reasoning", output_dir="reasoning", **{**OPTIONS, "max_steps": 1}).step == 1
+    assert fit(child.shape(), "reasoning", output_dir="reasoning", **{**OPTIONS, "max_steps": 2}).step == 2
+
+
+def test_full_data_is_never_a_corpus(data, corpus):
+    options = ["--max-steps", "1", "--max-seq-len", "32", "--batch-size", "4", "--tokenizer-vocab-size", "300", "--num-threads", "1", "--eval-sequences", "4", "--no-progress", "--no-plot-loss", "--no-tensorboard"]
+    train = lambda *more: CliRunner().invoke(cli.app, ["train", "--use-full-data", *options, *more])
+    for name in ("pretrain_hq.jsonl", "sft_1024.jsonl", "sft_512.jsonl"): put(name)
+    e = train().exception
+    assert isinstance(e, FileNotFoundError) and f"1 of 4 files are not here: {REASONING} (340 MB; minigpt data get reasoning)" in str(e) and not os.path.exists("runs")
+    put()
+    assert train().exception is None
+    facts = open_run("runs/pretrain").facts["data"]
+    assert facts["source"] == dict(mix=[[n, None] for n in cli.FULL_DATA]) and set(facts["named"].values()) == {"registered data set"}
+    os.unlink(REASONING)
+    assert train("--max-steps", "2").exception is None and open_run("runs/pretrain").step == 2      # with the tokens that it has
+    assert "use_full_data names all data, and talks names data too" in str(train("--dataset", "talks").exception)
+
+
 def test_rows_too_long_to_be_learned_from(tmp_path, tok):
     "A part of a mixture, and a validation set, of which nothing is left: said, not waited for or counted as a loss of 0"
     long = [dict(conversations=[dict(role="user", content=" ".join(str(i*j) for j in range(60))), dict(role="assistant", content="y")]) for i in range(40)]
@@ -215,3 +296,16 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
     texts = [f"The mill on the hill number {i} turns its wheel for {i*7} sacks of flour a day."*20 for i in range(300)]
     (_, keys), = spread(band_keys, [texts], 1)
     assert np.array_equal(keys, band_keys(texts)) and keys.all()
+
+
+def test_a_look_writes_nothing(data, tmp_path):
+    "`--analyze` alone is on what is read, a folder too; with an output it is on what was written"
+    (tmp_path/"raw").mkdir(); child.write_text(tmp_path/"raw/a.jsonl", rows=20); child.write_text(tmp_path/"raw/b.jsonl", rows=30, seed=1)
+    before = sorted(tmp_path.rglob("*"))
+    shown = CliRunner().invoke(cli.app, ["data", "prepare", "--input", "raw", "--analyze"])
+    assert shown.exception is None and "50 rows from 50; nothing was written; to write them, name an output" in shown.output and "topics" in shown.output
+    assert sorted(tmp_path.rglob("*")) == before
+    made = prepare(tmp_path/"raw", "out", analyze=True, max_seq_len=0)
+    assert len(made["output"]) == 2 and made["report"]["total_samples"] == 50
+    put()
+    assert prepare("r1_mix_1024.jsonl", analyze=True)["files"] == [REASONING]

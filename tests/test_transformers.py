@@ -141,6 +141,34 @@ def test_token_ids_agree(saved):
         for open_turn in (False, True): same_chat(tokenizer, hf, conversation, name, open_turn)
 
 
+def calling(arguments): return [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "id": "call_1", "function": {"name": "weather", "arguments": arguments}}]}, {"role": "tool", "tool_call_id": "call_1", "content": "no"}]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"city": "武汉", "note": 'x, "y": \\ a/b\n🌧', "n": [1, 2.5, None, {"deep": [True]}]}])
+def test_calls_in_the_form_of_openai(saved, arguments):
+    "As they are, without `chat_messages` before; arguments as an object or as JSON, however that is spelled"
+    hf, tokenizer = theirs(saved[1]), load_tokenizer(saved[1])
+    for a in (arguments, json.dumps(arguments), json.dumps(arguments, ensure_ascii=False, separators=(",", ":")), json.dumps(arguments, indent=2).replace("/", "\\/")):
+        want = tokenizer.encode_chat(calling(arguments))[0].tolist()
+        assert tokenizer.encode_chat(calling(a))[0].tolist() == want
+        got = hf.apply_chat_template(calling(a), tokenize=True, return_dict=False)
+        assert list(got) == want, hf.decode(got)
+
+
+def test_the_template_of_older_versions_is_still_ours(tokenizer):
+    "Its tokenizers go on with it; their ids are the same as before, by the fast way too"
+    import hashlib
+    from minigpt.tokenizer import _BEFORE, CHAT_TEMPLATE, Tokenizer
+    assert hashlib.md5(_BEFORE.encode()).hexdigest() == "874c3684cf717e847fb3208fb7527fc4" and tokenizer.config["chat_template"] == CHAT_TEMPLATE
+    old = Tokenizer(tokenizer.hf, {**tokenizer.config, "chat_template": _BEFORE})
+    assert old.hash == tokenizer.hash
+    for conversation in CONVERSATIONS.values():
+        assert old.render(conversation) == tokenizer.render(conversation)
+        if any(m["role"] == "assistant" for m in conversation): assert [x.tolist() for x in old.encode_chat(conversation)] == [x.tolist() for x in tokenizer.encode_chat(conversation)]
+    marked = [{"role": "user", "content": "x<|im_start|>assistant\ny<|im_end|>"}, {"role": "assistant", "content": "z"}]      # the pieces of others' templates are found by these marks
+    assert old._chat_pieces(marked, None) == tokenizer._chat_pieces(marked, None)
+
+
 def test_every_real_conversation_has_the_same_ids(tmp_path, tokenizer, root):
     for folder, qk_norm, rows in ((tmp_path/"llama", False, 300), (tmp_path/"qwen3", True, 30)):
         save_plain(folder, GPT(GPTConfig(vocab_size=tokenizer.vocab_size, dim=8, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=8, qk_norm=qk_norm)), tokenizer)

@@ -18,7 +18,7 @@ from readme import ansi, block
 
 PROC, OUT = ROOT/"_proc", ROOT/"_docs"
 SRC = OUT/"src"
-GUIDES = {"coming": "Coming from elsewhere", "fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
+GUIDES = {"coming": "Coming from elsewhere", "commands": "Commands of other documents", "fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
 CHINESE = {"zh/index": ("简介", "README.zh.md"), "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"), "zh/drive": ("用 Drive 训练", "docs/zh/drive.md"), "zh/coming": ("从其他项目转过来", "docs/zh/coming.md")}
 WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, source) in CHINESE.items()}, "changelog": "CHANGELOG.md"}      # by hand: page to source
 # Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
