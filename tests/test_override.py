@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from minigpt.backup import Backup, BackupError
-from minigpt.checkpoint import load_model
+from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.data import TokenSet, build_tokenset
 from minigpt.model import GPTConfig
 from minigpt.registry import mix
@@ -261,8 +261,9 @@ def test_no_folder_where_tokens_are_to_appear(work):
     both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
     with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"): go(work, to="home", train=both)
     (work/"home/data").unlink(); (work/"home/data").symlink_to(work/"nowhere")
-    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"): go(work, to="home", train=both)
-    assert go(work, to="home").facts["data"]["places"]["train"] == ["data-2"] and (work/"home/data").is_symlink()
+    for train in both, work/"a.txt":
+        with pytest.raises(CheckpointError, match="data is a link to .*nowhere, and a run writes and deletes only in its own folder"): go(work, to="home", train=train)
+    assert (work/"home/data").is_symlink() and not (work/"nowhere").exists()
 
 
 def build_tokenizer(work):
