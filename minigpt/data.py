@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'LineSet', 'PairSet', 'curriculum', 'Mixture',
-           'count_refused', 'refusals', 'check_text', 'no_text', 'read_table', 'count_read', 'reading', 'lost_rows',
-           'source_facts', 'read_again', 'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size',
-           'spread_over']
+           'count_refused', 'refusals', 'check_text', 'no_text', 'lost_rows', 'source_facts', 'read_again',
+           'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
 import contextlib, copy, json, os, signal
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
 from .files import at_home, hash_bytes, hash_file, hidden, new_dir, read_json, spread, write_json
-from .formats import Block, DataError, Look, Row, data_files, look_at, no_tables, open_data, parse_block, read_blocks
+from .formats import Block, DataError, Row, count_read, data_files, look_at, no_tables, open_data, parse_block, read_blocks, read_table, reading
 from .tokenizer import Tokenizer
 
 # %% ../nbs/04_data.ipynb #ba6e956f
@@ -491,38 +490,6 @@ def _begins(file:Path, marks:tuple[bytes,...])->bool:
     with open_data(file) as f: return f.read(1<<12).lstrip().startswith(marks)
 
 # %% ../nbs/04_data.ipynb #5b1c0b02
-def read_table(
-    looks:dict[Path,Look], # Of each file
-)->dict: # Path of a file → its encoding, what its rows were read as, and columns left out, with counts
-    "A table of what is read, still empty."
-    return {str(f):dict(encoding=l.encoding, guessed=l.guessed, rows={}, left_out={}) for f,l in looks.items()}
-
-def count_read(
-    table:dict, # Of `read_table`; added to
-    path:Path, # Of the file
-    kinds:Iterable[tuple[str,tuple[str,...]]], # `read` and `unread` of each row
-):
-    "Count what rows were read as, and what was left out of them."
-    entry = table[str(path)]
-    for (how,unread),n in Counter(kinds).items():
-        entry['rows'][how] = entry['rows'].get(how, 0)+n
-        for k in unread: entry['left_out'][k] = entry['left_out'].get(k, 0)+n
-
-def reading(
-    table:dict, # As of `count_read`, or `meta['read']` of a token set
-)->list[str]: # A line for each file; files of which the same is to be said share one
-    "What was read of each file, and what was not."
-    said = {}
-    for path,t in table.items():
-        rows = sorted(t['rows'].items(), key=lambda kv: -kv[1])
-        what = '; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6]) + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used'
-        left = sorted(t['left_out'], key=lambda k: -t['left_out'][k])
-        if left: what += f"; left out: {', '.join(left[:20])}" + f' and {len(left)-20} more'*(len(left) > 20)
-        if t['guessed']: what += f"; read as {t['encoding'].upper()}, which is a guess: encoding= names another"
-        elif t['encoding'] != 'utf-8': what += f"; read as {t['encoding'].upper()}"
-        said.setdefault(what, []).append(Path(path).name)
-    return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,names in said.items()]
-
 def lost_rows(
     refused:dict, # Of `count_refused`
     good:int, # Rows that were not refused

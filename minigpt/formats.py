@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'ROLES', 'FORMATS', 'DataError', 'Look', 'look_at', 'open_data', 'no_tables', 'data_files', 'Block',
            'read_blocks', 'Row', 'parse_pretrain', 'parse_conversation', 'parse_preference', 'parse_text',
-           'parse_lines', 'parse_row', 'parse_block']
+           'parse_lines', 'parse_row', 'parse_block', 'read_table', 'count_read', 'reading']
 
 # %% ../nbs/02_formats.ipynb #fa91f5ee
 import ast, codecs, difflib, gzip, io, json, re, zlib
@@ -515,7 +515,7 @@ class _Columns:
 
     def made(self, number:int, kind:str, **facts)->Row:
         "The row, with what was read and what was left out."
-        unread = [str(self.names[n]) for n in self.full if self.names[n] not in self.read and n not in _UNLEARNED]
+        unread = [str(self.names[n]) for n in self.full if self.names[n] not in self.read and n not in _UNLEARNED and n != 'ends']
         return Row(number, read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind, unread=(*unread, *sorted(self.extra)), **facts)
 
 _PLAIN_COLUMNS = {*_TALKS, *_ASKED, *_ASKED_ELSE, *_ANSWERED, *_ANSWERED_ELSE, 'text','content','system','system_prompt','tools','options','context','history','chosen','rejected'}
@@ -539,8 +539,7 @@ def parse_pretrain(
         if not text.strip(): raise _Unreadable('empty text', '')
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
     mended = next(((f'marks of turns ({m}) read as letters; conversations are given as messages',) for m in _TURNS if m in text), ())
-    ends = c.take('ends') is not False if 'ends' in c.row else True
-    return c.made(number, 'text', text=text, ends=ends, mended=mended)
+    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=mended) # `ends` is what `data prepare` writes for the pieces of a text
 
 def _documents(row:Row)->list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
@@ -997,3 +996,36 @@ def parse_block(
     if block.layout == 'text': yield from parse_lines(block) if format == 'lines' else parse_text(block); return
     for number,line in zip(block.numbers, block.lines):
         if not line.isspace(): yield from parse_row(line, number, format, block.columns)
+
+# %% ../nbs/02_formats.ipynb #5b1c0b03
+def read_table(
+    looks:dict[Path,Look], # Of each file
+)->dict: # Path of a file → its encoding, what its rows were read as, and columns left out, with counts
+    "A table of what is read, still empty."
+    return {str(f):dict(encoding=l.encoding, guessed=l.guessed, rows={}, left_out={}) for f,l in looks.items()}
+
+def count_read(
+    table:dict, # Of `read_table`; added to
+    path:Path, # Of the file
+    kinds:Iterable[tuple[str,tuple[str,...]]], # `read` and `unread` of each row
+):
+    "Count what rows were read as, and what was left out of them."
+    entry = table[str(path)]
+    for (how,unread),n in Counter(kinds).items():
+        entry['rows'][how] = entry['rows'].get(how, 0)+n
+        for k in unread: entry['left_out'][k] = entry['left_out'].get(k, 0)+n
+
+def reading(
+    table:dict, # As of `count_read`, or `meta['read']` of a token set
+)->list[str]: # A line for each file; files of which the same is to be said share one
+    "What was read of each file, and what was not."
+    said = {}
+    for path,t in table.items():
+        rows = sorted(t['rows'].items(), key=lambda kv: -kv[1])
+        what = '; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6]) + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used'
+        left = sorted(t['left_out'], key=lambda k: -t['left_out'][k])
+        if left: what += f"; left out: {', '.join(left[:20])}" + f' and {len(left)-20} more'*(len(left) > 20)
+        if t['guessed']: what += f"; read as {t['encoding'].upper()}, which is a guess: encoding= names another"
+        elif t['encoding'] != 'utf-8': what += f"; read as {t['encoding'].upper()}"
+        said.setdefault(what, []).append(Path(path).name)
+    return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,names in said.items()]
