@@ -84,6 +84,8 @@ def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     return '',f
 
 # %% ../nbs/02_formats.ipynb #e18208e6
+def _called(encoding:str)->str: return encoding.upper().replace('_', '-')
+
 @dataclass(frozen=True)
 class Look:
     "What a data file is, as its first 64 KiB tell."
@@ -92,7 +94,7 @@ class Look:
     newline:str # 'LF', 'CRLF', or 'CR' where no line feed is found
     layout:str # 'lines' (a JSON value each), 'objects' (a JSON array, or objects over several lines), 'inside' (an array under a key of one object) or 'text'
     guessed:bool=False # Is the encoding a guess?
-    def __str__(self): return ', '.join(x for x in (self.packed, self.encoding.upper() + ' (a guess; encoding= names another)'*self.guessed, f"{self.newline} line ends", dict(lines='JSON lines', objects='JSON objects over several lines, or an array', inside='an array of JSON objects inside another', text='plain text')[self.layout]) if x)
+    def __str__(self): return ', '.join(x for x in (self.packed, _called(self.encoding) + ' (a guess; encoding= names another)'*self.guessed, f"{self.newline} line ends", dict(lines='JSON lines', objects='JSON objects over several lines, or an array', inside='an array of JSON objects inside another', text='plain text')[self.layout]) if x)
 
 def _marked(head:bytes)->str|None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
@@ -822,6 +824,7 @@ def _answer(c:_Columns)->tuple[str,list[dict]]:
     x = c.take(k)
     if k == 'answers' and (calls := _json(x, 'answers') if isinstance(x, str) and x.lstrip()[:1] == '[' else x) and isinstance(calls, list) and all(isinstance(a, dict) for a in calls): return k,[dict(role='assistant', content='', tool_calls=calls)] # xLAM
     if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str): x = x[0]
+    if isinstance(x, list) and not all(isinstance(m, dict) for m in x): raise _Unreadable('question or answer is no text', f'{c.own(k)} is a list of {len(x)}, and must be one answer; of two, the better one and the worse, it makes a preference')
     return k,_as_messages(x, 'assistant')
 
 def _with_thoughts(c:_Columns, messages:list)->list:
@@ -1025,7 +1028,7 @@ def reading(
         what = '; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6]) + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used'
         left = sorted(t['left_out'], key=lambda k: -t['left_out'][k])
         if left: what += f"; left out: {', '.join(left[:20])}" + f' and {len(left)-20} more'*(len(left) > 20)
-        if t['guessed']: what += f"; read as {t['encoding'].upper()}, which is a guess: encoding= names another"
-        elif t['encoding'] != 'utf-8': what += f"; read as {t['encoding'].upper()}"
+        if t['guessed']: what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
+        elif t['encoding'] != 'utf-8': what += f"; read as {_called(t['encoding'])}"
         said.setdefault(what, []).append(Path(path).name)
     return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,names in said.items()]

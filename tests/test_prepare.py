@@ -142,7 +142,7 @@ def test_a_run_goes_on_without_its_own_validation_file(tmp_path):
 
 def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
     from minigpt import source
-    fit(child.shape(), "talks", output_dir=tmp_path/"run", **{**OPTIONS, "max_data_size": 200, "long_rows": "cut"})
+    fit(child.shape(), "talks", output_dir=tmp_path/"run", **{**OPTIONS, "max_data_size": 200})
     (tmp_path/"run/data-source/talks.jsonl").unlink()
     monkeypatch.setitem(source.BUILT_IN, "talks", lambda path: path.write_text("another text"))
     assert resume(tmp_path/"run", max_steps=9).step == 9
