@@ -73,6 +73,12 @@ class TokenSet:
     def __getstate__(self): "What a worker process is sent: it maps the files itself."; return {k:v for k,v in vars(self).items() if k not in ('tokens','mask')}
     def __setstate__(self, state): vars(self).update(state); self.tokens = self._mapped('tokens.bin', self.meta['dtype'])
 
+    def doc_starts(self)->np.ndarray:
+        "(n,) the token with which each text begins."
+        file = self.path/'docs.npy'
+        try: return np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError): raise DataError(f"{file} is missing or damaged; it must hold where each text begins. Delete the folder {self.path.parent}, and it is built again") from None
+
     def __len__(self)->int: "Tokens."; return self.meta['n_tokens']
     def __repr__(self): return f"TokenSet({len(self):,} tokens, {self.meta['n_docs']:,} texts, {self.path.name})"
     @property
@@ -134,7 +140,7 @@ class TokenSet:
     def window_difficulty(self, seq_len:int)->np.ndarray:
         "(n,) of each window: that of the text in its middle."
         middle = np.minimum(np.arange(self.n_windows(seq_len))*seq_len + seq_len//2, len(self)-1)
-        return self.difficulty[np.searchsorted(np.load(self.path/'docs.npy'), middle, 'right')-1]
+        return self.difficulty[np.searchsorted(self.doc_starts(), middle, 'right')-1]
 
     def batch(self,
         step:int, # Optimizer step, from 0
@@ -196,7 +202,7 @@ class ChatSet(TokenSet):
         super().__init__(path)
         self.mask = self._mapped('mask.bin', np.bool_)
         if len(self.mask) != len(self): raise DataError(f"{self.path/'mask.bin'} has {len(self.mask):,} bytes and must have {len(self):,}; delete the folder {self.path.parent} and it is built again")
-        self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
+        self.starts = np.append(self.doc_starts(), len(self))
         self._packs = {}
 
     def __setstate__(self, state): super().__setstate__(state); self.mask = self._mapped('mask.bin', np.bool_)
@@ -312,7 +318,7 @@ class LineSet(TokenSet):
     stream = False
     def __init__(self, path:str|Path):
         super().__init__(path)
-        self.starts = np.append(np.load(self.path/'docs.npy'), len(self))
+        self.starts = np.append(self.doc_starts(), len(self))
     @property
     def fingerprint(self)->str: return hash_bytes(f"{self.meta['fingerprint']} line by line".encode())
     def n_windows(self, seq_len:int)->int: return len(self.starts)-1
@@ -361,7 +367,7 @@ def curriculum(
     for k,v in dict(start=start, reach=reach).items():
         if not 0 < v <= 1: raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
     if isinstance(data, Mixture): return Mixture([(curriculum(d, by, start, reach), w) for d,w in zip(data.sets, data.weights)])
-    rows = np.append(np.load(data.path/'docs.npy'), len(data))
+    rows = np.append(data.doc_starts(), len(data))
     step = 2 if isinstance(data, PairSet) else 1
     n = (len(rows)-1)//step
     if isinstance(by, str):

@@ -799,7 +799,7 @@ def _question(c:_Columns):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
     if not (k := c.asked()): return _turns(c.take(talk), c.own(talk), c.extra) if (talk := c.talk()) else []
     asked = c.take(k)
-    if _is_transcript(asked): asked = [m for m in _transcript(asked) if m['content'] or m['role'] != 'assistant']
+    if _is_transcript(asked) and asked.rstrip().endswith(':'): asked = [m for m in _transcript(asked) if m['content'] or m['role'] != 'assistant']
     for more in 'input','context':
         if more == k or not c.has(more): continue
         extra = c.take(more)
@@ -824,6 +824,7 @@ def _answer(c:_Columns)->tuple[str,list[dict]]:
     x = c.take(k)
     if k == 'answers' and (calls := _json(x, 'answers') if isinstance(x, str) and x.lstrip()[:1] == '[' else x) and isinstance(calls, list) and all(isinstance(a, dict) for a in calls): return k,[dict(role='assistant', content='', tool_calls=calls)] # xLAM
     if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str): x = x[0]
+    if isinstance(x, dict) and not _role(x): raise _Unreadable('question or answer is no text', f'{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string')
     if isinstance(x, list) and not all(isinstance(m, dict) for m in x): raise _Unreadable('question or answer is no text', f'{c.own(k)} is a list of {len(x)}, and must be one answer; of two, the better one and the worse, it makes a preference')
     return k,_as_messages(x, 'assistant')
 

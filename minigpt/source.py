@@ -189,6 +189,13 @@ def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainCon
     if known and (wrong := _damage(place)): _rebuild(place, wrong, say)
     return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, say=say, keep=True, **_how_read(known, cfg))[0]
 
+def _same_options(source:TokenSet|Mixture, cfg:TrainConfig):
+    "A `ValueError` for an option that only counts where files are read, and that the token set was not built with."
+    for d in getattr(source, 'sets', [source]):
+        built = dict(encoding=d.meta['options'].get('encoding', ''), columns=d.meta['options'].get('columns'), long_rows=d.meta.get('long_rows', 'cut'))
+        asked = dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows)
+        if bad := next((k for k,v in asked.items() if v and v != built[k] and getattr(cfg, k) != getattr(TrainConfig, k)), None): raise ValueError(f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already; pass {bad} to minigpt.data.build_tokenset, or name the files")
+
 def open_source(
     folder:Path, # The run's
     known:dict|None, # Its run.json, if it is to go on
@@ -228,6 +235,7 @@ def open_source(
     for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
         if _is_set(source):
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
+            _same_options(source, cfg)
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
         else:

@@ -399,6 +399,37 @@ def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
     assert [r["loss"] for r in again.history if "loss" in r][-1] == [r["loss"] for r in whole.history if "loss" in r][-1]
 
 
+def test_a_damaged_list_of_texts_is_named(tok, tmp_path):
+    "Not in the words of NumPy, which would have it unpickled"
+    from minigpt.data import open_tokenset
+    build_tokenset(write(tmp_path/"a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path/"set", 0.)
+    for content in (b"", b"junk that is no array", b"\x80\x04K\x01."):
+        (tmp_path/"set/train/docs.npy").write_bytes(content)
+        with pytest.raises(DataError, match="docs.npy .*damaged") as e: open_tokenset(tmp_path/"set")
+        assert "pickle" not in str(e.value)
+
+
+def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
+    from minigpt.train import fit
+    data, _ = build_tokenset(write(tmp_path/"a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path/"set", 0.)
+    for option in (dict(encoding="cp1251"), dict(columns="text=body"), dict(long_rows="cut")):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}=.* is for files, and .*set/train is a token set already"): fit(child.shape(tok.vocab_size), data, tokenizer=tok, output_dir=tmp_path/"run", max_steps=1, progress=False, **option)
+
+
+def test_columns_are_named_in_a_terminal(tok, tmp_path, capsys):
+    from minigpt.cli import app
+    from minigpt.config import TrainConfig
+    a = write(tmp_path/"a.jsonl", *[dict(body=f"row {i}") for i in range(9)])
+    assert TrainConfig(columns=dict(prompt="q", label="")).column_names == TrainConfig.make(map="prompt=q, label=").column_names == dict(prompt="q", label="")
+    with pytest.raises(ValueError, match="columns='text' must be NAME=COLUMN"): TrainConfig(columns="text")
+    tok.save(tmp_path/"tok")
+    app(["data", "prepare", "--input", str(a), "--output", str(tmp_path/"out.jsonl"), "--tokenizer", str(tmp_path/"tok"), "--map", "text=body"], standalone_mode=False)
+    app(["data", "analyze", str(a), "--no-near-duplicates", "--map", "text=body"], standalone_mode=False)
+    app(["train", str(a), "--output-dir", str(tmp_path/"run"), "--tokenizer", str(tmp_path/"tok"), "--map", "text=body", "--max-steps", "1", "--max-seq-len", "16", "--batch-size", "1", "--no-plot-loss", "--no-tensorboard", "--device", "cpu"], standalone_mode=False)
+    out = capsys.readouterr().out
+    assert len((tmp_path/"out.jsonl").read_text().splitlines()) == 9 and out.count("a.jsonl: text") >= 2
+
+
 # --- preparing ------------------------------------------------------------------------------------------------------------------
 CODE = "def f(x):\n    if x:\n        return [x,\n            2]\n\n\n"
 
