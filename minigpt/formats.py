@@ -448,11 +448,17 @@ _ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution'
 _SIDE = '(_(response|answer|output|completion|messages|conversations?|text))'
 _CHOSEN = re.compile(f'chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}')
 _REJECTED = re.compile(f'rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}')
-_THOUGHTS = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_trace|_process)?')
-_PICTURES = re.compile('(images?|videos?|audios?|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?|urls?|list|bytes|base64))?') # the first group in any row, the second where somebody asks about them
-_LABELS = re.compile('label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)')
+_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_trace|_process)?')
+_PICTURE = re.compile('(images?|videos?|audios?|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?|urls?|list|bytes|base64))?') # the first group in any row, the second where somebody asks about them
+_LABEL = re.compile('label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)')
 _JUDGED = {'true','false','0','1','good','bad','desirable','undesirable','chosen','rejected'}
 _UNLEARNED = dict(weight=0, train=False, loss=False, learn=False, trainable=False, loss_weight=0, output_with_loss=False) # by these values a text is not to be learned
+
+@lru_cache(10_000)
+def _like(name)->frozenset[str]:
+    "What a column may be by the look of its name."
+    kinds = dict(chosen=_CHOSEN, rejected=_REJECTED, thought=_THOUGHT, picture=_PICTURE, label=_LABEL)
+    return frozenset(k for k,pattern in kinds.items() if isinstance(name, str) and pattern.fullmatch(name))
 
 def _empty(v)->bool: return v is None or not v and isinstance(v, (str,list,dict))
 
@@ -475,8 +481,14 @@ class _Columns:
             if name not in self.names or k == name or _empty(row[self.names[name]]): self.names[name] = k
             if not _empty(v) and self.names[name] == k: self.full[name] = v
 
-    def has(self, *names:str)->str|None: "The first of these that holds anything."; return next((n for n in names if n in self.full), None)
-    def like(self, kind:re.Pattern)->str|None: return next((n for n in self.full if isinstance(n, str) and kind.fullmatch(n)), None)
+    def has(self, *names:str)->str|None:
+        "The first of these that holds anything."
+        for n in names:
+            if n in self.full: return n
+    def like(self, kind:str)->str|None:
+        "The first that may be of this kind, and holds anything."
+        for n in self.full:
+            if kind in _like(n): return n
     def some(self, *names:str)->str|None: "The first that holds anything; else the first that is there."; return self.has(*names) or next((n for n in names if n in self.names and self.row[self.names[n]] is not None), None)
     def take(self, name:str):
         "Its value, which is read now."
@@ -498,7 +510,7 @@ class _Columns:
     def kind(self)->str:
         "The format of the row, as its columns tell."
         if len(self.row) == 1 and 'text' in self.full: return 'pretrain'
-        if self.like(_REJECTED) or self.has('chosen'): return 'dpo'
+        if self.like('rejected') or self.has('chosen'): return 'dpo'
         if self.talk(): return 'conversation'
         if self.in_fields(): return 'dpo' if self.both() else 'conversation'
         if 'text' in self.full: return 'pretrain'
@@ -510,10 +522,10 @@ class _Columns:
         if {'message_id','parent_id'} <= row.keys() or 'message_tree_id' in row: raise _Unreadable('a message of a tree', 'rows with message_id and parent_id are parts of conversations; put each path from a question to its last answer into one row, as messages')
         if {'cells','nbformat'} <= row.keys(): raise _Unreadable('a notebook', 'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
         if kind == 'text' and not self.talk() and _role(row): raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the messages of a conversation belong into one row, as a list under \"messages\"")
-        if (k := self.like(_PICTURES)) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURES.fullmatch(k)[1]): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
-        if kind == 'conversation' and (k := self.like(_LABELS)) and str(self.full[k]).strip().lower().removesuffix('.0') in _JUDGED: raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURE.fullmatch(k)[1]): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        if kind == 'conversation' and (k := self.like('label')) and str(self.full[k]).strip().lower().removesuffix('.0') in _JUDGED: raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
         for k,v in self.full.items():
-            if _unlearned(k, v): raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
+            if k in _UNLEARNED and _unlearned(k, v): raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
 
     def made(self, number:int, kind:str, **facts)->Row:
         "The row, with what was read and what was left out."
@@ -526,6 +538,12 @@ def _columns(row)->_Columns: return row if isinstance(row, _Columns) else _Colum
 
 # %% ../nbs/02_formats.ipynb #1d59e454
 _TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:' # of chat templates
+
+def _turn_marks(text:str)->tuple[str,...]:
+    "A note for a text in which turns of a conversation are written out."
+    for m in _TURNS:
+        if m in text: return (f'marks of turns ({m}) read as letters; conversations are given as messages',)
+    return ()
 
 def parse_pretrain(
     row:dict, # What a line holds
@@ -540,8 +558,7 @@ def parse_pretrain(
         if not isinstance(text, str): raise _Unreadable('text is not a string', f'it is a {type(text).__name__}')
         if not text.strip(): raise _Unreadable('empty text', '')
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
-    mended = next(((f'marks of turns ({m}) read as letters; conversations are given as messages',) for m in _TURNS if m in text), ())
-    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=mended) # `ends` is what `data prepare` writes for the pieces of a text
+    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=_turn_marks(text)) # `ends` is what `data prepare` writes for the pieces of a text
 
 def _documents(row:Row)->list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
@@ -578,7 +595,7 @@ def _text_of(i:int, content, m:dict)->str:
     said = []
     for p in content:
         kind = p.get('type', 'text') if isinstance(p, dict) else 'text'
-        if isinstance(kind, str) and _PICTURES.fullmatch(kind.removeprefix('input_')): raise _Unreadable('pictures, sound or video', f'message {i} has a part of the type {kind}, and a text without it answers what nobody can see; leave such rows out')
+        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix('input_')): raise _Unreadable('pictures, sound or video', f'message {i} has a part of the type {kind}, and a text without it answers what nobody can see; leave such rows out')
         text = p if isinstance(p, str) else next((p[k] for k in ('text','value','content','thinking') if isinstance(p.get(k), str)), None) if isinstance(p, dict) else None
         if text is None or kind not in ('text','input_text','output_text','thinking','reasoning'): raise _Unreadable('content is not a string', f'message {i}: a part of it is {str(p)[:60]}')
         if kind in ('thinking','reasoning'): m['reasoning_content'] = m.get('reasoning_content', '')+text
@@ -587,7 +604,7 @@ def _text_of(i:int, content, m:dict)->str:
 
 def _thought(i:int, m:dict)->str|None:
     "What an assistant thought, under whatever name."
-    found = {k:v for k,v in m.items() if _THOUGHTS.fullmatch(k) and not _empty(v) and (isinstance(v, str) or k == 'reasoning_content')}
+    found = {k:v for k,v in m.items() if 'thought' in _like(k) and not _empty(v) and (isinstance(v, str) or k == 'reasoning_content')}
     for k in found: m.pop(k)
     if len({v for v in found.values() if isinstance(v, str)}) > 1: raise _Unreadable('two thoughts', f'message {i} has {" and ".join(found)}; one of them would be lost')
     return next(iter(found.values()), None)
@@ -603,6 +620,11 @@ def _check_marks(i:int, content:str)->list[str]:
     return ['several thoughts in an answer'] if content.count('<think>') > 1 else []
 
 # %% ../nbs/02_formats.ipynb #5b1c0a21
+def _without_end(text:str)->str:
+    "The text without the tokens of other programs that end it."
+    last = max(0, len(text)-200)
+    return text[:last] + _END.sub('', text[last:])
+
 def _answer_of(i:int, m:dict, content:str, thought:str, mended:list[str])->str:
     "What an assistant says, in one spelling; what else it said is put into `m`. Raises `_Unreadable`."
     if not _empty(call := m.pop('function_call', None)):
@@ -610,8 +632,8 @@ def _answer_of(i:int, m:dict, content:str, thought:str, mended:list[str])->str:
         m['tool_calls'] = [call]
     if (refusal := m.get('refusal')) and isinstance(refusal, str) and not content.strip(): content = m.pop('refusal')
     if '<' in content:
-        if (mine := _END.sub('', content)) != content: content = mine; mended.append('end token behind an answer left out')
-        if (mine := _ANY_CASE.sub(lambda x: x[0].lower(), content)) != content: content = mine; mended.append('marks in capitals')
+        if content.rstrip().endswith('>') and (mine := _without_end(content)) != content: content = mine; mended.append('end token behind an answer left out')
+        if any(not x[0].islower() for x in _ANY_CASE.finditer(content)): content = _ANY_CASE.sub(lambda x: x[0].lower(), content); mended.append('marks in capitals')
         mended += _check_marks(i, content)
         if thought and '<think>' in content:
             if thought.strip() not in content: raise _Unreadable('two thoughts', f'message {i} has <think> in its text, and thoughts beside it; one of them would be learned as the answer')
@@ -636,7 +658,7 @@ def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
     if not isinstance(name, str) or (role := ROLES.get(name.strip().lower())) is None: raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
     if name != role: mended.append(f'role {name[:20]!r} for {role}')
     where = next((k for k in ('content','value','text') if not _empty(m.get(k))), None) or next((k for k in ('content','value','text') if k in had), None)
-    if where is None and not any(m.get(k) for k in ('tool_calls','function_call','refusal')) and not any(_THOUGHTS.fullmatch(k) for k in m): raise _Unreadable('no content', f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
+    if where is None and not any(m.get(k) for k in ('tool_calls','function_call','refusal')) and not any('thought' in _like(k) for k in m): raise _Unreadable('no content', f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
     content = _text_of(i, m.pop(where, ''), m)
     for k in 'content','value':
         if _empty(m.get(k)): m.pop(k, None)
@@ -659,18 +681,18 @@ def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
 def _messages(raw, where:str='', extra:set[str]|None=None)->tuple[list[dict], list[str]]:
     "Messages in one spelling, and what was mended; raises `_Unreadable`."
     if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw): raise _Unreadable(f'{where or "conversations"} are not a list of messages', f'{str(raw)[:60]!r}')
-    messages,mended,extra = [],[],set() if extra is None else extra
+    messages,mended,extra,slow = [],[],set() if extra is None else extra,False
     for i,m in enumerate(raw, 1):
         role,content = m.get('role'),m.get('content')
         if len(m) == 2 and role in _PLAIN and type(content) is str and '<' not in content and (role != 'assistant' or content.strip()): messages.append(m); continue # most are like this
-        m = _message(i, m, mended, extra)
+        m,slow = _message(i, m, mended, extra),True
         said = m['content']
         if m['role'] == 'tool' and said.lstrip().startswith('<tool_response>') and _RESPONSES.fullmatch(said):
             messages += [{**m, 'content':r.strip()} for r in re.findall('<tool_response>(.*?)</tool_response>', said, re.S)]
             mended.append('tool_response without its marks, which are set again')
         elif m.get('tool_calls') and not said and messages and _only_calls(messages[-1]) and raw[i-1].get('from', raw[i-1].get('role')) in _CALLERS: messages[-1]['tool_calls'] = [*messages[-1]['tool_calls'], *m['tool_calls']]
         else: messages.append(m)
-    _sort_results(messages)
+    if slow: _sort_results(messages)
     return messages,mended
 
 def _only_calls(m:dict)->bool: return m['role'] == 'assistant' and not m['content'] and isinstance(m.get('tool_calls'), list)
@@ -729,7 +751,7 @@ def _transcript(text:str)->list[dict]:
 def _spoken_call(m:dict)->dict:
     "A message whose `<functioncall>` is a call."
     if m['role'] != 'assistant' or '<functioncall>' not in m['content']: return m
-    said,_,call = (text := _END.sub('', m['content'])).partition('<functioncall>')
+    said,_,call = (text := _without_end(m['content'])).partition('<functioncall>')
     if not (found := _WRITTEN_CALL.search(text)): raise _Unreadable('broken tools or tool_calls', f'a call must be <functioncall> {{"name": string, "arguments": object}}; this is {call[:60]!r}')
     return dict(role='assistant', content=said.strip(), tool_calls=[dict(name=found[1], arguments=_json((found[2] or '').replace("\\'", "'") or found[3] or '{}', f'the arguments of {found[1]}'))])
 
@@ -830,12 +852,12 @@ def _answer(c:_Columns)->tuple[str,list[dict]]:
 
 def _with_thoughts(c:_Columns, messages:list)->list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
-    found = {k:v for k,v in c.full.items() if isinstance(k, str) and isinstance(v, str) and _THOUGHTS.fullmatch(k)}
+    found = {k:v for k,v in c.full.items() if isinstance(k, str) and isinstance(v, str) and 'thought' in _like(k)}
     if not found or not isinstance(messages, list): return messages
     answers = [i for i,m in enumerate(messages) if _role(m) == 'assistant']
     said = ''.join(str(x) for i in answers for x in messages[i].values())
     if all(v.strip() in said for v in found.values()): [*map(c.take, found)]; return messages # they are in it already
-    if len(found) > 1 or len(answers) != 1 or '<think>' in said or any(_THOUGHTS.fullmatch(str(k)) and not _empty(v) for k,v in messages[answers[0]].items()): raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts into the message that they belong to, as reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map {c.own([*found][0])}=)")
+    if len(found) > 1 or len(answers) != 1 or '<think>' in said or any('thought' in _like(str(k)) and not _empty(v) for k,v in messages[answers[0]].items()): raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts into the message that they belong to, as reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map {c.own([*found][0])}=)")
     return [{**m, 'reasoning_content':c.take([*found][0])} if i == answers[0] else m for i,m in enumerate(messages)]
 
 def _with_system(messages:list, c:_Columns)->list:
@@ -879,9 +901,9 @@ def _is_blank(answer:list)->bool: return len(answer) == 1 and answer[0].get('con
 # %% ../nbs/02_formats.ipynb #b5d1d465
 def _sides(c:_Columns)->tuple[dict, list|None]:
     "The two answers, and what stands before them where it is told by the first."
-    if c.both() and not c.like(_REJECTED): return dict(zip(('chosen','rejected'), c.take(c.answered()))),None
-    bad = c.has('rejected') or c.like(_REJECTED) or c.some('rejected')
-    good = c.has('chosen') or c.like(_CHOSEN) or c.some('chosen')
+    if c.both() and not c.like('rejected'): return dict(zip(('chosen','rejected'), c.take(c.answered()))),None
+    bad = c.has('rejected') or c.like('rejected') or c.some('rejected')
+    good = c.has('chosen') or c.like('chosen') or c.some('chosen')
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
     if sides['rejected'] is None: raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row)))))
     if sides['chosen'] is not None: return sides,None
@@ -971,6 +993,19 @@ def _renamed(row:dict, columns:dict[str,str])->dict:
     moved = {*columns.values(), *columns}
     return {**{k:v for k,v in row.items() if k not in moved}, **{new:row[old] for new,old in columns.items() if old in row}}
 
+def _plain_row(row:dict, number:int)->Row|None:
+    "A row of one column that is as it should be, which most are; None: look closer."
+    (name,x), = row.items()
+    if name == 'text': return Row(number, x, mended=_turn_marks(x), read='text') if type(x) is str and EOS not in x and x.strip() else None
+    if name not in _TALKS[:2] or type(x) is not list or not x or not all(type(m) is dict and ('role' in m or 'from' in m) for m in x): return None
+    extra = set()
+    try:
+        messages,mended = _messages(x, extra=extra)
+        messages = _with_tools(messages, None)
+    except _Unreadable: return None
+    if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages): return None
+    return Row(number, _said(messages), messages=messages, mended=tuple(mended), read='messages' if name == 'messages' else 'conversations → messages', unread=tuple(sorted(extra)))
+
 def parse_row(
     line:bytes, # One line of a JSONL file
     number:int, # Its number, from 1
@@ -985,8 +1020,9 @@ def parse_row(
         if isinstance(v, list) and v and all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v): v = {'conversations':v} # the messages alone
         if not isinstance(v, dict): out.append(Row(number, reason='not an object', detail=f'a row is {{"text": …}} or {{"conversations": […]}}; this is a {type(v).__name__}')); continue
         if 'row_idx' in v and isinstance(v.get('row'), dict): v = v['row'] # as a data set's viewer gives them
-        c = _Columns(_renamed(v, columns) if columns else v)
-        row = FORMATS[format or c.kind()](c, number)
+        if columns: v = _renamed(v, columns)
+        row = _plain_row(v, number) if len(v) == 1 and not format else None
+        if row is None: c = _Columns(v); row = FORMATS[format or c.kind()](c, number)
         if mended: row = replace(row, mended=mended+row.mended)
         out += [row] if row.messages or row.reason else _documents(row)
     return out
