@@ -653,7 +653,7 @@ def build_tokenset(
     for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
         old = _meta(place/'train')
         facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
-        if old and same(old) == same(facts):
+        if old and same(old) == same(facts) and old.get('long_rows', long_rows) == long_rows:
             if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
             for line in read_again(old, on_bad_row): say(line)
             return open_tokenset(place)

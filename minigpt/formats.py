@@ -448,8 +448,8 @@ _ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution'
 _SIDE = '(_(response|answer|output|completion|messages|conversations?|text))'
 _CHOSEN = re.compile(f'chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}')
 _REJECTED = re.compile(f'rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}')
-_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_trace|_process)?')
-_PICTURE = re.compile('(images?|videos?|audios?|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?|urls?|list|bytes|base64))?') # the first group in any row, the second where somebody asks about them
+_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_process|_trajectory|_trajectories)?')
+_PICTURE = re.compile('(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?|urls?|list|bytes|base64))?') # the first group in any row, the second where somebody asks about them
 _LABEL = re.compile('label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)')
 _JUDGED = {'true','false','0','1','good','bad','desirable','undesirable','chosen','rejected'}
 _UNLEARNED = dict(weight=0, train=False, loss=False, learn=False, trainable=False, loss_weight=0, output_with_loss=False) # by these values a text is not to be learned
@@ -522,7 +522,7 @@ class _Columns:
         if {'message_id','parent_id'} <= row.keys() or 'message_tree_id' in row: raise _Unreadable('a message of a tree', 'rows with message_id and parent_id are parts of conversations; put each path from a question to its last answer into one row, as messages')
         if {'cells','nbformat'} <= row.keys(): raise _Unreadable('a notebook', 'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
         if kind == 'text' and not self.talk() and _role(row): raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the messages of a conversation belong into one row, as a list under \"messages\"")
-        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURE.fullmatch(k)[1]): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURE.fullmatch(k)[1] or '<image>' in str(self.full.get('text'))): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
         if kind == 'conversation' and (k := self.like('label')) and str(self.full[k]).strip().lower().removesuffix('.0') in _JUDGED: raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
         for k,v in self.full.items():
             if k in _UNLEARNED and _unlearned(k, v): raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
@@ -537,7 +537,7 @@ _PLAIN_COLUMNS = {*_TALKS, *_ASKED, *_ASKED_ELSE, *_ANSWERED, *_ANSWERED_ELSE, '
 def _columns(row)->_Columns: return row if isinstance(row, _Columns) else _Columns(row)
 
 # %% ../nbs/02_formats.ipynb #1d59e454
-_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:' # of chat templates
+_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:','### Human:','<|user|>','<|prompter|>' # of chat templates
 
 def _turn_marks(text:str)->tuple[str,...]:
     "A note for a text in which turns of a conversation are written out."
@@ -811,8 +811,9 @@ def _options(x)->list[tuple[str,str]]|None:
 
 def _with_options(c:_Columns, asked:str)->str:
     "The question, with the options that stand in a column of their own behind it."
-    if not c.has('options') or c.row[c.own('options')] == asked: return asked
-    found = c.take('options')
+    if c.has('options'): found = c.take('options')
+    elif len(own := [*takewhile(lambda n: isinstance(c.full.get(n), str), 'abcdefgh')]) > 1: found = {n.upper():c.take(n) for n in own} # a column for each
+    else: return asked
     if isinstance(found, str): return asked if found in asked else f'{asked}\n{found}'
     if (letters := _options(found)) is None: raise _Unreadable('options that cannot be read', f'they must be a list of strings, or strings by their letters; they are {str(found)[:60]}')
     return asked if all(o in asked for _,o in letters) else '\n'.join([asked, *(o if re.match(rf'\W?{re.escape(k)}\W', o) else f'{k}. {o}' for k,o in letters)])
@@ -852,13 +853,16 @@ def _answer(c:_Columns)->tuple[str,list[dict]]:
 
 def _with_thoughts(c:_Columns, messages:list)->list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
-    found = {k:v for k,v in c.full.items() if isinstance(k, str) and isinstance(v, str) and 'thought' in _like(k)}
+    found = {k:v[0] if isinstance(v, list) and len(v) == 1 else v for k,v in c.full.items() if 'thought' in _like(k)}
+    found = {k:v for k,v in found.items() if isinstance(v, str)}
     if not found or not isinstance(messages, list): return messages
     answers = [i for i,m in enumerate(messages) if _role(m) == 'assistant']
     said = ''.join(str(x) for i in answers for x in messages[i].values())
     if all(v.strip() in said for v in found.values()): [*map(c.take, found)]; return messages # they are in it already
     if len(found) > 1 or len(answers) != 1 or '<think>' in said or any('thought' in _like(str(k)) and not _empty(v) for k,v in messages[answers[0]].items()): raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts into the message that they belong to, as reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map {c.own([*found][0])}=)")
-    return [{**m, 'reasoning_content':c.take([*found][0])} if i == answers[0] else m for i,m in enumerate(messages)]
+    (name,thought), = found.items()
+    c.take(name)
+    return [{**m, 'reasoning_content':thought} if i == answers[0] else m for i,m in enumerate(messages)]
 
 def _with_system(messages:list, c:_Columns)->list:
     "The messages, behind the row's own `system`."

@@ -56,6 +56,8 @@ READ = {  # name → (row, what is said, its columns that are left out)
     "viewer": (dict(row_idx=0, row=dict(messages=[U, A]), truncated_cells=[]), QA, []),
     "options": (dict(question="2?", options=["1", "2"], answer="B"), [("u", "2?\nA. 1\nB. 2"), ("a", "B")], []), "options-inside": (dict(question="2? A. one B. two", choices=dict(A="one", B="two"), answer="B"), [("u", "2? A. one B. two"), ("a", "B")], []),
     "options-arc": (dict(question="2?", choices=dict(text=["1", "2"], label=["A", "B"]), answer="B"), [("u", "2?\nA. 1\nB. 2"), ("a", "B")], []),
+    "options-columns": (dict(Question="2?", A="1", B="2", C="3", Answer="B"), [("u", "2?\nA. 1\nB. 2\nC. 3"), ("a", "B")], []),
+    "firefly-input": (dict(kind="x", input="2?", target="Two."), QA, ["kind"]), "shouting": (dict(INSTRUCTION="2?", RESPONSE="Two.", SOURCE="x"), QA, ["SOURCE"]), "lima": (dict(conversations=["2?", "Two."], source="x"), QA, ["source"]), "slim-orca": (dict(conversations=[{"from": "human", "value": "2?", "weight": 0}, {"from": "gpt", "value": "Two.", "weight": 1}]), QA, []),
     "answer-in-solution": (dict(question="2?", answer="Two", response="Two."), QA, ["answer"]),
     "system-unused": (dict(system="x", messages=[dict(role="system", content="s"), U, A]), [("s", "s"), *QA], ["system"]),
     "mark-in-capitals": (dict(messages=[U, dict(A, content="<Think>x</THINK>Two.")]), [("u", "2?"), ("a", "<think>x</think>Two.")], []),
@@ -72,9 +74,9 @@ def test_read(name):
 
 
 def test_texts():
-    for value, want in (dict(Text="雪"), "雪"), (dict(title="t", content="雪"), "雪"), (dict(正文="雪"), "雪"), (dict(text="雪", conversations=None, chosen=[]), "雪"), (dict(text="雪", content="other", label=1), "雪"):
+    for value, want in (dict(Text="雪"), "雪"), (dict(title="t", content="雪"), "雪"), (dict(正文="雪"), "雪"), (dict(text="雪", conversations=None, chosen=[]), "雪"), (dict(text="雪", content="other", label=1), "雪"), (dict(text="雪", images=["https://a/b.png"]), "雪"):
         r = row(value)
-        assert (r.kind, r.text, r.unread) == ("text", want, tuple(k for k in value if k in ("title", "label") or value[k] == "other")), value
+        assert (r.kind, r.text, r.unread) == ("text", want, tuple(k for k in value if k in ("title", "label", "images") or value[k] == "other")), value
 
 
 PAIRS = {
@@ -113,7 +115,7 @@ def test_refused_by_name(name):
     assert r.reason == reason and words in r.detail, r
 
 
-@pytest.mark.parametrize("value", [dict(question="2?", reasoning="hm", answer="Two."), dict(Question="2?", Complex_CoT="hm", Response="Two."), dict(messages=[U, A], cot="hm"), dict(messages=[U, dict(A, thinking="hm")]), dict(messages=[U, dict(A, thought="hm")]),
+@pytest.mark.parametrize("value", [dict(question="2?", reasoning="hm", answer="Two."), dict(Question="2?", Complex_CoT="hm", Response="Two."), dict(messages=[U, A], cot="hm"), dict(question="2?", solution="Two.", thinking_trajectories=["hm"]), dict(messages=[U, dict(A, thinking="hm")]), dict(messages=[U, dict(A, thought="hm")]),
                                    dict(messages=[U, dict(role="assistant", content=[dict(type="thinking", thinking="hm"), dict(type="text", text="Two.")])])], ids=str)
 def test_thoughts_are_kept(value):
     r = row(value)
@@ -363,6 +365,8 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     assert whole.too_long(64) == (2, 1) and cut.cut_inside(64) == 1 and whole.cut_inside(64) == 0
     assert "1 are longer than max_seq_len=64 and are cut behind an answer; 1 rows longer than max_seq_len=64 are left out; long_rows='cut' keeps their beginning" in _describe(whole, 64)[0]
     assert "1 are longer and are cut inside an answer" in _describe(cut, 64)[0]
+    again = [build_tokenset(long, tok, tmp_path/name, 0., long_rows=how)[0].meta.get("long_rows") for name, how in (("skip", "cut"), ("None", "skip"))]
+    assert again == ["cut", None]                                     # another wish builds anew; a set of an older version stays
 
 
 def test_all_rows_too_long_is_an_error_with_the_lengths(tok, tmp_path):
