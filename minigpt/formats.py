@@ -465,11 +465,11 @@ def _empty(v)->bool: return v is None or not v and isinstance(v, (str,list,dict)
 def _unlearned(k:str, v)->bool: return k in _UNLEARNED and type(v) in (bool,int,float) and v == 0 and (isinstance(v, bool) or 'weight' in k)
 
 @lru_cache(1000)
-def _advice(keys:tuple[str,...])->str:
+def _advice(keys:tuple[str,...], wanted:tuple[str,...]=())->str:
     "For a row whose layout is not known."
     known = ['text','messages','conversations',*_ASKED,'input',*_ANSWERED,'chosen','rejected']
     near = [f'{k} is near {n[0]}' for k in keys if (n := difflib.get_close_matches(k.lower(), known, 1, .6)) and n[0] != k]
-    return f"its keys are {[*keys[:8]]}" + (f" ({'; '.join(near[:3])})" if near else '') + "; say which is which: columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
+    return f"its keys are {[*keys[:8]]}" + (f" ({'; '.join(near[:3])})" if near else '') + "; say which is which: " + (f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)" if wanted else "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)")
 
 class _Columns:
     "The columns of a row by the names that are known here; what is null or empty counts only where nothing else does."
@@ -909,12 +909,12 @@ def _sides(c:_Columns)->tuple[dict, list|None]:
     bad = c.has('rejected') or c.like('rejected') or c.some('rejected')
     good = c.has('chosen') or c.like('chosen') or c.some('chosen')
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
-    if sides['rejected'] is None: raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row)))))
+    if sides['rejected'] is None: raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('rejected' if good else 'chosen',)))
     if sides['chosen'] is not None: return sides,None
     if talk := c.talk(): # ms-swift: a conversation, and another answer in place of its last one
         messages = _turns(c.take(talk), c.own(talk), c.extra)
         if isinstance(messages, list) and _role(messages[-1]) == 'assistant': return dict(sides, chosen=messages[-1:]),messages[:-1]
-    if not c.has(*_ANSWERED, *_ANSWERED_ELSE): raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row)))))
+    if not c.has(*_ANSWERED, *_ANSWERED_ELSE): raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('chosen',)))
     return dict(sides, chosen=_answer(c)[1]),None
 
 def parse_preference(
