@@ -731,7 +731,8 @@ def loader(
 # %% ../nbs/04_data.ipynb #1c338402
 def _how_long(data)->str:
     "The lengths of the conversations of a set."
-    n = np.concatenate([d.lengths() for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet)])
+    n = np.concatenate([d.lengths() if isinstance(d, ChatSet) else np.diff(np.append(d.doc_starts(), len(d))) for d in getattr(data, 'sets', [data])] or [np.zeros(1, int)])
+    if not len(n): return 'there are none'
     return f'the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or more'
 
 def check_size(
@@ -741,7 +742,7 @@ def check_size(
 ):
     "A `DataError` if there is not enough for one step."
     for d in getattr(data, 'sets', ()):
-        if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from; raise max_seq_len, or leave it out")
+        if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
     if windows < batch_size:
         lost = sum(d.too_long(seq_len)[1] for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet))

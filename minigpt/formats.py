@@ -523,7 +523,8 @@ class _Columns:
         if {'cells','nbformat'} <= row.keys(): raise _Unreadable('a notebook', 'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
         if kind == 'text' and not self.talk() and _role(row): raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the messages of a conversation belong into one row, as a list under \"messages\"")
         if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURE.fullmatch(k)[1] or '<image>' in str(self.full.get('text'))): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
-        if kind == 'conversation' and (k := self.like('label')) and str(self.full[k]).strip().lower().removesuffix('.0') in _JUDGED: raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        judged = next((k for k,v in self.full.items() if 'label' in _like(k) and str(v).strip().lower().removesuffix('.0') in _JUDGED), None)
+        if kind == 'conversation' and (k := judged): raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
         for k,v in self.full.items():
             if k in _UNLEARNED and _unlearned(k, v): raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
 
