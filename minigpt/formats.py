@@ -441,9 +441,9 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     raise _Unreadable('broken JSON', why)
 
 # %% ../nbs/02_formats.ipynb #5b1c0a12
-_SAME = {other:name for name,others in dict(content='文本 内容 正文', conversations='对话', instruction='指令', input='输入', output='输出', question='问题 提问', answer='回答 答案', response='回复', system='系统', history='历史', tools='functions', options='choices 选项').items() for other in others.split()}
+_SAME = {other:name for name,others in dict(content='文本 内容 正文', conversations='对话', instruction='指令', input='输入', output='输出', prompt='提示 提示词', question='问题 提问 题目 问', answer='回答 答案 解答 答', response='回复 回应', system='系统', history='历史', tools='functions', options='choices 选项').items() for other in others.split()}
 _TALKS = 'conversations','messages','conversation','dialogue','dialog','turns','chat','data','items' # lists of messages
-_ASKED,_ASKED_ELSE = ('prompt','instruction','question','query','problem','inputs'),('input','user','human') # the second where none of the first is there: beside them they mean something else
+_ASKED,_ASKED_ELSE = ('prompt','instruction','question','query','problem','inputs'),('input','user','human','q') # the second where none of the first is there: beside them they mean something else
 _ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution','targets','outputs','target'),('answers','assistant','bot','gpt')
 _SIDE = '(_(response|answer|output|completion|messages|conversations?|text))'
 _CHOSEN = re.compile(f'chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}')
@@ -498,7 +498,7 @@ class _Columns:
     def own(self, name:str)->str: return self.names.get(name, name)
 
     def asked(self)->str|None: return self.some(*_ASKED) if self.has(*_ASKED) or not self.has(*_ASKED_ELSE) else self.has(*_ASKED_ELSE)
-    def answered(self)->str|None: return self.has(*_ANSWERED) or self.has(*_ANSWERED_ELSE) or self.some(*_ANSWERED)
+    def answered(self)->str|None: return self.has(*_ANSWERED) or self.has(*_ANSWERED_ELSE) or ('a' if self.has('q') and self.has('a') else None) or self.some(*_ANSWERED)
     def talk(self)->str|None:
         "The column with the messages."
         usual = self.has(*_TALKS[:2])
@@ -572,6 +572,11 @@ def _documents(row:Row)->list[Row]:
 # %% ../nbs/02_formats.ipynb #1cbfa210
 _CALLERS = 'function_call','tool_call','function-call','tool-call'
 ROLES = {r:name for name,others in dict(user=('user','human','prompter','用户'), assistant=('assistant','gpt','bot','ai','model','chatgpt','bing','bard','claude','助手', *_CALLERS), system=('system','developer','系统'), tool=('tool','function','observation','ipython','tool_response','function_response','tool response','function response','工具')).items() for r in others}
+def _role_of(name:str)->str|None:
+    "The role that a name stands for."
+    low = name.strip().lower()
+    return ROLES.get(low) or ('assistant' if low.startswith('gpt') else None)
+
 _PLAIN = 'user','assistant','system','tool'
 _MARK = re.compile(r'<(/?)(think|ultra_think|tool_call)>')
 _ANY_CASE = re.compile(_MARK.pattern, re.I)
@@ -656,7 +661,7 @@ def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
     "A message in one spelling; raises `_Unreadable`."
     had,m = m,{k:v for k,v in m.items() if v is not None}
     name = m.pop('role', m.pop('from', None))
-    if not isinstance(name, str) or (role := ROLES.get(name.strip().lower())) is None: raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
+    if not isinstance(name, str) or (role := _role_of(name)) is None: raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
     if name != role: mended.append(f'role {name[:20]!r} for {role}')
     where = next((k for k in ('content','value','text') if not _empty(m.get(k))), None) or next((k for k in ('content','value','text') if k in had), None)
     if where is None and not any(m.get(k) for k in ('tool_calls','function_call','refusal')) and not any('thought' in _like(k) for k in m): raise _Unreadable('no content', f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
@@ -777,8 +782,17 @@ def _turns(x, name:str, extra:set[str]):
     if not isinstance(x, list) or not x: return x
     if all(isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in x): x = [s for t in x for s in t]
     if all(isinstance(s, str) for s in x) and len(x) % 2 == 0: return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(x)]
-    if all(isinstance(m, dict) for m in x) and not any('role' in m or 'from' in m for m in x): return [m for t in x for m in _spoken(t, name, extra)]
+    if all(isinstance(m, dict) for m in x) and not any('role' in m or 'from' in m for m in x):
+        named = [_named(m) for m in x]
+        return named if all(named) else [m for t in x for m in _spoken(t, name, extra)]
     return x
+
+def _named(m:dict)->dict|None:
+    "A message whose role and content have other names, such as {speaker, utterance} or {type, content}; None: it is none."
+    low = {str(k).strip().lower():k for k in m}
+    role = next((low[k] for k in ('role','from','speaker','author','type') if k in low and isinstance(m[low[k]], str) and _role_of(m[low[k]])), None)
+    content = next((low[k] for k in ('content','value','text','utterance','message') if k in low), None)
+    return {'role':m[role], 'content':m[content], **{k:v for k,v in m.items() if k not in (role, content)}} if role is not None and content is not None else None
 
 def _spoken(turn:dict, name:str, extra:set[str])->list[dict]:
     "The messages of a turn that names the speakers, such as {human, assistant} or {system, input, output}."
@@ -797,7 +811,7 @@ def _spoken(turn:dict, name:str, extra:set[str])->list[dict]:
 # %% ../nbs/02_formats.ipynb #5b1c0a24
 def _as_messages(x, role:str): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
 
-def _role(m)->str|None: "Of a message, whatever it is called there."; return ROLES.get(str(m.get('role', m.get('from'))).strip().lower()) if isinstance(m, dict) else None
+def _role(m)->str|None: "Of a message, whatever it is called there."; return _role_of(str(m.get('role', m.get('from')))) if isinstance(m, dict) else None
 
 def _as_list(c:_Columns, key:str)->list:
     if not c.has(key): return []

@@ -56,6 +56,8 @@ READ = {  # name → (row, what is said, its columns that are left out)
     "viewer": (dict(row_idx=0, row=dict(messages=[U, A]), truncated_cells=[]), QA, []),
     "options": (dict(question="2?", options=["1", "2"], answer="B"), [("u", "2?\nA. 1\nB. 2"), ("a", "B")], []), "options-inside": (dict(question="2? A. one B. two", choices=dict(A="one", B="two"), answer="B"), [("u", "2? A. one B. two"), ("a", "B")], []),
     "options-arc": (dict(question="2?", choices=dict(text=["1", "2"], label=["A", "B"]), answer="B"), [("u", "2?\nA. 1\nB. 2"), ("a", "B")], []),
+    "zh-prompt": (dict(提示="2?", 回复="Two."), QA, []), "zh-exercise": (dict(题目="2?", 解答="Two."), QA, []), "q-a": (dict(q="2?", a="Two."), QA, []), "langchain": (dict(messages=[dict(type="human", content="2?"), dict(type="ai", content="Two.")]), QA, []),
+    "capital-keys": (dict(Messages=[dict(Role="user", Content="2?"), dict(Role="Assistant", Content="Two.")]), QA, []), "speaker": (dict(dialogue=[dict(speaker="user", utterance="2?"), dict(speaker="gpt-4", utterance="Two.")]), QA, []), "belle": (dict(instruction="Human:2?\nAssistant:Two.\nHuman:3?\nAssistant:", output="Three."), TWO, []),
     "options-columns": (dict(Question="2?", A="1", B="2", C="3", Answer="B"), [("u", "2?\nA. 1\nB. 2\nC. 3"), ("a", "B")], []),
     "firefly-input": (dict(kind="x", input="2?", target="Two."), QA, ["kind"]), "shouting": (dict(INSTRUCTION="2?", RESPONSE="Two.", SOURCE="x"), QA, ["SOURCE"]), "lima": (dict(conversations=["2?", "Two."], source="x"), QA, ["source"]), "slim-orca": (dict(conversations=[{"from": "human", "value": "2?", "weight": 0}, {"from": "gpt", "value": "Two.", "weight": 1}]), QA, []),
     "answer-in-solution": (dict(question="2?", answer="Two", response="Two."), QA, ["answer"]),
