@@ -682,7 +682,7 @@ def build_tokenset(
             bar.update(block.size)
             if max_data_size and rows >= max_data_size: break
         if not sides[0].n + sides[1].n: raise no_text(files, refused)
-        for side in sides: side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows) if long_rows else {}), **facts)
+        for side in sides: side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows) if long_rows and kind != 'text' else {}), **facts)
         if not sides[0].n: # the only texts there are were all held out: they are what to train on
             for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
     for line in read_again(_meta(out/'train'), on_bad_row): say(line)
