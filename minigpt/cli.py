@@ -386,7 +386,8 @@ def analyze_(
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
     _writable(figure, json)
-    report = analyze(source, load_tokenizer(tokenizer) if tokenizer else None, near_duplicates, format, encoding=encoding, columns=TrainConfig(columns=columns).column_names)
+    report = analyze(source, load_tokenizer(tokenizer) if tokenizer else None, near_duplicates, format,
+        encoding=encoding, columns=TrainConfig(columns=columns).column_names)
     typer.echo(report)
     if figure: report.figure().savefig(figure)
     if json: write_json(json, report.summary())

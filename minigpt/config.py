@@ -82,10 +82,13 @@ class TrainConfig:
     tokenizer_vocab_size:int = _option(0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus")
     tokenizer_samples:int = _option(100_000, "texts that the tokenizer is trained on, at most")
     line_by_line:bool = _option(False, "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len; otherwise texts follow one another")
-    on_bad_row:str = _option('warn', "refused rows: warn (leave them out, and warn where they are more than a tenth), skip (without a warning) or error")
-    long_rows:str = _option('skip', "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps their beginning")
+    on_bad_row:str = _option('warn', "refused rows: warn (leave them out, and warn where they are more than a "
+        "tenth), skip (without a warning) or error")
+    long_rows:str = _option('skip',
+        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps their beginning")
     encoding:str = _option('', "of the data files, such as gb18030 or koi8-r; empty: as each file looks")
-    columns:str = _option('', "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out")
+    columns:str = _option('',
+        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out")
     seed:int = _option(0, "decides initial weights, order of the data, dropout")
     device:str = _option('auto', "auto, cpu, cuda, cuda:1, mps")
     devices:int = _option(1, "processes that share each step, each on a GPU of its own; torchrun decides itself")
@@ -113,7 +116,8 @@ class TrainConfig:
             if f.name == 'lr_schedule' and v == 'constant_with_warmup': object.__setattr__(self, f.name, 'constant') # as any schedule here has
             elif f.name == 'precision' and (short := dict(bfloat16='bf16', float16='fp16', float32='fp32').get(v)): object.__setattr__(self, f.name, short)
             elif f.name == 'enable_compile' and (word := {'1':'yes', 'true':'yes', '0':'no', 'false':'no'}.get(str(v).lower())): object.__setattr__(self, f.name, word)
-            elif f.name == 'columns' and isinstance(v, dict): object.__setattr__(self, f.name, ','.join(f'{new}={old}' for new,old in v.items()))
+            elif f.name == 'columns' and isinstance(v, dict):
+                object.__setattr__(self, f.name, ','.join(f'{new}={old}' for new,old in v.items()))
             elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
             elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
             elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
@@ -123,7 +127,8 @@ class TrainConfig:
         for n in ('batch_size','gradient_accumulation','max_seq_len','devices','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
         for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
         if self.gdrive_backup_dir.startswith('~'): object.__setattr__(self, 'gdrive_backup_dir', str(at_home(self.gdrive_backup_dir)))
-        must('columns', all('=' in pair for pair in self.columns.split(',') if pair.strip()), "NAME=COLUMN, with commas between: the name that is known here, and the column's own")
+        must('columns', all('=' in pair for pair in self.columns.split(',') if pair.strip()),
+            "NAME=COLUMN, with commas between: the name that is known here, and the column's own")
         must('seed', -1<<63 <= self.seed < 1<<63, 'a whole number of 64 bits')
         must('num_threads', self.num_threads <= 1024, 'at most 1024; 0: one a core')
         must('epochs', 0 < self.epochs < 1e9 or self.max_steps, 'above 0 and below a billion; to train until you stop it, give max_steps')
@@ -146,7 +151,8 @@ class TrainConfig:
     @property
     def column_names(self)->dict[str,str]|None:
         "`columns`, as `read_blocks` takes them."
-        return {new.strip():old.strip() for new,_,old in (pair.partition('=') for pair in self.columns.split(',') if pair.strip())} or None
+        return ({new.strip():old.strip() for new,_,old in (pair.partition('=') for pair in self.columns.split(',')
+            if pair.strip())} or None)
 
     def to_dict(self)->dict: "JSON-able."; return asdict(self)
 

@@ -619,7 +619,8 @@ def write_talks(
     seed:int=0,
 )->Path: # `path`
     "Write conversations. Same arguments, same bytes; the file appears when it is whole."
-    return write_file(at_home(path), ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n' for i in range(n)))
+    return write_file(at_home(path), ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n'
+        for i in range(n)))
 
 # %% ../nbs/04_corpus.ipynb #105e8845
 _SKIES = ['sun','rain','wind','clouds'],['晴','有雨','有风','多云']
@@ -739,7 +740,8 @@ def call(
     return messages
 
 # %% ../nbs/04_corpus.ipynb #6f116bd9
-def _write_rows(path, rows): return write_file(at_home(path), ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
+def _write_rows(path, rows):
+    return write_file(at_home(path), ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
 
 def turns(messages:list[dict])->list[list[dict]]:
     "The questions of a conversation, each with all that follows it until the next; without a system message."

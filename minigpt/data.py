@@ -43,7 +43,10 @@ def sample_texts(
     "Texts from places spread evenly over the files, in order."
     total,piece = sum(f.stat().st_size for f in files),1<<16
     looks = [look_at(f, encoding) for f in files]
-    if total <= max_bytes or any(l.packed or l.encoding != 'utf-8' or l.newline == 'CR' or l.layout in ('objects','inside') for l in looks): yield from map(_learned_from, read_rows(files, encoding=encoding, columns=columns)); return
+    if total <= max_bytes or any(l.packed or l.encoding != 'utf-8' or l.newline == 'CR' or l.layout in ('objects',
+            'inside') for l in looks):
+        yield from map(_learned_from, read_rows(files, encoding=encoding, columns=columns))
+        return
     for f,look in zip(files, looks):
         size = f.stat().st_size
         n = max(1, round(max_bytes*size/total/piece))
@@ -51,7 +54,9 @@ def sample_texts(
             for i in range(n):
                 file.seek(size*i//n)
                 if i: file.readline()
-                if lines := file.readlines(piece): yield from (_learned_from(row) for row in parse_block(Block(f, range(1, len(lines)+1), lines, False, look.layout, columns)) if not row.reason)
+                if lines := file.readlines(piece):
+                    yield from (_learned_from(row) for row in parse_block(Block(f, range(1, len(lines)+1), lines,
+                        False, look.layout, columns)) if not row.reason)
 
 # %% ../nbs/04_data.ipynb #fa661689
 class TokenSet:
@@ -77,7 +82,9 @@ class TokenSet:
         "(n,) the token with which each text begins."
         file = self.path/'docs.npy'
         try: return np.load(file, allow_pickle=False)
-        except (OSError, ValueError, EOFError): raise DataError(f"{file} is missing or damaged; it must hold where each text begins. Delete the folder {self.path.parent}, and it is built again") from None
+        except (OSError, ValueError, EOFError):
+            raise DataError(f"{file} is missing or damaged; it must hold where each text begins. Delete the folder "
+                f"{self.path.parent}, and it is built again") from None
 
     def __len__(self)->int: "Tokens."; return self.meta['n_tokens']
     def __repr__(self): return f"TokenSet({len(self):,} tokens, {self.meta['n_docs']:,} texts, {self.path.name})"
@@ -212,11 +219,15 @@ class ChatSet(TokenSet):
     def teaches(self, seq_len:int)->np.ndarray:
         "(n,) bool: is anything of the row learned, when it is cut to `seq_len`? Where long rows are left out: does an answer end within it?"
         out = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0 if len(self) else np.ones(0, bool)
-        for i in np.flatnonzero(np.diff(self.starts)-1 > seq_len): out[i] = self._last_end(i, seq_len) >= 0 if self.skips else self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any()
+        for i in np.flatnonzero(np.diff(self.starts)-1 > seq_len):
+            out[i] = (self._last_end(i, seq_len) >= 0 if self.skips
+                else self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any())
         return out
 
     @property
-    def skips(self)->bool: "Are rows left out that would be cut inside an answer? Sets of older versions do not say so, and cut them."; return self.meta.get('long_rows') == 'skip'
+    def skips(self)->bool:
+        "Are rows left out that would be cut inside an answer? Sets of older versions do not say so, and cut them."
+        return self.meta.get('long_rows') == 'skip'
 
     def _last_end(self, i:int, seq_len:int)->int:
         "The token that ends the last answer within `seq_len`, counted from the beginning of the row; -1: none does."
@@ -226,7 +237,8 @@ class ChatSet(TokenSet):
 
     def cut_inside(self, seq_len:int)->int:
         "Rows that are cut before their first answer ends."
-        return 0 if self.skips else sum(self._last_end(i, seq_len) < 0 for i in np.flatnonzero((np.diff(self.starts)-1 > seq_len) & ChatSet.teaches(self, seq_len)))
+        return (0 if self.skips else sum(self._last_end(i, seq_len) < 0
+            for i in np.flatnonzero((np.diff(self.starts)-1 > seq_len) & ChatSet.teaches(self, seq_len))))
 
     def packs(self,
         seq_len:int, # Positions of a sequence
@@ -342,7 +354,8 @@ class PairSet(ChatSet):
         out,long = super().teaches(seq_len).reshape(-1, 2).all(1),self.lengths() > seq_len
         if self.skips: return out & ~long
         if 'long_rows' in self.meta: # sets of older versions train on them
-            for i in np.flatnonzero(out & long): out[i] = not np.array_equal(self.row(2*i, seq_len)[0], self.row(2*i+1, seq_len)[0])
+            for i in np.flatnonzero(out & long):
+                out[i] = not np.array_equal(self.row(2*i, seq_len)[0], self.row(2*i+1, seq_len)[0])
         return out
     def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
         "Packed pairs, (n, seq_len) int64 each; `reference`, float32, stands at the first position of each answer."
@@ -488,8 +501,10 @@ def check_text(
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
     why = f"rows refused: {refusals(refused)}" if refused else "it is blank, or data_subset leaves nothing of it"
-    if any(k.startswith(('broken JSON', 'no "')) for k in refused): why += '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-    if 'broken JSON' in refused and not any(_begins(f, (b'{', b'[')) for f in files): why += f'; a plain text must be named as one, {files[0].stem}.txt'
+    if any(k.startswith(('broken JSON', 'no "')) for k in refused):
+        why += '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+    if 'broken JSON' in refused and not any(_begins(f, (b'{', b'[')) for f in files):
+        why += f'; a plain text must be named as one, {files[0].stem}.txt'
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
 
 def _begins(file:Path, marks:tuple[bytes,...])->bool:
@@ -502,7 +517,9 @@ def lost_rows(
 )->str|None:
     "A warning, where more than a tenth of the rows were refused."
     lost = sum(v['count'] for v in refused.values())
-    return f"WARNING: {lost:,} of {lost+good:,} rows are not learned, more than a tenth. Mend them, or say that they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused: {refusals(refused)}" if lost > .1*(lost+good) else None
+    return (f"WARNING: {lost:,} of {lost+good:,} rows are not learned, more than a tenth. Mend them, or say that "
+        f"they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused: {refusals(refused)}"
+        if lost > .1*(lost+good) else None)
 
 # %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:
@@ -522,7 +539,9 @@ def _encode_pairs(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np
         same = next((i for i,(a,b) in enumerate(zip(r.messages, r.rejected)) if a != b), min(len(r.messages), len(r.rejected)))
         for side in r.messages,r.rejected:
             mine,known = next(sides),sum(m['role'] == 'assistant' for m in r.messages[:same])
-            if any(m.get('weight') == 0 for m in side): _unlearn([[{**m, 'weight':0} if i < same else m for i,m in enumerate(side)]], mine, np.array([len(mine)]))
+            if any(m.get('weight') == 0 for m in side):
+                _unlearn([[{**m, 'weight':0} if i < same else m for i,m in enumerate(side)]], mine,
+                    np.array([len(mine)]))
             else: _learn_behind(mine, known)
     return ids,learn,lengths
 
@@ -549,12 +568,22 @@ def _unlearn(sides:list[list[dict]], learn:np.ndarray, lengths:np.ndarray):
 @dataclass
 class _Encoded:
     "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
-    ids:np.ndarray; learn:np.ndarray|None; lengths:np.ndarray; held_out:np.ndarray; lines:list[int]; refused:list[Row]; mended:list[Row]; read:list[tuple[str,tuple[str,...]]]; n_good:int
+    ids:np.ndarray
+    learn:np.ndarray|None
+    lengths:np.ndarray
+    held_out:np.ndarray
+    lines:list[int]
+    refused:list[Row]
+    mended:list[Row]
+    read:list[tuple[str,tuple[str,...]]]
+    n_good:int
     def first(self, n:int)->'_Encoded':
         "The block up to its n-th good row."
         if n >= len(self.lengths): return self
         end,last = int(self.lengths[:n].sum()),self.lines[n-1] if n else 0
-        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n], self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended if r.line <= last], self.read[:n], n)
+        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n],
+            self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended
+            if r.line <= last], self.read[:n], n)
 
 def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
@@ -568,8 +597,11 @@ def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
         good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
     n = 1 + (kind == 'preference')
-    ids,learn,lengths = _encode_pairs(good, tok) if kind == 'preference' else _encode_talks(good, tok) if kind == 'conversation' else _encode_texts(good, tok)
-    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good for _ in range(n)], bad, mended, [kinds.setdefault(k := (r.read, r.unread), k) for r in good for _ in range(n)], n_good)
+    ids,learn,lengths = (_encode_pairs(good, tok) if kind == 'preference' else _encode_talks(good, tok)
+        if kind == 'conversation' else _encode_texts(good, tok))
+    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good
+        for _ in range(n)], bad, mended, [kinds.setdefault(k := (r.read, r.unread), k) for r in good
+        for _ in range(n)], n_good)
 
 class _Writer:
     "One side of a token set while it is being written."
@@ -617,7 +649,8 @@ def read_again(
     "What is said of a token set when it is built, and each time it is used again: what was read, and what was refused."
     refused = meta.get('refused') or {}
     warning = lost_rows(refused, meta['n_good']) if on_bad_row == 'warn' and 'n_good' in meta else None
-    return [*reading(meta.get('read') or {}), *([warning] if warning else [f'rows refused: {refusals(refused)}'] if refused else [])]
+    return [*reading(meta.get('read') or {}), *([warning] if warning else [f'rows refused: {refusals(refused)}']
+        if refused else [])]
 
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
@@ -640,13 +673,16 @@ def build_tokenset(
     if not 0 <= validation_split < 1: raise ValueError(f"validation_split={validation_split} must be at least 0 and below 1: it is a share of the texts")
     if not 0 < data_subset <= 1: raise ValueError(f"data_subset={data_subset} must be above 0 and at most 1: it is a share of the rows")
     if max_data_size < 0: raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
-    if on_bad_row not in ('warn','skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
+    if on_bad_row not in ('warn','skip','error'):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
     if long_rows not in ('skip','cut',None): raise ValueError(f"long_rows={long_rows!r} must be 'skip' or 'cut'")
     say = say or (tqdm.write if progress else lambda message: None)
     out,files = at_home(out),data_files(source, say, encoding)
     no_tables(files, format)
     if os.path.lexists(out.parent) and not out.parent.is_dir(): raise FileExistsError(f"{out.parent} is no folder, and tokens are to appear in one of that name; move it away, or name another output_dir")
-    how = dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1), ('max_data_size', max_data_size, 0), ('format', format, None), ('encoding', encoding, ''), ('columns', columns or None, None)) if v != usual}
+    how = (dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1),
+        ('max_data_size', max_data_size, 0), ('format', format, None), ('encoding', encoding, ''), ('columns', columns
+        or None, None)) if v != usual})
     same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
     facts = dict(sources=(), tokenizer=tok.hash, options=how)
     beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
@@ -663,7 +699,8 @@ def build_tokenset(
     refused,mended,rows,n_good = {},{},0,0
     looks = {f:look_at(f, encoding) for f in files}
     table = read_table(looks)
-    kind = next((row.kind for f in files for b in read_blocks(f, 1<<16, looks[f], columns=columns) for row in parse_block(b, format) if not row.reason), 'text')
+    kind = next((row.kind for f in files for b in read_blocks(f, 1<<16, looks[f], columns=columns)
+        for row in parse_block(b, format) if not row.reason), 'text')
     facts['kind'] = kind
     with (new_dir(out, replace=True) as d,
           tqdm(total=total, unit='B', unit_scale=True, desc='tokenizing', disable=not progress or total < 8e6, leave=False) as bar):
@@ -671,7 +708,8 @@ def build_tokenset(
         blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
         for block,e in spread(lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6):
             if max_data_size: e = e.first((max_data_size-rows)*sides_of_row)
-            rows += len(e.lengths)//sides_of_row; n_good += e.n_good
+            rows += len(e.lengths)//sides_of_row
+            n_good += e.n_good
             count_read(table, block.path, e.read[::sides_of_row])
             for side,mine in enumerate((~e.held_out, e.held_out)):
                 if mine.all(): sides[side].add(e.ids, e.learn, e.lengths)
@@ -682,7 +720,9 @@ def build_tokenset(
             bar.update(block.size)
             if max_data_size and rows >= max_data_size: break
         if not sides[0].n + sides[1].n: raise no_text(files, refused)
-        for side in sides: side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows) if long_rows and kind != 'text' else {}), **facts)
+        for side in sides:
+            side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows)
+                if long_rows and kind != 'text' else {}), **facts)
         if not sides[0].n: # the only texts there are were all held out: they are what to train on
             for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
     for line in read_again(_meta(out/'train'), on_bad_row): say(line)
@@ -731,7 +771,8 @@ def loader(
 # %% ../nbs/04_data.ipynb #1c338402
 def _how_long(data)->str:
     "The lengths of the conversations of a set."
-    n = np.concatenate([d.lengths() if isinstance(d, ChatSet) else np.diff(np.append(d.doc_starts(), len(d))) for d in getattr(data, 'sets', [data])] or [np.zeros(1, int)])
+    n = np.concatenate([d.lengths() if isinstance(d, ChatSet) else np.diff(np.append(d.doc_starts(), len(d)))
+        for d in getattr(data, 'sets', [data])] or [np.zeros(1, int)])
     if not len(n): return 'there are none'
     return f'the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or more'
 
@@ -742,11 +783,17 @@ def check_size(
 ):
     "A `DataError` if there is not enough for one step."
     for d in getattr(data, 'sets', ()):
-        if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or leave it out")
+        if not d.n_windows(seq_len):
+            raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row "
+                f"of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
     if windows < batch_size:
         lost = sum(d.too_long(seq_len)[1] for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet))
-        if lost: raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len ends before the first answer does ({_how_long(data)}). Raise max_seq_len, add rows, or lower batch_size; long_rows='cut' keeps the beginning of long rows")
+        if lost:
+            raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and "
+                f"one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len "
+                f"ends before the first answer does ({_how_long(data)}). Raise max_seq_len, add rows, or lower "
+                f"batch_size; long_rows='cut' keeps the beginning of long rows")
         lost = '; '.join(refusals(r).replace('\n', '; ') for d in getattr(data, 'sets', [data]) if (r := getattr(d, 'meta', {}).get('refused')))
         raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size" + (f". Rows refused: {lost}" if lost else ''))
 

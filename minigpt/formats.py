@@ -37,7 +37,8 @@ _YAML = 'a file of YAML, whose keys would be learned as text',"write its rows as
 _PAGE = 'a web page, whose marks would be learned as text',"take the text out of it, and save that as .txt"
 _NAMES = {'.csv':("a table, whose commas and quotes would be learned as text", _TABLE.format('…')), '.safetensors':('a file of tensors', "name a file of text"), '.ipynb':_NOTEBOOK, **dict.fromkeys(('.yaml','.yml'), _YAML),
     **dict.fromkeys(('.srt','.vtt','.ass','.ssa','.sbv'), _SUBTITLES), '.xml':_XML, **dict.fromkeys(('.html','.htm','.xhtml'), _PAGE)}
-_CONTENTS = (re.compile(r'\s*<\?xml\b'), _XML),(re.compile(r'WEBVTT\b|\s*\d+\r?\n\d+:\d\d:\d\d[,.]\d+ --> '), _SUBTITLES)
+_CONTENTS = (re.compile(r'\s*<\?xml\b'), _XML),(re.compile(r'WEBVTT\b|\s*\d+\r?\n\d+:\d\d:\d\d[,.]\d+ --> '),
+    _SUBTITLES)
 
 def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
 
@@ -94,7 +95,11 @@ class Look:
     newline:str # 'LF', 'CRLF', or 'CR' where no line feed is found
     layout:str # 'lines' (a JSON value each), 'objects' (a JSON array, or objects over several lines), 'inside' (an array under a key of one object) or 'text'
     guessed:bool=False # Is the encoding a guess?
-    def __str__(self): return ', '.join(x for x in (self.packed, _called(self.encoding) + ' (a guess; encoding= names another)'*self.guessed, f"{self.newline} line ends", dict(lines='JSON lines', objects='JSON objects over several lines, or an array', inside='an array of JSON objects inside another', text='plain text')[self.layout]) if x)
+    def __str__(self):
+        return ', '.join(x for x in (self.packed, _called(self.encoding)
+            + ' (a guess; encoding= names another)'*self.guessed, f"{self.newline} line ends",
+            dict(lines='JSON lines', objects='JSON objects over several lines, or an array',
+            inside='an array of JSON objects inside another', text='plain text')[self.layout]) if x)
 
 def _marked(head:bytes)->str|None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
@@ -124,9 +129,14 @@ _TWO_BYTES = { # encoding → its usual characters beyond ASCII, the most usual 
     'big5':'的一是不了人在有我他這個們來到時大地為子中你說生國年著就那和要她出也得裡後自以會家可下而過天去能對小多然於心學麼之都好看起發當沒成只如事把還用第樣道想作種開美總從無情己面最女但現前些所同日手又行意動方期它頭經長兒回位分愛老因很給名法間知世什兩次使身者被高已親其進此話常與活正感請問今氣公園將句翻譯英文住花上山王向定水並相軍入三任處走石通果關理力二提度見建據物量解合城表加安信實外主風化機做程讓君江工月兵部帝五，。：「」！？、；（）',
     'cp949':'이다는의에하고을가은들지로도를사한어기나리인자서대시그해요니습있수게만일라여부스원구마보아오전정주상장것면제관성안년무등바유과했었될합우네세할까않거던때문말',
     **dict.fromkeys(('euc_jp','cp932'), 'のにはをたがでてとしれさいるなもすらりかまこくあきっけうよつどそみえめだせちわやひろんおごじばぶべげざずぐぼぎンルストラーアイリクシレドロジタグフテサマコデツムパオミセバダチキナプウニメカハノヴュェョッャァィ、。「」日本人大一国年')}
-_ONE_BYTE = {**dict.fromkeys(('cp1251','koi8_u','cp866','iso8859_5'), _CYRILLIC), 'cp874':'านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ', **dict.fromkeys(('cp1253','iso8859_7'), _GREEK), 'cp1255':'יוהלאתמרבשנעדקפחצגטכסזםןךףץ', 'cp1256':'المينورتبدعسهفقكحجةأىشصطخضذثزغإ،'}
-_LATIN = {'cp1252':'éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º', 'cp1254':'ışğüöçİŞĞÜÖÇâî’“”', **dict.fromkeys(('cp1250','iso8859_2'), _MIDDLE), 'cp1257':'ąčęėįšųūžāēģīķļņõäöüŠ„“–'}
-_SHARE = dict.fromkeys(_ONE_BYTE, 1.6) | dict(cp874=1.45, cp1256=1.55, gb18030=.75, big5=.75, cp949=.85, euc_jp=.8, cp932=.8) | dict.fromkeys(_LATIN, 1.) # what a usual text reaches
+_ONE_BYTE = {**dict.fromkeys(('cp1251','koi8_u','cp866','iso8859_5'), _CYRILLIC),
+    'cp874':'านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ', **dict.fromkeys(('cp1253','iso8859_7'), _GREEK),
+    'cp1255':'יוהלאתמרבשנעדקפחצגטכסזםןךףץ', 'cp1256':'المينورتبدعسهفقكحجةأىشصطخضذثزغإ،'}
+_LATIN = {'cp1252':'éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º', 'cp1254':'ışğüöçİŞĞÜÖÇâî’“”',
+    **dict.fromkeys(('cp1250','iso8859_2'), _MIDDLE), 'cp1257':'ąčęėįšųūžāēģīķļņõäöüŠ„“–'}
+# what a usual text reaches
+_SHARE = (dict.fromkeys(_ONE_BYTE, 1.6) | dict(cp874=1.45, cp1256=1.55, gb18030=.75, big5=.75, cp949=.85, euc_jp=.8,
+    cp932=.8) | dict.fromkeys(_LATIN, 1.))
 
 def _usual(data:bytes, encoding:str, chars:str)->float:
     "How usual a text is when it is read so: about 1 where it is meant so, and less where it is not. The twelve most usual characters count twice, but for accents."
@@ -141,7 +151,9 @@ def _guess(data:bytes)->str:
     best = lambda group: max((round(_usual(data, e, chars), 2), -i, e) for i,(e,chars) in enumerate(group.items()))
     (two,_,wide),(one,_,narrow) = best(_TWO_BYTES),best(_ONE_BYTE)
     chinese = [c for c in data.decode('gb18030', 'replace') if c > '\x7f']
-    if chinese.count('\ufffd') <= .02*len(chinese) and len(''.join(chinese).encode('gb2312', 'ignore')) > .9*sum(b > 127 for b in data): return wide if two > .6 else narrow if one > .95 and two < .4 else 'gb18030'
+    if chinese.count('\ufffd') <= .02*len(chinese) and len(''.join(chinese).encode('gb2312',
+            'ignore')) > .9*sum(b > 127 for b in data):
+        return wide if two > .6 else narrow if one > .95 and two < .4 else 'gb18030'
     if two > .6: return wide
     beside = len(re.findall(rb'[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]', data))
     fit,_,name = best(_LATIN) if beside > .5*len(re.findall(rb'[\x80-\xff]+', data)) else (one, 0, narrow)
@@ -153,14 +165,17 @@ def _guess(data:bytes)->str:
 # %% ../nbs/02_formats.ipynb #5b1c0a05
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[][{}:,]|[^][{}:,"\s]+', re.S)
 _WORD = re.compile(rb'-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity')
-_WRAPPERS = 'data','rows','examples','train','instances','samples','records','items' # keys under which a file keeps all its rows
+# keys under which a file keeps all its rows
+_WRAPPERS = 'data','rows','examples','train','instances','samples','records','items'
 
 def _outline(head:bytes)->Iterator[tuple[bytes,str,bytes]]:
     "Of JSON that may be cut off: the brackets around each key, the key, and the first byte of its value. Ends where it is no JSON."
     around,last,key = b'',b'',None
     for m in _TOKEN.finditer(head):
         part = m[0]
-        if key is not None: yield around,key,part[:1]; key = None
+        if key is not None:
+            yield around,key,part[:1]
+            key = None
         if part in (b'{', b'['): around += part
         elif part in (b'}', b']'):
             if around[-1:]+part not in (b'{}', b'[]'): return
@@ -181,7 +196,8 @@ def _is_json(text:bytes)->bool:
     if text[:1] not in (b'{', b'['): return False
     lines = [l for l in text.split(b'\n')[:20] if l.strip()]
     if len(lines) > 1 and len(text) >= 1<<15: lines = lines[:-1] or lines
-    fine = sum(isinstance(v := _value(l.strip()), dict) or isinstance(v, list) and any(isinstance(x, (dict,str)) for x in v) for l in lines)
+    fine = sum(isinstance(v := _value(l.strip()), dict) or isinstance(v, list) and any(isinstance(x, (dict,str))
+        for x in v) for l in lines)
     if fine and fine >= len(lines)/2: return True
     return any(True for _ in _outline(text)) and _scans(text)
 
@@ -201,17 +217,23 @@ def _layout(name:str, head:bytes)->str:
     first,_,rest = text.partition(b'\n')
     first = first.strip()
     if not _bare(name).endswith(('.jsonl','.json','.ndjson','.jsonlines')) and not _is_json(text): return 'text'
-    if text.startswith(b'{') and _wrapper(text) and not (_value(first) is not None and rest.lstrip().startswith(b'{')): return 'inside'
+    if text.startswith(b'{') and _wrapper(text) and not (_value(first) is not None and rest.lstrip().startswith(b'{')):
+        return 'inside'
     if first in (b'{', b'[', b'[{', b'[]'): return 'objects'
     if not (first.startswith(b'[') and first[1:].lstrip().startswith(b'{')): return 'lines'
-    if (v := _value(first)) is not None: return 'lines' if rest.strip() or all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v) else 'objects'
-    return 'lines' if not rest and any(around == b'[{' and k in ('role','from') for around,k,_ in _outline(first)) else 'objects' # a conversation that is longer than what was read
+    if (v := _value(first)) is not None:
+        return ('lines' if rest.strip() or all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v)
+            else 'objects')
+    # a conversation that is longer than what was read
+    return ('lines' if not rest and any(around == b'[{' and k in ('role','from') for around,k,_ in _outline(first))
+        else 'objects')
 
 def _newline(text:str, more:Callable[[],str])->str:
     if '\r\n' in text: return 'CRLF'
     if '\n' in text or '\r' not in text: return 'LF'
     if len(text) < 2000*text.count('\r'): return 'CR'
-    return next((('CRLF' if '\r\n' in part else 'LF') for part in iter(more, '') if '\n' in part), 'CR') # few carriage returns, in a long first line: the line feed may come later
+    # few carriage returns, in a long first line: the line feed may come later
+    return next((('CRLF' if '\r\n' in part else 'LF') for part in iter(more, '') if '\n' in part), 'CR')
 
 def look_at(
     path:str|Path, # A data file
@@ -220,7 +242,9 @@ def look_at(
     "Packing, encoding, line ends and layout of a file."
     path = at_home(path)
     try: encoding = codecs.lookup(encoding).name if encoding else ''
-    except LookupError: raise ValueError(f"encoding={encoding!r} must be the name of an encoding that Python knows, such as utf-8, gb18030, cp1251 or koi8-r") from None
+    except LookupError:
+        raise ValueError(f"encoding={encoding!r} must be the name of an encoding that Python knows, such as utf-8, "
+            f"gb18030, cp1251 or koi8-r") from None
     packed,f = _unpacked(path)
     with f, _damage(path):
         head = f.read(1<<16)
@@ -228,11 +252,17 @@ def look_at(
         decoder = codecs.getincrementaldecoder(name)('replace')
         text = decoder.decode(head).lstrip('\ufeff')
         newline = _newline(text, lambda: decoder.decode(f.read(1<<20)) if f.tell() < LONGEST else '')
-    look = Look(packed, name, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR' else text).encode('utf-8', 'replace')), guessed)
+    look = Look(packed, name, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR'
+        else text).encode('utf-8', 'replace')), guessed)
     if head[257:262] == b'ustar': raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
-    if look.layout == 'text' and (found := next((what for pattern,what in _CONTENTS if pattern.match(text)), None)): raise DataError(f"{path} is {found[0]}: {found[1]}")
+    if look.layout == 'text' and (found := next((what for pattern,what in _CONTENTS if pattern.match(text)), None)):
+        raise DataError(f"{path} is {found[0]}: {found[1]}")
     odd = sum(c == '\ufffd' or c < ' ' and c not in '\b\t\n\r\f\v\x1b' or '\x7f' <= c < '\xa0' for c in text)
-    if look.layout == 'text' and odd > .1*len(text): raise DataError(f"{path} is not text in any encoding that is known here: {odd/len(text):.0%} of its first characters are control characters, or none at all. Save a text as UTF-8, or name its encoding (encoding=); of numbers, such as the token ids in nanoGPT's train.bin, name the text that they were made from (input.txt)")
+    if look.layout == 'text' and odd > .1*len(text):
+        raise DataError(f"{path} is not text in any encoding that is known here: {odd/len(text):.0%} of its first "
+            f"characters are control characters, or none at all. Save a text as UTF-8, or name its encoding "
+            f"(encoding=); of numbers, such as the token ids in nanoGPT's train.bin, name the text that they were "
+            f"made from (input.txt)")
     return look
 
 # %% ../nbs/02_formats.ipynb #a6bb6536
@@ -270,7 +300,8 @@ def no_tables(
 ):
     "A `DataError` for a table, of which the tabs would be learned as text."
     for f in files:
-        if format != 'lines' and _bare(f.name).endswith(('.tsv','.tab')): raise DataError(f"{f} is a table, whose tabs would be learned as text: " + _TABLE.format("…, sep='\\t'"))
+        if format != 'lines' and _bare(f.name).endswith(('.tsv','.tab')):
+            raise DataError(f"{f} is a table, whose tabs would be learned as text: " + _TABLE.format("…, sep='\\t'"))
 
 def _matching(p:Path)->list[Path]:
     "The files that a pattern stands for."
@@ -288,7 +319,10 @@ def data_files(
     out,source = [],[source] if isinstance(source, (str,Path)) else [*source]
     if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
     for p in (q for p in source for q in _matching(at_home(p))):
-        if not p.is_dir(): look_at(p, encoding); out.append(p); continue
+        if not p.is_dir():
+            look_at(p, encoding)
+            out.append(p)
+            continue
         part = "['train']"*(p/'dataset_dict.json').exists()
         if part or (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}){part}.to_json('data.jsonl', force_ascii=False)`")
         if (p/'tokens.bin').exists(): raise DataError(f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or name the text that it was made from")
@@ -296,8 +330,12 @@ def data_files(
         inside = [f for f in there if f.is_file() and _bare(f.name).endswith(('.jsonl','.json','.txt'))]
         other = [f.name + '/'*f.is_dir() for f in there if f not in inside]
         passed = f"{', '.join(other[:5])}{f' and {len(other)-5} more' if len(other) > 5 else ''}"
-        if not inside: raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or .zst), or name a file" + (f". It holds {passed}" if other else ''))
-        if other and say: say(f"{p}: {len(other)} passed over ({passed}); of a folder, .jsonl, .json and .txt files are read. Name the others, or a list, to read them too")
+        if not inside:
+            raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or "
+                f".zst), or name a file" + (f". It holds {passed}" if other else ''))
+        if other and say:
+            say(f"{p}: {len(other)} passed over ({passed}); of a folder, .jsonl, .json and .txt files are read. "
+                f"Name the others, or a list, to read them too")
         out += inside
     if not out: raise DataError("the list of data files is empty; name at least one file or folder")
     return out
@@ -348,16 +386,35 @@ def _objects(f:io.BufferedReader, path:Path, inside:bool=False)->Iterator[tuple[
             at = m.end()
             if inside and depth == top and not open_:
                 if part[:1] == b'"': word = part[1:-1]
-                elif part == b'[' and word.decode('utf-8', 'replace') in _WRAPPERS: open_ = True; number += rest.count(b'\n', done, at); done = at
-            elif inside and depth == top and part == b']': yield from between(rest[done:m.start()]); open_ = False; number += rest.count(b'\n', done, at); done = at; word = b''
+                elif part == b'[' and word.decode('utf-8', 'replace') in _WRAPPERS:
+                    open_ = True
+                    number += rest.count(b'\n', done, at)
+                    done = at
+            elif inside and depth == top and part == b']':
+                yield from between(rest[done:m.start()])
+                open_ = False
+                number += rest.count(b'\n', done, at)
+                done = at
+                word = b''
             if part == b'{':
-                if depth == top and open_: yield from between(rest[done:m.start()]); number += rest.count(b'\n', done, m.start()); done = begin = m.start()
+                if depth == top and open_:
+                    yield from between(rest[done:m.start()])
+                    number += rest.count(b'\n', done, m.start())
+                    done = begin = m.start()
                 depth += 1
             elif part == b'}' and depth:
                 depth -= 1
-                if depth == top and open_: yield number,rest[begin:m.end()]+b'\n'; number += rest.count(b'\n', begin, m.end()); done = m.end()
-        if open_ and depth > top and len(rest)-begin > LONGEST: raise DataError(f"{path}: the object that begins in line {number:,} has no end within {LONGEST>>20} MiB; a bracket or a quote is missing. Mend it, or write one object a line")
-        if depth == top or not open_: yield from between(rest[done:at]); number += rest.count(b'\n', done, at); done = at
+                if depth == top and open_:
+                    yield number,rest[begin:m.end()]+b'\n'
+                    number += rest.count(b'\n', begin, m.end())
+                    done = m.end()
+        if open_ and depth > top and len(rest)-begin > LONGEST:
+            raise DataError(f"{path}: the object that begins in line {number:,} has no end within {LONGEST>>20} "
+                f"MiB; a bracket or a quote is missing. Mend it, or write one object a line")
+        if depth == top or not open_:
+            yield from between(rest[done:at])
+            number += rest.count(b'\n', done, at)
+            done = at
         rest,at,begin = rest[done:],at-done,0
     if depth > top and open_: yield number,rest
     else: yield from between(rest)
@@ -375,8 +432,11 @@ def read_blocks(
     look = look or look_at(path, encoding)
     numbers,lines,n = [],[],0
     with open_data(path, look) as f, _damage(path, lambda: numbers[-1] if numbers else 0):
-        for number,line in _objects(f, path, look.layout == 'inside') if look.layout in ('objects','inside') else _lines(f, look.layout == 'text'):
-            if n >= size: yield Block(path, numbers, lines, False, look.layout, columns); numbers,lines,n = [],[],0
+        for number,line in _objects(f, path, look.layout == 'inside') if look.layout in ('objects',
+                'inside') else _lines(f, look.layout == 'text'):
+            if n >= size:
+                yield Block(path, numbers, lines, False, look.layout, columns)
+                numbers,lines,n = [],[],0
             numbers.append(number); lines.append(line); n += len(line)
     if lines: yield Block(path, numbers, lines, True, look.layout, columns)
 
@@ -441,18 +501,27 @@ def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
     raise _Unreadable('broken JSON', why)
 
 # %% ../nbs/02_formats.ipynb #5b1c0a12
-_SAME = {other:name for name,others in dict(content='文本 内容 正文', conversations='对话', instruction='指令', input='输入', output='输出', prompt='提示 提示词', question='问题 提问 题目 问', answer='回答 答案 解答 答', response='回复 回应', system='系统', history='历史', tools='functions', options='choices 选项').items() for other in others.split()}
+_SAME = {other:name for name,others in dict(content='文本 内容 正文', conversations='对话', instruction='指令', input='输入',
+    output='输出', prompt='提示 提示词', question='问题 提问 题目 问', answer='回答 答案 解答 答', response='回复 回应', system='系统',
+    history='历史', tools='functions', options='choices 选项').items() for other in others.split()}
 _TALKS = 'conversations','messages','conversation','dialogue','dialog','turns','chat','data','items' # lists of messages
-_ASKED,_ASKED_ELSE = ('prompt','instruction','question','query','problem','inputs'),('input','user','human','q') # the second where none of the first is there: beside them they mean something else
-_ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution','targets','outputs','target'),('answers','assistant','bot','gpt')
+# the second where none of the first is there: beside them they mean something else
+_ASKED,_ASKED_ELSE = ('prompt','instruction','question','query','problem','inputs'),('input','user','human','q')
+_ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution','targets','outputs',
+    'target'),('answers','assistant','bot','gpt')
 _SIDE = '(_(response|answer|output|completion|messages|conversations?|text))'
 _CHOSEN = re.compile(f'chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}')
 _REJECTED = re.compile(f'rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}')
-_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_process|_trajectory|_trajectories)?')
-_PICTURE = re.compile('(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?|urls?|list|bytes|base64))?') # the first group in any row, the second where somebody asks about them
+_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_'
+    'process|_trajectory|_trajectories)?')
+# the first group in any row, the second where somebody asks about them
+_PICTURE = re.compile('(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?'
+    '|urls?|list|bytes|base64))?')
 _LABEL = re.compile('label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)')
 _JUDGED = {'true','false','0','1','good','bad','desirable','undesirable','chosen','rejected'}
-_UNLEARNED = dict(weight=0, train=False, loss=False, learn=False, trainable=False, loss_weight=0, output_with_loss=False) # by these values a text is not to be learned
+# by these values a text is not to be learned
+_UNLEARNED = dict(weight=0, train=False, loss=False, learn=False, trainable=False, loss_weight=0,
+    output_with_loss=False)
 
 @lru_cache(10_000)
 def _like(name)->frozenset[str]:
@@ -462,14 +531,18 @@ def _like(name)->frozenset[str]:
 
 def _empty(v)->bool: return v is None or not v and isinstance(v, (str,list,dict))
 
-def _unlearned(k:str, v)->bool: return k in _UNLEARNED and type(v) in (bool,int,float) and v == 0 and (isinstance(v, bool) or 'weight' in k)
+def _unlearned(k:str, v)->bool:
+    return k in _UNLEARNED and type(v) in (bool,int,float) and v == 0 and (isinstance(v, bool) or 'weight' in k)
 
 @lru_cache(1000)
 def _advice(keys:tuple[str,...], wanted:tuple[str,...]=())->str:
     "For a row whose layout is not known."
     known = ['text','messages','conversations',*_ASKED,'input',*_ANSWERED,'chosen','rejected']
-    near = [f'{k} is near {n[0]}' for k in keys if (n := difflib.get_close_matches(k.lower(), known, 1, .6)) and n[0] != k]
-    return f"its keys are {[*keys[:8]]}" + (f" ({'; '.join(near[:3])})" if near else '') + "; say which is which: " + (f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)" if wanted else "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)")
+    near = [f'{k} is near {n[0]}' for k in keys if (n := difflib.get_close_matches(k.lower(), known, 1, .6))
+        and n[0] != k]
+    return (f"its keys are {[*keys[:8]]}" + (f" ({'; '.join(near[:3])})" if near else '') + "; say which is which: "
+        + (f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)" if wanted
+        else "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"))
 
 class _Columns:
     "The columns of a row by the names that are known here; what is null or empty counts only where nothing else does."
@@ -489,7 +562,10 @@ class _Columns:
         "The first that may be of this kind, and holds anything."
         for n in self.full:
             if kind in _like(n): return n
-    def some(self, *names:str)->str|None: "The first that holds anything; else the first that is there."; return self.has(*names) or next((n for n in names if n in self.names and self.row[self.names[n]] is not None), None)
+    def some(self, *names:str)->str|None:
+        "The first that holds anything; else the first that is there."
+        return (self.has(*names) or next((n for n in names if n in self.names and self.row[self.names[n]] is not None),
+            None))
     def take(self, name:str):
         "Its value, which is read now."
         if (own := self.names.get(name)) is None: return None
@@ -497,15 +573,26 @@ class _Columns:
         return self.row[own]
     def own(self, name:str)->str: return self.names.get(name, name)
 
-    def asked(self)->str|None: return self.some(*_ASKED) if self.has(*_ASKED) or not self.has(*_ASKED_ELSE) else self.has(*_ASKED_ELSE)
-    def answered(self)->str|None: return self.has(*_ANSWERED) or self.has(*_ANSWERED_ELSE) or ('a' if self.has('q') and self.has('a') else None) or self.some(*_ANSWERED)
+    def asked(self)->str|None:
+        return self.some(*_ASKED) if self.has(*_ASKED) or not self.has(*_ASKED_ELSE) else self.has(*_ASKED_ELSE)
+    def answered(self)->str|None:
+        return (self.has(*_ANSWERED) or self.has(*_ANSWERED_ELSE) or ('a' if self.has('q') and self.has('a') else None)
+            or self.some(*_ANSWERED))
     def talk(self)->str|None:
         "The column with the messages."
         usual = self.has(*_TALKS[:2])
         if usual or 'text' in self.full: return usual
-        return next((n for n in _TALKS[2:] if isinstance(self.full.get(n), list) or n == 'conversation' and n in self.full or n in ('chat','conversation','dialogue','dialog') and _is_transcript(self.full.get(n))), None)
-    def in_fields(self)->bool: "Do question and answer stand in columns of their own?"; return bool(self.asked() and self.answered()) and ('text' not in self.full or {'instruction','output'} <= self.full.keys())
-    def both(self)->bool: "Do two answers stand in one list, the better one first?"; return isinstance(v := self.full.get(self.answered()), list) and len(v) == 2 and all(isinstance(x, str) for x in v)
+        return next((n for n in _TALKS[2:] if isinstance(self.full.get(n), list) or n == 'conversation'
+            and n in self.full or n in ('chat','conversation','dialogue','dialog')
+            and _is_transcript(self.full.get(n))), None)
+    def in_fields(self)->bool:
+        "Do question and answer stand in columns of their own?"
+        return (bool(self.asked() and self.answered()) and ('text' not in self.full or {'instruction',
+            'output'} <= self.full.keys()))
+    def both(self)->bool:
+        "Do two answers stand in one list, the better one first?"
+        return (isinstance(v := self.full.get(self.answered()), list) and len(v) == 2 and all(isinstance(x, str)
+            for x in v))
 
     def kind(self)->str:
         "The format of the row, as its columns tell."
@@ -514,31 +601,51 @@ class _Columns:
         if self.talk(): return 'conversation'
         if self.in_fields(): return 'dpo' if self.both() else 'conversation'
         if 'text' in self.full: return 'pretrain'
-        return next((f for k,f in dict(rejected='dpo', chosen='dpo', conversations='conversation', messages='conversation').items() if k in self.names), 'pretrain')
+        return next((f for k,f in dict(rejected='dpo', chosen='dpo', conversations='conversation',
+            messages='conversation').items() if k in self.names), 'pretrain')
 
     def refuse(self, kind:str):
         "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
         row = self.row
-        if {'message_id','parent_id'} <= row.keys() or 'message_tree_id' in row: raise _Unreadable('a message of a tree', 'rows with message_id and parent_id are parts of conversations; put each path from a question to its last answer into one row, as messages')
-        if {'cells','nbformat'} <= row.keys(): raise _Unreadable('a notebook', 'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
-        if kind == 'text' and not self.talk() and _role(row): raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the messages of a conversation belong into one row, as a list under \"messages\"")
-        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text' or _PICTURE.fullmatch(k)[1] or '<image>' in str(self.full.get('text'))): raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers what nobody can see; leave such rows out, or the column: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
-        judged = next((k for k,v in self.full.items() if 'label' in _like(k) and str(v).strip().lower().removesuffix('.0') in _JUDGED), None)
-        if kind == 'conversation' and (k := judged): raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the label, or make pairs of chosen and rejected. To learn all alike: columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        if {'message_id','parent_id'} <= row.keys() or 'message_tree_id' in row:
+            raise _Unreadable('a message of a tree', 'rows with message_id and parent_id are parts of '
+                'conversations; put each path from a question to its last answer into one row, as messages')
+        if {'cells','nbformat'} <= row.keys():
+            raise _Unreadable('a notebook',
+                'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
+        if kind == 'text' and not self.talk() and _role(row):
+            raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the "
+                f"messages of a conversation belong into one row, as a list under \"messages\"")
+        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text'
+                or _PICTURE.fullmatch(k)[1] or '<image>' in str(self.full.get('text'))):
+            raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a "
+                f"text without them answers what nobody can see; leave such rows out, or the column: "
+                f"columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
+        judged = next((k for k,v in self.full.items() if 'label' in _like(k)
+            and str(v).strip().lower().removesuffix('.0') in _JUDGED), None)
+        if kind == 'conversation' and (k := judged):
+            raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the "
+                f"good ones, without the label, or make pairs of chosen and rejected. To learn all alike: "
+                f"columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
         for k,v in self.full.items():
-            if k in _UNLEARNED and _unlearned(k, v): raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
+            if k in _UNLEARNED and _unlearned(k, v):
+                raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
 
     def made(self, number:int, kind:str, **facts)->Row:
         "The row, with what was read and what was left out."
-        unread = [str(self.names[n]) for n in self.full if self.names[n] not in self.read and n not in _UNLEARNED and n != 'ends']
-        return Row(number, read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind, unread=(*unread, *sorted(self.extra)), **facts)
+        unread = [str(self.names[n]) for n in self.full if self.names[n] not in self.read and n not in _UNLEARNED
+            and n != 'ends']
+        return Row(number, read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind,
+            unread=(*unread, *sorted(self.extra)), **facts)
 
-_PLAIN_COLUMNS = {*_TALKS, *_ASKED, *_ASKED_ELSE, *_ANSWERED, *_ANSWERED_ELSE, 'text','content','system','system_prompt','tools','options','context','history','chosen','rejected'}
+_PLAIN_COLUMNS = {*_TALKS, *_ASKED, *_ASKED_ELSE, *_ANSWERED, *_ANSWERED_ELSE, 'text','content','system',
+    'system_prompt','tools','options','context','history','chosen','rejected'}
 
 def _columns(row)->_Columns: return row if isinstance(row, _Columns) else _Columns(row)
 
 # %% ../nbs/02_formats.ipynb #1d59e454
-_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:','### Human:','<|user|>','<|prompter|>' # of chat templates
+# of chat templates
+_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:','### Human:','<|user|>','<|prompter|>'
 
 def _turn_marks(text:str)->tuple[str,...]:
     "A note for a text in which turns of a conversation are written out."
@@ -559,19 +666,24 @@ def parse_pretrain(
         if not isinstance(text, str): raise _Unreadable('text is not a string', f'it is a {type(text).__name__}')
         if not text.strip(): raise _Unreadable('empty text', '')
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=_turn_marks(text)) # `ends` is what `data prepare` writes for the pieces of a text
+    # `ends` is what `data prepare` writes for the pieces of a text
+    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=_turn_marks(text))
 
 def _documents(row:Row)->list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
     if EOS not in row.text: return [row]
     parts = row.text.split(EOS)
     last = bool(parts[-1].strip())
-    found = [replace(row, text=p, ends=row.ends if last and i == len(parts)-1 else True) for i,p in enumerate(parts) if p.strip()]
+    found = [replace(row, text=p, ends=row.ends if last and i == len(parts)-1 else True) for i,p in enumerate(parts)
+        if p.strip()]
     return found or [Row(row.line, reason='empty text')]
 
 # %% ../nbs/02_formats.ipynb #1cbfa210
 _CALLERS = 'function_call','tool_call','function-call','tool-call'
-ROLES = {r:name for name,others in dict(user=('user','human','prompter','用户'), assistant=('assistant','gpt','bot','ai','model','chatgpt','bing','bard','claude','助手', *_CALLERS), system=('system','developer','系统'), tool=('tool','function','observation','ipython','tool_response','function_response','tool response','function response','工具')).items() for r in others}
+ROLES = {r:name for name,others in dict(user=('user','human','prompter','用户'), assistant=('assistant','gpt','bot',
+    'ai','model','chatgpt','bing','bard','claude','助手', *_CALLERS), system=('system','developer','系统'), tool=('tool',
+    'function','observation','ipython','tool_response','function_response','tool response','function response',
+    '工具')).items() for r in others}
 def _role_of(name:str)->str|None:
     "The role that a name stands for."
     low = name.strip().lower()
@@ -587,12 +699,16 @@ _MESSAGE_KEYS = {'role','content','tool_calls','tools','reasoning_content','weig
 def _json(x, what:str):
     "A value that may be written as a string of JSON."
     try: return orjson.loads(x) if isinstance(x, str) else x
-    except orjson.JSONDecodeError as e: raise _Unreadable('broken tools or tool_calls', f'{what} is a string, and no JSON: {e}; it begins {x[:60]!r}') from None
+    except orjson.JSONDecodeError as e:
+        raise _Unreadable('broken tools or tool_calls',
+            f'{what} is a string, and no JSON: {e}; it begins {x[:60]!r}') from None
 
 def _call(x)->dict:
     "A call of a function, in any spelling."
     x = _json(x, 'a call')
-    if not isinstance(x, dict): raise _Unreadable('broken tools or tool_calls', f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}')
+    if not isinstance(x, dict):
+        raise _Unreadable('broken tools or tool_calls',
+            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}')
     return x.get('function', x) if isinstance(x.get('function'), dict) else x
 
 def _text_of(i:int, content, m:dict)->str:
@@ -601,18 +717,24 @@ def _text_of(i:int, content, m:dict)->str:
     said = []
     for p in content:
         kind = p.get('type', 'text') if isinstance(p, dict) else 'text'
-        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix('input_')): raise _Unreadable('pictures, sound or video', f'message {i} has a part of the type {kind}, and a text without it answers what nobody can see; leave such rows out')
-        text = p if isinstance(p, str) else next((p[k] for k in ('text','value','content','thinking') if isinstance(p.get(k), str)), None) if isinstance(p, dict) else None
-        if text is None or kind not in ('text','input_text','output_text','thinking','reasoning'): raise _Unreadable('content is not a string', f'message {i}: a part of it is {str(p)[:60]}')
+        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix('input_')):
+            raise _Unreadable('pictures, sound or video', f'message {i} has a part of the type {kind}, and a text '
+                f'without it answers what nobody can see; leave such rows out')
+        text = (p if isinstance(p, str) else next((p[k] for k in ('text','value','content','thinking')
+            if isinstance(p.get(k), str)), None) if isinstance(p, dict) else None)
+        if text is None or kind not in ('text','input_text','output_text','thinking','reasoning'):
+            raise _Unreadable('content is not a string', f'message {i}: a part of it is {str(p)[:60]}')
         if kind in ('thinking','reasoning'): m['reasoning_content'] = m.get('reasoning_content', '')+text
         else: said.append(text)
     return ''.join(said)
 
 def _thought(i:int, m:dict)->str|None:
     "What an assistant thought, under whatever name."
-    found = {k:v for k,v in m.items() if 'thought' in _like(k) and not _empty(v) and (isinstance(v, str) or k == 'reasoning_content')}
+    found = {k:v for k,v in m.items() if 'thought' in _like(k) and not _empty(v) and (isinstance(v, str)
+        or k == 'reasoning_content')}
     for k in found: m.pop(k)
-    if len({v for v in found.values() if isinstance(v, str)}) > 1: raise _Unreadable('two thoughts', f'message {i} has {" and ".join(found)}; one of them would be lost')
+    if len({v for v in found.values() if isinstance(v, str)}) > 1:
+        raise _Unreadable('two thoughts', f'message {i} has {" and ".join(found)}; one of them would be lost')
     return next(iter(found.values()), None)
 
 def _check_marks(i:int, content:str)->list[str]:
@@ -634,37 +756,56 @@ def _without_end(text:str)->str:
 def _answer_of(i:int, m:dict, content:str, thought:str, mended:list[str])->str:
     "What an assistant says, in one spelling; what else it said is put into `m`. Raises `_Unreadable`."
     if not _empty(call := m.pop('function_call', None)):
-        if not _empty(m.get('tool_calls')): raise _Unreadable('broken tools or tool_calls', f'message {i} has function_call and tool_calls')
+        if not _empty(m.get('tool_calls')):
+            raise _Unreadable('broken tools or tool_calls', f'message {i} has function_call and tool_calls')
         m['tool_calls'] = [call]
     if (refusal := m.get('refusal')) and isinstance(refusal, str) and not content.strip(): content = m.pop('refusal')
     if '<' in content:
-        if content.rstrip().endswith('>') and (mine := _without_end(content)) != content: content = mine; mended.append('end token behind an answer left out')
-        if any(not x[0].islower() for x in _ANY_CASE.finditer(content)): content = _ANY_CASE.sub(lambda x: x[0].lower(), content); mended.append('marks in capitals')
+        if content.rstrip().endswith('>') and (mine := _without_end(content)) != content:
+            content = mine
+            mended.append('end token behind an answer left out')
+        if any(not x[0].islower() for x in _ANY_CASE.finditer(content)):
+            content = _ANY_CASE.sub(lambda x: x[0].lower(), content)
+            mended.append('marks in capitals')
         mended += _check_marks(i, content)
         if thought and '<think>' in content:
-            if thought.strip() not in content: raise _Unreadable('two thoughts', f'message {i} has <think> in its text, and thoughts beside it; one of them would be learned as the answer')
+            if thought.strip() not in content:
+                raise _Unreadable('two thoughts', f'message {i} has <think> in its text, and thoughts beside it; '
+                    f'one of them would be learned as the answer')
             m.pop('reasoning_content')
         if '<tool_call>' in content and not _empty(m.get('tool_calls')):
             names = [_call(c).get('name') for c in _json(m['tool_calls'], 'tool_calls')]
-            if not all(isinstance(n, str) and n in content for n in names): raise _Unreadable('broken tools or tool_calls', f'message {i} writes calls into its text, and has other tool_calls beside it')
-            m.pop('tool_calls'); mended.append('calls written twice')
-    if not (content.strip() or m.get('tool_calls') or thought): raise _Unreadable('empty answer', f'message {i} is of the assistant and says nothing')
+            if not all(isinstance(n, str) and n in content for n in names):
+                raise _Unreadable('broken tools or tool_calls',
+                    f'message {i} writes calls into its text, and has other tool_calls beside it')
+            m.pop('tool_calls')
+            mended.append('calls written twice')
+    if not (content.strip() or m.get('tool_calls') or thought):
+        raise _Unreadable('empty answer', f'message {i} is of the assistant and says nothing')
     return content
 
 def _is_learned(i:int, m:dict)->bool:
     "Is an answer to be learned? Takes the keys that say so out of the message."
-    flags = {k:m.pop(k) for k in [*m] if k in _UNLEARNED and type(m[k]) in (bool,int,float) and (isinstance(m[k], bool) or 'weight' in k)}
-    if bad := next((k for k,v in flags.items() if v not in (0, 1)), None): raise _Unreadable('a weight that is neither 0 nor 1', f'message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)')
+    flags = {k:m.pop(k) for k in [*m] if k in _UNLEARNED and type(m[k]) in (bool,int,float) and (isinstance(m[k], bool)
+        or 'weight' in k)}
+    if bad := next((k for k,v in flags.items() if v not in (0, 1)), None):
+        raise _Unreadable('a weight that is neither 0 nor 1',
+            f'message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)')
     return 0 not in flags.values()
 
 def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
     "A message in one spelling; raises `_Unreadable`."
     had,m = m,{k:v for k,v in m.items() if v is not None}
     name = m.pop('role', m.pop('from', None))
-    if not isinstance(name, str) or (role := _role_of(name)) is None: raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
+    if not isinstance(name, str) or (role := _role_of(name)) is None:
+        raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
     if name != role: mended.append(f'role {name[:20]!r} for {role}')
-    where = next((k for k in ('content','value','text') if not _empty(m.get(k))), None) or next((k for k in ('content','value','text') if k in had), None)
-    if where is None and not any(m.get(k) for k in ('tool_calls','function_call','refusal')) and not any('thought' in _like(k) for k in m): raise _Unreadable('no content', f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
+    where = (next((k for k in ('content','value','text') if not _empty(m.get(k))), None) or next((k
+        for k in ('content','value','text') if k in had), None))
+    if where is None and not any(m.get(k) for k in ('tool_calls','function_call',
+            'refusal')) and not any('thought' in _like(k) for k in m):
+        raise _Unreadable('no content',
+            f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
     content = _text_of(i, m.pop(where, ''), m)
     for k in 'content','value':
         if _empty(m.get(k)): m.pop(k, None)
@@ -680,7 +821,8 @@ def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
         content = _answer_of(i, m, content, thought, mended)
         if not learned: m['weight'] = 0
     for v in content, m.get('reasoning_content', ''):
-        if '<|' in v and (bad := next((t for t in SPECIALS if t in v), None)): raise _Unreadable('control token in a text', f'message {i} contains {bad}')
+        if '<|' in v and (bad := next((t for t in SPECIALS if t in v), None)):
+            raise _Unreadable('control token in a text', f'message {i} contains {bad}')
     extra |= {f'{k} of messages' for k,v in m.items() if k not in _MESSAGE_KEYS and not _empty(v)}
     return {**m, 'role':role, 'content':content}
 
@@ -694,14 +836,18 @@ def _messages(raw, where:str='', extra:set[str]|None=None)->tuple[list[dict], li
         m,slow = _message(i, m, mended, extra),True
         said = m['content']
         if m['role'] == 'tool' and said.lstrip().startswith('<tool_response>') and _RESPONSES.fullmatch(said):
-            messages += [{**m, 'content':r.strip()} for r in re.findall('<tool_response>(.*?)</tool_response>', said, re.S)]
+            messages += [{**m, 'content':r.strip()} for r in re.findall('<tool_response>(.*?)</tool_response>', said,
+                re.S)]
             mended.append('tool_response without its marks, which are set again')
-        elif m.get('tool_calls') and not said and messages and _only_calls(messages[-1]) and raw[i-1].get('from', raw[i-1].get('role')) in _CALLERS: messages[-1]['tool_calls'] = [*messages[-1]['tool_calls'], *m['tool_calls']]
+        elif m.get('tool_calls') and not said and messages and _only_calls(messages[-1]) and raw[i-1].get('from',
+                raw[i-1].get('role')) in _CALLERS:
+            messages[-1]['tool_calls'] = [*messages[-1]['tool_calls'], *m['tool_calls']]
         else: messages.append(m)
     if slow: _sort_results(messages)
     return messages,mended
 
-def _only_calls(m:dict)->bool: return m['role'] == 'assistant' and not m['content'] and isinstance(m.get('tool_calls'), list)
+def _only_calls(m:dict)->bool:
+    return m['role'] == 'assistant' and not m['content'] and isinstance(m.get('tool_calls'), list)
 
 def _sort_results(messages:list[dict]):
     "Put the results of calls into the order of the calls, where they say which is whose."
@@ -710,7 +856,8 @@ def _sort_results(messages:list[dict]):
         ids = [c.get('id') for c in m['tool_calls'] if isinstance(c, dict)]
         results = [*takewhile(lambda x: x['role'] == 'tool', messages[at+1:])]
         mine = [r.get('tool_call_id') for r in results]
-        if len({*map(str, ids)}) == len(ids) and all(isinstance(x, str) and x in ids for x in mine): messages[at+1:at+1+len(results)] = sorted(results, key=lambda r: ids.index(r['tool_call_id']))
+        if len({*map(str, ids)}) == len(ids) and all(isinstance(x, str) and x in ids for x in mine):
+            messages[at+1:at+1+len(results)] = sorted(results, key=lambda r: ids.index(r['tool_call_id']))
 
 def _with_tools(messages:list[dict], tools)->list[dict]:
     "The messages, with the row's own `tools` on the system message; raises `_Unreadable` where tools or calls are none."
@@ -720,22 +867,33 @@ def _with_tools(messages:list[dict], tools)->list[dict]:
     if not any(m.get('tools') or m.get('tool_calls') for m in messages): return messages
     for m in messages:
         if m.get('tool_calls'):
-            for c in (calls if isinstance(calls := _json(m['tool_calls'], 'tool_calls'), list) else [calls]): _check_call(c)
+            for c in (calls if isinstance(calls := _json(m['tool_calls'], 'tool_calls'), list) else [calls]):
+                _check_call(c)
     try:
         made,tools = chat_messages(messages)
         text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS) # refuses half a surrogate pair
     except RecursionError: raise _Unreadable('broken tools or tool_calls', 'they are nested too deeply') from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e: raise _Unreadable('broken tools or tool_calls', f'they cannot be read as JSON: {str(e)[:200]}') from None
-    if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)): raise _Unreadable('broken tools or tool_calls', f'tools must be a list of JSON schemas; this is {str(tools)[:60]}')
-    if any(m['role'] == 'assistant' and not (m['content'].strip() or m.get('tool_calls') or m.get('reasoning_content')) for m in made): raise _Unreadable('empty answer', 'tool_calls holds no call')
-    if b'<|' in text and any(t.encode() in text for t in SPECIALS): raise _Unreadable('control token in a text', 'in tools or tool_calls')
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise _Unreadable('broken tools or tool_calls', f'they cannot be read as JSON: {str(e)[:200]}') from None
+    if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise _Unreadable('broken tools or tool_calls',
+            f'tools must be a list of JSON schemas; this is {str(tools)[:60]}')
+    if any(m['role'] == 'assistant' and not (m['content'].strip() or m.get('tool_calls') or m.get('reasoning_content'))
+            for m in made):
+        raise _Unreadable('empty answer', 'tool_calls holds no call')
+    if b'<|' in text and any(t.encode() in text for t in SPECIALS):
+        raise _Unreadable('control token in a text', 'in tools or tool_calls')
     return messages
 
 def _check_call(c):
     "Raise `_Unreadable` unless it is a call, with a name and arguments."
     call = _call(c)
-    if not isinstance(name := call.get('name'), str): raise _Unreadable('broken tools or tool_calls', 'a call has no name' if name is None else f'the name of a call must be a string; this is {str(name)[:60]}')
-    if not isinstance(given := _json(call.get('arguments') or {}, f'the arguments of {name}'), dict): raise _Unreadable('broken tools or tool_calls', f'the arguments of {name} must be an object, {{"name": value}}; this is {str(given)[:60]}')
+    if not isinstance(name := call.get('name'), str):
+        raise _Unreadable('broken tools or tool_calls', 'a call has no name' if name is None
+            else f'the name of a call must be a string; this is {str(name)[:60]}')
+    if not isinstance(given := _json(call.get('arguments') or {}, f'the arguments of {name}'), dict):
+        raise _Unreadable('broken tools or tool_calls',
+            f'the arguments of {name} must be an object, {{"name": value}}; this is {str(given)[:60]}')
 
 def _in_system(said:str, tools)->bool:
     "Are the functions written out in the system prompt already?"
@@ -744,22 +902,29 @@ def _in_system(said:str, tools)->bool:
 
 # %% ../nbs/02_formats.ipynb #5b1c0a23
 _SPEAKER = re.compile(r'(?:\A|\n+)[ \t]*(Human|Assistant|USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):[ \t]*')
-_WRITTEN_CALL = re.compile(r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z', re.S)
+_WRITTEN_CALL = re.compile(r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z',
+    re.S)
 
-def _is_transcript(x)->bool: return isinstance(x, str) and bool(m := _SPEAKER.match(x.lstrip())) and m[1] in ('Human','USER','SYSTEM') and bool(re.search('\n+(Assistant|ASSISTANT):', x))
+def _is_transcript(x)->bool:
+    return (isinstance(x, str) and bool(m := _SPEAKER.match(x.lstrip())) and m[1] in ('Human','USER','SYSTEM')
+        and bool(re.search('\n+(Assistant|ASSISTANT):', x)))
 
 def _transcript(text:str)->list[dict]:
     "A conversation that is written as one text, with the names of the speakers (HH-RLHF, glaive), as messages."
     pieces = _SPEAKER.split(text.strip())
-    roles = dict(Human='user', USER='user', SYSTEM='system', Assistant='assistant', ASSISTANT='assistant') | {'FUNCTION RESPONSE':'tool'}
+    roles = (dict(Human='user', USER='user', SYSTEM='system', Assistant='assistant', ASSISTANT='assistant')
+        | {'FUNCTION RESPONSE':'tool'})
     return [_spoken_call(dict(role=roles[who], content=said.strip())) for who,said in zip(pieces[1::2], pieces[2::2])]
 
 def _spoken_call(m:dict)->dict:
     "A message whose `<functioncall>` is a call."
     if m['role'] != 'assistant' or '<functioncall>' not in m['content']: return m
     said,_,call = (text := _without_end(m['content'])).partition('<functioncall>')
-    if not (found := _WRITTEN_CALL.search(text)): raise _Unreadable('broken tools or tool_calls', f'a call must be <functioncall> {{"name": string, "arguments": object}}; this is {call[:60]!r}')
-    return dict(role='assistant', content=said.strip(), tool_calls=[dict(name=found[1], arguments=_json((found[2] or '').replace("\\'", "'") or found[3] or '{}', f'the arguments of {found[1]}'))])
+    if not (found := _WRITTEN_CALL.search(text)):
+        raise _Unreadable('broken tools or tool_calls',
+            f'a call must be <functioncall> {{"name": string, "arguments": object}}; this is {call[:60]!r}')
+    return dict(role='assistant', content=said.strip(), tool_calls=[dict(name=found[1], arguments=_json((found[2]
+        or '').replace("\\'", "'") or found[3] or '{}', f'the arguments of {found[1]}'))])
 
 def _prompt_with_tools(system:str)->tuple[str,list[dict]]:
     "glaive's system prompt: what it says, and the functions behind it."
@@ -769,7 +934,8 @@ def _prompt_with_tools(system:str)->tuple[str,list[dict]]:
     while rest:
         try: tool,end = decoder.raw_decode(rest)
         except ValueError: return said,[]
-        tools.append(tool); rest = rest[end:].strip()
+        tools.append(tool)
+        rest = rest[end:].strip()
     return (said[:at].rstrip().removesuffix('-').rstrip(), tools) if tools else (said, [])
 
 def _turns(x, name:str, extra:set[str]):
@@ -778,10 +944,14 @@ def _turns(x, name:str, extra:set[str]):
         try: x = orjson.loads(x)
         except orjson.JSONDecodeError: return x
     if isinstance(x, str) and _is_transcript(x): return _transcript(x)
-    if isinstance(x, dict) and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values()) else ()) == 1: x = [dict(zip(x, v)) for v in zip(*x.values())] # as `datasets` keeps a list of objects
+    if isinstance(x, dict) and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values())
+            else ()) == 1:
+        x = [dict(zip(x, v)) for v in zip(*x.values())] # as `datasets` keeps a list of objects
     if not isinstance(x, list) or not x: return x
-    if all(isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in x): x = [s for t in x for s in t]
-    if all(isinstance(s, str) for s in x) and len(x) % 2 == 0: return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(x)]
+    if all(isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in x):
+        x = [s for t in x for s in t]
+    if all(isinstance(s, str) for s in x) and len(x) % 2 == 0:
+        return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(x)]
     if all(isinstance(m, dict) for m in x) and not any('role' in m or 'from' in m for m in x):
         named = [_named(m) for m in x]
         return named if all(named) else [m for t in x for m in _spoken(t, name, extra)]
@@ -790,28 +960,36 @@ def _turns(x, name:str, extra:set[str]):
 def _named(m:dict)->dict|None:
     "A message whose role and content have other names, such as {speaker, utterance} or {type, content}; None: it is none."
     low = {str(k).strip().lower():k for k in m}
-    role = next((low[k] for k in ('role','from','speaker','author','type') if k in low and isinstance(m[low[k]], str) and _role_of(m[low[k]])), None)
+    role = next((low[k] for k in ('role','from','speaker','author','type') if k in low and isinstance(m[low[k]], str)
+        and _role_of(m[low[k]])), None)
     content = next((low[k] for k in ('content','value','text','utterance','message') if k in low), None)
-    return {'role':m[role], 'content':m[content], **{k:v for k,v in m.items() if k not in (role, content)}} if role is not None and content is not None else None
+    return ({'role':m[role], 'content':m[content], **{k:v for k,v in m.items() if k not in (role, content)}}
+        if role is not None and content is not None else None)
 
 def _spoken(turn:dict, name:str, extra:set[str])->list[dict]:
     "The messages of a turn that names the speakers, such as {human, assistant} or {system, input, output}."
     out = []
     for k,v in turn.items():
         low = _SAME.get(str(k).strip().lower(), str(k).strip().lower())
-        role = 'user' if low in _ASKED+_ASKED_ELSE else 'assistant' if low in _ANSWERED+_ANSWERED_ELSE else ROLES.get(low)
+        role = ('user' if low in _ASKED+_ASKED_ELSE else 'assistant' if low in _ANSWERED+_ANSWERED_ELSE
+            else ROLES.get(low))
         if _empty(v) or low in _UNLEARNED: continue
-        if role is None: extra.add(f'{k} of {name}'); continue
+        if role is None:
+            extra.add(f'{k} of {name}')
+            continue
         out.append(dict(role=role, content=v))
     order = 'system','user','assistant','tool'
     if len(out) > 1: out.sort(key=lambda m: order.index(m['role']))
-    if any(_unlearned(k, v) for k,v in turn.items()): out = [{**m, 'weight':0} if m['role'] == 'assistant' else m for m in out]
+    if any(_unlearned(k, v) for k,v in turn.items()):
+        out = [{**m, 'weight':0} if m['role'] == 'assistant' else m for m in out]
     return out or [turn]
 
 # %% ../nbs/02_formats.ipynb #5b1c0a24
 def _as_messages(x, role:str): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
 
-def _role(m)->str|None: "Of a message, whatever it is called there."; return _role_of(str(m.get('role', m.get('from')))) if isinstance(m, dict) else None
+def _role(m)->str|None:
+    "Of a message, whatever it is called there."
+    return _role_of(str(m.get('role', m.get('from')))) if isinstance(m, dict) else None
 
 def _as_list(c:_Columns, key:str)->list:
     if not c.has(key): return []
@@ -820,33 +998,43 @@ def _as_list(c:_Columns, key:str)->list:
 
 def _options(x)->list[tuple[str,str]]|None:
     "The options of a question, each with its letter; None: they cannot be read."
-    if isinstance(x, dict) and isinstance(x.get('text'), list): x = dict(zip(x['label'], x['text'])) if isinstance(x.get('label'), list) else x['text'] # ARC
+    if isinstance(x, dict) and isinstance(x.get('text'), list):
+        x = dict(zip(x['label'], x['text'])) if isinstance(x.get('label'), list) else x['text'] # ARC
     if isinstance(x, list): x = {chr(ord('A')+i):o for i,o in enumerate(x)}
-    return [(str(k), o) for k,o in x.items()] if isinstance(x, dict) and all(isinstance(o, str) for o in x.values()) else None
+    return ([(str(k), o) for k,o in x.items()] if isinstance(x, dict) and all(isinstance(o, str) for o in x.values())
+        else None)
 
 def _with_options(c:_Columns, asked:str)->str:
     "The question, with the options that stand in a column of their own behind it."
     if c.has('options'): found = c.take('options')
-    elif len(own := [*takewhile(lambda n: isinstance(c.full.get(n), str), 'abcdefgh')]) > 1: found = {n.upper():c.take(n) for n in own} # a column for each
+    elif len(own := [*takewhile(lambda n: isinstance(c.full.get(n), str), 'abcdefgh')]) > 1:
+        found = {n.upper():c.take(n) for n in own} # a column for each
     else: return asked
     if isinstance(found, str): return asked if found in asked else f'{asked}\n{found}'
-    if (letters := _options(found)) is None: raise _Unreadable('options that cannot be read', f'they must be a list of strings, or strings by their letters; they are {str(found)[:60]}')
-    return asked if all(o in asked for _,o in letters) else '\n'.join([asked, *(o if re.match(rf'\W?{re.escape(k)}\W', o) else f'{k}. {o}' for k,o in letters)])
+    if (letters := _options(found)) is None:
+        raise _Unreadable('options that cannot be read',
+            f'they must be a list of strings, or strings by their letters; they are {str(found)[:60]}')
+    return (asked if all(o in asked for _,o in letters) else '\n'.join([asked, *(o
+        if re.match(rf'\W?{re.escape(k)}\W', o) else f'{k}. {o}' for k,o in letters)]))
 
 def _question(c:_Columns):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
     if not (k := c.asked()): return _turns(c.take(talk), c.own(talk), c.extra) if (talk := c.talk()) else []
     asked = c.take(k)
-    if _is_transcript(asked) and asked.rstrip().endswith(':'): asked = [m for m in _transcript(asked) if m['content'] or m['role'] != 'assistant']
+    if _is_transcript(asked) and asked.rstrip().endswith(':'):
+        asked = [m for m in _transcript(asked) if m['content'] or m['role'] != 'assistant']
     for more in 'input','context':
         if more == k or not c.has(more): continue
         extra = c.take(more)
-        if not isinstance(asked, str) or not isinstance(extra, str): raise _Unreadable(f'{more} is not a string', f'it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}')
+        if not isinstance(asked, str) or not isinstance(extra, str):
+            raise _Unreadable(f'{more} is not a string',
+                f'it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}')
         asked = '\n'.join(t for t in (asked, extra) if t.strip())
     if isinstance(asked, str): asked = _with_options(c, asked)
     past = []
     for turn in _as_list(c, 'history'):
-        if isinstance(turn, list) and len(turn) == 2: past += [dict(role=r, content=t) for r,t in zip(('user','assistant'), turn)]
+        if isinstance(turn, list) and len(turn) == 2:
+            past += [dict(role=r, content=t) for r,t in zip(('user','assistant'), turn)]
         elif isinstance(turn, dict): past.append(turn)
         else: raise _Unreadable('history is no list of turns', f'{str(turn)[:60]!r}')
     asked = _as_messages(asked, 'user')
@@ -857,13 +1045,23 @@ def _answer(c:_Columns)->tuple[str,list[dict]]:
     there = {k:c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
     k = c.answered()
     if len(there) > 1: # one may hold the others: the result of a worked solution
-        k = 'solution' if {*there} == {'solution','answer'} else next((a for a in there if all(b in there[a] for b in there.values())), None)
-        if not k: raise _Unreadable('two answers', f"{' and '.join(map(c.own, there))} are there both, and one of them would be lost; leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map {c.own([*there][-1])}=)")
+        k = ('solution' if {*there} == {'solution','answer'} else next((a for a in there if all(b in there[a]
+            for b in there.values())), None))
+        if not k:
+            raise _Unreadable('two answers', f"{' and '.join(map(c.own, there))} are there both, and one of them "
+                f"would be lost; leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map "
+                f"{c.own([*there][-1])}=)")
     x = c.take(k)
-    if k == 'answers' and (calls := _json(x, 'answers') if isinstance(x, str) and x.lstrip()[:1] == '[' else x) and isinstance(calls, list) and all(isinstance(a, dict) for a in calls): return k,[dict(role='assistant', content='', tool_calls=calls)] # xLAM
+    if k == 'answers' and (calls := _json(x, 'answers') if isinstance(x, str) and x.lstrip()[:1] == '['
+            else x) and isinstance(calls, list) and all(isinstance(a, dict) for a in calls):
+        return k,[dict(role='assistant', content='', tool_calls=calls)] # xLAM
     if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str): x = x[0]
-    if isinstance(x, dict) and not _role(x): raise _Unreadable('question or answer is no text', f'{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string')
-    if isinstance(x, list) and not all(isinstance(m, dict) for m in x): raise _Unreadable('question or answer is no text', f'{c.own(k)} is a list of {len(x)}, and must be one answer; of two, the better one and the worse, it makes a preference')
+    if isinstance(x, dict) and not _role(x):
+        raise _Unreadable('question or answer is no text',
+            f'{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string')
+    if isinstance(x, list) and not all(isinstance(m, dict) for m in x):
+        raise _Unreadable('question or answer is no text', f'{c.own(k)} is a list of {len(x)}, and must be one '
+            f'answer; of two, the better one and the worse, it makes a preference')
     return k,_as_messages(x, 'assistant')
 
 def _with_thoughts(c:_Columns, messages:list)->list:
@@ -873,8 +1071,15 @@ def _with_thoughts(c:_Columns, messages:list)->list:
     if not found or not isinstance(messages, list): return messages
     answers = [i for i,m in enumerate(messages) if _role(m) == 'assistant']
     said = ''.join(str(x) for i in answers for x in messages[i].values())
-    if all(v.strip() in said for v in found.values()): [*map(c.take, found)]; return messages # they are in it already
-    if len(found) > 1 or len(answers) != 1 or '<think>' in said or any('thought' in _like(str(k)) and not _empty(v) for k,v in messages[answers[0]].items()): raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts into the message that they belong to, as reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map {c.own([*found][0])}=)")
+    if all(v.strip() in said for v in found.values()):
+        [*map(c.take, found)]
+        return messages # they are in it already
+    if len(found) > 1 or len(answers) != 1 or '<think>' in said or any('thought' in _like(str(k)) and not _empty(v)
+            for k,v in messages[answers[0]].items()):
+        raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside "
+            f"{len(answers)} answers: write the thoughts into the message that they belong to, as "
+            f"reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map "
+            f"{c.own([*found][0])}=)")
     (name,thought), = found.items()
     c.take(name)
     return [{**m, 'reasoning_content':thought} if i == answers[0] else m for i,m in enumerate(messages)]
@@ -884,7 +1089,8 @@ def _with_system(messages:list, c:_Columns)->list:
     k = c.has('system','system_prompt')
     if not k: return messages
     if not isinstance(c.full[k], str): raise _Unreadable(f'{k} is not a string', f'it is a {type(c.full[k]).__name__}')
-    return [dict(role='system', content=c.take(k)), *messages] if c.full[k].strip() and _role(messages[0] if messages else None) != 'system' else messages
+    return ([dict(role='system', content=c.take(k)), *messages] if c.full[k].strip() and _role(messages[0] if messages
+        else None) != 'system' else messages)
 
 _said = lambda messages: '\n'.join([x for m in messages for x in (m.get('reasoning_content'), m['content']) if x])
 
@@ -899,18 +1105,27 @@ def parse_conversation(
         talk = c.talk() or next((k for k in _TALKS[:2] if not c.answered() and c.row.get(c.own(k)) is not None), None)
         if talk:
             raw = _turns(c.take(talk), c.own(talk), c.extra)
-            if isinstance(raw, list) and _is_transcript(c.full.get(talk)) and isinstance(c.full.get('system'), str): # glaive
+            # glaive
+            if isinstance(raw, list) and _is_transcript(c.full.get(talk)) and isinstance(c.full.get('system'), str):
                 said,tools = _prompt_with_tools(c.take('system'))
                 raw = [dict(role='system', content=said), *raw]
         elif c.in_fields():
-            if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1: raise _Unreadable('two questions', f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are there both, and one of them would be lost; make one field of them, or leave one out with columns (--map NAME=)")
+            if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1:
+                raise _Unreadable('two questions', f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are "
+                    f"there both, and one of them would be lost; make one field of them, or leave one out with "
+                    f"columns (--map NAME=)")
             asked,question,(answered,answer) = c.asked(),_question(c),_answer(c)
-            if not isinstance(question, list) or not isinstance(answer, list): raise _Unreadable('question or answer is no text', f'{c.own(asked)} is a {type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a {type(c.row[c.own(answered)]).__name__}')
+            if not isinstance(question, list) or not isinstance(answer, list):
+                raise _Unreadable('question or answer is no text', f'{c.own(asked)} is a '
+                    f'{type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a '
+                    f'{type(c.row[c.own(answered)]).__name__}')
             if _is_blank(answer): raise _Unreadable('empty answer', f'{c.own(answered)} is empty')
             raw,how = question+answer,[f'{asked} and {answered} as a conversation']
         else: raise _Unreadable('no "conversations"', _advice(tuple(sorted(map(str, c.row)))))
-        messages,mended = _messages(_with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw, extra=c.extra)
-        if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages): raise _Unreadable('nothing to learn', 'no assistant says anything that is to be learned')
+        messages,mended = _messages(_with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw,
+            extra=c.extra)
+        if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages):
+            raise _Unreadable('nothing to learn', 'no assistant says anything that is to be learned')
         messages = _with_tools(messages, c.take('tools') if c.has('tools') else tools)
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
     return c.made(number, 'messages', text=_said(messages), messages=messages, mended=tuple(mended+how))
@@ -924,12 +1139,16 @@ def _sides(c:_Columns)->tuple[dict, list|None]:
     bad = c.has('rejected') or c.like('rejected') or c.some('rejected')
     good = c.has('chosen') or c.like('chosen') or c.some('chosen')
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
-    if sides['rejected'] is None: raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('rejected' if good else 'chosen',)))
+    if sides['rejected'] is None:
+        raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row))),
+            ('rejected' if good else 'chosen',)))
     if sides['chosen'] is not None: return sides,None
     if talk := c.talk(): # ms-swift: a conversation, and another answer in place of its last one
         messages = _turns(c.take(talk), c.own(talk), c.extra)
-        if isinstance(messages, list) and _role(messages[-1]) == 'assistant': return dict(sides, chosen=messages[-1:]),messages[:-1]
-    if not c.has(*_ANSWERED, *_ANSWERED_ELSE): raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('chosen',)))
+        if isinstance(messages, list) and _role(messages[-1]) == 'assistant':
+            return dict(sides, chosen=messages[-1:]),messages[:-1]
+    if not c.has(*_ANSWERED, *_ANSWERED_ELSE):
+        raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('chosen',)))
     return dict(sides, chosen=_answer(c)[1]),None
 
 def parse_preference(
@@ -941,31 +1160,46 @@ def parse_preference(
     try:
         c.refuse('preference')
         answers,before = _sides(c)
-        answers = {k:_turns(v, k, c.extra) if isinstance(v, list) and not any(isinstance(m, dict) and _role(m) for m in v) or _is_transcript(v) else v for k,v in answers.items()}
-        asked = [m.get('content', m.get('value')) for v in answers.values() for m in (v if isinstance(v, list) else ()) if _role(m) == 'user']
+        answers = {k:_turns(v, k, c.extra) if isinstance(v, list) and not any(isinstance(m, dict) and _role(m)
+            for m in v) or _is_transcript(v) else v for k,v in answers.items()}
+        asked = [m.get('content', m.get('value')) for v in answers.values() for m in (v if isinstance(v, list) else ())
+            if _role(m) == 'user']
         whole = bool(asked) # the question is in them
         told = c.take('prompt') if whole and c.has('prompt') else None
-        inside = told is None or isinstance(told, str) and told.strip() in [a.strip() if isinstance(a, str) else a for a in asked]
-        prompt = before if before is not None else _question(c) if not whole else [] if inside else _as_messages(told, 'user')
+        inside = (told is None or isinstance(told, str) and told.strip() in [a.strip() if isinstance(a, str) else a
+            for a in asked])
+        prompt = (before if before is not None else _question(c) if not whole else [] if inside else _as_messages(told,
+            'user'))
         if not whole and isinstance(prompt, list) and prompt and _role(prompt[-1]) == 'assistant': raise _Unreadable('no prompt', 'the conversation before chosen and rejected ends with an answer; it must end with the question')
         sides,mended,tools = [],set(),c.take('tools') if c.has('tools') else None
         for k in 'chosen','rejected':
             answer = _as_messages(answers[k], 'assistant')
-            if not isinstance(answer, list) or not isinstance(prompt, list): raise _Unreadable('prompt or answer is no text', f'{k} is a {type(answers[k]).__name__}, the prompt a {type(prompt).__name__}')
-            made,how = _messages(_with_system((prompt if answer[:len(prompt)] != prompt else []) + answer, c), k, c.extra)
+            if not isinstance(answer, list) or not isinstance(prompt, list):
+                raise _Unreadable('prompt or answer is no text',
+                    f'{k} is a {type(answers[k]).__name__}, the prompt a {type(prompt).__name__}')
+            made,how = _messages(_with_system((prompt if answer[:len(prompt)] != prompt else []) + answer, c), k,
+                c.extra)
             if made[-1]['role'] != 'assistant': raise _Unreadable('no answer', f'{k} ends with a message of the {made[-1]["role"]}')
-            sides.append(_with_tools(made, tools)); mended |= {*how}
+            sides.append(_with_tools(made, tools))
+            mended |= {*how}
         _check_sides(*sides)
     except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(number, 'pair', text=_said(sides[0]), messages=sides[0], rejected=sides[1], mended=tuple(sorted(mended)))
+    return c.made(number, 'pair', text=_said(sides[0]), messages=sides[0], rejected=sides[1],
+        mended=tuple(sorted(mended)))
 
 def _check_sides(chosen:list[dict], rejected:list[dict]):
     "Raise `_Unreadable` unless two conversations differ first in what the assistant answers, and answer something."
     a,b = sorted((chosen, rejected), key=len)
-    if a == b[:len(a)]: raise _Unreadable('nothing to learn', 'chosen and rejected are the same' if len(a) == len(b) else 'one of chosen and rejected is only the beginning of the other')
+    if a == b[:len(a)]:
+        raise _Unreadable('nothing to learn', 'chosen and rejected are the same' if len(a) == len(b)
+            else 'one of chosen and rejected is only the beginning of the other')
     first = next(i for i,(x,y) in enumerate(zip(a, b)) if x != y)
-    if not a[first]['role'] == b[first]['role'] == 'assistant': raise _Unreadable('prompts that differ', f'chosen and rejected answer different questions: {a[first]["content"][:40]!r} and {b[first]["content"][:40]!r}; both must begin with the same messages')
-    if not any(m['role'] == 'user' for m in chosen): raise _Unreadable('no prompt', 'chosen and rejected answer nothing; they must begin with the question, or stand beside a "prompt"')
+    if not a[first]['role'] == b[first]['role'] == 'assistant':
+        raise _Unreadable('prompts that differ', f'chosen and rejected answer different questions: '
+            f'{a[first]["content"][:40]!r} and {b[first]["content"][:40]!r}; both must begin with the same messages')
+    if not any(m['role'] == 'user' for m in chosen):
+        raise _Unreadable('no prompt',
+            'chosen and rejected answer nothing; they must begin with the question, or stand beside a "prompt"')
 
 # %% ../nbs/02_formats.ipynb #ba888443
 def parse_text(
@@ -983,7 +1217,8 @@ def parse_text(
             marker = k < len(parts)-1
             if len(parts) == 1 or part.strip():
                 if not piece: start = number
-                piece.append(part); size += len(part)
+                piece.append(part)
+                size += len(part)
             if not (marker or size >= largest or size >= smallest and not part.strip()): continue
             if piece:
                 if row: yield row
@@ -1010,20 +1245,26 @@ FORMATS = dict(pretrain=parse_pretrain, conversation=parse_conversation, dpo=par
 def _renamed(row:dict, columns:dict[str,str])->dict:
     "The row with its columns under other names; one whose new content is '' is left out."
     moved = {*columns.values(), *columns}
-    return {**{k:v for k,v in row.items() if k not in moved}, **{new:row[old] for new,old in columns.items() if old in row}}
+    return {**{k:v for k,v in row.items() if k not in moved}, **{new:row[old] for new,old in columns.items()
+        if old in row}}
 
 def _plain_row(row:dict, number:int)->Row|None:
     "A row of one column that is as it should be, which most are; None: look closer."
     (name,x), = row.items()
-    if name == 'text': return Row(number, x, mended=_turn_marks(x), read='text') if type(x) is str and EOS not in x and x.strip() else None
-    if name not in _TALKS[:2] or type(x) is not list or not x or not all(type(m) is dict and ('role' in m or 'from' in m) for m in x): return None
+    if name == 'text':
+        return (Row(number, x, mended=_turn_marks(x), read='text') if type(x) is str and EOS not in x and x.strip()
+            else None)
+    if name not in _TALKS[:2] or type(x) is not list or not x or not all(type(m) is dict and ('role' in m
+            or 'from' in m) for m in x):
+        return None
     extra = set()
     try:
         messages,mended = _messages(x, extra=extra)
         messages = _with_tools(messages, None)
     except _Unreadable: return None
     if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages): return None
-    return Row(number, _said(messages), messages=messages, mended=tuple(mended), read='messages' if name == 'messages' else 'conversations → messages', unread=tuple(sorted(extra)))
+    return Row(number, _said(messages), messages=messages, mended=tuple(mended), read='messages'
+        if name == 'messages' else 'conversations → messages', unread=tuple(sorted(extra)))
 
 def parse_row(
     line:bytes, # One line of a JSONL file
@@ -1041,7 +1282,9 @@ def parse_row(
         if 'row_idx' in v and isinstance(v.get('row'), dict): v = v['row'] # as a data set's viewer gives them
         if columns: v = _renamed(v, columns)
         row = _plain_row(v, number) if len(v) == 1 and not format else None
-        if row is None: c = _Columns(v); row = FORMATS[format or c.kind()](c, number)
+        if row is None:
+            c = _Columns(v)
+            row = FORMATS[format or c.kind()](c, number)
         if mended: row = replace(row, mended=mended+row.mended)
         out += [row] if row.messages or row.reason else _documents(row)
     return out
@@ -1081,10 +1324,12 @@ def reading(
     said = {}
     for path,t in table.items():
         rows = sorted(t['rows'].items(), key=lambda kv: -kv[1])
-        what = '; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6]) + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used'
+        what = ('; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6])
+            + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used')
         left = sorted(t['left_out'], key=lambda k: -t['left_out'][k])
         if left: what += f"; left out: {', '.join(left[:20])}" + f' and {len(left)-20} more'*(len(left) > 20)
         if t['guessed']: what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
         elif t['encoding'] != 'utf-8': what += f"; read as {_called(t['encoding'])}"
         said.setdefault(what, []).append(Path(path).name)
-    return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,names in said.items()]
+    return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,
+        names in said.items()]

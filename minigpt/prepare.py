@@ -59,7 +59,9 @@ def _spoken(m:dict)->dict:
     for c in chat_messages([m])[0][0].get('tool_calls', ()): text += ('\n' if text else '') + '<tool_call>\n' + orjson.dumps(c).decode() + '\n</tool_call>'
     return {**{k:v for k,v in m.items() if k not in ('reasoning_content','tool_calls')}, 'content':text}
 
-def _gap(white:str)->str: "What stands between two pieces of a text."; return '\n\n\n' if white.count('\n') > 3 else white.replace('\r\n', '\n')
+def _gap(white:str)->str:
+    "What stands between two pieces of a text."
+    return '\n\n\n' if white.count('\n') > 3 else white.replace('\r\n', '\n')
 
 def _cleaned(row:Row, changes:Counter, continues:bool=False)->Row:
     "The row, written properly; `continues`: the same text as the row before."
@@ -114,9 +116,11 @@ def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len
             good.append((row, len(tok.encode_chat(short)[0])))
         else:
             n = len(tok.encode_array(row.text))
-            pieces = [row.text] if n <= max_seq_len else _filled(split_text(row.text, lambda t: len(tok.encode_array(t)) <= max_seq_len))
+            pieces = ([row.text] if n <= max_seq_len else _filled(split_text(row.text,
+                lambda t: len(tok.encode_array(t)) <= max_seq_len)))
             if len(pieces) > 1: changes['split'] += 1; changes['pieces of split texts'] += len(pieces)
-            good += [(Row(row.line, p, ends=row.ends and k == len(pieces)-1), len(tok.encode_array(p))) for k,p in enumerate(pieces)]
+            good += [(Row(row.line, p, ends=row.ends and k == len(pieces)-1), len(tok.encode_array(p))) for k,
+                p in enumerate(pieces)]
     rows = [r for r,_ in good]
     lines,keys = [],np.empty(len(rows), np.uint64)
     for i,r in enumerate(rows):
@@ -167,7 +171,9 @@ def prepare(
     table = read_table(looks)
     tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else None
-    if max_seq_len and not validate_only and tok is None: check_text(files, format, **how); tok = train_tokenizer(sample_texts(files, **how))
+    if max_seq_len and not validate_only and tok is None:
+        check_text(files, format, **how)
+        tok = train_tokenizer(sample_texts(files, **how))
     total = sum(f.stat().st_size for f in files)
     rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
     exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
@@ -190,7 +196,9 @@ def prepare(
                 for r in w['mended']: count_refused(mended, block, [Row(r.line, reason=m) for m in r.mended])
                 read += w['read']; changes += w['changes']; kept += int((~low).sum()); quality += q[~low].sum(); chars += int(w['chars'][~low].sum()); tokens += int(w['tokens'][~low].sum())
                 goes_on = ~w['ends'] & ~np.append(low[1:], False) # not where the piece that follows is left out
-                if target: opened[target].write(b''.join([_continued(l) if more else l for l,no,more in zip(w['lines'], low, goes_on) if not no]))
+                if target:
+                    opened[target].write(b''.join([_continued(l) if more else l for l,no,more in zip(w['lines'], low,
+                        goes_on) if not no]))
                 bar.update(min(block.size, total-bar.n))
         if not kept and not validate_only: raise DataError(f"nothing of {', '.join(map(str, files))} is left: " + ('; '.join(f"{v['count']:,} × {k} ({v['examples'][0]})" for k,v in rejected.items()) or 'no rows'))
         made = []

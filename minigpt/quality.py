@@ -312,7 +312,10 @@ def _work(block:Block, format:str|None, near:bool)->dict:
         if '<think>' in r.text or any(m.get('reasoning_content') for m in answers): counted['thinks'] += 1
         for t in role_troubles(messages): _note(found['troubles'], t, block, r)
     lines = np.array([r.line for r in good], np.int64)
-    return dict(found=found, counted=counted, turns=turns, classes=counts.sum(0), lengths=counts.sum(1).astype(np.uint32), keys=keys, lines=lines, read=[(r.read, r.unread) for r in good], terms=score(good, None, counts).astype(np.float32) if good else np.ones((0, len(TERMS)), np.float32), near=band_keys(texts) if near and good else None)
+    return dict(found=found, counted=counted, turns=turns, classes=counts.sum(0),
+        lengths=counts.sum(1).astype(np.uint32), keys=keys, lines=lines, read=[(r.read, r.unread) for r in good],
+        terms=score(good, None, counts).astype(np.float32) if good else np.ones((0, len(TERMS)), np.float32),
+        near=band_keys(texts) if near and good else None)
 
 class _Rows:
     "Good rows of a block, by their place among them; parsed again, as few are asked for."
@@ -320,7 +323,8 @@ class _Rows:
     def __getitem__(self, i:int)->Row:
         if self.block.layout == 'lines' and (self.lines == self.lines[i]).sum() == 1:
             at = self.lines[i]-self.block.numbers[0]
-            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format, self.block.columns) if not r.reason)
+            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format, self.block.columns)
+                if not r.reason)
         if self.all is None: self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 
@@ -372,7 +376,8 @@ def analyze(
                 if len(sample) < SAMPLE: heapq.heappush(sample, (*entry, rows[i]))
                 elif entry[0] > sample[0][0]: heapq.heapreplace(sample, (*entry, rows[i]))
             bar.update(min(block.size, total-bar.n))
-    return Report(_report(files, looks, tables, counted, turns, lengths, quality, classes, near_duplicates, [(name,r) for *_,name,r in sorted(sample, key=lambda s: s[:3])], tokenizer) | dict(read=table, passed_over=passed))
+    return Report(_report(files, looks, tables, counted, turns, lengths, quality, classes, near_duplicates, [(name,r)
+        for *_,name,r in sorted(sample, key=lambda s: s[:3])], tokenizer) | dict(read=table, passed_over=passed))
 
 def _scattered(lines:np.ndarray, block:int)->np.ndarray:
     "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."

@@ -475,7 +475,8 @@ def _describe(data, seq_len:int)->list[str]:
         return [f"{len(lengths):,} lines, a sequence each, {1-np.minimum(lengths, seq_len).sum()/(seq_len*len(lengths)):.1%} padding" + (f'; {cut:,} are longer than max_seq_len={seq_len} and are cut' if cut else '')]
     if not isinstance(data, ChatSet): return []
     lost = data.too_long(seq_len)[1]
-    return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + _long_rows(data, seq_len)]
+    return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share "
+        f"{data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + _long_rows(data, seq_len)]
 
 def _long_rows(data:ChatSet, seq_len:int)->str:
     "What becomes of rows that are longer than a sequence."
@@ -483,7 +484,8 @@ def _long_rows(data:ChatSet, seq_len:int)->str:
     kept = max(0, longer-lost)
     said = f'; {kept-inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if kept > inside else ''
     if inside: said += f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
-    if lost and data.skips: return said + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut' keeps their beginning"
+    if lost and data.skips:
+        return said + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut' keeps their beginning"
     return said + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')
 
 def _given(model):
