@@ -400,12 +400,14 @@ def prepare(
     analyze:Annotated[bool, typer.Option('--analyze', help="report on the result; without --output nothing is written, and the report is on the input")]=False,
     tokenizer:Annotated[Optional[Path], typer.Option(help="which counts the tokens; default: data/tokenizer/, else one trained on the input")]=None,
     on_bad_row:Annotated[str, typer.Option(help="skip or error")]='skip',
+    encoding:Annotated[str, typer.Option(help="of the files, such as gb18030 or koi8-r; default: as each file looks", show_default=False)]='',
+    columns:Annotated[str, typer.Option('--columns', '--map', help="columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out", show_default=False)]='',
     overwrite:Annotated[bool, typer.Option('--overwrite', help="replace an output that exists")]=False,
 ):
     "Validate, clean, bring to length, score, and save."
     from minigpt.prepare import prepare as run, prepare_summary
     typer.echo(prepare_summary(run(input, output, tokenizer, max_seq_len=max_seq_len, format=format, quality_filter=quality_filter, min_quality=min_quality, near_duplicates=near_duplicates, add_special_tokens=add_special_tokens,
-        validate_only=validate_only, analyze=analyze, on_bad_row=on_bad_row, overwrite=overwrite)))
+        validate_only=validate_only, analyze=analyze, on_bad_row=on_bad_row, overwrite=overwrite, encoding=encoding, columns=TrainConfig(columns=columns).column_names)))
 
 @data_app.command('analyze')
 def analyze_(
@@ -414,13 +416,17 @@ def analyze_(
     json:Annotated[Optional[Path], typer.Option(help="write all figures as JSON")]=None,
     tokenizer:Annotated[Optional[Path], typer.Option(help="lengths in tokens as well")]=None,
     near_duplicates:Annotated[bool, typer.Option(help="look for near-duplicates too")]=True,
+    format:Annotated[Optional[str], typer.Option(help="pretrain, conversation, dpo or lines; default: as each row says")]=None,
+    encoding:Annotated[str, typer.Option(help="of the files; default: as each file looks", show_default=False)]='',
+    columns:Annotated[str, typer.Option('--columns', '--map', help="columns under other names, as in prompt=QUESTION,completion=SOLUTION", show_default=False)]='',
 ):
     "What is in a data set: lengths, quality, duplicates, languages, topics, troubles with line numbers."
     from minigpt.files import write_json
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
     _writable(figure, json)
-    report = analyze([locate(s) for s in source], load_tokenizer(tokenizer) if tokenizer else None, near_duplicates)
+    report = analyze([locate(s) for s in source], load_tokenizer(tokenizer) if tokenizer else None, near_duplicates, format,
+        encoding=encoding, columns=TrainConfig(columns=columns).column_names)
     typer.echo(report)
     if figure: report.figure().savefig(figure)
     if json: write_json(json, report.summary())

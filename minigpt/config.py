@@ -20,7 +20,7 @@ _ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epoch
     per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers', early_stopping_patience='early_stopping',
     max_train_samples='max_data_size', max_eval_samples='eval_sequences', max_train_steps='max_steps', num_warmup_steps='warmup_steps', checkpointing_steps='save_steps', # of its scripts
     block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
-    compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers') # MiniMind
+    compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers', map='columns') # MiniMind
 
 _SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}, whose vocabulary is the tokenizer's"
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
@@ -111,7 +111,13 @@ class TrainConfig:
     tokenizer_vocab_size:int = _option(0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus")
     tokenizer_samples:int = _option(100_000, "texts that the tokenizer is trained on, at most")
     line_by_line:bool = _option(False, "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len; otherwise texts follow one another")
-    on_bad_row:str = _option('skip', "refused rows: skip (and count) or error")
+    on_bad_row:str = _option('warn', "refused rows: warn (leave them out, and warn where they are more than a "
+        "tenth), skip (without a warning) or error")
+    long_rows:str = _option('skip',
+        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps their beginning")
+    encoding:str = _option('', "of the data files, such as gb18030 or koi8-r; empty: as each file looks")
+    columns:str = _option('',
+        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out")
     seed:int = _option(0, "decides initial weights, order of the data, dropout")
     device:str = _option('auto', "auto, cpu, cuda, cuda:1, mps")
     devices:int = _option(1, "processes that share each step, each on a GPU of its own; torchrun decides itself")
@@ -139,6 +145,8 @@ class TrainConfig:
             if f.name == 'lr_schedule' and v == 'constant_with_warmup': object.__setattr__(self, f.name, 'constant') # as any schedule here has
             elif f.name == 'precision' and (short := dict(bfloat16='bf16', float16='fp16', float32='fp32').get(v)): object.__setattr__(self, f.name, short)
             elif f.name == 'enable_compile' and (word := {'1':'yes', 'true':'yes', '0':'no', 'false':'no'}.get(str(v).lower())): object.__setattr__(self, f.name, word)
+            elif f.name == 'columns' and isinstance(v, dict):
+                object.__setattr__(self, f.name, ','.join(f'{new}={old}' for new,old in v.items()))
             elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
             elif f.name == 'early_stopping' and isinstance(v, bool): object.__setattr__(self, f.name, PATIENCE*v)
             elif f.name == 'max_steps' and v == -1: object.__setattr__(self, f.name, 0) # as the Trainer says it
@@ -150,6 +158,8 @@ class TrainConfig:
         for n in ('batch_size','gradient_accumulation','max_seq_len','devices','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
         for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
         if self.gdrive_backup_dir.startswith('~'): object.__setattr__(self, 'gdrive_backup_dir', str(at_home(self.gdrive_backup_dir)))
+        must('columns', all('=' in pair for pair in self.columns.split(',') if pair.strip()),
+            "NAME=COLUMN, with commas between: the name that is known here, and the column's own")
         must('seed', -1<<63 <= self.seed < 1<<63, 'a whole number of 64 bits')
         must('num_threads', self.num_threads <= 1024, 'at most 1024; 0: one a core')
         must('epochs', 0 < self.epochs < 1e9 or self.max_steps, 'above 0 and below a billion; to train until you stop it, give max_steps')
@@ -164,10 +174,16 @@ class TrainConfig:
         must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
         for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
         for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), lr_extend=('stretch','continue'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
-                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('skip','error'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(c or "''" for c in choice))
+                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('warn','skip','error'), long_rows=('skip','cut'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(c or "''" for c in choice))
 
     @property
     def effective_batch(self)->int: "Sequences of an optimizer step."; return self.batch_size*self.gradient_accumulation
+
+    @property
+    def column_names(self)->dict[str,str]|None:
+        "`columns`, as `read_blocks` takes them."
+        return ({new.strip():old.strip() for new,_,old in (pair.partition('=') for pair in self.columns.split(',')
+            if pair.strip())} or None)
 
     def to_dict(self)->dict: "JSON-able."; return asdict(self)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 import numpy as np
-from .files import open_new, write_file
+from .files import at_home, open_new, write_file
 
 # %% ../nbs/04_corpus.ipynb #84690096
 def pick(r:Random, pool:list):
@@ -563,7 +563,7 @@ def write_corpus(
     language:str='mixed', # `en`, `zh` or `mixed`
 )->Path: # `path`
     "Write stories up to a size. Same arguments, same bytes; the file appears when it is whole."
-    path = Path(path)
+    path = at_home(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp,room = path.with_name(f'.{path.name}.tmp'), megabytes*1e6
     with open_new(tmp, -1) as f:
@@ -619,7 +619,8 @@ def write_talks(
     seed:int=0,
 )->Path: # `path`
     "Write conversations. Same arguments, same bytes; the file appears when it is whole."
-    return write_file(path, ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n' for i in range(n)))
+    return write_file(at_home(path), ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n'
+        for i in range(n)))
 
 # %% ../nbs/04_corpus.ipynb #105e8845
 _SKIES = ['sun','rain','wind','clouds'],['晴','有雨','有风','多云']
@@ -739,7 +740,8 @@ def call(
     return messages
 
 # %% ../nbs/04_corpus.ipynb #6f116bd9
-def _write_rows(path, rows): return write_file(path, ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
+def _write_rows(path, rows):
+    return write_file(at_home(path), ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
 
 def turns(messages:list[dict])->list[list[dict]]:
     "The questions of a conversation, each with all that follows it until the next; without a system message."

@@ -4,26 +4,30 @@
 
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'LineSet', 'PairSet', 'curriculum', 'Mixture',
-           'count_refused', 'refusals', 'check_text', 'no_text', 'source_facts', 'build_tokenset', 'open_tokenset',
-           'open_set', 'loader', 'check_size', 'spread_over']
+           'count_refused', 'refusals', 'check_text', 'no_text', 'lost_rows', 'source_facts', 'read_again',
+           'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
 import contextlib, copy, io, json, os, signal
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, count, takewhile
 from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
-from .files import hash_bytes, hash_file, hidden, new_dir, open_new, read_json, spread, write_all, write_json
-from .formats import Block, DataError, Row, data_files, look_at, open_data, parse_block, read_blocks
+from .files import at_home, hash_bytes, hash_file, hidden, new_dir, open_new, read_json, spread, write_all, write_json
+from .formats import Block, DataError, Row, count_read, data_files, look_at, no_tables, open_data, parse_block, read_blocks, read_table, reading
 from .tokenizer import Tokenizer
 
 # %% ../nbs/04_data.ipynb #ba6e956f
-def read_rows(files:Iterable[Path])->Iterator[Row]:
+def read_rows(
+    files:Iterable[Path],
+    **how, # encoding, columns: as for `read_blocks`
+)->Iterator[Row]:
     "Every good row of some files, from the first to the last; refused ones are passed over."
-    return (row for f in files for block in read_blocks(f) for row in parse_block(block) if not row.reason)
+    return (row for f in files for block in read_blocks(f, **how) for row in parse_block(block) if not row.reason)
 
 # %% ../nbs/04_data.ipynb #43427a10
 def _learned_from(row:Row)->str:
@@ -33,11 +37,16 @@ def _learned_from(row:Row)->str:
 def sample_texts(
     files:list[Path], # Data files
     max_bytes:int=32<<20, # Of the sample, over all files
+    encoding:str='', # As for `read_blocks`
+    columns:dict[str,str]|None=None, # As for `read_blocks`
 )->Iterator[str]:
     "Texts from places spread evenly over the files, in order."
     total,piece = sum(f.stat().st_size for f in files),1<<16
-    looks = [look_at(f) for f in files]
-    if total <= max_bytes or any(l.packed or l.encoding != 'utf-8' or l.newline == 'CR' or l.layout == 'objects' for l in looks): yield from map(_learned_from, read_rows(files)); return
+    looks = [look_at(f, encoding) for f in files]
+    if total <= max_bytes or any(l.packed or l.encoding != 'utf-8' or l.newline == 'CR' or l.layout in ('objects',
+            'inside') for l in looks):
+        yield from map(_learned_from, read_rows(files, encoding=encoding, columns=columns))
+        return
     for f,look in zip(files, looks):
         size = f.stat().st_size
         n = max(1, round(max_bytes*size/total/piece))
@@ -45,7 +54,9 @@ def sample_texts(
             for i in range(n):
                 file.seek(size*i//n)
                 if i: file.readline()
-                if lines := file.readlines(piece): yield from (_learned_from(row) for row in parse_block(Block(f, range(1, len(lines)+1), lines, False, look.layout)) if not row.reason)
+                if lines := file.readlines(piece):
+                    yield from (_learned_from(row) for row in parse_block(Block(f, range(1, len(lines)+1), lines,
+                        False, look.layout, columns)) if not row.reason)
 
 # %% ../nbs/04_data.ipynb #fa661689
 class TokenSet:
@@ -208,18 +219,35 @@ class ChatSet(TokenSet):
     def lengths(self)->np.ndarray: "(n,) positions that each row takes."; return np.diff(self.starts)-1
 
     def teaches(self, seq_len:int)->np.ndarray:
-        "(n,) bool: is anything of the row learned, when it is cut to `seq_len`?"
-        long = np.flatnonzero(np.diff(self.starts)-1 > seq_len)
+        "(n,) bool: is anything of the row learned, when it is cut to `seq_len`? Where long rows are left out: does an answer end within it?"
         out = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0 if len(self) else np.ones(0, bool)
-        for i in long: out[i] = self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any()
+        for i in np.flatnonzero(np.diff(self.starts)-1 > seq_len):
+            out[i] = (self._last_end(i, seq_len) >= 0 if self.skips
+                else self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any())
         return out
+
+    @property
+    def skips(self)->bool:
+        "Are rows left out that would be cut inside an answer? Sets of older versions do not say so, and cut them."
+        return self.meta.get('long_rows') == 'skip'
+
+    def _last_end(self, i:int, seq_len:int)->int:
+        "The token that ends the last answer within `seq_len`, counted from the beginning of the row; -1: none does."
+        learned = self.mask[self.starts[i]:min(self.starts[i]+seq_len+2, self.starts[i+1])]
+        ends = np.flatnonzero(learned[:-1] & ~learned[1:])
+        return int(ends[-1]) if len(ends) else -1
+
+    def cut_inside(self, seq_len:int)->int:
+        "Rows that are cut before their first answer ends."
+        return (0 if self.skips else sum(self._last_end(i, seq_len) < 0
+            for i in np.flatnonzero((np.diff(self.starts)-1 > seq_len) & ChatSet.teaches(self, seq_len))))
 
     def packs(self,
         seq_len:int, # Positions of a sequence
     )->tuple[np.ndarray,np.ndarray]: # As `pack`; a row of which nothing would be learned is in none
         "Which rows share a sequence."
         if seq_len not in self._packs:
-            n,file = len(self.lengths()),self.path/f'packs-{seq_len}.npy' if self.difficulty is None else None
+            n,file = len(self.lengths()),self.path/f"packs-{seq_len}{'-whole'*self.skips}.npy" if self.difficulty is None else None
             if (kept := _kept(file, self.fingerprint)) is not None: rows,starts = np.split(kept, [n])
             else:
                 rows,starts = self._pack(seq_len)
@@ -258,9 +286,8 @@ class ChatSet(TokenSet):
         "One conversation."
         a,b = int(self.starts[i]),int(self.starts[i+1])
         if b-a-1 > seq_len: # cut behind the last answer that fits
-            learned = self.mask[a:a+seq_len+2]
-            ends = np.flatnonzero(learned[:-1] & ~learned[1:])
-            b = a + (int(ends[-1])+1 if len(ends) else seq_len+1)
+            end = self._last_end(i, seq_len)
+            b = a + (end+1 if end >= 0 else seq_len+1)
         tokens = self.tokens[a:b].astype(np.int64)
         return tokens[:-1],np.where(self.mask[a+1:b], tokens[1:], -100)
 
@@ -283,7 +310,7 @@ class ChatSet(TokenSet):
         return 1-np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum()/(seq_len*max(1, self.n_windows(seq_len)))
 
     def too_long(self, seq_len:int)->tuple[int,int]:
-        "Rows that are cut; rows left out, because no answer would be left of them."
+        "Rows that are longer; rows left out, because no answer would be left of them."
         return int((self.lengths() > seq_len).sum()),int((~self.teaches(seq_len)).sum())
 
 def _digest(body:bytes, key:str)->bytes: return xxhash.xxh3_128_digest(key.encode()+body)
@@ -332,8 +359,13 @@ class PairSet(ChatSet):
     reference = None # (rows,) float32, log-probability of each answer under the model that training began with: of `minigpt.dpo.add_reference`
     def lengths(self)->np.ndarray: "(n,) positions that each pair takes: those of its longer side."; return (np.diff(self.starts)-1).reshape(-1, 2).max(1)
     def teaches(self, seq_len:int)->np.ndarray:
-        "(n,) bool: is anything learned of both sides?"
-        return super().teaches(seq_len).reshape(-1, 2).all(1)
+        "(n,) bool: is anything learned of both sides? A pair of which both sides are the same once they are cut teaches nothing; where long rows are left out, both must be whole."
+        out,long = super().teaches(seq_len).reshape(-1, 2).all(1),self.lengths() > seq_len
+        if self.skips: return out & ~long
+        if 'long_rows' in self.meta: # sets of older versions train on them
+            for i in np.flatnonzero(out & long):
+                out[i] = not np.array_equal(self.row(2*i, seq_len)[0], self.row(2*i+1, seq_len)[0])
+        return out
     def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
         "Packed pairs, (n, seq_len) int64 each; `reference`, float32, stands at the first position of each answer."
         packs = [self.rows_of(int(i), seq_len) for i in index]
@@ -466,19 +498,37 @@ def refusals(
 def check_text(
     files:list[Path], # Data files
     format:str|None=None, # As for `parse_row`
+    **how, # encoding, columns: as for `read_blocks`
 ):
     "A `DataError` with all reasons, if not one row can be used."
-    if any(True for f in files for b in read_blocks(f) for r in parse_block(b, format) if not r.reason): return
+    no_tables(files, format)
+    if any(True for f in files for b in read_blocks(f, **how) for r in parse_block(b, format) if not r.reason): return
     refused = {}
-    for b in (b for f in files for b in read_blocks(f)): count_refused(refused, b, parse_block(b, format))
+    for b in (b for f in files for b in read_blocks(f, **how)): count_refused(refused, b, parse_block(b, format))
     raise no_text(files, refused)
 
 def no_text(files:list[Path], refused:dict)->DataError:
     "The error for files in which nothing can be used."
     why = f"rows refused: {refusals(refused)}" if refused else "it is blank, or data_subset leaves nothing of it"
     if any(k.startswith(('broken JSON', 'no "')) for k in refused):
-        why += f'. A row of a .jsonl file is {{"text": "…"}}, or {{"conversations": [{{"role": "user", "content": "…"}}, {{"role": "assistant", "content": "…"}}]}}; a plain text must be named as one, {files[0].stem}.txt'
+        why += '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+    if 'broken JSON' in refused and not any(_begins(f, (b'{', b'[')) for f in files):
+        why += f'; a plain text must be named as one, {files[0].stem}.txt'
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
+
+def _begins(file:Path, marks:tuple[bytes,...])->bool:
+    with open_data(file) as f: return f.read(1<<12).lstrip().startswith(marks)
+
+# %% ../nbs/04_data.ipynb #5b1c0b02
+def lost_rows(
+    refused:dict, # Of `count_refused`
+    good:int, # Rows that were not refused
+)->str|None:
+    "A warning, where more than a tenth of the rows were refused."
+    lost = sum(v['count'] for v in refused.values())
+    return (f"WARNING: {lost:,} of {lost+good:,} rows are not learned, more than a tenth. Mend them, or say that "
+        f"they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused: {refusals(refused)}"
+        if lost > .1*(lost+good) else None)
 
 # %% ../nbs/04_data.ipynb #f005140e
 def _below(text:str, share:float, salt:int)->bool:
@@ -496,36 +546,71 @@ def _encode_pairs(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np
     sides = iter(np.split(learn, lengths.cumsum()[:-1]))
     for r in rows:
         same = next((i for i,(a,b) in enumerate(zip(r.messages, r.rejected)) if a != b), min(len(r.messages), len(r.rejected)))
-        for _ in range(2): _learn_behind(next(sides), sum(m['role'] == 'assistant' for m in r.messages[:same]))
+        for side in r.messages,r.rejected:
+            mine,known = next(sides),sum(m['role'] == 'assistant' for m in r.messages[:same])
+            if any(m.get('weight') == 0 for m in side):
+                _unlearn([[{**m, 'weight':0} if i < same else m for i,m in enumerate(side)]], mine,
+                    np.array([len(mine)]))
+            else: _learn_behind(mine, known)
     return ids,learn,lengths
 
 def _learn_behind(learn:np.ndarray, n:int):
     "Not the first `n` answers."
     if n: learn[:np.flatnonzero(learn[:-1] & ~learn[1:])[n-1]+1] = False
 
+def _encode_talks(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np.ndarray]:
+    "Conversations; an answer whose weight is 0 is not learned."
+    ids,learn,lengths = tok.encode_chats([(r.messages, None) for r in rows])
+    _unlearn([r.messages for r in rows], learn, lengths)
+    return ids,learn,lengths
+
+def _unlearn(sides:list[list[dict]], learn:np.ndarray, lengths:np.ndarray):
+    "Take the answers whose weight is 0 out of what is learned."
+    ends = lengths.cumsum()
+    for messages,a,b in zip(sides, ends-lengths, ends):
+        which = [k for k,m in enumerate(m for m in messages if m['role'] == 'assistant') if m.get('weight') == 0]
+        if not which: continue
+        mine = learn[a:b]
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.view(np.int8), [0]])))
+        for k in which: mine[edges[2*k]:edges[2*k+1]] = False
+
 @dataclass
 class _Encoded:
     "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
-    ids:np.ndarray; learn:np.ndarray|None; lengths:np.ndarray; held_out:np.ndarray; lines:list[int]; refused:list[Row]; mended:list[Row]
+    ids:np.ndarray
+    learn:np.ndarray|None
+    lengths:np.ndarray
+    held_out:np.ndarray
+    lines:list[int]
+    refused:list[Row]
+    mended:list[Row]
+    read:list[tuple[str,tuple[str,...]]]
+    n_good:int
     def first(self, n:int)->'_Encoded':
         "The block up to its n-th good row."
         if n >= len(self.lengths): return self
         end,last = int(self.lengths[:n].sum()),self.lines[n-1] if n else 0
-        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n], self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended if r.line <= last])
+        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n],
+            self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended
+            if r.line <= last], self.read[:n], n)
 
 def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
-    good,held_out,bad,mended = [],[],[],[]
+    good,held_out,bad,mended,kinds,n_good = [],[],[],[],{},0
     for row in parse_block(block, how.get('format')):
         if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the data begin with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
+        n_good += 1
         if row.mended: mended.append(row)
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
         good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
     n = 1 + (kind == 'preference')
-    ids,learn,lengths = _encode_pairs(good, tok) if kind == 'preference' else tok.encode_chats([(r.messages, None) for r in good]) if kind == 'conversation' else _encode_texts(good, tok)
-    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good for _ in range(n)], bad, mended)
+    ids,learn,lengths = (_encode_pairs(good, tok) if kind == 'preference' else _encode_talks(good, tok)
+        if kind == 'conversation' else _encode_texts(good, tok))
+    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good
+        for _ in range(n)], bad, mended, [kinds.setdefault(k := (r.read, r.unread), k) for r in good
+        for _ in range(n)], n_good)
 
 class _Writer:
     "One side of a token set while it is being written."
@@ -566,12 +651,22 @@ def _not_ours(out:Path)->list[str]:
     if not out.is_dir(): return [out.name]*os.path.lexists(out)
     return sorted(p.name for p in out.iterdir() if p.name not in _LITTER and not (p.name in ('train','valid','none') and _meta(p)))
 
+def read_again(
+    meta:dict, # Of a token set
+    on_bad_row:str='warn', # As for `build_tokenset`
+)->list[str]:
+    "What is said of a token set when it is built, and each time it is used again: what was read, and what was refused."
+    refused = meta.get('refused') or {}
+    warning = lost_rows(refused, meta['n_good']) if on_bad_row == 'warn' and 'n_good' in meta else None
+    return [*reading(meta.get('read') or {}), *([warning] if warning else [f'rows refused: {refusals(refused)}']
+        if refused else [])]
+
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
     tok:Tokenizer, # Its ids
     out:str|Path, # Folder to appear, with `train/` and `valid/` in it
     validation_split:float=0.05, # Share of the texts held out, 0 to below 1
-    on_bad_row:str='skip', # `skip` counts refused rows and reports them; `error` stops at the first
+    on_bad_row:str='warn', # `warn` counts refused rows, reports them, and warns where they are more than a tenth; `skip` does not warn; `error` stops at the first
     threads:int|None=None, # Workers; default: one a core
     progress:bool=True, # Show a progress bar on files above 8 MB?
     data_subset:float=1., # Share of the rows that is used, above 0
@@ -579,37 +674,52 @@ def build_tokenset(
     format:str|None=None, # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
     say:Callable[[str],None]|None=None, # Told of refused and mended rows; default: a line on the screen, if `progress`
     keep:bool=False, # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
+    encoding:str='', # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
+    columns:dict[str,str]|None=None, # The name that is known here → the rows' own, as in {'prompt': 'question_text'}; '' leaves a column out
+    long_rows:str|None='skip', # Conversations in which no answer ends within `max_seq_len`: `skip` leaves them out, `cut` keeps their beginning. It does not change the tokens
 )->tuple[TokenSet,TokenSet|None]: # Training and validation set; None where too little was held out
     "Tokenize files once; an `out` that was built from the same content in the same way is used again."
     if not 0 <= validation_split < 1: raise ValueError(f"validation_split={validation_split} must be at least 0 and below 1: it is a share of the texts")
     if not 0 < data_subset <= 1: raise ValueError(f"data_subset={data_subset} must be above 0 and at most 1: it is a share of the rows")
     if max_data_size < 0: raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
-    if on_bad_row not in ('skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
-    out,files = Path(out),data_files(source)
+    if on_bad_row not in ('warn','skip','error'):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
+    if long_rows not in ('skip','cut',None): raise ValueError(f"long_rows={long_rows!r} must be 'skip' or 'cut'")
+    say = say or (tqdm.write if progress else lambda message: None)
+    out,files = at_home(out),data_files(source, say, encoding)
+    no_tables(files, format)
     if os.path.lexists(out.parent) and not out.parent.is_dir(): raise FileExistsError(f"{out.parent} is no folder, and tokens are to appear in one of that name; move it away, or name another output_dir")
-    how = dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1), ('max_data_size', max_data_size, 0), ('format', format, None)) if v != usual}
+    how = (dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1),
+        ('max_data_size', max_data_size, 0), ('format', format, None), ('encoding', encoding, ''), ('columns', columns
+        or None, None)) if v != usual})
     same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
     facts = dict(sources=(), tokenizer=tok.hash, options=how)
     beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
     for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
         old = _meta(place/'train')
         facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
-        if old and same(old) == same(facts):
+        if old and same(old) == same(facts) and old.get('long_rows', long_rows) == long_rows:
             if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
+            for line in read_again(old, on_bad_row): say(line)
             return open_tokenset(place)
     if keep: out = next(p for p in chain([out], beside()) if not _meta(p/'train') and not _not_ours(p))
     elif others := _not_ours(out): raise FileExistsError(f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is overwritten; name another folder")
     total,threads = sum(s['size'] for s in facts['sources']),threads or os.cpu_count() or 1
-    refused,mended,rows = {},{},0
-    kind = next((row.kind for f in files for b in read_blocks(f, 1<<16) for row in parse_block(b, format) if not row.reason), 'text')
+    refused,mended,rows,n_good = {},{},0,0
+    looks = {f:look_at(f, encoding) for f in files}
+    table = read_table(looks)
+    kind = next((row.kind for f in files for b in read_blocks(f, 1<<16, looks[f], columns=columns)
+        for row in parse_block(b, format) if not row.reason), 'text')
     facts['kind'] = kind
     with (new_dir(out, replace=True) as d,
           tqdm(total=total, unit='B', unit_scale=True, desc='tokenizing', disable=not progress or total < 8e6, leave=False) as bar):
         sides,sides_of_row = [_Writer(d/n, tok.dtype, kind != 'text') for n in ('train','valid')],1 + (kind == 'preference')
-        blocks = (b for f in files for b in read_blocks(f))
+        blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
         for block,e in spread(lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6):
             if max_data_size: e = e.first((max_data_size-rows)*sides_of_row)
             rows += len(e.lengths)//sides_of_row
+            n_good += e.n_good
+            count_read(table, block.path, e.read[::sides_of_row])
             for side,mine in enumerate((~e.held_out, e.held_out)):
                 if mine.all(): sides[side].add(e.ids, e.learn, e.lengths)
                 elif mine.any(): tokens = np.repeat(mine, e.lengths); sides[side].add(e.ids[tokens], e.learn if e.learn is None else e.learn[tokens], e.lengths[mine])
@@ -619,11 +729,12 @@ def build_tokenset(
             bar.update(block.size)
             if max_data_size and rows >= max_data_size: break
         if not sides[0].n + sides[1].n: raise no_text(files, refused)
-        for side in sides: side.close(refused=refused, mended=mended, **facts)
+        for side in sides:
+            side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows)
+                if long_rows and kind != 'text' else {}), **facts)
         if not sides[0].n: # the only texts there are were all held out: they are what to train on
             for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
-    say = say or (tqdm.write if progress else lambda message: None)
-    if refused: say(f'rows refused: {refusals(refused)}')
+    for line in read_again(_meta(out/'train'), on_bad_row): say(line)
     if mended: say(f'rows mended: {refusals(mended)}')
     return open_tokenset(out)
 
@@ -631,14 +742,14 @@ def open_tokenset(
     path:str|Path, # Folder that `build_tokenset` made
 )->tuple[TokenSet,TokenSet|None]: # Training set; validation set, or None if it is too small to say anything
     "The two sides of a token set."
-    train,valid = open_set(Path(path)/'train'),open_set(Path(path)/'valid')
+    train,valid = open_set(at_home(path)/'train'),open_set(at_home(path)/'valid')
     return train,valid if len(valid) > 1 else None
 
 def open_set(
     path:str|Path, # Folder with tokens.bin and meta.json
 )->TokenSet: # A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet` where it was built with `format='lines'`
     "One side of a token set."
-    path = Path(path)
+    path = at_home(path)
     if not (path/'mask.bin').exists(): return (LineSet if read_json(path/'meta.json').get('options', {}).get('format') == 'lines' else TokenSet)(path)
     return (PairSet if read_json(path/'meta.json').get('kind') == 'preference' else ChatSet)(path)
 
@@ -667,6 +778,13 @@ def loader(
         generator=torch.Generator(), worker_init_fn=_ignore_sigint, prefetch_factor=4 if workers else None)
 
 # %% ../nbs/04_data.ipynb #1c338402
+def _how_long(data)->str:
+    "The lengths of the conversations of a set."
+    n = np.concatenate([d.lengths() if isinstance(d, ChatSet) else np.diff(d.row_starts())
+        for d in getattr(data, 'sets', [data])] or [np.zeros(1, int)])
+    if not len(n): return 'there are none'
+    return f'the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or more'
+
 def check_size(
     data:TokenSet, # To be trained on
     batch_size:int, # Sequences of the effective batch
@@ -674,11 +792,17 @@ def check_size(
 ):
     "A `DataError` if there is not enough for one step."
     for d in getattr(data, 'sets', ()):
-        if not d.n_windows(seq_len): raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row of it is too long to be learned from; raise max_seq_len, or leave it out")
+        if not d.n_windows(seq_len):
+            raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row "
+                f"of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or leave it out")
     windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
     if windows < batch_size:
         lost = sum(d.too_long(seq_len)[1] for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet))
-        if lost: raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len ends before the first answer begins. Raise max_seq_len, add rows, or lower batch_size")
+        if lost:
+            raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and "
+                f"one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len "
+                f"ends before the first answer does ({_how_long(data)}). Raise max_seq_len, add rows, or lower "
+                f"batch_size; long_rows='cut' keeps the beginning of long rows")
         lost = '; '.join(refusals(r).replace('\n', '; ') for d in getattr(data, 'sets', [data]) if (r := getattr(d, 'meta', {}).get('refused')))
         raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size" + (f". Rows refused: {lost}" if lost else ''))
 

@@ -18,12 +18,13 @@ import numpy as np, orjson, xxhash, zstandard
 from tqdm.auto import tqdm
 from .files import human_size, spread
 from .picture import figure
-from .formats import Block, Row, data_files, look_at, parse_block, parse_row, read_blocks
+from .formats import Block, Row, count_read, data_files, look_at, no_tables, parse_block, parse_row, read_blocks, read_table, reading
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/03_quality.ipynb #377a074d
 _CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]')
 _MOJIBAKE = re.compile('[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2122]') # a first byte of UTF-8 and another, as latin-1 or Windows-1252 show them
+_BLANK_LINES = re.compile(r'(?:[ \t\u3000]*\n)*')
 _LINE_END,_EMPTY = re.compile(r'[ \t\u3000]+$', re.M),re.compile(r'\n{4,}')
 
 def has_mojibake(text:str)->bool:
@@ -36,6 +37,11 @@ def _ftfy():
     try: import ftfy, ftfy.badness
     except ImportError: raise ImportError("cleaning and analysing data needs ftfy; install it with: pip install 'minigpt-notebook[data]'") from None
     return ftfy
+
+def _without_margins(text:str)->str:
+    "Without blank lines in front and white space behind; the first line of several keeps its indentation, which code needs."
+    body = text[_BLANK_LINES.match(text).end():].rstrip()
+    return body if '\n' in body and body.startswith(('  ','\t')) else body.lstrip()
 
 def clean(
     text:str,
@@ -51,7 +57,7 @@ def clean(
     if not unicodedata.is_normalized('NFC', text): become(unicodedata.normalize('NFC', text), 'unicode form')
     if _CONTROL.search(text): become(_CONTROL.sub('', text), 'control characters')
     if any(x in text for x in (' \n','\t\n','\u3000\n','\n\n\n\n')): become(_EMPTY.sub('\n\n\n', _LINE_END.sub('', text)), 'white space')
-    become(text.strip(), 'white space')
+    become(_without_margins(text), 'white space')
     return text
 
 # %% ../nbs/03_quality.ipynb #8f305ae5
@@ -227,6 +233,7 @@ class Report(dict):
         t = r['length_distribution'].get('tokens')
         q = r['length_distribution']['characters']
         out = [('files', '; '.join(f"{f['name']} ({human_size(f['size'])}; {f['look']})" for f in r['files'])),
+            *(('read' if i == 0 else '', line) for i,line in enumerate([*reading(r.get('read', {})), *r.get('passed_over', ())])),
             ('rows', f"{r['total_samples']:,} good ({', '.join(f'{n:,} {k}s' for k,n in r['kinds'].items())}), {sum(v['count'] for v in r['format_errors'].values()):,} refused"),
             ('length', f"{r['average_length']:,.0f} characters on average; half have {q['25%']:,.0f} to {q['75%']:,.0f}, the longest {q['max']:,}"),
             *([('', f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to {t['75%']:,.0f}, the longest {t['max']:,} ({t['sample']:,} rows sampled)")] if t else []),
@@ -305,7 +312,10 @@ def _work(block:Block, format:str|None, near:bool)->dict:
         if '<think>' in r.text or any(m.get('reasoning_content') for m in answers): counted['thinks'] += 1
         for t in role_troubles(messages): _note(found['troubles'], t, block, r)
     lines = np.array([r.line for r in good], np.int64)
-    return dict(found=found, counted=counted, turns=turns, classes=counts.sum(0), lengths=counts.sum(1).astype(np.uint32), keys=keys, lines=lines, terms=score(good, None, counts).astype(np.float32) if good else np.ones((0, len(TERMS)), np.float32), near=band_keys(texts) if near and good else None)
+    return dict(found=found, counted=counted, turns=turns, classes=counts.sum(0),
+        lengths=counts.sum(1).astype(np.uint32), keys=keys, lines=lines, read=[(r.read, r.unread) for r in good],
+        terms=score(good, None, counts).astype(np.float32) if good else np.ones((0, len(TERMS)), np.float32),
+        near=band_keys(texts) if near and good else None)
 
 class _Rows:
     "Good rows of a block, by their place among them; parsed again, as few are asked for."
@@ -313,7 +323,8 @@ class _Rows:
     def __getitem__(self, i:int)->Row:
         if self.block.layout == 'lines' and (self.lines == self.lines[i]).sum() == 1:
             at = self.lines[i]-self.block.numbers[0]
-            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format) if not r.reason)
+            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format, self.block.columns)
+                if not r.reason)
         if self.all is None: self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 
@@ -324,20 +335,26 @@ def analyze(
     format:str|None=None, # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
     threads:int|None=None, # Workers; default: one a core
     progress:bool=True, # Show a progress bar on files above 8 MB?
+    encoding:str='', # As for `look_at`
+    columns:dict[str,str]|None=None, # As for `parse_row`
 )->Report:
     "Read a data set once, and say what is in it."
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
     if near_duplicates: _rensa()
     _ftfy()
-    files,threads = data_files(source),threads or os.cpu_count() or 1
-    looks,total = [look_at(f) for f in files],sum(f.stat().st_size for f in files)
+    passed = []
+    files,threads = data_files(source, passed.append, encoding),threads or os.cpu_count() or 1
+    no_tables(files, format)
+    looks,total = [look_at(f, encoding) for f in files],sum(f.stat().st_size for f in files)
+    table = read_table(dict(zip(files, looks)))
     tables,counted,turns = dict(format_errors={}, mended={}, encoding_issues={}, troubles={}),Counter(),Counter()
     lengths,quality,classes = [],[],np.zeros(len(CLASSES), np.int64)
     exact,bands = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)]
     sample = [] # a heap of the rows with the smallest numbers
-    blocks = (b for f,look in zip(files, looks) for b in read_blocks(f, look=look))
+    blocks = (b for f,look in zip(files, looks) for b in read_blocks(f, look=look, columns=columns))
     with tqdm(total=total, unit='B', unit_scale=True, desc='analyzing', disable=not progress or total < 8e6, leave=False) as bar:
         for block,w in spread(lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6):
+            count_read(table, block.path, w['read'])
             _add(tables, w['found']); counted += w['counted']; turns += w['turns']; classes += w['classes']; lengths.append(w['lengths'])
             keys,terms,rows = w['keys'],w['terms'],_Rows(block, format, w['lines'])
             twice = exact.add(keys)
@@ -359,7 +376,8 @@ def analyze(
                 if len(sample) < SAMPLE: heapq.heappush(sample, (*entry, rows[i]))
                 elif entry[0] > sample[0][0]: heapq.heapreplace(sample, (*entry, rows[i]))
             bar.update(min(block.size, total-bar.n))
-    return _report(files, looks, tables, counted, turns, lengths, quality, classes, near_duplicates, [(name,r) for *_,name,r in sorted(sample, key=lambda s: s[:3])], tokenizer)
+    return Report(_report(files, looks, tables, counted, turns, lengths, quality, classes, near_duplicates, [(name,r)
+        for *_,name,r in sorted(sample, key=lambda s: s[:3])], tokenizer) | dict(read=table, passed_over=passed))
 
 def _scattered(lines:np.ndarray, block:int)->np.ndarray:
     "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."

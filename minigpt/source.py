@@ -16,7 +16,7 @@ import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .checkpoint import stores_in
-from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
+from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, read_again, sample_texts, source_facts
 from .files import at_home, in_folder, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, find_dataset, find_file, get_dataset_config, locate, mix
@@ -67,6 +67,7 @@ def source_files(
     source, # A path, a list of paths, the name of a registered data set, its `DatasetConfig`, or a built-in corpus
     folder:Path, # The run's, where a built-in corpus is written
     decided:dict[str,str]|None=None, # As for `meaning`
+    **how, # say, encoding: as for `data_files`
 )->tuple[list[Path],str|None]: # Files, and their format where it is known
     "The files to read. What a registered set lacks is fetched."
     if meaning(source, decided, folder) == CORPUS:
@@ -76,8 +77,8 @@ def source_files(
     if named := _named(source, decided, folder):
         made = dataset(named.name) if not isinstance(source, DatasetConfig) else source
         if made.missing: made = dataset(made.name)
-        return data_files(made.data_path),made.format_type
-    return data_files(_located(source)),None
+        return data_files(made.data_path, **how),made.format_type
+    return data_files(_located(source), **how),None
 
 def _located(source):
     "Paths, bare file names found in the data folders."
@@ -185,12 +186,15 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tupl
     "The run's token set, if `source` is still what it was built from."
     train,valid = open_tokenset(place)
     was = train.meta
-    for k,usual in dict(data_subset=1., max_data_size=0).items():
+    for k,usual in dict(data_subset=1., max_data_size=0, encoding='').items():
         if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
+    if (old := was['options'].get('columns')) != cfg.column_names: refuse(folder, 'columns', old, cfg.column_names)
+    if (old := was.get('long_rows', cfg.long_rows)) != cfg.long_rows: refuse(folder, 'long_rows', old, cfg.long_rows)
+    for line in read_again(was, cfg.on_bad_row): say(line)
     if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
     if 'validation_split' not in override and was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
     if meaning(source, decided, folder) == CORPUS and was['sources'][0]['path'].replace('\\', '/').endswith(f'data-source/{source}.jsonl') and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
-    try: now = source_facts(data_files(named.data_path) if (named := _named(source, decided, folder)) else source_files(source, folder, decided)[0], was['sources'])
+    try: now = source_facts(data_files(named.data_path) if (named := _named(source, decided, folder)) else source_files(source, folder, decided, encoding=cfg.encoding)[0], was['sources'])
     except (FileNotFoundError, ValueError) as e:
         if isinstance(e, DataError): raise
         say(f"{getattr(source, 'name', source)} is not here any more: training goes on with the token set in {place}"); return train,valid
@@ -201,8 +205,10 @@ def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tupl
 # %% ../nbs/12_source.ipynb #b3dc7c58
 def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
     say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
-    check_text(files)
-    tok = train_tokenizer(sample_texts(files), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples, marks=cfg.special_tokens.split())
+    how = dict(encoding=cfg.encoding, columns=cfg.column_names)
+    check_text(files, 'lines' if cfg.line_by_line else None, **how)
+    tok = train_tokenizer(sample_texts(files, **how), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples,
+        marks=cfg.special_tokens.split())
     say(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
 
@@ -250,17 +256,34 @@ def _damage(place:Path)->str|None:
 
 def _rebuild(place:Path, wrong:str, say): say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
 
+def _how_read(known:dict|None, cfg:TrainConfig)->dict:
+    "Options of `build_tokenset`. A run of an older version cuts long rows, and goes on doing so."
+    return dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows if not known
+        or 'long_rows' in known['train'] else None)
+
 def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say, decided:dict[str,str])->TokenSet:
     "A validation set of the caller's own."
     if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
     place = folder/(token_places(known)['valid'] or 'data-valid')
-    try: files,form = source_files(valid, folder, decided)
+    try: files,form = source_files(valid, folder, decided, say=say, encoding=cfg.encoding)
     except (FileNotFoundError, ValueError):
         if not known or not (place/'train'/'meta.json').exists(): raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
     if known and (wrong := _damage(place)): _rebuild(place, wrong, say)
-    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, say=say, keep=True)[0]
+    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines'
+        if cfg.line_by_line else form, say=say, keep=True, **_how_read(known, cfg))[0]
+
+def _same_options(source:TokenSet|Mixture, cfg:TrainConfig):
+    "A `ValueError` for an option that only counts where files are read, and that the token set was not built with."
+    for d in getattr(source, 'sets', [source]):
+        built = dict(encoding=d.meta['options'].get('encoding', ''), columns=d.meta['options'].get('columns'),
+            long_rows=d.meta.get('long_rows', 'cut'))
+        asked = dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows)
+        if bad := next((k for k,v in asked.items() if v and v != built[k] and getattr(cfg, k) != getattr(TrainConfig,
+                k)), None):
+            raise ValueError(f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already; pass "
+                f"{bad} to minigpt.data.build_tokenset, or name the files")
 
 def open_source(
     folder:Path, # The run's
@@ -290,7 +313,9 @@ def open_source(
         tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
     wrong = [_damage(p) if known else None for p in places]
     here,anew = [bool(known) and not w and (p/'train'/'meta.json').exists() for p,w in zip(places, wrong)],bool({'data','validation_split'} & {*override})
-    try: files = [None if _is_set(s) or there and not anew else source_files(s, folder, decided) for (s,_),there in zip(parts, here)]
+    try:
+        files = [None if _is_set(s) or there and not anew else source_files(s, folder, decided, say=say, encoding=cfg.encoding)
+            for (s,_),there in zip(parts, here)]
     except FileNotFoundError as e:
         if not known or 'data' in override: raise
         raise FileNotFoundError(f"{e}. {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'} must be built again: bring the text that it was trained on, {known['data']['source']}") from None
@@ -305,11 +330,15 @@ def open_source(
         if _is_set(source):
             if spoilt := [d for d in getattr(source, 'sets', [source]) if d.damaged()]: raise DataError(f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged. Build it again with minigpt.data.build_tokenset")
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
+            _same_options(source, cfg)
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say, decided))
         else:
             if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say, decided) # for another share, the texts are the same
-            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row, progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines' if cfg.line_by_line else found[1], say=say, keep=True) # beside the run's own, until `fit` has accepted it
+            # beside the run's own, until `fit` has accepted it
+            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row,
+                progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines'
+                if cfg.line_by_line else found[1], say=say, keep=True, **_how_read(known, cfg))
             opened.append(built)
             if known and (at := built[0].path.parent) != place: say(f'these tokens are in {at}')
     if isinstance(train, Mix):
@@ -330,7 +359,9 @@ def open_source(
         valid = held_out
         if valid is None and cfg.validation_split: say('no validation: ' + ('too few texts were held out' if all(getattr(d, 'meta', {}).get('options', {}).get('validation_split') for d in getattr(data, 'sets', [data])) else "the run's tokens were made with validation_split=0; override='validation_split' holds some out") + '; there is no validation loss')
     elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say, decided); own = inside(valid)
-    if valid is not None and not valid.n_windows(cfg.max_seq_len): valid = say(f'no validation: in no row held out does an answer begin within max_seq_len={cfg.max_seq_len}; there is no validation loss')
+    if valid is not None and not valid.n_windows(cfg.max_seq_len):
+        valid = say(f'no validation: in no row held out does an answer end within max_seq_len={cfg.max_seq_len}; '
+            f'there is no validation loss')
     if not known and (there := folder/'tokenizer').exists():
         try: own_tokenizer = load_tokenizer(there).hash == tok.hash
         except (OSError, ValueError): own_tokenizer = False

@@ -496,8 +496,19 @@ def _describe(data, seq_len:int)->list[str]:
         lengths = np.diff(data.starts); cut = int((lengths > seq_len).sum())
         return [f"{len(lengths):,} lines, a sequence each, {1-np.minimum(lengths, seq_len).sum()/(seq_len*len(lengths)):.1%} padding" + (f'; {cut:,} are longer than max_seq_len={seq_len} and are cut' if cut else '')]
     if not isinstance(data, ChatSet): return []
-    cut,lost = data.too_long(seq_len)
-    return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + (f'; {cut-lost:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if cut > lost else '') + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')]
+    lost = data.too_long(seq_len)[1]
+    return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share "
+        f"{data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + _long_rows(data, seq_len)]
+
+def _long_rows(data:ChatSet, seq_len:int)->str:
+    "What becomes of rows that are longer than a sequence."
+    (longer,lost),inside = data.too_long(seq_len),data.cut_inside(seq_len)
+    kept = max(0, longer-lost)
+    said = f'; {kept-inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if kept > inside else ''
+    if inside: said += f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
+    if lost and data.skips:
+        return said + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut' keeps their beginning"
+    return said + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')
 
 def _shape(d:dict, known:dict|None):
     "A shape in a configuration file: its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."

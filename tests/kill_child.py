@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 52
-OPTIONS = dict(batch_size=4, gradient_accumulation=2, max_seq_len=32, max_steps=STEPS, save_steps=7, eval_steps=5, eval_sequences=16, save_total_limit=2,
+OPTIONS = dict(batch_size=4, gradient_accumulation=2, max_seq_len=32, long_rows="cut", max_steps=STEPS, save_steps=7, eval_steps=5, eval_sequences=16, save_total_limit=2,
                validation_split=.1, tokenizer_vocab_size=300, logging_steps=1, learning_rate=3e-3, num_threads=1, progress=False, plot_loss=False, tensorboard=False)
 # `minigpt` keeps these; anything else that begins with a point is a leftover
 OWN = {".lock"}

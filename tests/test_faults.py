@@ -119,7 +119,7 @@ BAD = {  # name → (name of the file, how to make it, words of the message, opt
     "zip": ("packed.jsonl", lambda f: f.write_bytes(b"PK\x03\x04"+GOOD), ["packed.jsonl is a zip archive, not text", "unpack it"], {}),
     "page": ("page.jsonl", lambda f: f.write_text("<!DOCTYPE html><p>Too many users have viewed this file"), ["page.jsonl is a web page", "get the file again"], {}),
     "cut-gzip": ("cut.jsonl.gz", bad_gzip, ["cut.jsonl.gz"], {}),
-    "no-text": ("rows.jsonl", lambda f: f.write_bytes(b'{"content": "x"}\n'*50), ["no text that can be used", '50 × no "text"', "rows.jsonl line 1", "['content']"], {}),
+    "no-text": ("rows.jsonl", lambda f: f.write_bytes(b'{"note": "x"}\n'*50), ["no text that can be used", '50 × no "text"', "rows.jsonl line 1", "['note']"], {}),
     "broken": ("broken.jsonl", lambda f: f.write_bytes(GOOD+b'{"text": "cut of\n'+GOOD), ["broken.jsonl line 61: broken JSON", "on_bad_row='skip'"], dict(on_bad_row="error")),
     "small": ("small.txt", lambda f: f.write_text("one two three four"), ["tokens", "sequences of max_seq_len=32", "one step takes 8", "Add text"], {}),
     "not-utf8": ("torn.txt", lambda f: f.write_bytes("第一行\n从前有一只猫\n".encode()*50+b"\xff\xfe\n"), ["torn.txt line 101: not UTF-8", "on_bad_row='skip'"], dict(on_bad_row="error")),
@@ -297,7 +297,7 @@ def test_a_single_text_is_trained_on(tmp_path):
 
 def test_broken_rows_are_skipped_and_counted(work, monkeypatch, capsys):
     good = (work/"text.jsonl").read_bytes().splitlines(True)
-    (work/"text.jsonl").write_bytes(b"".join(good[:40])+b'{"text": "cut of\n\n'+b"".join(good[40:60])+b'{"content": 1}\n{"text": 5}\n[1]\n{"text": " "}\n'+b"".join(good[60:]))
+    (work/"text.jsonl").write_bytes(b"".join(good[:40])+b'{"text": "cut of\n\n'+b"".join(good[40:60])+b'{"note": 1}\n{"text": 5}\n[1]\n{"text": " "}\n'+b"".join(good[60:]))
     code, out = terminal(monkeypatch, capsys, "train", work/"text.jsonl", output_dir=work/"run", **CLI)
     assert code == 0
     refused = read_json(work/"run/data/train/meta.json")["refused"]

@@ -20,7 +20,7 @@ from minigpt.run import Run
 from minigpt.train import Callback, fit
 
 SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32)
-OPTIONS = dict(tokenizer_vocab_size=300, max_seq_len=16, batch_size=2, gradient_accumulation=4, max_steps=10, save_steps=4, eval_steps=5, logging_steps=1, num_threads=2, learning_rate=3e-3, progress=False, plot_loss=False, tensorboard=False)
+OPTIONS = dict(tokenizer_vocab_size=300, max_seq_len=16, long_rows="cut", batch_size=2, gradient_accumulation=4, max_steps=10, save_steps=4, eval_steps=5, logging_steps=1, num_threads=2, learning_rate=3e-3, progress=False, plot_loss=False, tensorboard=False)
 
 
 @pytest.fixture(scope="module")
