@@ -557,7 +557,9 @@ def refuse_links(
     folder:str|Path, # Of a run
 ):
     "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
-    found = [p for p in entries(folder) if p.is_symlink() and (p.name in _WRITTEN or p.name.startswith('data'))]
+    written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith('data')]
+    inside = [Path(d)/n for p in written if p.name.startswith('data') and not p.is_symlink() for d,folders,_ in os.walk(p) for n in folders] # token sets keep more than their tokens there
+    found = [p for p in written+inside if p.is_symlink()]
     if found: raise CheckpointError(f"{found[0]} is a link to {os.readlink(found[0])}, and a run writes and deletes only in its own folder. Put the file or folder itself there; to keep a run on another disk, name a folder there as output_dir")
 
 # %% ../nbs/07_checkpoint.ipynb #41588281

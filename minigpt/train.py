@@ -651,6 +651,9 @@ def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Check
 
 def _check_readable(folder:Path):
     "A `CheckpointError` if the states that a run has saved cannot be seen, or no others could be saved beside them."
+    try:
+        if lexists(folder/'run.json'): open(folder/'run.json', 'rb').close()
+    except OSError as e: raise CheckpointError(f"{folder/'run.json'} cannot be read: {e.strerror or e}. It says what the checkpoints beside it belong to, so nothing is trained; make it readable, and call again") from None
     for store in stores_in(folder):
         try:
             entries(store.folder)

@@ -106,6 +106,8 @@ def test_a_link_to_a_folder_in_each_place_of_a_run(made, outside, tmp_path):
         before = told(outside), told(run)
         with pytest.raises(CheckpointError, match=rf"{re.escape(name)} is a link to .*outside, and a run writes and deletes only in its own folder"): fit(child.shape(), made/"text.jsonl", output_dir=run, **OPTIONS)
         assert (told(outside), told(run)) == before
+    (run := tmp_path/"deep").mkdir(); (run/"data").mkdir(); (run/"data"/"train").symlink_to(outside)
+    with pytest.raises(CheckpointError, match="data/train is a link to .*outside"): fit(child.shape(), made/"text.jsonl", output_dir=run, **OPTIONS)
     home = tmp_path/"elsewhere"; home.mkdir(); (tmp_path/"linked").symlink_to(home)      # the run's folder itself may be a link: it is meant
     assert fit(child.shape(), made/"text.jsonl", output_dir=tmp_path/"linked", **{**OPTIONS, "max_steps": 1}).finished and (home/"checkpoints"/"checkpoint-1").is_dir()
 

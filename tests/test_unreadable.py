@@ -35,7 +35,8 @@ NEWEST = "run/checkpoints/checkpoint-10"
     (f"{NEWEST}/MANIFEST.json", errno.EACCES, "checkpoint-10 may be whole, and it cannot be read.*Permission denied"),
     (NEWEST, errno.EACCES, "checkpoint-10 may be whole, and it cannot be read.*Permission denied"),
     ("run/checkpoints", errno.EIO, "checkpoints cannot be used: Input/output error.*Nothing is trained while"),
-    ("run/checkpoints", errno.EACCES, "checkpoints cannot be used: Permission denied")])
+    ("run/checkpoints", errno.EACCES, "checkpoints cannot be used: Permission denied"),
+    ("run/run.json", errno.EIO, "run.json cannot be read: Input/output error.*nothing is trained")])
 def test_a_state_that_cannot_be_read_stops_the_run(cut, whole, tmp_path, place, error, words):
     "Nothing is recorded, nothing is superseded, and what comes when it can be read is bit for bit the undisturbed run"
     work = copied(cut, tmp_path/"work")
