@@ -444,11 +444,13 @@ def find_base(
 def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
     facts = read_json(path/'adapter_config.json')
-    try: config = LoRAConfig.from_peft(facts)
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    where = facts.get('base_model_name_or_path') if isinstance(facts, dict) else None
+    found = find_base(where, path) if base is None else None
+    shape = read_config(found) if found and (found/'config.json').exists() else getattr(base, 'config', None)
+    try: config = LoRAConfig.from_peft(facts, getattr(shape, 'n_layer', None))
+    except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
-        where = facts.get('base_model_name_or_path')
-        if not (found := find_base(where, path)): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if not found: raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
         base = load_model(found, device)
     known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
     model = LoRAGPT(base, config)
