@@ -82,7 +82,8 @@ def _from_pickle(path:Path, config:GPTConfig|str|None)->tuple[GPTConfig,Weights]
         try: config = minimind_config(d)
         except (KeyError, ValueError, IndexError) as e: raise CheckpointError(f"{path} is not converted: it is not shaped as a MiniMind model ({e})") from None
     if not isinstance(config, GPTConfig): raise ValueError(f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps; pass config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)")
-    return config,Weights([d], config, path)
+    weights = Weights([d], config, path)
+    return weights.config,weights
 
 def _find(source)->Path:
     "The directory or file that is meant by a path; of a run, its final model, or its newest checkpoint if that is newer."
@@ -101,8 +102,8 @@ def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
     path = _find(source)
     if path.is_file(): return *_from_pickle(path, config),None
     if (path/'adapter_config.json').exists(): merged = load_model(path).merged(); return merged.config,Weights([merged.weights()], merged.config, path),path
-    config = read_config(path)
-    return config,open_weights(path, config),path
+    weights = open_weights(path, read_config(path))
+    return weights.config,weights,path
 
 # %% ../nbs/08_export.ipynb #0020a95f
 _TOKENIZER = 'tokenizer.json','tokenizer_config.json','chat_template.jinja','special_tokens_map.json','added_tokens.json','vocab.json','merges.txt','tokenizer.model'
