@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 import numpy as np, orjson, zstandard
-from .files import dir_size, free_space, hidden, human_size, read_json
+from .files import at_home, dir_size, free_space, hidden, human_size, read_json
 from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, jsonable, printable, safetensors_header, tensors_in, torch_file
 from .picture import figure
 
@@ -481,7 +481,7 @@ def create_demo(
     import torch
     from tqdm.auto import tqdm
     from minigpt.model import GPT, GPTConfig, to_hf
-    config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,Path(folder)
+    config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,at_home(folder)
     need,free = 12*config.n_params,free_space(folder)
     if free < 1.05*need: raise OSError(f"{folder} has {human_size(free)} free, and this checkpoint takes {human_size(need)}: choose a smaller config, or another folder")
     folder.mkdir(parents=True, exist_ok=True)

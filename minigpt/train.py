@@ -769,7 +769,7 @@ def fit(
         if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
-        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say)
+        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, of_model=home is not None and tokenizer is home)
         _need_validation(cfg, valid is not None, 'no row that could be measured was held out')
         if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
