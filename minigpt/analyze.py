@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 import numpy as np, orjson, zstandard
-from .files import dir_size, free_space, hidden, human_size, read_json
+from .files import at_home, dir_size, free_space, hidden, human_size, read_json
 from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, jsonable, printable, safetensors_header, tensors_in, torch_file
 from .picture import figure
 
@@ -482,7 +482,7 @@ def create_demo(
     import torch
     from tqdm.auto import tqdm
     from minigpt.model import GPT, GPTConfig, to_hf
-    config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,Path(folder)
+    config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,at_home(folder)
     path = folder/f'checkpoint_step_{steps}.pt'
     if path.exists() and not overwrite: raise FileExistsError(f"{path} exists already and is not overwritten: look at it (minigpt checkpoint analyze -c {path}), name another folder (-d), or pass overwrite=True (--overwrite)")
     need,free = 12*config.n_params,free_space(folder)

@@ -516,25 +516,32 @@ class Backup:
         except OSError: pass # the local disk is full: the next one will do
 
 # %% ../nbs/10_backup.ipynb #725c2c84
+def _interval(heart:dict)->float:
+    "Seconds between two beats, as the heart itself says; as usual here, where it says nonsense."
+    said = heart.get('seconds')
+    return float(said) if type(said) in (int,float) and 0 < said <= 600 else BEAT
+
+def _beat(heart:dict)->tuple: "What changes while it beats."; return heart.get('session'),heart.get('beat')
+
 def wait_for_others(
     backup:Backup,
     say:Callable[[str],None]=print,
 ):
-    "A `BackupError` if another process writes to this backup. A heart that does not beat for two and a half intervals is that of a machine that is gone."
-    first = read_heartbeat(backup.path)
+    "A `BackupError` if another process writes to this backup. A heart that does not beat for two and a half intervals is that of a machine that is gone; no clock of another machine is believed."
+    if not (backup.path/'heartbeat.json').exists(): return
     own = (_json_or(backup.run_path/'backup.json', None) or {}).get('session') # of the process before this one in the run's own folder: its lock is ours now, so it is dead
-    if first is None and not (backup.path/'heartbeat.json').exists(): return
-    first = first or {}
-    age = abs(time.time()-first.get('time', time.time()))
-    if first.get('ended') or own and first.get('session') == own or age > 900: return # clocks may differ by minutes, and files arrive late
-    interval = float(first.get('seconds', BEAT))
+    gone = lambda heart: heart.get('ended') is True or own and heart.get('session') == own
+    first = read_heartbeat(backup.path) or {} # torn: it is being written, or was when its machine died
+    if gone(first): return
+    interval = _interval(first)
     end = time.monotonic() + 2.5*interval
-    say(f'{backup.path} was written to {human_time(age)} ago; looking whether that machine is still alive ({human_time(2.5*interval)})')
+    say(f'the last process that wrote to {backup.path} has not said that it ended; looking whether it still does ({human_time(2.5*interval)})')
     while time.monotonic() < end:
         time.sleep(min(1., interval/4))
-        now = read_heartbeat(backup.path)
-        if now and now.get('beat') != first.get('beat') and not now.get('ended'): raise BackupError(f"another process is training this run: the heartbeat in {backup.path} goes on. Stop it there, or choose another output_dir here: the name of the run decides its folder in the backup")
-        if now and now.get('ended'): return
+        now = read_heartbeat(backup.path) or first
+        if gone(now): return
+        first = first or now
+        if _beat(now) != _beat(first): raise BackupError(f"another process is training this run: the heartbeat in {backup.path} goes on. Stop it there, or choose another output_dir here: the name of the run decides its folder in the backup")
 
 def given_up(
     state:dict, # A checkpoint's trainer_state.json

@@ -169,8 +169,8 @@ class Answer:
 class Chat:
     "A conversation with a model."
     def __init__(self,
-        model:GPT, # Of `load_model`, say; with an adapter or without
-        tokenizer:Tokenizer, # With a chat template
+        model:GPT|str|Path, # With an adapter or without; or a run, its folder, or a directory with a model
+        tokenizer:Tokenizer|str|Path|None=None, # With a chat template; default: the one that is the model's own
         system:str|None=None, # What stands before everything
         tools:Tools|Iterable[Callable]|None=None, # Functions that it may call
         *,
@@ -182,6 +182,8 @@ class Chat:
         max_rounds:int=5, # Calls and results, one after the other, before an answer must come
         seed:int|None=None, # The same seed, the same answers
     ):
+        from minigpt.run import open_model
+        model,tokenizer = open_model(model, tokenizer)
         need_gpt(model, 'a chat')
         self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds,self.thinking = model,tokenizer,system,max_new_tokens,max_rounds,thinking
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())

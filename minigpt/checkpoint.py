@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, remove_dir, rest, set_aside, stay_inside, write_json
 from .lora import LoRAConfig, LoRAGPT
-from .model import GPT, GPTConfig, LanguageModel, from_hf
+from .model import GPT, GPTConfig, LanguageModel, from_hf, has_own_head
 from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
 
@@ -352,18 +352,27 @@ class Weights:
         config:GPTConfig, # Of the model; a `CheckpointError` if they do not fit it
         name:str|Path, # Where they come from, for errors
     ):
-        self.parts,self.name,self.widths = parts,name,{}
+        self.parts,self.name,self.widths,self.config = parts,name,{},config # `config`: as given, but not tied where the weights are not
         for p in parts:
             if not isinstance(p, (SafeTensors,dict)) or isinstance(p, dict) and not all(isinstance(k, str) and isinstance(t, Tensor) for k,t in p.items()): raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
             try: self.widths |= {k:min(max(int(w), 0), 1<<31) for k,w in orjson.loads(getattr(p, 'metadata', {}).get('minigpt', '{}')).get('widths', {}).items()}
             except (ValueError, TypeError, AttributeError): raise CheckpointError(f"{p.path} is not used: its metadata are not those of a quantized model") from None
         header = [kx for p in parts for kx in (p.header if isinstance(p, SafeTensors) else {k:(t.dtype, tuple(t.shape)) for k,t in p.items()}).items()]
         if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
+        if getattr(config, 'tied', False) and self._own_head(): self.config = replace(config, tied=False)
         found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
         with torch.device('meta'): # shapes without memory
-            try: want = config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
+            try: want = self.config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
             except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
         self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
+
+    def _own_head(self)->bool:
+        "Is there an output layer beside the embedding, with other numbers?"
+        pair = 'model.embed_tokens.weight','lm_head.weight'
+        names = lambda p: {*pair} & {*(p.header if isinstance(p, SafeTensors) else p)}
+        if not any(pair[1] in names(p) for p in self.parts): return False
+        again = [SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in self.parts if names(p)] # each file is read once
+        return has_own_head({k:t for p in again for k,t in (p if isinstance(p, SafeTensors) else p.items()) if k in pair})
 
     def _whole(self, items, join):
         "Items by name, the two halves of a quantized matrix as one."
@@ -428,8 +437,8 @@ def load_model(
     if isinstance(path, (str,Path)): path = at_home(path)
     if isinstance(path, Path) and (path/'adapter_config.json').exists(): return _load_adapter(path, device, dtype, base)
     if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
-    config = read_config(path)
-    model = open_weights(path, config).fill(config.build().to(dtype)).to(device).eval()
+    weights = open_weights(path, read_config(path))
+    model = weights.fill(weights.config.build().to(dtype)).to(device).eval()
     model.origin = str(path)
     return model
 
@@ -444,11 +453,13 @@ def find_base(
 def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
     facts = read_json(path/'adapter_config.json')
-    try: config = LoRAConfig.from_peft(facts)
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    where = facts.get('base_model_name_or_path') if isinstance(facts, dict) else None
+    found = find_base(where, path) if base is None else None
+    shape = read_config(found) if found and (found/'config.json').exists() else getattr(base, 'config', None)
+    try: config = LoRAConfig.from_peft(facts, getattr(shape, 'n_layer', None))
+    except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
-        where = facts.get('base_model_name_or_path')
-        if not (found := find_base(where, path)): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if not found: raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
         base = load_model(found, device)
     known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
     model = LoRAGPT(base, config)

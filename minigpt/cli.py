@@ -9,12 +9,14 @@ __all__ = ['app', 'FULL_DATA', 'checkpoint_app', 'data_app', 'tokenizer_app', 'w
            'analyze_', 'list_', 'get', 'train_', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #f67e2f7f
-import inspect, sys
+import inspect, os, sys
 from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .config import PATIENCE, TrainConfig, elsewhere, read_options, without_idle, _ALIASES
+from .files import at_home
 from .registry import Mix, all_here, list_datasets, locate, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
@@ -22,7 +24,19 @@ def _dashed(name:str)->str: "An option's name as it is declared: others write it
 def _spelled(name:str)->str: "Likewise of a training, whose options have other names elsewhere."; return _dashed((_ALIASES | dict(resume_from_checkpoint='resume')).get(name.replace('-', '_'), name))
 _TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))
 
-app = typer.Typer(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_dashed),
+def _home(value): "A path of the command line, with `~` as the user's folder: a shell leaves it in `--output=~/x`."; return at_home(value) if isinstance(value, Path) else [*map(_home, value)] if isinstance(value, list) else value
+
+class _App(typer.Typer):
+    "Commands to which `~` is the user's folder."
+    def command(self, *args, **kwargs):
+        def add(f):
+            @wraps(f)
+            def g(**values): return f(**{k:_home(v) for k,v in values.items()})
+            super(_App, self).command(*args, **kwargs)(g)
+            return f
+        return add
+
+app = _App(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_dashed),
     help='Train your own small GPT, without ever losing the work.')
 
 def with_training_options(
@@ -85,9 +99,16 @@ def where_to_resume(
     return name,run,True
 
 def run_name(data)->str:
-    "What a run is called after its data."
+    "What a run is called after its data: as the file, or the folder around it where that has no name of its own (`*.txt`, `..`)."
     first = data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
-    return Path(str(first)).name.split('.')[0]
+    path = at_home(str(first))
+    whole,marks = Path(os.path.abspath(path)),'' if path.exists() else '*?[]'
+    for p in (whole, *whole.parents):
+        name = p.name.lstrip('.').split('.')[0]
+        if any(m in name for m in marks): name = ''.join(c for c in name if c not in marks).strip(' -_')
+        if name: return name
+    return 'demo'
+
 
 # %% ../nbs/18_cli.ipynb #b9ecca00
 @app.command(**_TRAINS)
@@ -324,7 +345,7 @@ def plot(
     plot_runs({str(r):open_run(r).history for r in runs}, last, log).savefig(output)
     typer.echo(output)
 
-checkpoint_app = typer.Typer(no_args_is_help=True, help='Look into checkpoints.')
+checkpoint_app = _App(no_args_is_help=True, help='Look into checkpoints.')
 app.add_typer(checkpoint_app, name='checkpoint')
 
 @checkpoint_app.command('analyze')
@@ -383,7 +404,7 @@ def export(
     typer.echo(f'{made}: {human_size(dir_size(made))}')
 
 # %% ../nbs/18_cli.ipynb #6247374c
-data_app = typer.Typer(no_args_is_help=True, help='Look at data, prepare it, get it.')
+data_app = _App(no_args_is_help=True, help='Look at data, prepare it, get it.')
 app.add_typer(data_app, name='data')
 
 @data_app.command()
@@ -443,7 +464,7 @@ def get(name:Annotated[str, typer.Argument(help="of a registered data set")]):
     from minigpt.registry import dataset
     typer.echo(dataset(name).data_path)
 
-tokenizer_app = typer.Typer(no_args_is_help=True, help='Train a tokenizer, and look at one.')
+tokenizer_app = _App(no_args_is_help=True, help='Train a tokenizer, and look at one.')
 app.add_typer(tokenizer_app, name='tokenizer')
 
 @tokenizer_app.command('train')
@@ -480,11 +501,24 @@ def show(
 
 # %% ../nbs/18_cli.ipynb #6ed9f59b
 _AS_FLAGS = {'enable-compile':'yes', 'early-stopping':PATIENCE} # options that other programs have as flags, and what they then mean
+def _is_utf8(word:str)->bool:
+    try: os.fsencode(word).decode('utf-8')
+    except UnicodeError: return False
+    return True
+
+def _speak_utf8(words:list[str]):
+    "Begin again in Python's UTF-8 mode where the locale would misread names of files and prompts; a word that is not UTF-8 ends the command."
+    if os.name == 'nt': return # there, they come as UTF-16
+    if bad := [w for w in words if not _is_utf8(w)]: sys.exit(f"error: {bad[0].encode('utf-8', 'replace').decode()!r} is not UTF-8; set the terminal to UTF-8, or rename the file")
+    if sys.getfilesystemencoding().lower() == 'utf-8' or os.environ.get('PYTHONUTF8') == '1': return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, '-m', 'minigpt', *words], {**os.environ, 'PYTHONUTF8':'1'})
 
 def main():
     "The `minigpt` command."
-    for out in sys.stdout,sys.stderr:
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace') # a model may write what the terminal cannot show
+    _speak_utf8(sys.argv[1:])
+    for stream in sys.stdin,sys.stdout,sys.stderr:
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace') # a model may write what the terminal cannot show, and a terminal may send what is no text
     for i,(word,after) in enumerate(zip(sys.argv, [*sys.argv[1:], '-'])):
         if word[:2] == '--' and after.startswith('-') and (usual := _AS_FLAGS.get(_spelled(word[2:]))): sys.argv[i] += f'={usual}'
     if sys.argv[1:2] in (['train'], ['resume']):

@@ -10,14 +10,13 @@ import math, tempfile
 from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
-from .checkpoint import home_of, load_model
 from .data import TokenSet, build_tokenset, open_set, spread_over
-from .files import hash_bytes
+from .files import at_home, hash_bytes
 from .model import GPT, need_gpt
-from .run import Run, open_run, text_table
+from .run import Run, open_model, text_table
 from .source import source_files
 from .speed import best_device
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer
 
 # %% ../nbs/14_evaluate.ipynb #d9f8e569
 def token_bytes(
@@ -58,15 +57,6 @@ def total_loss(
     return dict(nats=nats, tokens=tokens) | (dict(bytes=text) if sizes is not None else {})
 
 # %% ../nbs/14_evaluate.ipynb #57d34c7b
-def _opened(model, tokenizer)->tuple[GPT,Tokenizer]:
-    "The model that is meant, and its tokenizer."
-    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
-    if isinstance(model, (str,Path)) and (Path(model)/'run.json').exists(): model = open_run(model)
-    if isinstance(model, Run): return model.model(),tokenizer or model.tokenizer
-    if not isinstance(model, GPT): model = load_model(model); return model,tokenizer or load_tokenizer(home_of(model))
-    if tokenizer is None: raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
-    return model,tokenizer
-
 def _token_set(data, tok:Tokenizer, folder:Path, max_rows:int, progress:bool)->TokenSet:
     "The data as token ids of `tok`."
     if isinstance(data, (str,Path)) and (Path(data)/'meta.json').exists(): data = open_set(data)
@@ -92,7 +82,7 @@ def evaluate_on(
 )->dict: # `loss` in nats a token, `perplexity`, `bits_per_byte` where the tokens' lengths are known, `tokens`, `bytes`, `sequence_length`
     "How well a model predicts data. Of conversations, what the assistant says counts."
     in_memory = isinstance(model, GPT)
-    model,tok = _opened(model, tokenizer)
+    model,tok = open_model(model, tokenizer)
     need_gpt(model, 'this evaluation')
     if tok.vocab_size > model.config.vocab_size: raise ValueError(f"the tokenizer has {tok.vocab_size:,} tokens and the model knows {model.config.vocab_size:,}; pass the tokenizer that it was trained with")
     seq_len = seq_len or min(512, model.config.max_len)
@@ -100,7 +90,7 @@ def evaluate_on(
     if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be at least 1")
     if device == 'auto': device = next(model.parameters()).device if in_memory else best_device()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tokens = _token_set(data, tok, Path(cache or folder), max_rows, progress)
+        tokens = _token_set(data, tok, at_home(cache or folder), max_rows, progress)
         m = total_loss(model.to(device), tokens, seq_len, batch_size, max_sequences, token_bytes(tok), progress)
     if not m['tokens']: raise ValueError(f"{data} has nothing to predict within {seq_len} tokens; of conversations, only what the assistant says counts: raise seq_len")
     loss = m['nats']/m['tokens']

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .checkpoint import EXPORTED, CheckpointError, Defect, Weights, find_base, load_model, newest, open_weights, problem, read_config, read_pickle, stores_in, write_manifest, write_safetensors
 from .data import open_set, spread_over
-from .files import delete, dir_size, free_said, human_size, new_dir, read_json, write_json
+from .files import at_home, delete, dir_size, free_said, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf, need_gpt
 from .picture import figure
@@ -86,11 +86,14 @@ def _from_pickle(path:Path, config:GPTConfig|str|None)->tuple[GPTConfig,Weights]
         try: config = minimind_config(d)
         except (KeyError, ValueError, IndexError) as e: raise CheckpointError(f"{path} is not converted: it is not shaped as a MiniMind model ({e})") from None
     if not isinstance(config, GPTConfig): raise ValueError(f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps; pass config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)")
-    return config,Weights([d], config, path)
+    weights = Weights([d], config, path)
+    return weights.config,weights
+
+def _named(source)->Path|LanguageModel: "The path of a source, of a run too; a model in memory as it is."; return source if isinstance(source, LanguageModel) else at_home(getattr(source, 'path', source))
 
 def _find(source)->Path:
     "The directory or file that is meant by a path; of a run, its final model, or its newest checkpoint if that is newer."
-    path = Path(source)
+    path = _named(source)
     if not path.exists(): raise FileNotFoundError(f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth file")
     alone = [f for f in path.iterdir() if f.suffix in ('.pt','.pth')] if path.is_dir() and not any((path/n).exists() for n in ('run.json','config.json','adapter_config.json')) else []
     if len(alone) == 1: return alone[0]
@@ -107,8 +110,8 @@ def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
     path = _find(source)
     if path.is_file(): return *_from_pickle(path, config),None
     if (path/'adapter_config.json').exists(): merged = load_model(path).merged(); return merged.config,Weights([merged.weights()], merged.config, path),path
-    config = read_config(path)
-    return config,open_weights(path, config),path
+    weights = open_weights(path, read_config(path))
+    return weights.config,weights,path
 
 # %% ../nbs/08_export.ipynb #0020a95f
 _TOKENIZER = 'tokenizer.json','tokenizer_config.json','chat_template.jinja','special_tokens_map.json','added_tokens.json','vocab.json','merges.txt','tokenizer.model'
@@ -214,6 +217,7 @@ def export(
     if precision not in BITS: raise ValueError(f"precision={precision!r} must be one of {', '.join(BITS)}; GGUF is not written here (llama.cpp's convert_hf_to_gguf.py makes it of a plain directory, if it knows the tokenizer)")
     if not weights_only and (precision != 'fp32' or metrics or tokenizer or config): raise ValueError("weights_only=False copies the checkpoint as it is, to train on from; precision, metrics, tokenizer and config are for weights alone")
     if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
+    source = _named(source)
     if weights_only:
         config,weights,folder = _open(source, config)
         if folder and not tokenizer and (folder/'adapter_config.json').exists(): # merged; its base's tokenizer, unless it has one
@@ -225,7 +229,7 @@ def export(
         total = sum((folder/n).stat().st_size for n in read_json(folder/'MANIFEST.json')['files'])
     state = folder/'trainer_state.json' if folder and (folder/'trainer_state.json').exists() else None
     if metrics and not state: raise ValueError(f"metrics=True keeps trainer_state.json, and {folder or 'the source'} has none")
-    out = Path(out) if out else _place(source, (precision if weights_only else 'full')+'-zst'*compress)
+    out = at_home(out) if out else _place(source, (precision if weights_only else 'full')+'-zst'*compress)
     _check_out(out, source, replace)
     done = 0
     with tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024, desc=out.name, disable=progress is not None or total < 64<<20, leave=False) as bar:
@@ -332,7 +336,8 @@ def export_onnx(
     class Scores(torch.nn.Module):
         def __init__(self, model): super().__init__(); self.model = model
         def forward(self, ids): return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head) # with `rows` the mask is explicit, whatever the length
-    out = Path(out) if out else _place(source, 'onnx')
+    source = _named(source)
+    out = at_home(out) if out else _place(source, 'onnx')
     _check_out(out, source, replace)
     shape,weights,folder = _open(source, config)
     model = weights.fill(shape.build()); need_gpt(model, 'ONNX export')

@@ -6,12 +6,46 @@
 __all__ = ['LINEAR', 'LoRAConfig', 'LoRALinear', 'weights_hash', 'LoRAGPT', 'lora']
 
 # %% ../nbs/06_lora.ipynb #594f3310
-import math
+import math, re
 from collections.abc import Iterable
 from dataclasses import dataclass
 import torch, xxhash
 from torch import Tensor, nn
 from .model import GPT, need_gpt
+
+# %% ../nbs/06_lora.ipynb #6fbf421c
+_COMPUTED = 'peft_type','r','lora_alpha','lora_dropout','target_modules','use_rslora','bias','init_lora_weights'
+_NO_MATTER = ('task_type','auto_mapping','peft_version','base_model_name_or_path','revision','inference_mode', # who made it, and of what
+    'megatron_core','qalora_group_size','eva_config','runtime_config') # of settings that are off, or of how it began
+_MERGE = "merge that adapter with peft (merge_and_unload), and open the merged model"
+
+def _check_start(how):
+    "A `ValueError` where PEFT changes the frozen weights as well when it sets an adapter up."
+    if isinstance(how, bool) or isinstance(how, str) and how.lower() in ('gaussian','eva','orthogonal'): return
+    raise ValueError(f"adapter_config.json has init_lora_weights {how!r}; this library opens adapters that leave the frozen weights as they are (true, false, 'gaussian', 'eva', 'orthogonal'). Others, such as 'pissa' and 'olora', change them too; {_MERGE}")
+
+
+# %% ../nbs/06_lora.ipynb #bee09dc6
+_BLOCK = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+
+def _targets(
+    modules, # `target_modules` of an adapter_config.json
+    n_layer:int|None, # Blocks of the base
+)->list[str]:
+    "The matrices of each block that PEFT adapts; a `ValueError` where it adapts others, or some in a part of the blocks."
+    if modules == 'all-linear': return [*LINEAR]
+    if isinstance(modules, str): raise ValueError(f"adapter_config.json has target_modules {modules!r:.80}, a pattern, which this library does not evaluate; write the list of what it matches there, such as ['q_proj', 'v_proj']")
+    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules): raise ValueError(f"adapter_config.json has target_modules {modules!r:.80}; it must be a list of names, such as ['q_proj', 'v_proj']")
+    n = n_layer or 1+max((int(i) for m in modules for i in re.findall(r'\b[0-9]{1,4}\b', m)), default=0)
+    paths = [(f'.model.layers.{i}.{part}.{name}', name, i) for i in range(n) for part,names in _BLOCK.items() for name in names]
+    found = {}
+    for m in modules:
+        hits = [(name, i) for path,name,i in paths if path.endswith(f'.{m}')]
+        if not hits: raise ValueError(f"target_modules of adapter_config.json: {m!r} is no matrix of a block; this library adapts {', '.join(LINEAR)}. {_MERGE.capitalize()}")
+        for name,i in hits: found.setdefault(name, set()).add(i)
+    if part := [(name, blocks) for name,blocks in found.items() if len(blocks) < n]: raise ValueError(f"adapter_config.json adapts {part[0][0]} in {len(part[0][1])} of {n} blocks, and this library adapts all of them alike; {_MERGE}")
+    return [*found]
+
 
 # %% ../nbs/06_lora.ipynb #c1769714
 LINEAR = 'q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj' # the matrices of a block
@@ -47,12 +81,22 @@ class LoRAConfig:
     @classmethod
     def from_peft(cls,
         d:dict, # Content of an adapter_config.json
+        n_layer:int|None=None, # Blocks of the base; default: as many as `target_modules` counts
     )->'LoRAConfig':
         "From PEFT's words; a `ValueError` where it computes something else."
+        if not isinstance(d, dict): raise ValueError(f"adapter_config.json holds a {type(d).__name__}; it must be an object with the settings of an adapter")
         if (kind := d.get('peft_type')) != 'LORA': raise ValueError(f"adapter_config.json has peft_type {kind!r}; this library computes 'LORA' adapters only; open this one with peft")
-        plain = dict(bias='none', use_dora=False, fan_in_fan_out=False, modules_to_save=None, layers_to_transform=None, rank_pattern={}, alpha_pattern={}, lora_bias=False, target_parameters=None, alora_invocation_tokens=None, trainable_token_indices=None, exclude_modules=None)
-        if other := [f'{k} {d[k]!r}' for k,v in plain.items() if d.get(k, v) not in (v, None, [], {})]: raise ValueError(f"adapter_config.json asks for {'; '.join(other)}, which this library does not compute; merge that adapter with peft, and open the merged model")
-        return cls(r=d['r'], alpha=d['lora_alpha'], dropout=d.get('lora_dropout') or 0., targets=d['target_modules'] if isinstance(d['target_modules'], str) else [t.rpartition('.')[2] for t in d['target_modules']], root_scale=bool(d.get('use_rslora')))
+        off = lambda v: v is None or v is False or v in ('', [], {})
+        other = [f'{k} {v!r:.80}' for k,v in d.items() if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)]
+        if other: raise ValueError(f"adapter_config.json asks for {'; '.join(other)}, which this library does not compute; {_MERGE}")
+        given = dict(r=8, lora_alpha=8, lora_dropout=0., use_rslora=False, bias='none', init_lora_weights=True) | {k:v for k,v in d.items() if k in ('r','lora_alpha') or v is not None} # PEFT's defaults
+        _check_start(given['init_lora_weights'])
+        if given['bias'] != 'none': raise ValueError(f"adapter_config.json asks for bias {given['bias']!r}, which this library does not compute; {_MERGE}")
+        if type(given['use_rslora']) is not bool: raise ValueError(f"adapter_config.json has use_rslora {given['use_rslora']!r}; it must be true or false")
+        for k in ('lora_alpha','lora_dropout'):
+            if type(given[k]) not in (int,float): raise ValueError(f"adapter_config.json has {k} {given[k]!r}; it must be a number")
+        return cls(r=given['r'], alpha=given['lora_alpha'], dropout=given['lora_dropout'], targets=_targets(d.get('target_modules'), n_layer), root_scale=given['use_rslora'])
+
 
 # %% ../nbs/06_lora.ipynb #c0cb43eb
 class LoRALinear(nn.Linear):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'GPTConfig', 'to_hf', 'shape_from_dict', 'from_hf', 'RMSNorm', 'rope_angles', 'rotate', 'Attention', 'MLP',
-           'Block', 'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'LanguageModel', 'GPT', 'need_gpt']
+           'Block', 'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'LanguageModel', 'has_own_head', 'GPT',
+           'need_gpt']
 
 # %% ../nbs/05_model.ipynb #658ad1e7
 import difflib, math
@@ -385,6 +386,17 @@ class LanguageModel(nn.Module):
         for k,source in self.may_lack.items():
             if source and k in want and k not in given: want[k].copy_(want[source])
 
+# %% ../nbs/05_model.ipynb #c3f72683
+def has_own_head(
+    weights:dict[str,Tensor], # Name → tensor
+)->bool:
+    "Is there an output layer that is not the embedding?"
+    head,embedding = (weights.get(k) for k in ('lm_head.weight','model.embed_tokens.weight'))
+    if head is None or embedding is None or head.is_meta: return False
+    if head.dtype != embedding.dtype: head,embedding = head.float(),embedding.float()
+    return not torch.equal(head, embedding)
+
+
 # %% ../nbs/05_model.ipynb #62225ab2
 class GPT(LanguageModel):
     "Token ids in, scores for the next token out."
@@ -403,6 +415,11 @@ class GPT(LanguageModel):
     @property
     def blocks(self)->nn.ModuleList: "What may be compiled, one by one."; return self.model.layers
     def spare(self, name:str)->bool: return name.endswith('rotary_emb.inv_freq') or self.config.tied and name == 'lm_head.weight' # some programs store a tied layer twice
+
+    def load_weights(self, weights:dict[str,Tensor])->'GPT':
+        "See `LanguageModel`; a `ValueError` where this model would tie what the weights have apart."
+        if self.config.tied and has_own_head(weights): raise ValueError("these weights have an output layer of their own (lm_head.weight), and this model takes the embedding for it; build the model with tied=False")
+        return super().load_weights(weights)
 
     @property
     def head(self)->Tensor:
@@ -470,4 +487,5 @@ class GPT(LanguageModel):
 # %% ../nbs/05_model.ipynb #8177d3d8
 def need_gpt(model:LanguageModel, what:str):
     "A `TypeError` for models that do not go from left to right."
+    if not isinstance(model, LanguageModel): raise TypeError(f"{what} needs a model, and {model!r:.80} is a {type(model).__name__}; open what it names: model,tokenizer = minigpt.run.open_model('DIR')")
     if not isinstance(model, GPT): raise TypeError(f"{what} needs a GPT, which goes from left to right, and this is a {type(model).__name__}, which fills gaps; use minigpt.diffusion (infill, denoise), or `generate` of its run")

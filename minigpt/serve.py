@@ -223,11 +223,14 @@ class Server(ThreadingHTTPServer):
     "Models by name, behind OpenAI's interface. `serve_forever()` answers, `shutdown()` ends that; `url` is for the client's `base_url`."
     daemon_threads = True
     def __init__(self,
-        models:dict[str,tuple[GPT,Tokenizer]], # By the names that clients ask for; several may share one base
+        models:dict[str,tuple[GPT,Tokenizer]], # By the names that clients ask for; several may share one base. Instead of a pair: a run, or a directory with a model
         host:str='127.0.0.1', # Address to listen on; the default is for this machine alone
         port:int=8000, # 0: any that is free
     ):
         if not models: raise ValueError("there is no model to serve; pass {'name': (model, tokenizer)}")
+        if not isinstance(models, dict): raise TypeError(f"models={models!r:.80} must say by which names clients ask: {{'name': {models!r:.80}}}")
+        from minigpt.run import open_model
+        models = {name:m if isinstance(m, (tuple,list)) else open_model(m) for name,m in models.items()}
         for model,_ in models.values(): need_gpt(model, 'OpenAI\'s interface')
         self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL
         if ':' in host: self.address_family = socket.AF_INET6

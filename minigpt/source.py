@@ -295,6 +295,7 @@ def open_source(
     override:tuple[str,...]=(), # Fields that may differ from the run that goes on
     say:Callable[[str],None]=print, # Told what is done
     decided:dict[str,str]|None=None, # What names stand for: of `meanings`
+    of_model:bool=False, # Is the tokenizer the one that the model was trained with?
 )->tuple[Tokenizer,TokenSet,TokenSet|None,dict]: # Tokenizer, training and validation set, and where they are: as `token_places`
     "Everything that `fit` reads, in the run's folder."
     decided = meanings((train, valid), None if 'data' in override else known, folder) if decided is None else decided
@@ -324,7 +325,8 @@ def open_source(
     if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
         if known: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which the run keeps; leave special_tokens out, or choose a new output_dir")
-        raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; leave tokenizer out, and one is trained that has it")
+        own = 'it is the tokenizer that the model was trained with, so leave special_tokens out, or pass retrain_tokenizer=True, which trains another, for which the weights have learned nothing' if of_model else 'leave tokenizer out, and one is trained that has it' if given else 'pass retrain_tokenizer=True, and one is trained that has it'
+        raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {own}")
     opened = []
     for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
         if _is_set(source):

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from .backup import drive_mount, read_heartbeat
 from .config import TrainConfig
-from .files import free_space, human_size, human_time
+from .files import at_home, free_space, human_size, human_time
 from .model import shape_from_dict
 from .monitor import Curves, Follower, LossPicture, in_notebook, read_log
 from .run import Run, open_run, text_table
@@ -57,7 +57,7 @@ class Watch:
         path:str|Path, # A run's folder, or its copy in a backup
         every:float=30., # Seconds between two listings
     ):
-        self.path = Path(path)
+        path = self.path = at_home(path)
         self.mirror = (self.path/'heartbeat.json').exists() # the copy in a backup
         self.run = Run(path) if self.mirror or is_held(path) else open_run(path) # a run that has just been started has no run.json yet
         self.follower,self.every,self.listing,self.listed,self.problems = Follower(self.path/'metrics.jsonl'),every,{},-math.inf,[]

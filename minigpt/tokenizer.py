@@ -348,7 +348,7 @@ class Tokenizer:
 
     def save(self, folder:str|Path)->Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, for us and for `transformers`."
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+        folder = at_home(folder); folder.mkdir(parents=True, exist_ok=True)
         write_file(folder/'tokenizer.json', self.hf.to_str(pretty=True))
         write_json(folder/'tokenizer_config.json', self.config)
         return folder

@@ -383,6 +383,23 @@ def _signals(t:Trainer):
     try: yield
     finally: restore()
 
+_TRAINING = threading.Lock() # held while a training goes on in this process
+_trains = {} # of that training: its folder and its thread
+
+def _one_at_a_time(f:Callable)->Callable:
+    "Random generators, the number of threads and the handlers of signals belong to the process: two trainings in it would change each other's losses."
+    @wraps(f)
+    def g(*args, output_dir='runs/demo', **kwargs):
+        if not _TRAINING.acquire(blocking=False):
+            where = 'This call comes from inside of it, as from a callback: call fit when it has ended' if _trains.get('thread') == threading.get_ident() else 'Wait until it has ended'
+            raise RuntimeError(f"output_dir={str(output_dir)!r} is not trained: this process trains {_trains.get('folder', 'another run')} already, and two trainings would draw from the same random numbers. {where}, or train in another process (`minigpt train`)")
+        try:
+            _trains.update(folder=str(output_dir), thread=threading.get_ident())
+            return f(*args, output_dir=output_dir, **kwargs)
+        finally: _trains.clear(); _TRAINING.release()
+    return g
+
+
 # %% ../nbs/13_train.ipynb #76abb57d
 def _identity(model:GPT, tok:Tokenizer, data, config:TrainConfig)->dict:
     shape = {f'model.{k}':v for k,v in model.config.to_dict().items() if k not in model.config.free} | ({f'lora.{k}':v for k,v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
@@ -708,6 +725,12 @@ def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:b
     elif s['waiting'] and not s['pending'] and not s['failed']: say(f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for Google's server. Keep the machine running and run this cell again, which only waits; or call google.colab.drive.flush_and_unmount()")
     else: say(f"NOT BACKED UP: {s['pending'] or 'the last save'} ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'}); the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in {backup.run_path}: run this cell again to copy it, or copy that folder yourself")
 
+def _need_validation(cfg:TrainConfig, there:bool, why:str):
+    "A `ValueError` where an option waits for a validation loss that never comes."
+    if there: return
+    asked = [f'{k}={v}' for k in ('early_stopping','save_best_only') if (v := getattr(cfg, k))]
+    if asked: raise ValueError(f"{' and '.join(asked)} need{'s' if len(asked) == 1 else ''} a validation loss, and {why}. Pass a validation set (valid=…), or hold more texts out (validation_split=.05), or leave {' and '.join(a.partition('=')[0] for a in asked)} out")
+
 def _n_saved(model:GPT)->int: "Numbers that a checkpoint of weights holds."; return sum(t.numel() for t in model.weights().values())
 
 def _plan(t:_RunTrainer, backup:Backup|None):
@@ -751,6 +774,7 @@ def _quietly(f):
 
 # %% ../nbs/13_train.ipynb #1d7edf1b
 @_leaving_nothing
+@_one_at_a_time
 def fit(
     model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
     train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
@@ -779,6 +803,8 @@ def fit(
     if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
     if launched(): help_out(); return Run(output_dir)
     train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
+    is_set = hasattr(train, 'sequences')
+    _need_validation(cfg, valid is not None or cfg.validation_split > 0 and not is_set, 'train is a token set, of which nothing is held out' if is_set else 'validation_split=0 holds no text out')
     with _as_it_was(output_dir) as moved, contextlib.ExitStack() as at_end:
         folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
         moved.append(aside)
@@ -811,7 +837,8 @@ def fit(
         if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
             if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
             tokenizer = home
-        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, decided)
+        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, decided, of_model=home is not None and tokenizer is home)
+        _need_validation(cfg, valid is not None, 'no row that could be measured was held out')
         if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
             say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
         check_size(data, cfg.effective_batch, cfg.max_seq_len)

@@ -450,6 +450,52 @@ def test_killed_before_anything_was_copied(lost, work, whole, tmp_path):
     assert state_of(work)["copied"]["step"] == 20 and not problem(there/"final")
 
 
+def beating(folder, stop, clock, start=1, every=.05):
+    "Another machine's sign of life, by its own clock; a torn file now and then"
+    for n in range(start, start+10_000):
+        (folder/"heartbeat.json").write_text(json.dumps(dict(run_id=ID, session="other", beat=n, time=time.time()+clock, seconds=every, ended=False)))
+        if stop.wait(every): return
+        (folder/"heartbeat.json").write_text("{")
+
+
+@pytest.fixture
+def watched(tmp_path):
+    "A backup that another machine has written to, and what is said of it"
+    (tmp_path/"disk"/"run").mkdir(parents=True); (tmp_path/"run").mkdir()
+    return Backup(tmp_path/"disk", tmp_path/"run"), []
+
+
+@pytest.mark.parametrize("clock", [-5000, -1000, 0, 5000])
+def test_another_machine_is_seen_whatever_its_clock(watched, clock):
+    b, said = watched; stop = threading.Event()
+    other = threading.Thread(target=beating, args=(b.path, stop, clock)); other.start()
+    try:
+        while not (b.path/"heartbeat.json").exists(): time.sleep(.01)
+        with pytest.raises(BackupError, match="another process is training this run"): backup_module.wait_for_others(b, said.append)
+    finally: stop.set(); other.join()
+
+
+@pytest.mark.parametrize("clock", [-5000, 5000])
+@pytest.mark.parametrize("change, waits", [({}, True), (dict(ended=True), False), (dict(session="mine"), False)], ids=["died", "ended", "own"])
+def test_a_machine_that_is_gone_is_waited_for_as_long_as_it_must_be(watched, clock, change, waits):
+    b, said = watched
+    write_json(b.run_path/"backup.json", dict(session="mine"))
+    heart = dict(run_id=ID, session="other", beat=7, time=time.time()+clock, seconds=.1, ended=False)
+    write_json(b.path/"heartbeat.json", heart | change)
+    began = time.monotonic(); backup_module.wait_for_others(b, said.append); took = time.monotonic()-began
+    assert (.25 <= took < 2 and len(said) == 1) if waits else (took < .2 and not said)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": 1e9}', '{"seconds": "x", "time": null}'])
+def test_a_heart_that_says_nonsense_is_watched_as_usual(watched, text, monkeypatch):
+    "No wait without end, and no error of Python's"
+    b, said = watched
+    monkeypatch.setattr(backup_module, "BEAT", .05)
+    (b.path/"heartbeat.json").write_text(text)
+    backup_module.wait_for_others(b, said.append)
+    assert len(said) == 1
+
+
 def test_a_best_model_that_fits_where_a_state_does_not(work, whole, monkeypatch):
     "The trouble is said once, and not taken back because of it"
     real = CheckpointStore.save

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -828,3 +829,35 @@ def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
     p.kill(); p.wait()
     assert not psutil.wait_procs(workers, timeout=10)[1]
     with only_one(tmp_path/"run"): pass
+
+
+def test_one_training_at_a_time_in_a_process(work, whole):
+    "A second one, from a callback or a thread, is refused by name and changes nothing; other functions may be used"
+    said = []
+    def try_it(where):
+        with pytest.raises(RuntimeError) as e: fit("tiny", work/"text.jsonl", output_dir=work/where)
+        said.append(str(e.value))
+    def others(t):
+        try_it("nested")
+        thread = threading.Thread(target=try_it, args=("thread",)); thread.start(); thread.join()
+        assert open_run(work/"run").history and not (work/"nested").exists() and not (work/"thread").exists()
+    run, losses = go(work, At(7, others))
+    same_as(whole, work, losses)
+    assert all(f"this process trains {work/'run'} already" in s for s in said) and "nested" in said[0] and "thread" in said[1]
+    assert "inside of it" in said[0] and "Wait until it has ended" in said[1]
+    with pytest.raises(TypeError, match="must be a Callback"): go(work, 3)
+    assert go(work)[0].finished                                              # the refusals hold nothing
+
+
+@pytest.mark.parametrize("options, why", [(dict(early_stopping=3), "early_stopping=3 needs a validation loss, and validation_split=0"), (dict(save_best_only=True, early_stopping=1), "early_stopping=1 and save_best_only=True need a"),
+    (dict(save_best_only=True), "save_best_only=True needs")])
+def test_options_that_wait_for_a_validation_loss(work, options, why):
+    "Refused at the call where none will come, and nothing is made"
+    with pytest.raises(ValueError, match=why): go(work, validation_split=0, **options)
+    assert not (work/"run").exists()
+
+
+def test_too_few_rows_to_validate(work):
+    "That is known once the rows are read"
+    (work/"text.jsonl").write_text('{"text": "one row, and no second"}\n')
+    with pytest.raises(ValueError, match="early_stopping=2 needs a validation loss, and no row that could be measured was held out"): go(work, early_stopping=2)

@@ -96,6 +96,45 @@ def test_ours_opens_pefts(foreign, options, tmp_path):
         with pytest.raises(CheckpointError, match=why): load_model(tmp_path/"safe")
 
 
+# What PEFT can be asked for → the name by which it is refused; None: it is computed
+SETTINGS = [(dict(init_lora_weights="pissa"), "init_lora_weights 'pissa'"), (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4'"),
+    (dict(init_lora_weights="olora"), "init_lora_weights 'olora'"), (dict(init_lora_weights="gaussian"), None), (dict(init_lora_weights="orthogonal"), None), (dict(init_lora_weights=False), None),
+    (dict(target_modules=r".*\.1\..*q_proj"), "a pattern"), (dict(target_modules=["self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]), None),
+    (dict(target_modules=["layers.0.self_attn.q_proj"]), "q_proj in 1 of 2 blocks"), (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(alpha_pattern={"v_proj": 3}), "alpha_pattern"),
+    (dict(layers_to_transform=0), "layers_to_transform 0"), (dict(layers_to_transform=[1], layers_pattern="layers"), "layers_pattern 'layers'"),
+    (dict(exclude_modules=["k_proj"]), "exclude_modules"), (dict(bias="all"), "bias 'all'"), (dict(use_dora=True), "use_dora True"), (dict(modules_to_save=["lm_head"]), "modules_to_save"),
+    (dict(lora_bias=True), "lora_bias True"), (dict(layer_replication=[[0, 2], [1, 2]]), "layer_replication"), (dict(trainable_token_indices=[3]), "trainable_token_indices"),
+    (dict(target_modules=["q_proj", "lm_head"]), "'lm_head' is no matrix of a block")]
+
+
+@pytest.mark.parametrize("foreign", ["Llama"], indirect=True)
+def test_each_setting_of_peft_is_computed_or_refused_by_name(foreign, tmp_path):
+    "Adapters that PEFT made: never a third thing"
+    peft = pytest.importorskip("peft", reason="pip install peft, to compare with it")
+    torch.manual_seed(1)
+    for i, (setting, refused) in enumerate(SETTINGS):
+        options = dict(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"]) | setting
+        theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(foreign), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+        for k, p in theirs.named_parameters():
+            if "lora_B" in k: p.data = p.data+.1*torch.randn_like(p)
+        theirs.save_pretrained(tmp_path/str(i), save_embedding_layers=False)
+        if refused:
+            with pytest.raises(CheckpointError) as e: load_model(tmp_path/str(i))
+            assert refused in str(e.value) and "peft" in str(e.value) or refused == "a pattern", e.value
+        else: torch.testing.assert_close(logits(load_model(tmp_path/str(i))), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change, why", [(dict(not_yet_invented=3), "not_yet_invented 3"), (dict(not_yet_invented=0), "not_yet_invented 0"), (dict(use_rslora="false"), "use_rslora 'false'"), (dict(lora_alpha="16"), "lora_alpha '16'"),
+    (dict(lora_alpha=None), "lora_alpha None"), (dict(lora_dropout=True), "lora_dropout True"), (dict(target_modules=None), "target_modules None"), (dict(target_modules="q_proj"), "a pattern"), (dict(target_modules=["mlp.q_proj"]), "'mlp.q_proj' is no matrix"),
+    (dict(fan_in_fan_out=True), "fan_in_fan_out True"), (dict(target_parameters=["w"]), "target_parameters"), (dict(init_lora_weights="loftq"), "'loftq'"), (dict(init_lora_weights=None), None), (dict(layers_to_transform=[]), None)])
+def test_settings_without_peft(change, why):
+    "Of hand-made and of future files"
+    said = LoRAConfig(r=3, targets=["q_proj"]).to_peft() | change
+    if why is None: assert LoRAConfig.from_peft(said) == LoRAConfig(r=3, targets=["q_proj"])
+    else:
+        with pytest.raises(ValueError, match=why): LoRAConfig.from_peft(said)
+
+
 def test_adapters_share_a_base(foreign, tmp_path, talks):
     "Two of them in memory, one base; each answers as itself"
     base = load_model(foreign)
