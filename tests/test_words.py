@@ -12,6 +12,7 @@ from minigpt.checkpoint import CheckpointError
 from minigpt.config import TrainConfig
 from minigpt.files import human_size
 from minigpt.guard import Guard
+from minigpt.model import GPTConfig
 from minigpt.monitor import trouble
 from minigpt.run import open_run
 from minigpt.source import ResumeError
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 OPTIONS = dict(child.OPTIONS, max_steps=4, save_steps=2, eval_steps=4, eval_sequences=4)
 SHAPE = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
+MODEL = GPTConfig(vocab_size=300, **SHAPE)
 QUICK = ["--max-seq-len", "32", "--batch-size", "4", "--tokenizer-vocab-size", "300", "--num-threads", "1", "--eval-sequences", "4", "--no-progress", "--no-plot-loss", "--no-tensorboard"]
 
 
@@ -61,7 +63,7 @@ def outputs(tmp_path_factory):
     child.write_text(folder/"text.jsonl")
     with pytest.MonkeyPatch.context() as m:
         m.chdir(folder)
-        fit(SHAPE, "text.jsonl", output_dir="outputs", **OPTIONS)
+        fit(MODEL, "text.jsonl", output_dir="outputs", **OPTIONS)
     return folder
 
 
@@ -87,9 +89,9 @@ def test_a_run_is_named_instead(copy):
 
 
 def test_fit_takes_the_path_of_a_checkpoint(copy):
-    run = fit(SHAPE, "text.jsonl", output_dir="outputs", resume_from_checkpoint="outputs/checkpoint-2", **{**OPTIONS, "max_steps": 5})
+    run = fit(MODEL, "text.jsonl", output_dir="outputs", resume_from_checkpoint="outputs/checkpoint-2", **{**OPTIONS, "max_steps": 5})
     assert [a["step"] for a in run.facts["attempts"]] == [0, 2]
-    with pytest.raises(CheckpointError, match="is not a checkpoint of this run"): fit(SHAPE, "text.jsonl", output_dir="outputs", resume="elsewhere/checkpoint-2", **OPTIONS)      # the name alone would fit
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this run"): fit(MODEL, "text.jsonl", output_dir="outputs", resume="elsewhere/checkpoint-2", **OPTIONS)      # the name alone would fit
 
 
 def test_what_is_no_run_to_go_on_with(work):
@@ -132,13 +134,13 @@ def everything(folder): return {p.relative_to(folder).as_posix(): p.read_bytes()
 
 
 @pytest.mark.parametrize(("call", "error"), [
-    (lambda: fit(SHAPE, "none.txt", output_dir="runs/x", **OPTIONS), FileNotFoundError),
+    (lambda: fit(MODEL, "none.txt", output_dir="runs/x", **OPTIONS), FileNotFoundError),
     (lambda: fit("medum", "text.jsonl", output_dir="runs/x", **OPTIONS), ValueError),
     (lambda: fit("org/model", "text.jsonl", output_dir="runs/x", **OPTIONS), FileNotFoundError),
-    (lambda: fit(SHAPE, "text.jsonl", output_dir="runs/x", **OPTIONS, resume="checkpoint-5"), CheckpointError),
-    (lambda: fit(SHAPE, "none.txt", output_dir="mine", **OPTIONS), FileNotFoundError),
-    (lambda: fit(SHAPE, "none.txt", output_dir="theirs", **OPTIONS), FileExistsError),
-    (lambda: fit(SHAPE, "text.jsonl", output_dir="theirs", **OPTIONS, overwrite=True, tokenizer="none"), FileNotFoundError),
+    (lambda: fit(MODEL, "text.jsonl", output_dir="runs/x", **OPTIONS, resume="checkpoint-5"), CheckpointError),
+    (lambda: fit(MODEL, "none.txt", output_dir="mine", **OPTIONS), FileNotFoundError),
+    (lambda: fit(MODEL, "none.txt", output_dir="theirs", **OPTIONS), FileExistsError),
+    (lambda: fit(MODEL, "text.jsonl", output_dir="theirs", **OPTIONS, overwrite=True, tokenizer="none"), FileNotFoundError),
     (lambda: resume("runs/x", gdrive_backup_dir="drive"), FileNotFoundError),
 ], ids=["no data", "no preset", "a hub's name", "no checkpoint", "a folder with notes", "a folder with a model", "moved aside", "no backup"])
 def test_a_refused_call_leaves_no_trace(work, call, error):
@@ -150,20 +152,20 @@ def test_a_refused_call_leaves_no_trace(work, call, error):
 
 def test_a_refused_call_is_not_the_end_of_a_run(copy):
     was = said(copy/"outputs")
-    with pytest.raises(ResumeError): fit(SHAPE, "text.jsonl", output_dir="outputs", **OPTIONS, seed=7)
+    with pytest.raises(ResumeError): fit(MODEL, "text.jsonl", output_dir="outputs", **OPTIONS, seed=7)
     assert "FileNotFoundError" not in said(copy/"outputs") and "ENDED" not in said(copy/"outputs") and said(copy/"outputs").startswith(was)
 
     class Fail(Callback):
         def on_step(self, t): raise OSError("unplugged")
-    with pytest.raises(OSError, match="unplugged"): fit(SHAPE, "text.jsonl", output_dir="outputs", callbacks=[Fail()], **{**OPTIONS, "max_steps": 6})
+    with pytest.raises(OSError, match="unplugged"): fit(MODEL, "text.jsonl", output_dir="outputs", callbacks=[Fail()], **{**OPTIONS, "max_steps": 6})
     assert "ENDED by OSError: unplugged" in said(copy/"outputs")
 
 
 def test_tokens_of_a_refused_call_stay_for_the_next(work):
-    with pytest.raises(ValueError, match="one step takes 4000"): fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "batch_size": 2000})
+    with pytest.raises(ValueError, match="one step takes 4000"): fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "batch_size": 2000})
     assert sorted(p.name for p in (work/"run").iterdir()) == ["data", "tokenizer"]
     made = (work/"run/data/train/tokens.bin").stat().st_mtime_ns
-    assert fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 1}).step == 1 and (work/"run/data/train/tokens.bin").stat().st_mtime_ns == made
+    assert fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 1}).step == 1 and (work/"run/data/train/tokens.bin").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize(("words", "parts"), [
@@ -200,7 +202,7 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
 # --- what a run says of itself ----------------------------------------------------------------------------------------------------------
 def test_losses_stand_in_the_log(work):
     "The first, the last, and one a minute between them; every evaluation"
-    run = fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 9, "eval_steps": 4})
+    run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 9, "eval_steps": 4})
     lines = [l[20:] for l in said(run.path).splitlines() if l[20:].startswith("step ")]
     assert [l.partition(",")[0] for l in lines] == [f"step {h['step']} of 9: {k}" for h in run.history for k in [*([f"loss {h['loss']:.4f}"] if h["step"] in (1, 9) else []), *([f"validation loss {h['eval_loss']:.4f}"] if "eval_loss" in h else [])]]
     assert len(lines) == 5 and all("learning rate" in l and "tokens/s" in l for l in lines if "validation" not in l) and not any(map(trouble, lines))
@@ -229,12 +231,12 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     from minigpt import train
     from minigpt.status import run_status, status_text
     monkeypatch.setattr(train, "Guard", lambda *limits: Guard(*limits, every=.001, cpu=lambda: 100.))
-    run = fit(SHAPE, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.})
+    run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.})
     told = "the processors are 100% busy, more than max_cpu=70, so training rests between its steps and is SLOWER"
     assert capsys.readouterr().out.count(told) == said(run.path).count(told) == 1       # on the screen, though progress=False
     rested = [h["resting"] for h in run.history]
     assert all(0 <= r <= 1 for r in rested) and rested[-1] > .3
     s = run_status("run")
     assert any(told in t for t in s["troubles"]) and f"resting {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
-    free = fit(SHAPE, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
+    free = fit(MODEL, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
     assert "resting" not in free.history[-1] and "SLOWER" not in said(free.path)
