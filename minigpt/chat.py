@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
+from .checkpoint import open_model
 from .generate import generate, parse_tool_calls, text_pieces
 from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
@@ -182,7 +183,6 @@ class Chat:
         max_rounds:int=5, # Calls and results, one after the other, before an answer must come
         seed:int|None=None, # The same seed, the same answers
     ):
-        from minigpt.run import open_model
         model,tokenizer = open_model(model, tokenizer)
         need_gpt(model, 'a chat')
         self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds,self.thinking = model,tokenizer,system,max_new_tokens,max_rounds,thinking

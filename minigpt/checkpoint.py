@@ -6,8 +6,8 @@
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'Saved', 'Writer',
-           'write_final', 'place_final']
+           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model', 'open_model',
+           'Saved', 'Writer', 'write_final', 'place_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, os, pickle, random, re, stat, time, zipfile
@@ -587,6 +587,33 @@ def newest(
         if not why: return c
         passed_over(c, why)
     return None
+
+# %% ../nbs/07_checkpoint.ipynb #52d3eb93
+def run_model(
+    folder:str|Path, # Of a run, or of its copy in a backup
+)->Path: # A directory with a model
+    "Where the model of a run is: the final one, or the newest checkpoint if that is newer."
+    folder = Path(folder)
+    final = folder/'final' if (folder/'heartbeat.json').exists() else folder
+    step = read_json(final/'trainer_state.json')['global_step'] if problem(final, hashes=False) is None else -1
+    later = newest([*stores_in(folder)[:2]], unfit=lambda c: Defect('unwanted', 'the final model is newer') if c.step <= step else None)
+    if not later and step < 0: raise CheckpointError(f"{folder} has no whole checkpoint yet; wait until the run has saved one (`minigpt runs` lists them)")
+    return later.path if later else final
+
+def open_model(
+    source, # A run or its folder, a directory with a model, or a model in memory
+    tokenizer:Tokenizer|str|Path|None=None, # Or its folder; default: the source's own
+)->tuple[LanguageModel,Tokenizer]:
+    "A model, however it is named, and its tokenizer."
+    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
+    if not isinstance(source, (LanguageModel,str,Path)) and hasattr(source, 'facts'): source = source.path # of a `Run`
+    folder = at_home(source) if isinstance(source, (str,Path)) else None
+    is_run = folder is not None and (folder/'run.json').exists()
+    if tokenizer is None and is_run: tokenizer = load_tokenizer(folder/'tokenizer')
+    model = source if isinstance(source, LanguageModel) else load_model(run_model(folder) if is_run else source)
+    if tokenizer is None and home_of(model) is None: raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
+    return model,load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
+
 
 # %% ../nbs/07_checkpoint.ipynb #13607a8c
 @dataclass(frozen=True)

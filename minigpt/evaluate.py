@@ -10,10 +10,11 @@ import math, tempfile
 from pathlib import Path
 import numpy as np, torch
 from tqdm.auto import tqdm
+from .checkpoint import open_model
 from .data import TokenSet, build_tokenset, open_set, spread_over
 from .files import at_home, hash_bytes
 from .model import GPT, need_gpt
-from .run import Run, open_model, text_table
+from .run import Run, text_table
 from .source import source_files
 from .speed import best_device
 from .tokenizer import Tokenizer

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checkpoint import EXPORTED, CheckpointError, Defect, Weights, find_base, load_model, newest, open_weights, problem, read_config, read_pickle, stores_in, write_manifest, write_safetensors
+from .checkpoint import EXPORTED, CheckpointError, Weights, find_base, load_model, open_weights, problem, read_config, read_pickle, run_model, write_manifest, write_safetensors
 from .data import open_set, spread_over
 from .files import at_home, delete, dir_size, free_said, human_size, new_dir, read_json, write_json
 from .lora import LoRAGPT
@@ -97,11 +97,7 @@ def _find(source)->Path:
     if not path.exists(): raise FileNotFoundError(f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth file")
     alone = [f for f in path.iterdir() if f.suffix in ('.pt','.pth')] if path.is_dir() and not any((path/n).exists() for n in ('run.json','config.json','adapter_config.json')) else []
     if len(alone) == 1: return alone[0]
-    if not (path/'run.json').exists(): return path
-    final = read_json(path/'trainer_state.json')['global_step'] if problem(path, hashes=False) is None else -1
-    later = newest([*stores_in(path)[:2]], unfit=lambda c: Defect('unwanted', 'the final model is newer') if c.step <= final else None)
-    if not later and final < 0: raise CheckpointError(f"{path} has no whole checkpoint yet; wait until the run has saved one (`minigpt runs` lists them)")
-    return later.path if later else path
+    return run_model(path) if (path/'run.json').exists() else path
 
 def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
     "Shape and weights of a source, and its directory if it is one."

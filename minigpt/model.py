@@ -487,5 +487,5 @@ class GPT(LanguageModel):
 # %% ../nbs/05_model.ipynb #8177d3d8
 def need_gpt(model:LanguageModel, what:str):
     "A `TypeError` for models that do not go from left to right."
-    if not isinstance(model, LanguageModel): raise TypeError(f"{what} needs a model, and {model!r:.80} is a {type(model).__name__}; open what it names: model,tokenizer = minigpt.run.open_model('DIR')")
+    if not isinstance(model, LanguageModel): raise TypeError(f"{what} needs a model, and {model!r:.80} is a {type(model).__name__}; open what it names: model,tokenizer = minigpt.checkpoint.open_model('DIR')")
     if not isinstance(model, GPT): raise TypeError(f"{what} needs a GPT, which goes from left to right, and this is a {type(model).__name__}, which fills gaps; use minigpt.diffusion (infill, denoise), or `generate` of its run")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from urllib.parse import unquote
+from .checkpoint import open_model
 from .chat import Answer
 from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
@@ -229,7 +230,6 @@ class Server(ThreadingHTTPServer):
     ):
         if not models: raise ValueError("there is no model to serve; pass {'name': (model, tokenizer)}")
         if not isinstance(models, dict): raise TypeError(f"models={models!r:.80} must say by which names clients ask: {{'name': {models!r:.80}}}")
-        from minigpt.run import open_model
         models = {name:m if isinstance(m, (tuple,list)) else open_model(m) for name,m in models.items()}
         for model,_ in models.values(): need_gpt(model, 'OpenAI\'s interface')
         self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL

@@ -7,13 +7,13 @@ import pytest
 from minigpt import cli
 from minigpt.analyze import create_demo
 from minigpt.chat import Chat
-from minigpt.checkpoint import State, load_model, write_checkpoint
+from minigpt.checkpoint import State, load_model, open_model, write_checkpoint
 from minigpt.config import TrainConfig
 from minigpt.evaluate import evaluate_on
 from minigpt.export import export
 from minigpt.generate import generate
 from minigpt.model import GPT, GPTConfig
-from minigpt.run import Run, open_model, open_run
+from minigpt.run import Run, open_run
 from minigpt.serve import Server
 from minigpt.source import open_source
 from minigpt.status import Watch
@@ -57,7 +57,7 @@ def test_a_run_or_a_directory_stands_for_model_and_tokenizer(at_home, named):
 def test_what_stands_for_no_model(at_home):
     model = GPT(GPTConfig(vocab_size=9, **TINY))
     with pytest.raises(ValueError, match="in memory, so its tokenizer is not known"): Chat(model)
-    with pytest.raises(TypeError, match=r"'runs/x' is a str; open what it names: model,tokenizer = minigpt.run.open_model"): generate("runs/x", [1])
+    with pytest.raises(TypeError, match=r"'runs/x' is a str; open what it names: model,tokenizer = minigpt.checkpoint.open_model"): generate("runs/x", [1])
     with pytest.raises(TypeError, match="by which names clients ask"): Server("~/run")
     with pytest.raises(TypeError, match="3 must be the path of a directory with a model"): open_model(3)
     with pytest.raises(Exception, match="there is no directory"): Chat("runs/no")
