@@ -268,7 +268,7 @@ def stream_text(
 )->Iterator[str]: # Pieces of the new text
     "Write on, and hand out the text as it comes."
     if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
-    if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    if isinstance(prompt, str): ids = tokenizer.begin(prompt)
     else: ids = tokenizer.encode_prompt(_turns(prompt), tools, thinking)
     return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))
 

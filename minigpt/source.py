@@ -15,7 +15,7 @@ import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .checkpoint import stores_in
-from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, sample_texts, source_facts
+from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, same_rules, sample_texts, source_facts
 from .files import at_home, in_folder, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, get_dataset_config, list_datasets, mix
@@ -182,6 +182,12 @@ def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainCon
     if known and (wrong := _damage(place)): _rebuild(place, wrong, say)
     return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines' if cfg.line_by_line else form, say=say, keep=True)[0]
 
+def _older_tokens(data:TokenSet, tok:Tokenizer, say):
+    "A token set of an older version, for a new run."
+    if data.meta.get('kind', 'text') != 'text': say(f"the token set {data.path} is of an older version, which encoded some conversations in another way (see minigpt.tokenizer.RULES); minigpt.data.build_tokenset builds it again"); return
+    added = ' '.join(tok.hf.id_to_token(i) for ids in tok.adds for i in ids)
+    raise ValueError(f"the token set {data.path} is of an older version, and its texts lack what this tokenizer adds to each ({added}); build it again with minigpt.data.build_tokenset")
+
 def open_source(
     folder:Path, # The run's
     known:dict|None, # Its run.json, if it is to go on
@@ -197,6 +203,7 @@ def open_source(
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
     tok = _own_tokenizer(folder, known['identity'].get('tokenizer'), say) if known else given
+    if known: tok.rules = known['identity'].get('rules', 1) # the run goes on as it was begun
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
@@ -222,6 +229,7 @@ def open_source(
         if _is_set(source):
             if spoilt := [d for d in getattr(source, 'sets', [source]) if d.damaged()]: raise DataError(f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged. Build it again with minigpt.data.build_tokenset")
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
+            if not known and (older := [d for d in getattr(source, 'sets', [source]) if not same_rules(d.meta, tok)]): _older_tokens(older[0], tok, say)
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say))
         else:

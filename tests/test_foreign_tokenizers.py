@@ -1,0 +1,144 @@
+"Tokenizers of other programs: what they add to a text, how they spell bytes and spaces, and what their templates need."
+import json
+import shutil
+from functools import cache
+
+import numpy as np
+import pytest
+import transformers
+from minigpt.data import build_tokenset
+from minigpt.evaluate import evaluate_on
+from minigpt.generate import stream_text
+from minigpt.model import GPT, GPTConfig
+from minigpt.source import open_source
+from minigpt.config import TrainConfig
+from minigpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+TEXTS = ["The cat sat on the mat.\n\nIt was a good cat, and the mat was good too.", "One, two, three: 123 cats!", "我们去海边。 naïve café"]*4
+SPECIALS = ["<unk>", "<s>", "</s>"]
+CONFIG = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def with_bos(tok, eos=False):
+    front, back = ("<s>", tok.token_to_id("<s>")), ("</s>", tok.token_to_id("</s>"))
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A </s>" if eos else "<s> $A", special_tokens=[front, back])
+    return tok
+
+
+@cache
+def byte_level(bos=False, eos=False):
+    "As Llama 3's"
+    tok = HF(models.BPE())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return Tokenizer(with_bos(tok, eos) if bos else tok, CONFIG)
+
+
+def byte_tokens(): return [f"<0x{i:02X}>" for i in range(256)]
+
+
+@cache
+def sentencepiece(kind="llama"):
+    "As Llama 2's: ▁ for a space, a token for each byte; of the kind `llama`, `metaspace`, or `unigram`"
+    pieces = ["▁", "▁the", "▁cat", "▁good", "\n", "er", *"abcdefghijklmnopqrstuvwxyzTIO.,:!123"]
+    if kind == "unigram":
+        tok = HF(models.Unigram([(t, 0.) for t in SPECIALS]+[(b, -20.) for b in byte_tokens()]+[(p, -float(9-len(p))) for p in pieces], unk_id=0, byte_fallback=True))
+    else:
+        merges = [("e", "r"), ("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
+        vocab = [*SPECIALS, *byte_tokens(), *dict.fromkeys(p for p in [*pieces, *(a+b for a, b in merges)] if p not in ("▁good",))]
+        tok = HF(models.BPE({t: i for i, t in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if kind == "llama":
+        tok.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        tok.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first", split=False)])
+    tok.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIALS])
+    return Tokenizer(with_bos(tok), CONFIG)
+
+
+@cache
+def word_piece():
+    tok = HF(models.WordPiece(unk_token="[UNK]"))
+    tok.normalizer, tok.pre_tokenizer, tok.decoder = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tok.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=120, special_tokens=["[UNK]", "[CLS]", "[SEP]", "[PAD]"], show_progress=False))
+    tok.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return Tokenizer(tok, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="[SEP]", unk_token="[UNK]"))
+
+
+def model(tok, max_len=64): return GPT(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=max_len))
+
+
+def theirs(tok, folder): return transformers.PreTrainedTokenizerFast.from_pretrained(tok.save(folder))
+
+
+# --- what is added to a text ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("make", [lambda: byte_level(True), lambda: byte_level(True, True), sentencepiece, word_piece, byte_level])
+def test_a_text_gets_what_transformers_adds(make, tmp_path):
+    tok = make()
+    tok = Tokenizer(tok.hf, tok.config | dict(add_bos_token=False))                             # of no effect beside a tokenizer.json
+    want = theirs(tok, tmp_path)("The cat")["input_ids"]
+    front, back = tok.adds
+    assert [*front, *tok.encode("The cat"), *back] == want
+    ids, lengths = tok.encode_documents(["The cat", "sat", ""], [True, False, True], [False, True, True])
+    end = [tok.eos_id] if tok.eos_id in back else [*back, tok.eos_id]
+    assert ids.tolist() == [*front, *tok.encode("The cat"), *tok.encode("sat"), *(back if tok.eos_id in back else end), *front, *end]
+    assert lengths.sum() == len(ids) and ids.dtype == tok.dtype
+    assert ids.tolist().count(tok.eos_id) == 2
+
+
+def test_training_evaluation_and_prompts_have_one_bos(tmp_path):
+    tok = byte_level(True); bos, eos = tok.id("<s>"), tok.eos_id
+    (tmp_path/"a.jsonl").write_text("".join(json.dumps(dict(text=t))+"\n" for t in ("The cat", "<s>two")), "utf-8")
+    (tmp_path/"b.txt").write_text("The cat\n<|endoftext|>\nsat", "utf-8")
+    rows, _ = build_tokenset(tmp_path/"a.jsonl", tok, tmp_path/"a", 0.)
+    assert rows.tokens.tolist() == [bos, *tok.encode("The cat"), eos, bos, *tok.encode("<s>two"), eos]
+    text, _ = build_tokenset(tmp_path/"b.txt", tok, tmp_path/"b", 0.)
+    assert text.tokens.tolist() == [bos, *tok.encode("The cat\n"), eos, bos, *tok.encode("sat"), eos]
+    lines, _ = build_tokenset(tmp_path/"b.txt", tok, tmp_path/"c", 0., format="lines")
+    assert lines.tokens[lines.row_starts()[:-1]].tolist() == [bos]*len(lines.row_starts()[:-1])
+    assert evaluate_on(model(tok), tmp_path/"a.jsonl", tokenizer=tok, seq_len=8, progress=False)["tokens"] == len(rows)-1
+    assert tok.begin("The cat") == [bos, *tok.encode("The cat")] and tok.begin("") == [bos]
+    plain = byte_level()
+    assert plain.begin("") == [plain.eos_id] and plain.begin("a") == plain.encode("a")
+
+
+def test_a_template_that_writes_bos_has_one(tmp_path):
+    tok = byte_level(True)
+    tok = Tokenizer(tok.hf, tok.config | dict(chat_template="{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"))
+    ids = tok.encode_prompt([dict(role="user", content="The cat")])
+    assert ids.count(tok.id("<s>")) == 1 and ids == theirs(tok, tmp_path).apply_chat_template([dict(role="user", content="The cat")], tokenize=True, return_dict=False)
+
+
+def test_a_length_in_tokenizer_json_cuts_nothing(tmp_path):
+    hf = HF.from_str(byte_level().hf.to_str())
+    hf.enable_truncation(3)
+    hf.enable_padding(length=9)
+    tok = load_tokenizer(Tokenizer(hf, CONFIG).save(tmp_path))
+    assert tok.encode(TEXTS[0]) == byte_level().encode(TEXTS[0]) and tok.encode(TEXTS[0], special=True) == byte_level().encode(TEXTS[0])
+
+
+def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
+    tok = byte_level(True); older = Tokenizer(tok.hf, tok.config, rules=1)
+    (tmp_path/"a.jsonl").write_text(json.dumps(dict(text=TEXTS[0]))+"\n", "utf-8")
+    run = tmp_path/"run"; run.mkdir()
+    was, _ = build_tokenset(tmp_path/"a.jsonl", older, run/"data", 0.)
+    assert was.tokens.tolist() == [*tok.encode(TEXTS[0]), tok.eos_id]
+    meta = json.loads((run/"data/train/meta.json").read_text("utf-8")); del meta["rules"]      # as an older version wrote it
+    (run/"data/train/meta.json").write_text(json.dumps(meta), "utf-8")
+    tok.save(run/"tokenizer")
+    known = dict(identity=dict(tokenizer=tok.hash, data=was.fingerprint), data=dict(source=str(tmp_path/"a.jsonl"), places=dict(train=["data"], valid=None)))
+    config = TrainConfig(validation_split=0., max_seq_len=8, progress=False)
+    opened = lambda: open_source(run, known, tmp_path/"a.jsonl", None, None, config, say=str)
+    kept = opened()
+    assert kept[1].fingerprint == was.fingerprint and kept[0].rules == 1 and not any(kept[0].adds)
+    shutil.rmtree(run/"data")                                                                 # on another machine
+    built = opened()[1]
+    assert built.fingerprint == was.fingerprint
+    with pytest.raises(ValueError, match="lack what this tokenizer adds to each .<s>."): open_source(tmp_path/"new", None, built, None, tok, config, say=str)
+    known["identity"]["rules"] = 2
+    shutil.rmtree(run/"data")
+    with pytest.raises(ValueError, match="data = "): opened()
+    again, _ = build_tokenset(tmp_path/"a.jsonl", tok, tmp_path/"again", 0.)
+    assert again.tokens[0] == tok.id("<s>")
