@@ -20,6 +20,7 @@ from .checkpoint import load_model
 from .config import TrainConfig, read_options
 from .data import ChatSet
 from .formats import data_files, read_blocks
+from .generate import text_pieces
 from .model import GPT, LanguageModel
 from .run import Run
 from .tokenizer import Tokenizer, load_tokenizer
@@ -266,7 +267,7 @@ class Tess(LanguageModel):
         if n < 1: raise ValueError(f"the prompt has {len(head)} tokens and the model's max_len is {self.config.max_len}, so there is no room to write; shorten the prompt")
         ids,blank = _one(self, head+[0]*n, [False]*len(head)+[True]*n)
         new = fill(self, ids, blank, **how)[0,len(head):].tolist()
-        return tokenizer.decode(new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, skip_special=True)
+        return ''.join(text_pieces(tokenizer, new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, head))
 
 # %% ../nbs/16_diffusion.ipynb #8194f907
 def draw_blanks(

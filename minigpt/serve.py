@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer.tokens = watched(answer.tokens)
         if chat: yield from answer
         else:
-            for piece in answer.plain(): answer.said['text'] += piece; yield 'text',piece
+            for piece in answer.plain(answer.ids): answer.said['text'] += piece; yield 'text',piece
 
     def end(self, answer:Answer, tools:bool)->tuple[list[dict],str,str]:
         "The calls in OpenAI's shape, what else was written as one, and why the answer ended."

@@ -271,6 +271,31 @@ class Tokenizer:
         "The text of `ids`; bytes that are no UTF-8 become �."
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
+    def shown(self, ids:Iterable[int])->list[int]:
+        "Those that `decode` writes out with `skip_special`."
+        return [i for i in map(int, ids) if i not in self.control_ids and self.hf.id_to_token(i) is not None]
+
+    @cached_property
+    def control_ids(self)->frozenset[int]: "The special tokens."; return frozenset(t['id'] for t in self.json['added_tokens'] if t['special'])
+
+    @cached_property
+    def byte_ids(self)->frozenset[int]: # Empty for a byte-level tokenizer, whose tokens are any number of bytes
+        "The tokens that stand for a single byte, where the decoder reads a row of them as one piece of UTF-8."
+        if 'ByteFallback' not in self._decoders: return frozenset()
+        return frozenset(i for t,i in self.hf.get_vocab().items() if re.fullmatch('<0x[0-9A-Fa-f]{2}>', t))
+
+    @cached_property
+    def grows(self)->bool:
+        "Does a token leave the text in front of it as it is? Not where the decoder replaces letters in the joined text."
+        joined = max((i+1 for i,d in enumerate(self._decoders) if d in ('Fuse','ByteLevel')), default=len(self._decoders))
+        return all(d == 'Strip' for d in self._decoders[joined:])
+
+    @cached_property
+    def _decoders(self)->list[str]:
+        "Kinds of the decoder's steps."
+        decoder = self.json['decoder'] or {}
+        return [d['type'] for d in decoder.get('decoders', [decoder]) if d]
+
     def render(self,
         messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
         tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message

@@ -5,10 +5,14 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minigpt.chat import Answer
 from minigpt.data import build_tokenset
 from minigpt.evaluate import evaluate_on
-from minigpt.generate import stream_text
+from minigpt.generate import complete, stream_text, text_pieces
 from minigpt.model import GPT, GPTConfig
 from minigpt.source import open_source
 from minigpt.config import TrainConfig
@@ -142,3 +146,120 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
     with pytest.raises(ValueError, match="data = "): opened()
     again, _ = build_tokenset(tmp_path/"a.jsonl", tok, tmp_path/"again", 0.)
     assert again.tokens[0] == tok.id("<s>")
+
+
+# --- ids back to text -----------------------------------------------------------------------------------------------------------
+@cache
+def gemma():
+    "▁ for a space, and nothing is dropped at the beginning; a decoder that replaces letters in the joined text"
+    tok = HF.from_str(sentencepiece().hf.to_str())
+    tok.normalizer, tok.decoder = normalizers.Replace(" ", "▁"), decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(tok, CONFIG)
+
+
+@cache
+def rewriting():
+    tok = HF.from_str(gemma().hf.to_str())
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Replace(Regex("the|e c"), "")])
+    return Tokenizer(tok, CONFIG)
+
+
+@cache
+def endings():
+    "Words end in </w>, as GPT 1's"
+    tok = HF(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder("</w>")
+    tok.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=150, special_tokens=SPECIALS, end_of_word_suffix="</w>", show_progress=False))
+    return Tokenizer(tok, CONFIG)
+
+
+@cache
+def no_decoder():
+    tok = HF.from_str(endings().hf.to_str())
+    made = json.loads(tok.to_str()) | dict(decoder=None)
+    return Tokenizer(HF.from_str(json.dumps(made)), CONFIG)
+
+
+KINDS = dict(ours=cache(lambda: train_tokenizer(TEXTS, 330)), byte_level=byte_level, llama=sentencepiece, metaspace=lambda: sentencepiece("metaspace"), unigram=lambda: sentencepiece("unigram"),
+             gemma=gemma, rewriting=rewriting, word_piece=word_piece, endings=endings, no_decoder=no_decoder)
+LETTERS = st.text(st.sampled_from(" \n.,'thecatgood▁�<>") | st.characters(exclude_categories=["Cs"]), max_size=12)
+
+
+def some_ids(data, tok):
+    "Of texts, and of no text at all: control tokens, halves of characters, ids that are none"
+    part = st.one_of(LETTERS.map(tok.encode), st.lists(st.integers(0, tok.vocab_size+2), max_size=6), st.lists(st.sampled_from(sorted(tok.byte_ids) or [0]), max_size=5),
+                     st.sampled_from("😀我é").map(lambda c: tok.encode(c)[:-1]))
+    return [i for p in data.draw(st.lists(part, max_size=4)) for i in p]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_pieces_are_what_decoding_at_once_gives(kind, data):
+    tok = KINDS[kind]()
+    before, ids = [i for i in tok.encode(data.draw(LETTERS)) if i not in tok.control_ids], some_ids(data, tok)
+    assert "".join(text_pieces(tok, ids)) == tok.decode(ids, skip_special=True)
+    at_once = tok.decode(before+ids, skip_special=True)
+    start = tok.decode(before, skip_special=True)
+    if not at_once.startswith(start): return                                                   # the ids change what the prompt says: no continuation
+    pieces = [*text_pieces(tok, ids, after=[0, *before] if 0 in tok.control_ids else before)]
+    assert "".join(pieces) == at_once[len(start):] and all(pieces)
+    for k in range(len(ids)): assert at_once[len(start):].startswith("".join(early(tok, ids, k, before))), "something was handed out and taken back"
+
+
+def early(tok, ids, k, before):
+    "What is handed out while only k tokens have come"
+    out = []
+    def come():
+        for i in ids[:k]: yield i
+        done.append(True)
+        yield from ids[k:]
+    done = []
+    for p in text_pieces(tok, come(), before):
+        if done: break
+        out.append(p)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace", "unigram", "gemma"])
+def test_a_character_waits_until_it_is_whole_and_a_word_does_not(kind):
+    tok = KINDS[kind]()
+    ids = tok.encode("the 😀 cat")
+    whole = tok.decode(ids)
+    assert "\ufffd" not in whole and "\ufffd" not in "".join(p for k in range(len(ids)) for p in early(tok, ids, k, []))
+    pieces = [*text_pieces(tok, ids)]
+    assert "".join(pieces) == whole and len(pieces) >= 3
+    before = tok.encode("the")
+    assert "".join(text_pieces(tok, tok.encode("the cat")[len(before):], after=before)) == " cat"
+
+
+class Says(GPT):
+    "A model that says what a test wants"
+    @property
+    def head(self): return torch.eye(self.config.vocab_size)
+
+    def trunk(self, x, mask=None, cache=None):
+        out = torch.zeros(*x.shape[:2], self.config.vocab_size)
+        out[:, -1, self.now.pop(0)] = 100.
+        return out
+
+
+def says(tok, ids):
+    m = Says(model(tok).config)
+    m.now = [*ids, tok.eos_id]
+    return m
+
+
+@pytest.mark.parametrize("kind", ["llama", "metaspace", "gemma", "byte_level"])
+def test_every_way_to_write_decodes_alike(kind):
+    tok = KINDS[kind]()
+    tok = Tokenizer(tok.hf, tok.config | dict(chat_template="{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}"))
+    before = tok.encode("the")
+    goes_on = tok.encode("the cat 我😀")[len(before):]
+    how = dict(temperature=0, use_cache=False)
+    assert "".join(stream_text(says(tok, goes_on), tok, "the", **how)) == complete(says(tok, goes_on), tok, "the", **how) == " cat 我😀"
+    assert "".join(Answer(says(tok, goes_on), tok, tok.begin("the"), **how).plain(tok.begin("the"))) == " cat 我😀"
+    answer = tok.encode("cat 我😀")
+    assert complete(says(tok, answer), tok, [dict(role="user", content="the")], **how) == "cat 我😀"
+    said = Answer(says(tok, answer), tok, tok.encode_prompt([dict(role="user", content="the")]), **how)
+    assert "".join(p for _, p in said) == "cat 我😀"
