@@ -9,9 +9,12 @@ __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TE
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
 import json, re, secrets
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, tiktoken
+from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
 from .files import at_home, hash_bytes, human_size, read_json, write_file, write_json
@@ -303,11 +306,34 @@ class Tokenizer:
         thinking:bool|None=None, # Should the answer begin with thoughts? For a template that asks, as MiniMind's (`open_thinking`) and Qwen3's (`enable_thinking`) do; None: its own default
     )->str:
         "The conversation as the model reads it."
-        template = self.config.get('chat_template')
-        if not template: raise ValueError("this tokenizer has no chat template; put one under \"chat_template\" into its tokenizer_config.json")
         messages,own = chat_messages(messages)
-        return _compiled(template).render(messages=messages, tools=tools or own, add_generation_prompt=add_generation_prompt, **({} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)),
-            **{k:self.token(k) or '' for k in {'eos_token', 'bos_token', *(k for k in self.config if k.endswith('_token') and not k.startswith('add_'))}})
+        tools = tools or own
+        template = self.chat_template(bool(tools))
+        if not template: raise ValueError("this tokenizer has no chat template; put one under \"chat_template\" into its tokenizer_config.json")
+        thinking = {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
+        names = {'eos_token', 'bos_token', *(k for k in self.config if k.endswith('_token') and not k.startswith('add_'))}
+        tokens = {k:self.token(k) or '' for k in names}
+        try: return _compiled(template).render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **thinking, **tokens)
+        except ValueError: raise # among them what the template refuses
+        except Exception as e:
+            where = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
+            raise ValueError(f"the tokenizer's chat template{where}: {type(e).__name__}: {e}; mend it in tokenizer_config.json or chat_template.jinja, or check the conversation") from None
+
+    def chat_template(self,
+        tools:bool=False, # Is it for a conversation with functions?
+    )->str|None: # None where there is none
+        "The template in Jinja. Of several with names, `tool_use` is for functions and `default` for the rest."
+        found = self.config.get('chat_template')
+        wrong = lambda: ValueError(f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or a list of objects with \"name\" and \"template\"")
+        if isinstance(found, list):
+            if not all(isinstance(t, dict) and isinstance(t.get('name'), str) for t in found): raise wrong()
+            named = {t['name']:t.get('template') for t in found}
+        elif isinstance(found, dict): named = found
+        else: named = dict(default=found)
+        template = named.get('tool_use') if tools and 'tool_use' in named else named.get('default')
+        if template is None and named and found is not None: raise ValueError(f"tokenizer_config.json has chat templates for {', '.join(map(str, named))}, and none is the \"default\"; give one that name")
+        if template is not None and not isinstance(template, str): raise wrong()
+        return template
 
     @cached_property
     def _lengths(self)->np.ndarray|None: # (vocab_size,) bytes of each token, where tiktoken knows them
@@ -404,7 +430,22 @@ def _jinja()->ImmutableSandboxedEnvironment:
     env.globals['raise_exception'] = refuse
     return env
 
-_compiled = lru_cache(8)(lambda template: _jinja().from_string(template))
+class _Generation(Extension):
+    "`{% generation %}` … `{% endgeneration %}`, around what an assistant says: it writes what stands in it."
+    tags = {'generation'}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
+        return nodes.CallBlock(self.call_method('_write'), [], [], body).set_lineno(line)
+    def _write(self, caller): return caller()
+
+def _as_transformers(env:ImmutableSandboxedEnvironment)->ImmutableSandboxedEnvironment:
+    "With what templates of other programs use besides."
+    env.add_extension(_Generation)
+    env.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
+    return env
+
+_compiled = lru_cache(8)(lambda template: _as_transformers(_jinja()).from_string(template))
 
 # %% ../nbs/01_tokenizer.ipynb #47994030
 _LONG = re.compile(r'(?<!\S)\S{4000,}|(?<!\s)\s{4000,}')
@@ -468,4 +509,8 @@ def load_tokenizer(
     except Exception as e: raise ValueError(f"{file} is not a tokenizer that this version of tokenizers reads ({e})") from None
     config = read_json(f) if (f := file.with_name('tokenizer_config.json')).exists() else None
     if config is not None and (f := file.with_name('chat_template.jinja')).exists(): config = {**config, 'chat_template':f.read_text('utf-8')}
+    if config is not None and (more := sorted(file.parent.glob('additional_chat_templates/*.jinja'))):
+        default = config.get('chat_template')
+        named = default if isinstance(default, list) else [dict(name='default', template=default)] if default else []
+        config = {**config, 'chat_template':named + [dict(name=f.stem, template=f.read_text('utf-8')) for f in more]}
     return Tokenizer(hf, config)

@@ -263,3 +263,47 @@ def test_every_way_to_write_decodes_alike(kind):
     assert complete(says(tok, answer), tok, [dict(role="user", content="the")], **how) == "cat 我😀"
     said = Answer(says(tok, answer), tok, tok.encode_prompt([dict(role="user", content="the")]), **how)
     assert "".join(p for _, p in said) == "cat 我😀"
+
+
+# --- templates ------------------------------------------------------------------------------------------------------------------
+GENERATION = """{{ bos_token }}{{ strftime_now('%Y') }}{% for m in messages %}
+{% if m.role == 'assistant' %}{% generation %}{% set said = m.content %}{{ said }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}{{ pad_token }}{% endif %}{% endfor %}"""
+NAMED = [dict(name="default", template="{{ eos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"), dict(name="tool_use", template="{{ tools|length }} functions")]
+TALK = [dict(role="user", content="The cat?"), dict(role="assistant", content="sat.")]
+
+
+def as_object(token): return dict(__type="AddedToken", content=token, lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+
+
+@pytest.mark.parametrize("template", [GENERATION, NAMED], ids=["generation", "named"])
+@pytest.mark.parametrize("tools", [None, [dict(type="function", function=dict(name="f", description="", parameters=dict(type="object", properties={})))]])
+def test_templates_and_tokens_as_transformers_reads_them(template, tools, tmp_path):
+    hf = byte_level().hf
+    tok = Tokenizer(hf, dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=as_object("<s>"), eos_token=as_object("</s>"), pad_token=as_object("<unk>"), chat_template=template))
+    want = theirs(tok, tmp_path).apply_chat_template(TALK, tools=tools, tokenize=False)
+    assert tok.render(TALK, tools=tools) == want and "{" not in want
+    assert load_tokenizer(tmp_path).render(TALK, tools=tools) == want and tok.eos_id == 2
+
+
+def test_templates_in_files_of_their_own(tmp_path):
+    tok = Tokenizer(byte_level().hf, CONFIG); tok.save(tmp_path)
+    (tmp_path/"chat_template.jinja").write_text(NAMED[0]["template"], "utf-8")
+    (tmp_path/"additional_chat_templates").mkdir()
+    (tmp_path/"additional_chat_templates/tool_use.jinja").write_text(NAMED[1]["template"], "utf-8")
+    hf = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for tools in None, [dict(type="function", function=dict(name="f", description="", parameters={}))]:
+        want = hf.apply_chat_template(TALK, tools=tools, tokenize=False)
+        tok = load_tokenizer(tmp_path)
+        assert tok.render(TALK, tools=tools) == want == load_tokenizer(tok.save(tmp_path/"again")).render(TALK, tools=tools)
+
+
+@pytest.mark.parametrize("template,message", [("{% if %}", "line 1: TemplateSyntaxError"), ("\n{{ messages[0].content.x.y }}", "UndefinedError"), ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception('no') }}", "refuses this conversation: no"), ([dict(name="rag", template="x")], "templates for rag, and none is the \"default\""), ([1], "chat_template is '.1.'"), (7, "chat_template is '7'"),
+    (None, "has no chat template")])
+def test_a_broken_template_says_what_is_wrong(template, message):
+    with pytest.raises(ValueError, match=message): Tokenizer(byte_level().hf, CONFIG | dict(chat_template=template)).encode_prompt(TALK)
+
+
+@pytest.mark.parametrize("token", [{}, 3, ["</s>"], dict(content=None)])
+def test_a_token_that_is_none_is_named(token):
+    with pytest.raises(ValueError, match="eos_token is .* in tokenizer_config.json; it must be"): Tokenizer(byte_level().hf, CONFIG | dict(eos_token=token)).eos_id
