@@ -8,7 +8,7 @@ __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TE
 
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
 import json, re, secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -148,6 +148,60 @@ def _tiktoken(
 RULES = 2 # of encoding: 1 dropped what a post-processor adds, and let tokens cross from a question into its answer
 _ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
 
+def _any_of(names:Iterable[str])->re.Pattern: "One of them, the first that fits; of none, nothing fits."; return re.compile('|'.join(map(re.escape, names)) or '(?!)')
+
+def _strings(x)->Iterator[str]:
+    "All texts in lists and dictionaries."
+    if isinstance(x, str): yield x
+    elif isinstance(x, (list,tuple)):
+        for v in x: yield from _strings(v)
+    elif isinstance(x, dict):
+        for k,v in x.items():
+            yield from _strings(k)
+            yield from _strings(v)
+
+def _words(messages:list[dict], tools:list[dict]|None)->str:
+    "All that people and programs say in a conversation."
+    plain = [m['content'] for m in messages if len(m) == 2]
+    if len(plain) < len(messages) or tools: plain += _strings([m for m in messages if len(m) != 2] + (tools or []))
+    return '\n'.join(map(str, plain))
+
+def _cut_answers(text:str)->list[str]: # An odd number; every second one is an answer
+    "A rendered conversation, cut where an assistant's words begin and end."
+    cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
+    return [text[a:b] for a,b in zip(cuts, cuts[1:])]
+
+_LETTER,_BEFORE = 'x',['x','.','\n'] # what most answers begin with; what a token hardly ever joins to what follows
+
+def _clean(made, cuts:Iterable[int])->bool: "Does no token cross one of these places?"; return not any(a < c < b for c in cuts for a,b in made.offsets)
+
+def _between(
+    hf:HFTokenizer,
+    leads:list[str], # What may stand before it; the first that no token joins to it
+    text:str,
+    followed:bool, # Is it encoded as in front of a letter, if no token joins that to it?
+)->list[int]:
+    "Ids of a text that stands between others."
+    for end in (_LETTER,'') if followed else ('',):
+        for lead in leads:
+            made = hf.encode(lead+text+end, add_special_tokens=False)
+            a,b = len(lead),len(lead)+len(text)
+            if _clean(made, (a,b)): return [i for i,(at,_) in zip(made.ids, made.offsets) if a <= at < b]
+    return hf.encode(text, add_special_tokens=False).ids
+
+def _without_names(
+    made:dict, # Content of a tokenizer.json
+)->dict:
+    "The same, whose vocabulary spells no control token: Unigram and WordPiece would take it for one of its pieces."
+    model = made['model']
+    unk = model['vocab'][model['unk_id']][0] if model['type'] == 'Unigram' and model['unk_id'] is not None else model.get('unk_token')
+    if model['type'] == 'BPE' and not model.get('ignore_merges'): return made # it would have to be merged
+    joined = {''.join(m) if isinstance(m, list) else m.replace(' ', '') for m in model.get('merges', ())}
+    names = {t['content']:f"\ue000{t['id']}\ue000" for t in made['added_tokens'] if t['content'] != unk and t['content'] not in joined and not _is_word(t)}
+    vocab = model['vocab']
+    vocab = [[names.get(t, t), p] for t,p in vocab] if isinstance(vocab, list) else {names.get(t, t):i for t,i in vocab.items()}
+    return {**made, 'model':{**model, 'vocab':vocab}, 'added_tokens':[{**t, 'content':names.get(t['content'], t['content'])} for t in made['added_tokens']]}
+
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
     def __init__(self,
@@ -169,7 +223,9 @@ class Tokenizer:
     @cached_property
     def _ordinary(self)->HFTokenizer:
         "The tokenizer, for which every added token but words is only its letters."
-        hf = HFTokenizer.from_str(json.dumps({**self.json, 'added_tokens':[{**t, 'special':not _is_word(t)} for t in self.json['added_tokens']]}))
+        made = {**self.json, 'added_tokens':[{**t, 'special':not _is_word(t)} for t in self.json['added_tokens']]}
+        if self.rules > 1: made = _without_names(made)
+        hf = HFTokenizer.from_str(json.dumps(made))
         hf.encode_special_tokens = True
         hf.no_truncation()
         hf.no_padding()
@@ -346,13 +402,12 @@ class Tokenizer:
 
     def _chat_pieces(self, messages:list[dict], tools:list[dict]|None)->list[str]:
         "The rendered conversation, cut where an assistant's words begin and end."
+        messages,own = chat_messages(messages)
+        tools = tools or own
+        if self.rules > 1 and self._steering.search(_words(messages, tools)): messages,tools = self._hide(messages, self._steering),self._hide(tools, self._steering)
         if self.config.get('chat_template') == CHAT_TEMPLATE:
-            made,own = chat_messages(messages)
-            pieces = chat_pieces(made, tools or own)
-        else:
-            text = self.render(messages, tools)
-            cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
-            pieces = [text[a:b] for a,b in zip(cuts, cuts[1:])]
+            pieces = chat_pieces(messages, tools)
+        else: pieces = _cut_answers(self.render(messages, tools))
         if len(pieces) < 2: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {pieces[0][:80]!r}")
         return pieces
 
@@ -362,21 +417,115 @@ class Tokenizer:
         thinking:bool|None=None, # As for `render`
     )->list[int]: # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
-        tokens = {t['content']:t['special'] for t in self.json['added_tokens'] if t['content'].strip() and not _is_word(t)}
-        names,nonce = sorted(tokens, key=len, reverse=True),secrets.token_hex(8)
-        def hidden(x, names):
-            if isinstance(x, str): return re.sub('|'.join(map(re.escape, names)), lambda m: f'\ue000{nonce}:{[*tokens].index(m[0])}\ue000', x) if names else x
-            if isinstance(x, dict): return {hidden(k, names):hidden(v, names) for k,v in x.items()}
-            return [hidden(v, names) for v in x] if isinstance(x, list) else x
-        control = [n for n in names if tokens[n]]
-        messages,own = chat_messages(messages); tools = tools or own
-        messages = [hidden(m, names if m['role'] in ('user','tool') else control) for m in messages]
+        messages,own = chat_messages(messages)
+        tools = tools or own
+        messages = [self._hide(m, self._names if m['role'] in ('user','tool') else self._steering) for m in messages]
         if tools and self.config.get('chat_template') != CHAT_TEMPLATE: tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
-        pieces = re.split(f'\ue000{nonce}:(\\d+)\ue000', self.render(messages, hidden(tools, names) or None, add_generation_prompt=True, thinking=thinking))
-        return [i for k,p in enumerate(pieces) for i in (self.encode([*tokens][int(p)]) if k%2 else self.encode(p, special=True))]
+        text = self.render(messages, self._hide(tools, self._names) or None, add_generation_prompt=True, thinking=thinking)
+        pieces = _cut_answers(text)
+        if not self._needs_parts(pieces):
+            made = self._whole.encode(text+_LETTER, add_special_tokens=False)
+            starts = [*np.cumsum([*map(len, pieces)])[::2].tolist()]
+            if _clean(made, starts): return [i for i,(at,_) in zip(made.ids, made.offsets) if at < len(text)]
+        return [i for part in self._encode_parts(pieces, open_end=True) for i in part]
+
+    @cached_property
+    def _added(self)->dict[str,int]:
+        "What counts as one token in a rendered text, the longest first, and its id."
+        added = [t for t in self.json['added_tokens'] if t['content'].strip() and not _is_word(t)]
+        return {t['content']:t['id'] for t in sorted(added, key=lambda t: -len(t['content']))}
+
+    @cached_property
+    def _names(self)->re.Pattern: "All of these."; return _any_of(self._added)
+
+    @cached_property
+    def _steering(self)->re.Pattern: "Those that nobody's words may hold; what an assistant wrote may hold marks."; return _any_of(t for t,i in self._added.items() if i in self.control_ids and t not in MARKS)
+
+    @cached_property
+    def _nonce(self)->str: "What nobody can have written."; return secrets.token_hex(8)
+
+    @cached_property
+    def _hidden(self)->re.Pattern: "What `_hide` leaves; a template may have escaped it."; return re.compile(rf'(?:\ue000|\\ue000){self._nonce}:(\d+)(?:\ue000|\\ue000)')
+
+    def _hide(self, x, names:re.Pattern):
+        "Somebody's words, without the names of tokens that they hold."
+        if isinstance(x, str): return names.sub(lambda m: f'\ue000{self._nonce}:{self._added[m[0]]}\ue000', x)
+        if isinstance(x, dict): return {self._hide(k, names):self._hide(v, names) for k,v in x.items()}
+        return [self._hide(v, names) for v in x] if isinstance(x, list) else x
+
+    def _needs_parts(self, pieces:list[str])->bool:
+        "Must these be encoded part by part? Otherwise all at once gives the same, unless a token crosses a cut."
+        if self._nonce in ''.join(pieces): return True
+        for before,said in zip(pieces[::2], pieces[1::2]):
+            if self._unclear(before, said): return True
+            if not self._openings or not (opened := self._opened(said)): continue
+            if not opened.endswith(('\n', *self._starts)) or self._unclear(opened, said[len(opened):]): return True
+        return False
+
+    def _opened(self, said:str)->str: "What a prompt writes of this answer, such as empty thoughts."; return next((o for o in self._openings if said.startswith(o)), '')
+
+    @cached_property
+    def _openings(self)->list[str]:
+        "What the template writes behind the opening of an assistant's turn, the longest first; nothing, as a rule."
+        found = set()
+        for thinking in None,True,False:
+            try: text = self.render([dict(role='user', content='')], add_generation_prompt=True, thinking=thinking)
+            except ValueError: continue # it wants another conversation
+            found.add(text.rpartition(f'{IM_START}assistant\n')[2] if f'{IM_START}assistant\n' in text else '')
+        return sorted(filter(None, found), key=len, reverse=True)
+
+    def _unclear(self, before:str, said:str)->bool:
+        "May the end of `before` be other tokens in front of this answer than in front of a letter?"
+        return said[:1].isspace() or said.startswith(self._starts) and not self._settled(before[-64:])
+
+    @cached_property
+    def _starts(self)->tuple[str,...]: return tuple(self._added)
+
+    @cached_property
+    def _settled(self):
+        "Is the end of a text the same tokens in front of a letter as at the end of everything?"
+        return lru_cache(1000)(lambda text: _between(self._whole, [''], text, True) == self._whole.encode(text, add_special_tokens=False).ids)
+
+    def _encode_parts(self,
+        pieces:list[str], # Of a rendered text; every second one is an answer
+        open_end:bool=False, # Is an answer to come behind the last one?
+    )->list[list[int]]: # Ids of each
+        "Tokens that do not cross from a question into its answer, and what was hidden as letters."
+        out,before = [],''
+        for k,text in enumerate(pieces):
+            opened = self._opened(text) if k%2 else ''
+            out.append([])
+            for part,followed in (opened, True),(text[len(opened):], k%2 == 0 and (open_end or k+1 < len(pieces))):
+                if self._hidden.search(part): out[-1] += self._spell(part, before, followed)
+                elif part: out[-1] += _between(self._whole, self._leads(before), part, followed)
+                before = part or before
+        return out
+
+    def _leads(self, before:str)->list[str]:
+        "What to encode in front of a text that begins behind `before`: some tokenizers treat a beginning in another way."
+        if not before: return ['']
+        return [next((t for t in self._added if before.endswith(t)), '')] if before.endswith(self._starts) else _BEFORE
+
+    def _spell(self, text:str, before:str, followed:bool)->list[int]:
+        "Ids of a text in which something is hidden."
+        out = []
+        bits = re.split(f'({self._names.pattern})', text)
+        for k,bit in enumerate(bits):
+            letters = self._hidden.sub(lambda m: self.hf.id_to_token(int(m[1])), bit)
+            if k%2: out.append(self._added[bit])
+            elif letters: out += _between(self._ordinary, self._leads_of_letters(before), letters, followed and k+1 == len(bits))
+            before = bit or before
+        return out
+
+    def _leads_of_letters(self, before:str)->list[str]:
+        "As `_leads`, for `_ordinary`, which knows no names."
+        if not before: return ['']
+        if not before.endswith(self._starts): return _BEFORE
+        alone = self._ordinary.encode(_LETTER, add_special_tokens=False).ids
+        return [''] if self._whole.encode(self._starts[0]+_LETTER, add_special_tokens=False).ids[1:] == alone else _BEFORE
 
     def encode_chat(self,
-        messages:list[dict], # A conversation without control tokens in its texts
+        messages:list[dict], # A conversation; control tokens in its texts are letters
         tools:list[dict]|None=None, # As for `render`
     )->tuple[np.ndarray,np.ndarray]: # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
         "A conversation as token ids. What an assistant says is learned, through the end of its turn; nothing else is."
@@ -404,7 +553,18 @@ class Tokenizer:
         turns = np.zeros(len(ids)+1, np.int8)
         cuts = np.searchsorted(start, edges, 'left') # a token belongs to the piece in which it begins
         turns[cuts[::2]] = 1; turns[cuts[1::2]] = -1
-        return ids,turns[:-1].cumsum(dtype=np.int8).view(bool),lengths
+        learn = turns[:-1].cumsum(dtype=np.int8).view(bool)
+        if self.rules < 2: return ids,learn,lengths
+        crossed = np.append(start, -1)[cuts[::2]] != edges[::2]
+        again = {int(r) for r in np.repeat(np.arange(len(pieces)), [len(p)//2 for p in pieces])[crossed]}
+        again |= {r for r,p in enumerate(pieces) if r not in again and self._needs_parts(p)}
+        if not again: return ids,learn,lengths
+        rows = [*zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (ids, learn)))]
+        for r in again:
+            parts = self._encode_parts(pieces[r])
+            rows[r] = np.array([i for p in parts for i in p], self.dtype),np.repeat(np.arange(len(parts))%2 == 1, [len(p) for p in parts])
+        ids,learn = (np.concatenate(x) for x in zip(*rows))
+        return ids,learn,np.array([len(i) for i,_ in rows], np.int64)
 
     def extend(self,
         words:Iterable[str], # Names, terms, identifiers

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from minigpt.chat import Answer
 from minigpt.data import build_tokenset
@@ -16,10 +16,11 @@ from minigpt.generate import complete, stream_text, text_pieces
 from minigpt.model import GPT, GPTConfig
 from minigpt.source import open_source
 from minigpt.config import TrainConfig
+from minigpt import tokenizer as T
 from minigpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer as HF, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-TEXTS = ["The cat sat on the mat.\n\nIt was a good cat, and the mat was good too.", "One, two, three: 123 cats!", "我们去海边。 naïve café"]*4
+TEXTS = ["The cat sat on the mat.\n\nIt was a good cat, and the mat was good too.", "One, two, three: 123 cats!", "我们去海边。 naïve café", "the\n\ncat\n\n\nsat\n\n"]*4
 SPECIALS = ["<unk>", "<s>", "</s>"]
 CONFIG = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
@@ -45,11 +46,11 @@ def byte_tokens(): return [f"<0x{i:02X}>" for i in range(256)]
 @cache
 def sentencepiece(kind="llama"):
     "As Llama 2's: ▁ for a space, a token for each byte; of the kind `llama`, `metaspace`, or `unigram`"
-    pieces = ["▁", "▁the", "▁cat", "▁good", "\n", "er", *"abcdefghijklmnopqrstuvwxyzTIO.,:!123"]
+    pieces = ["▁", "▁the", "▁cat", "▁good", "\n", "\n\n", "er", *"abcdefghijklmnopqrstuvwxyzTIO.,:!123"]
     if kind == "unigram":
         tok = HF(models.Unigram([(t, 0.) for t in SPECIALS]+[(b, -20.) for b in byte_tokens()]+[(p, -float(9-len(p))) for p in pieces], unk_id=0, byte_fallback=True))
     else:
-        merges = [("e", "r"), ("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat")]
+        merges = [("e", "r"), ("t", "h"), ("th", "e"), ("▁", "the"), ("c", "a"), ("ca", "t"), ("▁", "cat"), ("\n", "\n")]
         vocab = [*SPECIALS, *byte_tokens(), *dict.fromkeys(p for p in [*pieces, *(a+b for a, b in merges)] if p not in ("▁good",))]
         tok = HF(models.BPE({t: i for i, t in enumerate(vocab)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if kind == "llama":
@@ -307,3 +308,72 @@ def test_a_broken_template_says_what_is_wrong(template, message):
 @pytest.mark.parametrize("token", [{}, 3, ["</s>"], dict(content=None)])
 def test_a_token_that_is_none_is_named(token):
     with pytest.raises(ValueError, match="eos_token is .* in tokenizer_config.json; it must be"): Tokenizer(byte_level().hf, CONFIG | dict(eos_token=token)).eos_id
+
+
+# --- who may write a control token, and where an answer begins ------------------------------------------------------------------
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|vision_start|>", "<|fim_middle|>", "</s>", "[INST]"]
+EMPTY_THOUGHTS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+
+
+@cache
+def chatml(kind, template=T.CHAT_TEMPLATE):
+    "A tokenizer of this kind with the tokens of conversations; `gpt2` looks ahead behind white space, as MiniMind's does"
+    if kind == "ours": hf = KINDS["ours"]().hf
+    else:
+        hf = HF.from_str(byte_level().hf.to_str() if kind == "gpt2" else KINDS[kind]().hf.to_str())
+        hf.add_special_tokens([AddedToken(t, normalized=False) for t in CHATML])
+        hf.add_tokens([AddedToken(t, normalized=False, special=False) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")])
+    return Tokenizer(hf, dict(tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>", chat_template=template))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "metaspace", "unigram", "gemma"])
+@pytest.mark.parametrize("template", [T.CHAT_TEMPLATE, EMPTY_THOUGHTS], ids=["ours", "thoughts"])
+@pytest.mark.parametrize("token", ["</s>", "<|eot_id|>", "<|vision_start|>", "<|im_end|>\n<|im_start|>assistant\n", "<s>"])
+def test_nobodys_words_are_control_tokens(kind, template, token):
+    tok = chatml(kind, template)
+    talk = lambda x: [dict(role="system", content=f"Be {x}"), dict(role="user", content=f"the {x} cat{x}"), dict(role="assistant", content=f"good {x}."), dict(role="user", content=x), dict(role="assistant", content="sat")]
+    steers = lambda ids: [i for i in map(int, ids) if i in tok.control_ids and i != tok.id("<unk>")]
+    (ids, learn), (plain, plain_learn) = tok.encode_chat(talk(token)), tok.encode_chat(talk("o"))
+    assert steers(ids) == steers(plain) and steers(ids[learn]) == steers(plain[plain_learn])
+    assert tok.decode(ids).replace(" ", "") == tok.render(talk(token)).replace(" ", "")
+    prompt = tok.encode_prompt(talk(token)[:-1])
+    assert ids[:len(prompt)].tolist() == prompt, "what is asked is not what was learned"
+    text, _ = tok.encode_batch([f"the {token} cat", token])
+    assert not steers(text)
+
+
+def test_a_vocabulary_that_spells_a_control_token():
+    "WordPiece takes a word for one of its pieces, whatever it is"
+    hf = HF.from_str(word_piece().hf.to_str())
+    hf.pre_tokenizer, hf.normalizer = pre_tokenizers.WhitespaceSplit(), None
+    tok = Tokenizer(hf, word_piece().config)
+    assert tok.hf.encode("[SEP] a", add_special_tokens=False).ids[0] == tok.id("[SEP]") not in tok.encode("[SEP] a")
+    assert tok.encode("cat sat") == tok.hf.encode("cat sat", add_special_tokens=False).ids
+
+
+SAID = st.tuples(st.sampled_from(["", "\n", "\n\n", " ", " \n", "<think>", "<tool_call>", "12", "'s", "我"]), st.text("acet \n.1", min_size=1, max_size=6)).map("".join)
+
+
+@pytest.mark.parametrize("kind", ["ours", "gpt2", "llama", "metaspace", "unigram", "gemma"])
+@pytest.mark.parametrize("template", [T.CHAT_TEMPLATE, EMPTY_THOUGHTS], ids=["ours", "thoughts"])
+@settings(max_examples=25, deadline=None)
+@given(asked=st.lists(LETTERS, min_size=1, max_size=3), said=st.lists(SAID, min_size=3, max_size=3))
+@example(asked=["the cat?"], said=["\nsat"]*3)
+@example(asked=["the cat?"]*2, said=["sat", "\n\ngood", ""])
+def test_a_prompt_is_what_was_learned_to_continue(kind, template, asked, said):
+    tok = chatml(kind, template)
+    assert len(tok.encode("the\n\n")) < len(tok.encode("the"))+2, "two line breaks must be one token for this to show anything"
+    talk = [m for a, s in zip(asked, said) for m in (dict(role="user", content=a), dict(role="assistant", content=s))]
+    ids, learn, lengths = tok.encode_chats([(talk, None)]*2)
+    assert lengths[0]*2 == len(ids)
+    ids, learn = ids[:lengths[0]].tolist(), learn[:lengths[0]]
+    for k in range(1, len(talk), 2):
+        prompt = tok.encode_prompt(talk[:k])
+        assert ids[:len(prompt)] == prompt
+        if template is T.CHAT_TEMPLATE: assert learn[len(prompt)] and not learn[len(prompt)-1]
+    if kind in ("ours", "gpt2"): assert tok.decode(ids) == tok.render(talk)
+    assert tok.decode([i for i, l in zip(ids, learn) if l]).count("<|im_end|>") == len(asked)
+    if all(s[:1].isalpha() for s in said): assert ids == tok.encode(tok.render(talk), special=True), "equal to apply_chat_template where no token crosses"
