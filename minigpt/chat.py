@@ -142,11 +142,13 @@ class Answer:
         self.tokens = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **options)
         self.said = dict(thinking='', text='', call='')
 
-    def plain(self)->Iterator[str]:
+    def plain(self,
+        after:Iterable[int]=(), # Of a text that is continued: its token ids
+    )->Iterator[str]:
         "The text as it is written, marks and all."
         def counted():
             for i in self.tokens: self.n_tokens += 1; yield i
-        return _until(text_pieces(self.tokenizer, counted()), self.stop)
+        return _until(text_pieces(self.tokenizer, counted(), after), self.stop)
 
     def __iter__(self)->Iterator[tuple[str,str]]:
         opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith('<think>')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'LineSet', 'PairSet', 'curriculum', 'Mixture',
            'count_refused', 'refusals', 'check_text', 'no_text', 'lost_rows', 'source_facts', 'read_again',
-           'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
+           'same_rules', 'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
 import contextlib, copy, io, json, os, signal
@@ -534,11 +534,10 @@ def lost_rows(
 def _below(text:str, share:float, salt:int)->bool:
     return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
 
-def _encode_texts(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,None,np.ndarray]:
+def _encode_texts(rows:list[Row], begins:list[bool], tok:Tokenizer)->tuple[np.ndarray,None,np.ndarray]:
     "Ids, with an end behind each document, and how many each row has."
-    ids,lengths = tok.encode_batch([r.text for r in rows])
-    ends = np.array([r.ends for r in rows], bool)
-    return np.insert(ids, lengths.cumsum()[ends], tok.eos_id),None,lengths+ends
+    ids,lengths = tok.encode_documents([r.text for r in rows], begins, [r.ends for r in rows])
+    return ids,None,lengths
 
 def _encode_pairs(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np.ndarray]:
     "Both sides of each preference; what they have in common is not learned."
@@ -596,18 +595,21 @@ class _Encoded:
 
 def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
     "Worker: validate and tokenize."
-    good,held_out,bad,mended,kinds,n_good = [],[],[],[],{},0
+    good,held_out,bad,mended,kinds,n_good,begins = [],[],[],[],{},0,[]
+    begin = block.layout != 'text' or how.get('format') == 'lines' or block.numbers[0] == 1 # does a document begin with the next row?
     for row in parse_block(block, how.get('format')):
         if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the data begin with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
         if row.reason: bad.append(row); continue
         n_good += 1
         if row.mended: mended.append(row)
+        first,begin = begin,row.ends
         key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
         if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
+        begins.append(first)
         good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
     n = 1 + (kind == 'preference')
     ids,learn,lengths = (_encode_pairs(good, tok) if kind == 'preference' else _encode_talks(good, tok)
-        if kind == 'conversation' else _encode_texts(good, tok))
+        if kind == 'conversation' else _encode_texts(good, begins, tok))
     return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good
         for _ in range(n)], bad, mended, [kinds.setdefault(k := (r.read, r.unread), k) for r in good
         for _ in range(n)], n_good)
@@ -661,6 +663,13 @@ def read_again(
     return [*reading(meta.get('read') or {}), *([warning] if warning else [f'rows refused: {refusals(refused)}']
         if refused else [])]
 
+def same_rules(
+    meta:dict, # Of a token set that was built with this tokenizer
+    tok:Tokenizer,
+)->bool:
+    "Would its ids come out the same today?"
+    return meta.get('rules', 1) == tok.rules or meta.get('kind', 'text') == 'text' and not any(tok.adds)
+
 def build_tokenset(
     source:str|Path|Iterable[str|Path], # File, folder, or a list of them
     tok:Tokenizer, # Its ids
@@ -693,12 +702,12 @@ def build_tokenset(
         ('max_data_size', max_data_size, 0), ('format', format, None), ('encoding', encoding, ''), ('columns', columns
         or None, None)) if v != usual})
     same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
-    facts = dict(sources=(), tokenizer=tok.hash, options=how)
+    facts = dict(sources=(), tokenizer=tok.hash, options=how, rules=tok.rules)
     beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
     for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
         old = _meta(place/'train')
         facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
-        if old and same(old) == same(facts) and old.get('long_rows', long_rows) == long_rows:
+        if old and same(old) == same(facts) and old.get('long_rows', long_rows) == long_rows and same_rules(old, tok):
             if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
             for line in read_again(old, on_bad_row): say(line)
             return open_tokenset(place)

@@ -21,6 +21,7 @@ from .config import TrainConfig, elsewhere, read_options, without_idle
 from .data import ChatSet
 from .files import on_hub
 from .formats import data_files, read_blocks
+from .generate import text_pieces
 from .model import GPT, LanguageModel
 from .run import Run, split_checkpoint
 from .tokenizer import Tokenizer, load_tokenizer
@@ -262,12 +263,12 @@ class Tess(LanguageModel):
     )->str: # What was written, up to the end of the text
         "Continue a text, or write one from nothing."
         if not isinstance(prompt, str): raise TypeError("this model of simplex diffusion continues and fills texts, it does not answer conversations; give a text as the prompt")
-        head = tokenizer.encode(prompt)
+        head = [*tokenizer.adds[0], *tokenizer.encode(prompt)]
         n = min(max_new_tokens, self.config.max_len-len(head))
         if n < 1: raise ValueError(f"the prompt has {len(head)} tokens and the model's max_len is {self.config.max_len}, so there is no room to write; shorten the prompt")
         ids,blank = _one(self, head+[0]*n, [False]*len(head)+[True]*n)
         new = fill(self, ids, blank, **how)[0,len(head):].tolist()
-        return tokenizer.decode(new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, skip_special=True)
+        return ''.join(text_pieces(tokenizer, new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, head))
 
 # %% ../nbs/16_diffusion.ipynb #8194f907
 def draw_blanks(
@@ -414,7 +415,7 @@ def infill(
     if isinstance(model, GPT): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
     head,*tails = text.split(mask)
     if not tails: raise ValueError(f"the text has no gap: write {mask} for each token that is wanted, such as 'The {mask}{mask} slept.'")
-    ids,blank = tokenizer.encode(head),[]
+    ids,blank = [*tokenizer.adds[0], *tokenizer.encode(head)],[]
     blank = [False]*len(ids)
     for t in tails: more = tokenizer.encode(t); ids += [0, *more]; blank += [True, *[False]*len(more)]
     if ends and len(ids) < model.config.max_len: ids.append(tokenizer.eos_id); blank.append(False)

@@ -239,17 +239,27 @@ def generate_batch(
 def text_pieces(
     tokenizer:Tokenizer,
     ids:Iterable[int], # Token ids, as they come
+    after:Iterable[int]=(), # Those of the text that is continued
 )->Iterator[str]: # Pieces of text, each at least one whole character
     "Decode a stream of tokens."
-    seen,begin,mark,sent = [],0,0,0  # `seen[begin:]` is decoded; it starts one piece early, since some tokenizers drop a space at the start
+    before = [*map(int, after)]
+    start = max((k+1 for k,i in enumerate(before) if i in tokenizer.control_ids), default=0)
     decode = lambda ids: tokenizer.decode(ids, skip_special=True)
-    text = ''
+    seen = tokenizer.shown(before[start:])
+    begin,mark,sent = 0,len(seen),len(decode(seen)) # the text of `seen[begin:mark]` is out; with it the next tokens are decoded
     for i in ids:
-        seen.append(i); text = decode(seen[begin:])
-        whole = text[:-1] if text.endswith('\ufffd') else text
-        if len(whole) > sent: yield whole[sent:]; sent = len(whole)
-        if whole == text: begin,mark = mark,len(seen); text = decode(seen[begin:]); sent = len(text)
-    if len(text) > sent: yield text[sent:]
+        if not tokenizer.shown([i]): continue
+        seen.append(i)
+        if i in tokenizer.byte_ids or not tokenizer.grows: continue
+        text = decode(seen[begin:])
+        whole = text.removesuffix('\ufffd')
+        if len(whole) > sent:
+            yield whole[sent:]
+            sent = len(whole)
+        if whole == text and (last := decode(seen[mark:])): begin,mark,sent = mark,len(seen),len(last)
+    rest = decode(seen[begin:])
+    if len(rest) > sent: yield rest[sent:]
+
 
 # %% ../nbs/06_generate.ipynb #f41a4c4c
 def _turns(prompt)->list[dict]:
@@ -268,9 +278,9 @@ def stream_text(
 )->Iterator[str]: # Pieces of the new text
     "Write on, and hand out the text as it comes."
     if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
-    if isinstance(prompt, str): ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    else: ids = tokenizer.encode_prompt(_turns(prompt), tools, thinking)
-    return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}))
+    if isinstance(prompt, str): ids = after = tokenizer.begin(prompt)
+    else: ids,after = tokenizer.encode_prompt(_turns(prompt), tools, thinking),()
+    return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}), after)
 
 # %% ../nbs/06_generate.ipynb #fb5ecfe4
 def complete(

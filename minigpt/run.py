@@ -87,7 +87,11 @@ class Run:
     def progress(self)->str: return f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,} ({100*self.step/max(1, self.max_steps):.0f}%)"
 
     @cached_property
-    def tokenizer(self)->Tokenizer: "The tokenizer the run was trained with."; return load_tokenizer(self.path/'tokenizer')
+    def tokenizer(self)->Tokenizer:
+        "The tokenizer the run was trained with."
+        tok = load_tokenizer(self.path/'tokenizer')
+        tok.rules = self.facts.get('identity', {}).get('rules', 1)
+        return tok
 
     def model(self,
         which:str|None=None, # `checkpoint-500`, `snapshot-620`, `best`; default: the final model, else the newest whole checkpoint

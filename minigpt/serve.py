@@ -165,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not isinstance(messages, str): raise RequestError("prompt must be one string", 'prompt')
         asked = how if isinstance(how := body.get('chat_template_kwargs'), dict) else {}
         thinking = next((v for k in ('enable_thinking','open_thinking','thinking') if isinstance(v := asked.get(k), bool)), None)
-        try: ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.encode(messages) or [tok.eos_id]
+        try: ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.begin(messages)
         except ValueError as e: raise RequestError(str(e), 'messages' if chat else 'prompt') from None # the template refuses it, or it is no Unicode
         if len(ids) >= (longest := model.config.max_len): raise RequestError(f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at most {longest-1:,}, to leave room for an answer; shorten it", 'messages' if chat else 'prompt', 400, 'context_length_exceeded')
         answer = Answer(model, tok, ids, **options)
@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         answer.tokens = watched(answer.tokens)
         if chat: yield from answer
         else:
-            for piece in answer.plain(): answer.said['text'] += piece; yield 'text',piece
+            for piece in answer.plain(answer.ids): answer.said['text'] += piece; yield 'text',piece
 
     def end(self, answer:Answer, tools:bool)->tuple[list[dict],str,str]:
         "The calls in OpenAI's shape, what else was written as one, and why the answer ended."

@@ -16,7 +16,7 @@ import orjson
 from .config import TrainConfig
 from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
 from .checkpoint import stores_in
-from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, read_again, sample_texts, source_facts
+from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, read_again, same_rules, sample_texts, source_facts
 from .files import at_home, in_folder, set_aside, write_file
 from .formats import DataError, data_files
 from .registry import DatasetConfig, Mix, data_dir, dataset, find_dataset, find_file, get_dataset_config, locate, mix
@@ -285,6 +285,12 @@ def _same_options(source:TokenSet|Mixture, cfg:TrainConfig):
             raise ValueError(f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already; pass "
                 f"{bad} to minigpt.data.build_tokenset, or name the files")
 
+def _older_tokens(data:TokenSet, tok:Tokenizer, say):
+    "A token set of an older version, for a new run."
+    if data.meta.get('kind', 'text') != 'text': say(f"the token set {data.path} is of an older version, which encoded some conversations in another way (see minigpt.tokenizer.RULES); minigpt.data.build_tokenset builds it again"); return
+    added = ' '.join(tok.hf.id_to_token(i) for ids in tok.adds for i in ids)
+    raise ValueError(f"the token set {data.path} is of an older version, and its texts lack what this tokenizer adds to each ({added}); build it again with minigpt.data.build_tokenset")
+
 def open_source(
     folder:Path, # The run's
     known:dict|None, # Its run.json, if it is to go on
@@ -304,6 +310,7 @@ def open_source(
     given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
     if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
     tok = _own_tokenizer(folder, known['identity'].get('tokenizer'), say) if known else given
+    if known: tok.rules = known['identity'].get('rules', 1) # the run goes on as it was begun
     if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
     if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
@@ -333,6 +340,7 @@ def open_source(
             if spoilt := [d for d in getattr(source, 'sets', [source]) if d.damaged()]: raise DataError(f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged. Build it again with minigpt.data.build_tokenset")
             if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
             _same_options(source, cfg)
+            if not known and (older := [d for d in getattr(source, 'sets', [source]) if not same_rules(d.meta, tok)]): _older_tokens(older[0], tok, say)
             opened.append((source, None))
         elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say, decided))
         else:

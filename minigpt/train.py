@@ -403,6 +403,7 @@ def _one_at_a_time(f:Callable)->Callable:
 # %% ../nbs/13_train.ipynb #76abb57d
 def _identity(model:GPT, tok:Tokenizer, data, config:TrainConfig)->dict:
     shape = {f'model.{k}':v for k,v in model.config.to_dict().items() if k not in model.config.free} | ({f'lora.{k}':v for k,v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
+    shape |= dict(rules=tok.rules) if tok.rules > 1 else {} # of encoding; not written by older versions
     return dict(**shape, tokenizer=tok.hash, data=data.fingerprint, curriculum=data.curriculum_id, max_seq_len=config.max_seq_len, effective_batch=config.effective_batch, seed=config.seed)
 
 def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):

@@ -158,9 +158,9 @@ def test_calls_in_the_form_of_openai(saved, arguments):
 def test_the_template_of_older_versions_is_still_ours(tokenizer):
     "Its tokenizers go on with it; their ids are the same as before, by the fast way too"
     import hashlib
-    from minigpt.tokenizer import _BEFORE, CHAT_TEMPLATE, Tokenizer
-    assert hashlib.md5(_BEFORE.encode()).hexdigest() == "874c3684cf717e847fb3208fb7527fc4" and tokenizer.config["chat_template"] == CHAT_TEMPLATE
-    old = Tokenizer(tokenizer.hf, {**tokenizer.config, "chat_template": _BEFORE})
+    from minigpt.tokenizer import _OWN_TEMPLATES, CHAT_TEMPLATE, Tokenizer
+    assert hashlib.md5(_OWN_TEMPLATES[1].encode()).hexdigest() == "874c3684cf717e847fb3208fb7527fc4" and tokenizer.config["chat_template"] == CHAT_TEMPLATE
+    old = Tokenizer(tokenizer.hf, {**tokenizer.config, "chat_template": _OWN_TEMPLATES[1]})
     assert old.hash == tokenizer.hash
     for conversation in CONVERSATIONS.values():
         assert old.render(conversation) == tokenizer.render(conversation)
