@@ -39,21 +39,43 @@ class _damage:
         if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)): raise DataError(f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file again, or unpack what is whole of it") from None
 
 class _Zstd(io.RawIOBase):
-    "Frames of zstd, unpacked; `stream_reader` takes a cut file for a whole one."
-    def __init__(self, f): self.f,self.rest,self.packed,self.frame = f,b'',b'',None
+    "Frames of zstd, unpacked block by block: of one block come 128 KiB at most, however small it is."
+    def __init__(self, f): self.f,self.rest,self.pieces = f,b'',self._frames()
     def readable(self): return True
     def readinto(self, into):
         while not self.rest:
-            if not self.packed: self.packed = self.f.read(1<<17)
-            if not self.packed:
-                if self.frame: raise EOFError('the last frame has no end')
-                return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.rest = self.frame.decompress(self.packed)
-            self.packed,self.frame = (self.frame.unused_data,None) if self.frame.eof else (b'',self.frame)
+            if (piece := next(self.pieces, None)) is None: return 0
+            self.rest = memoryview(piece)
         n = min(len(into), len(self.rest))
         into[:n],self.rest = self.rest[:n],self.rest[n:]
         return n
+
+    def _take(self, n:int)->bytes:
+        "The next bytes of the file."
+        if len(data := self.f.read(n)) < n: raise EOFError('the last frame has no end')
+        return data
+
+    def _frames(self)->Iterator[bytes]:
+        "RFC 8878: frames of a header and blocks; between them may stand others that are to be skipped."
+        while magic := self.f.read(4):
+            if magic[1:] == b'\x2a\x4d\x18' and magic[0]>>4 == 5: self._skip(int.from_bytes(self._take(4), 'little'))
+            else: yield from self._blocks(magic+self._take(1))
+
+    def _skip(self, n:int):
+        while n: n -= len(self._take(min(n, 1<<17)))
+
+    def _blocks(self, head:bytes)->Iterator[bytes]:
+        "Of one frame, which begins with `head`."
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(head + self._take(zstandard.frame_header_size(head)-len(head)))
+        last = False
+        while not last:
+            block = self._take(3)
+            facts = int.from_bytes(block, 'little')
+            last,kind,size = facts&1,facts>>1&3,facts>>3
+            yield frame.decompress(block + self._take(1 if kind == 1 else size)) # kind 1: one byte, again and again
+        if head[4]&4: yield frame.decompress(self._take(4)) # a checksum
+
     def close(self): self.f.close(); super().close()
 
 def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
@@ -210,11 +232,11 @@ def _lines(f:io.BufferedReader, text:bool)->Iterator[tuple[int,bytes]]:
                 while (c := f.peek(1)[:1]) and c[0] & 0xC0 == 0x80: line += f.read(1)
                 yield number,line; continue
             line += b'...'
-            while (more := f.readline(LONGEST)) and not more.endswith(b'\n'): pass
+            while (more := f.readline(1<<20)) and not more.endswith(b'\n'): pass
         yield number,line
         number += 1
 
-_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[]["{}]', re.S) # a whole string, or a bracket, or the beginning of a string whose end is not here
+_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S) # a string, without the last quote where its end is not here; or a bracket
 
 _BETWEEN = b'[], \t\r\n'+codecs.BOM_UTF8
 
@@ -227,17 +249,21 @@ def _objects(f:io.BufferedReader, path:Path)->Iterator[tuple[int,bytes]]:
         rest += data
         done = 0
         for m in _JSON_PART.finditer(rest, at):
-            part = m[0]
-            if part == b'"' : break # the end of this string is still to come
-            at = m.end()
+            if m[1] == b'': break # the end of this string is still to come
+            part,at = m[0],m.end()
             if part == b'{':
                 if not depth: yield from between(rest[done:m.start()]); number += rest.count(b'\n', done, m.start()); done = begin = m.start()
                 depth += 1
             elif part == b'}' and depth:
                 depth -= 1
                 if not depth: yield number,rest[begin:m.end()]+b'\n'; number += rest.count(b'\n', begin, m.end()); done = m.end()
-        if depth and len(rest)-begin > LONGEST: raise DataError(f"{path}: the object that begins in line {number:,} has no end within {LONGEST>>20} MiB; a bracket or a quote is missing. Mend it, or write one object a line")
-        if not depth: yield from between(rest[done:at]); number += rest.count(b'\n', done, at); done = at
+        if not depth:
+            at = len(rest)-len(rest[at:].lstrip(_BETWEEN))
+            yield from between(rest[done:at]); number += rest.count(b'\n', done, at); done = at
+        if len(rest)-(begin if depth else at) > LONGEST:
+            what = 'object' if depth else 'text'
+            raise DataError(f"{path}: the {what} that begins in line {number:,} has no end within {LONGEST>>20} MiB; "
+                "a bracket or a quote is missing. Mend it, or write one object a line")
         rest,at,begin = rest[done:],at-done,0
     if depth: yield number,rest
     else: yield from between(rest)
