@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, problem, stores_in
-from .files import Pace, fsync, hash_file, human_time, new_dir, read_json, rest, set_aside, write_file, write_json
+from .files import Pace, fsync, hash_file, human_time, new_dir, read_json, regular, rest, set_aside, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
@@ -48,7 +48,7 @@ def check_there(
 # %% ../nbs/10_backup.ipynb #9758332e
 def _json_or(path:Path, otherwise):
     "The object in a small file; something else where it is absent, torn (files of a mount are not written in one step) or no object."
-    try: found = orjson.loads(path.read_bytes())
+    try: found = orjson.loads(regular(path).read_bytes())
     except (FileNotFoundError, orjson.JSONDecodeError): return otherwise
     return found if isinstance(found, dict) else otherwise
 
@@ -66,7 +66,7 @@ def copy_file(
 )->tuple[str,str]: # xxh3-128 and md5 of the content
     "Copy a file in pieces of 4 MiB."
     xxh,md5 = xxhash.xxh3_128(),hashlib.md5(usedforsecurity=False)
-    with open(source, 'rb', buffering=0) as f, open(target, 'wb', buffering=0) as g:
+    with open(regular(source), 'rb', buffering=0) as f, open(target, 'wb', buffering=0) as g:
         while piece := f.read(1<<22):
             xxh.update(piece); md5.update(piece)
             view = memoryview(piece)

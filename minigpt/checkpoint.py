@@ -20,7 +20,7 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, remove_dir, rest, set_aside, write_json
+from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, write_json
 from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
@@ -252,7 +252,7 @@ class SafeTensors:
     def __init__(self,
         path:str|Path, # The file
     ):
-        self.path = Path(path); size = self.path.stat().st_size
+        self.path = regular(path); size = self.path.stat().st_size
         self.file = open(self.path, 'rb', buffering=0); packed = self.path.suffix == '.zst'
         if packed: self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
         n = int.from_bytes(self._read(memoryview(bytearray(8))), 'little')
@@ -300,7 +300,7 @@ def read_pickle(
     path:str|Path, # A `.pt`, `.pth` or `.bin` file
 ): # Tensors on the CPU, in the containers they were saved in
     "What `torch.save` wrote, without running any code of it."
-    path = Path(path); archive = zipfile.is_zipfile(path)
+    path = regular(path); archive = zipfile.is_zipfile(path)
     def refuse(why): raise CheckpointError(f"{path} is not used: {why}") from None
     try:
         if archive:
@@ -320,7 +320,7 @@ def weight_files(
     path = Path(path)
     first = next((f for n in ('model.safetensors','model.safetensors.zst','model.safetensors.index.json','pytorch_model.bin','pytorch_model.bin.index.json') if (f := path/n).exists()), None)
     if first is None: raise CheckpointError(f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of several files) and no pytorch_model.bin in it")
-    if first.suffix != '.json': return [first]
+    if regular(first).suffix != '.json': return [first]
     try: names = sorted({*read_json(first)['weight_map'].values()})
     except (ValueError, KeyError, TypeError, AttributeError): raise CheckpointError(f"{first} is not used: it is no index of weights, or damaged") from None
     if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or Path(n).suffix != Path(first.name[:-11]).suffix]: raise CheckpointError(f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it")

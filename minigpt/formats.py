@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 import orjson, zstandard
-from .files import at_home
+from .files import NotAFile, at_home, regular
 from .tokenizer import SPECIALS, chat_messages
 
 # %% ../nbs/02_formats.ipynb #cd40f8e8
@@ -85,6 +85,8 @@ def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, .75) if path.parent.is_dir() else []
         raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on Colab that the file was uploaded or Drive is mounted")
+    try: regular(path)
+    except NotAFile as e: raise DataError(str(e)) from None
     if not path.stat().st_size: raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
     if Path(_bare(path.name)).suffix in _NAMES: what,todo = _NAMES[Path(_bare(path.name)).suffix]; raise DataError(f"{path} is {what}: {todo}")
     f = open(path, 'rb')

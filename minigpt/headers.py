@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np, orjson
-from .files import human_size
+from .files import human_size, regular
 
 # %% ../nbs/08_headers.ipynb #7c3d149a
 _LIMIT = 8<<20 # bytes of a header, or of the pickle in a .pt
@@ -27,7 +27,7 @@ class Refused(ValueError): "A file that is not what it says it is."
 
 class Reader(io.BufferedReader):
     "A file of which no more than `_LIMIT` bytes are read at once."
-    def __init__(self, path): super().__init__(io.FileIO(path))
+    def __init__(self, path): super().__init__(io.FileIO(regular(path)))
     def read(self, n=-1):
         data = super().read(_LIMIT+1 if n is None or n < 0 else min(n, _LIMIT+1))
         if len(data) > _LIMIT: raise Refused(f"it claims a header or a list of contents of more than the {human_size(_LIMIT)} that are read")

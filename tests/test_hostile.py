@@ -1,17 +1,34 @@
 """Files that are made to take memory or time, or to say something to a terminal: each ends in a result or in an error that names it, and soon."""
 import gzip
 import io
+import json
 import os
 import random
+import shutil
+import signal
 import tracemalloc
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 
+import orjson
 import pytest
 import zstandard
-from minigpt import formats
+from minigpt import cli, formats
+from minigpt.analyze import analyze as look_into
+from minigpt.backup import read_heartbeat
+from minigpt.checkpoint import CheckpointStore, State, load_model, pack_rng, problem, write_checkpoint
 from minigpt.data import sample_texts
-from minigpt.formats import DataError, look_at, parse_block, read_blocks
+from minigpt.files import NotAFile, read_json
+from minigpt.formats import DataError, data_files, look_at, parse_block, read_blocks
+from minigpt.headers import torch_file
+from minigpt.lora import lora
+from minigpt.model import GPT, GPTConfig
+from minigpt.monitor import Follower, Metrics, RunLog, read_log, read_metrics
 from minigpt.prepare import prepare
 from minigpt.quality import analyze
+from minigpt.tokenizer import load_tokenizer, train_tokenizer
+from typer.testing import CliRunner
 
 
 def peak(f):
@@ -19,6 +36,23 @@ def peak(f):
     tracemalloc.start()
     try: return f(), tracemalloc.get_traced_memory()[1]/2**20
     finally: tracemalloc.stop()
+
+
+@contextmanager
+def within(seconds=5):
+    "What hangs fails: a blocked open() and an endless loop of Python's are both interrupted"
+    def late(*_): raise AssertionError(f"not done in {seconds} seconds")
+    before = signal.signal(signal.SIGALRM, late); signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally: signal.setitimer(signal.ITIMER_REAL, 0); signal.signal(signal.SIGALRM, before)
+
+
+def said(*command):
+    "What a command shows, and whether it ends well"
+    result = CliRunner().invoke(cli.app, [*map(str, command)])
+    if isinstance(result.exception, (ValueError, TypeError, OSError, RuntimeError)): return f"error: {result.exception}"    # main() shows these in one line
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result.output
 
 
 # --- packed data ----------------------------------------------------------------------------------------------------------------
@@ -73,3 +107,107 @@ def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
         with zstandard.ZstdCompressor().stream_writer(open(tmp_path/"a.json", "wb")) as f: f.write(head); f.write(b"a"*(6 << 20))
         said, most = peak(lambda: refused(lambda: rows(tmp_path/"a.json")))
         assert f"{what} has no end within 1 MiB" in said and most < 8
+
+
+# --- pipes and devices where files should be ------------------------------------------------------------------------------------
+SMALL = GPTConfig(vocab_size=300, n_layer=1, dim=16, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A run's folder with two checkpoints, the second of them also as its final model; an adapter; and a text"
+    d = tmp_path_factory.mktemp("made")
+    tok = train_tokenizer(["The old mill stood still. 旧磨坊静静地立着。"]*9, vocab_size=300)
+    (d/"a.txt").write_text("The old mill stood still.\n"*9)
+    model = GPT(SMALL).eval()
+    for step in 2, 4:
+        state = State(SMALL, model.weights(), tok, dict(global_step=step, loss=1.5), {}, ({}, dict(optimizer="AdamW", numbers={}, groups=[])), pack_rng())
+        write_checkpoint(d/"run"/"checkpoints"/f"checkpoint-{step}", state)
+    tok.save(d/"run"/"tokenizer")
+    (d/"run"/"run.json").write_text(json.dumps(dict(train=dict(max_steps=4, save_steps=2), max_steps=4, model=SMALL.to_dict(), attempts=[{}], id="1")))
+    with open(d/"run"/"metrics.jsonl", "w") as f:
+        for row in dict(event="start", step=0), dict(step=2, loss=5., lr=1e-3, sample="The mill"), dict(step=4, loss=4.5, eval_loss=4.75): f.write(json.dumps({**row, "attempt": 1, "time": 1.7e9+row["step"]})+"\n")
+    (d/"run"/"run.log").write_text("2026-11-28 12:00:00 saved\n")
+    backup = dict(time=1.7e9, doing="idle", pending=None, copied=dict(name="checkpoint-4", step=4), confirmed=None, server_tells=False, failed=None, stopped=None)
+    (d/"run"/"backup.json").write_text(json.dumps(backup))
+    adapted = lora(load_model(d/"run"/"checkpoints"/"checkpoint-4"), r=2)
+    write_checkpoint(d/"adapter", State(None, adapted.weights(), tok, dict(global_step=1), adapter=adapted.lora.to_peft(str(d/"run"/"checkpoints"/"checkpoint-4"))), "final")
+    (d/"adapter"/"MANIFEST.json").unlink()
+    return d
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    "Of all that, to be spoiled"
+    shutil.copytree(made, tmp_path/"made")
+    return tmp_path/"made"
+
+
+def piped(path):
+    "A pipe in the place of a file, at whose other end is nobody"
+    path.unlink(missing_ok=True); os.mkfifo(path)
+    return path
+
+
+def test_pipes_and_devices_as_data(tmp_path):
+    with within():
+        for use in look_at, data_files, lambda p: list(sample_texts([p])), analyze:
+            with pytest.raises(DataError, match="a.jsonl is a FIFO, not a file"): use(piped(tmp_path/"a.jsonl"))
+            with pytest.raises(DataError, match="/dev/zero is a device, not a file"): use(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.zst", "model.safetensors.index.json", "pytorch_model.bin", "MANIFEST.json"])
+def test_a_pipe_in_a_model_directory(copy, name):
+    path = copy/"run"/"checkpoints"/"checkpoint-4"
+    if name != "MANIFEST.json": (path/"MANIFEST.json").unlink()
+    if name not in ("config.json", "MANIFEST.json"): (path/"model.safetensors").unlink()
+    piped(path/name)
+    with within(), pytest.raises((NotAFile, RuntimeError), match="MANIFEST.json is damaged" if name == "MANIFEST.json" else f"{name} is a FIFO, not a file"): load_model(path)
+    with within(): look_into(path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "trainer_state.json"])
+def test_a_pipe_in_an_adapter(copy, name):
+    if name == "adapter_model.bin": (copy/"adapter"/"adapter_model.safetensors").unlink()
+    piped(copy/"adapter"/name)
+    with within(), pytest.raises((NotAFile, RuntimeError), match=f"{name} is a FIFO"): load_model(copy/"adapter")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_a_tokenizer(copy, name):
+    piped(copy/"run"/"tokenizer"/name)
+    with within(), pytest.raises(NotAFile, match=f"{name} is a FIFO"): load_tokenizer(copy/"run"/"tokenizer")
+
+
+def test_a_pipe_in_a_checkpoint(copy):
+    "It is not used, and the one before is"
+    store = CheckpointStore(copy/"run"/"checkpoints")
+    path, passed = store.folder/"checkpoint-4", []
+    manifest = read_json(path/"MANIFEST.json"); manifest["files"]["pipe.json"] = dict(size=0, xxh3_128="0"*32)
+    (path/"MANIFEST.json").write_bytes(orjson.dumps(manifest)); piped(path/"pipe.json")
+    with within():
+        assert "pipe.json is a FIFO" in problem(path)
+        assert store.newest(lambda c, why: passed.append((c.step, why))).step == 2 and "pipe.json is a FIFO" in passed[0][1]
+        piped(path/"MANIFEST.json")
+        assert "MANIFEST.json is damaged" in problem(path) and store.newest().step == 2
+        assert "MANIFEST.json is damaged" in said("runs", copy/"run")
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "run.log", "backup.json", "heartbeat.json"])
+def test_a_pipe_in_a_run(copy, name):
+    "What reads it says so, and what does not goes on"
+    piped(copy/"run"/name)
+    with within(20):
+        shown = [said("runs", copy), said("runs", copy/"run"), said("monitor", copy/"run", "--once"), said("plot", copy/"run", "--output", copy/"a.png")]
+        silent = {"run.json": [3], "metrics.jsonl": [1], "run.log": [0, 1, 2, 3], "backup.json": [0, 3], "heartbeat.json": [0, 1, 3]}[name]
+        assert [f"{name} is a FIFO" in s for s in shown] == [i not in silent for i in range(4)]
+
+
+def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
+    pipe = piped(tmp_path/"pipe")
+    with within():
+        for use in read_metrics, RunLog, Metrics, lambda p: torch_file(p, Counter()):
+            with pytest.raises(NotAFile, match="is a FIFO"): use(pipe)
+        piped(tmp_path/"heartbeat.json")
+        with pytest.raises(NotAFile, match="heartbeat.json is a FIFO"): read_heartbeat(tmp_path)
+        assert read_log(pipe) == [] and not (f := Follower(pipe)).read() and "is a FIFO" in f.problem
