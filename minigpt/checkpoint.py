@@ -10,6 +10,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, pickle, random, re, time, zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, write_json
+from .headers import Refused, TooMuch, torch_file
 from .lora import LoRAConfig, LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
@@ -245,6 +247,7 @@ def read_checkpoint(
 # %% ../nbs/07_checkpoint.ipynb #09d68c53
 _NAMES = {v:k for k,v in _DTYPES.items()}
 _HEADER = 100_000_000 # bytes that a header may have, as in the format's own library
+_TENSORS = 50_000 # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
 
 # %% ../nbs/07_checkpoint.ipynb #b38cda44
 class SafeTensors:
@@ -257,8 +260,11 @@ class SafeTensors:
         if packed: self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
         n = int.from_bytes(self._read(memoryview(bytearray(8))), 'little')
         if n > (_HEADER if packed else min(_HEADER, size-8)): self._refuse(f'its header would have {n:,} bytes')
+        head = bytearray(n)
+        self._read(memoryview(head))
+        if head.count(b'{') > _TENSORS: self._refuse(f'its header has more than {_TENSORS:,} entries')
         try:
-            header = orjson.loads(self._read(memoryview(bytearray(n))))
+            header = orjson.loads(head)
             self.metadata = header.pop('__metadata__', None) or {}
             entries = sorted(((*v['data_offsets'], k, _NAMES.get(v['dtype'], v['dtype']), tuple(v['shape'])) for k,v in header.items()), key=lambda e: e[:2])
             if not all(isinstance(x, int) and 0 <= x < 1<<48 for b,e,_,_,s in entries for x in (b, e, *s)): raise ValueError
@@ -296,12 +302,19 @@ class SafeTensors:
             if self.path.suffix == '.zst' and self._some(memoryview(bytearray(1))): self._refuse('more comes after the last tensor') # and at the end zstd compares its checksum
 
 # %% ../nbs/07_checkpoint.ipynb #5bb02067
+def _endless(path:Path)->str|None:
+    "Why torch would take too long, or too much memory, to read a file; what else is wrong with it, torch says."
+    try: found = torch_file(path, Counter(), to_load=True)
+    except Refused as e: return str(e) if isinstance(e, TooMuch) else None
+    return found.too_much or None
+
 def read_pickle(
     path:str|Path, # A `.pt`, `.pth` or `.bin` file
 ): # Tensors on the CPU, in the containers they were saved in
     "What `torch.save` wrote, without running any code of it."
     path = regular(path); archive = zipfile.is_zipfile(path)
     def refuse(why): raise CheckpointError(f"{path} is not used: {why}") from None
+    if why := _endless(path): refuse(f'{why}. Save its tensors alone, in a dict by name')
     try:
         if archive:
             with zipfile.ZipFile(path) as z: packed = any(i.compress_type for i in z.infolist()) or sum(i.file_size for i in z.infolist()) > path.stat().st_size
@@ -342,10 +355,13 @@ class Weights:
         header = [kx for p in parts for kx in (p.header if isinstance(p, SafeTensors) else {k:(t.dtype, tuple(t.shape)) for k,t in p.items()}).items()]
         if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
         found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
+        if (n := getattr(config, 'n_layer', 0)) > len(found): raise CheckpointError(f"{name} is not used: its configuration has {n:,} layers, and its weights are {len(found):,} tensors in all")
         with torch.device('meta'): # shapes without memory
             try: want = config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
             except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
         self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
+        views = (k for p in parts if isinstance(p, dict) for k,t in p.items() if k in self.header and t.numel()*t.element_size() > t.untyped_storage().nbytes())
+        if k := next(views, None): raise CheckpointError(f"{name} is not used: {k} claims more values than are stored for it")
 
     def _whole(self, items, join):
         "Items by name, the two halves of a quantized matrix as one."

@@ -3,21 +3,24 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
 import tracemalloc
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
 import pytest
+import torch
 import zstandard
-from minigpt import cli, formats
+from minigpt import cli, formats, headers
 from minigpt.analyze import analyze as look_into
 from minigpt.backup import read_heartbeat
-from minigpt.checkpoint import CheckpointStore, State, load_model, pack_rng, problem, write_checkpoint
+from minigpt.checkpoint import CheckpointError, CheckpointStore, State, load_model, pack_rng, problem, read_pickle, write_checkpoint
 from minigpt.data import sample_texts
 from minigpt.files import NotAFile, read_json
 from minigpt.formats import DataError, data_files, look_at, parse_block, read_blocks
@@ -211,3 +214,63 @@ def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
         piped(tmp_path/"heartbeat.json")
         with pytest.raises(NotAFile, match="heartbeat.json is a FIFO"): read_heartbeat(tmp_path)
         assert read_log(pipe) == [] and not (f := Follower(pipe)).read() and "is a FIFO" in f.problem
+
+
+# --- headers and pickles that take for ever -------------------------------------------------------------------------------------
+def tensors_file(path, header, values=b""):
+    "A safetensors file, written by hand"
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little")+head+values)
+    return path
+
+
+def test_a_header_with_more_tensors_than_are_read(copy):
+    path = copy/"run"/"checkpoints"/"checkpoint-4"; (path/"MANIFEST.json").unlink()
+    file = tensors_file(path/"model.safetensors", {f"x{i}": dict(dtype="U8", shape=[0], data_offsets=[0, 0]) for i in range(50_001)})
+    with within():
+        with pytest.raises(CheckpointError, match="its header has more than 50,000 entries"): load_model(path)
+        with pytest.raises(ValueError, match="more than the 50,000 entries"): look_into(file)
+        assert any("more than the 50,000 entries" in p for p in look_into(path).problems)
+
+
+def test_many_heads_and_many_embeddings(tmp_path):
+    "Each is looked at once, not each against each: and the one copy is found"
+    n = 1000
+    names = [f"{i}.head" for i in range(n)]+[f"{i}.emb" for i in range(n)]
+    header = {k: dict(dtype="U16", shape=[1, 1], data_offsets=[2*i, 2*i+2]) for i, k in enumerate(names)}
+    values = b"".join(i.to_bytes(2, "little") for i in range(2*n-1))+(7).to_bytes(2, "little")
+    with within(10): a = look_into(tensors_file(tmp_path/"a.safetensors", header, values))
+    assert [(t.name, t.tied) for t in a.tensors if t.tied] == [("7.head", f"{n-1}.emb")] and a.params == 2*n-1
+
+
+def test_more_layers_than_tensors(copy):
+    path = copy/"run"/"checkpoints"/"checkpoint-4"; (path/"MANIFEST.json").unlink()
+    config = read_json(path/"config.json")
+    (path/"config.json").write_bytes(orjson.dumps({**config, "num_hidden_layers": 999}))
+    with within(), pytest.raises(CheckpointError, match="its configuration has 999 layers, and its weights are 11 tensors in all"): load_model(path)
+
+
+NESTED = b")"+b"q\0h\0\x86"*21      # a pair of pairs of pairs …
+PICKLES = dict(key=(b"}"+NESTED+b"Ns.", "tuples within tuples"), in_a_set=(b"cbuiltins\nset\n]"+NESTED+b"a\x85R.", "tuples within tuples"), no_function=(b"])R.", "calls something that is no function"),
+    memory=(b"cbuiltins\nbytearray\nJ\0\0\0\x70\x85R.", "asks for 1,879,048,192 bytes"), long=(b"]"+b"N0"*1000+b".", "more than 1,000 instructions"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("kind", PICKLES)
+def test_pickles_that_take_for_ever(tmp_path, monkeypatch, kind, zipped):
+    "What a reader of weights alone would still do"
+    pickled, why = PICKLES[kind]
+    if kind == "long": monkeypatch.setattr(headers, "_LOADED", 1000)
+    if zipped:
+        with zipfile.ZipFile(tmp_path/"a.pt", "w") as z: z.writestr("archive/data.pkl", b"\x80\x02"+pickled); z.writestr("archive/version", "3\n")
+    else: (tmp_path/"a.pt").write_bytes(b"".join(pickle.dumps(x, 2) for x in (0x1950a86a20f9469cfc6c, 1001, {}))+b"\x80\x02"+pickled)
+    with within(), pytest.raises(CheckpointError, match=f"a.pt is not used: .*{why}.*Save its tensors alone"): read_pickle(tmp_path/"a.pt")
+
+
+def test_a_view_that_claims_more_values_than_there_are(copy):
+    path = copy/"run"/"checkpoints"/"checkpoint-4"; (path/"MANIFEST.json").unlink()
+    weights = dict(load_model(path).weights()); (path/"model.safetensors").unlink()
+    torch.save(weights, path/"pytorch_model.bin"); load_model(path)
+    weights["model.embed_tokens.weight"] = torch.zeros(1).expand(300, 16)
+    torch.save(weights, path/"pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="model.embed_tokens.weight claims more values than are stored for it"): load_model(path)
