@@ -9,7 +9,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'newest', 'Saved', 'Writer', 'write_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
-import math, pickle, random, re, time, zipfile
+import math, os, pickle, random, re, time, zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from .files import Pace, at_home, dir_size, free_space, fsync, hash_file, hidden, human_size, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, write_json
 from .headers import Refused, TooMuch, torch_file
-from .lora import LoRAConfig, LoRAGPT
+from .lora import LoRAConfig, LoRAGPT, adapter_values
 from .model import GPT, GPTConfig, LanguageModel, from_hf
 from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
@@ -431,13 +431,25 @@ def load_model(
     model.origin = str(path)
     return model
 
+def _models(where, beside:Path)->list[Path]:
+    "The directories with a model that a name can mean: as it stands, or below a folder around `beside`."
+    if not isinstance(where, str) or not where: return []
+    places = [folder/where for folder in (Path(), *beside.absolute().parents)]
+    return [p for p in places if any(os.path.exists(p/n) for n in ('config.json','adapter_config.json'))]
+
 def find_base(
     where, # What an adapter names as the directory of its base
     beside:Path, # The adapter
 )->Path|None:
     "That directory: as it stands, or below a folder around the adapter, should the working folder be another than in training."
-    if not isinstance(where, str) or not where: return None
-    return next((p for folder in (Path(), *beside.absolute().parents) if ((p := folder/where)/'config.json').exists() or (p/'adapter_config.json').exists()), None)
+    adapter = os.path.exists(beside/'adapter_config.json') # which cannot be its own base, however its name is spelled
+    return next((p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None)
+
+def _values(weights)->int:
+    "How many values are stored, in a file or in a dict of tensors."
+    if isinstance(weights, SafeTensors): return sum(math.prod(shape) for _,shape in weights.header.values())
+    tensors = [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
+    return sum(min(t.numel(), t.untyped_storage().nbytes()//t.element_size()) for t in tensors)
 
 def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
@@ -446,15 +458,22 @@ def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)-
     except (ValueError, KeyError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
         where = facts.get('base_model_name_or_path')
-        if not (found := find_base(where, path)): raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        found = find_base(where, path)
+        if not found and _models(where, path): raise CheckpointError(f"{path} names itself as the model that it is an adapter of: {where:.200}. Write where that model is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if not found: raise CheckpointError(f"{path} is an adapter of {f'{where:.200}' if where and isinstance(where, str) else 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if (found/'adapter_config.json').exists(): raise CheckpointError(f"{path} is an adapter of {found}, which is an adapter too, and must be a whole model. Merge that one into its base, save the result, and write where it is into adapter_config.json, as base_model_name_or_path")
         base = load_model(found, device)
-    known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
-    model = LoRAGPT(base, config)
-    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
+    state = read_json(f) if (f := path/'trainer_state.json').exists() else {}
+    known = state.get('base') if isinstance(state, dict) else state
+    if not isinstance(known, (str,type(None))): raise CheckpointError(f"{path} is not used: trainer_state.json does not say what its base is; it was edited, or is of another program. Take it away")
     file = next((f for n in ('adapter_model.safetensors','adapter_model.bin') if (f := path/n).exists()), None)
     if file is None: raise CheckpointError(f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin in it")
-    try: model.load_weights(read_pickle(file) if file.suffix == '.bin' else dict(SafeTensors(file)))
-    except (ValueError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    weights = read_pickle(file) if file.suffix == '.bin' else SafeTensors(file)
+    if (n := adapter_values(base, config)) > (has := _values(weights)): raise CheckpointError(f"{path} is not used: its weights do not fit: with r={config.r:,} and these target_modules an adapter of this base has {n:,} values, and {file.name} has {has:,}")
+    model = LoRAGPT(base, config)
+    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
+    try: model.load_weights(dict(weights))
+    except (ValueError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
     for k,p in model.named_parameters():
         if dtype and '.lora_' not in k: p.data = p.data.to(dtype) # after the fingerprints were compared
     model.origin = str(path)

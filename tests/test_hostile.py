@@ -11,6 +11,7 @@ import tracemalloc
 import zipfile
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import orjson
@@ -22,11 +23,12 @@ from minigpt.analyze import analyze as look_into
 from minigpt.backup import read_heartbeat
 from minigpt.checkpoint import CheckpointError, CheckpointStore, State, load_model, pack_rng, problem, read_pickle, write_checkpoint
 from minigpt.data import sample_texts
+from minigpt.diffusion import TessConfig
 from minigpt.files import NotAFile, read_json
 from minigpt.formats import DataError, data_files, look_at, parse_block, read_blocks
 from minigpt.headers import torch_file
 from minigpt.lora import lora
-from minigpt.model import GPT, GPTConfig
+from minigpt.model import GPT, GPTConfig, from_hf, to_hf
 from minigpt.monitor import Follower, Metrics, RunLog, read_log, read_metrics
 from minigpt.prepare import prepare
 from minigpt.quality import analyze
@@ -274,3 +276,73 @@ def test_a_view_that_claims_more_values_than_there_are(copy):
     weights["model.embed_tokens.weight"] = torch.zeros(1).expand(300, 16)
     torch.save(weights, path/"pytorch_model.bin")
     with pytest.raises(CheckpointError, match="model.embed_tokens.weight claims more values than are stored for it"): load_model(path)
+
+
+# --- sizes that no model has ----------------------------------------------------------------------------------------------------
+FIELDS = dict(vocab_size="vocab_size", dim="hidden_size", n_layer="num_hidden_layers", n_head="num_attention_heads", n_kv_head="num_key_value_heads", head_dim="head_dim", ffn_dim="intermediate_size", max_len="max_position_embeddings")
+SIZES = [10**11, 10**400, -1, 0, True, 2.5, float("nan"), "8", [8], {"a": 8}, [[8]*9]*9]
+
+
+@pytest.mark.parametrize("value", SIZES, ids=lambda v: str(v)[:9])
+def test_sizes_of_a_gpt(value):
+    "Named with its value, by the name that it has where it was written"
+    hf = to_hf(SMALL)
+    for ours, theirs in FIELDS.items():
+        with within(1):
+            with pytest.raises(ValueError, match=f"^{ours}=.*must be a whole number, at least 1 and at most"): GPTConfig(**{**SMALL.to_dict(), ours: value})
+            with pytest.raises(ValueError, match=f"^config.json: {theirs}=.*must be a whole number, at least 1 and at most"): from_hf({**hf, theirs: value})
+
+
+@pytest.mark.parametrize("value", SIZES, ids=lambda v: str(v)[:9])
+def test_sizes_of_an_encoder(value):
+    shape = TessConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, ffn_dim=32)
+    hf = shape.to_hf()
+    for ours, theirs in dict(FIELDS, type_vocab="type_vocab_size", num_diffusion_steps="num_diffusion_steps").items():
+        if ours in ("n_kv_head", "head_dim"): continue
+        with within(1):
+            if ours != "type_vocab" or value != 0:
+                with pytest.raises(ValueError, match=f"^{ours}=.*must be a whole number"): TessConfig(**{**asdict(shape), ours: value})
+            with pytest.raises(ValueError, match=f"^(config.json: )?{theirs}=.*must be a whole number"): from_hf({**hf, theirs: value})
+
+
+@pytest.mark.parametrize("change", [dict(rope_theta="big"), dict(rope_theta=[1]), dict(rope_theta=1e305), dict(rope_theta=-1), dict(rope_scaling=[1]), dict(rope_parameters="x"), dict(rope_parameters={"rope_theta": []}), dict(layer_types=5), dict(layer_types=[["full_attention"]]),
+    dict(tie_word_embeddings="false"), dict(attention_bias=[]), dict(rms_norm_eps="x"), dict(rms_norm_eps=0), dict(attention_dropout=[1]), dict(attention_dropout=2), dict(model_type=["llama"]), dict(model_type={}), dict(vocab_size=None)], ids=str)
+def test_other_values_of_a_config(copy, change):
+    path = copy/"run"/"checkpoints"/"checkpoint-4"; (path/"MANIFEST.json").unlink()
+    (path/"config.json").write_text(json.dumps({**read_json(path/"config.json"), **change}))
+    with within(), pytest.raises(CheckpointError, match=f"checkpoint-4 is not used: .*({next(iter(change))}|rope_theta|norm_eps|dropout)"): load_model(path)
+
+
+def test_sizes_that_are_possible_one_by_one():
+    with pytest.raises(ValueError, match=r"vocab_size=16,777,216, dim=131,072.*has 2,250,566,402,048 parameters; it may have"): GPTConfig(vocab_size=1 << 24, dim=1 << 17, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=8)
+    with pytest.raises(ValueError, match="parameters; it may have"): TessConfig(vocab_size=1 << 24, dim=1 << 17, n_layer=1, n_head=2, ffn_dim=8)
+
+
+@pytest.mark.parametrize("change", [dict(r=10**9), dict(r=10**5), dict(r=True), dict(r="8"), dict(r=-1), dict(r=None), dict(lora_alpha="x"), dict(lora_alpha=[1]), dict(lora_dropout="x"), dict(target_modules=5), dict(target_modules=[5]), dict(peft_type=["LORA"]), []], ids=str)
+def test_configs_of_adapters(copy, change):
+    file = copy/"adapter"/"adapter_config.json"
+    file.write_text(json.dumps({**read_json(file), **change} if change else []))
+    what = {"lora_alpha": "alpha", "lora_dropout": "dropout"}.get(k := next(iter(change), "adapter_config.json"), k)
+    with within(), pytest.raises(CheckpointError, match=f"adapter is not used: .*{what}"): load_model(copy/"adapter")
+
+
+# --- an adapter whose base is an adapter ----------------------------------------------------------------------------------------
+def names_as_base(adapter, where):
+    facts = read_json(adapter/"adapter_config.json")
+    (adapter/"adapter_config.json").write_text(json.dumps({**facts, "base_model_name_or_path": str(where)}))
+
+
+def test_an_adapter_of_itself(copy):
+    "Or of another adapter, round about"
+    a, b = copy/"adapter", copy/"other"
+    shutil.copytree(a, b); (copy/"link").symlink_to(a)
+    for itself in a, "adapter", "./../made/adapter/../adapter", copy/"link":
+        names_as_base(a, itself)
+        with pytest.raises(CheckpointError, match="adapter names itself as the model that it is an adapter of"): load_model(a)
+    names_as_base(a, b); names_as_base(b, a)
+    with pytest.raises(CheckpointError, match="adapter is an adapter of .*other, which is an adapter too, and must be a whole model"): load_model(a)
+    for nothing in "x\0y", "x"*9000, "x/"*3000:
+        names_as_base(a, nothing)
+        with pytest.raises(CheckpointError, match="which is not here. Bring that model"): load_model(a)
+    names_as_base(a, "adapter"); shutil.copytree(copy/"run"/"checkpoints"/"checkpoint-4", copy/"adapter"/"adapter")     # a base inside of it, of the same name
+    names_as_base(a, "adapter/adapter"); assert load_model(a).base_path.endswith("adapter/adapter")
