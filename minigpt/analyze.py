@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 import numpy as np, orjson, zstandard
-from .files import at_home, dir_size, free_space, hidden, human_size, read_json
+from .files import at_home, dir_size, free_space, hash_bytes, hidden, human_size, read_json
 from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, jsonable, printable, safetensors_header, tensors_in, torch_file
 from .picture import figure
 
@@ -456,11 +456,17 @@ def _trained(a:Analysis)->int|None:
 def _find_copies(a:Analysis):
     "A tied head that was stored once more is no parameter: `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell."
     def sample(t):
-        with open(a.home/t.file, 'rb') as f: return [f.read(1<<14) for i in range(3) if f.seek(t.offset+i*max(0, t.bytes-(1<<14))//2) >= 0]
+        n = min(t.bytes, 1<<14)
+        with open(a.home/t.file, 'rb') as f: return b''.join(f.read(n) for i in range(3) if f.seek(t.offset+i*(t.bytes-n)//2) >= 0)
+    def key(t): return t.shape,t.dtype,hash_bytes(sample(t))
     tables = [t for t in a.weights() if len(t.shape) == 2 and t.offset >= 0 and not t.stride]
-    for head in (t for t in tables if re.search('head|output', t.name)):
-        like = (t for t in tables if t is not head and (t.shape, t.dtype) == (head.shape, head.dtype) and re.search('emb|wte', t.name))
-        if first := next((t for t in like if sample(t) == sample(head)), None):
+    heads = [t for t in tables if re.search('head|output', t.name)]
+    kinds = {(t.shape, t.dtype) for t in heads}
+    embeddings = [t for t in tables if (t.shape, t.dtype) in kinds and re.search('emb|wte', t.name)]
+    known = {}
+    for t in embeddings: known.setdefault(key(t), []).append(t)
+    for head in heads if known else ():
+        if first := next((t for t in known.get(key(head), ()) if t is not head), None):
             head.tied = first.name
             a.problems.append(f'{printable(head.name)} is stored as a copy of {printable(first.name)}: {human_size(head.bytes)} more than needed; the two are counted as one')
 

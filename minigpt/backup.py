@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, place_final, problem, refuse_links, stores_in
-from .files import Pace, delete, entries, fsync, hash_file, hidden, human_time, in_folder, lexists, may_pass, new_dir, no_link, open_new, read_json, rest, set_aside, stay_inside, write_all, write_file, write_json
+from .files import Pace, delete, entries, fsync, hash_file, hidden, human_time, in_folder, lexists, may_pass, new_dir, no_link, open_new, read_json, regular, rest, set_aside, stay_inside, write_all, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
@@ -58,7 +58,7 @@ def check_there(
 # %% ../nbs/10_backup.ipynb #9758332e
 def _json_or(path:Path, otherwise):
     "The object in a small file; something else where it is absent, torn (files of a mount are not written in one step) or no object. An `OSError` where it cannot be read at the moment."
-    try: found = orjson.loads(path.read_bytes())
+    try: found = orjson.loads(regular(path).read_bytes())
     except orjson.JSONDecodeError: return otherwise
     except OSError as e:
         if may_pass(e): raise
@@ -94,7 +94,7 @@ def copy_file(
 )->tuple[str,str]: # xxh3-128 and md5 of the content
     "Copy a file in pieces of 4 MiB."
     progress = progress or Progress()
-    with open(no_link(source), 'rb', buffering=0) as f, _continued(target, progress) as g:
+    with open(regular(no_link(source)), 'rb', buffering=0) as f, _continued(target, progress) as g:
         f.seek(progress.size)
         while piece := f.read(1<<22):
             write_all(g, piece)

@@ -11,6 +11,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
 import math, os, pickle, random, re, stat, time, zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -21,8 +22,9 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, remove_dir, rest, set_aside, stay_inside, write_json
-from .lora import LoRAConfig, LoRAGPT
+from .files import Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, stay_inside, write_json
+from .headers import Refused, TooMuch, torch_file
+from .lora import LoRAConfig, LoRAGPT, adapter_values
 from .model import GPT, GPTConfig, LanguageModel, from_hf, has_own_head
 from .quantize import dequantize
 from .tokenizer import Tokenizer, load_tokenizer
@@ -263,6 +265,7 @@ def read_checkpoint(
 # %% ../nbs/07_checkpoint.ipynb #09d68c53
 _NAMES = {v:k for k,v in _DTYPES.items()}
 _HEADER = 100_000_000 # bytes that a header may have, as in the format's own library
+_TENSORS = 50_000 # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
 
 # %% ../nbs/07_checkpoint.ipynb #b38cda44
 class SafeTensors:
@@ -270,13 +273,16 @@ class SafeTensors:
     def __init__(self,
         path:str|Path, # The file
     ):
-        self.path = Path(path); size = self.path.stat().st_size
+        self.path = regular(path); size = self.path.stat().st_size
         self.file = open(self.path, 'rb', buffering=0); packed = self.path.suffix == '.zst'
         if packed: self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
         n = int.from_bytes(self._read(memoryview(bytearray(8))), 'little')
         if n > (_HEADER if packed else min(_HEADER, size-8)): self._refuse(f'its header would have {n:,} bytes')
+        head = bytearray(n)
+        self._read(memoryview(head))
+        if head.count(b'{') > _TENSORS: self._refuse(f'its header has more than {_TENSORS:,} entries')
         try:
-            header = orjson.loads(self._read(memoryview(bytearray(n))))
+            header = orjson.loads(head)
             self.metadata = header.pop('__metadata__', None) or {}
             entries = sorted(((*v['data_offsets'], k, _NAMES.get(v['dtype'], v['dtype']), tuple(v['shape'])) for k,v in header.items()), key=lambda e: e[:2])
             if not all(isinstance(x, int) and 0 <= x < 1<<48 for b,e,_,_,s in entries for x in (b, e, *s)): raise ValueError
@@ -314,12 +320,19 @@ class SafeTensors:
             if self.path.suffix == '.zst' and self._some(memoryview(bytearray(1))): self._refuse('more comes after the last tensor') # and at the end zstd compares its checksum
 
 # %% ../nbs/07_checkpoint.ipynb #5bb02067
+def _endless(path:Path)->str|None:
+    "Why torch would take too long, or too much memory, to read a file; what else is wrong with it, torch says."
+    try: found = torch_file(path, Counter(), to_load=True)
+    except Refused as e: return str(e) if isinstance(e, TooMuch) else None
+    return found.too_much or None
+
 def read_pickle(
     path:str|Path, # A `.pt`, `.pth` or `.bin` file
 ): # Tensors on the CPU, in the containers they were saved in
     "What `torch.save` wrote, without running any code of it."
-    path = Path(path); archive = zipfile.is_zipfile(path)
+    path = regular(path); archive = zipfile.is_zipfile(path)
     def refuse(why): raise CheckpointError(f"{path} is not used: {why}") from None
+    if why := _endless(path): refuse(f'{why}. Save its tensors alone, in a dict by name')
     try:
         if archive:
             with zipfile.ZipFile(path) as z: packed = any(i.compress_type for i in z.infolist()) or sum(i.file_size for i in z.infolist()) > path.stat().st_size
@@ -338,7 +351,7 @@ def weight_files(
     path = Path(path)
     first = next((f for n in ('model.safetensors','model.safetensors.zst','model.safetensors.index.json','pytorch_model.bin','pytorch_model.bin.index.json') if (f := path/n).exists()), None)
     if first is None: raise CheckpointError(f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of several files) and no pytorch_model.bin in it")
-    if first.suffix != '.json': return [first]
+    if regular(first).suffix != '.json': return [first]
     try: names = sorted({*read_json(first)['weight_map'].values()})
     except (ValueError, KeyError, TypeError, AttributeError): raise CheckpointError(f"{first} is not used: it is no index of weights, or damaged") from None
     if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or Path(n).suffix != Path(first.name[:-11]).suffix]: raise CheckpointError(f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it")
@@ -361,10 +374,13 @@ class Weights:
         if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
         if getattr(config, 'tied', False) and self._own_head(): self.config = replace(config, tied=False)
         found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
+        if (n := getattr(config, 'n_layer', 0)) > len(found): raise CheckpointError(f"{name} is not used: its configuration has {n:,} layers, and its weights are {len(found):,} tensors in all")
         with torch.device('meta'): # shapes without memory
             try: want = self.config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
             except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
         self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
+        views = (k for p in parts if isinstance(p, dict) for k,t in p.items() if k in self.header and t.numel()*t.element_size() > t.untyped_storage().nbytes())
+        if k := next(views, None): raise CheckpointError(f"{name} is not used: {k} claims more values than are stored for it")
 
     def _own_head(self)->bool:
         "Is there an output layer beside the embedding, with other numbers?"
@@ -442,13 +458,25 @@ def load_model(
     model.origin = str(path)
     return model
 
+def _models(where, beside:Path)->list[Path]:
+    "The directories with a model that a name can mean: as it stands, or below a folder around `beside`."
+    if not isinstance(where, str) or not where: return []
+    places = [folder/where for folder in (Path(), *beside.absolute().parents)]
+    return [p for p in places if any(os.path.exists(p/n) for n in ('config.json','adapter_config.json'))]
+
 def find_base(
     where, # What an adapter names as the directory of its base
     beside:Path, # The adapter
 )->Path|None:
     "That directory: as it stands, or below a folder around the adapter, should the working folder be another than in training."
-    if not isinstance(where, str) or not where: return None
-    return next((p for folder in (Path(), *beside.absolute().parents) if ((p := folder/where)/'config.json').exists() or (p/'adapter_config.json').exists()), None)
+    adapter = os.path.exists(beside/'adapter_config.json') # which cannot be its own base, however its name is spelled
+    return next((p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None)
+
+def _values(weights)->int:
+    "How many values are stored, in a file or in a dict of tensors."
+    if isinstance(weights, SafeTensors): return sum(math.prod(shape) for _,shape in weights.header.values())
+    tensors = [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
+    return sum(min(t.numel(), t.untyped_storage().nbytes()//t.element_size()) for t in tensors)
 
 def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
     if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
@@ -459,15 +487,21 @@ def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)-
     try: config = LoRAConfig.from_peft(facts, getattr(shape, 'n_layer', None))
     except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
-        if not found: raise CheckpointError(f"{path} is an adapter of {where or 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if not found and _models(where, path): raise CheckpointError(f"{path} names itself as the model that it is an adapter of: {where:.200}. Write where that model is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if not found: raise CheckpointError(f"{path} is an adapter of {f'{where:.200}' if where and isinstance(where, str) else 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
+        if (found/'adapter_config.json').exists(): raise CheckpointError(f"{path} is an adapter of {found}, which is an adapter too, and must be a whole model. Merge that one into its base, save the result, and write where it is into adapter_config.json, as base_model_name_or_path")
         base = load_model(found, device)
-    known = read_json(f).get('base') if (f := path/'trainer_state.json').exists() else None
-    model = LoRAGPT(base, config)
-    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
+    state = read_json(f) if (f := path/'trainer_state.json').exists() else {}
+    known = state.get('base') if isinstance(state, dict) else state
+    if not isinstance(known, (str,type(None))): raise CheckpointError(f"{path} is not used: trainer_state.json does not say what its base is; it was edited, or is of another program. Take it away")
     file = next((f for n in ('adapter_model.safetensors','adapter_model.bin') if (f := path/n).exists()), None)
     if file is None: raise CheckpointError(f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin in it")
-    try: model.load_weights(read_pickle(file) if file.suffix == '.bin' else dict(SafeTensors(file)))
-    except (ValueError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    weights = read_pickle(file) if file.suffix == '.bin' else SafeTensors(file)
+    if (n := adapter_values(base, config)) > (has := _values(weights)): raise CheckpointError(f"{path} is not used: its weights do not fit: with r={config.r:,} and these target_modules an adapter of this base has {n:,} values, and {file.name} has {has:,}")
+    model = LoRAGPT(base, config)
+    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
+    try: model.load_weights(dict(weights))
+    except (ValueError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
     for k,p in model.named_parameters():
         if dtype and '.lora_' not in k: p.data = p.data.to(dtype) # after the fingerprints were compared
     model.origin = str(path)

@@ -22,7 +22,7 @@ from .data import ChatSet
 from .files import on_hub
 from .formats import data_files, read_blocks
 from .generate import text_pieces
-from .model import GPT, LanguageModel
+from .model import GPT, MOST, LanguageModel, check_flag, check_hf, check_number, check_params, check_size
 from .run import Run, split_checkpoint
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import fit
@@ -91,15 +91,19 @@ class TessConfig:
         def must(name, ok, what):
             if not ok: raise ValueError(f'{name}={getattr(self, name)!r} must be {what}')
         if self.self_condition in ('none',''): object.__setattr__(self, 'self_condition', None)
-        for n in ('vocab_size','dim','n_layer','n_head','ffn_dim','max_len','num_diffusion_steps','num_inference_diffusion_steps'): must(n, type(getattr(self, n)) is int and getattr(self, n) >= 1, 'a whole number, at least 1')
+        for n in ('vocab_size','dim','n_layer','n_head','ffn_dim','max_len','num_diffusion_steps','num_inference_diffusion_steps'): check_size(n, getattr(self, n), MOST.get(n, 100_000))
+        for n in 'type_vocab','pad_id': must(n, type(getattr(self, n)) is int and 0 <= getattr(self, n) <= MOST['vocab_size'], f"a whole number, at least 0 and at most {MOST['vocab_size']:,}")
+        must('mask_id', self.mask_id is None or type(self.mask_id) is int and 0 <= self.mask_id < self.vocab_size, f'the id of a token, below vocab_size={self.vocab_size}')
         must('n_head', self.dim % self.n_head == 0, f'a divisor of dim={self.dim}')
-        for n in ('dropout','simplex_value'): must(n, isinstance(getattr(self, n), (int,float,type(None))), 'a number, without quotes')
-        must('dropout', 0 <= self.dropout < 1, 'at least 0 and below 1: it is the share that is dropped')
-        must('simplex_value', self.simplex_value is None or self.simplex_value > 0, 'above 0, or None for a masked language model')
+        check_number('dropout', self.dropout, lambda x: 0 <= x < 1, 'at least 0 and below 1: it is the share that is dropped')
+        check_number('norm_eps', self.norm_eps)
+        if self.simplex_value is not None: check_number('simplex_value', self.simplex_value, which='above 0, or None for a masked language model')
+        for n in 'self_condition_zeros_after_softmax','pad_to_max_length': check_flag(n, getattr(self, n))
         must('num_inference_diffusion_steps', self.num_inference_diffusion_steps <= self.num_diffusion_steps, f'at most num_diffusion_steps={self.num_diffusion_steps}')
         must('beta_schedule', self.beta_schedule == 'squaredcos_improved_ddpm', "'squaredcos_improved_ddpm'")
         must('self_condition', self.self_condition in (None,'logits','logits_addition','logits_mean'), 'one of none, logits, logits_addition, logits_mean')
         must('blanks', self.blanks in ('mixed','spans','rest','all'), 'one of mixed, spans, rest, all')
+        check_params(self)
         if self.simplex_value is None: must('mask_id', self.mask_id is not None, "the id of the token that stands for a gap; give the tokenizer one: special_tokens='<mask>'")
 
     @classmethod
@@ -137,8 +141,8 @@ def from_hf(
     d:dict, # Content of a config.json
 )->TessConfig:
     "The shape of a RoBERTa, ours or one of `transformers`; a `ValueError` where that model computes something else."
-    missing = [k for k in ('vocab_size','hidden_size','num_hidden_layers','num_attention_heads','intermediate_size','max_position_embeddings') if k not in d]
-    if missing: raise ValueError(f"config.json lacks {', '.join(missing)}; is it the config.json of a whole model?")
+    check_hf(d, ('vocab_size','hidden_size','num_hidden_layers','num_attention_heads','intermediate_size','max_position_embeddings'))
+    if type(d.get('pad_token_id', 1)) is not int: raise ValueError(f"config.json: pad_token_id={d['pad_token_id']!r:.60} must be a whole number")
     other = [f"{k} {d[k]!r} (must be {want!r})" for k,want in dict(hidden_act='gelu', position_embedding_type='absolute', is_decoder=False, add_cross_attention=False, tie_word_embeddings=True).items() if d.get(k, want) != want]
     if other: raise ValueError(f"config.json asks for {'; '.join(other)}, which this library does not compute; open that model with transformers")
     pad = d.get('pad_token_id', 1)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['human_size', 'human_time', 'at_home', 'on_hub', 'free_space', 'free_said', 'dir_size', 'memory_use', 'Pace', 'rest',
-           'spread', 'hash_bytes', 'hash_file', 'lexists', 'entries', 'may_pass', 'within_time', 'fsync', 'hidden',
-           'open_new', 'write_all', 'write_file', 'write_json', 'read_json', 'stay_inside', 'no_link', 'in_folder',
-           'delete', 'new_dir', 'remove_dir', 'set_aside', 'sweep', 'can_lock', 'RunLock', 'only_one']
+           'spread', 'NotAFile', 'regular', 'hash_bytes', 'hash_file', 'lexists', 'entries', 'may_pass', 'within_time',
+           'fsync', 'hidden', 'open_new', 'write_all', 'write_file', 'write_json', 'read_json', 'stay_inside',
+           'no_link', 'in_folder', 'delete', 'new_dir', 'remove_dir', 'set_aside', 'sweep', 'can_lock', 'RunLock',
+           'only_one']
 
 # %% ../nbs/00_files.ipynb #dffc4503
 import ctypes, errno, os, shutil, signal, stat, sys, threading, time, warnings
@@ -152,6 +153,19 @@ def spread(
     except BrokenProcessPool: raise RuntimeError("a worker process was killed, most likely because memory ran out; try again with threads=1") from None
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
+# %% ../nbs/00_files.ipynb #645f1fe8
+class NotAFile(OSError, ValueError): "A pipe, a device or a folder, where a file must be."
+
+_KINDS = {stat.S_IFIFO:'a FIFO', stat.S_IFSOCK:'a socket', stat.S_IFCHR:'a device', stat.S_IFBLK:'a device', stat.S_IFDIR:'a folder'}
+
+def regular(
+    path:str|Path, # To be opened for reading; what a link points to counts
+)->Path: # The same
+    "The path, if it is that of a file, so that reading it ends."
+    kind = stat.S_IFMT(os.stat(path).st_mode)
+    if kind != stat.S_IFREG: raise NotAFile(f"{path} is {_KINDS.get(kind, 'something else')}, not a file; put the file there, or name another")
+    return Path(path)
+
 # %% ../nbs/00_files.ipynb #dbf4e717
 def hash_bytes(data:bytes)->str:
     "xxh3-128 of `data`, as 32 hexadecimal digits."
@@ -162,7 +176,7 @@ def hash_file(
 )->str: # 32 hexadecimal digits
     "xxh3-128 of a file's content."
     h = xxhash.xxh3_128()
-    with open(path, 'rb') as f:
+    with open(regular(path), 'rb') as f:
         while chunk := f.read(1<<22): h.update(chunk); rest()
     return h.hexdigest()
 
@@ -259,7 +273,7 @@ def write_json(path:str|Path, obj, indent:bool=True)->Path:
 
 def read_json(path:str|Path):
     "The object in a JSON file; a `ValueError` names the file that is not JSON."
-    try: return orjson.loads(Path(path).read_bytes())
+    try: return orjson.loads(regular(path).read_bytes())
     except orjson.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); it may have been cut off or edited by hand") from None
 
 # %% ../nbs/00_files.ipynb #017d7268

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 import orjson, zstandard
-from .files import at_home
+from .files import NotAFile, at_home, regular
 from .tokenizer import EOS, SPECIALS, chat_messages
 
 # %% ../nbs/02_formats.ipynb #cd40f8e8
@@ -50,21 +50,43 @@ class _damage:
         if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)): raise DataError(f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file again, or unpack what is whole of it") from None
 
 class _Zstd(io.RawIOBase):
-    "Frames of zstd, unpacked; `stream_reader` takes a cut file for a whole one."
-    def __init__(self, f): self.f,self.rest,self.packed,self.frame = f,b'',b'',None
+    "Frames of zstd, unpacked block by block: of one block come 128 KiB at most, however small it is."
+    def __init__(self, f): self.f,self.rest,self.pieces = f,b'',self._frames()
     def readable(self): return True
     def readinto(self, into):
         while not self.rest:
-            if not self.packed: self.packed = self.f.read(1<<17)
-            if not self.packed:
-                if self.frame: raise EOFError('the last frame has no end')
-                return 0
-            self.frame = self.frame or zstandard.ZstdDecompressor().decompressobj()
-            self.rest = self.frame.decompress(self.packed)
-            self.packed,self.frame = (self.frame.unused_data,None) if self.frame.eof else (b'',self.frame)
+            if (piece := next(self.pieces, None)) is None: return 0
+            self.rest = memoryview(piece)
         n = min(len(into), len(self.rest))
         into[:n],self.rest = self.rest[:n],self.rest[n:]
         return n
+
+    def _take(self, n:int)->bytes:
+        "The next bytes of the file."
+        if len(data := self.f.read(n)) < n: raise EOFError('the last frame has no end')
+        return data
+
+    def _frames(self)->Iterator[bytes]:
+        "RFC 8878: frames of a header and blocks; between them may stand others that are to be skipped."
+        while magic := self.f.read(4):
+            if magic[1:] == b'\x2a\x4d\x18' and magic[0]>>4 == 5: self._skip(int.from_bytes(self._take(4), 'little'))
+            else: yield from self._blocks(magic+self._take(1))
+
+    def _skip(self, n:int):
+        while n: n -= len(self._take(min(n, 1<<17)))
+
+    def _blocks(self, head:bytes)->Iterator[bytes]:
+        "Of one frame, which begins with `head`."
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(head + self._take(zstandard.frame_header_size(head)-len(head)))
+        last = False
+        while not last:
+            block = self._take(3)
+            facts = int.from_bytes(block, 'little')
+            last,kind,size = facts&1,facts>>1&3,facts>>3
+            yield frame.decompress(block + self._take(1 if kind == 1 else size)) # kind 1: one byte, again and again
+        if head[4]&4: yield frame.decompress(self._take(4)) # a checksum
+
     def close(self): self.f.close(); super().close()
 
 def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
@@ -74,6 +96,8 @@ def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
     if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, .75) if path.parent.is_dir() else []
         raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on Colab that the file was uploaded or Drive is mounted")
+    try: regular(path)
+    except NotAFile as e: raise DataError(str(e)) from None
     if not path.stat().st_size: raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
     if found := _NAMES.get(Path(_bare(path.name)).suffix): raise DataError(f"{path} is {found[0]}: {found[1]}")
     f = open(path, 'rb')
@@ -364,11 +388,11 @@ def _lines(f:io.BufferedReader, text:bool)->Iterator[tuple[int,bytes]]:
                 while (c := f.peek(1)[:1]) and c[0] & 0xC0 == 0x80: line += f.read(1)
                 yield number,line; continue
             line += b'...'
-            while (more := f.readline(LONGEST)) and not more.endswith(b'\n'): pass
+            while (more := f.readline(1<<20)) and not more.endswith(b'\n'): pass
         yield number,line
         number += 1
 
-_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[]["{}]', re.S) # a whole string, or a bracket, or the beginning of a string whose end is not here
+_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S) # a string, without the last quote where its end is not here; or a bracket
 
 _BETWEEN = b'[], \t\r\n'+codecs.BOM_UTF8
 
@@ -381,9 +405,8 @@ def _objects(f:io.BufferedReader, path:Path, inside:bool=False)->Iterator[tuple[
         rest += data
         done = 0
         for m in _JSON_PART.finditer(rest, at):
-            part = m[0]
-            if part == b'"' : break # the end of this string is still to come
-            at = m.end()
+            if m[1] == b'': break # the end of this string is still to come
+            part,at = m[0],m.end()
             if inside and depth == top and not open_:
                 if part[:1] == b'"': word = part[1:-1]
                 elif part == b'[' and word.decode('utf-8', 'replace') in _WRAPPERS:
@@ -408,13 +431,15 @@ def _objects(f:io.BufferedReader, path:Path, inside:bool=False)->Iterator[tuple[
                     yield number,rest[begin:m.end()]+b'\n'
                     number += rest.count(b'\n', begin, m.end())
                     done = m.end()
-        if open_ and depth > top and len(rest)-begin > LONGEST:
-            raise DataError(f"{path}: the object that begins in line {number:,} has no end within {LONGEST>>20} "
-                f"MiB; a bracket or a quote is missing. Mend it, or write one object a line")
         if depth == top or not open_:
+            if open_: at = len(rest)-len(rest[at:].lstrip(_BETWEEN))
             yield from between(rest[done:at])
             number += rest.count(b'\n', done, at)
             done = at
+        whole = depth > top and open_
+        if len(rest)-(begin if whole else at) > LONGEST:
+            raise DataError(f"{path}: the {'object' if whole else 'text'} that begins in line {number:,} has no end within {LONGEST>>20} "
+                f"MiB; a bracket or a quote is missing. Mend it, or write one object a line")
         rest,at,begin = rest[done:],at-done,0
     if depth > top and open_: yield number,rest
     else: yield from between(rest)

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 import numpy as np, orjson, psutil
-from .files import write_file
+from .files import regular, write_file
 from .picture import figure
 
 # %% ../nbs/11_monitor.ipynb #85957072
@@ -25,6 +25,7 @@ class Metrics:
         attempt:int=1, # Which start of the run this is, from 1
         step:int=0, # Where it starts
     ):
+        if Path(path).exists(): regular(path)
         self.file,self.attempt,self.problem = open(path, 'a+b', buffering=0),attempt,None
         if self.file.tell():
             self.file.seek(-1, 2)
@@ -56,7 +57,7 @@ def read_metrics(
 )->list[dict]: # A row a logged step, in order; a row has a `loss`, an `eval_loss` or both
     "The metrics of the course that counts."
     rows = {}
-    for row in _rows(Path(path).read_bytes()) if Path(path).exists() else ():
+    for row in _rows(regular(path).read_bytes()) if Path(path).exists() else ():
         if row.get('event') == 'start': rows = {s:r for s,r in rows.items() if s <= row['step']}
         else: rows[row['step']] = {**rows.get(row['step'], {}), **row}
     return [rows[s] for s in sorted(rows)]
@@ -105,7 +106,7 @@ class Follower:
     def read(self)->bool:
         "Take in what was appended. Is there anything new? Where the file cannot be read, `problem` says why, and what is known stays."
         try:
-            with open(self.path, 'rb') as f: f.seek(self.offset-len(self.tail)); data = f.read()
+            with open(regular(self.path), 'rb') as f: f.seek(self.offset-len(self.tail)); data = f.read()
         except OSError as e: self.problem = str(e); return False
         self.problem = None
         if not data.startswith(self.tail): self.forget(); return self.read() # another file
@@ -342,7 +343,10 @@ class EventWriter:
 # %% ../nbs/11_monitor.ipynb #2caddefc
 class RunLog:
     "Appends lines to run.log; as a context it notes what ended it."
-    def __init__(self, path:str|Path): self.path,self.counts = Path(path),True; open(path, 'ab').close() # it says now if that cannot be. `counts`: is an error the end of a training, and not of a call that was refused?
+    def __init__(self, path:str|Path): # it says now if that cannot be
+        self.path,self.counts = Path(path),True # `counts`: is an error the end of a training, and not of a call that was refused?
+        if self.path.is_fifo(): regular(path)
+        open(path, 'ab').close()
     def __call__(self, message:str):
         "Add a line."
         with contextlib.suppress(OSError), open(self.path, 'ab', buffering=0) as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors='replace'))
@@ -357,7 +361,7 @@ def read_log(
 )->list[str]: # With their times
     "The last lines of a log; none where there is no log."
     try:
-        with open(path, 'rb') as f: f.seek(max(0, f.seek(0, 2)-2**18)); lines = f.read().decode(errors='replace').splitlines()
+        with open(regular(path), 'rb') as f: f.seek(max(0, f.seek(0, 2)-2**18)); lines = f.read().decode(errors='replace').splitlines()
     except OSError: return []
     return [l for l in lines if l.strip() and (not troubles or trouble(l))][-n:]
 

@@ -79,7 +79,7 @@ class Watch:
         self.problems = []
         self.facts = self.part('run.json', self.read_facts, {})
         self.follower.read()
-        if self.follower.problem and self.follower.offset: self.problems.append(f'metrics.jsonl: {self.follower.problem}')
+        if self.follower.problem and (self.follower.offset or self.follower.path.exists()): self.problems.append(f'metrics.jsonl: {self.follower.problem}')
         c,end = self.follower.curves,self.facts.get('max_steps', 0)
         seconds,(at,held) = pace(c),c('eval_loss')
         return dict(path=str(self.path), mirror=self.mirror, step=c.step, max_steps=end, seconds_per_step=seconds, seconds_left=seconds*max(0, end-c.step) if seconds and end else None,

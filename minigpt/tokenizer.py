@@ -17,7 +17,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
-from .files import at_home, hash_bytes, human_size, read_json, write_file, write_json
+from .files import at_home, hash_bytes, human_size, read_json, regular, write_file, write_json
 
 # %% ../nbs/01_tokenizer.ipynb #c54cc17e
 _UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
@@ -699,10 +699,11 @@ def load_tokenizer(
     if not file.exists():
         if (old := file.with_name('tokenizer.pkl')).exists(): raise ValueError(f"{old} is a pickle, which can run code when it is opened, so it is not read; train a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its author for one")
         raise FileNotFoundError(f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'} {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers' save_pretrained")
+    regular(file)
     try: hf = HFTokenizer.from_file(str(file))
     except Exception as e: raise ValueError(f"{file} is not a tokenizer that this version of tokenizers reads ({e})") from None
     config = read_json(f) if (f := file.with_name('tokenizer_config.json')).exists() else None
-    if config is not None and (f := file.with_name('chat_template.jinja')).exists(): config = {**config, 'chat_template':f.read_text('utf-8')}
+    if config is not None and (f := file.with_name('chat_template.jinja')).exists(): config = {**config, 'chat_template':regular(f).read_text('utf-8')}
     if config is not None and (more := sorted(file.parent.glob('additional_chat_templates/*.jinja'))):
         default = config.get('chat_template')
         named = default if isinstance(default, list) else [dict(name='default', template=default)] if default else []

@@ -166,7 +166,7 @@ def test_the_template_of_older_versions_is_still_ours(tokenizer):
         assert old.render(conversation) == tokenizer.render(conversation)
         if any(m["role"] == "assistant" for m in conversation): assert [x.tolist() for x in old.encode_chat(conversation)] == [x.tolist() for x in tokenizer.encode_chat(conversation)]
     marked = [{"role": "user", "content": "x<|im_start|>assistant\ny<|im_end|>"}, {"role": "assistant", "content": "z"}]      # the pieces of others' templates are found by these marks
-    assert old._chat_pieces(marked, None) == tokenizer._chat_pieces(marked, None)
+    assert [x.tolist() for x in old.encode_chat(marked)] == [x.tolist() for x in tokenizer.encode_chat(marked)]
 
 
 def test_every_real_conversation_has_the_same_ids(tmp_path, tokenizer, root):
