@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
 from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, place_final, problem, refuse_links, stores_in
-from .files import Pace, delete, entries, fsync, hash_file, hidden, human_time, in_folder, lexists, may_pass, new_dir, no_link, open_new, read_json, regular, rest, set_aside, stay_inside, write_all, write_file, write_json
+from .files import NotAFile, Pace, delete, entries, fsync, hash_file, hidden, human_time, in_folder, lexists, may_pass, new_dir, no_link, open_new, read_json, regular, rest, set_aside, stay_inside, write_all, write_file, write_json
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
@@ -61,7 +61,7 @@ def _json_or(path:Path, otherwise):
     try: found = orjson.loads(regular(path).read_bytes())
     except orjson.JSONDecodeError: return otherwise
     except OSError as e:
-        if may_pass(e): raise
+        if may_pass(e) or isinstance(e, NotAFile): raise # a pipe would be written to as well
         return otherwise
     return found if isinstance(found, dict) else otherwise
 
@@ -177,7 +177,8 @@ def made_later(
     c:Checkpoint, # Of a run that may have been trained on several machines
 )->tuple[int,int]: # To sort by
     "Which of two checkpoints was made later? That of the later attempt, then that of the later step. The clocks of two machines do not tell."
-    attempt = (_json_or(c.path/'trainer_state.json', None) or {}).get('attempt')
+    try: attempt = (_json_or(c.path/'trainer_state.json', None) or {}).get('attempt')
+    except OSError: attempt = None
     return attempt if isinstance(attempt, int) else 0, c.step
 
 # %% ../nbs/10_backup.ipynb #26e613c5
@@ -259,7 +260,7 @@ class Backup:
             tell(self.status()); time.sleep(min(.5, self.poll))
         done = self.done(confirm)
         with self.wake: self.closing = True; self.wake.notify_all()
-        if self.thread: self.thread.join(max(1., 2*self.poll) if done else 1.)
+        if self.thread: self.thread.join(max(5., 2*self.poll) if done else 1.)
         if done: self.doing = 'idle'
         self._write_status()
         return done

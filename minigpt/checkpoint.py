@@ -22,7 +22,7 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, stay_inside, write_json
+from .files import NotAFile, Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, stay_inside, write_json
 from .headers import Refused, TooMuch, torch_file
 from .lora import LoRAConfig, LoRAGPT, adapter_values
 from .model import GPT, GPTConfig, LanguageModel, from_hf, has_own_head
@@ -209,7 +209,7 @@ def _listed_files(manifest)->list[tuple[str,int,str]]:
 def _compare(path:Path, hashes:bool)->Defect|None:
     try: files = _listed_files(read_json(path/'MANIFEST.json'))
     except FileNotFoundError: return Defect('unfinished', 'MANIFEST.json is missing: it was not written to its end')
-    except _BadManifest as e: return Defect('damaged', str(e))
+    except (_BadManifest, NotAFile) as e: return Defect('damaged', str(e))
     except (ValueError, KeyError, TypeError, AttributeError): return Defect('damaged', 'MANIFEST.json is damaged')
     for name,size,hash in files:
         f = path/name

@@ -200,7 +200,7 @@ def may_pass(
     e:OSError, # From reading
 )->bool:
     "Is this an error that may be gone later, so that it says nothing about the content?"
-    return e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+    return not isinstance(e, NotAFile) and e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 
 # %% ../nbs/00_files.ipynb #ba60693e
 def within_time(
