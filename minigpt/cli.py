@@ -256,9 +256,10 @@ def runs(
     verify:Annotated[bool, typer.Option(help="of one run: read every file and compare its hash")]=False,
 ):
     "List runs: steps, loss, newest checkpoint; or all that one run has saved."
-    from minigpt.run import list_runs, open_run, run_table, runs_table
-    if (folder/'run.json').exists(): typer.echo(run_table(open_run(folder), verify)); return
-    found = list_runs(folder)
+    from minigpt.files import within_time
+    from minigpt.run import ANSWER, list_runs, open_run, run_table, runs_table
+    if within_time((folder/'run.json').exists, ANSWER, folder): typer.echo(run_table(open_run(folder), verify)); return
+    found = within_time(lambda: list_runs(folder), ANSWER, folder)
     typer.echo(runs_table(found) if found else f'no runs in {folder}/; `minigpt train FILE` makes one')
 
 @app.command()

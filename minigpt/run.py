@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
 from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
-from .files import at_home, human_size, human_time, on_hub, read_json, within_time
+from .files import at_home, entries, human_size, human_time, lexists, on_hub, read_json, within_time
 from .generate import stream_text
 from .model import GPT
 from .monitor import plot_losses, read_metrics
@@ -145,11 +145,15 @@ def open_run(
         raise FileNotFoundError(f"{path} is not a run: it has no run.json" + (f"; runs beside it: {near}" if near else '; a run is a folder that minigpt.train.fit made, and a directory with a model is named as `minigpt train DATA --config DIR`') + on_hub(path))
     return Run(path)
 
+def _may_be_run(path:Path)->bool:
+    try: return lexists(path/'run.json')
+    except OSError: return True # nobody can look into it; `runs_table` says why
+
 def list_runs(
     folder:str|Path='runs', # Where runs are kept
 )->list[Run]:
     "The runs in a folder, by name."
-    return [Run(p.parent) for p in sorted(at_home(folder).glob('*/run.json'))]
+    return [Run(p) for p in entries(at_home(folder)) if _may_be_run(p)]
 
 # %% ../nbs/11_run.ipynb #059c8fef
 def text_table(lines:list[tuple[str,...]])->str:
@@ -157,20 +161,28 @@ def text_table(lines:list[tuple[str,...]])->str:
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
     return '\n'.join('  '.join(cell.ljust(w) for cell,w in zip(l, widths)).rstrip() for l in lines)
 
+def _last(history:list[dict], name:str)->str:
+    "The newest number of this name."
+    return next((f'{v:.3f}' for row in reversed(history) if isinstance(v := row.get(name), (int,float))), '–')
+
+def _runs_row(r:Run)->tuple[str,...]:
+    history,end = r.history,r.max_steps
+    if type(end) is not int: raise ValueError(f"{r.path/'run.json'} says max_steps={end!r}, which is no number of steps")
+    whole = sorted((c for c in r.checkpoints+r.snapshots if not c.problem), key=lambda c: c.step)
+    c = whole[-1] if whole else None
+    age = human_time(max(0, time.time()-c.time))+' ago' if c else '–'
+    done = 'finished' if r.finished else f'{100*r.step/max(1, end):.0f}%'
+    return (r.path.name, f'{r.step:,}/{end:,}', done, _last(history, 'loss'), _last(history, 'eval_loss'), c.path.name if c else '–', age, human_size(sum(c.size for c in whole)))
+
 def runs_table(
     runs:list[Run], # Such as of `list_runs`
 )->str:
-    "A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints."
+    "A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints. One that cannot be read, or does not answer, is named below."
     lines,damaged = [('run','steps','done','loss','validation','newest checkpoint','age','size')],[]
     for r in runs:
-        try: history,_ = r.history,r.facts
-        except ValueError as e: damaged.append(str(e)); continue
-        if type(r.max_steps) is not int: damaged.append(f"{r.path/'run.json'} says max_steps={r.max_steps!r}, which is no number of steps"); continue
-        last = lambda k: next((f'{h[k]:.3f}' for h in reversed(history) if h.get(k) is not None), '–')
-        whole = sorted((c for c in r.checkpoints+r.snapshots if not c.problem), key=lambda c: c.step)
-        c = whole[-1] if whole else None
-        lines.append((r.path.name, f'{r.step:,}/{r.max_steps:,}', 'finished' if r.finished else f'{100*r.step/max(1,r.max_steps):.0f}%', last('loss'), last('eval_loss'),
-            c.path.name if c else '–', human_time(max(0, time.time()-c.time))+' ago' if c else '–', human_size(sum(c.size for c in whole))))
+        try: lines.append(within_time(lambda: _runs_row(r), ANSWER, r.path))
+        except ValueError as e: damaged.append(str(e))
+        except (OSError, KeyError, TypeError) as e: damaged.append(f'{r.path} cannot be read: {e}')
     return '\n'.join([text_table(lines), *damaged])
 
 def run_table(

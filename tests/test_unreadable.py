@@ -16,7 +16,7 @@ from minigpt.backup import Backup
 from minigpt.checkpoint import CheckpointError, CheckpointStore, problem
 from minigpt.config import lr_at
 from minigpt.data import DataError, open_tokenset
-from minigpt.run import open_run, run_table
+from minigpt.run import Run, list_runs, open_run, run_table, runs_table
 from minigpt.train import fit
 from test_backup import ID, drive, parts, repeat, saves, state, steps_saved  # noqa: F401 (fixtures among them)
 from test_faults import At, PowerCut, copied, cut, go, log, power_cut, same_as, steps, weights, whole, work  # noqa: F401
@@ -108,6 +108,22 @@ def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
     monkeypatch.setattr("minigpt.run.ANSWER", .05); monkeypatch.setattr("minigpt.run.check_there", lambda folder: hangs.wait(30))
     said = run_table(open_run(work/"run")); hangs.set()
     assert "checkpoint-10" in said and "disk has not answered for 0 s: the mount hangs" in said
+
+
+def test_the_list_of_runs(cut, tmp_path, monkeypatch):
+    "Shows the others, and names the one that cannot be read, that does not answer, or that holds no numbers"
+    for name in "good", "hangs", "locked", "odd": shutil.copytree(cut/"run", tmp_path/"runs"/name)
+    with open(tmp_path/"runs/odd/metrics.jsonl", "a") as f: f.write('{"step": 13, "loss": [1], "eval_loss": "x"}\n')
+    monkeypatch.setattr("minigpt.run.ANSWER", .3)
+    real, wait = Run.history.fget, threading.Event()
+    monkeypatch.setattr(Run, "history", property(lambda self: wait.wait(30) if self.path.name == "hangs" else real(self)))
+    with Disk(tmp_path).at_work() as disk:
+        disk.unreadable = {str(tmp_path/"runs/locked"): errno.EACCES}
+        said = runs_table(list_runs(tmp_path/"runs"))
+    wait.set()
+    table, below = said.splitlines()[:3], said.splitlines()[3:]
+    assert [line.split()[0] for line in table] == ["run", "good", "odd"] and table[1].split()[1:5] == table[2].split()[1:5]
+    assert len(below) == 2 and "hangs has not answered" in below[0] and "locked cannot be read: [Errno 13] Permission denied" in below[1]
 
 
 # --- the backup -----------------------------------------------------------------------------------------------------------------
