@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .config import PATIENCE, TrainConfig, elsewhere, read_options, without_idle, _ALIASES
-from .files import at_home
+from .files import at_home, plain
 from .registry import Mix, all_here, list_datasets, locate, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
@@ -276,8 +276,8 @@ def generate(
     "Write a text with a trained model."
     from minigpt.generate import stream_text
     pieces = stream_text(*_model_of(run, which), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    typer.echo(prompt+next(pieces, ''), nl=False)
-    for piece in pieces: typer.echo(piece, nl=False)
+    typer.echo(prompt+plain(next(pieces, '')), nl=False)
+    for piece in pieces: typer.echo(plain(piece), nl=False)
     typer.echo()
 
 @app.command()
@@ -528,4 +528,4 @@ def main():
             if word[:2] == '--' and (how := elsewhere(word[2:].partition('=')[0])): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
     try: app(standalone_mode=True)
     except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {e}')
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {plain(e)}')

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
 from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
-from .files import at_home, entries, human_size, human_time, lexists, on_hub, read_json, within_time
+from .files import at_home, entries, human_size, human_time, lexists, on_hub, plain, read_json, within_time
 from .generate import stream_text
 from .model import GPT
 from .monitor import plot_losses, read_metrics
@@ -80,8 +80,14 @@ class Run:
         "What the backup said of itself when it last did something; empty where there is none."
         if not (self.path/'backup.json').exists(): return ''
         b = read_json(self.path/'backup.json')
-        return (f"backup, {human_time(max(0, time.time()-b['time']))} ago: {b['doing']}" + ''.join(f', {k} {b[k]["name"]}' for k in ('copied','confirmed') if b[k]) + (f", waiting for {b['pending']}" if b['pending'] else '')
-            + (f", FAILED: {b['failed']['reason']}" if b['failed'] else '') + (f", STOPPED: {b['stopped']}" if b['stopped'] else '') + (' (this folder does not tell what has arrived)' if b['copied'] and not b['server_tells'] else ''))
+        if not isinstance(b, dict) or not isinstance(b.get('time'), (int,float)): return 'backup.json is not one that minigpt writes; it was edited, or damaged'
+        name = lambda k: str(b[k].get('name')) if isinstance(b.get(k), dict) else ''
+        failed = b['failed'].get('reason') if isinstance(b.get('failed'), dict) else None
+        said = [f"backup, {human_time(max(0, time.time()-b['time']))} ago: {b.get('doing')}", *(f'{k} {name(k)}' for k in ('copied','confirmed') if name(k))]
+        if b.get('pending'): said.append(f"waiting for {b['pending']}")
+        if failed: said.append(f'FAILED: {failed}')
+        if b.get('stopped'): said.append(f"STOPPED: {b['stopped']}")
+        return ', '.join(said) + (' (this folder does not tell what has arrived)' if name('copied') and not b.get('server_tells') else '')
 
     @property
     def progress(self)->str: return f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,} ({100*self.step/max(1, self.max_steps):.0f}%)"
@@ -183,7 +189,7 @@ def runs_table(
         try: lines.append(within_time(lambda: _runs_row(r), ANSWER, r.path))
         except ValueError as e: damaged.append(str(e))
         except (OSError, KeyError, TypeError) as e: damaged.append(f'{r.path} cannot be read: {e}')
-    return '\n'.join([text_table(lines), *damaged])
+    return plain('\n'.join([text_table(lines), *damaged]))
 
 def run_table(
     run:Run,
@@ -200,4 +206,4 @@ def run_table(
         for c in run.backup: add('backup', c)
     except (BackupError, OSError) as e: said.append(f'backup: {e}') # a TimeoutError is an OSError
     if run.backup_said: said.append(run.backup_said)
-    return '\n'.join([f'{run.path}: {run.progress}', text_table(lines) if lines[1:] else 'nothing is saved yet', *said])
+    return plain('\n'.join([f'{run.path}: {run.progress}', text_table(lines) if lines[1:] else 'nothing is saved yet', *said]))

@@ -111,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def check(self):
         "Is the client there?"
+        if self.server.stopping.is_set(): raise RequestError('this server has been stopped', status=503)
         if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK): raise _Gone
 
     def event(self, body:dict|str):
@@ -233,10 +234,16 @@ class Server(ThreadingHTTPServer):
         models = {name:m if isinstance(m, (tuple,list)) else open_model(m) for name,m in models.items()}
         for model,_ in models.values(): need_gpt(model, 'OpenAI\'s interface')
         self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL
+        self.stopping = threading.Event() # from then on no token is written
         if ':' in host: self.address_family = socket.AF_INET6
         try: super().__init__((host, port), _Handler)
         except OverflowError: raise ValueError(f"port={port} must be from 0 to 65535") from None
         except OSError as e: raise OSError(f"cannot listen on {host}, port {port} ({e.strerror}); another program may have it: choose another port") from None
+
+    def stop(self, seconds:float=10.):
+        "End the answer that is being written. Python must not exit while a thread computes: torch would abort the process."
+        self.stopping.set()
+        self.lock.acquire(timeout=seconds)
 
     @property
     def url(self)->str: "Where it listens."; return f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}:{self.server_address[1]}/v1"
@@ -253,3 +260,4 @@ def serve(
         if not server.local: say("WARNING: this is open to everyone who can reach this machine over the network, without a password")
         try: server.serve_forever()
         except KeyboardInterrupt: pass
+        finally: server.stop()

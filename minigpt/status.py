@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SILENT', 'is_held', 'pace', 'Watch', 'run_status', 'numbers', 'headline', 'resume_code', 'checkpoint_rows', 'notes',
-           'plain', 'status_text', 'sparkline', 'monitor']
+           'status_text', 'sparkline', 'monitor']
 
 # %% ../nbs/12_status.ipynb #0a043f63
 import json, math, os, shlex, sys, time
@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from .backup import drive_mount, read_heartbeat
 from .config import TrainConfig
-from .files import at_home, free_space, human_size, human_time
+from .files import at_home, free_space, human_size, human_time, plain
 from .model import shape_from_dict
 from .monitor import Curves, Follower, LossPicture, in_notebook, read_log
 from .run import Run, open_run, text_table
@@ -182,8 +182,6 @@ def notes(s:dict)->list[str]:
     age = f"the last line of metrics is {human_time(max(0, time.time()-s['updated']))} old" if s['updated'] else 'no metrics yet'
     return ['; '.join(filter(None, [s['sign'], age, f"step {s['safe_step']:,} is safe" if s['safe_step'] else 'nothing is saved yet'])), f"storage: {human_size(s['size'])} now, {human_size(s['free'])} free", *s['storage'],
         *([s['backup']] if s['backup'] else []), *(f'CANNOT BE READ: {p}' for p in s['problems']), *s['troubles']]
-
-def plain(text:str)->str: "Without characters that a terminal would obey: samples, logs and names may come from elsewhere."; return ''.join(c if c.isprintable() or c == '\n' else '·' for c in text)
 
 def status_text(
     path:str|Path|dict, # A run's folder, or its copy in a backup; or what `run_status` said

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, Defect, St
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, read_json, set_aside, sweep, write_file, write_json
+from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, plain, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -753,7 +753,7 @@ def _speaker(log:RunLog, aloud:bool):
     def say(message:str):
         log(message)
         with contextlib.suppress(OSError, ValueError): # a terminal that is gone, or cannot write ×
-            if aloud or trouble(message): tqdm.write(message)
+            if aloud or trouble(message): tqdm.write(plain(message))
     return say
 
 def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[Callback]:

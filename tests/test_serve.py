@@ -1,6 +1,8 @@
 "Chat and server from outside: OpenAI's own client, clients that hang up, bad requests, a terminal with Ctrl-C and pipes."
+import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -261,3 +263,32 @@ def test_terminal_in_pipes_and_ctrl_c():
     assert "… stopped" in out and "/reset" in out and "Yes \ufffd[2J." in out and "\x1b" not in out and "> " not in out
     lengths = json.loads(out.splitlines()[-1])
     assert len(lengths) == 4 and 6 <= lengths[1] < 270
+
+
+ENDLESS = '''
+import torch
+from minigpt.model import GPT, GPTConfig
+from minigpt.serve import serve
+from minigpt.tokenizer import train_tokenizer
+tok = train_tokenizer(["A server that is stopped. 停。"]*9, vocab_size=280)
+model = GPT(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32, max_len=1 << 20)).eval()
+type(tok).stop_ids = property(lambda self: ())      # an answer without an end
+serve({"m": (model, tok)}, port=0, say=lambda line: print(line, flush=True))
+'''
+
+
+def test_ctrl_c_while_an_answer_is_streamed():
+    "The client is told, and the process ends well: not by an abort of torch's threads"
+    p = subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        port = int(re.search(r":(\d+)/v1", p.stdout.readline())[1])
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        client.request("POST", "/v1/completions", json.dumps(dict(model="m", prompt="A", stream=True, max_tokens=1 << 18, logit_bias={})), {"Content-Type": "application/json"})
+        answer = client.getresponse()
+        assert answer.status == 200 and answer.readline().startswith(b"data: ")
+        p.send_signal(signal.SIGINT)
+        rest = answer.read()
+        said = p.communicate(timeout=60)[1]
+    finally: p.kill()
+    assert p.returncode == 0 and "Fatal" not in said and "Traceback" not in said, said
+    assert b"this server has been stopped" in rest
