@@ -100,7 +100,7 @@ def seen(tmp_path_factory):
             found[i] += "\n" + trained(since)
         since = time.time_ns()
         Path("keys.yaml").write_text(yaml.safe_dump({k: v for d in keys.values() for k, v in d.items()}))
-        all = command("minigpt train my.txt --config-file keys.yaml --output-dir runs/keys ", m)
+        all = command("minigpt train my.txt --config-file keys.yaml --valid tess.txt --output-dir runs/keys", m)
         return found | dict.fromkeys(keys, all+trained(since))
 
 
