@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from .backup import drive_mount, read_heartbeat
 from .config import TrainConfig
-from .files import at_home, free_space, human_size, human_time, plain
+from .files import at_home, dir_size, free_space, human_size, human_time, plain
 from .model import shape_from_dict
 from .monitor import Curves, Follower, LossPicture, in_notebook, read_log
 from .run import Run, open_run, text_table
@@ -102,7 +102,7 @@ class Watch:
         listed = [(name, c) for name,all in here+there for c in self.part(name, all, [])]
         found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem and str(c.problem)) for name,c in listed]
         out = dict(training=training, finished=bool(self.facts) and self.part('final model', lambda: run.finished, False), safe_step=self.part('checkpoints', lambda: run.step, 0), checkpoints=found,
-            size=_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [], **_state_sizes(self.facts, [c for name,c in listed if name in ('checkpoints','snapshots')]))
+            size=dir_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [], **_state_sizes(self.facts, [c for name,c in listed if name in ('checkpoints','snapshots')]))
         out['unread'],self.problems = self.problems,before
         return out
 
@@ -110,8 +110,8 @@ class Watch:
         "What the run takes now and will take at its end, against what is free."
         cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or shape_from_dict(self.facts['model']).n_params
         saves = self.facts.get('saves') or -(-self.facts['max_steps']//cfg.save_steps) # older versions did not say
-        free,there = free_space(self.path),sum(_size(self.path/d) for d in ('checkpoints','snapshots','best'))
-        if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+_size(self.path/'final'))[1:]]
+        free,there = free_space(self.path),sum(dir_size(self.path/d) for d in ('checkpoints','snapshots','best'))
+        if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+dir_size(self.path/'final'))[1:]]
         folder = cfg.gdrive_backup_dir
         cache = cfg.backup_keep_last*checkpoint_size(n) if folder and drive_mount(folder) else 0 # Drive's cache is on this disk as well
         return storage_plan(cfg, n, saves, free-cache, there=there)
@@ -130,14 +130,6 @@ def _state_sizes(facts:dict, states:list)->dict:
         return total or None
     n = facts.get('saved_params')
     return dict(model_size=bytes_of('model.safetensors', 'adapter_model.safetensors') or (4*n if isinstance(n, int) else None), optimizer_size=bytes_of('optimizer.safetensors'))
-
-def _size(folder:Path)->int:
-    "Bytes in a folder from which files may vanish meanwhile."
-    total = 0
-    for d,_,names in os.walk(folder):
-        for n in names:
-            with suppress(OSError): total += os.stat(os.path.join(d, n)).st_size
-    return total
 
 def run_status(
     path:str|Path, # A run's folder, or its copy in a backup

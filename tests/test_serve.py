@@ -277,6 +277,7 @@ serve({"m": (model, tok)}, port=0, say=lambda line: print(line, flush=True))
 '''
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process alone")
 def test_ctrl_c_while_an_answer_is_streamed():
     "The client is told, and the process ends well: not by an abort of torch's threads"
     p = subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
