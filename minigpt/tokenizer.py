@@ -9,15 +9,12 @@ __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TE
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
 import json, re, secrets
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, tiktoken
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
 from .files import at_home, hash_bytes, human_size, read_json, regular, write_file, write_json
+from .template import render_template
 
 # %% ../nbs/01_tokenizer.ipynb #c54cc17e
 _UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
@@ -403,7 +400,7 @@ class Tokenizer:
         thinking = {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
         names = {'eos_token', 'bos_token', *(k for k in self.config if k.endswith('_token') and not k.startswith('add_'))}
         tokens = {k:self.token(k) or '' for k in names}
-        try: return _compiled(template).render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **thinking, **tokens)
+        try: return render_template(template, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **thinking, **tokens)
         except ValueError: raise # among them what the template refuses
         except Exception as e:
             where = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
@@ -614,32 +611,6 @@ class Tokenizer:
         write_file(folder/'tokenizer.json', self.hf.to_str(pretty=True))
         write_json(folder/'tokenizer_config.json', self.config)
         return folder
-
-# %% ../nbs/01_tokenizer.ipynb #8b8e6b10
-def _jinja()->ImmutableSandboxedEnvironment:
-    "Jinja as `transformers` sets it up, so that a template gives the same text in both."
-    def refuse(message): raise ValueError(f'the chat template refuses this conversation: {message}')
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
-    env.filters['tojson'] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    env.globals['raise_exception'] = refuse
-    return env
-
-class _Generation(Extension):
-    "`{% generation %}` … `{% endgeneration %}`, around what an assistant says: it writes what stands in it."
-    tags = {'generation'}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-        return nodes.CallBlock(self.call_method('_write'), [], [], body).set_lineno(line)
-    def _write(self, caller): return caller()
-
-def _as_transformers(env:ImmutableSandboxedEnvironment)->ImmutableSandboxedEnvironment:
-    "With what templates of other programs use besides."
-    env.add_extension(_Generation)
-    env.globals['strftime_now'] = lambda format: datetime.now().strftime(format)
-    return env
-
-_compiled = lru_cache(8)(lambda template: _as_transformers(_jinja()).from_string(template))
 
 # %% ../nbs/01_tokenizer.ipynb #47994030
 _LONG = re.compile(r'(?<!\S)\S{4000,}|(?<!\s)\s{4000,}')

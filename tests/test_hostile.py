@@ -10,6 +10,7 @@ import signal
 import tracemalloc
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ import orjson
 import pytest
 import torch
 import zstandard
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minigpt import cli, formats, headers
 from minigpt.analyze import analyze as look_into
 from minigpt.backup import read_heartbeat
@@ -32,7 +34,8 @@ from minigpt.model import GPT, GPTConfig, from_hf, to_hf
 from minigpt.monitor import Follower, Metrics, RunLog, read_log, read_metrics
 from minigpt.prepare import prepare
 from minigpt.quality import analyze
-from minigpt.tokenizer import load_tokenizer, train_tokenizer
+from minigpt.template import TemplateLimit, render_template
+from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, train_tokenizer
 from typer.testing import CliRunner
 
 
@@ -346,3 +349,57 @@ def test_an_adapter_of_itself(copy):
         with pytest.raises(CheckpointError, match="which is not here. Bring that model"): load_model(a)
     names_as_base(a, "adapter"); shutil.copytree(copy/"run"/"checkpoints"/"checkpoint-4", copy/"adapter"/"adapter")     # a base inside of it, of the same name
     names_as_base(a, "adapter/adapter"); assert load_model(a).base_path.endswith("adapter/adapter")
+
+
+# --- chat templates that do not end ---------------------------------------------------------------------------------------------
+BIG = "{% set x = 'a'*10**4 %}"
+ENDLESS = ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' }}{% endfor %}{% endfor %}", "{% for i in range(99999) %}{% for j in range(99999) if 0 %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "{% macro f() %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endmacro %}{% set x = f() %}",
+    "{% for x in [1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 2]) }}{% endif %}{% endfor %}", "{% for i in range(99999) %}{{ range(9999)|map('string')|join|length }}{% endfor %}"]
+LARGE = ["{{ 'a'*10**11 }}", "{{ ('a'*10**9)|length }}", "{{ [1]*10**9 }}", "{{ 'a'.ljust(10**11) }}", "{{ 'a'.center(10**11) }}", "{{ 'a\t'.expandtabs(10**11) }}", "{{ (1).to_bytes(10**11, 'big') }}", "{{ 'a'|center(10**11) }}", "{{ 'a\n\n'|indent(10**11) }}", "{{ [1]|batch(10**8, 1)|list }}", "{{ [1]|slice(10**8)|list }}", "{{ [1]|tojson(indent=10**11) }}",
+    BIG+"{{ x.replace('a', x) }}", BIG+"{{ x|replace('a', x) }}", BIG+"{{ x.join(x) }}", BIG+"{{ x|join(x) }}", BIG+"{{ range(9999)|map('string')|join(x) }}", BIG+"{{ (x*9999)|list }}", BIG+"{{ (x*999).translate({97: x}) }}", BIG+"{{ ('a '*10**7).split()|length }}",
+    "{% set x = 'snow' %}"+"{% set x = x ~ x %}"*28, "{% set x = 'snow' %}"+"{% set x = x + x %}"*28, "{% set x = 'snow' %}"+"{% set x %}{{ x }}{{ x }}{% endset %}"*28, "{% set ns = namespace(x='snow') %}{% for i in range(28) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% set x = 'a'*10**5 %}{% macro m() %}{% for i in range(99) %}{{ x[1:] }}{% endfor %}{% endmacro %}{{ m() }}", "{% set x = 'a'*10**5 %}{% for i in range(99) %}{{ x|upper }}{% endfor %}", "{% set x = 'a'*10**6 %}{{ [x[1:], x[1:], x[1:], x[1:], x[1:]]|length }}"]
+LARGE += [f"{{% set x = [1] %}}{step*22}{{{{ x }}}}" for step in ("{% set x = [x, x] %}", "{% set x = (x, x) %}", "{% set x = {'a': x, 'b': x} %}", "{% set x = dict(a=x, b=x) %}", "{% set x = [x]*2 %}", "{% set x = [x]|batch(2, x)|list %}", "{% set x = [x] + [x] %}")]
+LARGE += ["{{ 9**(9**9) }}", "{% set x = 2**1000 %}"+"{% set x = x*x %}"*40, "{{ '%99999999999d' % 1 }}", "{{ '%*d' % (10**11, 1) }}", "{{ '%*d'|format(10**11, 1) }}", "{{ '{:99999999999}'.format(1) }}", "{{ '{0:{1}}'.format(1, 10**11) }}", "{{ strftime_now('%1000000000d') }}", "{{ a }}"*30_000, "{% autoescape true %}{% endautoescape %}"]
+WRONG = ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{% macro m(n) %}{{ m(varargs, varargs) if n else varargs }}{% endmacro %}{{ m(1, 1) }}", "{{ "+"("*5000+"1"+")"*5000+" }}", "{{ messages.__class__.__mro__ }}", "{{ lipsum(n=10**9) }}", "{% include 'x' %}", "{{ nothing.x }}", "{{"]
+
+
+@pytest.fixture(scope="module")
+def own(): return train_tokenizer(["The old mill stood still."]*9, vocab_size=300)
+
+
+@pytest.mark.parametrize("template", ENDLESS+LARGE+WRONG, ids=lambda t: t[:40])
+def test_templates_that_take_for_ever(own, monkeypatch, template):
+    "An error says so, in a thread as well, and soon; next to nothing was made meanwhile"
+    monkeypatch.setattr("minigpt.template.SECONDS", .05); monkeypatch.setattr("minigpt.template._FREE", 1 << 22)
+    tok = Tokenizer(own.hf, {**own.config, "chat_template": template})
+    with ThreadPoolExecutor(1) as pool, within(20):
+        error, most = peak(lambda: pool.submit(tok.render, [dict(role="user", content="Snow?")]).exception())
+    assert isinstance(error, ValueError) and "chat template" in str(error) and len(str(error)) < 500 and most < 100
+    assert isinstance(error, TemplateLimit) or template in WRONG
+
+
+def test_a_long_conversation_is_no_reason():
+    "What a template may make grows with what it is given"
+    messages = [dict(role="user", content="snow"*(1 << 20))]*9
+    assert len(render_template("{% for m in messages %}{{ (m.content + 'x')|upper ~ m.content[1:] }}{% endfor %}", messages=messages)) == 9*(8 << 20)
+    with pytest.raises(TemplateLimit, match="makes more than"): render_template("{% for m in messages %}"+"{{ m.content|upper }}"*80+"{% endfor %}", messages=messages[:1])
+
+
+TEMPLATES = ["{%- for m in messages %}{%- if loop.first and m.role == 'system' %}{%- set ns = namespace(s=m.content) %}{{- ns.s ~ '|' ~ ns['s']|length }}{%- else %}{{- '<' + m['role'] + '>' + m.content|trim + '</' ~ m.role ~ '>\\n' }}{%- endif %}{%- endfor %}",
+    "{% macro turn(role, text='') %}<|{{ role }}|>{{ text ~ '\\n' }}{{ varargs|length }}{% endmacro %}{% for m in messages %}{{ turn(m.role, m.content, 1) }}{% for w in m.content.split(' ')[:3] %}{{ w|upper }}{{ loop.length }}{{ ', ' if not loop.last }}{% else %}none{% endfor %}{% endfor %}",
+    "{% for m in messages %}{{ {'a': [1, m.role]}|tojson(indent=2) }}{{ '%s-%d'|format(m.role, loop.index) }}{{ [m.role, 'x']|join('/') }}{% set x %}{{ m.content|replace('o', '0') }}{% endset %}{{ x }}{{ '{:>5}'.format(loop.index) }}{{ '%5d' % loop.index }}{{ (1, 2) }}{{ m|dictsort }}{% endfor %}",
+    "{{ messages|map(attribute='role')|join(',') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{% for g in messages|batch(2) %}{{ g|length }}{% endfor %}{{ messages|slice(2)|list|length }}{% for m in messages[::-1] if m.role != 'tool' %}{{ loop.previtem.role if loop.previtem else '-' }}{{ loop.nextitem.role if loop.nextitem is defined else '-' }}{% if loop.index > 3 %}{% break %}{% endif %}{% endfor %}",
+    "{{ 'a'*3 ~ 2**3 ~ 7 % 3 ~ 1.5*2 }}{{ [1] + [2, 3] }}{{ [[1], [2]]|sum(start=[]) }}{{ 'b'.rjust(4) }}{{ 'a\nb'|indent(2) }}{{ 'x'|center(5) }}{{ '<b>'|e + '<i>' }}{{ '<b>'|safe ~ '<i>' }}{{ undefined_name }}{{ none }}{{ true and [] }}{{ '<a>'|safe + '<i>' }}", CHAT_TEMPLATE]
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_sound_templates_give_what_plain_jinja_gives(template):
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    plain.filters["tojson"] = lambda x, ensure_ascii=False, indent=None, separators=None, sort_keys=False: json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    rng, plain = random.Random(0), plain.from_string(template)
+    for n in [0, 1, 2, 3, 70]*6:
+        messages = [dict(role=rng.choice(["system", "user", "assistant", "tool"]), content=rng.choice(["", " snow on the mill ", "老磨坊", "o"*5000])) for _ in range(n)]
+        given = dict(messages=messages, tools=rng.choice([None, [dict(name="f", parameters={})]]), add_generation_prompt=rng.random() < .5)
+        assert render_template(template, **given) == plain.render(**given)
