@@ -7,11 +7,11 @@ __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TE
            'Tokenizer', 'train_tokenizer', 'characters', 'load_tokenizer']
 
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
-import json, re, secrets
+import json, math, re, secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-import numpy as np, tiktoken
+import numpy as np, orjson, tiktoken
 from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
 from .files import at_home, hash_bytes, human_size, read_json, regular, write_file, write_json
 from .template import render_template
@@ -233,6 +233,27 @@ def _without_names(
     vocab = [[names.get(t, t), p] for t,p in vocab] if isinstance(vocab, list) else {names.get(t, t):i for t,i in vocab.items()}
     return {**made, 'model':{**model, 'vocab':vocab}, 'added_tokens':[{**t, 'content':names.get(t['content'], t['content'])} for t in made['added_tokens']]}
 
+_LARGEST = 1<<24 # ids; the largest vocabularies have 256,000 tokens
+
+def _growth(part:dict|None)->float:
+    "How many times as long a normalizer or a decoder can make a text, at most."
+    kind = (part or {}).get('type')
+    if kind == 'Sequence': return math.prod(map(_growth, part.get('normalizers', part.get('decoders', ()))))
+    if kind == 'Replace': return max(1, len(part['content'])/max(1, len(part['pattern'].get('String', ''))))
+    return 1
+
+def _check_growth(tok:dict): # Content of a tokenizer.json
+    "A `ValueError` where a text would become too long."
+    for k in 'normalizer','decoder':
+        if (n := _growth(tok[k])) > 1000: raise ValueError(f"the tokenizer's {k} can make a text {n:,.0f} times as long; it may be 1,000 times")
+
+def _check_ids(tok): # Content of a tokenizer.json
+    "A `ValueError` for an id up to which everything that lists a vocabulary would count."
+    model = tok.get('model') if isinstance(tok, dict) else None
+    vocab = model.get('vocab') if isinstance(model, dict) else None
+    largest = max((i for i in vocab.values() if isinstance(i, int)), default=0) if isinstance(vocab, dict) else 0
+    if largest >= _LARGEST: raise ValueError(f"it has a token with the id {largest:,}; ids may go up to {_LARGEST-1:,}")
+
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
     def __init__(self,
@@ -243,6 +264,7 @@ class Tokenizer:
         self.hf,self.json,self.rules = hf,json.loads(hf.to_str()),rules
         self.config = config if config is not None else dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=EOS, pad_token=EOS,
             model_max_length=1_000_000, clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
+        _check_growth(self.json)
         self.fast = _tiktoken(self.json)
         self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values())+1
         self.dtype = np.uint16 if self.vocab_size <= 1<<16 else np.uint32 # of a token on disk
@@ -670,8 +692,11 @@ def load_tokenizer(
     if not file.exists():
         if (old := file.with_name('tokenizer.pkl')).exists(): raise ValueError(f"{old} is a pickle, which can run code when it is opened, so it is not read; train a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its author for one")
         raise FileNotFoundError(f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'} {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers' save_pretrained")
-    regular(file)
-    try: hf = HFTokenizer.from_file(str(file))
+    data = regular(file).read_bytes()
+    try: _check_ids(orjson.loads(data))
+    except orjson.JSONDecodeError: pass # the next one says what is wrong with it
+    except ValueError as e: raise ValueError(f"{file} is not used: {e}") from None
+    try: hf = HFTokenizer.from_buffer(data)
     except Exception as e: raise ValueError(f"{file} is not a tokenizer that this version of tokenizers reads ({e})") from None
     config = read_json(f) if (f := file.with_name('tokenizer_config.json')).exists() else None
     if config is not None and (f := file.with_name('chat_template.jinja')).exists(): config = {**config, 'chat_template':regular(f).read_text('utf-8')}

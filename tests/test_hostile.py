@@ -403,3 +403,20 @@ def test_sound_templates_give_what_plain_jinja_gives(template):
         messages = [dict(role=rng.choice(["system", "user", "assistant", "tool"]), content=rng.choice(["", " snow on the mill ", "老磨坊", "o"*5000])) for _ in range(n)]
         given = dict(messages=messages, tools=rng.choice([None, [dict(name="f", parameters={})]]), add_generation_prompt=rng.random() < .5)
         assert render_template(template, **given) == plain.render(**given)
+
+
+def changed(folder, change):
+    "A small tokenizer whose file says something else"
+    train_tokenizer(["The old mill."]*9, vocab_size=300).save(folder)
+    tok = read_json(folder/"tokenizer.json"); change(tok)
+    (folder/"tokenizer.json").write_text(json.dumps(tok))
+    return folder
+
+
+def test_tokenizers_that_take_all_memory(tmp_path):
+    huge = changed(tmp_path/"a", lambda t: t["model"]["vocab"].update({"mill": 50_000_000}))
+    with within(), pytest.raises(ValueError, match="a/tokenizer.json is not used: it has a token with the id 50,000,000; ids may go up to 16,777,215"): load_tokenizer(huge)
+    double = [dict(type="Replace", pattern=dict(String="a"), content="aa")]*14
+    long = changed(tmp_path/"b", lambda t: t.update(normalizer=dict(type="Sequence", normalizers=double)))
+    with pytest.raises(ValueError, match="the tokenizer's normalizer can make a text 16,384 times as long"): load_tokenizer(long)
+    assert load_tokenizer(changed(tmp_path/"c", lambda t: t.update(normalizer=dict(type="Sequence", normalizers=double[:5])))).encode("a")
