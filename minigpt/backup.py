@@ -573,6 +573,8 @@ def _restored(there:Path, made:Path, group:str, files:dict[str,dict])->Path: # `
         raise CheckpointError(str(e)) from None
     return made
 
+def _content(path:Path)->bytes: "Of a file of a run, which is neither a link nor a pipe."; return regular(no_link(path)).read_bytes()
+
 def restore_run(
     backup:Backup,
     say:Callable[[str],None]=print,
@@ -592,7 +594,7 @@ def restore_run(
         theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
         same = next((i for i,(a,b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs)))
         if same == len(theirs):
-            if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', no_link(there/'metrics.jsonl').read_bytes())
+            if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', _content(there/'metrics.jsonl'))
             return False
         if same < len(own) and _went_on(here, own, same): raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
         say(f'{here.name} has gone on elsewhere meanwhile')
@@ -627,12 +629,17 @@ def restore_run(
         try: fetch(backup, best)
         except CheckpointError as e: say(f'{best.path} is not restored: {e}')
     if (there/'run.log').exists():
-        known = {*(here/'run.log').read_bytes().splitlines()} if (here/'run.log').exists() else set()
-        with open(no_link(here/'run.log'), 'ab') as f: f.write(b''.join(l for l in no_link(there/'run.log').read_bytes().splitlines(True) if l.rstrip(b'\r\n') not in known)) # it is open already, for what is said now
+        known = {*_content(here/'run.log').splitlines()} if (here/'run.log').exists() else set()
+        new = [l for l in _content(there/'run.log').splitlines(True) if l.rstrip(b'\r\n') not in known]
+        with open(no_link(here/'run.log'), 'ab') as f: f.write(b''.join(new)) # it is open already, for what is said now
     for name in ('metrics.jsonl','run.json'):
-        if not (there/name).exists() or (here/name).exists() and name == 'metrics.jsonl' and (here/name).read_bytes().startswith((there/name).read_bytes()): continue
-        if (here/name).exists() and (mine is None if name == 'run.json' else not (there/name).read_bytes().startswith((here/name).read_bytes())): set_aside(here/name, 'old')
-        write_file(here/name, no_link(there/name).read_bytes())
+        if not (there/name).exists(): continue
+        copied = _content(there/name)
+        if (here/name).exists():
+            own = _content(here/name)
+            if name == 'metrics.jsonl' and own.startswith(copied): continue
+            if mine is None if name == 'run.json' else not copied.startswith(own): set_aside(here/name, 'old')
+        write_file(here/name, copied)
     return True
 
 def fetch(

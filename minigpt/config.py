@@ -94,7 +94,7 @@ class TrainConfig:
     dpo_label_smoothing:float = _option(0., "preferences: chance that a pair is the other way round, below 0.5")
     grad_clip:float = _option(1., "longest gradient, as a norm over all parameters; 0: no limit")
     save_strategy:str = _option('steps', "steps, epoch or no; the end of training is always saved")
-    save_steps:int = _option(500, "steps between checkpoints")
+    save_steps:int = _option(500, "steps between checkpoints: what a kill costs at most, or twice as many while one is being written")
     save_total_limit:int = _option(5, "checkpoints kept, the oldest are deleted first; 0: all")
     save_best_only:bool = _option(False, "keep the best model and, for a resume, only the newest checkpoint")
     time_save_interval_seconds:float = _option(300., "a snapshot where this much time passes without a save; 0: none")

@@ -8,7 +8,7 @@ __all__ = ['PATTERN', 'EOS', 'IM_START', 'IM_END', 'SPECIALS', 'MARKS', 'CHAT_TE
 
 # %% ../nbs/01_tokenizer.ipynb #11592d8e
 import json, math, re, secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, orjson, tiktoken
@@ -202,6 +202,15 @@ def _cut_answers(text:str)->list[str]: # An odd number; every second one is an a
     cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
     return [text[a:b] for a,b in zip(cuts, cuts[1:])]
 
+def _no_panic(f:Callable, *args, **kwargs):
+    "What `f`, of `tokenizers`, gives. Where an expression of a tokenizer.json takes too many steps, it panics, with no kind of `Exception`."
+    try: return f(*args, **kwargs)
+    except BaseException as e:
+        if type(e).__name__ != 'PanicException': raise
+        raise ValueError(f"the tokenizer gives up on {str(args[0])[:40]!r}: {e}. A regular expression in its tokenizer.json takes too many steps; take another tokenizer, or leave this text out") from None
+
+def _encoded(hf:HFTokenizer, text:str): "Tokens of `text` alone."; return _no_panic(hf.encode, text, add_special_tokens=False)
+
 _LETTER,_BEFORE = 'x',['x','.','\n'] # what most answers begin with; what a token hardly ever joins to what follows
 
 def _clean(made, cuts:Iterable[int])->bool: "Does no token cross one of these places?"; return not any(a < c < b for c in cuts for a,b in made.offsets)
@@ -215,10 +224,10 @@ def _between(
     "Ids of a text that stands between others."
     for end in (_LETTER,'') if followed else ('',):
         for lead in leads:
-            made = hf.encode(lead+text+end, add_special_tokens=False)
+            made = _encoded(hf, lead+text+end)
             a,b = len(lead),len(lead)+len(text)
             if _clean(made, (a,b)): return [i for i,(at,_) in zip(made.ids, made.offsets) if a <= at < b]
-    return hf.encode(text, add_special_tokens=False).ids
+    return _encoded(hf, text).ids
 
 def _without_names(
     made:dict, # Content of a tokenizer.json
@@ -306,7 +315,7 @@ class Tokenizer:
     def adds(self)->tuple[list[int],list[int]]: # Both are empty for our own tokenizers
         "The control tokens that the post-processor puts in front of a text and behind it."
         if self.rules < 2 or self.hf.post_processor is None: return [],[]
-        made = self._whole.encode('a')
+        made = _no_panic(self._whole.encode, 'a')
         added = [i for i in range(len(made)) if made.special_tokens_mask[i]]
         front = [i for k,i in enumerate(added) if k == i]
         return [made.ids[i] for i in front],[made.ids[i] for i in added[len(front):]]
@@ -362,7 +371,7 @@ class Tokenizer:
         "`encode` for many texts at once: tiktoken reads them as one, while other threads run."
         joined = _CUT.join(texts)
         if not self.fast or _GAP in joined or joined.count(_CUT) >= max(1, len(texts)):
-            made = [np.array((self._whole if special else self._ordinary).encode(t, add_special_tokens=False).ids, self.dtype) for t in texts]
+            made = [np.array(_encoded(self._whole if special else self._ordinary, t).ids, self.dtype) for t in texts]
             return np.concatenate([np.empty(0, self.dtype), *made]),np.array([len(i) for i in made], np.int64)
         ids = self.fast.encode_to_numpy(self._gaps[special].sub(rf'\g<0>{_GAP}', joined), allowed_special='all' if special else {_CUT,_GAP}, disallowed_special=())
         cut,gap = (self.fast.encode_single_token(t) for t in (_CUT,_GAP))
@@ -381,7 +390,7 @@ class Tokenizer:
         skip_special:bool=False, # Leave out the end of text and the turn marks
     )->str:
         "The text of `ids`; bytes that are no UTF-8 become �."
-        return self.hf.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        return _no_panic(self.hf.decode, [int(i) for i in ids], skip_special_tokens=skip_special)
 
     def shown(self, ids:Iterable[int])->list[int]:
         "Those that `decode` writes out with `skip_special`."
@@ -477,7 +486,7 @@ class Tokenizer:
         text = self.render(messages, self._hide(tools, self._names) or None, add_generation_prompt=True, thinking=thinking)
         pieces = _cut_answers(text)
         if not self._needs_parts(pieces):
-            made = self._whole.encode(text+_LETTER, add_special_tokens=False)
+            made = _encoded(self._whole, text+_LETTER)
             starts = [*np.cumsum([*map(len, pieces)])[::2].tolist()]
             if _clean(made, starts): return [i for i,(at,_) in zip(made.ids, made.offsets) if at < len(text)]
         return [i for part in self._encode_parts(pieces, open_end=True) for i in part]
@@ -537,7 +546,7 @@ class Tokenizer:
     @cached_property
     def _settled(self):
         "Is the end of a text the same tokens in front of a letter as at the end of everything?"
-        return lru_cache(1000)(lambda text: _between(self._whole, [''], text, True) == self._whole.encode(text, add_special_tokens=False).ids)
+        return lru_cache(1000)(lambda text: _between(self._whole, [''], text, True) == _encoded(self._whole, text).ids)
 
     def _encode_parts(self,
         pieces:list[str], # Of a rendered text; every second one is an answer
@@ -574,8 +583,8 @@ class Tokenizer:
         "As `_leads`, for `_ordinary`, which knows no names."
         if not before: return ['']
         if not before.endswith(self._starts): return _BEFORE
-        alone = self._ordinary.encode(_LETTER, add_special_tokens=False).ids
-        return [''] if self._whole.encode(self._starts[0]+_LETTER, add_special_tokens=False).ids[1:] == alone else _BEFORE
+        alone = _encoded(self._ordinary, _LETTER).ids
+        return [''] if _encoded(self._whole, self._starts[0]+_LETTER).ids[1:] == alone else _BEFORE
 
     def encode_chat(self,
         messages:list[dict], # A conversation; control tokens in its texts are letters
@@ -599,7 +608,7 @@ class Tokenizer:
             ids,lengths = self.encode_batch(texts, special=True)
             sizes = self._lengths[ids]; start = sizes.cumsum()-sizes # bytes in front of each token
         else:
-            made = [self._whole.encode(t, add_special_tokens=False) for t in texts]
+            made = [_encoded(self._whole, t) for t in texts]
             ids,lengths = np.array([i for m in made for i in m.ids], self.dtype),np.array([len(m.ids) for m in made], np.int64)
             before = np.cumsum([0, *map(len, texts)])[:-1]
             start = np.array([o[0] for m in made for o in m.offsets], np.int64) + np.repeat(before, lengths) # characters in front of each token

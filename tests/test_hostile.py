@@ -22,7 +22,7 @@ import zstandard
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from minigpt import cli, formats, headers
 from minigpt.analyze import analyze as look_into
-from minigpt.backup import read_heartbeat
+from minigpt.backup import Backup, read_heartbeat, restore_run
 from minigpt.checkpoint import CheckpointError, CheckpointStore, State, load_model, pack_rng, problem, read_pickle, write_checkpoint
 from minigpt.data import sample_texts
 from minigpt.diffusion import TessConfig
@@ -209,6 +209,12 @@ def test_a_pipe_in_a_run(copy, name):
         shown = [said("runs", copy), said("runs", copy/"run"), said("monitor", copy/"run", "--once"), said("plot", copy/"run", "--output", copy/"a.png")]
         silent = {"run.json": [3], "metrics.jsonl": [1], "run.log": [0, 1, 2, 3], "backup.json": [0, 3], "heartbeat.json": [0, 1, 3]}[name]
         assert [f"{name} is a FIFO" in s for s in shown] == [i not in silent for i in range(4)]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.log"])
+def test_a_pipe_in_a_backup(copy, name):
+    piped(copy/"run"/name)
+    with within(20), pytest.raises(NotAFile, match=f"{name} is a FIFO, not a file"): restore_run(Backup(copy, copy/"new"/"run"), lambda line: None)
 
 
 def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
@@ -420,3 +426,13 @@ def test_tokenizers_that_take_all_memory(tmp_path):
     long = changed(tmp_path/"b", lambda t: t.update(normalizer=dict(type="Sequence", normalizers=double)))
     with pytest.raises(ValueError, match="the tokenizer's normalizer can make a text 16,384 times as long"): load_tokenizer(long)
     assert load_tokenizer(changed(tmp_path/"c", lambda t: t.update(normalizer=dict(type="Sequence", normalizers=double[:5])))).encode("a")
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+def test_an_expression_that_takes_too_many_steps(tmp_path, part):
+    slow = dict(pre_tokenizer=dict(type="Split", pattern=dict(Regex="(a+)+$"), behavior="Isolated", invert=False),
+                normalizer=dict(type="Replace", pattern=dict(Regex="(a+)+$"), content="b"))
+    tok = load_tokenizer(changed(tmp_path/"a", lambda t: t.update({part: slow[part]})))
+    assert tok.encode("ab")
+    for encode in tok.encode, tok.begin, lambda text: tok.encode_documents([text], [True], [True]), lambda text: tok.encode_prompt([dict(role="user", content=text)]):
+        with within(), pytest.raises(ValueError, match="the tokenizer gives up on .*aaaaa.*: Onig.*retry-limit.*takes too many steps; take another tokenizer"): encode("a"*60+"b")
