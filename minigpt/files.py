@@ -437,6 +437,7 @@ def can_lock(
     "Does the file system know locks? Some network shares and FUSE mounts do not."
     lock = Path(folder)/'.lock'
     if os.path.islink(lock): raise OSError(errno.ELOOP, 'this is a link, and a lock must be a file of its own; delete the link', str(lock))
+    if lexists(lock): regular(lock)
     if fcntl is None: return True
     with open(lock, 'ab') as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -130,6 +130,13 @@ def _made(f, args):
         if isinstance(kind, str) and re.fullmatch('[fiub][1248]', kind): return np.frombuffer(data, kind, 1)[0].item()
     return Call(name, args)
 
+_GETATTR = 'builtins.getattr','__builtin__.getattr'
+_MEMBER = re.compile(r'(transformers|accelerate)(\.\w+)+\.[A-Z]\w*\.[A-Z][A-Z\d_]*')
+
+def _is_member(args)->bool:
+    "Does `getattr(*args)` only name a member of an enumeration of the Trainer? Python 3.11.0 to 3.11.3 pickle it so."
+    return isinstance(args, tuple) and len(args) == 2 and isinstance(args[0], Named) and bool(_MEMBER.fullmatch(f'{args[0].name}.{args[1]}'))
+
 # %% ../nbs/06_headers.ipynb #21fe881d
 def follow_pickle(
     f, # A file, at the beginning of a pickle
@@ -138,6 +145,7 @@ def follow_pickle(
 )->tuple[object,dict]: # What it holds, tensors and objects only described; the bytes that describe each entry, if it is a dict
     "Follow a pickle's instructions without the ones that call."
     stack,at,marks,memo,spans,start = [],[],[],{},{},f.tell()
+    getattrs,members = Counter(),[] # how often `getattr` is named; is it an enumeration's member, each time it is called?
     most,sizes = _LOADED if to_load else _INSTRUCTIONS,{} # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
     def push(v): stack.append(v); at.append(pos)
     def pop(): at.pop(); return stack.pop()
@@ -155,10 +163,15 @@ def follow_pickle(
     def call(f, args):
         if to_load and not isinstance(f, Named): raise TooMuch('it calls something that is no function')
         if to_load and f.name.endswith('.bytearray') and args and isinstance(args[0], int): raise TooMuch(f'it asks for {args[0]:,} bytes')
-        return _made(f, args)
+        return make(f, args)
+    def make(f, args):
+        if not isinstance(f, Named) or f.name not in _GETATTR: return _made(f, args)
+        members.append(_is_member(args))
+        return Call(args[0].name, args[1:]) if members[-1] else _made(f, args)
     def name(module, what):
         if not isinstance(module, str) or not isinstance(what, str) or len(module)+len(what) > 500: raise Refused('it names something impossible')
         names[n := f'{module}.{what}'] += 1
+        if n in _GETATTR: getattrs[n] += 1
         return Named(n)
     def filled():
         if isinstance(stack[-1], Call) and stack[-1].has is None: stack[-1].has = {}
@@ -179,7 +192,9 @@ def follow_pickle(
         if n > most or pos-start > _LIMIT: raise TooMuch(f"its pickle has more than {most:,} instructions or {human_size(_LIMIT)}")
         match op.name:
             case 'PROTO' | 'FRAME': pass
-            case 'STOP': return pop(),spans
+            case 'STOP':
+                if members and all(members): names -= getattrs # harmless
+                return pop(),spans
             case 'MARK': marks.append(len(stack))
             case 'POP' if marks and marks[-1] == len(stack): marks.pop()
             case 'POP': pop()
@@ -204,9 +219,9 @@ def follow_pickle(
             case 'GLOBAL': push(name(*arg.split(' ', 1)))
             case 'STACK_GLOBAL': what = pop(); push(name(pop(), what))
             case 'REDUCE' | 'NEWOBJ': args = pop(); push(call(pop(), args))
-            case 'NEWOBJ_EX': pop(); args = pop(); push(_made(pop(), args))
-            case 'OBJ': (c,*args),_ = gathered(); push(_made(c, tuple(args)))
-            case 'INST': args = tuple(gathered()[0]); push(_made(name(*arg.split(' ', 1)), args))
+            case 'NEWOBJ_EX': pop(); args = pop(); push(make(pop(), args))
+            case 'OBJ': (c,*args),_ = gathered(); push(make(c, tuple(args)))
+            case 'INST': args = tuple(gathered()[0]); push(make(name(*arg.split(' ', 1)), args))
             case 'BUILD':
                 state = pop()
                 state = next((x for x in state if isinstance(x, dict)), None) if isinstance(state, tuple) else state # of an object with __slots__

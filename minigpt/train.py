@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, Defect, St
 from .config import TrainConfig, lr_at
 from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
 from .dpo import Preference, add_reference
-from .files import at_home, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, plain, read_json, set_aside, sweep, write_file, write_json
+from .files import at_home, can_lock, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, plain, read_json, set_aside, sweep, write_file, write_json
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
@@ -569,7 +569,7 @@ def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|N
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
     if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
     folder = at_home(output_dir)
-    try: refuse_links(folder); folder.mkdir(parents=True, exist_ok=True); os.close(os.open(folder/'.lock', os.O_WRONLY|os.O_CREAT|getattr(os, 'O_NONBLOCK', 0), 0o666))
+    try: refuse_links(folder); folder.mkdir(parents=True, exist_ok=True); can_lock(folder)
     except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
     if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
         if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")

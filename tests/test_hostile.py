@@ -28,7 +28,7 @@ from minigpt.data import sample_texts
 from minigpt.diffusion import TessConfig
 from minigpt.files import NotAFile, read_json
 from minigpt.formats import DataError, data_files, look_at, parse_block, read_blocks
-from minigpt.headers import torch_file
+from minigpt.headers import follow_pickle, foreign, torch_file
 from minigpt.lora import lora
 from minigpt.model import GPT, GPTConfig, from_hf, to_hf
 from minigpt.monitor import Follower, Metrics, RunLog, read_log, read_metrics
@@ -36,6 +36,7 @@ from minigpt.prepare import prepare
 from minigpt.quality import analyze
 from minigpt.template import TemplateLimit, render_template
 from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, train_tokenizer
+from minigpt.train import fit
 from typer.testing import CliRunner
 
 
@@ -215,6 +216,11 @@ def test_a_pipe_in_a_run(copy, name):
 def test_a_pipe_in_a_backup(copy, name):
     piped(copy/"run"/name)
     with within(20), pytest.raises(NotAFile, match=f"{name} is a FIFO, not a file"): restore_run(Backup(copy, copy/"new"/"run"), lambda line: None)
+
+
+def test_a_pipe_as_lock(tmp_path):
+    (tmp_path/"run").mkdir(); piped(tmp_path/"run"/".lock")
+    with within(20), pytest.raises(OSError, match="cannot be written: .*lock is a FIFO, not a file"): fit("tiny", "stories", output_dir=tmp_path/"run", progress=False)
 
 
 def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
@@ -436,3 +442,20 @@ def test_an_expression_that_takes_too_many_steps(tmp_path, part):
     assert tok.encode("ab")
     for encode in tok.encode, tok.begin, lambda text: tok.encode_documents([text], [True], [True]), lambda text: tok.encode_prompt([dict(role="user", content=text)]):
         with within(), pytest.raises(ValueError, match="the tokenizer gives up on .*aaaaa.*: Onig.*retry-limit.*takes too many steps; take another tokenizer"): encode("a"*60+"b")
+
+
+# --- `getattr` in a pickle ---------------------------------------------------------------------------------------------------------
+MEMBER, CODE, METHOD = b"ctransformers.trainer_utils\nSchedulerType\nVLINEAR\n", b"ctransformers.trainer_utils\nos\nVsystem\n", b"ctransformers.training_args\nTrainingArguments\nVto_dict\n"
+
+
+def named(*attributes):
+    "What strikes in a training_args.bin that takes these attributes"
+    names = Counter()
+    follow_pickle(io.BytesIO(b"\x80\x02]" + b"".join(b"cbuiltins\ngetattr\n" + a + b"\x86Ra" for a in attributes) + b"."), names)
+    return foreign(names, "training_args.bin")
+
+
+def test_members_of_enumerations():
+    "As Python 3.11.0 to 3.11.3 pickle them; any other use of getattr is named, beside them too"
+    assert named(MEMBER) == named(MEMBER, MEMBER) == []
+    for other in CODE, METHOD: assert named(other) == named(MEMBER, other) == named(other, MEMBER) == ["builtins.getattr"]

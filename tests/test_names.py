@@ -104,7 +104,7 @@ def test_advice_about_special_tokens_applies(home, tmp_path):
     with pytest.raises(ValueError, match="that the model was trained with, so leave special_tokens out"): fit(home/"model", home/"text.txt", output_dir=tmp_path/"run", special_tokens="<mine>", progress=False)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="words come as UTF-16 there")
+@pytest.mark.skipif(os.name == "nt", reason="a Windows command line is UTF-16 whatever the locale, so no argument arrives in another encoding")
 @pytest.mark.parametrize("locale", [dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["C", "ascii"])
 def test_any_locale(locale, tmp_path):
     "Chinese paths and prompts are read as they are, whatever the locale says"
