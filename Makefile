@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 # How many notebooks run at once; they use several cores themselves.
 NB_WORKERS ?= 1
+# How many tests run at once, each file by one process.
+PYTEST_WORKERS ?= 2
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -37,7 +39,7 @@ notebooks: $(VENV)/.dev-installed ## run every notebook (nbdev-test)
 	@nbdev-test nbs --n-workers $(NB_WORKERS) --do-print --timing
 
 pytest: $(VENV)/.dev-installed ## the tests in tests/
-	@python -m pytest -q
+	@python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 bench: $(VENV)/.dev-installed ## run every measurement in bench/
 	@for f in bench/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python "$$f" || exit 1; done

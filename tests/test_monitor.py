@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -365,9 +366,10 @@ def test_monitor_in_a_pipe_follows_until_the_end(tmp_path):
     assert any(l.startswith("training, step") for l in lines) and any("stopped, step" in l for l in lines[-12:]) and lines[-1].startswith("to go on: resume(")
 
 
-def test_monitor_in_a_terminal(tmp_path):
+def test_monitor_in_a_terminal(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    run = tmp_path/"run[red]"; run.mkdir()
+    monkeypatch.chdir(tmp_path)                              # a short name: a terminal cuts a long path
+    run = Path("run[red]"); run.mkdir()
     (run/"run.json").write_text(json.dumps(dict(id="1", max_steps=10**6, train={}, model={})))
     p = python(WRITE, run, 1, 0)
     main, side = pty.openpty()
