@@ -1,4 +1,5 @@
 "Builds the package from settings.ini, the one place for its version, requirements, extras and entry points."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -6,9 +7,9 @@ from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
-ini.read(root/"settings.ini", encoding="utf-8")
+ini.read(root / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
-readme = root/"README.md"
+readme = root / "README.md"
 stages = {"2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
 
 setup(
@@ -21,12 +22,22 @@ setup(
     license_expression=cfg["license"],
     license_files=["LICENSE"],
     keywords=cfg["keywords"].split(),
-    classifiers=[f"Development Status :: {cfg['status']} - {stages[cfg['status']]}", f"Intended Audience :: {cfg['audience']}",
-                 *(f"Programming Language :: Python :: {v}" for v in cfg["python_versions"].split())],
+    classifiers=[
+        f"Development Status :: {cfg['status']} - {stages[cfg['status']]}",
+        f"Intended Audience :: {cfg['audience']}",
+        *(f"Programming Language :: Python :: {v}" for v in cfg["python_versions"].split()),
+    ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={k.removesuffix("_requirements"): v.split() for k, v in cfg.items() if k.endswith("_requirements")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
-    zip_safe=False)
+    extras_require={
+        k.removesuffix("_requirements"): v.split()
+        for k, v in cfg.items()
+        if k.endswith("_requirements")
+    },
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    zip_safe=False,
+)

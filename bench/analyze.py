@@ -8,6 +8,7 @@
 The files hold zeros, but are otherwise what the programs write: names, shapes, records. Each is analysed in fresh processes, medians over the rounds: first the
 imports, measured apart, then `analyze`. Memory is the process's peak, less what it had after the imports. The goal is under 1 s and under 100 MB, and that torch
 and transformers stay out of it."""
+
 import argparse
 import json
 import os
@@ -45,45 +46,116 @@ def make(folder, preset):
     from minigpt.checkpoint import State, pack_rng, write_checkpoint
     from minigpt.model import GPT, GPTConfig, to_hf
     from minigpt.tokenizer import train_tokenizer
+
     config = GPTConfig.preset(preset)
-    with torch.device("meta"): model = GPT(config)
-    zeros = {k: torch.zeros(1).expand(p.shape) for k, p in model.named_parameters()}    # one number each in memory
+    with torch.device("meta"):
+        model = GPT(config)
+    zeros = {
+        k: torch.zeros(1).expand(p.shape) for k, p in model.named_parameters()
+    }  # one number each in memory
     names = list(zeros)
-    moments = {f"{m}/{k}": z for m in ("exp_avg", "exp_avg_sq") for k, z in zeros.items()} | {f"step/{k}": torch.tensor(9.) for k in zeros}
-    groups = [dict(lr=1e-4, betas=(.9, .999), eps=1e-8, weight_decay=.1, params=names)]
-    ours = write_checkpoint(folder/"checkpoint-500", State(config, zeros, train_tokenizer(["zeros"]*9, vocab_size=300), dict(global_step=500, epoch=.5), {},
-                                                        (moments, dict(optimizer="AdamW", numbers={}, groups=groups)), pack_rng()))
+    moments = {f"{m}/{k}": z for m in ("exp_avg", "exp_avg_sq") for k, z in zeros.items()} | {
+        f"step/{k}": torch.tensor(9.0) for k in zeros
+    }
+    groups = [dict(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1, params=names)]
+    ours = write_checkpoint(
+        folder / "checkpoint-500",
+        State(
+            config,
+            zeros,
+            train_tokenizer(["zeros"] * 9, vocab_size=300),
+            dict(global_step=500, epoch=0.5),
+            {},
+            (moments, dict(optimizer="AdamW", numbers={}, groups=groups)),
+            pack_rng(),
+        ),
+    )
     whole = {k: torch.zeros(p.shape) for k, p in model.named_parameters()}
-    state = {i: dict(step=torch.tensor(9.), exp_avg=torch.zeros(z.shape), exp_avg_sq=torch.zeros(z.shape)) for i, z in enumerate(whole.values())}
-    torch.save(dict(model_state_dict=whole, optimizer_state_dict=dict(state=state, param_groups=[{**groups[0], "params": [*range(len(names))]}]), scheduler_state_dict=dict(last_epoch=500), epoch=1, step=500, loss=2.5,
-                    best_loss=2.4, config=to_hf(config), model_info=dict(total_params=config.n_params, trainable_params=config.n_params)), folder/"checkpoint_step_500.pt")
-    return [folder/"checkpoint_step_500.pt", ours], config.n_params
+    state = {
+        i: dict(
+            step=torch.tensor(9.0), exp_avg=torch.zeros(z.shape), exp_avg_sq=torch.zeros(z.shape)
+        )
+        for i, z in enumerate(whole.values())
+    }
+    torch.save(
+        dict(
+            model_state_dict=whole,
+            optimizer_state_dict=dict(
+                state=state, param_groups=[{**groups[0], "params": [*range(len(names))]}]
+            ),
+            scheduler_state_dict=dict(last_epoch=500),
+            epoch=1,
+            step=500,
+            loss=2.5,
+            best_loss=2.4,
+            config=to_hf(config),
+            model_info=dict(total_params=config.n_params, trainable_params=config.n_params),
+        ),
+        folder / "checkpoint_step_500.pt",
+    )
+    return [folder / "checkpoint_step_500.pt", ours], config.n_params
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--preset", default="medium")
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--cold", action="store_true", help="drop the system's cache first, as root on Linux")
+    p.add_argument(
+        "--cold", action="store_true", help="drop the system's cache first, as root on Linux"
+    )
     p.add_argument("--folder", help="where to write; default: the folder for temporary files")
     a = p.parse_args()
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = lambda path: json.loads(subprocess.run([sys.executable, "-c", CHILD, str(path)], env=env, capture_output=True, text=True, check=True).stdout)
+    run = lambda path: json.loads(
+        subprocess.run(
+            [sys.executable, "-c", CHILD, str(path)],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     worst = []
     with tempfile.TemporaryDirectory(dir=a.folder) as d:
         paths, params = make(Path(d), a.preset)
         for path in paths:
-            if a.cold: os.sync(); Path("/proc/sys/vm/drop_caches").write_text("3"); cold = run(path)
+            if a.cold:
+                os.sync()
+                Path("/proc/sys/vm/drop_caches").write_text("3")
+                cold = run(path)
             warm = [run(path) for _ in range(a.rounds)]
-            r = {k: statistics.median(w[k] for w in warm) for k in ("imports", "base", "seconds", "memory", "shown")}
-            assert all(w["params"] == params and not w["heavy"] and abs(w["sum"]-w["size"]) <= .01*w["size"] for w in warm), warm[0]
-            print(f"\n{path.name}: {warm[0]['size']/1e6:,.0f} MB, {warm[0]['tensors']} tensors, {params:,} parameters")
-            print(f"  analyze   {r['seconds']*1000:7.0f} ms   {r['memory']:5.0f} MB above the imports" + (f"   (cold {cold['seconds']*1000:.0f} ms)" if a.cold else ""))
-            print(f"  as text   {r['shown']*1000:7.0f} ms")
-            print(f"  imports   {r['imports']*1000:7.0f} ms   {r['base']:5.0f} MB in all" + (f"   (cold {cold['imports']*1000:.0f} ms)" if a.cold else ""))
+            r = {
+                k: statistics.median(w[k] for w in warm)
+                for k in ("imports", "base", "seconds", "memory", "shown")
+            }
+            assert all(
+                w["params"] == params
+                and not w["heavy"]
+                and abs(w["sum"] - w["size"]) <= 0.01 * w["size"]
+                for w in warm
+            ), warm[0]
+            print(
+                f"\n{path.name}: {warm[0]['size'] / 1e6:,.0f} MB, {warm[0]['tensors']} tensors,"
+                f" {params:,} parameters"
+            )
+            print(
+                f"  analyze   {r['seconds'] * 1000:7.0f} ms   {r['memory']:5.0f} MB above the"
+                " imports" + (f"   (cold {cold['seconds'] * 1000:.0f} ms)" if a.cold else "")
+            )
+            print(f"  as text   {r['shown'] * 1000:7.0f} ms")
+            print(
+                f"  imports   {r['imports'] * 1000:7.0f} ms   {r['base']:5.0f} MB in all"
+                + (f"   (cold {cold['imports'] * 1000:.0f} ms)" if a.cold else "")
+            )
             worst.append((r["seconds"], r["memory"]))
-    print(f"\nworst {max(s for s, _ in worst):.2f} s, {max(m for _, m in worst):.0f} MB (goal: 1 s, 100 MB)")
+    print(
+        f"\nworst {max(s for s, _ in worst):.2f} s, {max(m for _, m in worst):.0f} MB (goal: 1 s,"
+        " 100 MB)"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ Sizes are of all files of a directory. The weights are random and the optimizer 
 With --ways, the matrices of a trained model are rounded to 4 bits in several ways, with and without a search for the scale of least squared error, and the
 loss is measured in nats a token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest from zero at -8 (what minigpt.quantize does), "zero
 point" is from the smallest to the largest weight of the group."""
+
 import argparse
 import itertools
 import os
@@ -23,11 +24,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 KINDS = {p: dict(precision=p) for p in ("fp32", "fp16", "bf16", "int8", "int4")} | {
-    **{f"{p}, compressed": dict(precision=p, compress=True) for p in ("fp32", "bf16", "int8", "int4")},
-    "best": dict(metrics=True), "full": dict(weights_only=False), "full, compressed": dict(weights_only=False, compress=True)}
+    **{
+        f"{p}, compressed": dict(precision=p, compress=True)
+        for p in ("fp32", "bf16", "int8", "int4")
+    },
+    "best": dict(metrics=True),
+    "full": dict(weights_only=False),
+    "full, compressed": dict(weights_only=False, compress=True),
+}
 
 
-def peak(): return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])*1024
+def peak():
+    return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def checkpoint(preset, folder):
@@ -36,13 +44,28 @@ def checkpoint(preset, folder):
     from minigpt.checkpoint import State, pack_optimizer, pack_rng, write_checkpoint
     from minigpt.model import GPT, GPTConfig
     from minigpt.tokenizer import train_tokenizer
+
     torch.manual_seed(0)
-    model = GPT(GPTConfig.preset(preset)); opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model = GPT(GPTConfig.preset(preset))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(2):
         ids = torch.randint(0, model.config.vocab_size, (2, 129))
-        model.loss(ids[:, :-1], ids[:, 1:]).backward(); opt.step(); opt.zero_grad()
-    tok = train_tokenizer(["Small files. 小文件。"]*9, vocab_size=300)
-    write_checkpoint(folder/"checkpoint-2", State(model.config, model.weights(), tok, dict(global_step=2, loss=9.9), {}, pack_optimizer(opt, model), pack_rng()))
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        opt.step()
+        opt.zero_grad()
+    tok = train_tokenizer(["Small files. 小文件。"] * 9, vocab_size=300)
+    write_checkpoint(
+        folder / "checkpoint-2",
+        State(
+            model.config,
+            model.weights(),
+            tok,
+            dict(global_step=2, loss=9.9),
+            {},
+            pack_optimizer(opt, model),
+            pack_rng(),
+        ),
+    )
 
 
 def one(folder, kind):
@@ -50,12 +73,23 @@ def one(folder, kind):
     from minigpt.checkpoint import load_model
     from minigpt.export import export
     from minigpt.files import dir_size
+
     before, began = peak(), time.perf_counter()
-    out = export(folder/"checkpoint-2", folder/"out", replace=True, progress=lambda done, total: None, **KINDS[kind])
-    seconds, memory = time.perf_counter()-began, peak()-before
+    out = export(
+        folder / "checkpoint-2",
+        folder / "out",
+        replace=True,
+        progress=lambda done, total: None,
+        **KINDS[kind],
+    )
+    seconds, memory = time.perf_counter() - began, peak() - before
     began = time.perf_counter()
-    if not kind.startswith("full, "): load_model(out)
-    print(f"{kind:18} {dir_size(out)/2**20:8.1f} MiB   written in {seconds:5.1f} s, memory {memory/2**20:4.0f} MiB   opened in {time.perf_counter()-began:4.1f} s")
+    if not kind.startswith("full, "):
+        load_model(out)
+    print(
+        f"{kind:18} {dir_size(out) / 2**20:8.1f} MiB   written in {seconds:5.1f} s, memory"
+        f" {memory / 2**20:4.0f} MiB   opened in {time.perf_counter() - began:4.1f} s"
+    )
 
 
 def ways(run, text, group_sizes=(32, 64, 128)):
@@ -63,50 +97,83 @@ def ways(run, text, group_sizes=(32, 64, 128)):
     import torch.nn.functional as F
     from minigpt.quantize import dequantize, group_shape, quantize
     from minigpt.run import open_run
-    run = open_run(run); model = run.model(); n = 128
-    ids = torch.tensor(run.tokenizer.encode(Path(text).read_text(encoding="utf-8")))[:256*(n+1)].view(-1, n+1)
+
+    run = open_run(run)
+    model = run.model()
+    n = 128
+    ids = torch.tensor(run.tokenizer.encode(Path(text).read_text(encoding="utf-8")))[
+        : 256 * (n + 1)
+    ].view(-1, n + 1)
     was = {k: v.clone() for k, v in model.weights().items() if v.dim() == 2}
 
     @torch.no_grad()
     def loss(change):
         for k, v in model.weights().items():
-            if k in was: v.copy_(change(was[k]))
-        return sum(model.loss(x[:, :-1].contiguous(), x[:, 1:].contiguous()).item() for x in ids.split(8))/len(ids.split(8))
+            if k in was:
+                v.copy_(change(was[k]))
+        return sum(
+            model.loss(x[:, :-1].contiguous(), x[:, 1:].contiguous()).item() for x in ids.split(8)
+        ) / len(ids.split(8))
 
     def rounded(w, group, way, search):
         rows, width = w.shape
         count, size = group_shape(width, group)
-        x = F.pad(w, (0, count*size-width)).view(rows, count, size)
+        x = F.pad(w, (0, count * size - width)).view(rows, count, size)
         best = None
-        for shrink in (1, .95, .9, .85, .8) if search else (1,):
-            if way == "symmetric": step, zero, low = x.abs().amax(-1, True)/7, 0, -7
-            elif way == "signed": step, zero, low = x.gather(-1, x.abs().argmax(-1, True))/-8, 0, -8
+        for shrink in (1, 0.95, 0.9, 0.85, 0.8) if search else (1,):
+            if way == "symmetric":
+                step, zero, low = x.abs().amax(-1, True) / 7, 0, -7
+            elif way == "signed":
+                step, zero, low = x.gather(-1, x.abs().argmax(-1, True)) / -8, 0, -8
             else:
-                step, low = (x.amax(-1, True)-x.amin(-1, True))/15, -8
-                zero = ((x.amax(-1, True)+x.amin(-1, True)+step)/2).bfloat16().float()
-            step = (step*shrink).bfloat16().float()
-            y = ((x-zero)/torch.where(step == 0, 1., step)).round().clamp(low, 7)*step+zero
-            error = (y-x).square().sum(-1, True)
-            best = (y, error) if best is None else (torch.where(error < best[1], y, best[0]), torch.minimum(error, best[1]))
+                step, low = (x.amax(-1, True) - x.amin(-1, True)) / 15, -8
+                zero = ((x.amax(-1, True) + x.amin(-1, True) + step) / 2).bfloat16().float()
+            step = (step * shrink).bfloat16().float()
+            y = ((x - zero) / torch.where(step == 0, 1.0, step)).round().clamp(low, 7) * step + zero
+            error = (y - x).square().sum(-1, True)
+            best = (
+                (y, error)
+                if best is None
+                else (torch.where(error < best[1], y, best[0]), torch.minimum(error, best[1]))
+            )
         return best[0].flatten(1)[:, :width]
 
     base = loss(lambda w: w)
     print(f"{run.path.name}: loss {base:.4f} on {ids[:, 1:].numel():,} tokens")
-    for bits in (8, 4): print(f"minigpt.quantize, {bits} bits: {loss(lambda w: dequantize(*quantize(w, bits), w.shape[1]))-base:+.4f}")  # noqa: B023
-    for way, group, search in itertools.product(("symmetric", "signed", "zero point"), group_sizes, (False, True)):
-        bits = 4+16/group*(1+(way == "zero point"))
-        print(f"{way:10} groups of {group:3} {'searched' if search else '        '} {bits:.2f} bits a weight: {loss(lambda w: rounded(w, group, way, search))-base:+.4f}", flush=True)
+    for bits in (8, 4):
+        print(
+            f"minigpt.quantize, {bits} bits:"
+            f" {loss(lambda w: dequantize(*quantize(w, bits), w.shape[1])) - base:+.4f}"
+        )  # noqa: B023
+    for way, group, search in itertools.product(
+        ("symmetric", "signed", "zero point"), group_sizes, (False, True)
+    ):
+        bits = 4 + 16 / group * (1 + (way == "zero point"))
+        print(
+            f"{way:10} groups of {group:3} {'searched' if search else '        '} {bits:.2f} bits a"
+            f" weight: {loss(lambda w: rounded(w, group, way, search)) - base:+.4f}",
+            flush=True,
+        )
 
 
 def main():
-    a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument("--preset", default="medium"); a.add_argument("--ways"); a.add_argument("--text"); a.add_argument("--one", nargs=2)
+    a = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    a.add_argument("--preset", default="medium")
+    a.add_argument("--ways")
+    a.add_argument("--text")
+    a.add_argument("--one", nargs=2)
     a = a.parse_args()
-    if a.one: return one(Path(a.one[0]), a.one[1])
-    if a.ways: return ways(a.ways, a.text)
+    if a.one:
+        return one(Path(a.one[0]), a.one[1])
+    if a.ways:
+        return ways(a.ways, a.text)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(a.preset, Path(folder))
-        for kind in KINDS: subprocess.run([sys.executable, __file__, "--one", folder, kind], check=True)
+        for kind in KINDS:
+            subprocess.run([sys.executable, __file__, "--one", folder, kind], check=True)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

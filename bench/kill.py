@@ -6,7 +6,9 @@ Each trial trains in a process of its own, kills it with SIGKILL at a moment dra
 starts the same call again until it is finished, and compares every loss as `float.hex`, the final weights, the optimizer and the random generators.
 In half of the trials the run makes snapshots all the time and is mirrored to a backup. In a fifth, the machine is lost with the kill: only the backup is left,
 and a second kill comes while it is being restored. "repeated" is how many steps were trained twice; it is one save interval at most, and where the kill came
-inside a save, what was trained while that was written as well; where the machine was lost, the copy may be a save behind, twice."""
+inside a save, what was trained while that was written as well; where the machine was lost, the copy may be a save behind, twice.
+"""
+
 import argparse
 import os
 import random
@@ -19,16 +21,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import kill_child as child  # noqa: E402
 
-
-PAUSE = .02     # seconds added to a step of a hundredth: a save takes about as long as one or two steps, as it does in life
+PAUSE = 0.02  # seconds added to a step of a hundredth: a save takes about as long as one or two steps, as it does in life
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("--trials", type=int, default=20, help="moments to kill at")
     ap.add_argument("--kills", type=int, default=1, help="kills in a trial")
     ap.add_argument("--seed", type=int, default=0)
@@ -36,40 +39,87 @@ def main():
     ap.add_argument("--keep", action="store_true", help="keep the folders of trials that differ")
     a = ap.parse_args()
     rng, folder = random.Random(a.seed), Path(tempfile.mkdtemp(prefix="minigpt-kill-"))
-    began = time.perf_counter(); ref = child.reference(folder/"reference", pause=PAUSE); whole = time.perf_counter()-began
+    began = time.perf_counter()
+    ref = child.reference(folder / "reference", pause=PAUSE)
+    whole = time.perf_counter() - began
     training = child.seconds_of_training(ref)
-    print(f"{child.STEPS} steps, a save every {child.OPTIONS['save_steps']}; the uninterrupted run took {whole:.1f} s, {training:.1f} s of them in training")
-    print(f"{'trial':>5}  {'killed':>8}  {'steps then':>10}  {'inside a':>11}  {'machine':>7}  {'resumed':>7}  {'identical':>9}  {'repeated':>8}  leftovers")
+    print(
+        f"{child.STEPS} steps, a save every {child.OPTIONS['save_steps']}; the uninterrupted run"
+        f" took {whole:.1f} s, {training:.1f} s of them in training"
+    )
+    print(
+        f"{'trial':>5}  {'killed':>8}  {'steps then':>10}  {'inside a':>11}  {'machine':>7} "
+        f" {'resumed':>7}  {'identical':>9}  {'repeated':>8}  leftovers"
+    )
     outcomes, interval = [], child.OPTIONS["save_steps"]
 
     def trial(n, early, delay):
-        work, moments, lost = folder/f"trial-{n}", Counter(), n % 5 == 4
-        look = lambda w: moments.update([what for what, f in {"save": child.in_save, "backup": child.in_backup}.items() if f(w)])
-        child.trial(work, 0 if early else 1, delay, kills=2 if lost else a.kills, dataloader_workers=n % 3 % 2, backup=n % 2 == 1, lost=lost, look=look, pause=PAUSE)
+        work, moments, lost = folder / f"trial-{n}", Counter(), n % 5 == 4
+        look = lambda w: moments.update(
+            [what for what, f in {"save": child.in_save, "backup": child.in_backup}.items() if f(w)]
+        )
+        child.trial(
+            work,
+            0 if early else 1,
+            delay,
+            kills=2 if lost else a.kills,
+            dataloader_workers=n % 3 % 2,
+            backup=n % 2 == 1,
+            lost=lost,
+            look=look,
+            pause=PAUSE,
+        )
         o = child.compare(work, ref, same_saves=not (lost or n % 2))
         o.lost, o.inside = lost, "+".join(sorted(moments))
-        o.limit = interval*(1+("save" in o.inside)+3*lost)     # a save that is being written does not count yet; the next one waits for it
-        if o.identical or not a.keep: child.clear(work)
+        o.limit = interval * (
+            1 + ("save" in o.inside) + 3 * lost
+        )  # a save that is being written does not count yet; the next one waits for it
+        if o.identical or not a.keep:
+            child.clear(work)
         return n, delay, o
+
     drawn = []
     for n in range(a.trials):
         # most moments fall into the training itself, counted from its first step, so that a slow start of Python does not use them up
-        early = rng.random() < .1
-        drawn.append((n, early, rng.uniform(.2, whole-training) if early else rng.uniform(0, training)))
+        early = rng.random() < 0.1
+        drawn.append(
+            (n, early, rng.uniform(0.2, whole - training) if early else rng.uniform(0, training))
+        )
     with ThreadPoolExecutor(a.jobs) as pool:
         for n, delay, o in pool.map(lambda d: trial(*d), drawn):
             outcomes.append(o)
-            print(f"{n+1:>5}  {f'+{delay:.2f} s':>8}  {o.killed_at:>10}  {o.inside:>11}  {'lost' if o.lost else '':>7}  {'yes' if o.resumed else 'anew':>7}  {'yes' if o.identical else 'NO':>9}  {o.repeated:>8}  {', '.join(o.leftovers) or '–'}", flush=True)
-            for d in o.differ[:5]: print(f"         {d}")
+            print(
+                f"{n + 1:>5}  {f'+{delay:.2f} s':>8}  {o.killed_at:>10}  {o.inside:>11} "
+                f" {'lost' if o.lost else '':>7}  {'yes' if o.resumed else 'anew':>7} "
+                f" {'yes' if o.identical else 'NO':>9}  {o.repeated:>8} "
+                f" {', '.join(o.leftovers) or '–'}",
+                flush=True,
+            )
+            for d in o.differ[:5]:
+                print(f"         {d}")
     same, late = sum(o.identical for o in outcomes), [o for o in outcomes if o.repeated > o.limit]
-    rows = dict(trials=len(outcomes), **{"killed inside a save": sum("save" in o.inside for o in outcomes), "killed inside a backup": sum("backup" in o.inside for o in outcomes), "machine lost": sum(o.lost for o in outcomes),
-                "resumed from a checkpoint": sum(o.resumed for o in outcomes), "bit-identical": same, "most steps repeated": max((o.repeated for o in outcomes if not o.lost), default=0),
-                "the same, machine lost": max((o.repeated for o in outcomes if o.lost), default=0), "leftovers": sum(len(o.leftovers) for o in outcomes)})
-    print(); [print(f"{k:<27}{v:>5}") for k, v in rows.items()]
-    if not a.keep or same == len(outcomes): shutil.rmtree(folder, ignore_errors=True)
-    else: print(f"kept: {folder}")
+    rows = dict(
+        trials=len(outcomes),
+        **{
+            "killed inside a save": sum("save" in o.inside for o in outcomes),
+            "killed inside a backup": sum("backup" in o.inside for o in outcomes),
+            "machine lost": sum(o.lost for o in outcomes),
+            "resumed from a checkpoint": sum(o.resumed for o in outcomes),
+            "bit-identical": same,
+            "most steps repeated": max((o.repeated for o in outcomes if not o.lost), default=0),
+            "the same, machine lost": max((o.repeated for o in outcomes if o.lost), default=0),
+            "leftovers": sum(len(o.leftovers) for o in outcomes),
+        },
+    )
+    print()
+    [print(f"{k:<27}{v:>5}") for k, v in rows.items()]
+    if not a.keep or same == len(outcomes):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"kept: {folder}")
     print(f"identical {same} of {len(outcomes)}")
     sys.exit(same != len(outcomes) or rows["leftovers"] > 0 or bool(late))
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

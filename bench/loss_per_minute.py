@@ -21,113 +21,270 @@ the text lasts: 1,000 steps are enough, and with more it only learns the text by
 of .25 after 1,000 steps, and at 1.453 with .3 after 1,250; a rate that falls over 2,500 steps reached 1.464 on its way (.3), 1.469 (.4) and 1.478 (.2).
 The last line is our loss; the one before it nanoGPT's.
 """
+
 import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-NANOGPT = '--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0'
+NANOGPT = (
+    "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12"
+    " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+)
 SHAPE = dict(dim=96, n_layer=3, n_head=3, n_kv_head=3, ffn_dim=256, qk_norm=True)
-RECIPE = dict(max_seq_len=128, batch_size=8, optimizer='muon', learning_rate=.008, lr_schedule='linear', min_lr_ratio=0., warmup_steps=20, validation_split=0., plot_loss=False)
-GPU_SHAPE = dict(dim=384, n_layer=6, n_head=6, n_kv_head=6, ffn_dim=1024, qk_norm=True, dropout=.25)
-GPU_RECIPE = {**RECIPE, 'max_seq_len':256, 'batch_size':64, 'learning_rate':.005, 'warmup_steps':100}
-GPU_STEPS,GPU_NANOGPT = 1000,1.4697
+RECIPE = dict(
+    max_seq_len=128,
+    batch_size=8,
+    optimizer="muon",
+    learning_rate=0.008,
+    lr_schedule="linear",
+    min_lr_ratio=0.0,
+    warmup_steps=20,
+    validation_split=0.0,
+    plot_loss=False,
+)
+GPU_SHAPE = dict(
+    dim=384, n_layer=6, n_head=6, n_kv_head=6, ffn_dim=1024, qk_norm=True, dropout=0.25
+)
+GPU_RECIPE = {
+    **RECIPE,
+    "max_seq_len": 256,
+    "batch_size": 64,
+    "learning_rate": 0.005,
+    "warmup_steps": 100,
+}
+GPU_STEPS, GPU_NANOGPT = 1000, 1.4697
+
 
 # --- ours ------------------------------------------------------------------------------------------------------------------------
-def run_ours(work:Path, out:Path, steps:int, threads:int, gpu:bool):
+def run_ours(work: Path, out: Path, steps: int, threads: int, gpu: bool):
     "`fit` on the text, cut by character."
     from minigpt.model import GPTConfig
     from minigpt.tokenizer import characters
     from minigpt.train import Callback, fit
-    tok,seen = characters((work/'text.txt').read_text('utf-8')),[]
-    class Tick(Callback):
-        def on_step(self, t): seen.append(time.perf_counter())
-    shape,recipe = (GPU_SHAPE, GPU_RECIPE) if gpu else (SHAPE, RECIPE)
-    fit(GPTConfig(vocab_size=tok.vocab_size, **shape), work/'train.jsonl', tokenizer=tok, output_dir=out, max_steps=steps, num_threads=threads, progress=False, callbacks=[Tick()], **recipe)
-    times = [b-a for a,b in zip(seen, seen[1:])]
-    return dict(step=statistics.median(times[9:] or times or [0.]))
 
-def score_ours(work:Path, out:Path, context:int)->dict:
+    tok, seen = characters((work / "text.txt").read_text("utf-8")), []
+
+    class Tick(Callback):
+        def on_step(self, t):
+            seen.append(time.perf_counter())
+
+    shape, recipe = (GPU_SHAPE, GPU_RECIPE) if gpu else (SHAPE, RECIPE)
+    fit(
+        GPTConfig(vocab_size=tok.vocab_size, **shape),
+        work / "train.jsonl",
+        tokenizer=tok,
+        output_dir=out,
+        max_steps=steps,
+        num_threads=threads,
+        progress=False,
+        callbacks=[Tick()],
+        **recipe,
+    )
+    times = [b - a for a, b in zip(seen, seen[1:])]
+    return dict(step=statistics.median(times[9:] or times or [0.0]))
+
+
+def score_ours(work: Path, out: Path, context: int) -> dict:
     "The loss of the finished run, as transformers opens it."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model,tok = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(),AutoTokenizer.from_pretrained(out)
-    text = (work/'valid.txt').read_text('utf-8')
-    ids = torch.tensor(tok(text, add_special_tokens=False)['input_ids'])
-    assert len(ids) == len(text) and tok.decode(ids[:500]) == text[:500], 'a token must be a character'
-    return dict(loss=whole_split(lambda x: model(x).logits, ids, context), params=model.num_parameters())
+
+    model, tok = (
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(out),
+    )
+    text = (work / "valid.txt").read_text("utf-8")
+    ids = torch.tensor(tok(text, add_special_tokens=False)["input_ids"])
+    assert len(ids) == len(text) and tok.decode(ids[:500]) == text[:500], (
+        "a token must be a character"
+    )
+    return dict(
+        loss=whole_split(lambda x: model(x).logits, ids, context), params=model.num_parameters()
+    )
+
 
 # --- nanoGPT ---------------------------------------------------------------------------------------------------------------------
-def run_nanogpt(work:Path, threads:int)->float:
+def run_nanogpt(work: Path, threads: int) -> float:
     "Its train.py; seconds."
-    subprocess.run([sys.executable, 'data/shakespeare_char/prepare.py'], cwd=work/'nanoGPT', check=True, stdout=subprocess.DEVNULL)
-    return timed([sys.executable, 'train.py', 'config/train_shakespeare_char.py', *NANOGPT.split()], work/'nanoGPT', threads)[0]
+    subprocess.run(
+        [sys.executable, "data/shakespeare_char/prepare.py"],
+        cwd=work / "nanoGPT",
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return timed(
+        [sys.executable, "train.py", "config/train_shakespeare_char.py", *NANOGPT.split()],
+        work / "nanoGPT",
+        threads,
+    )[0]
 
-def score_nanogpt(work:Path)->dict:
+
+def score_nanogpt(work: Path) -> dict:
     "The loss of the checkpoint that it kept."
     import numpy as np, torch
-    sys.path.insert(0, str(work/'nanoGPT'))
+
+    sys.path.insert(0, str(work / "nanoGPT"))
     from model import GPT, GPTConfig
-    kept = torch.load(work/'nanoGPT'/'out-shakespeare-char'/'ckpt.pt', weights_only=True)
-    model = GPT(GPTConfig(**kept['model_args'])).eval()
-    model.load_state_dict(kept['model'])
-    ids = torch.from_numpy(np.fromfile(work/'nanoGPT'/'data'/'shakespeare_char'/'val.bin', np.uint16).astype(np.int64))
-    return dict(loss=whole_split(lambda x: model(x, x)[0], ids, model.config.block_size), params=model.get_num_params(), step=kept['iter_num'])
+
+    kept = torch.load(work / "nanoGPT" / "out-shakespeare-char" / "ckpt.pt", weights_only=True)
+    model = GPT(GPTConfig(**kept["model_args"])).eval()
+    model.load_state_dict(kept["model"])
+    ids = torch.from_numpy(
+        np.fromfile(work / "nanoGPT" / "data" / "shakespeare_char" / "val.bin", np.uint16).astype(
+            np.int64
+        )
+    )
+    return dict(
+        loss=whole_split(lambda x: model(x, x)[0], ids, model.config.block_size),
+        params=model.get_num_params(),
+        step=kept["iter_num"],
+    )
+
 
 # --- measuring -------------------------------------------------------------------------------------------------------------------
-def whole_split(logits, ids, T:int)->float:
+def whole_split(logits, ids, T: int) -> float:
     "Nats a character: pieces of `T`, each character but the first predicted once."
     import torch, torch.nn.functional as F
-    n = (len(ids)-1)//T
-    pieces = [*torch.stack([ids[i*T:(i+1)*T+1] for i in range(n)]).split(64), ids[None,n*T:]]
-    with torch.inference_mode(): return sum(F.cross_entropy(logits(p[:,:-1].contiguous()).flatten(0, 1), p[:,1:].flatten(), reduction='sum').item() for p in pieces if p.shape[1] > 1)/(len(ids)-1)
 
-def timed(command:list, cwd:Path, threads:int, gpu:bool=False):
+    n = (len(ids) - 1) // T
+    pieces = [
+        *torch.stack([ids[i * T : (i + 1) * T + 1] for i in range(n)]).split(64),
+        ids[None, n * T :],
+    ]
+    with torch.inference_mode():
+        return sum(
+            F.cross_entropy(
+                logits(p[:, :-1].contiguous()).flatten(0, 1), p[:, 1:].flatten(), reduction="sum"
+            ).item()
+            for p in pieces
+            if p.shape[1] > 1
+        ) / (len(ids) - 1)
+
+
+def timed(command: list, cwd: Path, threads: int, gpu: bool = False):
     "Seconds that a process takes, and the last line it prints."
-    env = {**os.environ, 'OMP_NUM_THREADS':str(threads), 'MKL_NUM_THREADS':str(threads), **({} if gpu else {'CUDA_VISIBLE_DEVICES':'', 'PYTHONPATH':''}), 'HF_HUB_OFFLINE':'1', 'TOKENIZERS_PARALLELISM':'false'}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     began = time.perf_counter()
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    if done.returncode: sys.exit(f'{command[1]} failed:\n{done.stderr[-4000:]}')
-    return time.perf_counter()-began,done.stdout.splitlines()[-1]
+    if done.returncode:
+        sys.exit(f"{command[1]} failed:\n{done.stderr[-4000:]}")
+    return time.perf_counter() - began, done.stdout.splitlines()[-1]
+
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('--text', type=Path, default=ROOT.parent/'shared'/'data'/'tinyshakespeare.txt')
-    p.add_argument('--nanogpt', type=Path, help='folder with the source of nanoGPT; without it, ours is measured alone')
-    p.add_argument('--seconds', type=float, default=85, help='time for ours, where nanoGPT is not run')
-    p.add_argument('--steps', type=int, default=0, help='steps of ours; 0: as many as fit')
-    p.add_argument('--gpu', action='store_true', help="nanoGPT's GPU batches instead of a time; --steps are as few as you say")
-    p.add_argument('--threads', type=int, default=os.cpu_count())
-    p.add_argument('--child', nargs=2, help=argparse.SUPPRESS)
+    p.add_argument(
+        "--text", type=Path, default=ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    )
+    p.add_argument(
+        "--nanogpt",
+        type=Path,
+        help="folder with the source of nanoGPT; without it, ours is measured alone",
+    )
+    p.add_argument(
+        "--seconds", type=float, default=85, help="time for ours, where nanoGPT is not run"
+    )
+    p.add_argument("--steps", type=int, default=0, help="steps of ours; 0: as many as fit")
+    p.add_argument(
+        "--gpu",
+        action="store_true",
+        help="nanoGPT's GPU batches instead of a time; --steps are as few as you say",
+    )
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.child:
         print(json.dumps(run_ours(Path(a.child[0]), Path(a.child[1]), a.steps, a.threads, a.gpu)))
         return
-    if a.gpu: a.nanogpt,a.steps = None,a.steps or GPU_STEPS
-    if not a.text.exists(): sys.exit(f'there is no {a.text}; name the file with --text')
+    if a.gpu:
+        a.nanogpt, a.steps = None, a.steps or GPU_STEPS
+    if not a.text.exists():
+        sys.exit(f"there is no {a.text}; name the file with --text")
     import torch
-    if a.gpu: print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'torch finds no CUDA device: this takes hours', flush=True)
-    print(f"{os.cpu_count()} cores ({platform.machine()}, load {', '.join(f'{l:.1f}' for l in os.getloadavg())}), {a.threads} threads, Python {platform.python_version()}, torch {torch.__version__}", flush=True)
+
+    if a.gpu:
+        print(
+            (
+                torch.cuda.get_device_name()
+                if torch.cuda.is_available()
+                else "torch finds no CUDA device: this takes hours"
+            ),
+            flush=True,
+        )
+    print(
+        f"{os.cpu_count()} cores ({platform.machine()}, load"
+        f" {', '.join(f'{l:.1f}' for l in os.getloadavg())}), {a.threads} threads, Python"
+        f" {platform.python_version()}, torch {torch.__version__}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as work:
-        work,text = Path(work),a.text.read_text('utf-8')
-        cut = int(.9*len(text))
-        (work/'text.txt').write_text(text, 'utf-8'); (work/'valid.txt').write_text(text[cut:], 'utf-8')
-        (work/'train.jsonl').write_text(json.dumps(dict(text=text[:cut])), 'utf-8')
-        ours = lambda out,steps: timed([sys.executable, __file__, '--child', str(work), str(work/out), '--steps', str(steps), '--threads', str(a.threads), *['--gpu']*a.gpu], work, a.threads, a.gpu)
+        work, text = Path(work), a.text.read_text("utf-8")
+        cut = int(0.9 * len(text))
+        (work / "text.txt").write_text(text, "utf-8")
+        (work / "valid.txt").write_text(text[cut:], "utf-8")
+        (work / "train.jsonl").write_text(json.dumps(dict(text=text[:cut])), "utf-8")
+        ours = lambda out, steps: timed(
+            [
+                sys.executable,
+                __file__,
+                "--child",
+                str(work),
+                str(work / out),
+                "--steps",
+                str(steps),
+                "--threads",
+                str(a.threads),
+                *["--gpu"] * a.gpu,
+            ],
+            work,
+            a.threads,
+            a.gpu,
+        )
         told = []
         if a.nanogpt:
-            shutil.copytree(a.nanogpt, work/'nanoGPT', ignore=shutil.ignore_patterns('.git', 'out*'))
-            shutil.copy(a.text, work/'nanoGPT'/'data'/'shakespeare_char'/'input.txt')
-            a.seconds,s = run_nanogpt(work, a.threads),score_nanogpt(work)
-            told.append(f"nanoGPT {s['loss']:.4f} in {a.seconds:.0f} s: {s['params']:,} parameters, best of its 2,000 steps at {s['step']:,}"); print(told[-1], flush=True)
+            shutil.copytree(
+                a.nanogpt, work / "nanoGPT", ignore=shutil.ignore_patterns(".git", "out*")
+            )
+            shutil.copy(a.text, work / "nanoGPT" / "data" / "shakespeare_char" / "input.txt")
+            a.seconds, s = run_nanogpt(work, a.threads), score_nanogpt(work)
+            told.append(
+                f"nanoGPT {s['loss']:.4f} in {a.seconds:.0f} s: {s['params']:,} parameters, best of"
+                f" its 2,000 steps at {s['step']:,}"
+            )
+            print(told[-1], flush=True)
         if not a.steps:
-            seconds,line = ours('short', 60)
-            step = json.loads(line)['step']
-            a.steps = int(.97*(a.seconds-seconds)/step + 60)
-            print(f'a step of ours takes {1000*step:.0f} ms, all else {seconds-60*step:.0f} s: {a.steps:,} steps', flush=True)
-        seconds,_ = ours('run', a.steps)
-        s = score_ours(work, work/'run', (GPU_RECIPE if a.gpu else RECIPE)['max_seq_len'])
-        if a.gpu: told.append(f"nanoGPT {GPU_NANOGPT} at best in 5,000 steps, by its README")
-        print(*told, f"minigpt {s['loss']:.4f} in {seconds:.0f} s: {s['params']:,} parameters, {a.steps:,} steps" + (f' (MORE than the {a.seconds:.0f} s there were: the machine was busier)' if seconds > 1.02*a.seconds and not a.gpu else ''), sep='\n')
+            seconds, line = ours("short", 60)
+            step = json.loads(line)["step"]
+            a.steps = int(0.97 * (a.seconds - seconds) / step + 60)
+            print(
+                f"a step of ours takes {1000 * step:.0f} ms, all else {seconds - 60 * step:.0f} s:"
+                f" {a.steps:,} steps",
+                flush=True,
+            )
+        seconds, _ = ours("run", a.steps)
+        s = score_ours(work, work / "run", (GPU_RECIPE if a.gpu else RECIPE)["max_seq_len"])
+        if a.gpu:
+            told.append(f"nanoGPT {GPU_NANOGPT} at best in 5,000 steps, by its README")
+        print(
+            *told,
+            f"minigpt {s['loss']:.4f} in {seconds:.0f} s: {s['params']:,} parameters, {a.steps:,}"
+            " steps"
+            + (
+                f" (MORE than the {a.seconds:.0f} s there were: the machine was busier)"
+                if seconds > 1.02 * a.seconds and not a.gpu
+                else ""
+            ),
+            sep="\n",
+        )
 
-if __name__ == '__main__': main()
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,9 @@
 
 Makes a token set (1 GB of real bytes by default; `--sparse` takes no room on the disk), then starts a fresh process for each measurement, near and far by turns.
 Timed is what a resume does: open the set, make the loader of the remaining steps, take the first batch. The time to `import torch` is not in it.
-The pages of the set are in memory before the first measurement, as far as they fit, so that near and far are read from the same place."""
+The pages of the set are in memory before the first measurement, as far as they fit, so that near and far are read from the same place.
+"""
+
 import argparse
 import json
 import statistics
@@ -29,38 +31,78 @@ print(time.perf_counter()-t, int(first["ids"].sum()))
 def make(folder, gigabytes, sparse):
     "A token set without a text"
     import numpy as np
-    n = int(gigabytes*1e9)//2
-    with open(folder/"tokens.bin", "wb") as f:
-        if sparse: f.truncate(2*n)
+
+    n = int(gigabytes * 1e9) // 2
+    with open(folder / "tokens.bin", "wb") as f:
+        if sparse:
+            f.truncate(2 * n)
         else:
             rng = np.random.default_rng(0)
-            for at in range(0, n, 1 << 24): rng.integers(0, 20_000, min(1 << 24, n-at), dtype=np.uint16).tofile(f)
-    (folder/"meta.json").write_text(json.dumps(dict(format="minigpt token set", version=1, n_tokens=n, n_docs=1, dtype="uint16", fingerprint="0"*32,
-                                                    sources=[], tokenizer="", options={}, refused={})))
+            for at in range(0, n, 1 << 24):
+                rng.integers(0, 20_000, min(1 << 24, n - at), dtype=np.uint16).tofile(f)
+    (folder / "meta.json").write_text(
+        json.dumps(
+            dict(
+                format="minigpt token set",
+                version=1,
+                n_tokens=n,
+                n_docs=1,
+                dtype="uint16",
+                fingerprint="0" * 32,
+                sources=[],
+                tokenizer="",
+                options={},
+                refused={},
+            )
+        )
+    )
     return n
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--gigabytes", type=float, default=1., help="size of tokens.bin")
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    ap.add_argument("--gigabytes", type=float, default=1.0, help="size of tokens.bin")
     ap.add_argument("--sparse", action="store_true", help="a file of holes instead of real bytes")
-    ap.add_argument("--near", type=int, default=10); ap.add_argument("--far", type=int, default=1_000_000)
-    ap.add_argument("--batch", type=int, default=16); ap.add_argument("--seq-len", type=int, default=512)
+    ap.add_argument("--near", type=int, default=10)
+    ap.add_argument("--far", type=int, default=1_000_000)
+    ap.add_argument("--batch", type=int, default=16)
+    ap.add_argument("--seq-len", type=int, default=512)
     ap.add_argument("--workers", type=int, default=0)
     ap.add_argument("--repeats", type=int, default=9)
     a = ap.parse_args()
     with tempfile.TemporaryDirectory(prefix="minigpt-resume-") as folder:
         n = make(Path(folder), a.gigabytes, a.sparse)
-        steps = n//a.seq_len//a.batch
-        print(f"{n:,} tokens, {'sparse' if a.sparse else 'real'}; {a.batch} × {a.seq_len}: {steps:,} steps an epoch, step {a.far:,} is in epoch {a.far//steps}; {a.repeats} fresh processes each, by turns")
+        steps = n // a.seq_len // a.batch
+        print(
+            f"{n:,} tokens, {'sparse' if a.sparse else 'real'}; {a.batch} × {a.seq_len}: {steps:,}"
+            f" steps an epoch, step {a.far:,} is in epoch {a.far // steps}; {a.repeats} fresh"
+            " processes each, by turns"
+        )
         times = {a.near: [], a.far: []}
-        for r in range(a.repeats+1):     # the first round only warms up
+        for r in range(a.repeats + 1):  # the first round only warms up
             for step in times if r % 2 else reversed(times):
-                out = subprocess.run([sys.executable, "-c", CHILD, folder, *map(str, (step, a.batch, a.seq_len, a.workers))], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
-                if r: times[step].append(float(out[0])*1000)
+                out = subprocess.run(
+                    [
+                        sys.executable,
+                        "-c",
+                        CHILD,
+                        folder,
+                        *map(str, (step, a.batch, a.seq_len, a.workers)),
+                    ],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    cwd=ROOT,
+                ).stdout.split()
+                if r:
+                    times[step].append(float(out[0]) * 1000)
     print(f"\n{'step':>12}  {'median ms':>9}  {'least ms':>9}  {'most ms':>9}")
-    for step, ms in times.items(): print(f"{step:>12,}  {statistics.median(ms):>9.2f}  {min(ms):>9.2f}  {max(ms):>9.2f}")
-    print(f"ratio {statistics.median(times[a.far])/statistics.median(times[a.near]):.2f}")
+    for step, ms in times.items():
+        print(f"{step:>12,}  {statistics.median(ms):>9.2f}  {min(ms):>9.2f}  {max(ms):>9.2f}")
+    print(f"ratio {statistics.median(times[a.far]) / statistics.median(times[a.near]):.2f}")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -9,65 +9,142 @@ those that no conversation of `call` has. The answer is the most likely one, and
     function    it is one call, of the right function
     arguments   and all arguments are right
 """
+
 import argparse, json, sys, time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def train(out:Path, a):
+
+def train(out: Path, a):
     "Train a small model on the calls of the built-in corpus: first short questions, without the schemas, then whole conversations."
     from minigpt.corpus import call, write_calls
     from minigpt.model import GPTConfig
     from minigpt.tokenizer import train_tokenizer
     from minigpt.train import fit
-    out.mkdir(parents=True, exist_ok=True)
-    plain = train_tokenizer(['.'])
-    tok = train_tokenizer((plain.render(call(i)) for i in range(3000)), a.vocab)
-    shape = GPTConfig(vocab_size=tok.vocab_size, dim=128, n_layer=2, n_head=4, n_kv_head=4, ffn_dim=256, qk_norm=True, max_len=1024)
-    usual = dict(tokenizer=tok, optimizer='muon', enable_compile='no', eval_sequences=32, save_steps=10**6, num_threads=a.threads, plot_loss=False)
-    first = fit(shape, write_calls(out/'short.jsonl', short=True), output_dir=out/'short', max_seq_len=256, batch_size=8, max_steps=a.steps, eval_steps=a.steps, learning_rate=8e-3, **usual)
-    return fit(first.model(), write_calls(out/'whole.jsonl'), output_dir=out/'whole', max_seq_len=512, batch_size=4, max_steps=2*a.steps//5, eval_steps=2*a.steps//5, learning_rate=3e-3, **usual)
 
-def score(text:str, call:dict)->tuple[bool,bool,bool]:
+    out.mkdir(parents=True, exist_ok=True)
+    plain = train_tokenizer(["."])
+    tok = train_tokenizer((plain.render(call(i)) for i in range(3000)), a.vocab)
+    shape = GPTConfig(
+        vocab_size=tok.vocab_size,
+        dim=128,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=4,
+        ffn_dim=256,
+        qk_norm=True,
+        max_len=1024,
+    )
+    usual = dict(
+        tokenizer=tok,
+        optimizer="muon",
+        enable_compile="no",
+        eval_sequences=32,
+        save_steps=10**6,
+        num_threads=a.threads,
+        plot_loss=False,
+    )
+    first = fit(
+        shape,
+        write_calls(out / "short.jsonl", short=True),
+        output_dir=out / "short",
+        max_seq_len=256,
+        batch_size=8,
+        max_steps=a.steps,
+        eval_steps=a.steps,
+        learning_rate=8e-3,
+        **usual,
+    )
+    return fit(
+        first.model(),
+        write_calls(out / "whole.jsonl"),
+        output_dir=out / "whole",
+        max_seq_len=512,
+        batch_size=4,
+        max_steps=2 * a.steps // 5,
+        eval_steps=2 * a.steps // 5,
+        learning_rate=3e-3,
+        **usual,
+    )
+
+
+def score(text: str, call: dict) -> tuple[bool, bool, bool]:
     "Parsable, the right function, all arguments right."
     from minigpt.generate import parse_tool_calls
-    try: calls = parse_tool_calls(text)
-    except ValueError: calls = []
-    right = [c['name'] for c in calls] == [call['name']]
-    return bool(calls), right, right and calls[0]['arguments'] == call['arguments']
+
+    try:
+        calls = parse_tool_calls(text)
+    except ValueError:
+        calls = []
+    right = [c["name"] for c in calls] == [call["name"]]
+    return bool(calls), right, right and calls[0]["arguments"] == call["arguments"]
+
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--run', type=Path, help="a run's folder, or a checkpoint")
-    p.add_argument('--out', type=Path, default=Path('runs/tool_calls'), help='where to train')
-    p.add_argument('--steps', type=int, default=1000, help='of the first lesson; the second has two fifths of them')
-    p.add_argument('--vocab', type=int, default=1200, help='tokens of the vocabulary')
-    p.add_argument('--threads', type=int, default=0, help='of torch; 0: one a core')
-    p.add_argument('--n', type=int, default=100, help='questions')
-    p.add_argument('--seed', type=int, default=0, help='another one, other questions')
-    p.add_argument('--show', type=int, default=5, help='wrong answers to print')
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--run", type=Path, help="a run's folder, or a checkpoint")
+    p.add_argument("--out", type=Path, default=Path("runs/tool_calls"), help="where to train")
+    p.add_argument(
+        "--steps",
+        type=int,
+        default=1000,
+        help="of the first lesson; the second has two fifths of them",
+    )
+    p.add_argument("--vocab", type=int, default=1200, help="tokens of the vocabulary")
+    p.add_argument("--threads", type=int, default=0, help="of torch; 0: one a core")
+    p.add_argument("--n", type=int, default=100, help="questions")
+    p.add_argument("--seed", type=int, default=0, help="another one, other questions")
+    p.add_argument("--show", type=int, default=5, help="wrong answers to print")
     a = p.parse_args()
     from minigpt.checkpoint import load_model
     from minigpt.corpus import TOOLS, call_prompts
     from minigpt.generate import generate_batch
     from minigpt.run import open_run
     from minigpt.tokenizer import load_tokenizer
-    if a.run and not (a.run/'run.json').exists(): model,tok = load_model(a.run),load_tokenizer(a.run)
+
+    if a.run and not (a.run / "run.json").exists():
+        model, tok = load_model(a.run), load_tokenizer(a.run)
     else:
         began = time.perf_counter()
         run = open_run(a.run) if a.run else train(a.out, a)
-        model,tok = run.model(),run.tokenizer
-        if not a.run: print(f'trained in {time.perf_counter()-began:.0f} s: {model.config.n_params:,} parameters')
-    asked,said = call_prompts(a.n, a.seed),[]
+        model, tok = run.model(), run.tokenizer
+        if not a.run:
+            print(
+                f"trained in {time.perf_counter() - began:.0f} s: {model.config.n_params:,}"
+                " parameters"
+            )
+    asked, said = call_prompts(a.n, a.seed), []
     for i in range(0, a.n, 25):
-        prompts = [tok.encode_prompt(messages) for messages,_ in asked[i:i+25]]
-        said += map(tok.decode, generate_batch(model, prompts, max_new_tokens=100, temperature=0, stop_ids=tok.stop_ids))
-    scores = {k:[] for k in (*TOOLS,'all')}
-    for (messages,right),text in zip(asked, said):
+        prompts = [tok.encode_prompt(messages) for messages, _ in asked[i : i + 25]]
+        said += map(
+            tok.decode,
+            generate_batch(
+                model, prompts, max_new_tokens=100, temperature=0, stop_ids=tok.stop_ids
+            ),
+        )
+    scores = {k: [] for k in (*TOOLS, "all")}
+    for (messages, right), text in zip(asked, said):
         s = score(text, right)
-        for k in (right['name'],'all'): scores[k].append(s)
-        if not s[2] and a.show: a.show -= 1; print(messages[1]['content'], json.dumps(right, ensure_ascii=False), text.replace('\n', ' '), sep='\n  ')
+        for k in (right["name"], "all"):
+            scores[k].append(s)
+        if not s[2] and a.show:
+            a.show -= 1
+            print(
+                messages[1]["content"],
+                json.dumps(right, ensure_ascii=False),
+                text.replace("\n", " "),
+                sep="\n  ",
+            )
     print(f"{'':14}{'questions':>10}{'parsable':>10}{'function':>10}{'arguments':>11}")
-    for k,v in scores.items(): print(f'{k:14}{len(v):>10}' + ''.join(f'{sum(x)/max(1, len(x)):>{w}.0%}' for x,w in zip(zip(*v), (10,10,11))))
+    for k, v in scores.items():
+        print(
+            f"{k:14}{len(v):>10}"
+            + "".join(f"{sum(x) / max(1, len(x)):>{w}.0%}" for x, w in zip(zip(*v), (10, 10, 11)))
+        )
 
-if __name__ == '__main__': main()
+
+if __name__ == "__main__":
+    main()

@@ -1,63 +1,123 @@
 """The whole of minigpt in a few minutes: train, be killed, resume, look at what came out.  python examples/demo.py [--steps N]"""
+
 import argparse, os, signal, subprocess, sys, time
 from pathlib import Path
 
-RUN = Path('runs/demo')
+RUN = Path("runs/demo")
 
-def train(steps:int):
+
+def train(steps: int):
     "One process that trains; it does not know whether it begins or goes on."
     from minigpt.model import GPTConfig
     from minigpt.train import fit
+
     model = GPTConfig(vocab_size=4000, dim=128, n_layer=4, n_head=4, n_kv_head=2, ffn_dim=352)
-    fit(model, 'stories', output_dir=RUN, tokenizer_vocab_size=4000, max_steps=steps, batch_size=8, max_seq_len=256, learning_rate=3e-3,
-        lr_schedule='linear', min_lr_ratio=0., save_steps=steps//8, eval_steps=steps//4, eval_sequences=0)
+    fit(
+        model,
+        "stories",
+        output_dir=RUN,
+        tokenizer_vocab_size=4000,
+        max_steps=steps,
+        batch_size=8,
+        max_seq_len=256,
+        learning_rate=3e-3,
+        lr_schedule="linear",
+        min_lr_ratio=0.0,
+        save_steps=steps // 8,
+        eval_steps=steps // 4,
+        eval_sequences=0,
+    )
 
-def start(steps:int)->subprocess.Popen:
-    return subprocess.Popen([sys.executable, __file__, '--train', '--steps', str(steps)])
 
-def kill_in_the_middle(steps:int):
+def start(steps: int) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, __file__, "--train", "--steps", str(steps)])
+
+
+def kill_in_the_middle(steps: int):
     "Start training, and end it with SIGKILL somewhere behind its third checkpoint: no handler runs, nothing is tidied up."
     from minigpt.run import Run
-    child,run = start(steps),Run(RUN)
-    while child.poll() is None and not any(c.step >= 3*(steps//8) and not c.problem for c in run.checkpoints): time.sleep(.2)
-    time.sleep(2)
-    if child.poll() is not None: sys.exit(f'training ended by itself with exit code {child.returncode} before it could be killed')
-    os.kill(child.pid, signal.SIGKILL); child.wait()
-    steps_logged = [r['step'] for r in run.history]
-    print(f'\n\n*** killed with SIGKILL after step {steps_logged[-1]}; newest checkpoint: {run.store.newest().path.name} ***\n')
 
-def report(seconds:float):
+    child, run = start(steps), Run(RUN)
+    while child.poll() is None and not any(
+        c.step >= 3 * (steps // 8) and not c.problem for c in run.checkpoints
+    ):
+        time.sleep(0.2)
+    time.sleep(2)
+    if child.poll() is not None:
+        sys.exit(
+            f"training ended by itself with exit code {child.returncode} before it could be killed"
+        )
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    steps_logged = [r["step"] for r in run.history]
+    print(
+        f"\n\n*** killed with SIGKILL after step {steps_logged[-1]}; newest checkpoint:"
+        f" {run.store.newest().path.name} ***\n"
+    )
+
+
+def report(seconds: float):
     "What a user would look at afterwards."
     import numpy as np
     from minigpt.corpus import trigram_loss
     from minigpt.data import open_tokenset
     from minigpt.files import human_size, human_time
     from minigpt.run import open_run, runs_table
+
     run = open_run(RUN)
-    train,valid = open_tokenset(RUN/'data')
-    trigram = trigram_loss(np.asarray(train.tokens), np.asarray(valid.tokens), run.tokenizer.vocab_size)
-    loss = [r['eval_loss'] for r in run.history if 'eval_loss' in r][-1]
-    print(f'\nAttempts started at steps {[a["step"] for a in run.facts["attempts"]]}: the second went on where the first had saved.')
-    print(f'Validation loss {loss:.3f} nats a token; a trigram model of the same tokens reaches {trigram:.3f}; guessing, {np.log(run.tokenizer.vocab_size):.3f}.\n')
-    for prompt in ('One morning,', '从前，'):
-        print(run.generate(prompt, max_new_tokens=120, temperature=.6, seed=1), '\n')
-    print(runs_table([run]), '\n')
-    size = lambda p: sum(f.stat().st_size for f in (p.rglob('*') if p.is_dir() else [p]) if f.is_file())
-    print('\n'.join(f'{human_size(size(p)):>10}  {p}' for p in sorted(RUN.iterdir()) if not p.name.startswith('.')))
-    print(f'\nLoss curve: {RUN/"plots"/"loss_curve_latest.png"}   All of it took {human_time(seconds)}.')
-    if loss >= trigram: print('The model is not better than a trigram model yet: it needs more steps.')
+    train, valid = open_tokenset(RUN / "data")
+    trigram = trigram_loss(
+        np.asarray(train.tokens), np.asarray(valid.tokens), run.tokenizer.vocab_size
+    )
+    loss = [r["eval_loss"] for r in run.history if "eval_loss" in r][-1]
+    print(
+        f"\nAttempts started at steps {[a['step'] for a in run.facts['attempts']]}: the second went"
+        " on where the first had saved."
+    )
+    print(
+        f"Validation loss {loss:.3f} nats a token; a trigram model of the same tokens reaches"
+        f" {trigram:.3f}; guessing, {np.log(run.tokenizer.vocab_size):.3f}.\n"
+    )
+    for prompt in ("One morning,", "从前，"):
+        print(run.generate(prompt, max_new_tokens=120, temperature=0.6, seed=1), "\n")
+    print(runs_table([run]), "\n")
+    size = lambda p: sum(
+        f.stat().st_size for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()
+    )
+    print(
+        "\n".join(
+            f"{human_size(size(p)):>10}  {p}"
+            for p in sorted(RUN.iterdir())
+            if not p.name.startswith(".")
+        )
+    )
+    print(
+        f"\nLoss curve: {RUN / 'plots' / 'loss_curve_latest.png'}   All of it took"
+        f" {human_time(seconds)}."
+    )
+    if loss >= trigram:
+        print("The model is not better than a trigram model yet: it needs more steps.")
+
 
 def main():
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args.add_argument('--steps', type=int, default=640, help='optimizer steps; fewer to try the demo itself')
-    args.add_argument('--train', action='store_true', help=argparse.SUPPRESS)
+    args.add_argument(
+        "--steps", type=int, default=640, help="optimizer steps; fewer to try the demo itself"
+    )
+    args.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     args = args.parse_args()
-    if args.train: return train(args.steps)
+    if args.train:
+        return train(args.steps)
     from minigpt.files import set_aside
-    if RUN.exists(): print(f'an earlier demo is kept as {set_aside(RUN, "old")}')
+
+    if RUN.exists():
+        print(f"an earlier demo is kept as {set_aside(RUN, 'old')}")
     began = time.time()
     kill_in_the_middle(args.steps)
-    if start(args.steps).wait(): sys.exit('the resumed training failed')
-    report(time.time()-began)
+    if start(args.steps).wait():
+        sys.exit("the resumed training failed")
+    report(time.time() - began)
 
-if __name__ == '__main__': main()
+
+if __name__ == "__main__":
+    main()

@@ -15,501 +15,1101 @@ from html import escape
 from pathlib import Path
 import numpy as np, orjson, zstandard
 from .files import at_home, dir_size, free_space, hash_bytes, hidden, human_size, read_json
-from .headers import BITS, Call, Reader, Refused, StoredTensor, TorchFile, foreign, jsonable, printable, safetensors_header, tensors_in, torch_file
+from minigpt.headers import (
+    BITS,
+    Call,
+    Reader,
+    Refused,
+    StoredTensor,
+    TorchFile,
+    foreign,
+    jsonable,
+    printable,
+    safetensors_header,
+    tensors_in,
+    torch_file,
+)
 from .picture import figure
 
 # %% ../nbs/09_analyze.ipynb #2a7cb1e0
 @dataclass
 class TensorInfo:
     "A tensor in a file, without its values."
-    name:str # As its program calls it
-    component:str # model, optimizer, rng …
-    shape:tuple[int,...]
-    dtype:str # As torch calls it: float32, bfloat16 …
-    bytes:int # What its values take; 0 if it shares the memory of another
-    numel:int # Values in it
-    layer:str # `model.layers.3`, or the module where there is no number: `model.norm`
-    tied:str='' # The tensor whose memory it shares, or whose values it repeats
-    file:str='' # Relative to the checkpoint's directory
-    offset:int=-1 # Of its first byte in that file; -1: not stored plainly
-    stride:tuple[int,...]|None=None # In values; None: row after row
-    buffer:bool=False # No parameter: a mask or table that was saved along, or the scales of quantized weights
 
-def layer_of(name:str)->str:
+    name: str  # As its program calls it
+    component: str  # model, optimizer, rng …
+    shape: tuple[int, ...]
+    dtype: str  # As torch calls it: float32, bfloat16 …
+    bytes: int  # What its values take; 0 if it shares the memory of another
+    numel: int  # Values in it
+    layer: str  # `model.layers.3`, or the module where there is no number: `model.norm`
+    tied: str = ""  # The tensor whose memory it shares, or whose values it repeats
+    file: str = ""  # Relative to the checkpoint's directory
+    offset: int = -1  # Of its first byte in that file; -1: not stored plainly
+    stride: tuple[int, ...] | None = None  # In values; None: row after row
+    buffer: bool = False  # No parameter: a mask or table that was saved along, or the scales of quantized weights
+
+
+def layer_of(name: str) -> str:
     "The layer that a tensor belongs to, by its name."
-    name = name.partition('/')[2] or name # ours: exp_avg/model.norm.weight
-    m = re.match(r'(.*?(?:^|\.)\d+)(?:\.|$)', name)
-    return m[1] if m else name.rpartition('.')[0] or name
+    name = name.partition("/")[2] or name  # ours: exp_avg/model.norm.weight
+    m = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
+    return m[1] if m else name.rpartition(".")[0] or name
 
-def natural(name:str)->list:
+
+def natural(name: str) -> list:
     "A key that sorts `layer.10` after `layer.9`."
-    return [int(s) if s.isdigit() else s for s in re.split(r'(\d{1,9})', name)]
+    return [int(s) if s.isdigit() else s for s in re.split(r"(\d{1,9})", name)]
 
 # %% ../nbs/09_analyze.ipynb #89be7438
 class Table(list):
     "Rows, each a dict with the same keys; a text or a notebook's table where it is shown."
-    def __init__(self, rows:Iterable[dict]=(), hide:tuple[str,...]=(), **show): # Columns that are not shown; how to write a column, such as size=human_size
-        super().__init__(rows); self.hide,self.show = hide,show
-    def top(self, n:int)->'Table': "The first rows."; return Table(self[:n], self.hide, **self.show)
-    def keys(self)->list[str]: return [k for k in self[0] if k not in self.hide] if self else []
-    def cells(self)->list[list[str]]:
+
+    def __init__(
+        self, rows: Iterable[dict] = (), hide: tuple[str, ...] = (), **show
+    ):  # Columns that are not shown; how to write a column, such as size=human_size
+        super().__init__(rows)
+        self.hide, self.show = hide, show
+
+    def top(self, n: int) -> "Table":
+        "The first rows."
+        return Table(self[:n], self.hide, **self.show)
+
+    def keys(self) -> list[str]:
+        return [k for k in self[0] if k not in self.hide] if self else []
+
+    def cells(self) -> list[list[str]]:
         "The head and the rows, as texts."
-        return [[k.replace('_', ' ') for k in self.keys()]] + [['–' if r.get(k) is None else printable(str(self.show.get(k, str)(r[k])), 300) for k in self.keys()] for r in self]
+        return [[k.replace("_", " ") for k in self.keys()]] + [
+            [
+                "–" if r.get(k) is None else printable(str(self.show.get(k, str)(r[k])), 300)
+                for k in self.keys()
+            ]
+            for r in self
+        ]
+
     def __str__(self):
-        if not self: return 'nothing'
-        rows,number = self.cells(),[all(isinstance(r.get(k), (int,float,type(None))) for r in self) for k in self.keys()]
+        if not self:
+            return "nothing"
+        rows, number = (
+            self.cells(),
+            [
+                all(isinstance(r.get(k), (int, float, type(None))) for r in self)
+                for k in self.keys()
+            ],
+        )
         wide = [max(map(len, c)) for c in zip(*rows)]
-        return '\n'.join('  '.join(c.rjust(w) if n else c.ljust(w) for c,w,n in zip(r, wide, number)).rstrip() for r in rows)
+        return "\n".join(
+            "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(r, wide, number)).rstrip()
+            for r in rows
+        )
+
     __repr__ = __str__
+
     def _repr_html_(self):
-        line = lambda r,tag: '<tr>' + ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in r) + '</tr>'
-        head,*rows = self.cells()
-        return '<style>.minigpt-table :is(th,td){text-align:left!important}</style><table class="minigpt-table">' + line(head, 'th') + ''.join(line(r, 'td') for r in rows) + '</table>'
+        line = lambda r, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in r) + "</tr>"
+        head, *rows = self.cells()
+        return (
+            "<style>.minigpt-table :is(th,td){text-align:left!important}</style><table"
+            ' class="minigpt-table">'
+            + line(head, "th")
+            + "".join(line(r, "td") for r in rows)
+            + "</table>"
+        )
 
 # %% ../nbs/09_analyze.ipynb #89f321b5
-def _summed(pairs:Iterable[tuple[str,int]])->Counter:
+def _summed(pairs: Iterable[tuple[str, int]]) -> Counter:
     c = Counter()
-    for k,n in pairs: c[k] += n
+    for k, n in pairs:
+        c[k] += n
     return c
+
 
 @dataclass(repr=False, eq=False)
 class Analysis:
     "What is in a checkpoint."
-    path:Path
-    kind:str='' # `minigpt checkpoint`, `Hugging Face checkpoint`, `nanoGPT checkpoint`, `state dict` …
-    size:int=0 # Bytes on disk
-    components:dict[str,int]=field(default_factory=dict) # model, optimizer, scheduler, rng, tokenizer, metadata, format … → bytes on disk; together `size`
-    tensors:list[TensorInfo]=field(default_factory=list)
-    step:int|None=None # Optimizer steps
-    epoch:float|None=None
-    loss:float|None=None # The last one
-    best_loss:float|None=None # On validation, where there was one
-    config:dict=field(default_factory=dict) # The model's
-    metadata:dict=field(default_factory=dict) # Everything else that was said
-    files:dict[str,int]=field(default_factory=dict) # Name → bytes
-    problems:list[str]=field(default_factory=list) # What is wrong, or not to be trusted
-    code:list[str]=field(default_factory=list) # Classes and functions that its pickles would import and may run. Nothing was
-    trainable:int|None=None # Parameters that were trained, where that is known
-    time:float=0. # When the newest file was written, seconds since 1970
+
+    path: Path
+    kind: str = (
+        ""  # `minigpt checkpoint`, `Hugging Face checkpoint`, `nanoGPT checkpoint`, `state dict` …
+    )
+    size: int = 0  # Bytes on disk
+    components: dict[str, int] = field(
+        default_factory=dict
+    )  # model, optimizer, scheduler, rng, tokenizer, metadata, format … → bytes on disk; together `size`
+    tensors: list[TensorInfo] = field(default_factory=list)
+    step: int | None = None  # Optimizer steps
+    epoch: float | None = None
+    loss: float | None = None  # The last one
+    best_loss: float | None = None  # On validation, where there was one
+    config: dict = field(default_factory=dict)  # The model's
+    metadata: dict = field(default_factory=dict)  # Everything else that was said
+    files: dict[str, int] = field(default_factory=dict)  # Name → bytes
+    problems: list[str] = field(default_factory=list)  # What is wrong, or not to be trusted
+    code: list[str] = field(
+        default_factory=list
+    )  # Classes and functions that its pickles would import and may run. Nothing was
+    trainable: int | None = None  # Parameters that were trained, where that is known
+    time: float = 0.0  # When the newest file was written, seconds since 1970
 
     @property
-    def home(self)->Path: "The directory of its files."; return self.path if self.path.is_dir() else self.path.parent
-    def weights(self)->list[TensorInfo]:
+    def home(self) -> Path:
+        "The directory of its files."
+        return self.path if self.path.is_dir() else self.path.parent
+
+    def weights(self) -> list[TensorInfo]:
         "The model's tensors, tied ones once."
         return [t for t in self._each() if not t.tied]
-    def _each(self): return list({t.name:t for t in reversed(self.tensors) if t.component == 'model'}.values())[::-1] # some directories hold the weights twice, as safetensors and as pickle
-    @property
-    def params(self)->int: "Parameters of the model, tied ones once."; return sum(t.numel for t in self.weights() if not t.buffer)
-    @property
-    def dtypes(self)->dict[str,int]: "Bytes by type, of all tensors."; return dict(_summed((t.dtype, t.bytes) for t in self.tensors).most_common())
-    @property
-    def precision(self)->str: "The type of most weights."; return next((d for d,_ in _summed((t.dtype, t.bytes) for t in self.weights()).most_common(1)), '')
-    @property
-    def layers(self)->dict[str,int]: "Bytes of the weights, by layer."; return dict(sorted(_summed((t.layer, t.bytes) for t in self._each() if t.bytes).items(), key=lambda kv: natural(kv[0])))
 
-    def summary(self)->dict:
+    def _each(self):
+        return list({t.name: t for t in reversed(self.tensors) if t.component == "model"}.values())[
+            ::-1
+        ]  # some directories hold the weights twice, as safetensors and as pickle
+
+    @property
+    def params(self) -> int:
+        "Parameters of the model, tied ones once."
+        return sum(t.numel for t in self.weights() if not t.buffer)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        "Bytes by type, of all tensors."
+        return dict(_summed((t.dtype, t.bytes) for t in self.tensors).most_common())
+
+    @property
+    def precision(self) -> str:
+        "The type of most weights."
+        return next(
+            (d for d, _ in _summed((t.dtype, t.bytes) for t in self.weights()).most_common(1)), ""
+        )
+
+    @property
+    def layers(self) -> dict[str, int]:
+        "Bytes of the weights, by layer."
+        return dict(
+            sorted(
+                _summed((t.layer, t.bytes) for t in self._each() if t.bytes).items(),
+                key=lambda kv: natural(kv[0]),
+            )
+        )
+
+    def summary(self) -> dict:
         "Everything, fit for JSON."
-        keys = 'kind','size','components','params','trainable','precision','dtypes','layers','step','epoch','loss','best_loss','config','metadata','files','problems','code','time'
-        tensors = [dict(name=t.name, component=t.component, shape=list(t.shape), dtype=t.dtype, bytes=t.bytes, numel=t.numel, layer=t.layer, tied=t.tied) for t in self.tensors]
-        return dict(path=str(self.path), **{k:getattr(self, k) for k in keys}, tensors=tensors)
+        keys = (
+            "kind",
+            "size",
+            "components",
+            "params",
+            "trainable",
+            "precision",
+            "dtypes",
+            "layers",
+            "step",
+            "epoch",
+            "loss",
+            "best_loss",
+            "config",
+            "metadata",
+            "files",
+            "problems",
+            "code",
+            "time",
+        )
+        tensors = [
+            dict(
+                name=t.name,
+                component=t.component,
+                shape=list(t.shape),
+                dtype=t.dtype,
+                bytes=t.bytes,
+                numel=t.numel,
+                layer=t.layer,
+                tied=t.tied,
+            )
+            for t in self.tensors
+        ]
+        return dict(path=str(self.path), **{k: getattr(self, k) for k in keys}, tensors=tensors)
 
-    def facts(self)->list[str]:
+    def facts(self) -> list[str]:
         "The first lines of any account of it."
-        number = lambda name,v: f'{name} {v:,}' if isinstance(v, int) else f'{name} {v:.4g}'
-        known = [number(k, v) for k,v in dict(step=self.step, epoch=self.epoch, loss=self.loss, **{'best loss':self.best_loss}).items() if v is not None]
-        n = f'{self.params:,} parameters in {self.precision}' + (f', {self.trainable:,} of them trained' if self.trainable is not None else '') if self.params else ''
-        return [f'{printable(str(self.path))}: {self.kind}, {human_size(self.size)}', *([n] if n else []), *([' · '.join(known)] if known else [])]
+        number = lambda name, v: f"{name} {v:,}" if isinstance(v, int) else f"{name} {v:.4g}"
+        known = [
+            number(k, v)
+            for k, v in dict(
+                step=self.step, epoch=self.epoch, loss=self.loss, **{"best loss": self.best_loss}
+            ).items()
+            if v is not None
+        ]
+        n = (
+            f"{self.params:,} parameters in {self.precision}"
+            + (f", {self.trainable:,} of them trained" if self.trainable is not None else "")
+            if self.params
+            else ""
+        )
+        return [
+            f"{printable(str(self.path))}: {self.kind}, {human_size(self.size)}",
+            *([n] if n else []),
+            *([" · ".join(known)] if known else []),
+        ]
 
-    def by_component(self)->Table:
+    def by_component(self) -> Table:
         "A row a component, the largest first."
         n = Counter(t.component for t in self.tensors)
-        return Table([dict(component=k, size=v, share=v/max(1, self.size), tensors=n[k] or None) for k,v in sorted(self.components.items(), key=lambda kv: -kv[1])], size=human_size, share='{:.1%}'.format)
-    def by_layer(self)->Table:
+        return Table(
+            [
+                dict(component=k, size=v, share=v / max(1, self.size), tensors=n[k] or None)
+                for k, v in sorted(self.components.items(), key=lambda kv: -kv[1])
+            ],
+            size=human_size,
+            share="{:.1%}".format,
+        )
+
+    def by_layer(self) -> Table:
         "A row a layer of the model."
         total = sum(self.layers.values())
-        return Table([dict(layer=k, size=v, share=v/max(1, total)) for k,v in self.layers.items()], size=human_size, share='{:.1%}'.format)
-    def by_tensor(self)->Table:
-        "A row a tensor, the largest first."
-        return Table([dict(tensor=t.name, component=t.component, shape=t.shape, dtype=t.dtype, size=t.bytes) for t in sorted(self.tensors, key=lambda t: -t.bytes)], size=human_size, shape=lambda s: '×'.join(map(str, s)) or 'one number')
+        return Table(
+            [dict(layer=k, size=v, share=v / max(1, total)) for k, v in self.layers.items()],
+            size=human_size,
+            share="{:.1%}".format,
+        )
 
-    def table(self,
-        n:int=5, # Layers and tensors that are listed
-    )->str:
+    def by_tensor(self) -> Table:
+        "A row a tensor, the largest first."
+        return Table(
+            [
+                dict(
+                    tensor=t.name, component=t.component, shape=t.shape, dtype=t.dtype, size=t.bytes
+                )
+                for t in sorted(self.tensors, key=lambda t: -t.bytes)
+            ],
+            size=human_size,
+            shape=lambda s: "×".join(map(str, s)) or "one number",
+        )
+
+    def table(
+        self,
+        n: int = 5,  # Layers and tensors that are listed
+    ) -> str:
         "The account as text."
         layers = self.by_layer()
-        layers.sort(key=lambda r: -r['size'])
-        more = [(f'{n} largest of {len(t)} {k}' if len(t) > n else k, t.top(n)) for k,t in dict(layers=layers, tensors=self.by_tensor()).items()]
-        return '\n\n'.join(['\n'.join(self.facts()), str(self.by_component()), *(f'{k}\n{t}' for k,t in more if t), *(f'! {printable(p, 1000)}' for p in self.problems)])
-    def __str__(self): return self.table()
+        layers.sort(key=lambda r: -r["size"])
+        more = [
+            (f"{n} largest of {len(t)} {k}" if len(t) > n else k, t.top(n))
+            for k, t in dict(layers=layers, tensors=self.by_tensor()).items()
+        ]
+        return "\n\n".join(
+            [
+                "\n".join(self.facts()),
+                str(self.by_component()),
+                *(f"{k}\n{t}" for k, t in more if t),
+                *(f"! {printable(p, 1000)}" for p in self.problems),
+            ]
+        )
+
+    def __str__(self):
+        return self.table()
+
     __repr__ = __str__
 
     def _repr_html_(self):
-        head,*facts = self.facts()
-        bar = lambda share: f'<div style="background:#4c78a8;height:0.8em;width:{100*share:.1f}%"></div>'
-        rows = ''.join(f'<tr><td>{escape(printable(r["component"]))}</td><td>{human_size(r["size"])}</td><td>{r["share"]:.1%}</td><td style="width:16em">{bar(r["share"])}</td></tr>' for r in self.by_component())
-        return (f'<b>{escape(head)}</b>' + ''.join(f'<div>{escape(f)}</div>' for f in facts) + f'<table class="minigpt-table">{rows}</table>' + ''.join(f'<div style="color:#b00">! {escape(printable(p, 1000))}</div>' for p in self.problems)
-            + f'<details><summary>{len(self.layers)} layers</summary>{self.by_layer()._repr_html_()}</details><details><summary>{min(50, len(self.tensors))} largest of {len(self.tensors)} tensors</summary>{self.by_tensor().top(50)._repr_html_()}</details>')
+        head, *facts = self.facts()
+        bar = lambda share: (
+            f'<div style="background:#4c78a8;height:0.8em;width:{100 * share:.1f}%"></div>'
+        )
+        rows = "".join(
+            f"<tr><td>{escape(printable(r['component']))}</td><td>{human_size(r['size'])}</td><td>{r['share']:.1%}</td><td"
+            f' style="width:16em">{bar(r["share"])}</td></tr>'
+            for r in self.by_component()
+        )
+        return (
+            f"<b>{escape(head)}</b>"
+            + "".join(f"<div>{escape(f)}</div>" for f in facts)
+            + f'<table class="minigpt-table">{rows}</table>'
+            + "".join(
+                f'<div style="color:#b00">! {escape(printable(p, 1000))}</div>'
+                for p in self.problems
+            )
+            + f"<details><summary>{len(self.layers)}"
+            f" layers</summary>{self.by_layer()._repr_html_()}</details><details><summary>{min(50, len(self.tensors))}"
+            f" largest of {len(self.tensors)}"
+            f" tensors</summary>{self.by_tensor().top(50)._repr_html_()}</details>"
+        )
 
     def figure(self):
         "Components as bars and layers as a treemap, in a Matplotlib figure that a notebook shows."
-        fig = figure(figsize=(9,3.4), dpi=80, layout='constrained')
-        a,b = fig.subplots(1, 2, width_ratios=(1,1.4))
+        fig = figure(figsize=(9, 3.4), dpi=80, layout="constrained")
+        a, b = fig.subplots(1, 2, width_ratios=(1, 1.4))
         rows = self.by_component()[::-1]
-        a.barh([printable(r['component'], 60).replace('$', r'\$') for r in rows], [r['size']/2**20 for r in rows]); a.set(xlabel='MiB', title=f'{human_size(self.size)} on disk')
-        for i,r in enumerate(rows): a.text(r['size']/2**20, i, f" {human_size(r['size'])}", va='center', fontsize=7)
-        a.set_xlim(0, 1.3*max([1e-6, *(r['size']/2**20 for r in rows)]))
+        a.barh(
+            [printable(r["component"], 60).replace("$", r"\$") for r in rows],
+            [r["size"] / 2**20 for r in rows],
+        )
+        a.set(xlabel="MiB", title=f"{human_size(self.size)} on disk")
+        for i, r in enumerate(rows):
+            a.text(r["size"] / 2**20, i, f" {human_size(r['size'])}", va="center", fontsize=7)
+        a.set_xlim(0, 1.3 * max([1e-6, *(r["size"] / 2**20 for r in rows)]))
         layers = sorted(self.layers.items(), key=lambda kv: -kv[1])[:200]
-        for (name,size),(x,y,w,h) in zip(layers, treemap([v for _,v in layers], 1.6, 1)):
-            numbered = name.rpartition('.')[2].isdigit()
-            b.add_patch(_rectangle(x, y, w, h, '#4c78a8' if numbered else '#f58518'))
-            if w*h > .012: b.text(x+w/2, y+h/2, f"{printable(name, 60).removeprefix('model.').removeprefix('transformer.')}\n{human_size(size)}", ha='center', va='center', fontsize=6 if w > .12 else 5, color='white', parse_math=False)
-        b.set(xlim=(0,1.6), ylim=(0,1), title=f'weights by layer: {human_size(sum(self.layers.values()))}'); b.axis('off')
+        for (name, size), (x, y, w, h) in zip(layers, treemap([v for _, v in layers], 1.6, 1)):
+            numbered = name.rpartition(".")[2].isdigit()
+            b.add_patch(_rectangle(x, y, w, h, "#4c78a8" if numbered else "#f58518"))
+            if w * h > 0.012:
+                b.text(
+                    x + w / 2,
+                    y + h / 2,
+                    f"{printable(name, 60).removeprefix('model.').removeprefix('transformer.')}\n{human_size(size)}",
+                    ha="center",
+                    va="center",
+                    fontsize=6 if w > 0.12 else 5,
+                    color="white",
+                    parse_math=False,
+                )
+        b.set(
+            xlim=(0, 1.6),
+            ylim=(0, 1),
+            title=f"weights by layer: {human_size(sum(self.layers.values()))}",
+        )
+        b.axis("off")
         return fig
 
 # %% ../nbs/09_analyze.ipynb #ffa74af3
 def _rectangle(x, y, w, h, color):
     from matplotlib.patches import Rectangle
-    return Rectangle((x,y), w, h, facecolor=color, edgecolor='white', linewidth=1)
+
+    return Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1)
+
 
 def treemap(
-    sizes:list[float], # The largest first
-    width:float, height:float, # Of the whole
-)->list[tuple[float,float,float,float]]: # x, y, width, height of each
+    sizes: list[float],  # The largest first
+    width: float,
+    height: float,  # Of the whole
+) -> list[tuple[float, float, float, float]]:  # x, y, width, height of each
     "Rectangles with areas in proportion to `sizes`, as square as they can be."
     sizes = [s for s in sizes if s > 0]
-    scale = width*height/max(1e-12, sum(sizes))
-    areas,out,x,y = [s*scale for s in sizes],[],0.,0.
+    scale = width * height / max(1e-12, sum(sizes))
+    areas, out, x, y = [s * scale for s in sizes], [], 0.0, 0.0
     while areas:
         side = min(width, height)
-        worst = lambda n: max(max(side**2*a/s**2, s**2/(side**2*a)) for s in [sum(areas[:n])] for a in (areas[0], areas[n-1]))
+        worst = lambda n: max(
+            max(side**2 * a / s**2, s**2 / (side**2 * a))
+            for s in [sum(areas[:n])]
+            for a in (areas[0], areas[n - 1])
+        )
         n = 1
-        while n < len(areas) and worst(n+1) <= worst(n): n += 1
-        thick,along = sum(areas[:n])/side,0.
+        while n < len(areas) and worst(n + 1) <= worst(n):
+            n += 1
+        thick, along = sum(areas[:n]) / side, 0.0
         for a in areas[:n]:
-            out.append((x, y+along, thick, a/thick) if width >= height else (x+along, y, a/thick, thick)); along += a/thick
-        if width >= height: x,width = x+thick,width-thick
-        else: y,height = y+thick,height-thick
+            out.append(
+                (x, y + along, thick, a / thick)
+                if width >= height
+                else (x + along, y, a / thick, thick)
+            )
+            along += a / thick
+        if width >= height:
+            x, width = x + thick, width - thick
+        else:
+            y, height = y + thick, height - thick
         areas = areas[n:]
     return out
 
 # %% ../nbs/09_analyze.ipynb #7a80c398
-_WEIGHTS = '.safetensors','.safetensors.zst','.pt','.pth','.bin','.ckpt'
-_MODEL = 'model_state_dict','model','state_dict','module','model_state','weights','net','params'
-_PARTS = {part:re.compile(marks) for part,marks in dict(optimizer=r'optimizer|(^|[_.-])optim([_.-]|$)', scheduler='scheduler|(^|_)sched', rng=r'(^|[_.-])rng|random_(state|generator)',
-    tokenizer=r'tokenizer|^vocab\.|^merges\.txt|special_tokens|added_tokens|chat_template').items()}
+_WEIGHTS = ".safetensors", ".safetensors.zst", ".pt", ".pth", ".bin", ".ckpt"
+_MODEL = (
+    "model_state_dict",
+    "model",
+    "state_dict",
+    "module",
+    "model_state",
+    "weights",
+    "net",
+    "params",
+)
+_PARTS = {
+    part: re.compile(marks)
+    for part, marks in dict(
+        optimizer=r"optimizer|(^|[_.-])optim([_.-]|$)",
+        scheduler="scheduler|(^|_)sched",
+        rng=r"(^|[_.-])rng|random_(state|generator)",
+        tokenizer=r"tokenizer|^vocab\.|^merges\.txt|special_tokens|added_tokens|chat_template",
+    ).items()
+}
 
-def _component(name:str)->str|None:
+
+def _component(name: str) -> str | None:
     "What a file or an entry holds, by its name; None: the name does not tell."
-    return next((part for part,marks in _PARTS.items() if marks.search(name.lower())), None)
+    return next((part for part, marks in _PARTS.items() if marks.search(name.lower())), None)
 
 # %% ../nbs/09_analyze.ipynb #86fa90f9
-_BUFFERS = re.compile(r'(^|\.)(freqs_c(i|o)s|freqs_sin|inv_freq|masked_bias|running_mean|running_var|num_batches_tracked|position_ids)$')
+_BUFFERS = re.compile(
+    r"(^|\.)(freqs_c(i|o)s|freqs_sin|inv_freq|masked_bias|running_mean|running_var|num_batches_tracked|position_ids)$"
+)
 
-def _take(a:Analysis, component:str, n:int): a.components[component] = a.components.get(component, 0)+n
 
-def _add(a:Analysis, name, component, shape, dtype, size, file, offset, tied='', stride=None):
-    buffer = bool(_BUFFERS.search(name)) or name.endswith('.attn.bias') and len(shape) == 4 # nanoGPT's causal mask
-    a.tensors.append(TensorInfo(name, component, shape, dtype, size, math.prod(shape), layer_of(name), tied, file, offset, stride, buffer))
+def _take(a: Analysis, component: str, n: int):
+    a.components[component] = a.components.get(component, 0) + n
 
-def _read_safetensors(a:Analysis, path:Path, size:int, part:str):
+
+def _add(a: Analysis, name, component, shape, dtype, size, file, offset, tied="", stride=None):
+    buffer = (
+        bool(_BUFFERS.search(name)) or name.endswith(".attn.bias") and len(shape) == 4
+    )  # nanoGPT's causal mask
+    a.tensors.append(
+        TensorInfo(
+            name,
+            component,
+            shape,
+            dtype,
+            size,
+            math.prod(shape),
+            layer_of(name),
+            tied,
+            file,
+            offset,
+            stride,
+            buffer,
+        )
+    )
+
+
+def _read_safetensors(a: Analysis, path: Path, size: int, part: str):
     with Reader(path) as f:
-        packed = zstandard.ZstdDecompressor().stream_reader(f, read_size=1<<16) if path.name.endswith('.zst') else None
-        try: found,meta,start = safetensors_header(packed or f, None if packed else size)
-        except zstandard.ZstdError as e: raise Refused(f"it is no zstd file, or a damaged one ({e})") from None
-    for k,(dtype,shape,begin,end) in found.items(): _add(a, k, part, shape, dtype, end-begin, path.name, -1 if packed else start+begin)
+        packed = (
+            zstandard.ZstdDecompressor().stream_reader(f, read_size=1 << 16)
+            if path.name.endswith(".zst")
+            else None
+        )
+        try:
+            found, meta, start = safetensors_header(packed or f, None if packed else size)
+        except zstandard.ZstdError as e:
+            raise Refused(f"it is no zstd file, or a damaged one ({e})") from None
+    for k, (dtype, shape, begin, end) in found.items():
+        _add(a, k, part, shape, dtype, end - begin, path.name, -1 if packed else start + begin)
     head = 0 if packed else start
-    _take(a, part, size-head); _take(a, 'format', head)
-    if part == 'model' and 'minigpt' in meta: _quantized(a, meta['minigpt'])
-    elif meta.keys()-{'format'}: a.metadata[path.name] = jsonable(meta)
+    _take(a, part, size - head)
+    _take(a, "format", head)
+    if part == "model" and "minigpt" in meta:
+        _quantized(a, meta["minigpt"])
+    elif meta.keys() - {"format"}:
+        a.metadata[path.name] = jsonable(meta)
 
-def _quantized(a:Analysis, facts:str):
+
+def _quantized(a: Analysis, facts: str):
     "Give our quantized matrices the shape that they stand for; `minigpt.quantize` describes the format."
-    try: facts = orjson.loads(facts); bits,widths = int(facts['bits']),dict(facts['widths'])
-    except (ValueError, KeyError, TypeError): a.problems.append('the header does not say how the weights were quantized'); return
+    try:
+        facts = orjson.loads(facts)
+        bits, widths = int(facts["bits"]), dict(facts["widths"])
+    except (ValueError, KeyError, TypeError):
+        a.problems.append("the header does not say how the weights were quantized")
+        return
     for t in a.tensors:
         width = widths.get(t.name)
-        if isinstance(width, int) and len(t.shape) == 3 and 0 < width*bits <= 8*math.prod(t.shape[1:]): t.shape,t.numel,t.dtype,t.offset = (t.shape[0],width),t.shape[0]*width,f'int{bits}',-1
-        elif t.name.removesuffix('.scale') in widths: t.buffer = True
+        if (
+            isinstance(width, int)
+            and len(t.shape) == 3
+            and 0 < width * bits <= 8 * math.prod(t.shape[1:])
+        ):
+            t.shape, t.numel, t.dtype, t.offset = (
+                (t.shape[0], width),
+                t.shape[0] * width,
+                f"int{bits}",
+                -1,
+            )
+        elif t.name.removesuffix(".scale") in widths:
+            t.buffer = True
 
 # %% ../nbs/09_analyze.ipynb #5427d5e9
-def _roles(t:TorchFile, part:str|None)->tuple[dict,dict]:
+def _roles(t: TorchFile, part: str | None) -> tuple[dict, dict]:
     "Entry → component; entry → value. One entry without a name, if the file is one thing in all."
-    top = t.top.has or {} if isinstance(t.top, Call) else t.top # a whole module that was pickled
-    entries,seen = top if isinstance(top, dict) else {'':top},set()
-    holds = {k for k,v in entries.items() if next(tensors_in(v, seen=seen), None)}
-    inner = [k for k in holds if isinstance(entries[k], (dict,Call))]
-    if part: return {'':part},{'':top}
-    if isinstance(t.top, Call) and holds or not any(k in _MODEL or _component(str(k)) for k in inner) and any(isinstance(v, StoredTensor) and v.shape for v in entries.values()): return {'':'model'},{'':top} # a bare state dict
+    top = t.top.has or {} if isinstance(t.top, Call) else t.top  # a whole module that was pickled
+    entries, seen = top if isinstance(top, dict) else {"": top}, set()
+    holds = {k for k, v in entries.items() if next(tensors_in(v, seen=seen), None)}
+    inner = [k for k in holds if isinstance(entries[k], (dict, Call))]
+    if part:
+        return {"": part}, {"": top}
+    if (
+        isinstance(t.top, Call)
+        and holds
+        or not any(k in _MODEL or _component(str(k)) for k in inner)
+        and any(isinstance(v, StoredTensor) and v.shape for v in entries.values())
+    ):
+        return {"": "model"}, {"": top}  # a bare state dict
     main = next((k for k in (*_MODEL, *entries) if k in inner and not _component(str(k))), None)
-    def role(k,v):
-        if k == main: return 'model'
-        if known := _component(str(k)): return known
-        if k not in holds or isinstance(v, StoredTensor) and not v.shape: return 'metadata'
-        return str(k)[:100] if k != 'model' else 'second model' # an average of the weights, a teacher …
-    return {k:role(k, v) for k,v in entries.items()},entries
 
-def _read_torch(a:Analysis, path:Path, size:int, part:str|None):
-    t,name = torch_file(path, names := Counter()),path.name
-    if t.problem: a.problems.append(f'{name}: {t.problem}')
+    def role(k, v):
+        if k == main:
+            return "model"
+        if known := _component(str(k)):
+            return known
+        if k not in holds or isinstance(v, StoredTensor) and not v.shape:
+            return "metadata"
+        return (
+            str(k)[:100] if k != "model" else "second model"
+        )  # an average of the weights, a teacher …
+
+    return {k: role(k, v) for k, v in entries.items()}, entries
+
+
+def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
+    t, name = torch_file(path, names := Counter()), path.name
+    if t.problem:
+        a.problems.append(f"{name}: {t.problem}")
     _name_code(a, name, names)
-    roles,entries = _roles(t, part)
-    owners,places,used,seen,pickled = {},{},Counter(),set(),t.pickled
-    for k,v in entries.items():
-        for n,x in tensors_in(v, '' if roles[k] in ('model','optimizer','scheduler','rng') else str(k)[:100], seen=seen):
-            if why := _misplaced(x, t): a.problems.append(f'{name}: {printable(n)} {why}'); continue
-            taken = math.prod(x.shape)*BITS[x.dtype]//8
-            tied = places.setdefault((x.storage.key,x.offset,taken), n) if taken else n # an empty tensor shares nothing
-            if tied != n: taken = 0
-            owners.setdefault(x.storage.key, roles[k]); used[x.storage.key] += taken
-            _add(a, n, roles[k], x.shape, x.dtype, taken, name, t.records[x.storage.key][0]+x.offset*BITS[x.dtype]//8, tied if tied != n else '', None if _by_rows(x) else x.stride)
-        if '' not in roles: _take(a, roles[k], t.spans.get(k, 0)); pickled -= t.spans.get(k, 0)
-    _take(a, roles.get('', 'format'), pickled)
-    for key,(_,n) in t.records.items(): _take(a, owners.get(key, 'not understood' if t.problem else roles.get('', 'metadata')), n)
-    _take(a, 'format', size-t.pickled-sum(n for _,n in t.records.values()))
-    wasted = sum(t.records[k][1]-n for k,n in used.items())
-    if wasted > max(1<<20, .05*size): a.problems.append(f"{name}: {human_size(wasted)} are stored and not used: views of larger tensors were saved; .clone() them before saving")
-    if '' not in roles: _facts(a, name, {k:v for k,v in entries.items() if roles[k] == 'metadata'})
-    elif name == 'training_args.bin': a.metadata['training_args'] = jsonable(entries[''])
-    elif roles[''] == 'model': a.kind = a.kind or 'state dict'
+    roles, entries = _roles(t, part)
+    owners, places, used, seen, pickled = {}, {}, Counter(), set(), t.pickled
+    for k, v in entries.items():
+        for n, x in tensors_in(
+            v,
+            "" if roles[k] in ("model", "optimizer", "scheduler", "rng") else str(k)[:100],
+            seen=seen,
+        ):
+            if why := _misplaced(x, t):
+                a.problems.append(f"{name}: {printable(n)} {why}")
+                continue
+            taken = math.prod(x.shape) * BITS[x.dtype] // 8
+            tied = (
+                places.setdefault((x.storage.key, x.offset, taken), n) if taken else n
+            )  # an empty tensor shares nothing
+            if tied != n:
+                taken = 0
+            owners.setdefault(x.storage.key, roles[k])
+            used[x.storage.key] += taken
+            _add(
+                a,
+                n,
+                roles[k],
+                x.shape,
+                x.dtype,
+                taken,
+                name,
+                t.records[x.storage.key][0] + x.offset * BITS[x.dtype] // 8,
+                tied if tied != n else "",
+                None if _by_rows(x) else x.stride,
+            )
+        if "" not in roles:
+            _take(a, roles[k], t.spans.get(k, 0))
+            pickled -= t.spans.get(k, 0)
+    _take(a, roles.get("", "format"), pickled)
+    for key, (_, n) in t.records.items():
+        _take(a, owners.get(key, "not understood" if t.problem else roles.get("", "metadata")), n)
+    _take(a, "format", size - t.pickled - sum(n for _, n in t.records.values()))
+    wasted = sum(t.records[k][1] - n for k, n in used.items())
+    if wasted > max(1 << 20, 0.05 * size):
+        a.problems.append(
+            f"{name}: {human_size(wasted)} are stored and not used: views of larger tensors were"
+            " saved; .clone() them before saving"
+        )
+    if "" not in roles:
+        _facts(a, name, {k: v for k, v in entries.items() if roles[k] == "metadata"})
+    elif name == "training_args.bin":
+        a.metadata["training_args"] = jsonable(entries[""])
+    elif roles[""] == "model":
+        a.kind = a.kind or "state dict"
 
-def _by_rows(x:StoredTensor)->bool: return all(n == 1 or s == math.prod(x.shape[i+1:]) for i,(n,s) in enumerate(zip(x.shape, x.stride)))
 
-def _misplaced(x:StoredTensor, t:TorchFile)->str:
+def _by_rows(x: StoredTensor) -> bool:
+    return all(
+        n == 1 or s == math.prod(x.shape[i + 1 :])
+        for i, (n, s) in enumerate(zip(x.shape, x.stride))
+    )
+
+
+def _misplaced(x: StoredTensor, t: TorchFile) -> str:
     "Why a tensor's values cannot be where it says; nothing if they can."
-    n,extent = math.prod(x.shape),x.offset+1+sum((n-1)*s for n,s in zip(x.shape, x.stride))
-    if x.storage.key not in t.records: return 'has no values: they are missing in the file'
+    n, extent = (
+        math.prod(x.shape),
+        x.offset + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride)),
+    )
+    if x.storage.key not in t.records:
+        return "has no values: they are missing in the file"
     length = t.records[x.storage.key][1]
-    if len(x.stride) == len(x.shape) and max(n, extent if n else 0)*BITS[x.dtype] <= 8*length: return ''
-    return f'of shape {x.shape} reaches beyond the {length:,} bytes that are stored for it'
+    if len(x.stride) == len(x.shape) and max(n, extent if n else 0) * BITS[x.dtype] <= 8 * length:
+        return ""
+    return f"of shape {x.shape} reaches beyond the {length:,} bytes that are stored for it"
 
-def _name_code(a:Analysis, name:str, names:Counter):
-    if not (found := foreign(names, name)): return
+
+def _name_code(a: Analysis, name: str, names: Counter):
+    if not (found := foreign(names, name)):
+        return
     a.code += [n for n in found if n not in a.code]
-    a.problems.append(f"{name} names code: {', '.join(map(printable, found[:5]))}{' …' if len(found) > 5 else ''}. A full unpickler (torch.load with weights_only=False) would import it and may run it; here nothing was run. Open it so only if you trust who made it")
+    a.problems.append(
+        f"{name} names code:"
+        f" {', '.join(map(printable, found[:5]))}{' …' if len(found) > 5 else ''}. A full unpickler"
+        " (torch.load with weights_only=False) would import it and may run it; here nothing was"
+        " run. Open it so only if you trust who made it"
+    )
+
 
 def _number(*found):
     "The first of them that is a number."
-    return next((x for x in found if isinstance(x, (int,float)) and not isinstance(x, bool)), None)
+    return next((x for x in found if isinstance(x, (int, float)) and not isinstance(x, bool)), None)
 
-def _step(x)->int|None: return None if (x := _number(x)) is None or not math.isfinite(x) else int(x)
 
-def _facts(a:Analysis, name:str, said:dict):
+def _step(x) -> int | None:
+    return None if (x := _number(x)) is None or not math.isfinite(x) else int(x)
+
+
+def _facts(a: Analysis, name: str, said: dict):
     "Step, losses and settings out of the entries of a `.pt`."
-    for t in a.tensors: # losses that are tensors, as nanoGPT's
-        if t.file == name and t.component == 'metadata' and t.numel == 1 and t.name in said and readable(t): said[t.name] = float(next(values(a.home, t))[0])
+    for t in a.tensors:  # losses that are tensors, as nanoGPT's
+        if (
+            t.file == name
+            and t.component == "metadata"
+            and t.numel == 1
+            and t.name in said
+            and readable(t)
+        ):
+            said[t.name] = float(next(values(a.home, t))[0])
     said = jsonable(said)
     ask = lambda *keys: _number(*(said.get(k) for k in keys))
-    a.step,a.epoch = _step(ask('step','global_step','iter_num','iteration','steps')),ask('epoch','epochs')
-    a.loss,a.best_loss = ask('loss','train_loss','last_loss'),ask('best_loss','best_val_loss','val_loss')
-    for k in 'config','args','model_config','model_args':
-        if isinstance(said.get(k), dict): a.config |= said.pop(k)
-    if isinstance(info := said.get('model_info'), dict): a.trainable = _number(info.get('trainable_params'))
+    a.step, a.epoch = (
+        _step(ask("step", "global_step", "iter_num", "iteration", "steps")),
+        ask("epoch", "epochs"),
+    )
+    a.loss, a.best_loss = (
+        ask("loss", "train_loss", "last_loss"),
+        ask("best_loss", "best_val_loss", "val_loss"),
+    )
+    for k in "config", "args", "model_config", "model_args":
+        if isinstance(said.get(k), dict):
+            a.config |= said.pop(k)
+    if isinstance(info := said.get("model_info"), dict):
+        a.trainable = _number(info.get("trainable_params"))
     a.metadata |= said
-    a.kind = 'nanoGPT checkpoint' if 'iter_num' in said and 'best_val_loss' in said else 'training checkpoint (.pt)' if 'optimizer' in a.components else a.kind
+    a.kind = (
+        "nanoGPT checkpoint"
+        if "iter_num" in said and "best_val_loss" in said
+        else "training checkpoint (.pt)"
+        if "optimizer" in a.components
+        else a.kind
+    )
 
 # %% ../nbs/09_analyze.ipynb #46ac0532
-_NUMPY = {'bfloat16':np.dtype('<u2'), **{k:np.dtype(k).newbyteorder('<') for k in BITS if re.fullmatch(r'(float(16|32|64)|u?int\d+|bool|complex(64|128))', k)}}
+_NUMPY = {
+    "bfloat16": np.dtype("<u2"),
+    **{
+        k: np.dtype(k).newbyteorder("<")
+        for k in BITS
+        if re.fullmatch(r"(float(16|32|64)|u?int\d+|bool|complex(64|128))", k)
+    },
+}
 
-def readable(t:TensorInfo)->bool: "Are its values stored plainly, in a type that NumPy has?"; return t.offset >= 0 and t.dtype in _NUMPY
+
+def readable(t: TensorInfo) -> bool:
+    "Are its values stored plainly, in a type that NumPy has?"
+    return t.offset >= 0 and t.dtype in _NUMPY
+
 
 def values(
-    home:Path, # The directory of its file
-    t:TensorInfo, # A `readable` one
-    most:int=1<<20, # Values in a piece, about
-)->Iterator[np.ndarray]: # Flat pieces, row after row; bfloat16 as float32
+    home: Path,  # The directory of its file
+    t: TensorInfo,  # A `readable` one
+    most: int = 1 << 20,  # Values in a piece, about
+) -> Iterator[np.ndarray]:  # Flat pieces, row after row; bfloat16 as float32
     "The values of a tensor, through a memory map."
-    if not t.numel: return
+    if not t.numel:
+        return
     dtype = _NUMPY[t.dtype]
-    extent = t.numel if t.stride is None else 1+sum((n-1)*s for n,s in zip(t.shape, t.stride))
-    x = np.memmap(home/t.file, dtype, 'r', t.offset, (extent,))
-    x = x.reshape(t.shape or (1,)) if t.stride is None else np.lib.stride_tricks.as_strided(x, t.shape, [s*dtype.itemsize for s in t.stride])
-    rows = max(1, most*len(x)//t.numel)
+    extent = (
+        t.numel if t.stride is None else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride))
+    )
+    x = np.memmap(home / t.file, dtype, "r", t.offset, (extent,))
+    x = (
+        x.reshape(t.shape or (1,))
+        if t.stride is None
+        else np.lib.stride_tricks.as_strided(x, t.shape, [s * dtype.itemsize for s in t.stride])
+    )
+    rows = max(1, most * len(x) // t.numel)
     for i in range(0, len(x), rows):
-        piece = np.ascontiguousarray(x[i:i+rows]).reshape(-1)
-        yield (piece.astype('<u4')<<16).view('<f4') if t.dtype == 'bfloat16' else piece
+        piece = np.ascontiguousarray(x[i : i + rows]).reshape(-1)
+        yield (piece.astype("<u4") << 16).view("<f4") if t.dtype == "bfloat16" else piece
 
 # %% ../nbs/09_analyze.ipynb #f0fd3e06
-def _read_file(a:Analysis, path:Path):
+def _read_file(a: Analysis, path: Path):
     "Add what one file holds."
-    name,stat = path.name,path.stat()
-    a.files[name],a.time = stat.st_size,max(a.time, stat.st_mtime)
-    bare = name.removesuffix('.zst').removesuffix('.gz')
-    part = 'metadata' if name == 'training_args.bin' else _component(bare)
-    if not stat.st_size and name.endswith(_WEIGHTS): raise Refused("it is empty: it was not written, or has not arrived")
-    if bare.endswith('.safetensors'): _read_safetensors(a, path, stat.st_size, part or 'model')
-    elif name.endswith(('.pt','.pth','.ckpt','.pkl','.pickle')) or name.endswith('.bin') and _pickled(path): _read_torch(a, path, stat.st_size, part)
-    else: _take(a, part or 'metadata', stat.st_size)
+    name, stat = path.name, path.stat()
+    a.files[name], a.time = stat.st_size, max(a.time, stat.st_mtime)
+    bare = name.removesuffix(".zst").removesuffix(".gz")
+    part = "metadata" if name == "training_args.bin" else _component(bare)
+    if not stat.st_size and name.endswith(_WEIGHTS):
+        raise Refused("it is empty: it was not written, or has not arrived")
+    if bare.endswith(".safetensors"):
+        _read_safetensors(a, path, stat.st_size, part or "model")
+    elif (
+        name.endswith((".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
+        or name.endswith(".bin")
+        and _pickled(path)
+    ):
+        _read_torch(a, path, stat.st_size, part)
+    else:
+        _take(a, part or "metadata", stat.st_size)
 
-def _pickled(path:Path)->bool:
+
+def _pickled(path: Path) -> bool:
     "Does a `.bin` begin as files of torch.save do?"
-    with open(path, 'rb') as f: start = f.read(2)
-    return start == b'PK' or start[:1] == b'\x80' and start[1:] in (b'\2',b'\3',b'\4',b'\5')
+    with open(path, "rb") as f:
+        start = f.read(2)
+    return start == b"PK" or start[:1] == b"\x80" and start[1:] in (b"\2", b"\3", b"\4", b"\5")
 
-def _read_folder(a:Analysis):
+
+def _read_folder(a: Analysis):
     "Add what the files of a directory hold; a folder in it counts as one component."
     for p in sorted(a.path.iterdir()):
         try:
-            if p.is_file(): _read_file(a, p)
-            elif p.is_dir() and not p.is_symlink() and (n := dir_size(p)): a.files[p.name+'/'] = n; _take(a, 'tokenizer' if p.name == 'tokenizer' else p.name+'/', n)
-        except FileNotFoundError: a.files.pop(p.name, None) # deleted while we looked: the run goes on
-        except (Refused, OSError) as e: a.problems.append(f'{p.name}: {e}'); _take(a, 'unreadable', a.files.get(p.name, 0))
+            if p.is_file():
+                _read_file(a, p)
+            elif p.is_dir() and not p.is_symlink() and (n := dir_size(p)):
+                a.files[p.name + "/"] = n
+                _take(a, "tokenizer" if p.name == "tokenizer" else p.name + "/", n)
+        except FileNotFoundError:
+            a.files.pop(p.name, None)  # deleted while we looked: the run goes on
+        except (Refused, OSError) as e:
+            a.problems.append(f"{p.name}: {e}")
+            _take(a, "unreadable", a.files.get(p.name, 0))
 
-def _read_said(a:Analysis)->dict[str,dict]:
+
+def _read_said(a: Analysis) -> dict[str, dict]:
     "The JSON files of a directory that are known by name."
     said = {}
-    for k in 'config','adapter_config','trainer_state','run','MANIFEST','training_args','generation_config','optimizer':
+    for k in (
+        "config",
+        "adapter_config",
+        "trainer_state",
+        "run",
+        "MANIFEST",
+        "training_args",
+        "generation_config",
+        "optimizer",
+    ):
         try:
-            if (size := a.files.get(f'{k}.json', 0)) > 32<<20: raise Refused(f"it takes {human_size(size)}, more than the 32.0 MiB that are read")
-            d = read_json(a.path/f'{k}.json') if size else {}
-        except (ValueError, OSError) as e: a.problems.append(f'{k}.json: {e}'); d = {}
+            if (size := a.files.get(f"{k}.json", 0)) > 32 << 20:
+                raise Refused(f"it takes {human_size(size)}, more than the 32.0 MiB that are read")
+            d = read_json(a.path / f"{k}.json") if size else {}
+        except (ValueError, OSError) as e:
+            a.problems.append(f"{k}.json: {e}")
+            d = {}
         said[k] = d if isinstance(d, dict) else {}
     return said
 
-def _progress(a:Analysis, state:dict):
-    "Step and losses out of a trainer_state.json, ours or the Trainer's."
-    history = [r for r in state['log_history'] if isinstance(r, dict)] if isinstance(state.get('log_history'), list) else []
-    evaluated = [r['eval_loss'] for r in history if isinstance(r.get('eval_loss'), float)]
-    a.step,a.epoch = _step(state.get('global_step')),_number(state.get('epoch'))
-    a.loss = _number(state.get('last_loss'), *(r.get('loss') for r in reversed(history)))
-    a.best_loss = _number(state.get('best_loss'), min(evaluated, default=None))
-    a.metadata['trainer_state'] = jsonable({k:v for k,v in state.items() if k not in ('log_history','recent_losses')})
 
-def _manifest(a:Analysis, manifest:dict):
+def _progress(a: Analysis, state: dict):
+    "Step and losses out of a trainer_state.json, ours or the Trainer's."
+    history = (
+        [r for r in state["log_history"] if isinstance(r, dict)]
+        if isinstance(state.get("log_history"), list)
+        else []
+    )
+    evaluated = [r["eval_loss"] for r in history if isinstance(r.get("eval_loss"), float)]
+    a.step, a.epoch = _step(state.get("global_step")), _number(state.get("epoch"))
+    a.loss = _number(state.get("last_loss"), *(r.get("loss") for r in reversed(history)))
+    a.best_loss = _number(state.get("best_loss"), min(evaluated, default=None))
+    a.metadata["trainer_state"] = jsonable(
+        {k: v for k, v in state.items() if k not in ("log_history", "recent_losses")}
+    )
+
+
+def _manifest(a: Analysis, manifest: dict):
     "Compare names and sizes with a manifest's. Hashes are compared where a checkpoint is loaded."
     try:
-        for name,want in manifest['files'].items():
-            if name not in a.files: a.problems.append(f'{printable(name)} is missing')
-            elif a.files[name] != want['size']: a.problems.append(f"{printable(name)} has {a.files[name]:,} bytes instead of {want['size']:,}")
-        a.time = float(manifest['time'])
-    except (KeyError, TypeError, ValueError, AttributeError): a.problems.append('MANIFEST.json is damaged')
+        for name, want in manifest["files"].items():
+            if name not in a.files:
+                a.problems.append(f"{printable(name)} is missing")
+            elif a.files[name] != want["size"]:
+                a.problems.append(
+                    f"{printable(name)} has {a.files[name]:,} bytes instead of {want['size']:,}"
+                )
+        a.time = float(manifest["time"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        a.problems.append("MANIFEST.json is damaged")
 
-def _read_directory(a:Analysis):
+
+def _read_directory(a: Analysis):
     _read_folder(a)
     said = _read_said(a)
-    config,adapter,state,run,manifest = (said.pop(k) for k in ('config','adapter_config','trainer_state','run','MANIFEST'))
-    weights = any(t.component == 'model' for t in a.tensors)
+    config, adapter, state, run, manifest = (
+        said.pop(k) for k in ("config", "adapter_config", "trainer_state", "run", "MANIFEST")
+    )
+    weights = any(t.component == "model" for t in a.tensors)
     a.config = jsonable(config or adapter) or a.config
-    a.metadata |= {k:jsonable(v) for k,v in said.items() if v}
-    if state: _progress(a, state)
-    if 'MANIFEST.json' in a.files: _manifest(a, manifest)
-    elif 'optimizer.safetensors' in a.files: a.problems.append('MANIFEST.json is missing: it was not written to its end')
-    if run and not weights: a.problems.append('the final model is not written: training goes on, or was interrupted; its checkpoints are in checkpoints/')
-    elif config and not weights and 'unreadable' not in a.components: a.problems.append('there is a config.json, and no weights beside it')
-    a.kind = ('LoRA adapter' if adapter else 'minigpt run' if run else f"minigpt checkpoint ({printable(str(manifest.get('kind')))})" if manifest else
-        'Hugging Face checkpoint' if config and state else 'Hugging Face model' if config else a.kind or ('checkpoint' if weights else ''))
+    a.metadata |= {k: jsonable(v) for k, v in said.items() if v}
+    if state:
+        _progress(a, state)
+    if "MANIFEST.json" in a.files:
+        _manifest(a, manifest)
+    elif "optimizer.safetensors" in a.files:
+        a.problems.append("MANIFEST.json is missing: it was not written to its end")
+    if run and not weights:
+        a.problems.append(
+            "the final model is not written: training goes on, or was interrupted; its checkpoints"
+            " are in checkpoints/"
+        )
+    elif config and not weights and "unreadable" not in a.components:
+        a.problems.append("there is a config.json, and no weights beside it")
+    a.kind = (
+        "LoRA adapter"
+        if adapter
+        else (
+            "minigpt run"
+            if run
+            else (
+                f"minigpt checkpoint ({printable(str(manifest.get('kind')))})"
+                if manifest
+                else (
+                    "Hugging Face checkpoint"
+                    if config and state
+                    else (
+                        "Hugging Face model"
+                        if config
+                        else a.kind or ("checkpoint" if weights else "")
+                    )
+                )
+            )
+        )
+    )
 
 # %% ../nbs/09_analyze.ipynb #64dda5b2
-_ONE = 'config.json','adapter_config.json','MANIFEST.json','run.json','model.safetensors.index.json','pytorch_model.bin.index.json' # a directory with one of these is one checkpoint, however many files it has
+_ONE = (
+    "config.json",
+    "adapter_config.json",
+    "MANIFEST.json",
+    "run.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+)  # a directory with one of these is one checkpoint, however many files it has
 
-def _is_one(folder:Path)->bool: return any((folder/n).exists() for n in _ONE)
 
-def _alone(folder:Path)->list[Path]:
+def _is_one(folder: Path) -> bool:
+    return any((folder / n).exists() for n in _ONE)
+
+
+def _alone(folder: Path) -> list[Path]:
     "Files in a folder that may each be a checkpoint."
-    return [p for p in folder.iterdir() if p.name.endswith(_WEIGHTS) and p.name[0] != '.' and p.is_file() and p.name != 'training_args.bin' and not _component(p.name) and not (p.name.endswith('.bin') and not _pickled(p))]
+    return [
+        p
+        for p in folder.iterdir()
+        if p.name.endswith(_WEIGHTS)
+        and p.name[0] != "."
+        and p.is_file()
+        and p.name != "training_args.bin"
+        and not _component(p.name)
+        and not (p.name.endswith(".bin") and not _pickled(p))
+    ]
 
-def _is_checkpoint(folder:Path)->bool:
+
+def _is_checkpoint(folder: Path) -> bool:
     "A directory with weights, that is neither unfinished nor set aside."
-    return folder.is_dir() and not re.search(r'^\.|\.(damaged|superseded)-\d+$', folder.name) and bool(found := _alone(folder)) and (len(found) == 1 or _is_one(folder))
+    return (
+        folder.is_dir()
+        and not re.search(r"^\.|\.(damaged|superseded)-\d+$", folder.name)
+        and bool(found := _alone(folder))
+        and (len(found) == 1 or _is_one(folder))
+    )
+
 
 def checkpoints_in(
-    folder:str|Path, # A run, an output_dir, a folder of .pt files
-)->list[Path]: # By name; the folder itself, if it is one as well
+    folder: str | Path,  # A run, an output_dir, a folder of .pt files
+) -> list[Path]:  # By name; the folder itself, if it is one as well
     "The checkpoints in a folder."
     folder = Path(folder)
-    places = [folder, *(folder/d for d in ('checkpoints','snapshots','best') if (folder/'run.json').exists() and (folder/d).is_dir())]
+    places = [
+        folder,
+        *(
+            folder / d
+            for d in ("checkpoints", "snapshots", "best")
+            if (folder / "run.json").exists() and (folder / d).is_dir()
+        ),
+    ]
     found = [d for place in places for d in place.iterdir() if _is_checkpoint(d)]
-    return sorted(found, key=lambda p: natural(p.name)) + ([folder]*_is_checkpoint(folder) if _is_one(folder) else sorted(_alone(folder), key=lambda p: natural(p.name)))
+    return sorted(found, key=lambda p: natural(p.name)) + (
+        [folder] * _is_checkpoint(folder)
+        if _is_one(folder)
+        else sorted(_alone(folder), key=lambda p: natural(p.name))
+    )
+
 
 def analyze(
-    path:str|Path, # A checkpoint: a file, or a directory
-)->Analysis:
+    path: str | Path,  # A checkpoint: a file, or a directory
+) -> Analysis:
     "What is in a checkpoint of any of the usual programs. Only headers are read, and nothing in them is run."
     a = Analysis(path := Path(path))
     if path.is_dir():
-        if not _is_one(path) and (len(inside := checkpoints_in(path)) > 1 or inside and inside[0].is_dir()):
-            raise ValueError(f"{path} is not a checkpoint, but holds {len(inside)}, such as {inside[0].name}: name one, or compare them all (minigpt checkpoint analyze -d {path} --compare)")
+        if not _is_one(path) and (
+            len(inside := checkpoints_in(path)) > 1 or inside and inside[0].is_dir()
+        ):
+            raise ValueError(
+                f"{path} is not a checkpoint, but holds {len(inside)}, such as {inside[0].name}:"
+                f" name one, or compare them all (minigpt checkpoint analyze -d {path} --compare)"
+            )
         _read_directory(a)
-        if not a.tensors and not a.kind: raise ValueError(f"{path} is not a checkpoint: it has no weights (.safetensors, .pt, .pth, .bin) and no config.json")
+        if not a.tensors and not a.kind:
+            raise ValueError(
+                f"{path} is not a checkpoint: it has no weights (.safetensors, .pt, .pth, .bin) and"
+                " no config.json"
+            )
     elif path.is_file():
-        try: _read_file(a, path)
-        except Refused as e: raise ValueError(f"{path} is refused: {e}") from None
-        a.kind = a.kind or ('safetensors file' if '.safetensors' in path.name else 'file of torch.save' if a.tensors or a.problems else 'pickle' if _pickled(path) else '')
-        if not a.kind: raise ValueError(f"{path} is not a checkpoint: it must be a directory, or a file that safetensors or torch.save wrote (.safetensors, .pt, .pth, .bin)")
-    elif path.exists(): raise ValueError(f"{path} is neither a file nor a directory")
+        try:
+            _read_file(a, path)
+        except Refused as e:
+            raise ValueError(f"{path} is refused: {e}") from None
+        a.kind = a.kind or (
+            "safetensors file"
+            if ".safetensors" in path.name
+            else (
+                "file of torch.save"
+                if a.tensors or a.problems
+                else "pickle"
+                if _pickled(path)
+                else ""
+            )
+        )
+        if not a.kind:
+            raise ValueError(
+                f"{path} is not a checkpoint: it must be a directory, or a file that safetensors or"
+                " torch.save wrote (.safetensors, .pt, .pth, .bin)"
+            )
+    elif path.exists():
+        raise ValueError(f"{path} is neither a file nor a directory")
     else:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3, .3) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no {path}" + (f"; near it: {', '.join(near)}" if near else ''))
-    a.size,a.components = sum(a.files.values()),{k:n for k,n in a.components.items() if n}
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3, 0.3)
+            if path.parent.is_dir()
+            else []
+        )
+        raise FileNotFoundError(
+            f"there is no {path}" + (f"; near it: {', '.join(near)}" if near else "")
+        )
+    a.size, a.components = sum(a.files.values()), {k: n for k, n in a.components.items() if n}
     _find_copies(a)
-    if a.kind == 'LoRA adapter': a.trainable = a.params
-    if a.trainable is None: a.trainable = _trained(a)
+    if a.kind == "LoRA adapter":
+        a.trainable = a.params
+    if a.trainable is None:
+        a.trainable = _trained(a)
     return a
 
-def _trained(a:Analysis)->int|None:
+
+def _trained(a: Analysis) -> int | None:
     "Parameters that the optimizer keeps a moment for."
     sizes = {}
     for t in a.tensors:
-        moment,_,owner = t.name.partition('/') if '/' in t.name else t.name.rpartition('.')[::-1] # ours: exp_avg/NAME; torch's: state.0.exp_avg
-        if t.component == 'optimizer' and moment in ('exp_avg','momentum_buffer'): sizes[owner] = t.numel
+        moment, _, owner = (
+            t.name.partition("/") if "/" in t.name else t.name.rpartition(".")[::-1]
+        )  # ours: exp_avg/NAME; torch's: state.0.exp_avg
+        if t.component == "optimizer" and moment in ("exp_avg", "momentum_buffer"):
+            sizes[owner] = t.numel
     return sum(sizes.values()) or None
 
-def _find_copies(a:Analysis):
+
+def _find_copies(a: Analysis):
     "A tied head that was stored once more is no parameter: `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell."
+
     def sample(t):
-        n = min(t.bytes, 1<<14)
-        with open(a.home/t.file, 'rb') as f: return b''.join(f.read(n) for i in range(3) if f.seek(t.offset+i*(t.bytes-n)//2) >= 0)
-    def key(t): return t.shape,t.dtype,hash_bytes(sample(t))
+        n = min(t.bytes, 1 << 14)
+        with open(a.home / t.file, "rb") as f:
+            return b"".join(
+                f.read(n) for i in range(3) if f.seek(t.offset + i * (t.bytes - n) // 2) >= 0
+            )
+
+    def key(t):
+        return t.shape, t.dtype, hash_bytes(sample(t))
+
     tables = [t for t in a.weights() if len(t.shape) == 2 and t.offset >= 0 and not t.stride]
-    heads = [t for t in tables if re.search('head|output', t.name)]
+    heads = [t for t in tables if re.search("head|output", t.name)]
     kinds = {(t.shape, t.dtype) for t in heads}
-    embeddings = [t for t in tables if (t.shape, t.dtype) in kinds and re.search('emb|wte', t.name)]
+    embeddings = [t for t in tables if (t.shape, t.dtype) in kinds and re.search("emb|wte", t.name)]
     known = {}
-    for t in embeddings: known.setdefault(key(t), []).append(t)
+    for t in embeddings:
+        known.setdefault(key(t), []).append(t)
     for head in heads if known else ():
         if first := next((t for t in known.get(key(head), ()) if t is not head), None):
             head.tied = first.name
-            a.problems.append(f'{printable(head.name)} is stored as a copy of {printable(first.name)}: {human_size(head.bytes)} more than needed; the two are counted as one')
+            a.problems.append(
+                f"{printable(head.name)} is stored as a copy of {printable(first.name)}:"
+                f" {human_size(head.bytes)} more than needed; the two are counted as one"
+            )
 
 # %% ../nbs/09_analyze.ipynb #04b69eb6
 class _Counted:
     "A file to write to, with a progress bar."
-    def __init__(self, f, bar): self.f,self.bar = f,bar
-    def write(self, data): n = self.f.write(data); self.bar.update(n); return n
-    def flush(self): self.f.flush()
+
+    def __init__(self, f, bar):
+        self.f, self.bar = f, bar
+
+    def write(self, data):
+        n = self.f.write(data)
+        self.bar.update(n)
+        return n
+
+    def flush(self):
+        self.f.flush()
+
 
 def create_demo(
-    folder:str|Path, # Where it goes; made if missing
-    config='medium', # A preset's name, or a `GPTConfig`
-    steps:int=2, # AdamW's steps on random tokens, so that its moments are real
-    progress:bool=True, # Show a bar?
-    overwrite:bool=False, # May it take the place of one that is there?
-)->Path: # The file; `medium` takes 1.3 GiB on disk, and 2.2 GiB of memory while it is made
+    folder: str | Path,  # Where it goes; made if missing
+    config="medium",  # A preset's name, or a `GPTConfig`
+    steps: int = 2,  # AdamW's steps on random tokens, so that its moments are real
+    progress: bool = True,  # Show a bar?
+    overwrite: bool = False,  # May it take the place of one that is there?
+) -> Path:  # The file; `medium` takes 1.3 GiB on disk, and 2.2 GiB of memory while it is made
     "Make a demonstration checkpoint: model, AdamW, schedule, losses."
     import torch
     from tqdm.auto import tqdm
     from minigpt.model import GPT, GPTConfig, to_hf
-    config,folder = GPTConfig.preset(config) if isinstance(config, str) else config,at_home(folder)
-    path = folder/f'checkpoint_step_{steps}.pt'
-    if path.exists() and not overwrite: raise FileExistsError(f"{path} exists already and is not overwritten: look at it (minigpt checkpoint analyze -c {path}), name another folder (-d), or pass overwrite=True (--overwrite)")
-    need,free = 12*config.n_params,free_space(folder)
-    if free < 1.05*need: raise OSError(f"{folder} has {human_size(free)} free, and this checkpoint takes {human_size(need)}: choose a smaller config, or another folder")
+
+    config, folder = (
+        GPTConfig.preset(config) if isinstance(config, str) else config,
+        at_home(folder),
+    )
+    path = folder / f"checkpoint_step_{steps}.pt"
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists already and is not overwritten: look at it (minigpt checkpoint analyze"
+            f" -c {path}), name another folder (-d), or pass overwrite=True (--overwrite)"
+        )
+    need, free = 12 * config.n_params, free_space(folder)
+    if free < 1.05 * need:
+        raise OSError(
+            f"{folder} has {human_size(free)} free, and this checkpoint takes {human_size(need)}:"
+            " choose a smaller config, or another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=steps, unit='step', desc='training', disable=not progress) as bar, torch.random.fork_rng(devices=[]):
+    with (
+        tqdm(total=steps, unit="step", desc="training", disable=not progress) as bar,
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(0)
         model = GPT(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
         losses = []
         for _ in range(steps):
-            ids = torch.randint(config.vocab_size, (1,33))
-            loss = model.loss(ids[:,:-1], ids[:,1:])
-            loss.backward(); optimizer.step(); schedule.step(); optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item()); bar.update()
-    tmp = hidden(path, 'tmp')
-    state = dict(model_state_dict=model.weights(), optimizer_state_dict=optimizer.state_dict(), scheduler_state_dict=schedule.state_dict(), epoch=1, step=steps, loss=losses[-1], best_loss=min(losses),
-        config=to_hf(config), model_info=dict(total_params=config.n_params, trainable_params=config.n_params))
+            ids = torch.randint(config.vocab_size, (1, 33))
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            bar.update()
+    tmp = hidden(path, "tmp")
+    state = dict(
+        model_state_dict=model.weights(),
+        optimizer_state_dict=optimizer.state_dict(),
+        scheduler_state_dict=schedule.state_dict(),
+        epoch=1,
+        step=steps,
+        loss=losses[-1],
+        best_loss=min(losses),
+        config=to_hf(config),
+        model_info=dict(total_params=config.n_params, trainable_params=config.n_params),
+    )
     try:
-        with open(tmp, 'wb') as f, tqdm(total=need, unit='B', unit_scale=True, desc=path.name, disable=not progress) as bar: torch.save(state, _Counted(f, bar))
+        with (
+            open(tmp, "wb") as f,
+            tqdm(
+                total=need, unit="B", unit_scale=True, desc=path.name, disable=not progress
+            ) as bar,
+        ):
+            torch.save(state, _Counted(f, bar))
         os.replace(tmp, path)
-    except BaseException: tmp.unlink(missing_ok=True); raise
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
     return path

@@ -14,260 +14,472 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 import orjson, xxhash
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, newest, place_final, problem, refuse_links, stores_in
-from .files import NotAFile, Pace, delete, entries, fsync, hash_file, hidden, human_time, in_folder, lexists, may_pass, new_dir, no_link, open_new, read_json, regular, rest, set_aside, stay_inside, write_all, write_file, write_json
+from minigpt.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    newest,
+    place_final,
+    problem,
+    refuse_links,
+    stores_in,
+)
+from minigpt.files import (
+    NotAFile,
+    Pace,
+    delete,
+    entries,
+    fsync,
+    hash_file,
+    hidden,
+    human_time,
+    in_folder,
+    lexists,
+    may_pass,
+    new_dir,
+    no_link,
+    open_new,
+    read_json,
+    regular,
+    rest,
+    set_aside,
+    stay_inside,
+    write_all,
+    write_file,
+    write_json,
+)
 
 # %% ../nbs/10_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
     "A backup folder that must not be used; says why and what to do."
 
+
 class Taken(BackupError):
     "Another process, or another run, has the backup folder."
 
-class _Stop(Exception): "The training has ended, and waits no longer."
 
-COLAB_MOUNT = '/content/drive' # Where Drive goes on Colab
+class _Stop(Exception):
+    "The training has ended, and waits no longer."
 
-def on_colab()->bool:
+
+COLAB_MOUNT = "/content/drive"  # Where Drive goes on Colab
+
+
+def on_colab() -> bool:
     "Is this Colab, in the notebook or in a subprocess of it?"
-    return 'google.colab' in sys.modules or 'COLAB_RELEASE_TAG' in os.environ
+    return "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
+
 
 def drive_mount(
-    folder:str|Path, # Such as `/content/drive/MyDrive/my_run`
-)->Path|None: # Such as `/content/drive`; None for a folder that is not on Google Drive
+    folder: str | Path,  # Such as `/content/drive/MyDrive/my_run`
+) -> Path | None:  # Such as `/content/drive`; None for a folder that is not on Google Drive
     "Where Google Drive would have to be mounted for this folder. Elsewhere than on Colab, a `MyDrive` that stands on the machine's own disk is a folder like others."
     p = Path(folder).absolute()
-    mark = next((d for d in [p, *p.parents] if d.name in ('MyDrive','My Drive','Shareddrives','Shared drives')), None)
-    if mark is None: return None
-    own = sys.platform == 'linux' and not on_colab() and str(mark.parent) != COLAB_MOUNT and os.path.isdir(mark) and not os.path.ismount(mark.parent)
+    mark = next(
+        (
+            d
+            for d in [p, *p.parents]
+            if d.name in ("MyDrive", "My Drive", "Shareddrives", "Shared drives")
+        ),
+        None,
+    )
+    if mark is None:
+        return None
+    own = (
+        sys.platform == "linux"
+        and not on_colab()
+        and str(mark.parent) != COLAB_MOUNT
+        and os.path.isdir(mark)
+        and not os.path.ismount(mark.parent)
+    )
     return None if own else mark.parent
 
+
 def check_there(
-    folder:str|Path, # `gdrive_backup_dir`
+    folder: str | Path,  # `gdrive_backup_dir`
 ):
     "A `BackupError` unless the folder is there or can be made without making up its parents. (On macOS and Windows, Drive is a folder like others.)"
     folder = Path(folder).absolute()
     without = "or go on without a backup: leave gdrive_backup_dir out"
     try:
         mount = drive_mount(folder)
-        if mount and sys.platform == 'linux' and not os.path.ismount(mount): raise BackupError(f"gdrive_backup_dir={str(folder)!r} is not Google Drive: nothing is mounted at {mount}. Mount it (on Colab: minigpt.colab.setup()), {without}")
-        if not folder.parent.is_dir(): raise BackupError(f"gdrive_backup_dir={str(folder)!r}: {folder.parent} does not exist. Connect the disk or make that folder, {without}")
+        if mount and sys.platform == "linux" and not os.path.ismount(mount):
+            raise BackupError(
+                f"gdrive_backup_dir={str(folder)!r} is not Google Drive: nothing is mounted at"
+                f" {mount}. Mount it (on Colab: minigpt.colab.setup()), {without}"
+            )
+        if not folder.parent.is_dir():
+            raise BackupError(
+                f"gdrive_backup_dir={str(folder)!r}: {folder.parent} does not exist. Connect the"
+                f" disk or make that folder, {without}"
+            )
         folder.mkdir(exist_ok=True)
-    except OSError as e: raise BackupError(f"gdrive_backup_dir={str(folder)!r} cannot be used: {e.strerror or e}. Mount it again, {without}") from None
+    except OSError as e:
+        raise BackupError(
+            f"gdrive_backup_dir={str(folder)!r} cannot be used: {e.strerror or e}. Mount it again,"
+            f" {without}"
+        ) from None
 
 # %% ../nbs/10_backup.ipynb #9758332e
-def _json_or(path:Path, otherwise):
+def _json_or(path: Path, otherwise):
     "The object in a small file; something else where it is absent, torn (files of a mount are not written in one step) or no object. An `OSError` where it cannot be read at the moment."
-    try: found = orjson.loads(regular(path).read_bytes())
-    except orjson.JSONDecodeError: return otherwise
+    try:
+        found = orjson.loads(regular(path).read_bytes())
+    except orjson.JSONDecodeError:
+        return otherwise
     except OSError as e:
-        if may_pass(e) or isinstance(e, NotAFile): raise # a pipe would be written to as well
+        if may_pass(e) or isinstance(e, NotAFile):
+            raise  # a pipe would be written to as well
         return otherwise
     return found if isinstance(found, dict) else otherwise
 
 # %% ../nbs/10_backup.ipynb #51d7f6a4
-def read_run_id(path:Path)->str|None:
+def read_run_id(path: Path) -> str | None:
     "The id of the run in a folder, or in a backup whose run.json has not arrived."
-    return next((id for name,key in (('run.json','id'), ('heartbeat.json','run_id'), ('mirror.json','run_id')) if (id := (_json_or(path/name, None) or {}).get(key))), None)
-def read_heartbeat(path:Path)->dict|None: "The last sign of life in a backup."; return _json_or(path/'heartbeat.json', None)
-def listed(path:Path)->dict: "What mirror.json lists: name → size and hash."; return (_json_or(path/'mirror.json', None) or {}).get('files', {})
+    return next(
+        (
+            id
+            for name, key in (
+                ("run.json", "id"),
+                ("heartbeat.json", "run_id"),
+                ("mirror.json", "run_id"),
+            )
+            if (id := (_json_or(path / name, None) or {}).get(key))
+        ),
+        None,
+    )
+
+
+def read_heartbeat(path: Path) -> dict | None:
+    "The last sign of life in a backup."
+    return _json_or(path / "heartbeat.json", None)
+
+
+def listed(path: Path) -> dict:
+    "What mirror.json lists: name → size and hash."
+    return (_json_or(path / "mirror.json", None) or {}).get("files", {})
 
 # %% ../nbs/10_backup.ipynb #7a7202b9
 class Progress:
     "How far the copy of a file has come, and the hashes of that part."
-    def __init__(self): self.restart()
-    def restart(self): self.size,self.xxh,self.md5 = 0,xxhash.xxh3_128(),hashlib.md5(usedforsecurity=False)
 
-def _continued(target:Path, progress:Progress):
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.size, self.xxh, self.md5 = 0, xxhash.xxh3_128(), hashlib.md5(usedforsecurity=False)
+
+
+def _continued(target: Path, progress: Progress):
     "The file to write to, at the place where the copy stopped; from the beginning where that part is not there any more."
     if progress.size and lexists(target) and os.stat(no_link(target)).st_size >= progress.size:
-        f = open(target, 'r+b', buffering=0)
-        f.truncate(progress.size); f.seek(progress.size)
+        f = open(target, "r+b", buffering=0)
+        f.truncate(progress.size)
+        f.seek(progress.size)
         return f
     progress.restart()
     return open_new(target)
 
+
 def copy_file(
-    source:Path, # Not a link
-    target:Path, # A new file
-    progress:Progress|None=None, # Of an earlier try that ended in an error: it is continued
-)->tuple[str,str]: # xxh3-128 and md5 of the content
+    source: Path,  # Not a link
+    target: Path,  # A new file
+    progress: Progress | None = None,  # Of an earlier try that ended in an error: it is continued
+) -> tuple[str, str]:  # xxh3-128 and md5 of the content
     "Copy a file in pieces of 4 MiB."
     progress = progress or Progress()
-    with open(regular(no_link(source)), 'rb', buffering=0) as f, _continued(target, progress) as g:
+    with open(regular(no_link(source)), "rb", buffering=0) as f, _continued(target, progress) as g:
         f.seek(progress.size)
-        while piece := f.read(1<<22):
+        while piece := f.read(1 << 22):
             write_all(g, piece)
-            progress.xxh.update(piece); progress.md5.update(piece)
-            progress.size += len(piece) # after an error, a piece is written again as a whole
+            progress.xxh.update(piece)
+            progress.md5.update(piece)
+            progress.size += len(piece)  # after an error, a piece is written again as a whole
             rest()
     fsync(target)
-    return progress.xxh.hexdigest(),progress.md5.hexdigest()
+    return progress.xxh.hexdigest(), progress.md5.hexdigest()
+
 
 class CheckpointCopy:
     "Copies a checkpoint directory, manifest last. After an error `run` goes on where it was: in the same file, at the same piece."
-    def __init__(self,
-        source:Path, # Whole; not a link
-        target:Path, # To appear
-    ):
-        self.source,self.target,self.progress,self.done = no_link(source),target,{},{}
-        self.manifest = (source/'MANIFEST.json').read_bytes()
 
-    def run(self)->dict[str,str]: # Name of each file → md5
+    def __init__(
+        self,
+        source: Path,  # Whole; not a link
+        target: Path,  # To appear
+    ):
+        self.source, self.target, self.progress, self.done = no_link(source), target, {}, {}
+        self.manifest = (source / "MANIFEST.json").read_bytes()
+
+    def run(self) -> dict[str, str]:  # Name of each file → md5
         "A `CheckpointError` if the source is not what its manifest says."
         self.target.mkdir(exist_ok=True)
-        for name,want in orjson.loads(self.manifest)['files'].items():
-            if self._copy(name) != want['xxh3_128']: raise CheckpointError(f'{self.source/name} does not have the hash that its manifest gives')
-        self._copy('MANIFEST.json')
-        return {name:md5 for name,(_,md5) in self.done.items()}
+        for name, want in orjson.loads(self.manifest)["files"].items():
+            if self._copy(name) != want["xxh3_128"]:
+                raise CheckpointError(
+                    f"{self.source / name} does not have the hash that its manifest gives"
+                )
+        self._copy("MANIFEST.json")
+        return {name: md5 for name, (_, md5) in self.done.items()}
 
-    def _copy(self, name:str)->str:
-        target = self.target/name
-        if name not in self.done or not lexists(target): # what was copied may have vanished with a mount
+    def _copy(self, name: str) -> str:
+        target = self.target / name
+        if name not in self.done or not lexists(
+            target
+        ):  # what was copied may have vanished with a mount
             progress = self.progress.setdefault(name, Progress())
-            self.done[name] = copy_file(self.source/name, target, progress)
+            self.done[name] = copy_file(self.source / name, target, progress)
         return self.done[name][0]
 
     @property
-    def size(self)->int: "Bytes copied so far."; return sum(p.size for p in self.progress.values())
+    def size(self) -> int:
+        "Bytes copied so far."
+        return sum(p.size for p in self.progress.values())
+
 
 def copy_checkpoint(
-    source:Path, # Whole
-    target:Path, # Does not exist
-)->dict[str,str]: # Name of each file → md5
+    source: Path,  # Whole
+    target: Path,  # Does not exist
+) -> dict[str, str]:  # Name of each file → md5
     "Copy a checkpoint directory, manifest last; a `CheckpointError` if the source is not what its manifest says."
     return CheckpointCopy(source, target).run()
 
 # %% ../nbs/10_backup.ipynb #b54f175b
-def _attribute(path:Path, name:str)->str|None:
-    if not hasattr(os, 'getxattr'): return None # macOS, Windows
-    try: return os.getxattr(path, name).rstrip(b'\0').decode('ascii', 'replace')
+def _attribute(path: Path, name: str) -> str | None:
+    if not hasattr(os, "getxattr"):
+        return None  # macOS, Windows
+    try:
+        return os.getxattr(path, name).rstrip(b"\0").decode("ascii", "replace")
     except OSError as e:
-        if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.EPERM): return None
+        if e.errno in (errno.ENODATA, errno.ENOTSUP, errno.EPERM):
+            return None
         raise
 
+
 def arrived(
-    path:Path, # A file in the backup
-    md5:str|None=None, # What its content should have; None: computed from the file if the server gives one
-)->bool|None: # None: this folder does not tell
+    path: Path,  # A file in the backup
+    md5: (
+        str | None
+    ) = None,  # What its content should have; None: computed from the file if the server gives one
+) -> bool | None:  # None: this folder does not tell
     "Has the server got this file?"
-    waiting = _attribute(path, 'user.drive.uncommitted')
-    if waiting is None: return None
-    if waiting != '0': return False
-    there = _attribute(path, 'user.drive.md5')
-    if not there: return True
+    waiting = _attribute(path, "user.drive.uncommitted")
+    if waiting is None:
+        return None
+    if waiting != "0":
+        return False
+    there = _attribute(path, "user.drive.md5")
+    if not there:
+        return True
     return there.lower() == (md5 or _md5(path))
 
-def _md5(path:Path)->str:
+
+def _md5(path: Path) -> str:
     md5 = hashlib.md5(usedforsecurity=False)
-    with open(path, 'rb') as f:
-        while piece := f.read(1<<22): md5.update(piece); rest()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 22):
+            md5.update(piece)
+            rest()
     return md5.hexdigest()
 
 # %% ../nbs/10_backup.ipynb #5a464c89
 def discard(
-    folder:Path, # In a backup; a link is unlinked
-    root:Path|None=None, # The backup's folder of the run; default: the one around it
+    folder: Path,  # In a backup; a link is unlinked
+    root: Path | None = None,  # The backup's folder of the run; default: the one around it
 ):
     "Delete a directory of a backup so that its bytes do not stay in Drive's trash."
     delete(folder, root, emptied=True)
 
 # %% ../nbs/10_backup.ipynb #d96e8f11
 def made_later(
-    c:Checkpoint, # Of a run that may have been trained on several machines
-)->tuple[int,int]: # To sort by
+    c: Checkpoint,  # Of a run that may have been trained on several machines
+) -> tuple[int, int]:  # To sort by
     "Which of two checkpoints was made later? That of the later attempt, then that of the later step. The clocks of two machines do not tell."
-    try: attempt = (_json_or(c.path/'trainer_state.json', None) or {}).get('attempt')
-    except OSError: attempt = None
+    try:
+        attempt = (_json_or(c.path / "trainer_state.json", None) or {}).get("attempt")
+    except OSError:
+        attempt = None
     return attempt if isinstance(attempt, int) else 0, c.step
 
 # %% ../nbs/10_backup.ipynb #26e613c5
-def _is_plain(path:Path)->bool: "A file, and not a link to one."; return path.is_file() and not path.is_symlink()
+def _is_plain(path: Path) -> bool:
+    "A file, and not a link to one."
+    return path.is_file() and not path.is_symlink()
 
-def _may_be_whole(c:Checkpoint)->bool: "It cannot be read at the moment: nobody knows."; return c.problem is not None and c.problem.kind == 'unreadable'
+
+def _may_be_whole(c: Checkpoint) -> bool:
+    "It cannot be read at the moment: nobody knows."
+    return c.problem is not None and c.problem.kind == "unreadable"
 
 # %% ../nbs/10_backup.ipynb #c14d7c03
-BEAT,RETRY,POLL = 30.,.5,5. # Seconds, see `Backup`
-QUIET = 60. # Seconds that a second failure must last before it is said, too: a mount may stutter for hours
-DATA_LIMIT = 256*2**20 # A token set above this many bytes is not mirrored, but built again from its source
+BEAT, RETRY, POLL = 30.0, 0.5, 5.0  # Seconds, see `Backup`
+QUIET = 60.0  # Seconds that a second failure must last before it is said, too: a mount may stutter for hours
+DATA_LIMIT = (
+    256 * 2**20
+)  # A token set above this many bytes is not mirrored, but built again from its source
+
 
 class Backup:
     "Mirrors a run; `submit` saves to it, `finish` waits for it, `status` tells the truth about it."
-    def __init__(self,
-        folder:str|Path, # `gdrive_backup_dir`; the run goes into a folder of its own name there
-        run_path:str|Path, # The run's folder
-        keep:int=3, # `backup_keep_last`: states kept
+
+    def __init__(
+        self,
+        folder: str | Path,  # `gdrive_backup_dir`; the run goes into a folder of its own name there
+        run_path: str | Path,  # The run's folder
+        keep: int = 3,  # `backup_keep_last`: states kept
         *,
-        beat:float|None=None, # Seconds between signs of life
-        retry:float|None=None, # Seconds before the first repetition after an error; doubled each time, up to `beat`
-        poll:float|None=None, # Seconds between questions whether files have arrived
-        clock:Callable[[],float]=time.monotonic,
+        beat: float | None = None,  # Seconds between signs of life
+        retry: (
+            float | None
+        ) = None,  # Seconds before the first repetition after an error; doubled each time, up to `beat`
+        poll: float | None = None,  # Seconds between questions whether files have arrived
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self.folder,self.run_path,self.keep = Path(folder),Path(run_path),keep
-        self.path = self.folder/Path(os.path.abspath(run_path)).name
-        there,here = self.path.resolve(),self.run_path.resolve()
-        if there == here or here in there.parents or there in here.parents: raise BackupError(f"gdrive_backup_dir={str(folder)!r}: the backup would be {self.path}, which is the run's own folder {run_path}, or in it, or around it; choose a folder somewhere else")
-        self.beat,self.retry,self.poll,self.clock = beat or BEAT,retry or RETRY,poll or POLL,clock
-        self.session,self.run_id = uuid.uuid4().hex,None
-        self.messages = deque()                    # for the user, from the main thread: Colab does not show what others print
-        self.pending,self.stores = {},{}           # group → (source, target); the stores whose directories are being copied
-        self.md5s,self.mirrored,self.copy = {},{},None # of copied files; size and time of mirrored ones; the copy that an error interrupted
-        self.seen,self.confirmed,self.asked = {},set(),False # whole directories in the backup, when last looked at; those that have arrived; is that so now?
-        self.skipped,self.failures,self.failed,self.lost = 0,0,None,None
-        self.copied_at,self.announced,self.ever = 0,False,False # bytes of `copy` at the last error; has the user been told of this failure? Of any?
-        self.doing,self.confirms,self.last_beat,self.beats = 'idle',None,None,0
-        self.wake,self.thread,self.closing,self.in_round = threading.Condition(),None,False,False
-        self.pace,self.copying = Pace(self._alive),None # the job that is being copied
-        self.superseded,self.rejected = None,set() # states beyond this step belong to a course that was given up; copies that did not verify
+        self.folder, self.run_path, self.keep = Path(folder), Path(run_path), keep
+        self.path = self.folder / Path(os.path.abspath(run_path)).name
+        there, here = self.path.resolve(), self.run_path.resolve()
+        if there == here or here in there.parents or there in here.parents:
+            raise BackupError(
+                f"gdrive_backup_dir={str(folder)!r}: the backup would be {self.path}, which is the"
+                f" run's own folder {run_path}, or in it, or around it; choose a folder somewhere"
+                " else"
+            )
+        self.beat, self.retry, self.poll, self.clock = (
+            beat or BEAT,
+            retry or RETRY,
+            poll or POLL,
+            clock,
+        )
+        self.session, self.run_id = uuid.uuid4().hex, None
+        self.messages = (
+            deque()
+        )  # for the user, from the main thread: Colab does not show what others print
+        self.pending, self.stores = (
+            {},
+            {},
+        )  # group → (source, target); the stores whose directories are being copied
+        self.md5s, self.mirrored, self.copy = (
+            {},
+            {},
+            None,
+        )  # of copied files; size and time of mirrored ones; the copy that an error interrupted
+        self.seen, self.confirmed, self.asked = (
+            {},
+            set(),
+            False,
+        )  # whole directories in the backup, when last looked at; those that have arrived; is that so now?
+        self.skipped, self.failures, self.failed, self.lost = 0, 0, None, None
+        self.copied_at, self.announced, self.ever = (
+            0,
+            False,
+            False,
+        )  # bytes of `copy` at the last error; has the user been told of this failure? Of any?
+        self.doing, self.confirms, self.last_beat, self.beats = "idle", None, None, 0
+        self.wake, self.thread, self.closing, self.in_round = (
+            threading.Condition(),
+            None,
+            False,
+            False,
+        )
+        self.pace, self.copying = Pace(self._alive), None  # the job that is being copied
+        self.superseded, self.rejected = (
+            None,
+            set(),
+        )  # states beyond this step belong to a course that was given up; copies that did not verify
 
     # --- what the training calls ---
-    def start(self, run_id:str, superseded:int|None=None):
+    def start(self, run_id: str, superseded: int | None = None):
         "Begin to mirror the run with this id."
-        self.run_id,self.superseded = run_id,superseded
-        self.thread = threading.Thread(target=self._loop, name='minigpt-backup', daemon=True); self.thread.start() # a daemon: a mount that hangs must not keep Python from exiting
+        self.run_id, self.superseded = run_id, superseded
+        self.thread = threading.Thread(target=self._loop, name="minigpt-backup", daemon=True)
+        self.thread.start()  # a daemon: a mount that hangs must not keep Python from exiting
 
-    def submit(self,
-        source:Path, # A whole checkpoint directory; or the run's folder, for its final model
-        store:CheckpointStore|None=None, # Whose it is; does not delete it meanwhile
+    def submit(
+        self,
+        source: Path,  # A whole checkpoint directory; or the run's folder, for its final model
+        store: CheckpointStore | None = None,  # Whose it is; does not delete it meanwhile
     ):
         "Mirror this, unless something newer comes first."
-        if self.lost: return
-        if os.path.islink(source): self.messages.append(f'NOT BACKED UP: {source} is a link, and what is behind it is not mirrored'); return
-        light = source.parent.name == 'snapshots' and (_json_or(source/'MANIFEST.json', None) or {}).get('kind') == 'light'
-        group = 'final' if source == self.run_path else 'best' if source.parent.name == 'best' else 'light' if light else 'state'
-        target = self.path/('final' if group == 'final' else f'{source.parent.name}/{source.name}')
+        if self.lost:
+            return
+        if os.path.islink(source):
+            self.messages.append(
+                f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored"
+            )
+            return
+        light = (
+            source.parent.name == "snapshots"
+            and (_json_or(source / "MANIFEST.json", None) or {}).get("kind") == "light"
+        )
+        group = (
+            "final"
+            if source == self.run_path
+            else "best"
+            if source.parent.name == "best"
+            else "light"
+            if light
+            else "state"
+        )
+        target = self.path / (
+            "final" if group == "final" else f"{source.parent.name}/{source.name}"
+        )
         with self.wake:
             old = self.pending.get(group)
-            self.pending[group],self.asked = (source, target, store),False
+            self.pending[group], self.asked = (source, target, store), False
             self._pin()
-            if not (source/'MANIFEST.json').exists(): # deleted already, so something newer is on its way
-                del self.pending[group]; self._pin(); self.skipped += 1
+            if not (
+                source / "MANIFEST.json"
+            ).exists():  # deleted already, so something newer is on its way
+                del self.pending[group]
+                self._pin()
+                self.skipped += 1
                 return
-            if old and old[0] != source: self.skipped += 1
+            if old and old[0] != source:
+                self.skipped += 1
             self.wake.notify_all()
 
-    def finish(self,
-        seconds:float, # How long to wait at most
-        confirm:bool=True, # Wait until the server has everything, or only until everything is copied?
-        tell:Callable[[dict],None]=lambda status: None, # Called twice a second
-    )->bool: # Is all of it there?
+    def finish(
+        self,
+        seconds: float,  # How long to wait at most
+        confirm: bool = True,  # Wait until the server has everything, or only until everything is copied?
+        tell: Callable[[dict], None] = lambda status: None,  # Called twice a second
+    ) -> bool:  # Is all of it there?
         "Wait for what is under way, and stop."
-        end = self.clock()+seconds
-        self.failures = min(self.failures, 1) # try again soon
+        end = self.clock() + seconds
+        self.failures = min(self.failures, 1)  # try again soon
         self.pace.hurry.set()
-        with self.wake: self.wake.notify_all()
-        while self.thread and self.thread.is_alive() and not self.lost and self.clock() < end and not self.done(confirm):
-            tell(self.status()); time.sleep(min(.5, self.poll))
+        with self.wake:
+            self.wake.notify_all()
+        while (
+            self.thread
+            and self.thread.is_alive()
+            and not self.lost
+            and self.clock() < end
+            and not self.done(confirm)
+        ):
+            tell(self.status())
+            time.sleep(min(0.5, self.poll))
         done = self.done(confirm)
-        with self.wake: self.closing = True; self.wake.notify_all()
-        if self.thread: self.thread.join(max(5., 2*self.poll) if done else 1.)
-        if done: self.doing = 'idle'
+        with self.wake:
+            self.closing = True
+            self.wake.notify_all()
+        if self.thread:
+            self.thread.join(max(5.0, 2 * self.poll) if done else 1.0)
+        if done:
+            self.doing = "idle"
         self._write_status()
         return done
 
-    def done(self, confirm:bool=True)->bool:
+    def done(self, confirm: bool = True) -> bool:
         "Is everything copied, and, where the server tells, arrived?"
-        return self.asked and not self.in_round and not self.pending and not self.failed and not self.lost and not (confirm and self.confirms and self._unconfirmed())
+        return (
+            self.asked
+            and not self.in_round
+            and not self.pending
+            and not self.failed
+            and not self.lost
+            and not (confirm and self.confirms and self._unconfirmed())
+        )
 
     # --- the thread ---
     def _loop(self):
@@ -275,383 +487,704 @@ class Backup:
         while not (self.closing or self.lost):
             self.step()
             with self.wake:
-                if not (self.closing or self.lost): self.wake.wait(self._pause())
+                if not (self.closing or self.lost):
+                    self.wake.wait(self._pause())
         if not self.lost:
             self.pace.also = lambda: None
             try:
-                self._mirror(); self._heartbeat(ended=True)
-                if self.confirms: self._ask()
-            except (OSError, BackupError, _Stop): pass
+                self._mirror()
+                self._heartbeat(ended=True)
+                if self.confirms:
+                    self._ask()
+            except (OSError, BackupError, _Stop):
+                pass
 
     def _alive(self):
         "Between two pieces of a long copy."
-        if self.closing: raise _Stop
+        if self.closing:
+            raise _Stop
         self._heartbeat()
 
-    def _pause(self)->float:
-        if self.failed: return min(self.beat, self.retry*2**(self.failures-1))
-        if self.pending: return 0
+    def _pause(self) -> float:
+        if self.failed:
+            return min(self.beat, self.retry * 2 ** (self.failures - 1))
+        if self.pending:
+            return 0
         return self.poll if self.confirms and self._unconfirmed() else self.beat
 
     def step(self):
         "One round: sign of life, small files, the newest save, questions to the server, old copies. An error ends the round and is in the status."
-        if self.lost: return
+        if self.lost:
+            return
         self.in_round = True
         try:
             self._heartbeat()
             self._give_up()
             self._mirror()
-            for group in ('state','light','best','final'):
-                if group in self.pending: self._copy(group)
+            for group in ("state", "light", "best", "final"):
+                if group in self.pending:
+                    self._copy(group)
             self._ask()
             self._prune()
-            if self.announced: self.messages.append(f'the backup to {self.folder} works again')
-            self.failed,self.failures,self.announced = None,0,False
-            self.doing = f'waiting for the server to get {waiting[0].name}' if self.confirms and (waiting := self._unconfirmed()) else 'idle'
-        except _Stop: return
+            if self.announced:
+                self.messages.append(f"the backup to {self.folder} works again")
+            self.failed, self.failures, self.announced = None, 0, False
+            self.doing = (
+                f"waiting for the server to get {waiting[0].name}"
+                if self.confirms and (waiting := self._unconfirmed())
+                else "idle"
+            )
+        except _Stop:
+            return
         except Taken as e:
-            self.lost = str(e); self.messages.append(f'NO BACKUP any more: {e}')
-            with self.wake: self.pending,self.copying = {},None; self._pin()
-        except Exception as e: self._fails(e) # an error of a folder, whatever it is, is a status
-        finally: self.in_round = False
+            self.lost = str(e)
+            self.messages.append(f"NO BACKUP any more: {e}")
+            with self.wake:
+                self.pending, self.copying = {}, None
+                self._pin()
+        except Exception as e:
+            self._fails(e)  # an error of a folder, whatever it is, is a status
+        finally:
+            self.in_round = False
         self._write_status()
 
-    def _fails(self, e:Exception):
+    def _fails(self, e: Exception):
         "Note an error. The user is told of the first one at once, of later ones if they last."
         came_on = self.copy is not None and self.copy.size > self.copied_at
         self.copied_at = self.copy.size if self.copy else 0
-        self.failures = 1 if came_on else self.failures+1 # where a copy comes on between the errors, the next try is soon
-        self.doing = 'failing'
-        since = self.failed['since'] if self.failed else time.time()
-        self.failed = dict(reason=self._reason(e), tries=self.failed['tries']+1 if self.failed else 1, since=since)
-        if not self.announced and (not self.ever or time.time()-since > QUIET):
+        self.failures = (
+            1 if came_on else self.failures + 1
+        )  # where a copy comes on between the errors, the next try is soon
+        self.doing = "failing"
+        since = self.failed["since"] if self.failed else time.time()
+        self.failed = dict(
+            reason=self._reason(e),
+            tries=self.failed["tries"] + 1 if self.failed else 1,
+            since=since,
+        )
+        if not self.announced and (not self.ever or time.time() - since > QUIET):
             self.announced = self.ever = True
-            has = self.status()['copied']
-            self.messages.append(f"NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again and again; this is said once. {'The backup has '+has['name'] if has else 'Nothing has been backed up yet'}")
+            has = self.status()["copied"]
+            self.messages.append(
+                f"NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again"
+                " and again; this is said once."
+                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}"
+            )
 
-    def _reason(self, e:Exception)->str:
-        hint = {errno.ENOSPC:' (full)', errno.EDQUOT:' (the quota of Google Drive is used up; empty its trash)', errno.ENOTCONN:' (the mount is gone; mount it again)', errno.EIO:' (the mount does not answer well)'}.get(getattr(e, 'errno', None), '')
+    def _reason(self, e: Exception) -> str:
+        hint = {
+            errno.ENOSPC: " (full)",
+            errno.EDQUOT: " (the quota of Google Drive is used up; empty its trash)",
+            errno.ENOTCONN: " (the mount is gone; mount it again)",
+            errno.EIO: " (the mount does not answer well)",
+        }.get(getattr(e, "errno", None), "")
         return f"{e}{hint}"
 
-    def _heartbeat(self, ended:bool=False):
+    def _heartbeat(self, ended: bool = False):
         "Is the folder there, is it this run's, and does nobody else write to it? Then leave a sign of life."
         now = self.clock()
-        if self.last_beat is not None and now-self.last_beat < self.beat and not ended: return
+        if self.last_beat is not None and now - self.last_beat < self.beat and not ended:
+            return
         if self.last_beat is None:
             check_there(self.folder)
             no_link(self.path).mkdir(exist_ok=True)
-        elif not self.path.is_dir(): raise OSError(errno.ENOTCONN, 'the backup folder has vanished', str(self.path)) # never made anew: it would not be on Drive
-        if (there := read_run_id(self.path)) not in (None, self.run_id): raise Taken(f'{self.path} belongs to another run (id {there[:8]}, this one has {self.run_id[:8]})')
-        if self.last_beat is not None and (h := read_heartbeat(self.path)) and h.get('session') != self.session:
-            raise Taken(f"another process has taken over {self.path} (its last sign of life: {human_time(max(0, time.time()-h.get('time', 0)))} ago); if that is not meant, stop it, and run this again")
+        elif not self.path.is_dir():
+            raise OSError(
+                errno.ENOTCONN, "the backup folder has vanished", str(self.path)
+            )  # never made anew: it would not be on Drive
+        if (there := read_run_id(self.path)) not in (None, self.run_id):
+            raise Taken(
+                f"{self.path} belongs to another run (id {there[:8]}, this one has"
+                f" {self.run_id[:8]})"
+            )
+        if (
+            self.last_beat is not None
+            and (h := read_heartbeat(self.path))
+            and h.get("session") != self.session
+        ):
+            raise Taken(
+                f"another process has taken over {self.path} (its last sign of life:"
+                f" {human_time(max(0, time.time() - h.get('time', 0)))} ago); if that is not meant,"
+                " stop it, and run this again"
+            )
         self.beats += 1
-        if os.path.islink(beat := self.path/'heartbeat.json'): delete(beat)
-        beat.write_bytes(orjson.dumps(dict(run_id=self.run_id, session=self.session, beat=self.beats, time=time.time(), seconds=self.beat, ended=ended)))
+        if os.path.islink(beat := self.path / "heartbeat.json"):
+            delete(beat)
+        beat.write_bytes(
+            orjson.dumps(
+                dict(
+                    run_id=self.run_id,
+                    session=self.session,
+                    beat=self.beats,
+                    time=time.time(),
+                    seconds=self.beat,
+                    ended=ended,
+                )
+            )
+        )
         self.last_beat = now
 
     def _give_up(self):
-        for p in [p for p in self.rejected if lexists(p)]: set_aside(p, 'damaged', self.path) # it must not count as the newest
+        for p in [p for p in self.rejected if lexists(p)]:
+            set_aside(p, "damaged", self.path)  # it must not count as the newest
         self.rejected.clear()
-        if self.superseded is None: return
+        if self.superseded is None:
+            return
         for s in stores_in(self.path):
             for c in s.all():
-                if c.step > self.superseded: set_aside(c.path, 'superseded', self.path)
-        if lexists(self.path/'final'): set_aside(self.path/'final', 'superseded')
+                if c.step > self.superseded:
+                    set_aside(c.path, "superseded", self.path)
+        if lexists(self.path / "final"):
+            set_aside(self.path / "final", "superseded")
         self.superseded = None
 
     def _mirror(self):
         "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
-        small = [f for n in ('run.json','metrics.jsonl','run.log','plots/loss_curve_latest.png') if _is_plain(f := self.run_path/n)] + sorted(f for f in (self.run_path/'tensorboard').glob('**/*') if _is_plain(f))
-        told = (_json_or(self.run_path/'run.json', None) or {}).get('data', {}).get('places')
-        places = ['tokenizer', *([p for p in (*told['train'], told['valid']) if in_folder(p) and ((self.run_path/p/'train'/'meta.json').exists() or not (self.run_path/p).exists())] if told else ('data','data-valid'))] # not told by older versions
-        fixed = [f for n in places for f in sorted((self.run_path/n).rglob('*')) if _is_plain(f) and not any(x.startswith('.') for x in f.relative_to(self.run_path).parts)]
-        if sum(f.stat().st_size for f in fixed) > DATA_LIMIT: fixed = [f for f in fixed if f.parent.name == 'tokenizer']
-        if 'mirror.json' not in self.mirrored:
-            self.doing = 'copying the tokenizer and the data'
-            there = {k:v for k,v in listed(self.path).items() if _is_plain(self.path/k) and (self.path/k).stat().st_size == v['size']}
+        small = [
+            f
+            for n in ("run.json", "metrics.jsonl", "run.log", "plots/loss_curve_latest.png")
+            if _is_plain(f := self.run_path / n)
+        ] + sorted(f for f in (self.run_path / "tensorboard").glob("**/*") if _is_plain(f))
+        told = (_json_or(self.run_path / "run.json", None) or {}).get("data", {}).get("places")
+        places = [
+            "tokenizer",
+            *(
+                [
+                    p
+                    for p in (*told["train"], told["valid"])
+                    if in_folder(p)
+                    and (
+                        (self.run_path / p / "train" / "meta.json").exists()
+                        or not (self.run_path / p).exists()
+                    )
+                ]
+                if told
+                else ("data", "data-valid")
+            ),
+        ]  # not told by older versions
+        fixed = [
+            f
+            for n in places
+            for f in sorted((self.run_path / n).rglob("*"))
+            if _is_plain(f)
+            and not any(x.startswith(".") for x in f.relative_to(self.run_path).parts)
+        ]
+        if sum(f.stat().st_size for f in fixed) > DATA_LIMIT:
+            fixed = [f for f in fixed if f.parent.name == "tokenizer"]
+        if "mirror.json" not in self.mirrored:
+            self.doing = "copying the tokenizer and the data"
+            there = {
+                k: v
+                for k, v in listed(self.path).items()
+                if _is_plain(self.path / k) and (self.path / k).stat().st_size == v["size"]
+            }
             entries = {}
             for f in fixed:
-                name = f.relative_to(self.run_path).as_posix(); entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
-                if there.get(name) != entries[name]: self._place(f, name)
-            here = {p for p in places if (self.run_path/p).exists()}
-            entries = {k:v for k,v in there.items() if not here & {p.as_posix() for p in Path(k).parents}} | entries # what this machine lacks, and what run.json names until it is replaced
-            self._replace('mirror.json', orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
-            self.mirrored['mirror.json'] = entries
+                name = f.relative_to(self.run_path).as_posix()
+                entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
+                if there.get(name) != entries[name]:
+                    self._place(f, name)
+            here = {p for p in places if (self.run_path / p).exists()}
+            entries = {
+                k: v for k, v in there.items() if not here & {p.as_posix() for p in Path(k).parents}
+            } | entries  # what this machine lacks, and what run.json names until it is replaced
+            self._replace(
+                "mirror.json",
+                orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2),
+            )
+            self.mirrored["mirror.json"] = entries
         for f in small:
-            if not _is_plain(f): continue
-            name,s = f.relative_to(self.run_path).as_posix(),f.stat()
-            if self.mirrored.get(name) == (s.st_size, s.st_mtime_ns): continue
-            if name == 'run.json': self._replace(name, f.read_bytes())
-            else: self._place(f, name, append=name in self.mirrored and name.endswith(('.jsonl','.log')))
-            self.mirrored[name] = s.st_size,s.st_mtime_ns
-        entries = self.mirrored['mirror.json']
-        if gone := [k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}]: # tokens from before a change, which run.json names no more
-            self.mirrored['mirror.json'] = entries = {k:v for k,v in entries.items() if k not in gone}
-            self._replace('mirror.json', orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2))
-            for k in gone: delete(self.path/k, self.path)
+            if not _is_plain(f):
+                continue
+            name, s = f.relative_to(self.run_path).as_posix(), f.stat()
+            if self.mirrored.get(name) == (s.st_size, s.st_mtime_ns):
+                continue
+            if name == "run.json":
+                self._replace(name, f.read_bytes())
+            else:
+                self._place(
+                    f, name, append=name in self.mirrored and name.endswith((".jsonl", ".log"))
+                )
+            self.mirrored[name] = s.st_size, s.st_mtime_ns
+        entries = self.mirrored["mirror.json"]
+        if gone := [
+            k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}
+        ]:  # tokens from before a change, which run.json names no more
+            self.mirrored["mirror.json"] = entries = {
+                k: v for k, v in entries.items() if k not in gone
+            }
+            self._replace(
+                "mirror.json",
+                orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2),
+            )
+            for k in gone:
+                delete(self.path / k, self.path)
 
-    def _replace(self, name:str, data:bytes):
+    def _replace(self, name: str, data: bytes):
         "Write a small file under a new name first: without it a backup is nobody's."
-        with open_new(self.path/f'{name}.new') as f: write_all(f, data)
-        os.replace(self.path/f'{name}.new', self.path/name)
+        with open_new(self.path / f"{name}.new") as f:
+            write_all(f, data)
+        os.replace(self.path / f"{name}.new", self.path / name)
         self.confirmed.discard(self.path)
 
-    def _folders(self, target:Path):
+    def _folders(self, target: Path):
         "Make the folders that a target needs inside of the run's, which is never made anew."
-        for d in reversed(stay_inside(target, self.path).relative_to(self.path).parents[:-1]): no_link(self.path/d).mkdir(exist_ok=True)
+        for d in reversed(stay_inside(target, self.path).relative_to(self.path).parents[:-1]):
+            no_link(self.path / d).mkdir(exist_ok=True)
 
-    def _place(self, source:Path, name:str, append:bool=False):
+    def _place(self, source: Path, name: str, append: bool = False):
         "Copy a file; one that only grows is continued where that is possible."
-        target = self.path/name
+        target = self.path / name
         self._folders(target)
-        if os.path.islink(target): delete(target)
+        if os.path.islink(target):
+            delete(target)
         size = target.stat().st_size if append and target.exists() else 0
-        if size > source.stat().st_size: set_aside(target, 'old'); size = 0 # it has begun anew, and the copy may be all there is of what was before
-        if size == 0: copy_file(source, target); return
-        with open(source, 'rb') as f, open(target, 'ab', buffering=0) as g:
+        if size > source.stat().st_size:
+            set_aside(target, "old")
+            size = 0  # it has begun anew, and the copy may be all there is of what was before
+        if size == 0:
+            copy_file(source, target)
+            return
+        with open(source, "rb") as f, open(target, "ab", buffering=0) as g:
             f.seek(size)
             write_all(g, f.read())
 
-    def _copy(self, group:str):
+    def _copy(self, group: str):
         "Copy a save, and read it back."
         with self.wake:
-            source,target,store = job = self.copying = self.pending[group]
-            self.asked = False; self._pin()
-        self.doing = f'copying {source.name}'
+            source, target, store = job = self.copying = self.pending[group]
+            self.asked = False
+            self._pin()
+        self.doing = f"copying {source.name}"
         self._write_status()
         self._folders(target)
         old = self._make_way(source, target)
         if not lexists(target) or self.copy and self.copy.target == target:
             self.confirmed.discard(target)
-            if not (self.copy and self.copy.target == target): self.copy,self.copied_at = CheckpointCopy(source, target),0
-            try: self.md5s[target] = self.copy.run()
-            except CheckpointError: self.copy = None; raise # to go on would not help
+            if not (self.copy and self.copy.target == target):
+                self.copy, self.copied_at = CheckpointCopy(source, target), 0
+            try:
+                self.md5s[target] = self.copy.run()
+            except CheckpointError:
+                self.copy = None
+                raise  # to go on would not help
             self.copy = None
-        if wrong := problem(target): raise OSError(errno.EIO, f'{target} does not read back as it was written: {wrong}')
+        if wrong := problem(target):
+            raise OSError(errno.EIO, f"{target} does not read back as it was written: {wrong}")
         with self.wake:
-            if self.pending.get(group) == job: del self.pending[group]
-            self.copying = None; self._pin()
-        if old and group != 'state': discard(old, self.path)
+            if self.pending.get(group) == job:
+                del self.pending[group]
+            self.copying = None
+            self._pin()
+        if old and group != "state":
+            discard(old, self.path)
 
-    def _make_way(self, source:Path, target:Path)->Path|None: # Where a whole one that stood there is now
+    def _make_way(
+        self, source: Path, target: Path
+    ) -> Path | None:  # Where a whole one that stood there is now
         "Decide what becomes of what stands where a copy is to go: the same copy stays or is continued, another whole one is set aside, what never became whole is deleted."
-        if not lexists(target): return None
-        if os.path.islink(target): delete(target); return None
-        manifest = (source/'MANIFEST.json').read_bytes()
-        same = _is_plain(f := target/'MANIFEST.json') and f.read_bytes() == manifest
+        if not lexists(target):
+            return None
+        if os.path.islink(target):
+            delete(target)
+            return None
+        manifest = (source / "MANIFEST.json").read_bytes()
+        same = _is_plain(f := target / "MANIFEST.json") and f.read_bytes() == manifest
         if self.copy and self.copy.target == target:
-            if self.copy.source == source and self.copy.manifest == manifest: return None # an error interrupted it
+            if self.copy.source == source and self.copy.manifest == manifest:
+                return None  # an error interrupted it
             self.copy = None
         wrong = problem(target) if not same or self.failures > 2 else None
-        if not same and wrong is None: return set_aside(target, 'superseded', self.path) # of a course that was given up, or an earlier end
-        if wrong and wrong.kind == 'unreadable': raise OSError(errno.EIO, f'{target} {wrong}')
-        if wrong: discard(target, self.path)
+        if not same and wrong is None:
+            return set_aside(
+                target, "superseded", self.path
+            )  # of a course that was given up, or an earlier end
+        if wrong and wrong.kind == "unreadable":
+            raise OSError(errno.EIO, f"{target} {wrong}")
+        if wrong:
+            discard(target, self.path)
         return None
 
     def _pin(self):
         jobs = [*self.pending.values(), *([self.copying] if self.copying else [])]
-        self.stores |= {id(store):store for _,_,store in jobs if store}
-        for s in self.stores.values(): s.pinned = frozenset(source for source,_,store in jobs if store is s)
+        self.stores |= {id(store): store for _, _, store in jobs if store}
+        for s in self.stores.values():
+            s.pinned = frozenset(source for source, _, store in jobs if store is s)
 
     # --- what has arrived ---
-    def state_stores(self)->list[CheckpointStore]: "Where the states are."; return [*stores_in(self.path)[:2]]
+    def state_stores(self) -> list[CheckpointStore]:
+        "Where the states are."
+        return [*stores_in(self.path)[:2]]
 
-    def best_models(self)->list[Checkpoint]: "The newest last: a course that was given up may have had its best at a later step."; return sorted(stores_in(self.path)[2].all(), key=made_later)
+    def best_models(self) -> list[Checkpoint]:
+        "The newest last: a course that was given up may have had its best at a later step."
+        return sorted(stores_in(self.path)[2].all(), key=made_later)
 
-    def copies(self)->list[Checkpoint]:
+    def copies(self) -> list[Checkpoint]:
         "The states in the backup, by step."
         return sorted((c for s in self.state_stores() for c in s.all()), key=lambda c: c.step)
 
-    def _whole(self)->dict[Path,Checkpoint|None]:
+    def _whole(self) -> dict[Path, Checkpoint | None]:
         "Whole directories; of those that training can go on from, the step. The last one stands for run.json, tokenizer and data."
-        states = {c.path:c if c.kind != 'light' else None for c in self.copies() if not c.problem}
-        best = {c.path:None for c in self.best_models() if not c.problem}
-        return states | best | {f:None for f in [self.path/'final'] if problem(f, hashes=False) is None} | {self.path:None}
+        states = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
+        best = {c.path: None for c in self.best_models() if not c.problem}
+        return (
+            states
+            | best
+            | {f: None for f in [self.path / "final"] if problem(f, hashes=False) is None}
+            | {self.path: None}
+        )
 
-    def _unconfirmed(self)->list[Path]: return [p for p in [*self.seen] if p not in self.confirmed]
+    def _unconfirmed(self) -> list[Path]:
+        return [p for p in [*self.seen] if p not in self.confirmed]
 
     def _ask(self):
         "Which directories has the server got?"
         self.seen = self._whole()
         for p in self._unconfirmed():
-            self.doing = f'waiting for the server to get {p.name}'
-            names = ['run.json', 'mirror.json', *listed(p)] if p == self.path else [*read_json(p/'MANIFEST.json')['files'], 'MANIFEST.json']
-            answers = [arrived(p/n, self.md5s.get(p, {}).get(n)) for n in names]
-            if any(a is not None for a in answers): self.confirms = True
-            elif self.confirms is None: self.confirms = False
-            if all(a is True for a in answers): self.confirmed.add(p)
+            self.doing = f"waiting for the server to get {p.name}"
+            names = (
+                ["run.json", "mirror.json", *listed(p)]
+                if p == self.path
+                else [*read_json(p / "MANIFEST.json")["files"], "MANIFEST.json"]
+            )
+            answers = [arrived(p / n, self.md5s.get(p, {}).get(n)) for n in names]
+            if any(a is not None for a in answers):
+                self.confirms = True
+            elif self.confirms is None:
+                self.confirms = False
+            if all(a is True for a in answers):
+                self.confirmed.add(p)
         self.asked = True
 
-    def safe(self)->list[Checkpoint]:
+    def safe(self) -> list[Checkpoint]:
         "The states that are in the backup for certain: arrived, or, where nobody tells, copied."
-        return [c for c in self.copies() if not c.problem and c.kind != 'light' and (c.path in self.confirmed or not self.confirms)]
+        return [
+            c
+            for c in self.copies()
+            if not c.problem
+            and c.kind != "light"
+            and (c.path in self.confirmed or not self.confirms)
+        ]
 
     def _prune(self):
         "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
-        copies,safe = self.copies(),self.safe()
+        copies, safe = self.copies(), self.safe()
         if safe:
-            kept = {c.path for c in safe[-self.keep:]}
+            kept = {c.path for c in safe[-self.keep :]}
             for c in copies:
-                if c.kind != 'light' and c.path not in kept and c.step < safe[-1].step and not _may_be_whole(c): discard(c.path, self.path)
-            for folder in ('checkpoints','snapshots','best'):
-                for p in entries(self.path/folder):
-                    if '.damaged-' in p.name: discard(p, self.path) # a copy that did not verify, set aside until another one did
-        for c in [c for c in copies if c.kind == 'light'][:-self.keep]: discard(c.path, self.path)
+                if (
+                    c.kind != "light"
+                    and c.path not in kept
+                    and c.step < safe[-1].step
+                    and not _may_be_whole(c)
+                ):
+                    discard(c.path, self.path)
+            for folder in ("checkpoints", "snapshots", "best"):
+                for p in entries(self.path / folder):
+                    if ".damaged-" in p.name:
+                        discard(
+                            p, self.path
+                        )  # a copy that did not verify, set aside until another one did
+        for c in [c for c in copies if c.kind == "light"][: -self.keep]:
+            discard(c.path, self.path)
         models = self.best_models()
-        best = [c for c in models if c.path in self.confirmed or not c.problem and not self.confirms]
+        best = [
+            c for c in models if c.path in self.confirmed or not c.problem and not self.confirms
+        ]
         for c in models:
-            if best and c.path != best[-1].path and (c in best or c.problem and not _may_be_whole(c)): discard(c.path, self.path)
+            if (
+                best
+                and c.path != best[-1].path
+                and (c in best or c.problem and not _may_be_whole(c))
+            ):
+                discard(c.path, self.path)
 
     # --- the status ---
-    def status(self)->dict:
+    def status(self) -> dict:
         "What is and what is not backed up, at this moment, as far as is known without asking the folder."
-        states = {p:c.step for p,c in [*self.seen.items()] if c}
-        last = lambda ps: dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
-        pending = self.pending.get('state') or next(iter(self.pending.values()), None)
-        return dict(folder=str(self.path), run_id=self.run_id, time=time.time(), doing=self.lost and 'stopped' or self.doing, pending=pending and pending[0].name,
-            copied=last([*states]), confirmed=last([p for p in states if p in self.confirmed]) if self.confirms else None, server_tells=self.confirms,
-            waiting=[p.name for p in self._unconfirmed()] if self.confirms else [], passed_over=self.skipped, failed=self.failed, stopped=self.lost, session=self.session)
+        states = {p: c.step for p, c in [*self.seen.items()] if c}
+        last = lambda ps: (
+            dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
+        )
+        pending = self.pending.get("state") or next(iter(self.pending.values()), None)
+        return dict(
+            folder=str(self.path),
+            run_id=self.run_id,
+            time=time.time(),
+            doing=self.lost and "stopped" or self.doing,
+            pending=pending and pending[0].name,
+            copied=last([*states]),
+            confirmed=last([p for p in states if p in self.confirmed]) if self.confirms else None,
+            server_tells=self.confirms,
+            waiting=[p.name for p in self._unconfirmed()] if self.confirms else [],
+            passed_over=self.skipped,
+            failed=self.failed,
+            stopped=self.lost,
+            session=self.session,
+        )
 
     def _write_status(self):
-        try: write_json(self.run_path/'backup.json', self.status())
-        except OSError: pass # the local disk is full: the next one will do
+        try:
+            write_json(self.run_path / "backup.json", self.status())
+        except OSError:
+            pass  # the local disk is full: the next one will do
 
 # %% ../nbs/10_backup.ipynb #725c2c84
-def _interval(heart:dict)->float:
+def _interval(heart: dict) -> float:
     "Seconds between two beats, as the heart itself says; as usual here, where it says nonsense."
-    said = heart.get('seconds')
-    return float(said) if type(said) in (int,float) and 0 < said <= 600 else BEAT
+    said = heart.get("seconds")
+    return float(said) if type(said) in (int, float) and 0 < said <= 600 else BEAT
 
-def _beat(heart:dict)->tuple: "What changes while it beats."; return heart.get('session'),heart.get('beat')
+
+def _beat(heart: dict) -> tuple:
+    "What changes while it beats."
+    return heart.get("session"), heart.get("beat")
+
 
 def wait_for_others(
-    backup:Backup,
-    say:Callable[[str],None]=print,
+    backup: Backup,
+    say: Callable[[str], None] = print,
 ):
     "A `BackupError` if another process writes to this backup. A heart that does not beat for two and a half intervals is that of a machine that is gone; no clock of another machine is believed."
-    if not (backup.path/'heartbeat.json').exists(): return
-    own = (_json_or(backup.run_path/'backup.json', None) or {}).get('session') # of the process before this one in the run's own folder: its lock is ours now, so it is dead
-    gone = lambda heart: heart.get('ended') is True or own and heart.get('session') == own
-    first = read_heartbeat(backup.path) or {} # torn: it is being written, or was when its machine died
-    if gone(first): return
+    if not (backup.path / "heartbeat.json").exists():
+        return
+    own = (_json_or(backup.run_path / "backup.json", None) or {}).get(
+        "session"
+    )  # of the process before this one in the run's own folder: its lock is ours now, so it is dead
+    gone = lambda heart: heart.get("ended") is True or own and heart.get("session") == own
+    first = (
+        read_heartbeat(backup.path) or {}
+    )  # torn: it is being written, or was when its machine died
+    if gone(first):
+        return
     interval = _interval(first)
-    end = time.monotonic() + 2.5*interval
-    say(f'the last process that wrote to {backup.path} has not said that it ended; looking whether it still does ({human_time(2.5*interval)})')
+    end = time.monotonic() + 2.5 * interval
+    say(
+        f"the last process that wrote to {backup.path} has not said that it ended; looking whether"
+        f" it still does ({human_time(2.5 * interval)})"
+    )
     while time.monotonic() < end:
-        time.sleep(min(1., interval/4))
+        time.sleep(min(1.0, interval / 4))
         now = read_heartbeat(backup.path) or first
-        if gone(now): return
+        if gone(now):
+            return
         first = first or now
-        if _beat(now) != _beat(first): raise BackupError(f"another process is training this run: the heartbeat in {backup.path} goes on. Stop it there, or choose another output_dir here: the name of the run decides its folder in the backup")
+        if _beat(now) != _beat(first):
+            raise BackupError(
+                f"another process is training this run: the heartbeat in {backup.path} goes on."
+                " Stop it there, or choose another output_dir here: the name of the run decides"
+                " its folder in the backup"
+            )
+
 
 def given_up(
-    state:dict, # A checkpoint's trainer_state.json
-    attempts:list[dict], # Of the run
-)->bool:
+    state: dict,  # A checkpoint's trainer_state.json
+    attempts: list[dict],  # Of the run
+) -> bool:
     "Has training gone back behind this state later, so that it belongs to a course that counts no more?"
-    return any(a['step'] < state['global_step'] for a in attempts[state.get('attempt', len(attempts)):])
+    return any(
+        a["step"] < state["global_step"] for a in attempts[state.get("attempt", len(attempts)) :]
+    )
+
 
 def _went_on(
-    run:Path, # A run's folder; of a backup it cannot be known, as its files may be on their way
-    attempts:list[dict], # As it has them
-    n:int, # Of these, what it shares with another machine
-)->bool:
+    run: Path,  # A run's folder; of a backup it cannot be known, as its files may be on their way
+    attempts: list[dict],  # As it has them
+    n: int,  # Of these, what it shares with another machine
+) -> bool:
     "Has an attempt after the first `n` saved anything that it trained?"
     saved = [c.path for s in stores_in(run) for c in s.all()]
-    states = [_json_or(p/'trainer_state.json', {}) for p in [*saved, run]]
-    return any(s.get('attempt', 0) > n and s['global_step'] > min(a['step'] for a in attempts[n:]) for s in states)
+    states = [_json_or(p / "trainer_state.json", {}) for p in [*saved, run]]
+    return any(
+        s.get("attempt", 0) > n and s["global_step"] > min(a["step"] for a in attempts[n:])
+        for s in states
+    )
 
-def _restored(there:Path, made:Path, group:str, files:dict[str,dict])->Path: # `made`
+
+def _restored(there: Path, made: Path, group: str, files: dict[str, dict]) -> Path:  # `made`
     "Copy some files that mirror.json lists; a `CheckpointError` if one is damaged or has not arrived, an `OSError` if one cannot be read at the moment."
     try:
         with new_dir(made, replace=True) as d:
-            for name,want in files.items():
-                target = d/Path(name).relative_to(group); target.parent.mkdir(parents=True, exist_ok=True)
-                if copy_file(stay_inside(there/name, there), target)[0] != want['xxh3_128']: raise CheckpointError(f'{there/name} is damaged or has not arrived')
+            for name, want in files.items():
+                target = d / Path(name).relative_to(group)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if copy_file(stay_inside(there / name, there), target)[0] != want["xxh3_128"]:
+                    raise CheckpointError(f"{there / name} is damaged or has not arrived")
     except OSError as e:
-        if may_pass(e): raise BackupError(f"{there} cannot be restored now: {e}. Nothing is trained meanwhile; call again when it can be read, and there is room for it here") from None
+        if may_pass(e):
+            raise BackupError(
+                f"{there} cannot be restored now: {e}. Nothing is trained meanwhile; call again"
+                " when it can be read, and there is room for it here"
+            ) from None
         raise CheckpointError(str(e)) from None
     return made
 
-def _content(path:Path)->bytes: "Of a file of a run, which is neither a link nor a pipe."; return regular(no_link(path)).read_bytes()
+
+def _content(path: Path) -> bytes:
+    "Of a file of a run, which is neither a link nor a pipe."
+    return regular(no_link(path)).read_bytes()
+
 
 def restore_run(
-    backup:Backup,
-    say:Callable[[str],None]=print,
-)->bool: # Was there anything to restore?
+    backup: Backup,
+    say: Callable[[str], None] = print,
+) -> bool:  # Was there anything to restore?
     "Bring a run's own files from its backup into a folder that does not have them, or not the newest, `run.json` last. What stands in their place is set aside."
-    there,here = backup.path,backup.run_path
+    there, here = backup.path, backup.run_path
     refuse_links(here)
-    if os.path.islink(there): raise BackupError(f"{there} is a link to {os.readlink(there)}, and a backup is a folder of its own. Name the folder in which that one is as gdrive_backup_dir")
-    id,mine = read_run_id(there),read_run_id(here)
-    if mine is None and not (_json_or(there/'run.json', None) or {}).get('id'):
-        if not backup.copies(): # a process that was killed before it had copied anything: nothing is lost, and its signs must not stand for another run
-            for name in ('heartbeat.json','mirror.json'): delete(there/name, backup.folder)
+    if os.path.islink(there):
+        raise BackupError(
+            f"{there} is a link to {os.readlink(there)}, and a backup is a folder of its own. Name"
+            " the folder in which that one is as gdrive_backup_dir"
+        )
+    id, mine = read_run_id(there), read_run_id(here)
+    if mine is None and not (_json_or(there / "run.json", None) or {}).get("id"):
+        if not backup.copies():  # a process that was killed before it had copied anything: nothing is lost, and its signs must not stand for another run
+            for name in ("heartbeat.json", "mirror.json"):
+                delete(there / name, backup.folder)
             return False
-        raise BackupError(f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it, or pass overwrite=True, which moves that folder aside")
+        raise BackupError(
+            f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it,"
+            " or pass overwrite=True, which moves that folder aside"
+        )
     if mine is not None:
-        if id not in (None, mine): raise BackupError(f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and nothing is overwritten. Choose another output_dir (its name is the folder's name in the backup), or another gdrive_backup_dir, or move one of the two away")
-        theirs,own = ((_json_or(p/'run.json', None) or {}).get('attempts', []) for p in (there, here))
-        same = next((i for i,(a,b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs)))
+        if id not in (None, mine):
+            raise BackupError(
+                f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and"
+                " nothing is overwritten. Choose another output_dir (its name is the folder's name"
+                " in the backup), or another gdrive_backup_dir, or move one of the two away"
+            )
+        theirs, own = (
+            (_json_or(p / "run.json", None) or {}).get("attempts", []) for p in (there, here)
+        )
+        same = next(
+            (i for i, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs))
+        )
         if same == len(theirs):
-            if (there/'metrics.jsonl').exists() and not (here/'metrics.jsonl').exists(): write_file(here/'metrics.jsonl', _content(there/'metrics.jsonl'))
+            if (there / "metrics.jsonl").exists() and not (here / "metrics.jsonl").exists():
+                write_file(here / "metrics.jsonl", _content(there / "metrics.jsonl"))
             return False
-        if same < len(own) and _went_on(here, own, same): raise BackupError(f"{here.name} has gone on here and, in another way, on the machine that wrote {there}: the two cannot be joined, and nothing is overwritten. To go on with what is here, pass another gdrive_backup_dir; to go on with what is there, move {here} away")
-        say(f'{here.name} has gone on elsewhere meanwhile')
+        if same < len(own) and _went_on(here, own, same):
+            raise BackupError(
+                f"{here.name} has gone on here and, in another way, on the machine that wrote"
+                f" {there}: the two cannot be joined, and nothing is overwritten. To go on with"
+                " what is here, pass another gdrive_backup_dir; to go on with what is there, move"
+                f" {here} away"
+            )
+        say(f"{here.name} has gone on elsewhere meanwhile")
         for c in [c for s in stores_in(here) for c in s.all() if not c.problem]:
-            if given_up(read_json(c.path/'trainer_state.json'), theirs): say(f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and is set aside as {set_aside(c.path, 'superseded')}")
-        if problem(here, hashes=False) is None and given_up(read_json(here/'trainer_state.json'), theirs): set_aside(here/'MANIFEST.json', 'superseded') # its state is among those above
-    say(f'restoring {here.name} from {backup.folder}')
+            if given_up(read_json(c.path / "trainer_state.json"), theirs):
+                say(
+                    f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and"
+                    f" is set aside as {set_aside(c.path, 'superseded')}"
+                )
+        if problem(here, hashes=False) is None and given_up(
+            read_json(here / "trainer_state.json"), theirs
+        ):
+            set_aside(here / "MANIFEST.json", "superseded")  # its state is among those above
+    say(f"restoring {here.name} from {backup.folder}")
     here.mkdir(parents=True, exist_ok=True)
     groups = {}
-    for name,want in listed(there).items():
-        if not in_folder(name) or len(Path(name).parts) < 2 or not name.startswith(('tokenizer/','data')): raise BackupError(f'{there}/mirror.json lists {name!r}, which is outside of the tokenizer and the data of a run: this is not a backup that minigpt made')
+    for name, want in listed(there).items():
+        if (
+            not in_folder(name)
+            or len(Path(name).parts) < 2
+            or not name.startswith(("tokenizer/", "data"))
+        ):
+            raise BackupError(
+                f"{there}/mirror.json lists {name!r}, which is outside of the tokenizer and the"
+                " data of a run: this is not a backup that minigpt made"
+            )
         groups.setdefault(Path(name).parts[0], {})[name] = want
-    for group,files in groups.items():
-        if all((f := here/n).is_file() and f.stat().st_size == want['size'] and hash_file(f) == want['xxh3_128'] for n,want in files.items()): continue
-        try: made = _restored(there, here/f'{group}.restored', group, files)
-        except CheckpointError as e: say(f'{group}/ is not restored: {e}'); continue
-        if lexists(here/group): say(f"what stood in {here/group} is kept as {set_aside(here/group, 'old')}")
-        os.rename(made, here/group)
-    if not (here/'tokenizer'/'tokenizer.json').exists(): # every checkpoint has it as well; and the data can be built again
-        if not (c := newest(backup.state_stores())): raise BackupError(f'{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is whole. Wait if files are still arriving; to train anew, choose another output_dir, or pass overwrite=True')
-        with new_dir(here/'tokenizer', replace=True) as d:
-            for name in ('tokenizer.json','tokenizer_config.json'): copy_file(c.path/name, d/name)
-    if problem(there/'final') is None:
-        for name in [*read_json(there/'final'/'MANIFEST.json')['files'], 'MANIFEST.json']:
-            if mine is None and lexists(here/name) and (os.path.islink(here/name) or hash_file(here/name) != hash_file(there/'final'/name)): say(f"what stood in {here/name} is kept as {set_aside(here/name, 'old')}")
-        delete(made := hidden(here/'final', 'tmp'))
-        copy_checkpoint(there/'final', made)
-        if wrong := problem(made): raise BackupError(f'{made} does not read back as it was copied: {wrong}. Make room, and call again')
+    for group, files in groups.items():
+        if all(
+            (f := here / n).is_file()
+            and f.stat().st_size == want["size"]
+            and hash_file(f) == want["xxh3_128"]
+            for n, want in files.items()
+        ):
+            continue
+        try:
+            made = _restored(there, here / f"{group}.restored", group, files)
+        except CheckpointError as e:
+            say(f"{group}/ is not restored: {e}")
+            continue
+        if lexists(here / group):
+            say(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
+        os.rename(made, here / group)
+    if not (
+        here / "tokenizer" / "tokenizer.json"
+    ).exists():  # every checkpoint has it as well; and the data can be built again
+        if not (c := newest(backup.state_stores())):
+            raise BackupError(
+                f"{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is"
+                " whole. Wait if files are still arriving; to train anew, choose another"
+                " output_dir, or pass overwrite=True"
+            )
+        with new_dir(here / "tokenizer", replace=True) as d:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                copy_file(c.path / name, d / name)
+    if problem(there / "final") is None:
+        for name in [*read_json(there / "final" / "MANIFEST.json")["files"], "MANIFEST.json"]:
+            if (
+                mine is None
+                and lexists(here / name)
+                and (
+                    os.path.islink(here / name)
+                    or hash_file(here / name) != hash_file(there / "final" / name)
+                )
+            ):
+                say(f"what stood in {here / name} is kept as {set_aside(here / name, 'old')}")
+        delete(made := hidden(here / "final", "tmp"))
+        copy_checkpoint(there / "final", made)
+        if wrong := problem(made):
+            raise BackupError(
+                f"{made} does not read back as it was copied: {wrong}. Make room, and call again"
+            )
         place_final(here, made)
     best = next((c for c in reversed(backup.best_models()) if problem(c.path) is None), None)
-    if best and not (here/'best'/best.path.name).exists():
-        try: fetch(backup, best)
-        except CheckpointError as e: say(f'{best.path} is not restored: {e}')
-    if (there/'run.log').exists():
-        known = {*_content(here/'run.log').splitlines()} if (here/'run.log').exists() else set()
-        new = [l for l in _content(there/'run.log').splitlines(True) if l.rstrip(b'\r\n') not in known]
-        with open(no_link(here/'run.log'), 'ab') as f: f.write(b''.join(new)) # it is open already, for what is said now
-    for name in ('metrics.jsonl','run.json'):
-        if not (there/name).exists(): continue
-        copied = _content(there/name)
-        if (here/name).exists():
-            own = _content(here/name)
-            if name == 'metrics.jsonl' and own.startswith(copied): continue
-            if mine is None if name == 'run.json' else not copied.startswith(own): set_aside(here/name, 'old')
-        write_file(here/name, copied)
+    if best and not (here / "best" / best.path.name).exists():
+        try:
+            fetch(backup, best)
+        except CheckpointError as e:
+            say(f"{best.path} is not restored: {e}")
+    if (there / "run.log").exists():
+        known = {*_content(here / "run.log").splitlines()} if (here / "run.log").exists() else set()
+        new = [
+            l
+            for l in _content(there / "run.log").splitlines(True)
+            if l.rstrip(b"\r\n") not in known
+        ]
+        with open(no_link(here / "run.log"), "ab") as f:
+            f.write(b"".join(new))  # it is open already, for what is said now
+    for name in ("metrics.jsonl", "run.json"):
+        if not (there / name).exists():
+            continue
+        copied = _content(there / name)
+        if (here / name).exists():
+            own = _content(here / name)
+            if name == "metrics.jsonl" and own.startswith(copied):
+                continue
+            if mine is None if name == "run.json" else not copied.startswith(own):
+                set_aside(here / name, "old")
+        write_file(here / name, copied)
     return True
 
+
 def fetch(
-    backup:Backup,
-    c:Checkpoint, # One of its copies
-)->Path: # In the run's folder
+    backup: Backup,
+    c: Checkpoint,  # One of its copies
+) -> Path:  # In the run's folder
     "Copy a state from the backup to where the run keeps its own; a `CheckpointError` or `OSError` if it is not whole."
-    target = backup.run_path/c.path.parent.name/c.path.name
+    target = backup.run_path / c.path.parent.name / c.path.name
     stay_inside(target, backup.run_path)
-    if lexists(target): set_aside(target, 'damaged')
+    if lexists(target):
+        set_aside(target, "damaged")
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_dir(target) as d:
-        d.rmdir(); copy_checkpoint(c.path, d)
-        if wrong := problem(d): raise CheckpointError(f'{target} does not read back: {wrong}')
+        d.rmdir()
+        copy_checkpoint(c.path, d)
+        if wrong := problem(d):
+            raise CheckpointError(f"{target} does not read back: {wrong}")
     return target

@@ -17,16 +17,24 @@ from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
 
 # %% ../nbs/08_chat.ipynb #fcb2fab9
-def _described(f)->tuple[str,dict[str,str]]:
-    "What a function does, and what is said of each parameter: in comments behind them, or under \"Args:\" in the docstring."
-    about,_,args = (inspect.getdoc(f) or '').partition('\nArgs:\n')
-    try: source = inspect.getsource(f)
-    except (OSError, TypeError): source = ''
-    head = m[0] if (m := re.match(r'(?s).*?^[^#\n]*\)[^#\n]*:[ \t]*(#[^\n]*)?$', source, re.M)) else '' # up to the colon that ends the signature
+def _described(f) -> tuple[str, dict[str, str]]:
+    'What a function does, and what is said of each parameter: in comments behind them, or under "Args:" in the docstring.'
+    about, _, args = (inspect.getdoc(f) or "").partition("\nArgs:\n")
+    try:
+        source = inspect.getsource(f)
+    except (OSError, TypeError):
+        source = ""
+    head = (
+        m[0] if (m := re.match(r"(?s).*?^[^#\n]*\)[^#\n]*:[ \t]*(#[^\n]*)?$", source, re.M)) else ""
+    )  # up to the colon that ends the signature
     found = {}
     for name in inspect.signature(f).parameters:
-        if m := re.search(rf'^[ \t]*{name}\b[^:\n]*:[ \t]*(.+)', args, re.M) or re.search(rf'^(?:[^#\n]*\()?[ \t]*{name}\b[^#\n]*#[ \t]*(.+)', head, re.M): found[name] = m[1].strip()
-    return re.split(r'\n\s*\n', about.strip())[0].replace('\n', ' '),found
+        if m := re.search(rf"^[ \t]*{name}\b[^:\n]*:[ \t]*(.+)", args, re.M) or re.search(
+            rf"^(?:[^#\n]*\()?[ \t]*{name}\b[^#\n]*#[ \t]*(.+)", head, re.M
+        ):
+            found[name] = m[1].strip()
+    return re.split(r"\n\s*\n", about.strip())[0].replace("\n", " "), found
+
 
 def _arguments(f):
     "The schema of a function's arguments, and the pydantic adapter that checks them."
@@ -34,220 +42,434 @@ def _arguments(f):
     from pydantic.errors import PydanticUserError
     from pydantic.json_schema import GenerateJsonSchema
     from typing_extensions import NotRequired, TypedDict
+
     class Plain(GenerateJsonSchema):
-        def field_title_should_be_set(self, schema): return False
-        def sort(self, value, parent_key=None): return value
-    said,fields,hints = _described(f)[1],{},get_type_hints(f, include_extras=True)
-    for name,p in inspect.signature(f).parameters.items():
-        if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY): raise ValueError(f"{f.__name__} takes {p}, and a model gives every argument by its name; write the parameters out")
-        default = {} if p.default is p.empty or not isinstance(p.default, (str,int,float,bool,type(None))) else dict(default=p.default)
-        kind = Annotated[hints.get(name, Any), Field(description=said.get(name), json_schema_extra=default or None)]
+        def field_title_should_be_set(self, schema):
+            return False
+
+        def sort(self, value, parent_key=None):
+            return value
+
+    said, fields, hints = _described(f)[1], {}, get_type_hints(f, include_extras=True)
+    for name, p in inspect.signature(f).parameters.items():
+        if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            raise ValueError(
+                f"{f.__name__} takes {p}, and a model gives every argument by its name; write the"
+                " parameters out"
+            )
+        default = (
+            {}
+            if p.default is p.empty
+            or not isinstance(p.default, (str, int, float, bool, type(None)))
+            else dict(default=p.default)
+        )
+        kind = Annotated[
+            hints.get(name, Any),
+            Field(description=said.get(name), json_schema_extra=default or None),
+        ]
         fields[name] = kind if p.default is p.empty else NotRequired[kind]
-    arguments = TypedDict('arguments', fields)
-    arguments.__pydantic_config__ = ConfigDict(extra='forbid')
-    try: check = TypeAdapter(arguments); schema = check.json_schema(schema_generator=Plain)
-    except PydanticUserError as e: raise ValueError(f"{f.__name__} has a parameter that no JSON can be ({str(e).splitlines()[0]}); use str, int, float, bool, list, dict, Literal or a pydantic model") from None
-    return {k:v for k,v in schema.items() if k not in ('title','additionalProperties')},check
+    arguments = TypedDict("arguments", fields)
+    arguments.__pydantic_config__ = ConfigDict(extra="forbid")
+    try:
+        check = TypeAdapter(arguments)
+        schema = check.json_schema(schema_generator=Plain)
+    except PydanticUserError as e:
+        raise ValueError(
+            f"{f.__name__} has a parameter that no JSON can be ({str(e).splitlines()[0]}); use str,"
+            " int, float, bool, list, dict, Literal or a pydantic model"
+        ) from None
+    return {k: v for k, v in schema.items() if k not in ("title", "additionalProperties")}, check
 
 # %% ../nbs/08_chat.ipynb #764b6477
 class Tools:
     "Python functions that a model may call, and no others."
-    def __init__(self,
-        functions:Iterable[Callable]=(), # With type hints; see `add`
-        limit:int=2000, # Longest result that the model is given, in characters of JSON
+
+    def __init__(
+        self,
+        functions: Iterable[Callable] = (),  # With type hints; see `add`
+        limit: int = 2000,  # Longest result that the model is given, in characters of JSON
     ):
-        self.limit,self.functions,self.schemas,self._checks = limit,{},[],{}
-        for f in functions: self.add(f)
+        self.limit, self.functions, self.schemas, self._checks = limit, {}, [], {}
+        for f in functions:
+            self.add(f)
 
-    def __repr__(self): return f"Tools({', '.join(self.functions)})"
-    def __len__(self): return len(self.functions)
-    def __call__(self, f:Callable)->Callable: "The same as `add`, for `@tools`."; return self.add(f)
+    def __repr__(self):
+        return f"Tools({', '.join(self.functions)})"
 
-    def add(self,
-        f:Callable, # Its parameters need type hints; what it returns must be JSON. Docstring and comments become the schema
-    )->Callable: # `f`, unchanged
+    def __len__(self):
+        return len(self.functions)
+
+    def __call__(self, f: Callable) -> Callable:
+        "The same as `add`, for `@tools`."
+        return self.add(f)
+
+    def add(
+        self,
+        f: Callable,  # Its parameters need type hints; what it returns must be JSON. Docstring and comments become the schema
+    ) -> Callable:  # `f`, unchanged
         "Let the model call a function."
-        if not callable(f): raise TypeError(f"{f!r} must be a function")
+        if not callable(f):
+            raise TypeError(f"{f!r} must be a function")
         name = f.__name__
-        if not name.isidentifier(): raise ValueError(f"{name} is no name that a model can call; write the function with `def`")
-        if name in self.functions: raise ValueError(f"there is a function {name} already; give this one another name")
-        if inspect.iscoroutinefunction(f): raise ValueError(f"{name} is an async function; register one that returns its result")
-        schema,check = _arguments(f)
-        self.functions[name],self._checks[name] = f,check
+        if not name.isidentifier():
+            raise ValueError(
+                f"{name} is no name that a model can call; write the function with `def`"
+            )
+        if name in self.functions:
+            raise ValueError(f"there is a function {name} already; give this one another name")
+        if inspect.iscoroutinefunction(f):
+            raise ValueError(f"{name} is an async function; register one that returns its result")
+        schema, check = _arguments(f)
+        self.functions[name], self._checks[name] = f, check
         self.schemas.append(dict(name=name, description=_described(f)[0], parameters=schema))
         return f
 
-    def call(self,
-        name:str, # What the model asks for
-        arguments:dict, # By name, as they come out of its JSON
-    )->str: # JSON: the result, or {"error": why there is none}
+    def call(
+        self,
+        name: str,  # What the model asks for
+        arguments: dict,  # By name, as they come out of its JSON
+    ) -> str:  # JSON: the result, or {"error": why there is none}
         "Run a function that was registered, if its arguments fit."
         from pydantic import ValidationError
-        error = lambda why: json.dumps(dict(error=why[:self.limit]), ensure_ascii=False)
-        if name not in self.functions: return error(f"there is no function {name}; there is {', '.join(self.functions) or 'none'}")
-        try: given = self._checks[name].validate_python(arguments)
-        except ValidationError as e: return error(f'{name} was not called: ' + '; '.join(f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()))
-        try: result = json.dumps(self.functions[name](**given), ensure_ascii=False, allow_nan=False)
-        except (Exception, SystemExit) as e: return error(f'{name} failed: {type(e).__name__}: {e}')
-        if len(result) <= self.limit: return result
-        return json.dumps(dict(beginning=result[:self.limit], left_out=f'{len(result)-self.limit} characters'), ensure_ascii=False)
+
+        error = lambda why: json.dumps(dict(error=why[: self.limit]), ensure_ascii=False)
+        if name not in self.functions:
+            return error(
+                f"there is no function {name}; there is {', '.join(self.functions) or 'none'}"
+            )
+        try:
+            given = self._checks[name].validate_python(arguments)
+        except ValidationError as e:
+            return error(
+                f"{name} was not called: "
+                + "; ".join(
+                    f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()
+                )
+            )
+        try:
+            result = json.dumps(self.functions[name](**given), ensure_ascii=False, allow_nan=False)
+        except (Exception, SystemExit) as e:
+            return error(f"{name} failed: {type(e).__name__}: {e}")
+        if len(result) <= self.limit:
+            return result
+        return json.dumps(
+            dict(beginning=result[: self.limit], left_out=f"{len(result) - self.limit} characters"),
+            ensure_ascii=False,
+        )
 
 # %% ../nbs/08_chat.ipynb #e3065da0
-_MARKS = dict(text=('<think>','<tool_call>'), thinking=('</think>',))
+_MARKS = dict(text=("<think>", "<tool_call>"), thinking=("</think>",))
 
-def _held(text:str, marks:Iterable[str])->int:
+
+def _held(text: str, marks: Iterable[str]) -> int:
     "Characters at the end that may be the beginning of a mark."
-    return max((n for m in marks for n in range(1, min(len(m), len(text)+1)) if text.endswith(m[:n])), default=0)
+    return max(
+        (n for m in marks for n in range(1, min(len(m), len(text) + 1)) if text.endswith(m[:n])),
+        default=0,
+    )
 
-def _parts(pieces:Iterable[str], kind:str='text')->Iterator[tuple[str,str]]:
+
+def _parts(pieces: Iterable[str], kind: str = "text") -> Iterator[tuple[str, str]]:
     "(`thinking`, `text` or `call`, piece); behind the first call everything counts as calls."
-    rest,fresh = '',kind == 'thinking'
+    rest, fresh = "", kind == "thinking"
     for piece in itertools.chain(pieces, [None]):
-        rest += piece or ''
-        while kind != 'call' and (at := min(((i,m) for m in _MARKS[kind] if (i := rest.find(m)) >= 0), default=None)):
-            said = rest[:at[0]].lstrip('\n') if fresh else rest[:at[0]]
-            if said := said.rstrip('\n'): yield kind,said
-            kind,rest,fresh = ('call',rest[at[0]:],False) if at[1] == '<tool_call>' else ('thinking' if at[1] == '<think>' else 'text',rest[at[0]+len(at[1]):],True)
-        if kind == 'call': ready,rest = rest,''
+        rest += piece or ""
+        while kind != "call" and (
+            at := min(((i, m) for m in _MARKS[kind] if (i := rest.find(m)) >= 0), default=None)
+        ):
+            said = rest[: at[0]].lstrip("\n") if fresh else rest[: at[0]]
+            if said := said.rstrip("\n"):
+                yield kind, said
+            kind, rest, fresh = (
+                ("call", rest[at[0] :], False)
+                if at[1] == "<tool_call>"
+                else (
+                    "thinking" if at[1] == "<think>" else "text",
+                    rest[at[0] + len(at[1]) :],
+                    True,
+                )
+            )
+        if kind == "call":
+            ready, rest = rest, ""
         else:
-            if fresh: rest = rest.lstrip('\n')
-            n = len(rest) if piece is None else len(rest[:len(rest)-_held(rest, _MARKS[kind])].rstrip('\n'))
-            ready,rest = rest[:n],rest[n:]
-        if ready: fresh = False; yield kind,ready
+            if fresh:
+                rest = rest.lstrip("\n")
+            n = (
+                len(rest)
+                if piece is None
+                else len(rest[: len(rest) - _held(rest, _MARKS[kind])].rstrip("\n"))
+            )
+            ready, rest = rest[:n], rest[n:]
+        if ready:
+            fresh = False
+            yield kind, ready
 
-def _until(pieces:Iterable[str], stop:Iterable[str])->Iterator[str]:
+
+def _until(pieces: Iterable[str], stop: Iterable[str]) -> Iterator[str]:
     "The text up to the first of these strings."
-    rest = ''
+    rest = ""
     for piece in itertools.chain(pieces, [None]):
-        rest += piece or ''
-        if (at := min((i for s in stop if (i := rest.find(s)) >= 0), default=None)) is not None: yield rest[:at]; return
+        rest += piece or ""
+        if (at := min((i for s in stop if (i := rest.find(s)) >= 0), default=None)) is not None:
+            yield rest[:at]
+            return
         n = len(rest) - (0 if piece is None else _held(rest, stop))
-        if n: yield rest[:n]
+        if n:
+            yield rest[:n]
         rest = rest[n:]
 
 # %% ../nbs/08_chat.ipynb #63f2e47e
 class Answer:
     "What a model says next: iterate over it, (`thinking` or `text`, piece), and then look at the whole."
-    def __init__(self,
-        model:GPT,
-        tokenizer:Tokenizer,
-        ids:list[int], # Prompt, of `Tokenizer.encode_prompt`
-        *,
-        stop:Iterable[str]=(), # Strings that end the answer; they are not part of it
-        max_new_tokens:int=500, # At most
-        **options, # temperature, top_k, top_p, seed: see `generate`
-    ):
-        self.tokenizer,self.stop,self.ids,self.n_tokens = tokenizer,[*stop],ids,0 # `n_tokens`: written so far
-        self.room = min(max_new_tokens, model.config.max_len-len(ids))
-        self.tokens = generate(model, ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **options)
-        self.said = dict(thinking='', text='', call='')
 
-    def plain(self,
-        after:Iterable[int]=(), # Of a text that is continued: its token ids
-    )->Iterator[str]:
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        ids: list[int],  # Prompt, of `Tokenizer.encode_prompt`
+        *,
+        stop: Iterable[str] = (),  # Strings that end the answer; they are not part of it
+        max_new_tokens: int = 500,  # At most
+        **options,  # temperature, top_k, top_p, seed: see `generate`
+    ):
+        self.tokenizer, self.stop, self.ids, self.n_tokens = (
+            tokenizer,
+            [*stop],
+            ids,
+            0,
+        )  # `n_tokens`: written so far
+        self.room = min(max_new_tokens, model.config.max_len - len(ids))
+        self.tokens = generate(
+            model, ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **options
+        )
+        self.said = dict(thinking="", text="", call="")
+
+    def plain(
+        self,
+        after: Iterable[int] = (),  # Of a text that is continued: its token ids
+    ) -> Iterator[str]:
         "The text as it is written, marks and all."
+
         def counted():
-            for i in self.tokens: self.n_tokens += 1; yield i
+            for i in self.tokens:
+                self.n_tokens += 1
+                yield i
+
         return _until(text_pieces(self.tokenizer, counted(), after), self.stop)
 
-    def __iter__(self)->Iterator[tuple[str,str]]:
-        opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith('<think>')
-        for kind,piece in _parts(self.plain(), 'thinking' if opened else 'text'):
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith("<think>")
+        for kind, piece in _parts(self.plain(), "thinking" if opened else "text"):
             self.said[kind] += piece
-            yield (kind,piece) if kind != 'call' else ('text','') # nothing to show yet, but a moment at which a listener may stop
+            yield (
+                (kind, piece) if kind != "call" else ("text", "")
+            )  # nothing to show yet, but a moment at which a listener may stop
 
     @property
-    def cut(self)->bool: "Did it end for want of room?"; return self.n_tokens >= self.room
-    @property
-    def calls(self)->list[dict]: "Name and arguments of each call; a `ValueError` if one cannot be read."; return parse_tool_calls(self.said['call'])
+    def cut(self) -> bool:
+        "Did it end for want of room?"
+        return self.n_tokens >= self.room
 
-    def message(self,
-        calls:list[dict]=(), # Those to keep as calls; without, what was written of them is text
-    )->dict: # For the conversation
+    @property
+    def calls(self) -> list[dict]:
+        "Name and arguments of each call; a `ValueError` if one cannot be read."
+        return parse_tool_calls(self.said["call"])
+
+    def message(
+        self,
+        calls: list[dict] = (),  # Those to keep as calls; without, what was written of them is text
+    ) -> dict:  # For the conversation
         "The answer as a message."
-        text = self.said['text'] if calls or not self.said['call'] else '\n'.join(filter(None, (self.said['text'], self.said['call'])))
-        return dict(role='assistant', content=text) | ({'reasoning_content':self.said['thinking']} if self.said['thinking'] else {}) | ({'tool_calls':[*calls]} if calls else {})
+        text = (
+            self.said["text"]
+            if calls or not self.said["call"]
+            else "\n".join(filter(None, (self.said["text"], self.said["call"])))
+        )
+        return (
+            dict(role="assistant", content=text)
+            | ({"reasoning_content": self.said["thinking"]} if self.said["thinking"] else {})
+            | ({"tool_calls": [*calls]} if calls else {})
+        )
 
 # %% ../nbs/08_chat.ipynb #f80cc204
 class Chat:
     "A conversation with a model."
-    def __init__(self,
-        model:GPT|str|Path, # With an adapter or without; or a run, its folder, or a directory with a model
-        tokenizer:Tokenizer|str|Path|None=None, # With a chat template; default: the one that is the model's own
-        system:str|None=None, # What stands before everything
-        tools:Tools|Iterable[Callable]|None=None, # Functions that it may call
+
+    def __init__(
+        self,
+        model: (
+            GPT | str | Path
+        ),  # With an adapter or without; or a run, its folder, or a directory with a model
+        tokenizer: (
+            Tokenizer | str | Path | None
+        ) = None,  # With a chat template; default: the one that is the model's own
+        system: str | None = None,  # What stands before everything
+        tools: Tools | Iterable[Callable] | None = None,  # Functions that it may call
         *,
-        temperature:float=.7, # 0: always the best token
-        top_p:float|None=.95, # Draw from the likeliest tokens that make up this probability
-        top_k:int|None=None, # Draw from the k likeliest
-        max_new_tokens:int=500, # Of one answer, at most
-        thinking:bool|None=None, # Should answers begin with thoughts? See `Tokenizer.render`
-        max_rounds:int=5, # Calls and results, one after the other, before an answer must come
-        seed:int|None=None, # The same seed, the same answers
+        temperature: float = 0.7,  # 0: always the best token
+        top_p: float | None = 0.95,  # Draw from the likeliest tokens that make up this probability
+        top_k: int | None = None,  # Draw from the k likeliest
+        max_new_tokens: int = 500,  # Of one answer, at most
+        thinking: bool | None = None,  # Should answers begin with thoughts? See `Tokenizer.render`
+        max_rounds: int = 5,  # Calls and results, one after the other, before an answer must come
+        seed: int | None = None,  # The same seed, the same answers
     ):
-        model,tokenizer = open_model(model, tokenizer)
-        need_gpt(model, 'a chat')
-        self.model,self.tokenizer,self.system,self.max_new_tokens,self.max_rounds,self.thinking = model,tokenizer,system,max_new_tokens,max_rounds,thinking
+        model, tokenizer = open_model(model, tokenizer)
+        need_gpt(model, "a chat")
+        (
+            self.model,
+            self.tokenizer,
+            self.system,
+            self.max_new_tokens,
+            self.max_rounds,
+            self.thinking,
+        ) = (
+            model,
+            tokenizer,
+            system,
+            max_new_tokens,
+            max_rounds,
+            thinking,
+        )
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
-        self.temperature,self.top_p,self.top_k,self.seed = temperature,top_p,top_k,seed
+        self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
         self.reset()
 
-    def __repr__(self): return f"Chat({len(self.messages)} messages{f', {self.tools}' if len(self.tools) else ''})"
+    def __repr__(self):
+        return f"Chat({len(self.messages)} messages{f', {self.tools}' if len(self.tools) else ''})"
 
-    def reset(self): "Forget the conversation; system prompt and functions stay."; self.messages,self._start = [],0 # messages before `_start` are not read any more
+    def reset(self):
+        "Forget the conversation; system prompt and functions stay."
+        self.messages, self._start = [], 0  # messages before `_start` are not read any more
 
-    def _prompt(self, turn:list[dict])->list[int]:
+    def _prompt(self, turn: list[dict]) -> list[int]:
         "What the model reads; forgets old turns until an answer has room."
-        head,longest = [dict(role='system', content=self.system)] if self.system else [],self.model.config.max_len
+        head, longest = (
+            [dict(role="system", content=self.system)] if self.system else [],
+            self.model.config.max_len,
+        )
         start = self._start
         while True:
-            ids,last = self.tokenizer.encode_prompt(head+self.messages[start:]+turn, self.tools.schemas, self.thinking),start == len(self.messages)
-            if len(ids) + min(self.max_new_tokens, longest//4) <= longest or last and len(ids) < longest: self._start = start; return ids
-            if last: raise ValueError(f"this is too long for the model: system prompt, functions and the last turn take {len(ids):,} tokens, and its max_len is {longest:,}; shorten them")
-            start = next((i for i in range(start+1, len(self.messages)) if self.messages[i]['role'] == 'user'), len(self.messages))
+            ids, last = (
+                self.tokenizer.encode_prompt(
+                    head + self.messages[start:] + turn, self.tools.schemas, self.thinking
+                ),
+                start == len(self.messages),
+            )
+            if (
+                len(ids) + min(self.max_new_tokens, longest // 4) <= longest
+                or last
+                and len(ids) < longest
+            ):
+                self._start = start
+                return ids
+            if last:
+                raise ValueError(
+                    "this is too long for the model: system prompt, functions and the last turn"
+                    f" take {len(ids):,} tokens, and its max_len is {longest:,}; shorten them"
+                )
+            start = next(
+                (
+                    i
+                    for i in range(start + 1, len(self.messages))
+                    if self.messages[i]["role"] == "user"
+                ),
+                len(self.messages),
+            )
 
-    def send(self,
-        text:str, # What the user says
-    )->Iterator[tuple[str,str]]: # (kind, piece), as it comes
+    def send(
+        self,
+        text: str,  # What the user says
+    ) -> Iterator[tuple[str, str]]:  # (kind, piece), as it comes
         "Ask, and listen. The model's calls are run, and it goes on with their results."
-        turn,answer,start = [dict(role='user', content=text)],None,self._start
+        turn, answer, start = [dict(role="user", content=text)], None, self._start
         try:
-            for round in range(self.max_rounds+1):
-                try: ids = self._prompt(turn)
+            for round in range(self.max_rounds + 1):
+                try:
+                    ids = self._prompt(turn)
                 except ValueError as e:
-                    if not round: raise
-                    yield 'note',str(e); return
-                if self._start > start: start = self._start; yield 'note',f"the conversation is longer than the model's {self.model.config.max_len:,} tokens: it no longer sees the first {sum(m['role'] == 'user' for m in self.messages[:start])} questions and their answers"
-                answer = Answer(self.model, self.tokenizer, ids, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed)
+                    if not round:
+                        raise
+                    yield "note", str(e)
+                    return
+                if self._start > start:
+                    start = self._start
+                    yield (
+                        "note",
+                        (
+                            "the conversation is longer than the model's"
+                            f" {self.model.config.max_len:,} tokens: it no longer sees the first"
+                            f" {sum(m['role'] == 'user' for m in self.messages[:start])} questions"
+                            " and their answers"
+                        ),
+                    )
+                answer = Answer(
+                    self.model,
+                    self.tokenizer,
+                    ids,
+                    max_new_tokens=self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_p=self.top_p,
+                    top_k=self.top_k,
+                    seed=self.seed,
+                )
                 yield from answer
-                try: calls,wrong = answer.calls,None
-                except ValueError as e: calls,wrong = [],str(e)
-                said = answer.said['call']; turn.append(answer.message(calls)); answer = None
+                try:
+                    calls, wrong = answer.calls, None
+                except ValueError as e:
+                    calls, wrong = [], str(e)
+                said = answer.said["call"]
+                turn.append(answer.message(calls))
+                answer = None
                 if wrong:
-                    yield 'call',said
-                    turn.append(dict(role='tool', content=json.dumps(dict(error=wrong), ensure_ascii=False))); yield 'result',turn[-1]['content']
-                elif not calls: return
+                    yield "call", said
+                    turn.append(
+                        dict(role="tool", content=json.dumps(dict(error=wrong), ensure_ascii=False))
+                    )
+                    yield "result", turn[-1]["content"]
+                elif not calls:
+                    return
                 for c in calls:
-                    yield 'call',json.dumps(c, ensure_ascii=False)
-                    result = self.tools.call(**c) if round < self.max_rounds else json.dumps(dict(error=f'not called: {self.max_rounds} rounds of calls are the limit'))
-                    turn.append(dict(role='tool', content=result)); yield 'result',result
-            yield 'note',f'no answer after {self.max_rounds} rounds of calls; ask again, or raise max_rounds'
-        finally: self._keep(turn, answer)
+                    yield "call", json.dumps(c, ensure_ascii=False)
+                    result = (
+                        self.tools.call(**c)
+                        if round < self.max_rounds
+                        else json.dumps(
+                            dict(
+                                error=f"not called: {self.max_rounds} rounds of calls are the limit"
+                            )
+                        )
+                    )
+                    turn.append(dict(role="tool", content=result))
+                    yield "result", result
+            yield (
+                "note",
+                (
+                    f"no answer after {self.max_rounds} rounds of calls; ask again, or raise"
+                    " max_rounds"
+                ),
+            )
+        finally:
+            self._keep(turn, answer)
 
-    def _keep(self, turn:list[dict], answer:Answer|None):
+    def _keep(self, turn: list[dict], answer: Answer | None):
         "Add a turn, whole or stopped, to the conversation."
-        if answer and any(answer.said.values()): turn.append(answer.message())
-        if len(turn) == 1: return                                          # nothing was said: as if it had not been asked
-        last = max(i for i,m in enumerate(turn) if m['role'] == 'assistant')
-        missing = len(turn[last].get('tool_calls', ())) - (len(turn)-1-last)
-        turn += [dict(role='tool', content='{"error": "stopped by the user"}')]*max(0, missing)
-        if turn[-1]['role'] == 'tool': turn.append(dict(role='assistant', content=''))
+        if answer and any(answer.said.values()):
+            turn.append(answer.message())
+        if len(turn) == 1:
+            return  # nothing was said: as if it had not been asked
+        last = max(i for i, m in enumerate(turn) if m["role"] == "assistant")
+        missing = len(turn[last].get("tool_calls", ())) - (len(turn) - 1 - last)
+        turn += [dict(role="tool", content='{"error": "stopped by the user"}')] * max(0, missing)
+        if turn[-1]["role"] == "tool":
+            turn.append(dict(role="assistant", content=""))
         self.messages += turn
 
-    def ask(self, text:str)->str:
+    def ask(self, text: str) -> str:
         "`send`, and return the text of the last answer."
-        for _ in self.send(text): pass
-        return self.messages[-1]['content']
+        for _ in self.send(text):
+            pass
+        return self.messages[-1]["content"]
 
 # %% ../nbs/08_chat.ipynb #46264fce
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
@@ -256,69 +478,125 @@ _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /reset             begin a new conversation
 /exit              end (also Ctrl-D); Ctrl-C stops an answer"""
 
+
 def chat_in_terminal(
-    chat:Chat,
-    read=None, # Function that returns a line and raises EOFError at the end; default: Python's, with a prompt where someone types
-    out=None, # Where to write; default: the standard output
+    chat: Chat,
+    read=None,  # Function that returns a line and raises EOFError at the end; default: Python's, with a prompt where someone types
+    out=None,  # Where to write; default: the standard output
 ):
     "Talk until the input ends."
     out = out or sys.stdout
     typed = read is None and sys.stdin.isatty()
     if typed:
-        try: import_module('readline') # line editing and history for input()
-        except ImportError: pass # Windows' consoles edit by themselves
-    read = read or (lambda: input('> ' if typed else ''))
-    colour = out.isatty()
-    def write(text, how=''): out.write(f'\033[{how}m{text}\033[0m' if colour and how else text); out.flush()
-    plain = lambda s: re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', s)
-    def command(line):
-        name,_,rest = line.partition(' ')
-        if name == '/reset': chat.reset(); return 'a new conversation'
-        if name == '/system':
-            if rest: chat.system = rest
-            return f'system prompt: {chat.system or "none"}'
-        if name == '/think':
-            if rest in ('on','off'): chat.thinking = rest == 'on'
-            return f"thinking: {'as the template has it' if chat.thinking is None else 'on' if chat.thinking else 'off'}; to change it, /think on or /think off"
-        if name == '/temperature':
-            try: t = float(rest)
-            except ValueError: t = -1
-            if not 0 <= t < float('inf'): return f'temperature is {chat.temperature}; to change it, /temperature 0.7'
-            chat.temperature = t; return f'temperature {t}'
-        return _HELP if name == '/help' else f'there is no {name}\n{_HELP}'
-    if typed: write(_HELP + '\n', '2')
-    while True:
-        try: line = read().strip()
-        except EOFError: break
-        except KeyboardInterrupt: write('\n/exit or Ctrl-D ends\n', '2'); continue
-        if line == '/exit': break
-        if not line: continue
-        if line.startswith('/'): write(command(line)+'\n', '2'); continue
-        before = ''
         try:
-            for kind,piece in chat.send(line):
-                if not piece: continue
-                if kind != before or kind in ('call','result'): write('\n'*bool(before))
-                if kind in ('call','result'): piece = f"{'→' if kind == 'call' else '←'} {piece}"
-                write(plain(piece), '' if kind == 'text' else '2'); before = kind
-        except KeyboardInterrupt: write(' … stopped', '2')
-        except ValueError as e: write(f'error: {e}', '2')
-        write('\n')
-    if typed: write('\n')
+            import_module("readline")  # line editing and history for input()
+        except ImportError:
+            pass  # Windows' consoles edit by themselves
+    read = read or (lambda: input("> " if typed else ""))
+    colour = out.isatty()
+
+    def write(text, how=""):
+        out.write(f"\033[{how}m{text}\033[0m" if colour and how else text)
+        out.flush()
+
+    plain = lambda s: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", s)
+
+    def command(line):
+        name, _, rest = line.partition(" ")
+        if name == "/reset":
+            chat.reset()
+            return "a new conversation"
+        if name == "/system":
+            if rest:
+                chat.system = rest
+            return f"system prompt: {chat.system or 'none'}"
+        if name == "/think":
+            if rest in ("on", "off"):
+                chat.thinking = rest == "on"
+            return (
+                "thinking:"
+                f" {'as the template has it' if chat.thinking is None else 'on' if chat.thinking else 'off'};"
+                " to change it, /think on or /think off"
+            )
+        if name == "/temperature":
+            try:
+                t = float(rest)
+            except ValueError:
+                t = -1
+            if not 0 <= t < float("inf"):
+                return f"temperature is {chat.temperature}; to change it, /temperature 0.7"
+            chat.temperature = t
+            return f"temperature {t}"
+        return _HELP if name == "/help" else f"there is no {name}\n{_HELP}"
+
+    if typed:
+        write(_HELP + "\n", "2")
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            write("\n/exit or Ctrl-D ends\n", "2")
+            continue
+        if line == "/exit":
+            break
+        if not line:
+            continue
+        if line.startswith("/"):
+            write(command(line) + "\n", "2")
+            continue
+        before = ""
+        try:
+            for kind, piece in chat.send(line):
+                if not piece:
+                    continue
+                if kind != before or kind in ("call", "result"):
+                    write("\n" * bool(before))
+                if kind in ("call", "result"):
+                    piece = f"{'→' if kind == 'call' else '←'} {piece}"
+                write(plain(piece), "" if kind == "text" else "2")
+                before = kind
+        except KeyboardInterrupt:
+            write(" … stopped", "2")
+        except ValueError as e:
+            write(f"error: {e}", "2")
+        write("\n")
+    if typed:
+        write("\n")
 
 # %% ../nbs/08_chat.ipynb #284a5099
 def tools_from_file(
-    path:str|Path, # A Python file of yours: it is run
-)->Tools:
+    path: str | Path,  # A Python file of yours: it is run
+) -> Tools:
     "The public functions of a file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no file {path}; it must be a Python file with the functions for the model")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {path}; it must be a Python file with the functions for the model"
+        )
     from importlib.util import module_from_spec, spec_from_file_location
-    spec = spec_from_file_location(f'tools_{path.stem}', path)
-    if spec is None: raise ValueError(f"{path} must be a Python file, with a name that ends in .py")
-    sys.modules[spec.name] = module = module_from_spec(spec) # type hints and sources are looked up there
-    try: spec.loader.exec_module(module)
-    except Exception as e: raise ValueError(f"{path} stopped with {type(e).__name__}: {e}; it must run by itself: python {path}") from e
-    tools = Tools(f for name,f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith('_'))
-    if not len(tools): raise ValueError(f"{path} defines no function whose name begins without an underscore; a model has nothing to call there")
+
+    spec = spec_from_file_location(f"tools_{path.stem}", path)
+    if spec is None:
+        raise ValueError(f"{path} must be a Python file, with a name that ends in .py")
+    sys.modules[spec.name] = module = module_from_spec(
+        spec
+    )  # type hints and sources are looked up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:
+        raise ValueError(
+            f"{path} stopped with {type(e).__name__}: {e}; it must run by itself: python {path}"
+        ) from e
+    tools = Tools(
+        f
+        for name, f in vars(module).items()
+        if inspect.isfunction(f) and f.__module__ == module.__name__ and not name.startswith("_")
+    )
+    if not len(tools):
+        raise ValueError(
+            f"{path} defines no function whose name begins without an underscore; a model has"
+            " nothing to call there"
+        )
     return tools

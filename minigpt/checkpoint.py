@@ -22,7 +22,29 @@ import numpy as np, orjson, torch, xxhash, zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from .files import NotAFile, Pace, at_home, dir_size, entries, free_said, fsync, hash_file, hidden, human_size, lexists, may_pass, memory_use, new_dir, read_json, regular, remove_dir, rest, set_aside, stay_inside, write_json
+from minigpt.files import (
+    NotAFile,
+    Pace,
+    at_home,
+    dir_size,
+    entries,
+    free_said,
+    fsync,
+    hash_file,
+    hidden,
+    human_size,
+    lexists,
+    may_pass,
+    memory_use,
+    new_dir,
+    read_json,
+    regular,
+    remove_dir,
+    rest,
+    set_aside,
+    stay_inside,
+    write_json,
+)
 from .headers import Refused, TooMuch, torch_file
 from .lora import LoRAConfig, LoRAGPT, adapter_values
 from .model import GPT, GPTConfig, LanguageModel, from_hf, has_own_head
@@ -33,723 +55,1374 @@ from .tokenizer import Tokenizer, load_tokenizer
 class CheckpointError(RuntimeError):
     "A checkpoint that cannot be written, or must not be used; says which file and why."
 
+
 @dataclass
 class State:
     "All that a checkpoint holds, in memory. Tensors may still be those of the live model."
-    config:GPTConfig|None # Shape of the model; None, when read back, for an adapter
-    weights:dict[str,Tensor] # Parameter name → tensor, tied ones once; of an adapter, its own alone
-    tokenizer:Tokenizer # Travels in every checkpoint
-    trainer:dict # Becomes trainer_state.json; holds `global_step`
-    arguments:dict = field(default_factory=dict) # Becomes training_args.json
-    optimizer:tuple[dict,dict]|None = None # Tensors and facts, of `pack_optimizer`; None: weights only
-    rng:tuple[dict,dict]|None = None # Tensors and facts, of `pack_rng`
-    adapter:dict|None = None # Becomes adapter_config.json; None: a whole model
+
+    config: GPTConfig | None  # Shape of the model; None, when read back, for an adapter
+    weights: dict[
+        str, Tensor
+    ]  # Parameter name → tensor, tied ones once; of an adapter, its own alone
+    tokenizer: Tokenizer  # Travels in every checkpoint
+    trainer: dict  # Becomes trainer_state.json; holds `global_step`
+    arguments: dict = field(default_factory=dict)  # Becomes training_args.json
+    optimizer: tuple[dict, dict] | None = (
+        None  # Tensors and facts, of `pack_optimizer`; None: weights only
+    )
+    rng: tuple[dict, dict] | None = None  # Tensors and facts, of `pack_rng`
+    adapter: dict | None = None  # Becomes adapter_config.json; None: a whole model
 
 # %% ../nbs/07_checkpoint.ipynb #ff209423
 def pack_optimizer(
-    optimizer:torch.optim.Optimizer, # Any
-    model:torch.nn.Module, # Whose parameters it trains
-)->tuple[dict[str,Tensor],dict]: # `exp_avg/model.norm.weight` → tensor; numbers and groups
+    optimizer: torch.optim.Optimizer,  # Any
+    model: torch.nn.Module,  # Whose parameters it trains
+) -> tuple[dict[str, Tensor], dict]:  # `exp_avg/model.norm.weight` → tensor; numbers and groups
     "The state of an optimizer, by parameter name."
-    name = {id(p):n for n,p in model.named_parameters()}
-    sd,names = optimizer.state_dict(),[name[id(p)] for g in optimizer.param_groups for p in g['params']]
-    tensors,numbers = {},{}
-    for i,state in sd['state'].items():
-        for k,v in state.items():
-            if isinstance(v, Tensor): tensors[f'{k}/{names[i]}'] = v
-            else: numbers[f'{k}/{names[i]}'] = v
-    groups = [{**g, 'params':[names[i] for i in g['params']]} for g in sd['param_groups']]
-    return tensors,dict(optimizer=type(optimizer).__name__, numbers=numbers, groups=groups)
+    name = {id(p): n for n, p in model.named_parameters()}
+    sd, names = (
+        optimizer.state_dict(),
+        [name[id(p)] for g in optimizer.param_groups for p in g["params"]],
+    )
+    tensors, numbers = {}, {}
+    for i, state in sd["state"].items():
+        for k, v in state.items():
+            if isinstance(v, Tensor):
+                tensors[f"{k}/{names[i]}"] = v
+            else:
+                numbers[f"{k}/{names[i]}"] = v
+    groups = [{**g, "params": [names[i] for i in g["params"]]} for g in sd["param_groups"]]
+    return tensors, dict(optimizer=type(optimizer).__name__, numbers=numbers, groups=groups)
+
 
 def unpack_optimizer(
-    optimizer:torch.optim.Optimizer, # A fresh one over the same parameters; keeps its own learning rate and other settings
-    model:torch.nn.Module,
-    packed:tuple[dict[str,Tensor],dict], # Of `pack_optimizer`
+    optimizer: torch.optim.Optimizer,  # A fresh one over the same parameters; keeps its own learning rate and other settings
+    model: torch.nn.Module,
+    packed: tuple[dict[str, Tensor], dict],  # Of `pack_optimizer`
 ):
     "Put the stored moments back."
-    tensors,facts = packed
-    if facts['optimizer'] != type(optimizer).__name__: raise CheckpointError(f"the checkpoint holds the state of {facts['optimizer']}, and this run uses {type(optimizer).__name__}; use the same optimizer, or start a new run from these weights")
-    name = {id(p):n for n,p in model.named_parameters()}
-    names = [name[id(p)] for g in optimizer.param_groups for p in g['params']]
+    tensors, facts = packed
+    if facts["optimizer"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {facts['optimizer']}, and this run uses"
+            f" {type(optimizer).__name__}; use the same optimizer, or start a new run from these"
+            " weights"
+        )
+    name = {id(p): n for n, p in model.named_parameters()}
+    names = [name[id(p)] for g in optimizer.param_groups for p in g["params"]]
     state = {}
-    for key,v in {**tensors, **facts['numbers']}.items():
-        k,_,n = key.partition('/')
-        if n not in names: raise CheckpointError(f"the optimizer state has {n}, which this model does not train; go on with the model that the run began with (an adapter, or the whole)")
-        state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v # the file may be mapped into memory, and must not be held
-    optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
+    for key, v in {**tensors, **facts["numbers"]}.items():
+        k, _, n = key.partition("/")
+        if n not in names:
+            raise CheckpointError(
+                f"the optimizer state has {n}, which this model does not train; go on with the"
+                " model that the run began with (an adapter, or the whole)"
+            )
+        state.setdefault(names.index(n), {})[k] = (
+            v.clone() if isinstance(v, Tensor) else v
+        )  # the file may be mapped into memory, and must not be held
+    optimizer.load_state_dict(
+        dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #3ece73f8
-def pack_rng()->tuple[dict[str,Tensor],dict]:
+def pack_rng() -> tuple[dict[str, Tensor], dict]:
     "The state of Python's, NumPy's and torch's generators, of every device."
-    version,numbers,gauss = random.getstate()
+    version, numbers, gauss = random.getstate()
     n = np.random.get_state(legacy=False)
-    tensors = {'python':torch.tensor(numbers), 'numpy':torch.from_numpy(n['state']['key'].astype(np.int64)), 'torch':torch.get_rng_state()}
-    if torch.cuda.is_available(): tensors |= {f'cuda.{i}':s for i,s in enumerate(torch.cuda.get_rng_state_all())}
-    if torch.backends.mps.is_available(): tensors['mps'] = torch.mps.get_rng_state()
-    return tensors,dict(python=[version,gauss], numpy=[n['bit_generator'], int(n['state']['pos']), int(n['has_gauss']), float(n['gauss'])])
+    tensors = {
+        "python": torch.tensor(numbers),
+        "numpy": torch.from_numpy(n["state"]["key"].astype(np.int64)),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["mps"] = torch.mps.get_rng_state()
+    return tensors, dict(
+        python=[version, gauss],
+        numpy=[n["bit_generator"], int(n["state"]["pos"]), int(n["has_gauss"]), float(n["gauss"])],
+    )
+
 
 def unpack_rng(
-    packed:tuple[dict[str,Tensor],dict], # Of `pack_rng`
-)->list[str]: # Generators of the checkpoint that this machine does not have
+    packed: tuple[dict[str, Tensor], dict],  # Of `pack_rng`
+) -> list[str]:  # Generators of the checkpoint that this machine does not have
     "Set every generator back."
-    tensors,facts = packed
-    version,gauss = facts['python']
-    random.setstate((version, tuple(tensors['python'].tolist()), gauss))
-    kind,pos,has_gauss,cached = facts['numpy']
-    np.random.set_state(dict(bit_generator=kind, state=dict(key=tensors['numpy'].numpy().astype(np.uint32), pos=pos), has_gauss=has_gauss, gauss=cached))
-    torch.set_rng_state(tensors['torch'])
+    tensors, facts = packed
+    version, gauss = facts["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    kind, pos, has_gauss, cached = facts["numpy"]
+    np.random.set_state(
+        dict(
+            bit_generator=kind,
+            state=dict(key=tensors["numpy"].numpy().astype(np.uint32), pos=pos),
+            has_gauss=has_gauss,
+            gauss=cached,
+        )
+    )
+    torch.set_rng_state(tensors["torch"])
     missing = []
-    for k,v in tensors.items():
-        if k.startswith('cuda.'):
-            if torch.cuda.is_available() and int(k[5:]) < torch.cuda.device_count(): torch.cuda.set_rng_state(v, int(k[5:]))
-            else: missing.append(k)
-        elif k == 'mps': torch.mps.set_rng_state(v) if torch.backends.mps.is_available() else missing.append(k)
+    for k, v in tensors.items():
+        if k.startswith("cuda."):
+            if torch.cuda.is_available() and int(k[5:]) < torch.cuda.device_count():
+                torch.cuda.set_rng_state(v, int(k[5:]))
+            else:
+                missing.append(k)
+        elif k == "mps":
+            torch.mps.set_rng_state(v) if torch.backends.mps.is_available() else missing.append(k)
     return missing
 
 # %% ../nbs/07_checkpoint.ipynb #25815029
-_DTYPES = {torch.float64:'F64', torch.float32:'F32', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64', torch.int32:'I32', torch.int16:'I16', torch.int8:'I8', torch.uint8:'U8', torch.bool:'BOOL'}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
 
 def write_safetensors(
-    path:str|Path, # File to write
-    tensors:dict[str,Tensor], # Name → tensor on any device
-    metadata:dict[str,str]|None=None, # Goes into the header
-    values:Iterable[Tensor]|None=None, # The tensors, one at a time; then `tensors` need only have their dtypes and shapes (device `meta`)
-    compress:bool=False, # Through zstd, for a file named `.safetensors.zst`
-)->str: # xxh3-128 of the file
+    path: str | Path,  # File to write
+    tensors: dict[str, Tensor],  # Name → tensor on any device
+    metadata: dict[str, str] | None = None,  # Goes into the header
+    values: (
+        Iterable[Tensor] | None
+    ) = None,  # The tensors, one at a time; then `tensors` need only have their dtypes and shapes (device `meta`)
+    compress: bool = False,  # Through zstd, for a file named `.safetensors.zst`
+) -> str:  # xxh3-128 of the file
     "Write a safetensors file, 4 MiB at a time."
-    header,end = ({'__metadata__':metadata} if metadata else {}),0
-    for k,t in tensors.items():
-        begin,end = end,end + t.numel()*t.element_size()
-        header[k] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin,end])
-    head = orjson.dumps(header); head += b' '*(-len(head) % 8)
+    header, end = ({"__metadata__": metadata} if metadata else {}), 0
+    for k, t in tensors.items():
+        begin, end = end, end + t.numel() * t.element_size()
+        header[k] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+    head = orjson.dumps(header)
+    head += b" " * (-len(head) % 8)
     hash = xxhash.xxh3_128()
+
     def write(data):
         data = memoryview(data)
         while data:
-            piece = data[:1<<22]
-            hash.update(piece := piece[:f.write(piece)]) # a write may be short
-            data = data[len(piece):]
+            piece = data[: 1 << 22]
+            hash.update(piece := piece[: f.write(piece)])  # a write may be short
+            data = data[len(piece) :]
             rest()
-    with open(path, 'wb', buffering=0) as f:
+
+    with open(path, "wb", buffering=0) as f:
         out = zstandard.ZstdCompressor(write_checksum=True).compressobj() if compress else None
         put = (lambda data: write(out.compress(data))) if compress else write
-        put(len(head).to_bytes(8, 'little')+head)
-        for told,t in zip(tensors.values(), tensors.values() if values is None else values, strict=True):
-            if (t.dtype, t.shape) != (told.dtype, told.shape): raise ValueError(f"{path}: a tensor is {t.dtype} {tuple(t.shape)}, and the header says {told.dtype} {tuple(told.shape)}")
+        put(len(head).to_bytes(8, "little") + head)
+        for told, t in zip(
+            tensors.values(), tensors.values() if values is None else values, strict=True
+        ):
+            if (t.dtype, t.shape) != (told.dtype, told.shape):
+                raise ValueError(
+                    f"{path}: a tensor is {t.dtype} {tuple(t.shape)}, and the header says"
+                    f" {told.dtype} {tuple(told.shape)}"
+                )
             put(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
-        if compress: write(out.flush())
+        if compress:
+            write(out.flush())
     return hash.hexdigest()
 
 # %% ../nbs/07_checkpoint.ipynb #7b344c79
-def _write_files(folder:Path, state:State)->dict[str,str]:
+def _write_files(folder: Path, state: State) -> dict[str, str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
-    tok,hashes = state.tokenizer,{}
+    tok, hashes = state.tokenizer, {}
+
     def tensors(name, tensors, facts=None):
-        hashes[name] = write_safetensors(folder/name, tensors, {'format':'pt'} | ({'minigpt':orjson.dumps(facts).decode()} if facts is not None else {}))
+        hashes[name] = write_safetensors(
+            folder / name,
+            tensors,
+            {"format": "pt"}
+            | ({"minigpt": orjson.dumps(facts).decode()} if facts is not None else {}),
+        )
+
     if state.adapter:
-        write_json(folder/'adapter_config.json', state.adapter)
-        tensors('adapter_model.safetensors', state.weights)
+        write_json(folder / "adapter_config.json", state.adapter)
+        tensors("adapter_model.safetensors", state.weights)
     else:
-        write_json(folder/'config.json', state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id))
-        if isinstance(state.config, GPTConfig): write_json(folder/'generation_config.json', dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True))
-        tensors('model.safetensors', state.weights)
+        write_json(
+            folder / "config.json",
+            state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id),
+        )
+        if isinstance(state.config, GPTConfig):
+            write_json(
+                folder / "generation_config.json",
+                dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True),
+            )
+        tensors("model.safetensors", state.weights)
     tok.save(folder)
-    write_json(folder/'trainer_state.json', state.trainer)
-    if state.arguments: write_json(folder/'training_args.json', state.arguments)
+    write_json(folder / "trainer_state.json", state.trainer)
+    if state.arguments:
+        write_json(folder / "training_args.json", state.arguments)
     if state.optimizer:
-        tensors('optimizer.safetensors', state.optimizer[0])
-        write_json(folder/'optimizer.json', state.optimizer[1])
-    if state.rng: tensors('rng_state.safetensors', *state.rng)
+        tensors("optimizer.safetensors", state.optimizer[0])
+        write_json(folder / "optimizer.json", state.optimizer[1])
+    if state.rng:
+        tensors("rng_state.safetensors", *state.rng)
     return hashes
 
 # %% ../nbs/07_checkpoint.ipynb #fa2628d0
 def write_manifest(
-    folder:Path, # All files of it are written
-    hashes:dict[str,str], # Name → xxh3-128, where known; the others are read again
-    kind:str, # As for `write_checkpoint`, or one of `EXPORTED`
-    step:int, # Optimizer steps
+    folder: Path,  # All files of it are written
+    hashes: dict[str, str],  # Name → xxh3-128, where known; the others are read again
+    kind: str,  # As for `write_checkpoint`, or one of `EXPORTED`
+    step: int,  # Optimizer steps
 ):
     "List every file of a folder with size and hash: what makes it a checkpoint."
-    entries = {p.name:dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p)) for p in sorted(folder.iterdir())}
-    write_json(folder/'MANIFEST.json', dict(format='minigpt checkpoint', version=1, kind=kind, step=step, time=time.time(), files=entries))
+    entries = {
+        p.name: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
+        for p in sorted(folder.iterdir())
+    }
+    write_json(
+        folder / "MANIFEST.json",
+        dict(
+            format="minigpt checkpoint",
+            version=1,
+            kind=kind,
+            step=step,
+            time=time.time(),
+            files=entries,
+        ),
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #1797d61d
-EXPORTED = 'weights','quantized','compressed','onnx' # kinds that `minigpt.export` writes: to be used, not to be trained on
+EXPORTED = (
+    "weights",
+    "quantized",
+    "compressed",
+    "onnx",
+)  # kinds that `minigpt.export` writes: to be used, not to be trained on
 
 # %% ../nbs/07_checkpoint.ipynb #1404f9c0
 @dataclass(frozen=True)
 class Defect:
     "Why a checkpoint is not used; as a text, the detail."
-    kind:str # `unfinished`: no manifest, so it was not written to its end; `damaged`: it is not what its manifest says; `unreadable`: it cannot be read at the moment, and may be whole; `unwanted`: it may be whole, and belongs elsewhere
-    detail:str # In words
-    def __str__(self): return self.detail
+
+    kind: str  # `unfinished`: no manifest, so it was not written to its end; `damaged`: it is not what its manifest says; `unreadable`: it cannot be read at the moment, and may be whole; `unwanted`: it may be whole, and belongs elsewhere
+    detail: str  # In words
+
+    def __str__(self):
+        return self.detail
+
 
 def problem(
-    path:str|Path, # A checkpoint directory
-    hashes:bool=True, # Read every file and compare its hash? Without, only names and sizes are compared
-)->Defect|None: # What is wrong with it; None if it is whole
+    path: str | Path,  # A checkpoint directory
+    hashes: bool = True,  # Read every file and compare its hash? Without, only names and sizes are compared
+) -> Defect | None:  # What is wrong with it; None if it is whole
     "Check a checkpoint against its manifest."
-    try: return _compare(Path(path), hashes)
-    except OSError as e: return Defect('unreadable' if may_pass(e) else 'damaged', f'it cannot be read: {e}')
+    try:
+        return _compare(Path(path), hashes)
+    except OSError as e:
+        return Defect("unreadable" if may_pass(e) else "damaged", f"it cannot be read: {e}")
 
-class _BadManifest(Exception): "What is wrong with it."
 
-def _listed_files(manifest)->list[tuple[str,int,str]]:
+class _BadManifest(Exception):
+    "What is wrong with it."
+
+
+def _listed_files(manifest) -> list[tuple[str, int, str]]:
     "Names, sizes and hashes of a manifest; a `_BadManifest`, or whatever nonsense raises."
-    files = [(name, int(want['size']), str(want['xxh3_128'])) for name,want in manifest['files'].items()]
-    kind,names = manifest['kind'],{name for name,_,_ in files}
-    needed = {'adapter_config.json','adapter_model.safetensors'} if 'adapter_config.json' in names else {'config.json', 'model.safetensors'+'.zst'*(kind == 'compressed')}
-    if kind not in EXPORTED: needed |= {'trainer_state.json'}
-    if kind in ('step','snapshot'): needed |= {'optimizer.safetensors','rng_state.safetensors'}
-    if absent := needed - names: raise _BadManifest(f"MANIFEST.json is damaged: it does not list {', '.join(sorted(absent))}")
-    if any(Path(name).name != name for name in names): raise _BadManifest('MANIFEST.json is damaged: it lists a file outside of the checkpoint')
-    int(manifest['step']), float(manifest['time'])
+    files = [
+        (name, int(want["size"]), str(want["xxh3_128"])) for name, want in manifest["files"].items()
+    ]
+    kind, names = manifest["kind"], {name for name, _, _ in files}
+    needed = (
+        {"adapter_config.json", "adapter_model.safetensors"}
+        if "adapter_config.json" in names
+        else {"config.json", "model.safetensors" + ".zst" * (kind == "compressed")}
+    )
+    if kind not in EXPORTED:
+        needed |= {"trainer_state.json"}
+    if kind in ("step", "snapshot"):
+        needed |= {"optimizer.safetensors", "rng_state.safetensors"}
+    if absent := needed - names:
+        raise _BadManifest(
+            f"MANIFEST.json is damaged: it does not list {', '.join(sorted(absent))}"
+        )
+    if any(Path(name).name != name for name in names):
+        raise _BadManifest("MANIFEST.json is damaged: it lists a file outside of the checkpoint")
+    int(manifest["step"]), float(manifest["time"])
     return files
 
-def _compare(path:Path, hashes:bool)->Defect|None:
-    try: files = _listed_files(read_json(path/'MANIFEST.json'))
-    except FileNotFoundError: return Defect('unfinished', 'MANIFEST.json is missing: it was not written to its end')
-    except (_BadManifest, NotAFile) as e: return Defect('damaged', str(e))
-    except (ValueError, KeyError, TypeError, AttributeError): return Defect('damaged', 'MANIFEST.json is damaged')
-    for name,size,hash in files:
-        f = path/name
-        try: found = os.stat(f)
-        except FileNotFoundError: return Defect('damaged', f'{name} is missing')
-        if not stat.S_ISREG(found.st_mode): return Defect('damaged', f'{name} is not a file')
-        if found.st_size != size: return Defect('damaged', f'{name} has {found.st_size:,} bytes instead of {size:,}')
-        if hashes and hash_file(f) != hash: return Defect('damaged', f'{name} is damaged: its content does not have the hash that the manifest gives')
+
+def _compare(path: Path, hashes: bool) -> Defect | None:
+    try:
+        files = _listed_files(read_json(path / "MANIFEST.json"))
+    except FileNotFoundError:
+        return Defect("unfinished", "MANIFEST.json is missing: it was not written to its end")
+    except (_BadManifest, NotAFile) as e:
+        return Defect("damaged", str(e))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return Defect("damaged", "MANIFEST.json is damaged")
+    for name, size, hash in files:
+        f = path / name
+        try:
+            found = os.stat(f)
+        except FileNotFoundError:
+            return Defect("damaged", f"{name} is missing")
+        if not stat.S_ISREG(found.st_mode):
+            return Defect("damaged", f"{name} is not a file")
+        if found.st_size != size:
+            return Defect("damaged", f"{name} has {found.st_size:,} bytes instead of {size:,}")
+        if hashes and hash_file(f) != hash:
+            return Defect(
+                "damaged",
+                f"{name} is damaged: its content does not have the hash that the manifest gives",
+            )
     return None
 
 # %% ../nbs/07_checkpoint.ipynb #b2560926
 def write_checkpoint(
-    path:str|Path, # Directory to appear; one that stands there is replaced when the new one is whole
-    state:State, # What to write
-    kind:str='step', # `step`, `snapshot`, `light`, `best`, `final`
-)->Path: # `path`
+    path: (
+        str | Path
+    ),  # Directory to appear; one that stands there is replaced when the new one is whole
+    state: State,  # What to write
+    kind: str = "step",  # `step`, `snapshot`, `light`, `best`, `final`
+) -> Path:  # `path`
     "Write a checkpoint and read it back, in one step; a `CheckpointError` if there is no room or the disk fails, and then nothing has changed."
     path = Path(path)
     try:
         with new_dir(path, replace=True) as d:
             hashes = _write_files(d, state)
-            for p in d.iterdir(): fsync(p)
-            write_manifest(d, hashes, kind, state.trainer['global_step'])
-            if wrong := problem(d): raise CheckpointError(f"{path} was written and does not read back: {wrong}. The disk may be failing; what was saved before is untouched")
+            for p in d.iterdir():
+                fsync(p)
+            write_manifest(d, hashes, kind, state.trainer["global_step"])
+            if wrong := problem(d):
+                raise CheckpointError(
+                    f"{path} was written and does not read back: {wrong}. The disk may be failing;"
+                    " what was saved before is untouched"
+                )
     except OSError as e:
-        raise CheckpointError(f"{path} could not be written: {e} ({free_said(path)} there, the checkpoint takes about {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room, or choose another output_dir") from e
+        raise CheckpointError(
+            f"{path} could not be written: {e} ({free_said(path)} there, the checkpoint takes about"
+            f" {human_size(state_size(state))}). Checkpoints saved before are untouched. Make room,"
+            " or choose another output_dir"
+        ) from e
     return path
 
-def state_size(state:State)->int:
-    "Bytes of the tensors of a state: nearly all that its checkpoint will take."
-    return sum(t.numel()*t.element_size() for part in _tensors(state).values() for t in part.values())
 
-def _tensors(state:State)->dict[str,dict[str,Tensor]]: return dict(weights=state.weights, **{k:p[0] for k in ('optimizer','rng') if (p := getattr(state, k))})
+def state_size(state: State) -> int:
+    "Bytes of the tensors of a state: nearly all that its checkpoint will take."
+    return sum(
+        t.numel() * t.element_size() for part in _tensors(state).values() for t in part.values()
+    )
+
+
+def _tensors(state: State) -> dict[str, dict[str, Tensor]]:
+    return dict(
+        weights=state.weights, **{k: p[0] for k in ("optimizer", "rng") if (p := getattr(state, k))}
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #fbbe2d8b
 def read_checkpoint(
-    path:str|Path, # A checkpoint directory of ours
-    device:str='cpu', # Where the tensors go
-)->State:
+    path: str | Path,  # A checkpoint directory of ours
+    device: str = "cpu",  # Where the tensors go
+) -> State:
     "Read a checkpoint back; a `CheckpointError` if it is not whole."
     path = Path(path)
-    if not path.is_dir(): raise CheckpointError(f"there is no checkpoint {path}; `minigpt runs RUN` lists what a run has saved")
-    if wrong := problem(path): raise CheckpointError(f"{path} is not used: {wrong}")
-    if (kind := read_json(path/'MANIFEST.json')['kind']) in EXPORTED: raise CheckpointError(f"{path} is an export of kind {kind!r}, no state to go on from; open it with load_model, or unpack it with minigpt.export.export(…, weights_only=False) if it is a compressed full checkpoint")
+    if not path.is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint {path}; `minigpt runs RUN` lists what a run has saved"
+        )
+    if wrong := problem(path):
+        raise CheckpointError(f"{path} is not used: {wrong}")
+    if (kind := read_json(path / "MANIFEST.json")["kind"]) in EXPORTED:
+        raise CheckpointError(
+            f"{path} is an export of kind {kind!r}, no state to go on from; open it with"
+            " load_model, or unpack it with minigpt.export.export(…, weights_only=False) if it is"
+            " a compressed full checkpoint"
+        )
+
     def packed(name):
-        if not (path/f'{name}.safetensors').exists(): return None
-        with safe_open(path/f'{name}.safetensors', 'pt') as f: facts = (f.metadata() or {}).get('minigpt')
-        return load_file(path/f'{name}.safetensors'),orjson.loads(facts) if facts else read_json(path/f'{name}.json')
-    adapter = read_json(f) if (f := path/'adapter_config.json').exists() else None
-    return State(None if adapter else from_hf(read_json(path/'config.json')), load_file(path/('adapter_model.safetensors' if adapter else 'model.safetensors'), device=device), load_tokenizer(path),
-        read_json(path/'trainer_state.json'), read_json(f) if (f := path/'training_args.json').exists() else {}, packed('optimizer'), packed('rng_state'), adapter)
+        if not (path / f"{name}.safetensors").exists():
+            return None
+        with safe_open(path / f"{name}.safetensors", "pt") as f:
+            facts = (f.metadata() or {}).get("minigpt")
+        return load_file(path / f"{name}.safetensors"), (
+            orjson.loads(facts) if facts else read_json(path / f"{name}.json")
+        )
+
+    adapter = read_json(f) if (f := path / "adapter_config.json").exists() else None
+    return State(
+        None if adapter else from_hf(read_json(path / "config.json")),
+        load_file(
+            path / ("adapter_model.safetensors" if adapter else "model.safetensors"), device=device
+        ),
+        load_tokenizer(path),
+        read_json(path / "trainer_state.json"),
+        read_json(f) if (f := path / "training_args.json").exists() else {},
+        packed("optimizer"),
+        packed("rng_state"),
+        adapter,
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #09d68c53
-_NAMES = {v:k for k,v in _DTYPES.items()}
-_HEADER = 100_000_000 # bytes that a header may have, as in the format's own library
-_TENSORS = 50_000 # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
+_NAMES = {v: k for k, v in _DTYPES.items()}
+_HEADER = 100_000_000  # bytes that a header may have, as in the format's own library
+_TENSORS = (
+    50_000  # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
+)
 
 # %% ../nbs/07_checkpoint.ipynb #b38cda44
 class SafeTensors:
     "A safetensors file, plain or compressed (`.zst`): what is in it, and its tensors one after another."
-    def __init__(self,
-        path:str|Path, # The file
+
+    def __init__(
+        self,
+        path: str | Path,  # The file
     ):
-        self.path = regular(path); size = self.path.stat().st_size
-        self.file = open(self.path, 'rb', buffering=0); packed = self.path.suffix == '.zst'
-        if packed: self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
-        n = int.from_bytes(self._read(memoryview(bytearray(8))), 'little')
-        if n > (_HEADER if packed else min(_HEADER, size-8)): self._refuse(f'its header would have {n:,} bytes')
+        self.path = regular(path)
+        size = self.path.stat().st_size
+        self.file = open(self.path, "rb", buffering=0)
+        packed = self.path.suffix == ".zst"
+        if packed:
+            self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
+        n = int.from_bytes(self._read(memoryview(bytearray(8))), "little")
+        if n > (_HEADER if packed else min(_HEADER, size - 8)):
+            self._refuse(f"its header would have {n:,} bytes")
         head = bytearray(n)
         self._read(memoryview(head))
-        if head.count(b'{') > _TENSORS: self._refuse(f'its header has more than {_TENSORS:,} entries')
+        if head.count(b"{") > _TENSORS:
+            self._refuse(f"its header has more than {_TENSORS:,} entries")
         try:
             header = orjson.loads(head)
-            self.metadata = header.pop('__metadata__', None) or {}
-            entries = sorted(((*v['data_offsets'], k, _NAMES.get(v['dtype'], v['dtype']), tuple(v['shape'])) for k,v in header.items()), key=lambda e: e[:2])
-            if not all(isinstance(x, int) and 0 <= x < 1<<48 for b,e,_,_,s in entries for x in (b, e, *s)): raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError): self._refuse('its header is not that of a safetensors file')
+            self.metadata = header.pop("__metadata__", None) or {}
+            entries = sorted(
+                (
+                    (*v["data_offsets"], k, _NAMES.get(v["dtype"], v["dtype"]), tuple(v["shape"]))
+                    for k, v in header.items()
+                ),
+                key=lambda e: e[:2],
+            )
+            if not all(
+                isinstance(x, int) and 0 <= x < 1 << 48
+                for b, e, _, _, s in entries
+                for x in (b, e, *s)
+            ):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self._refuse("its header is not that of a safetensors file")
         at = 0
-        for begin,end,k,dtype,shape in entries:
-            if not isinstance(dtype, torch.dtype): self._refuse(f'{k} has the dtype {dtype!r}, which this version does not read')
-            if begin != at or end-begin != math.prod(shape)*dtype.itemsize: self._refuse(f'{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which does not fit')
+        for begin, end, k, dtype, shape in entries:
+            if not isinstance(dtype, torch.dtype):
+                self._refuse(f"{k} has the dtype {dtype!r}, which this version does not read")
+            if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
+                self._refuse(
+                    f"{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which"
+                    " does not fit"
+                )
             at = end
-        if packed and at > 100*size+_HEADER or not packed and at != size-8-n: self._refuse(f'its header tells of {at:,} bytes of tensors, and the file has {size:,}')
-        self.header = {k:(dtype, shape) for _,_,k,dtype,shape in entries} # in the order of the file
+        if packed and at > 100 * size + _HEADER or not packed and at != size - 8 - n:
+            self._refuse(f"its header tells of {at:,} bytes of tensors, and the file has {size:,}")
+        self.header = {
+            k: (dtype, shape) for _, _, k, dtype, shape in entries
+        }  # in the order of the file
 
-    def _refuse(self, why:str): raise CheckpointError(f"{self.path} is not used: {why}; it is damaged, or no file of weights")
+    def _refuse(self, why: str):
+        raise CheckpointError(
+            f"{self.path} is not used: {why}; it is damaged, or no file of weights"
+        )
 
-    def _some(self, into:memoryview)->int:
+    def _some(self, into: memoryview) -> int:
         "As many bytes as come at once; 0 at the end."
-        try: return self.file.readinto(into)
-        except zstandard.ZstdError as e: self._refuse(f'zstd says {e}')
+        try:
+            return self.file.readinto(into)
+        except zstandard.ZstdError as e:
+            self._refuse(f"zstd says {e}")
 
-    def _read(self, into:memoryview)->memoryview:
+    def _read(self, into: memoryview) -> memoryview:
         "Fill it."
         at = 0
         while at < len(into):
-            if not (n := self._some(into[at:])): self._refuse('it ends too early')
+            if not (n := self._some(into[at:])):
+                self._refuse("it ends too early")
             at += n
         return into
 
-    def __iter__(self)->Iterator[tuple[str,Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         "Once."
         with self.file:
-            for k,(dtype,shape) in self.header.items():
+            for k, (dtype, shape) in self.header.items():
                 t = torch.empty(shape, dtype=dtype)
                 self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
-                yield k,t
-            if self.path.suffix == '.zst' and self._some(memoryview(bytearray(1))): self._refuse('more comes after the last tensor') # and at the end zstd compares its checksum
+                yield k, t
+            if self.path.suffix == ".zst" and self._some(memoryview(bytearray(1))):
+                self._refuse(
+                    "more comes after the last tensor"
+                )  # and at the end zstd compares its checksum
 
 # %% ../nbs/07_checkpoint.ipynb #5bb02067
-def _endless(path:Path)->str|None:
+def _endless(path: Path) -> str | None:
     "Why torch would take too long, or too much memory, to read a file; what else is wrong with it, torch says."
-    try: found = torch_file(path, Counter(), to_load=True)
-    except Refused as e: return str(e) if isinstance(e, TooMuch) else None
+    try:
+        found = torch_file(path, Counter(), to_load=True)
+    except Refused as e:
+        return str(e) if isinstance(e, TooMuch) else None
     return found.too_much or None
 
+
 def read_pickle(
-    path:str|Path, # A `.pt`, `.pth` or `.bin` file
-): # Tensors on the CPU, in the containers they were saved in
+    path: str | Path,  # A `.pt`, `.pth` or `.bin` file
+):  # Tensors on the CPU, in the containers they were saved in
     "What `torch.save` wrote, without running any code of it."
-    path = regular(path); archive = zipfile.is_zipfile(path)
-    def refuse(why): raise CheckpointError(f"{path} is not used: {why}") from None
-    if why := _endless(path): refuse(f'{why}. Save its tensors alone, in a dict by name')
+    path = regular(path)
+    archive = zipfile.is_zipfile(path)
+
+    def refuse(why):
+        raise CheckpointError(f"{path} is not used: {why}") from None
+
+    if why := _endless(path):
+        refuse(f"{why}. Save its tensors alone, in a dict by name")
     try:
         if archive:
-            with zipfile.ZipFile(path) as z: packed = any(i.compress_type for i in z.infolist()) or sum(i.file_size for i in z.infolist()) > path.stat().st_size
-            if packed: refuse('the archive is packed, and torch.save packs nothing')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=archive)
+            with zipfile.ZipFile(path) as z:
+                packed = (
+                    any(i.compress_type for i in z.infolist())
+                    or sum(i.file_size for i in z.infolist()) > path.stat().st_size
+                )
+            if packed:
+                refuse("the archive is packed, and torch.save packs nothing")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as e:
-        what = re.search(r'GLOBAL (\S+)', str(e))
-        refuse(f"it asks for {what[1]}, which is no tensor and could run code. If you made the file yourself, save its tensors alone" if what else "it is not what torch.save writes, or damaged")
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, zipfile.BadZipFile) as e: refuse(f'torch cannot read it; it is cut off or damaged ({str(e).splitlines()[0] if str(e) else type(e).__name__})')
+        what = re.search(r"GLOBAL (\S+)", str(e))
+        refuse(
+            f"it asks for {what[1]}, which is no tensor and could run code. If you made the file"
+            " yourself, save its tensors alone"
+            if what
+            else "it is not what torch.save writes, or damaged"
+        )
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        zipfile.BadZipFile,
+    ) as e:
+        refuse(
+            "torch cannot read it; it is cut off or damaged"
+            f" ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        )
 
 # %% ../nbs/07_checkpoint.ipynb #5438eb42
 def weight_files(
-    path:str|Path, # A model directory
-)->list[Path]: # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
+    path: str | Path,  # A model directory
+) -> list[Path]:  # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
     "The files that hold the weights of a directory."
     path = Path(path)
-    first = next((f for n in ('model.safetensors','model.safetensors.zst','model.safetensors.index.json','pytorch_model.bin','pytorch_model.bin.index.json') if (f := path/n).exists()), None)
-    if first is None: raise CheckpointError(f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of several files) and no pytorch_model.bin in it")
-    if regular(first).suffix != '.json': return [first]
-    try: names = sorted({*read_json(first)['weight_map'].values()})
-    except (ValueError, KeyError, TypeError, AttributeError): raise CheckpointError(f"{first} is not used: it is no index of weights, or damaged") from None
-    if bad := [n for n in names if not isinstance(n, str) or Path(n).name != n or Path(n).suffix != Path(first.name[:-11]).suffix]: raise CheckpointError(f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it")
-    if absent := [n for n in names if not (path/n).exists()]: raise CheckpointError(f"{path} is not used: {first.name} names {absent[0]}, which is missing; get the directory again, whole")
-    return [path/n for n in names]
+    first = next(
+        (
+            f
+            for n in (
+                "model.safetensors",
+                "model.safetensors.zst",
+                "model.safetensors.index.json",
+                "pytorch_model.bin",
+                "pytorch_model.bin.index.json",
+            )
+            if (f := path / n).exists()
+        ),
+        None,
+    )
+    if first is None:
+        raise CheckpointError(
+            f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of"
+            " several files) and no pytorch_model.bin in it"
+        )
+    if regular(first).suffix != ".json":
+        return [first]
+    try:
+        names = sorted({*read_json(first)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{first} is not used: it is no index of weights, or damaged"
+        ) from None
+    if bad := [
+        n
+        for n in names
+        if not isinstance(n, str)
+        or Path(n).name != n
+        or Path(n).suffix != Path(first.name[:-11]).suffix
+    ]:
+        raise CheckpointError(
+            f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it"
+        )
+    if absent := [n for n in names if not (path / n).exists()]:
+        raise CheckpointError(
+            f"{path} is not used: {first.name} names {absent[0]}, which is missing; get the"
+            " directory again, whole"
+        )
+    return [path / n for n in names]
+
 
 class Weights:
     "The weights that a model takes, one after another, whatever they are stored as; quantized ones in float32."
-    def __init__(self,
-        parts:'list[SafeTensors|dict[str,Tensor]]', # Where they are
-        config:GPTConfig, # Of the model; a `CheckpointError` if they do not fit it
-        name:str|Path, # Where they come from, for errors
-    ):
-        self.parts,self.name,self.widths,self.config = parts,name,{},config # `config`: as given, but not tied where the weights are not
-        for p in parts:
-            if not isinstance(p, (SafeTensors,dict)) or isinstance(p, dict) and not all(isinstance(k, str) and isinstance(t, Tensor) for k,t in p.items()): raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
-            try: self.widths |= {k:min(max(int(w), 0), 1<<31) for k,w in orjson.loads(getattr(p, 'metadata', {}).get('minigpt', '{}')).get('widths', {}).items()}
-            except (ValueError, TypeError, AttributeError): raise CheckpointError(f"{p.path} is not used: its metadata are not those of a quantized model") from None
-        header = [kx for p in parts for kx in (p.header if isinstance(p, SafeTensors) else {k:(t.dtype, tuple(t.shape)) for k,t in p.items()}).items()]
-        if len(dict(header)) < len(header): raise CheckpointError(f"{name} is not used: two of its files hold a tensor of the same name")
-        if getattr(config, 'tied', False) and self._own_head(): self.config = replace(config, tied=False)
-        found = dict(self._whole(header, lambda k,packed,scale: (torch.float32, (*packed[1][:1], self.widths[k]))))
-        if (n := getattr(config, 'n_layer', 0)) > len(found): raise CheckpointError(f"{name} is not used: its configuration has {n:,} layers, and its weights are {len(found):,} tensors in all")
-        with torch.device('meta'): # shapes without memory
-            try: want = self.config.build().load_weights({k:torch.empty(shape) for k,(_,shape) in found.items()}).weights()
-            except (ValueError, RuntimeError) as e: raise CheckpointError(f"{name} is not used: {e}") from None
-        self.header = {k:x for k,x in found.items() if k in want} # name → dtype and shape, in the order of the tensors
-        views = (k for p in parts if isinstance(p, dict) for k,t in p.items() if k in self.header and t.numel()*t.element_size() > t.untyped_storage().nbytes())
-        if k := next(views, None): raise CheckpointError(f"{name} is not used: {k} claims more values than are stored for it")
 
-    def _own_head(self)->bool:
+    def __init__(
+        self,
+        parts: "list[SafeTensors|dict[str,Tensor]]",  # Where they are
+        config: GPTConfig,  # Of the model; a `CheckpointError` if they do not fit it
+        name: str | Path,  # Where they come from, for errors
+    ):
+        self.parts, self.name, self.widths, self.config = (
+            parts,
+            name,
+            {},
+            config,
+        )  # `config`: as given, but not tied where the weights are not
+        for p in parts:
+            if (
+                not isinstance(p, (SafeTensors, dict))
+                or isinstance(p, dict)
+                and not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in p.items())
+            ):
+                raise CheckpointError(
+                    f"{name} is not used: it holds other things than tensors by name"
+                )
+            try:
+                self.widths |= {
+                    k: min(max(int(w), 0), 1 << 31)
+                    for k, w in (
+                        orjson.loads(getattr(p, "metadata", {}).get("minigpt", "{}"))
+                        .get("widths", {})
+                        .items()
+                    )
+                }
+            except (ValueError, TypeError, AttributeError):
+                raise CheckpointError(
+                    f"{p.path} is not used: its metadata are not those of a quantized model"
+                ) from None
+        header = [
+            kx
+            for p in parts
+            for kx in (
+                p.header
+                if isinstance(p, SafeTensors)
+                else {k: (t.dtype, tuple(t.shape)) for k, t in p.items()}
+            ).items()
+        ]
+        if len(dict(header)) < len(header):
+            raise CheckpointError(
+                f"{name} is not used: two of its files hold a tensor of the same name"
+            )
+        if getattr(config, "tied", False) and self._own_head():
+            self.config = replace(config, tied=False)
+        found = dict(
+            self._whole(
+                header, lambda k, packed, scale: (torch.float32, (*packed[1][:1], self.widths[k]))
+            )
+        )
+        if (n := getattr(config, "n_layer", 0)) > len(found):
+            raise CheckpointError(
+                f"{name} is not used: its configuration has {n:,} layers, and its weights are"
+                f" {len(found):,} tensors in all"
+            )
+        with torch.device("meta"):  # shapes without memory
+            try:
+                want = (
+                    self.config.build()
+                    .load_weights({k: torch.empty(shape) for k, (_, shape) in found.items()})
+                    .weights()
+                )
+            except (ValueError, RuntimeError) as e:
+                raise CheckpointError(f"{name} is not used: {e}") from None
+        self.header = {
+            k: x for k, x in found.items() if k in want
+        }  # name → dtype and shape, in the order of the tensors
+        views = (
+            k
+            for p in parts
+            if isinstance(p, dict)
+            for k, t in p.items()
+            if k in self.header and t.numel() * t.element_size() > t.untyped_storage().nbytes()
+        )
+        if k := next(views, None):
+            raise CheckpointError(
+                f"{name} is not used: {k} claims more values than are stored for it"
+            )
+
+    def _own_head(self) -> bool:
         "Is there an output layer beside the embedding, with other numbers?"
-        pair = 'model.embed_tokens.weight','lm_head.weight'
+        pair = "model.embed_tokens.weight", "lm_head.weight"
         names = lambda p: {*pair} & {*(p.header if isinstance(p, SafeTensors) else p)}
-        if not any(pair[1] in names(p) for p in self.parts): return False
-        again = [SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in self.parts if names(p)] # each file is read once
-        return has_own_head({k:t for p in again for k,t in (p if isinstance(p, SafeTensors) else p.items()) if k in pair})
+        if not any(pair[1] in names(p) for p in self.parts):
+            return False
+        again = [
+            SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in self.parts if names(p)
+        ]  # each file is read once
+        return has_own_head(
+            {
+                k: t
+                for p in again
+                for k, t in (p if isinstance(p, SafeTensors) else p.items())
+                if k in pair
+            }
+        )
 
     def _whole(self, items, join):
         "Items by name, the two halves of a quantized matrix as one."
         half = {}
-        for k,x in items:
-            matrix = k.removesuffix('.scale')
-            if matrix not in self.widths: yield k,x
-            elif matrix not in half: half[matrix] = k,x
+        for k, x in items:
+            matrix = k.removesuffix(".scale")
+            if matrix not in self.widths:
+                yield k, x
+            elif matrix not in half:
+                half[matrix] = k, x
             else:
                 two = dict([half.pop(matrix), (k, x)])
-                yield matrix,join(matrix, two[matrix], two[matrix+'.scale'])
-        if half: raise CheckpointError(f"{self.name} is not used: {[*half][0]} is quantized, and its numbers or its scales are missing")
+                yield matrix, join(matrix, two[matrix], two[matrix + ".scale"])
+        if half:
+            raise CheckpointError(
+                f"{self.name} is not used: {[*half][0]} is quantized, and its numbers or its scales"
+                " are missing"
+            )
 
-    def __iter__(self)->Iterator[tuple[str,Tensor]]:
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         "Once; one tensor at a time is in memory."
-        def join(k, packed, scale):
-            try: return dequantize(packed, scale, self.widths[k])
-            except ValueError as e: raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
-        stored = (kt for p in self.parts for kt in (p if isinstance(p, SafeTensors) else p.items()))
-        return ((k, t) for k,t in self._whole(stored, join) if k in self.header)
 
-    def fill(self,
-        model:LanguageModel, # Of the same shape, in any dtype
-    )->LanguageModel: # Filled in place
+        def join(k, packed, scale):
+            try:
+                return dequantize(packed, scale, self.widths[k])
+            except ValueError as e:
+                raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
+
+        stored = (kt for p in self.parts for kt in (p if isinstance(p, SafeTensors) else p.items()))
+        return ((k, t) for k, t in self._whole(stored, join) if k in self.header)
+
+    def fill(
+        self,
+        model: LanguageModel,  # Of the same shape, in any dtype
+    ) -> LanguageModel:  # Filled in place
         "Put the weights into a model."
         params = model.weights()
-        for k,t in self: params[k].copy_(t)
+        for k, t in self:
+            params[k].copy_(t)
         model.derive(self.header)
         return model
 
 # %% ../nbs/07_checkpoint.ipynb #f41eff58
 def read_config(
-    path:str|Path, # A model directory
-)->GPTConfig:
+    path: str | Path,  # A model directory
+) -> GPTConfig:
     "The shape of the model in a directory; a `CheckpointError` if the directory is not whole."
-    if not isinstance(path, (str,Path)): raise TypeError(f"{path!r:.80} must be the path of a directory with a model")
+    if not isinstance(path, (str, Path)):
+        raise TypeError(f"{path!r:.80} must be the path of a directory with a model")
     path = at_home(path)
-    if path.is_file(): raise CheckpointError(f"{path} is a file, and must be a directory with a model; name the one that it is in, or, if another program wrote it, make one of it: `minigpt export {path} my-model` (for MiniMind's, with --like minimind --tokenizer DIR)")
-    if not path.exists(): raise CheckpointError(f"there is no directory {path}; it must be a checkpoint, a finished run or a model directory here on this machine: a model on a hub is downloaded first")
-    if not (path/'config.json').exists(): raise CheckpointError(f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a run's checkpoints are in its folder checkpoints/")
-    if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
-    d = read_json(path/'config.json')
-    if not isinstance(d, dict): raise CheckpointError(f"{path/'config.json'} holds a {type(d).__name__}; it must be an object with the shape of a model")
-    if q := d.get('quantization_config'): raise CheckpointError(f"{path} is quantized by another program ({q.get('quant_method') if isinstance(q, dict) else q}); open it with transformers, or get the model before it was quantized")
-    try: return from_hf(d)
-    except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and must be a directory with a model; name the one that it is in,"
+            f" or, if another program wrote it, make one of it: `minigpt export {path} my-model`"
+            " (for MiniMind's, with --like minimind --tokenizer DIR)"
+        )
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no directory {path}; it must be a checkpoint, a finished run or a model"
+            " directory here on this machine: a model on a hub is downloaded first"
+        )
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path} holds no model: there is no config.json (nor adapter_config.json) in it; a"
+            " run's checkpoints are in its folder checkpoints/"
+        )
+    if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
+        raise CheckpointError(f"{path} is not used: {wrong}")
+    d = read_json(path / "config.json")
+    if not isinstance(d, dict):
+        raise CheckpointError(
+            f"{path / 'config.json'} holds a {type(d).__name__}; it must be an object with the"
+            " shape of a model"
+        )
+    if q := d.get("quantization_config"):
+        raise CheckpointError(
+            f"{path} is quantized by another program"
+            f" ({q.get('quant_method') if isinstance(q, dict) else q}); open it with transformers,"
+            " or get the model before it was quantized"
+        )
+    try:
+        return from_hf(d)
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not used: {e}") from None
+
 
 def open_weights(
-    path:str|Path, # A model directory
-    config:GPTConfig, # Of its model
-)->Weights:
+    path: str | Path,  # A model directory
+    config: GPTConfig,  # Of its model
+) -> Weights:
     "The weights of a directory, in any form."
-    return Weights([read_pickle(f) if f.suffix == '.bin' else SafeTensors(f) for f in weight_files(path)], config, path)
+    return Weights(
+        [read_pickle(f) if f.suffix == ".bin" else SafeTensors(f) for f in weight_files(path)],
+        config,
+        path,
+    )
+
 
 def load_model(
-    path:str|Path, # A checkpoint of ours, the root of a finished run, an export, or a Llama, Qwen3 or RoBERTa directory
-    device:str='cpu', # Where the model goes
-    dtype:torch.dtype|None=None, # Of the model in memory; default: float32 whatever the file has, so that it can be trained
-    base:GPT|None=None, # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
-)->LanguageModel: # In eval mode
+    path: (
+        str | Path
+    ),  # A checkpoint of ours, the root of a finished run, an export, or a Llama, Qwen3 or RoBERTa directory
+    device: str = "cpu",  # Where the model goes
+    dtype: (
+        torch.dtype | None
+    ) = None,  # Of the model in memory; default: float32 whatever the file has, so that it can be trained
+    base: (
+        GPT | None
+    ) = None,  # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
+) -> LanguageModel:  # In eval mode
     "The model of a directory."
-    if isinstance(path, (str,Path)): path = at_home(path)
-    if isinstance(path, Path) and (path/'adapter_config.json').exists(): return _load_adapter(path, device, dtype, base)
-    if base is not None: raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
+    if isinstance(path, (str, Path)):
+        path = at_home(path)
+    if isinstance(path, Path) and (path / "adapter_config.json").exists():
+        return _load_adapter(path, device, dtype, base)
+    if base is not None:
+        raise ValueError(f"{path} holds a whole model; base is for an adapter, leave it out")
     weights = open_weights(path, read_config(path))
     model = weights.fill(weights.config.build().to(dtype)).to(device).eval()
     model.origin = str(path)
     return model
 
-def _models(where, beside:Path)->list[Path]:
+
+def _models(where, beside: Path) -> list[Path]:
     "The directories with a model that a name can mean: as it stands, or below a folder around `beside`."
-    if not isinstance(where, str) or not where: return []
-    places = [folder/where for folder in (Path(), *beside.absolute().parents)]
-    return [p for p in places if any(os.path.exists(p/n) for n in ('config.json','adapter_config.json'))]
+    if not isinstance(where, str) or not where:
+        return []
+    places = [folder / where for folder in (Path(), *beside.absolute().parents)]
+    return [
+        p
+        for p in places
+        if any(os.path.exists(p / n) for n in ("config.json", "adapter_config.json"))
+    ]
+
 
 def find_base(
-    where, # What an adapter names as the directory of its base
-    beside:Path, # The adapter
-)->Path|None:
+    where,  # What an adapter names as the directory of its base
+    beside: Path,  # The adapter
+) -> Path | None:
     "That directory: as it stands, or below a folder around the adapter, should the working folder be another than in training."
-    adapter = os.path.exists(beside/'adapter_config.json') # which cannot be its own base, however its name is spelled
-    return next((p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None)
+    adapter = os.path.exists(
+        beside / "adapter_config.json"
+    )  # which cannot be its own base, however its name is spelled
+    return next(
+        (p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None
+    )
 
-def _values(weights)->int:
+
+def _values(weights) -> int:
     "How many values are stored, in a file or in a dict of tensors."
-    if isinstance(weights, SafeTensors): return sum(math.prod(shape) for _,shape in weights.header.values())
-    tensors = [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
-    return sum(min(t.numel(), t.untyped_storage().nbytes()//t.element_size()) for t in tensors)
+    if isinstance(weights, SafeTensors):
+        return sum(math.prod(shape) for _, shape in weights.header.values())
+    tensors = (
+        [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
+    )
+    return sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors)
 
-def _load_adapter(path:Path, device:str, dtype:torch.dtype|None, base:GPT|None)->LoRAGPT:
-    if (path/'MANIFEST.json').exists() and (wrong := problem(path)): raise CheckpointError(f"{path} is not used: {wrong}")
-    facts = read_json(path/'adapter_config.json')
-    where = facts.get('base_model_name_or_path') if isinstance(facts, dict) else None
+
+def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT | None) -> LoRAGPT:
+    if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
+        raise CheckpointError(f"{path} is not used: {wrong}")
+    facts = read_json(path / "adapter_config.json")
+    where = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
     found = find_base(where, path) if base is None else None
-    shape = read_config(found) if found and (found/'config.json').exists() else getattr(base, 'config', None)
-    try: config = LoRAConfig.from_peft(facts, getattr(shape, 'n_layer', None))
-    except ValueError as e: raise CheckpointError(f"{path} is not used: {e}") from None
+    shape = (
+        read_config(found)
+        if found and (found / "config.json").exists()
+        else getattr(base, "config", None)
+    )
+    try:
+        config = LoRAConfig.from_peft(facts, getattr(shape, "n_layer", None))
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not used: {e}") from None
     if base is None:
-        if not found and _models(where, path): raise CheckpointError(f"{path} names itself as the model that it is an adapter of: {where:.200}. Write where that model is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
-        if not found: raise CheckpointError(f"{path} is an adapter of {f'{where:.200}' if where and isinstance(where, str) else 'a model that it does not name'}, which is not here. Bring that model; or write where it is into adapter_config.json, as base_model_name_or_path; or pass it as base=load_model(…)")
-        if (found/'adapter_config.json').exists(): raise CheckpointError(f"{path} is an adapter of {found}, which is an adapter too, and must be a whole model. Merge that one into its base, save the result, and write where it is into adapter_config.json, as base_model_name_or_path")
+        if not found and _models(where, path):
+            raise CheckpointError(
+                f"{path} names itself as the model that it is an adapter of: {where:.200}. Write"
+                " where that model is into adapter_config.json, as base_model_name_or_path; or"
+                " pass it as base=load_model(…)"
+            )
+        if not found:
+            raise CheckpointError(
+                f"{path} is an adapter of"
+                f" {f'{where:.200}' if where and isinstance(where, str) else 'a model that it does not name'},"
+                " which is not here. Bring that model; or write where it is into"
+                " adapter_config.json, as base_model_name_or_path; or pass it as"
+                " base=load_model(…)"
+            )
+        if (found / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{path} is an adapter of {found}, which is an adapter too, and must be a whole"
+                " model. Merge that one into its base, save the result, and write where it is into"
+                " adapter_config.json, as base_model_name_or_path"
+            )
         base = load_model(found, device)
-    state = read_json(f) if (f := path/'trainer_state.json').exists() else {}
-    known = state.get('base') if isinstance(state, dict) else state
-    if not isinstance(known, (str,type(None))): raise CheckpointError(f"{path} is not used: trainer_state.json does not say what its base is; it was edited, or is of another program. Take it away")
-    file = next((f for n in ('adapter_model.safetensors','adapter_model.bin') if (f := path/n).exists()), None)
-    if file is None: raise CheckpointError(f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin in it")
-    weights = read_pickle(file) if file.suffix == '.bin' else SafeTensors(file)
-    if (n := adapter_values(base, config)) > (has := _values(weights)): raise CheckpointError(f"{path} is not used: its weights do not fit: with r={config.r:,} and these target_modules an adapter of this base has {n:,} values, and {file.name} has {has:,}")
+    state = read_json(f) if (f := path / "trainer_state.json").exists() else {}
+    known = state.get("base") if isinstance(state, dict) else state
+    if not isinstance(known, (str, type(None))):
+        raise CheckpointError(
+            f"{path} is not used: trainer_state.json does not say what its base is; it was edited,"
+            " or is of another program. Take it away"
+        )
+    file = next(
+        (f for n in ("adapter_model.safetensors", "adapter_model.bin") if (f := path / n).exists()),
+        None,
+    )
+    if file is None:
+        raise CheckpointError(
+            f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin"
+            " in it"
+        )
+    weights = read_pickle(file) if file.suffix == ".bin" else SafeTensors(file)
+    if (n := adapter_values(base, config)) > (has := _values(weights)):
+        raise CheckpointError(
+            f"{path} is not used: its weights do not fit: with r={config.r:,} and these"
+            f" target_modules an adapter of this base has {n:,} values, and {file.name} has {has:,}"
+        )
     model = LoRAGPT(base, config)
-    if known and known != model.base_hash and base.head.dtype == torch.float32: raise CheckpointError(f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…, and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it was trained on as base=load_model(…)")
-    try: model.load_weights(dict(weights))
-    except (ValueError, TypeError, AttributeError) as e: raise CheckpointError(f"{path} is not used: {e}") from None
-    for k,p in model.named_parameters():
-        if dtype and '.lora_' not in k: p.data = p.data.to(dtype) # after the fingerprints were compared
+    if known and known != model.base_hash and base.head.dtype == torch.float32:
+        raise CheckpointError(
+            f"{path} is an adapter of another model: its base had the fingerprint {known[:12]}…,"
+            f" and {base.origin or 'this one'} has {model.base_hash[:12]}…. Pass the model that it"
+            " was trained on as base=load_model(…)"
+        )
+    try:
+        model.load_weights(dict(weights))
+    except (ValueError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{path} is not used: {e}") from None
+    for k, p in model.named_parameters():
+        if dtype and ".lora_" not in k:
+            p.data = p.data.to(dtype)  # after the fingerprints were compared
     model.origin = str(path)
     return model.eval()
 
 
-
 def home_of(
-    model, # Any object; of one that was loaded from nowhere: None
-)->Path|None:
+    model,  # Any object; of one that was loaded from nowhere: None
+) -> Path | None:
     "The directory that a model, or what its adapter adapts, was loaded from; that with the tokenizer, if one has it."
-    origin = Path(p) if (p := getattr(model, 'origin', None)) else None
-    places = [p for p in (origin, find_base(getattr(model, 'base_path', None), origin or Path())) if p]
-    return next((p for p in places if (p/'tokenizer.json').exists()), places[0] if places else None)
+    origin = Path(p) if (p := getattr(model, "origin", None)) else None
+    places = [
+        p for p in (origin, find_base(getattr(model, "base_path", None), origin or Path())) if p
+    ]
+    return next(
+        (p for p in places if (p / "tokenizer.json").exists()), places[0] if places else None
+    )
 
 # %% ../nbs/07_checkpoint.ipynb #dd0c8525
 @dataclass(frozen=True)
 class Checkpoint:
     "What a listing says of a checkpoint."
-    path:Path # Its directory
-    step:int # Optimizer steps done
-    kind:str='' # `step`, `snapshot` (time-triggered), `light` (a snapshot of the weights alone), `best`
-    size:int=0 # Bytes
-    time:float=0. # When it was written, seconds since 1970
-    problem:Defect|None=None # Why it cannot be used, as far as names and sizes tell
 
-def _is_file(path:Path)->bool:
-    try: return not stat.S_ISDIR(os.stat(path).st_mode)
-    except FileNotFoundError: return True # a link that leads nowhere
-    except OSError: return False # nobody knows; `problem` says why it cannot be read
+    path: Path  # Its directory
+    step: int  # Optimizer steps done
+    kind: str = (
+        ""  # `step`, `snapshot` (time-triggered), `light` (a snapshot of the weights alone), `best`
+    )
+    size: int = 0  # Bytes
+    time: float = 0.0  # When it was written, seconds since 1970
+    problem: Defect | None = None  # Why it cannot be used, as far as names and sizes tell
 
-def _manifest_or_empty(path:Path)->dict:
-    try: found = read_json(path/'MANIFEST.json')
-    except (OSError, ValueError): return {}
+
+def _is_file(path: Path) -> bool:
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return True  # a link that leads nowhere
+    except OSError:
+        return False  # nobody knows; `problem` says why it cannot be read
+
+
+def _manifest_or_empty(path: Path) -> dict:
+    try:
+        found = read_json(path / "MANIFEST.json")
+    except (OSError, ValueError):
+        return {}
     return found if isinstance(found, dict) else {}
 
-def _listed(path:Path, step:int)->Checkpoint|None:
+
+def _listed(path: Path, step: int) -> Checkpoint | None:
     "What a listing says of a directory; None if it was deleted while we looked."
-    wrong,m = problem(path, hashes=False),_manifest_or_empty(path)
-    if wrong and not lexists(path): return None
-    kind,written = m.get('kind'),m.get('time')
-    return Checkpoint(path, step, kind if isinstance(kind, str) else '', dir_size(path), float(written) if isinstance(written, (int,float)) else 0., wrong)
+    wrong, m = problem(path, hashes=False), _manifest_or_empty(path)
+    if wrong and not lexists(path):
+        return None
+    kind, written = m.get("kind"), m.get("time")
+    return Checkpoint(
+        path,
+        step,
+        kind if isinstance(kind, str) else "",
+        dir_size(path),
+        float(written) if isinstance(written, (int, float)) else 0.0,
+        wrong,
+    )
+
 
 class CheckpointStore:
     "The checkpoints in a folder, `NAME-STEP` each."
-    pinned:frozenset[Path] = frozenset() # Being copied elsewhere: not deleted meanwhile
-    def __init__(self,
-        folder:str|Path, # `checkpoints/` of a run, say
-        keep:int|None=None, # Keep this many; None: all
-        name:str='checkpoint', # Of their directories
-        kind:str='step', # Written into the manifests
+
+    pinned: frozenset[Path] = frozenset()  # Being copied elsewhere: not deleted meanwhile
+
+    def __init__(
+        self,
+        folder: str | Path,  # `checkpoints/` of a run, say
+        keep: int | None = None,  # Keep this many; None: all
+        name: str = "checkpoint",  # Of their directories
+        kind: str = "step",  # Written into the manifests
     ):
-        if keep is not None and keep < 1: raise ValueError(f"save_total_limit={keep} must be at least 1, or None to keep every checkpoint")
-        self.folder,self.keep,self.name,self.kind = Path(folder),keep,name,kind
+        if keep is not None and keep < 1:
+            raise ValueError(
+                f"save_total_limit={keep} must be at least 1, or None to keep every checkpoint"
+            )
+        self.folder, self.keep, self.name, self.kind = Path(folder), keep, name, kind
 
-    def all(self)->list[Checkpoint]:
+    def all(self) -> list[Checkpoint]:
         "All checkpoints, by step, also those that are not whole or cannot be read. An `OSError` if their folder cannot be listed."
-        found = [(int(n), p) for p in entries(self.folder) if p.name.startswith(f'{self.name}-') and (n := p.name[len(self.name)+1:]).isascii() and n.isdigit() and not _is_file(p)]
-        return [c for step,p in sorted(found) if (c := _listed(p, step))]
+        found = [
+            (int(n), p)
+            for p in entries(self.folder)
+            if p.name.startswith(f"{self.name}-")
+            and (n := p.name[len(self.name) + 1 :]).isascii()
+            and n.isdigit()
+            and not _is_file(p)
+        ]
+        return [c for step, p in sorted(found) if (c := _listed(p, step))]
 
-    def newest(self,
-        passed_over:Callable[[Checkpoint,Defect],None]=lambda checkpoint,why: None, # Told of each that is skipped
-    )->Checkpoint|None:
+    def newest(
+        self,
+        passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: (
+            None
+        ),  # Told of each that is skipped
+    ) -> Checkpoint | None:
         "The newest checkpoint whose every file verifies."
         return newest([self], passed_over)
 
-    def save(self, state:State)->Path:
+    def save(self, state: State) -> Path:
         "Write, and only then delete what is beyond `keep`."
-        path = stay_inside(self.folder/f"{self.name}-{state.trainer['global_step']}", self.folder.parent)
-        if lexists(path) and (wrong := problem(path)): set_aside(path, 'unreadable' if wrong.kind == 'unreadable' else 'damaged')
+        path = stay_inside(
+            self.folder / f"{self.name}-{state.trainer['global_step']}", self.folder.parent
+        )
+        if lexists(path) and (wrong := problem(path)):
+            set_aside(path, "unreadable" if wrong.kind == "unreadable" else "damaged")
         write_checkpoint(path, state, self.kind)
-        with suppress(OSError): self.prune(path) # the next save deletes what this one could not
+        with suppress(OSError):
+            self.prune(path)  # the next save deletes what this one could not
         return path
 
-    def prune(self,
-        newest:Path|None=None, # Just written: kept whatever its step
+    def prune(
+        self,
+        newest: Path | None = None,  # Just written: kept whatever its step
     ):
         "Delete the oldest whole checkpoints beyond `keep`; one that is not whole counts for nothing and is left alone, and weights alone do not take the place of a state."
-        if not self.keep: return
-        whole = [c for c in self.all() if not c.problem and c.path != newest and (c.kind == 'light') == (self.kind == 'light')]
-        for c in whole[:max(0, len(whole)+(newest is not None)-self.keep)]:
-            if c.path not in self.pinned: remove_dir(stay_inside(c.path, self.folder.parent))
+        if not self.keep:
+            return
+        whole = [
+            c
+            for c in self.all()
+            if not c.problem and c.path != newest and (c.kind == "light") == (self.kind == "light")
+        ]
+        for c in whole[: max(0, len(whole) + (newest is not None) - self.keep)]:
+            if c.path not in self.pinned:
+                remove_dir(stay_inside(c.path, self.folder.parent))
 
-    def supersede(self, step:int)->list[Path]:
+    def supersede(self, step: int) -> list[Path]:
         "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
-        return [set_aside(c.path, 'superseded', self.folder.parent) for c in self.all() if c.step > step]
+        return [
+            set_aside(c.path, "superseded", self.folder.parent) for c in self.all() if c.step > step
+        ]
+
 
 def stores_in(
-    folder:str|Path, # Of a run, or of its copy in a backup
-)->tuple[CheckpointStore,CheckpointStore,CheckpointStore]:
+    folder: str | Path,  # Of a run, or of its copy in a backup
+) -> tuple[CheckpointStore, CheckpointStore, CheckpointStore]:
     "Its checkpoints, its snapshots, and its best model."
     folder = Path(folder)
-    return CheckpointStore(folder/'checkpoints'),CheckpointStore(folder/'snapshots', name='snapshot'),CheckpointStore(folder/'best', kind='best')
+    return (
+        CheckpointStore(folder / "checkpoints"),
+        CheckpointStore(folder / "snapshots", name="snapshot"),
+        CheckpointStore(folder / "best", kind="best"),
+    )
 
-_WRITTEN = 'run.json','metrics.jsonl','run.log','backup.json','.lock','checkpoints','snapshots','best','tokenizer','plots','tensorboard','data-source' # by a run, in its folder
+
+_WRITTEN = (
+    "run.json",
+    "metrics.jsonl",
+    "run.log",
+    "backup.json",
+    ".lock",
+    "checkpoints",
+    "snapshots",
+    "best",
+    "tokenizer",
+    "plots",
+    "tensorboard",
+    "data-source",
+)  # by a run, in its folder
+
 
 def refuse_links(
-    folder:str|Path, # Of a run
+    folder: str | Path,  # Of a run
 ):
     "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
-    written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith('data')]
-    inside = [Path(d)/n for p in written if p.name.startswith('data') and not p.is_symlink() for d,folders,_ in os.walk(p) for n in folders] # token sets keep more than their tokens there
-    found = [p for p in written+inside if p.is_symlink()]
-    if found: raise CheckpointError(f"{found[0]} is a link to {os.readlink(found[0])}, and a run writes and deletes only in its own folder. Put the file or folder itself there; to keep a run on another disk, name a folder there as output_dir")
+    written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith("data")]
+    inside = [
+        Path(d) / n
+        for p in written
+        if p.name.startswith("data") and not p.is_symlink()
+        for d, folders, _ in os.walk(p)
+        for n in folders
+    ]  # token sets keep more than their tokens there
+    found = [p for p in written + inside if p.is_symlink()]
+    if found:
+        raise CheckpointError(
+            f"{found[0]} is a link to {os.readlink(found[0])}, and a run writes and deletes only in"
+            " its own folder. Put the file or folder itself there; to keep a run on another disk,"
+            " name a folder there as output_dir"
+        )
 
 # %% ../nbs/07_checkpoint.ipynb #41588281
 def newest(
-    stores:list[CheckpointStore], # Where to look; of equal steps, the one in the earlier store counts
-    passed_over:Callable[[Checkpoint,Defect],None]=lambda checkpoint,why: None, # Told of each that is skipped
-    unfit:Callable[[Checkpoint],Defect|None]=lambda checkpoint: None, # Why a whole one is not wanted; None: it is
-)->Checkpoint|None:
+    stores: list[
+        CheckpointStore
+    ],  # Where to look; of equal steps, the one in the earlier store counts
+    passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: (
+        None
+    ),  # Told of each that is skipped
+    unfit: Callable[[Checkpoint], Defect | None] = lambda checkpoint: (
+        None
+    ),  # Why a whole one is not wanted; None: it is
+) -> Checkpoint | None:
     "The newest state in several places that training can go on from, and whose every file verifies."
-    found = sorted(((c, -i) for i,s in enumerate(stores) for c in s.all()), key=lambda x: (x[0].step, x[1]), reverse=True)
-    for c,_ in found:
-        if c.kind in ('light','final',*EXPORTED): continue # weights alone: only where somebody asks for them
+    found = sorted(
+        ((c, -i) for i, s in enumerate(stores) for c in s.all()),
+        key=lambda x: (x[0].step, x[1]),
+        reverse=True,
+    )
+    for c, _ in found:
+        if c.kind in ("light", "final", *EXPORTED):
+            continue  # weights alone: only where somebody asks for them
         why = c.problem or unfit(c) or problem(c.path)
-        if not why: return c
+        if not why:
+            return c
         passed_over(c, why)
     return None
 
 # %% ../nbs/07_checkpoint.ipynb #52d3eb93
 def run_model(
-    folder:str|Path, # Of a run, or of its copy in a backup
-)->Path: # A directory with a model
+    folder: str | Path,  # Of a run, or of its copy in a backup
+) -> Path:  # A directory with a model
     "Where the model of a run is: the final one, or the newest checkpoint if that is newer."
     folder = Path(folder)
-    final = folder/'final' if (folder/'heartbeat.json').exists() else folder
-    step = read_json(final/'trainer_state.json')['global_step'] if problem(final, hashes=False) is None else -1
-    later = newest([*stores_in(folder)[:2]], unfit=lambda c: Defect('unwanted', 'the final model is newer') if c.step <= step else None)
-    if not later and step < 0: raise CheckpointError(f"{folder} has no whole checkpoint yet; wait until the run has saved one (`minigpt runs` lists them)")
+    final = folder / "final" if (folder / "heartbeat.json").exists() else folder
+    step = (
+        read_json(final / "trainer_state.json")["global_step"]
+        if problem(final, hashes=False) is None
+        else -1
+    )
+    later = newest(
+        [*stores_in(folder)[:2]],
+        unfit=lambda c: Defect("unwanted", "the final model is newer") if c.step <= step else None,
+    )
+    if not later and step < 0:
+        raise CheckpointError(
+            f"{folder} has no whole checkpoint yet; wait until the run has saved one (`minigpt"
+            " runs` lists them)"
+        )
     return later.path if later else final
 
-def open_model(
-    source, # A run or its folder, a directory with a model, or a model in memory
-    tokenizer:Tokenizer|str|Path|None=None, # Or its folder; default: the source's own
-)->tuple[LanguageModel,Tokenizer]:
-    "A model, however it is named, and its tokenizer."
-    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
-    if not isinstance(source, (LanguageModel,str,Path)) and hasattr(source, 'facts'): source = source.path # of a `Run`
-    folder = at_home(source) if isinstance(source, (str,Path)) else None
-    is_run = folder is not None and (folder/'run.json').exists()
-    if tokenizer is None and is_run: tokenizer = load_tokenizer(folder/'tokenizer')
-    model = source if isinstance(source, LanguageModel) else load_model(run_model(folder) if is_run else source)
-    if tokenizer is None and home_of(model) is None: raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
-    return model,load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
 
+def open_model(
+    source,  # A run or its folder, a directory with a model, or a model in memory
+    tokenizer: Tokenizer | str | Path | None = None,  # Or its folder; default: the source's own
+) -> tuple[LanguageModel, Tokenizer]:
+    "A model, however it is named, and its tokenizer."
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer)
+    if not isinstance(source, (LanguageModel, str, Path)) and hasattr(source, "facts"):
+        source = source.path  # of a `Run`
+    folder = at_home(source) if isinstance(source, (str, Path)) else None
+    is_run = folder is not None and (folder / "run.json").exists()
+    if tokenizer is None and is_run:
+        tokenizer = load_tokenizer(folder / "tokenizer")
+    model = (
+        source
+        if isinstance(source, LanguageModel)
+        else load_model(run_model(folder) if is_run else source)
+    )
+    if tokenizer is None and home_of(model) is None:
+        raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
+    return model, load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
 
 # %% ../nbs/07_checkpoint.ipynb #13607a8c
 @dataclass(frozen=True)
 class Saved:
     "What became of a save."
-    store:CheckpointStore # Where it went
-    step:int # Optimizer steps of the state
-    path:Path|None # The checkpoint, written and verified; None if it failed
-    error:CheckpointError|None=None # Why it failed
-    seconds:float=0. # From the copy to the verified directory
-    size:int=0 # Bytes written
 
-def _room(t:Tensor)->int:
+    store: CheckpointStore  # Where it went
+    step: int  # Optimizer steps of the state
+    path: Path | None  # The checkpoint, written and verified; None if it failed
+    error: CheckpointError | None = None  # Why it failed
+    seconds: float = 0.0  # From the copy to the verified directory
+    size: int = 0  # Bytes written
+
+
+def _room(t: Tensor) -> int:
     "Bytes that a copy of a tensor takes in the memory of the machine: of pinned memory, which a GPU is copied to, torch takes powers of two."
-    n = t.numel()*t.element_size()
-    return 1 << max(0, n-1).bit_length() if t.is_cuda else n
+    n = t.numel() * t.element_size()
+    return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
+
 
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
-    def __init__(self, say:Callable[[str],None]=print):
-        self.pace,self.told = Pace(),False
-        self.say,self.buffers,self.held,self.stall = say,{},None,0. # `stall`: seconds that the caller was held up in all
-        self.pool,self.jobs = ThreadPoolExecutor(1, 'minigpt-save', self.pace.begin),[]
+
+    def __init__(self, say: Callable[[str], None] = print):
+        self.pace, self.told = Pace(), False
+        self.say, self.buffers, self.held, self.stall = (
+            say,
+            {},
+            None,
+            0.0,
+        )  # `stall`: seconds that the caller was held up in all
+        self.pool, self.jobs = ThreadPoolExecutor(1, "minigpt-save", self.pace.begin), []
 
     @property
-    def busy(self)->bool: "Is a save under way?"; return any(not j.done() for j in self.jobs)
+    def busy(self) -> bool:
+        "Is a save under way?"
+        return any(not j.done() for j in self.jobs)
 
-    def save(self,
-        store:CheckpointStore, # Where to
-        state:State, # May hold the tensors of the live model: they are copied before this returns
+    def save(
+        self,
+        store: CheckpointStore,  # Where to
+        state: State,  # May hold the tensors of the live model: they are copied before this returns
     ):
         "Start to save; what came of it is in `results`."
         began = time.perf_counter()
-        step = state.trainer['global_step']
-        if not (self.busy and self.held == step): # another save of the same step shares its copy
-            self.wait(); self.held = None
-            missing = sum(_room(t) for part,tensors in _tensors(state).items() for k,t in tensors.items() if (part, k) not in self.buffers)
-            used,limit = memory_use()
-            if not missing or limit-used > 1.2*missing:
-                try: self.copy(state); self.held = step
-                except RuntimeError as e: # of the allocator of pinned memory, which can have less than there is
-                    if 'out of memory' not in str(e): raise
+        step = state.trainer["global_step"]
+        if not (self.busy and self.held == step):  # another save of the same step shares its copy
+            self.wait()
+            self.held = None
+            missing = sum(
+                _room(t)
+                for part, tensors in _tensors(state).items()
+                for k, t in tensors.items()
+                if (part, k) not in self.buffers
+            )
+            used, limit = memory_use()
+            if not missing or limit - used > 1.2 * missing:
+                try:
+                    self.copy(state)
+                    self.held = step
+                except (
+                    RuntimeError
+                ) as e:  # of the allocator of pinned memory, which can have less than there is
+                    if "out of memory" not in str(e):
+                        raise
                     self.buffers = {}
-        if self.held == step: self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
-        else: # no room for a copy
-            if not self.told: self.say(f'there is no memory for a second copy of the state ({human_size(state_size(state))}): training waits while a checkpoint is written')
+        if self.held == step:
+            self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
+        else:  # no room for a copy
+            if not self.told:
+                self.say(
+                    "there is no memory for a second copy of the state"
+                    f" ({human_size(state_size(state))}): training waits while a checkpoint is"
+                    " written"
+                )
             self.told = True
-            done = Future(); done.set_result(self._write(store, state)); self.jobs.append(done)
-        self.stall += time.perf_counter()-began
+            done = Future()
+            done.set_result(self._write(store, state))
+            self.jobs.append(done)
+        self.stall += time.perf_counter() - began
 
-    def copy(self, state:State):
+    def copy(self, state: State):
         "Copy every tensor into the buffers, which are made when they are first needed."
-        for part,tensors in _tensors(state).items():
-            for k,t in tensors.items():
+        for part, tensors in _tensors(state).items():
+            for k, t in tensors.items():
                 b = self.buffers.get((part, k))
-                if b is None or b.shape != t.shape or b.dtype != t.dtype: b = self.buffers[part, k] = torch.empty_like(t, device='cpu', pin_memory=t.is_cuda)
+                if b is None or b.shape != t.shape or b.dtype != t.dtype:
+                    b = self.buffers[part, k] = torch.empty_like(
+                        t, device="cpu", pin_memory=t.is_cuda
+                    )
                 b.copy_(t.detach(), non_blocking=t.is_cuda)
-        for d in {t.device for tensors in _tensors(state).values() for t in tensors.values() if t.is_cuda}: torch.cuda.synchronize(d)
+        for d in {
+            t.device for tensors in _tensors(state).values() for t in tensors.values() if t.is_cuda
+        }:
+            torch.cuda.synchronize(d)
 
-    def copied(self, state:State)->State:
+    def copied(self, state: State) -> State:
         "The same state, in the buffers, with nothing in it that the training still changes."
-        held = lambda part,p: p and ({k:self.buffers[part, k] for k in p[0]}, p[1])
-        return replace(state, trainer=deepcopy(state.trainer), weights=held('weights', (state.weights,0))[0], optimizer=held('optimizer', state.optimizer), rng=held('rng', state.rng))
+        held = lambda part, p: p and ({k: self.buffers[part, k] for k in p[0]}, p[1])
+        return replace(
+            state,
+            trainer=deepcopy(state.trainer),
+            weights=held("weights", (state.weights, 0))[0],
+            optimizer=held("optimizer", state.optimizer),
+            rng=held("rng", state.rng),
+        )
 
-    def _write(self, store, state)->Saved:
-        began,step = time.perf_counter(),state.trainer['global_step']
-        try: path,error = store.save(state),None
-        except CheckpointError as e: path,error = None,e
-        except OSError as e: path,error = None,CheckpointError(f'{store.folder}/{store.name}-{step} could not be saved: {e}')
-        return Saved(store, step, path, error, time.perf_counter()-began, dir_size(path) if path else 0)
+    def _write(self, store, state) -> Saved:
+        began, step = time.perf_counter(), state.trainer["global_step"]
+        try:
+            path, error = store.save(state), None
+        except CheckpointError as e:
+            path, error = None, e
+        except OSError as e:
+            path, error = (
+                None,
+                CheckpointError(f"{store.folder}/{store.name}-{step} could not be saved: {e}"),
+            )
+        return Saved(
+            store, step, path, error, time.perf_counter() - began, dir_size(path) if path else 0
+        )
 
-    def results(self)->list[Saved]:
+    def results(self) -> list[Saved]:
         "What has ended since this was last asked."
-        done,self.jobs = [j for j in self.jobs if j.done()],[j for j in self.jobs if not j.done()]
+        done, self.jobs = [j for j in self.jobs if j.done()], [j for j in self.jobs if not j.done()]
         return [j.result() for j in done]
 
     def wait(self):
         "Wait until nothing is under way."
         self.pace.hurry.set()
-        for j in self.jobs: j.exception()
+        for j in self.jobs:
+            j.exception()
         self.pace.hurry.clear()
 
     def close(self):
         "Finish what is under way, and give the memory back."
-        self.pace.hurry.set(); self.pool.shutdown(); self.buffers,self.held = {},None
+        self.pace.hurry.set()
+        self.pool.shutdown()
+        self.buffers, self.held = {}, None
 
 # %% ../nbs/07_checkpoint.ipynb #182581cc
 def write_final(
-    folder:str|Path, # The run's folder
-    state:State, # Weights, tokenizer, trainer state
+    folder: str | Path,  # The run's folder
+    state: State,  # Weights, tokenizer, trainer state
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    place_final(folder, write_checkpoint(hidden(folder/'final', 'tmp'), replace(state, optimizer=None, rng=None), 'final'))
+    place_final(
+        folder,
+        write_checkpoint(
+            hidden(folder / "final", "tmp"), replace(state, optimizer=None, rng=None), "final"
+        ),
+    )
+
 
 def place_final(
-    folder:Path, # The run's
-    made:Path, # A whole checkpoint below it, which is emptied
+    folder: Path,  # The run's
+    made: Path,  # A whole checkpoint below it, which is emptied
 ):
     "Put the files of a checkpoint into the root of a run."
-    manifest = read_json(made/'MANIFEST.json')
-    (folder/'MANIFEST.json').unlink(missing_ok=True)
-    for name in manifest['files']: (made/name).replace(folder/name)
-    fsync(folder); (made/'MANIFEST.json').replace(folder/'MANIFEST.json'); fsync(folder)
+    manifest = read_json(made / "MANIFEST.json")
+    (folder / "MANIFEST.json").unlink(missing_ok=True)
+    for name in manifest["files"]:
+        (made / name).replace(folder / name)
+    fsync(folder)
+    (made / "MANIFEST.json").replace(folder / "MANIFEST.json")
+    fsync(folder)
     made.rmdir()

@@ -20,512 +20,1233 @@ from .files import at_home, plain
 from .registry import Mix, all_here, list_datasets, locate, mix
 
 # %% ../nbs/18_cli.ipynb #32b14e48
-def _dashed(name:str)->str: "An option's name as it is declared: others write it with _."; return name.replace('_', '-')
-def _spelled(name:str)->str: "Likewise of a training, whose options have other names elsewhere."; return _dashed((_ALIASES | dict(resume_from_checkpoint='resume')).get(name.replace('-', '_'), name))
+def _dashed(name: str) -> str:
+    "An option's name as it is declared: others write it with _."
+    return name.replace("_", "-")
+
+
+def _spelled(name: str) -> str:
+    "Likewise of a training, whose options have other names elsewhere."
+    return _dashed(
+        (_ALIASES | dict(resume_from_checkpoint="resume")).get(name.replace("-", "_"), name)
+    )
+
+
 _TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))
 
-def _home(value): "A path of the command line, with `~` as the user's folder: a shell leaves it in `--output=~/x`."; return at_home(value) if isinstance(value, Path) else [*map(_home, value)] if isinstance(value, list) else value
+
+def _home(value):
+    "A path of the command line, with `~` as the user's folder: a shell leaves it in `--output=~/x`."
+    return (
+        at_home(value)
+        if isinstance(value, Path)
+        else [*map(_home, value)]
+        if isinstance(value, list)
+        else value
+    )
+
 
 class _App(typer.Typer):
     "Commands to which `~` is the user's folder."
+
     def command(self, *args, **kwargs):
         def add(f):
             @wraps(f)
-            def g(**values): return f(**{k:_home(v) for k,v in values.items()})
+            def g(**values):
+                return f(**{k: _home(v) for k, v in values.items()})
+
             super(_App, self).command(*args, **kwargs)(g)
             return f
+
         return add
 
-app = _App(name='minigpt', add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None, context_settings=dict(token_normalize_func=_dashed),
-    help='Train your own small GPT, without ever losing the work.')
+
+app = _App(
+    name="minigpt",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=dict(token_normalize_func=_dashed),
+    help="Train your own small GPT, without ever losing the work.",
+)
+
 
 def with_training_options(
-    command, # Function that ends in **options
-): # The same command, with an option for each field of TrainConfig; those left out are not passed on
+    command,  # Function that ends in **options
+):  # The same command, with an option for each field of TrainConfig; those left out are not passed on
     "Spell out `**options` for typer."
-    given = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-    options = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None,
-        annotation=Annotated[Optional[type(f.default)], typer.Option(help=f"{f.metadata['help']} [{f.default}]", show_default=False)]) for f in fields(TrainConfig)]
+    given = [
+        p.replace(kind=p.KEYWORD_ONLY)
+        for p in inspect.signature(command).parameters.values()
+        if p.kind != p.VAR_KEYWORD
+    ]
+    options = [
+        inspect.Parameter(
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Optional[type(f.default)],
+                typer.Option(help=f"{f.metadata['help']} [{f.default}]", show_default=False),
+            ],
+        )
+        for f in fields(TrainConfig)
+    ]
     names = {p.name for p in options}
-    def called(**values): return command(**{k:v for k,v in values.items() if k not in names or v is not None})
-    called.__name__,called.__doc__,called.__signature__ = command.__name__,command.__doc__,inspect.Signature(given+options)
-    called.__annotations__ = {p.name:p.annotation for p in given+options}
+
+    def called(**values):
+        return command(**{k: v for k, v in values.items() if k not in names or v is not None})
+
+    called.__name__, called.__doc__, called.__signature__ = (
+        command.__name__,
+        command.__doc__,
+        inspect.Signature(given + options),
+    )
+    called.__annotations__ = {p.name: p.annotation for p in given + options}
     return called
 
 # %% ../nbs/18_cli.ipynb #46910e5d
 def training_data(
-    given:list[str]|None, # Of the command line
-    file:dict, # Of the configuration file; what names data is taken out of it
+    given: list[str] | None,  # Of the command line
+    file: dict,  # Of the configuration file; what names data is taken out of it
 ):
     "What `fit` is to train on."
-    found = {k:v for k in ('data_files','data','dataset','datasets','train') if (v := file.pop(k, None))}
-    if (how := file.pop('mixing_strategy', 'weighted')) != 'weighted': raise ValueError(f"mixing_strategy={how!r} must be 'weighted'")
-    if len(found) > 1 and not given: raise ValueError(f"the configuration file names data twice, as {' and '.join(found)}; leave one out")
+    found = {
+        k: v
+        for k in ("data_files", "data", "dataset", "datasets", "train")
+        if (v := file.pop(k, None))
+    }
+    if (how := file.pop("mixing_strategy", "weighted")) != "weighted":
+        raise ValueError(f"mixing_strategy={how!r} must be 'weighted'")
+    if len(found) > 1 and not given:
+        raise ValueError(
+            f"the configuration file names data twice, as {' and '.join(found)}; leave one out"
+        )
     data = given or next(iter(found.values()), None)
-    if not data: raise ValueError("no data to train on: name a file, as in `minigpt train my.txt`, a data set (`minigpt data list`), a built-in corpus (stories, talks, calls, reasoning, preferences, stdlib), or data_files in the configuration file")
-    if isinstance(data, (str,Mix)): return data
-    if not isinstance(data, (list,dict)): raise ValueError(f"{next(iter(found))}={data!r} must be a path or a name, a list of them, or names with weights")
-    if isinstance(data, dict) or any(isinstance(d, (dict,list)) for d in data): return mix(data)
-    if bad := [d for d in data if not isinstance(d, str)]: raise ValueError(f"{next(iter(found), 'data')}: {bad[0]!r} must be a path or a name")
-    pairs = [d.rpartition('=') if isinstance(d, str) and not Path(d).exists() else ('', '', d) for d in data]
-    try: weighted = [(name, float(w)) if name else w for name,_,w in pairs]
-    except ValueError: raise ValueError(f"{' '.join(data)}: a weight is a number, as in sft_mini=0.7") from None
-    if len(weighted) == 1: return weighted[0] if isinstance(weighted[0], str) else weighted[0][0]
+    if not data:
+        raise ValueError(
+            "no data to train on: name a file, as in `minigpt train my.txt`, a data set (`minigpt"
+            " data list`), a built-in corpus (stories, talks, calls, reasoning, preferences,"
+            " stdlib), or data_files in the configuration file"
+        )
+    if isinstance(data, (str, Mix)):
+        return data
+    if not isinstance(data, (list, dict)):
+        raise ValueError(
+            f"{next(iter(found))}={data!r} must be a path or a name, a list of them, or names with"
+            " weights"
+        )
+    if isinstance(data, dict) or any(isinstance(d, (dict, list)) for d in data):
+        return mix(data)
+    if bad := [d for d in data if not isinstance(d, str)]:
+        raise ValueError(f"{next(iter(found), 'data')}: {bad[0]!r} must be a path or a name")
+    pairs = [
+        d.rpartition("=") if isinstance(d, str) and not Path(d).exists() else ("", "", d)
+        for d in data
+    ]
+    try:
+        weighted = [(name, float(w)) if name else w for name, _, w in pairs]
+    except ValueError:
+        raise ValueError(f"{' '.join(data)}: a weight is a number, as in sft_mini=0.7") from None
+    if len(weighted) == 1:
+        return weighted[0] if isinstance(weighted[0], str) else weighted[0][0]
     names = [c.name for c in list_datasets()]
-    return list(data) if all(d not in names and Path(locate(d)).exists() for d in data) else mix(weighted)
+    return (
+        list(data)
+        if all(d not in names and Path(locate(d)).exists() for d in data)
+        else mix(weighted)
+    )
 
-FULL_DATA = 'pretrain','sft_long','sft_full','reasoning' # of `--use-full-data`
+
+FULL_DATA = "pretrain", "sft_long", "sft_full", "reasoning"  # of `--use-full-data`
+
 
 def full_data(
-    folder:Path, # The run's
-    backup:str, # gdrive_backup_dir
-    anew:bool, # Is a run that is there moved aside, or does it get other data?
-)->Mix:
+    folder: Path,  # The run's
+    backup: str,  # gdrive_backup_dir
+    anew: bool,  # Is a run that is there moved aside, or does it get other data?
+) -> Mix:
     "All of MiniMind's texts and conversations. A run that is there goes on with its own tokens; for a new one, every file must be here."
-    there = not anew and any((p/'run.json').exists() for p in [folder, *([Path(backup)/folder.name] if backup else [])])
+    there = not anew and any(
+        (p / "run.json").exists()
+        for p in [folder, *([Path(backup) / folder.name] if backup else [])]
+    )
     return mix(FULL_DATA if there else all_here(FULL_DATA))
 
+
 def where_to_resume(
-    resume, # auto, no, or the name or path of a checkpoint; or a run's folder
-    output_dir:Path|None, # Where one is named
-)->tuple: # `resume` and `output_dir` as `fit` takes them; does `resume` tell the run?
+    resume,  # auto, no, or the name or path of a checkpoint; or a run's folder
+    output_dir: Path | None,  # Where one is named
+) -> tuple:  # `resume` and `output_dir` as `fit` takes them; does `resume` tell the run?
     "Documents write it in several ways: --resume auto, checkpoint-500, RUN/checkpoint-500, RUN/checkpoints/checkpoint-500, RUN."
     from minigpt.run import split_checkpoint
-    if resume in ('no', False): return False,output_dir,False
-    if resume in ('auto','True','true','1',True): return 'auto',output_dir,False
-    run,name = (Path(resume), 'auto') if (Path(resume)/'run.json').exists() else split_checkpoint(resume)
-    if not run or output_dir and Path(output_dir).resolve() != run.resolve(): return resume,output_dir,False
-    if (Path(resume)/'config.json').exists() and not (run/'run.json').exists(): raise FileNotFoundError(f"{run} is not a run of this library (no run.json), so its training does not go on here. To begin with the weights in {resume}: minigpt train DATA --config {resume}")
-    return name,run,True
 
-def run_name(data)->str:
+    if resume in ("no", False):
+        return False, output_dir, False
+    if resume in ("auto", "True", "true", "1", True):
+        return "auto", output_dir, False
+    run, name = (
+        (Path(resume), "auto") if (Path(resume) / "run.json").exists() else split_checkpoint(resume)
+    )
+    if not run or output_dir and Path(output_dir).resolve() != run.resolve():
+        return resume, output_dir, False
+    if (Path(resume) / "config.json").exists() and not (run / "run.json").exists():
+        raise FileNotFoundError(
+            f"{run} is not a run of this library (no run.json), so its training does not go on"
+            f" here. To begin with the weights in {resume}: minigpt train DATA --config {resume}"
+        )
+    return name, run, True
+
+
+def run_name(data) -> str:
     "What a run is called after its data: as the file, or the folder around it where that has no name of its own (`*.txt`, `..`)."
-    first = data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
+    first = (
+        data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
+    )
     path = at_home(str(first))
-    whole,marks = Path(os.path.abspath(path)),'' if path.exists() else '*?[]'
+    whole, marks = Path(os.path.abspath(path)), "" if path.exists() else "*?[]"
     for p in (whole, *whole.parents):
-        name = p.name.lstrip('.').split('.')[0]
-        if any(m in name for m in marks): name = ''.join(c for c in name if c not in marks).strip(' -_')
-        if name: return name
-    return 'demo'
-
+        name = p.name.lstrip(".").split(".")[0]
+        if any(m in name for m in marks):
+            name = "".join(c for c in name if c not in marks).strip(" -_")
+        if name:
+            return name
+    return "demo"
 
 # %% ../nbs/18_cli.ipynb #b9ecca00
 @app.command(**_TRAINS)
 @with_training_options
 def train(
-    data:Annotated[Optional[list[str]], typer.Argument(help="files or folders of .txt or .jsonl, a registered data set (minigpt data list), or a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib")]=None,
-    dataset:Annotated[Optional[list[str]], typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture")]=None,
-    data_files:Annotated[Optional[list[str]], typer.Option(help="the same, as paths")]=None,
-    use_full_data:Annotated[bool, typer.Option('--use-full-data', help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together")]=False,
-    stage:Annotated[Optional[str], typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")]=None,
-    hardware:Annotated[Optional[str], typer.Option(help="options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …")]=None,
-    recipe:Annotated[Optional[str], typer.Option(help="a whole training: quick_prototype, production, special_abilities")]=None,
-    valid:Annotated[Optional[str], typer.Option(help="file to validate on; default: a share of the data")]=None,
-    config:Annotated[Optional[str], typer.Option(help="model preset: tiny, small, medium, large; or a directory whose model to begin with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]", show_default=False)]=None,
-    lora_r:Annotated[Optional[int], typer.Option(help="train an adapter of this rank on the model in the directory --config, which stays as it is; 8 is usual")]=None,
-    lora_alpha:Annotated[Optional[float], typer.Option(help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]", show_default=False)]=None,
-    lora_targets:Annotated[Optional[str], typer.Option(help="matrices of each block that are adapted, with commas between [all]", show_default=False)]=None,
-    tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: one is trained")]=None,
-    output_dir:Annotated[Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")]=None,
-    resume:Annotated[Optional[str], typer.Option(help="auto, no, or the name or path of a checkpoint; a path says the run too, and its data, where none are named [auto]", show_default=False)]=None,
-    yes:Annotated[bool, typer.Option('--yes', '-y', help="as of `resume`: do not ask; here nothing is asked")]=False,
-    override:Annotated[Optional[list[str]], typer.Option(help="what may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed")]=None,
-    overwrite:Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]=False,
-    config_file:Annotated[Optional[Path], typer.Option(help="JSON or YAML file with any of these options; data_files names the data")]=None,
+    data: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            help=(
+                "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or"
+                " a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib"
+            )
+        ),
+    ] = None,
+    dataset: Annotated[
+        Optional[list[str]],
+        typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture"),
+    ] = None,
+    data_files: Annotated[Optional[list[str]], typer.Option(help="the same, as paths")] = None,
+    use_full_data: Annotated[
+        bool,
+        typer.Option(
+            "--use-full-data", help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together"
+        ),
+    ] = False,
+    stage: Annotated[
+        Optional[str], typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
+    ] = None,
+    hardware: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb,"
+                " cpu_only …"
+            )
+        ),
+    ] = None,
+    recipe: Annotated[
+        Optional[str],
+        typer.Option(help="a whole training: quick_prototype, production, special_abilities"),
+    ] = None,
+    valid: Annotated[
+        Optional[str], typer.Option(help="file to validate on; default: a share of the data")
+    ] = None,
+    config: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "model preset: tiny, small, medium, large; or a directory whose model to begin"
+                " with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]"
+            ),
+            show_default=False,
+        ),
+    ] = None,
+    lora_r: Annotated[
+        Optional[int],
+        typer.Option(
+            help=(
+                "train an adapter of this rank on the model in the directory --config, which stays"
+                " as it is; 8 is usual"
+            )
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        Optional[float],
+        typer.Option(
+            help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]",
+            show_default=False,
+        ),
+    ] = None,
+    lora_targets: Annotated[
+        Optional[str],
+        typer.Option(
+            help="matrices of each block that are adapted, with commas between [all]",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Optional[Path],
+        typer.Option(help="directory with a tokenizer.json; default: one is trained"),
+    ] = None,
+    output_dir: Annotated[
+        Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
+    ] = None,
+    resume: Annotated[
+        Optional[str],
+        typer.Option(
+            help=(
+                "auto, no, or the name or path of a checkpoint; a path says the run too, and its"
+                " data, where none are named [auto]"
+            ),
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="as of `resume`: do not ask; here nothing is asked")
+    ] = False,
+    override: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help=(
+                "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
+                " validation_split, seed"
+            )
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="move a run that stands in output_dir aside")
+    ] = False,
+    config_file: Annotated[
+        Optional[Path],
+        typer.Option(help="JSON or YAML file with any of these options; data_files names the data"),
+    ] = None,
     **options,
 ):
     "Train a model, or go on training it."
-    from minigpt.presets import hardware as hardware_options, recipe as recipe_options, stage as stage_options
+    from minigpt.presets import (
+        hardware as hardware_options,
+        recipe as recipe_options,
+        stage as stage_options,
+    )
     from minigpt.train import fit, resume as go_on
+
     given_file = without_idle(read_options(config_file), typer.echo) if config_file else {}
-    recipe,stage,hardware = (chosen or given_file.pop(k, None) for k,chosen in dict(recipe=recipe, stage=stage, hardware=hardware).items())
-    use_full_data = given_file.pop('use_full_data', False) or use_full_data
+    recipe, stage, hardware = (
+        chosen or given_file.pop(k, None)
+        for k, chosen in dict(recipe=recipe, stage=stage, hardware=hardware).items()
+    )
+    use_full_data = given_file.pop("use_full_data", False) or use_full_data
     file = (recipe_options(recipe) if recipe else {}) | (stage_options(stage) if stage else {})
-    if hardware: file = hardware_options(None if hardware == 'auto' else hardware, file)
-    if {'data_files','data','dataset','datasets'} & {*given_file}: file.pop('train', None)
+    if hardware:
+        file = hardware_options(None if hardware == "auto" else hardware, file)
+    if {"data_files", "data", "dataset", "datasets"} & {*given_file}:
+        file.pop("train", None)
     file |= given_file
+
     def get(given, *names, default=None):
         found = [file.pop(n) for n in names if n in file]
         return given if given not in (None, []) else found[0] if found else default
+
     data = [*(data or []), *(dataset or []), *(data_files or [])]
-    if use_full_data and (twice := [*data, *({'data_files','data','dataset','datasets'} & {*file})]): raise ValueError(f"use_full_data names all data, and {twice[0]} names data too; leave one out")
-    override,overwrite = get(override, 'override', default=()),get(overwrite or None, 'overwrite', default=False)
-    asked = get(resume, 'resume', 'resume_from_checkpoint', default='auto')
-    resume,output_dir,told = where_to_resume(asked, get(output_dir, 'output_dir'))
-    named = data or use_full_data or {'data_files','data','dataset','datasets','train'} & {*file}
-    if use_full_data: file.pop('train', None); data = full_data(Path(output_dir or 'runs/pretrain'), options.get('gdrive_backup_dir', file.get('gdrive_backup_dir') or ''), overwrite or 'data' in override)
-    elif named or not told: data = training_data(data, file)
-    model = get(config, 'config', 'model', default='tiny' if named else None)
-    rank,alpha,targets = get(lora_r, 'lora_r'),get(lora_alpha, 'lora_alpha'),get(lora_targets, 'lora_targets', default='all')
-    if rank is None and (alpha or targets != 'all'): raise ValueError("lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too")
+    if use_full_data and (
+        twice := [*data, *({"data_files", "data", "dataset", "datasets"} & {*file})]
+    ):
+        raise ValueError(
+            f"use_full_data names all data, and {twice[0]} names data too; leave one out"
+        )
+    override, overwrite = (
+        get(override, "override", default=()),
+        get(overwrite or None, "overwrite", default=False),
+    )
+    asked = get(resume, "resume", "resume_from_checkpoint", default="auto")
+    resume, output_dir, told = where_to_resume(asked, get(output_dir, "output_dir"))
+    named = (
+        data or use_full_data or {"data_files", "data", "dataset", "datasets", "train"} & {*file}
+    )
+    if use_full_data:
+        file.pop("train", None)
+        data = full_data(
+            Path(output_dir or "runs/pretrain"),
+            options.get("gdrive_backup_dir", file.get("gdrive_backup_dir") or ""),
+            overwrite or "data" in override,
+        )
+    elif named or not told:
+        data = training_data(data, file)
+    model = get(config, "config", "model", default="tiny" if named else None)
+    rank, alpha, targets = (
+        get(lora_r, "lora_r"),
+        get(lora_alpha, "lora_alpha"),
+        get(lora_targets, "lora_targets", default="all"),
+    )
+    if rank is None and (alpha or targets != "all"):
+        raise ValueError(
+            "lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too"
+        )
     if rank is not None:
         from minigpt.checkpoint import load_model
         from minigpt.files import on_hub
         from minigpt.lora import lora
-        if not isinstance(model, str) or not Path(model).is_dir(): raise ValueError(f"lora_r={rank} trains an adapter of a model that was trained before; config={model!r} must be its directory{on_hub(model) if isinstance(model, str) else ''}")
-        model = lora(load_model(model), rank, alpha or 2*rank, targets.split(',') if isinstance(targets, str) and targets != 'all' else targets)
-    valid,tokenizer = get(valid, 'valid'),get(tokenizer, 'tokenizer', 'tokenizer_path')
+
+        if not isinstance(model, str) or not Path(model).is_dir():
+            raise ValueError(
+                f"lora_r={rank} trains an adapter of a model that was trained before;"
+                f" config={model!r} must be its"
+                f" directory{on_hub(model) if isinstance(model, str) else ''}"
+            )
+        model = lora(
+            load_model(model),
+            rank,
+            alpha or 2 * rank,
+            targets.split(",") if isinstance(targets, str) and targets != "all" else targets,
+        )
+    valid, tokenizer = get(valid, "valid"), get(tokenizer, "tokenizer", "tokenizer_path")
     if not named:
-        if valid or overwrite: raise ValueError(f"{'valid' if valid else 'overwrite'} is given and no data: --resume {asked} goes on with the run's own; name the data too")
-        go_on(output_dir, resume, model=model, override=override, tokenizer=tokenizer, **{**file, **options})
+        if valid or overwrite:
+            raise ValueError(
+                f"{'valid' if valid else 'overwrite'} is given and no data: --resume {asked} goes"
+                " on with the run's own; name the data too"
+            )
+        go_on(
+            output_dir,
+            resume,
+            model=model,
+            override=override,
+            tokenizer=tokenizer,
+            **{**file, **options},
+        )
         return
-    fit(model, data, valid, override=override, tokenizer=tokenizer, overwrite=overwrite,
-        output_dir=output_dir or Path('runs')/('pretrain' if use_full_data else run_name(data)), resume=resume, config=file, **options)
+    fit(
+        model,
+        data,
+        valid,
+        override=override,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        output_dir=output_dir or Path("runs") / ("pretrain" if use_full_data else run_name(data)),
+        resume=resume,
+        config=file,
+        **options,
+    )
 
 # %% ../nbs/18_cli.ipynb #4ef381de
-@app.command('resume', **_TRAINS)
+@app.command("resume", **_TRAINS)
 @with_training_options
 def resume_(
-    run:Annotated[Path, typer.Argument(help="folder of a run")],
-    resume:Annotated[str, typer.Option(help="auto (the newest whole state), or the name of one")]='auto',
-    override:Annotated[Optional[list[str]], typer.Option(help="what may differ from the run: effective_batch, max_seq_len, data, validation_split, seed")]=None,
-    yes:Annotated[bool, typer.Option('--yes', '-y', help="do not ask")]=False,
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    resume: Annotated[
+        str, typer.Option(help="auto (the newest whole state), or the name of one")
+    ] = "auto",
+    override: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help=(
+                "what may differ from the run: effective_batch, max_seq_len, data,"
+                " validation_split, seed"
+            )
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
     **options,
 ):
     "Show what a run has saved, and go on with it, from its folder alone (or its backup: --gdrive-backup-dir)."
     from minigpt.run import open_run, run_table
     from minigpt.train import resume as go_on
-    if (run/'run.json').exists():
+
+    if (run / "run.json").exists():
         typer.echo(run_table(open_run(run)))
-        if not yes and sys.stdin.isatty() and not typer.confirm(f"Go on from {'the newest that verifies' if resume == 'auto' else resume}?", default=True): return
+        if (
+            not yes
+            and sys.stdin.isatty()
+            and not typer.confirm(
+                f"Go on from {'the newest that verifies' if resume == 'auto' else resume}?",
+                default=True,
+            )
+        ):
+            return
     go_on(run, resume, override=override or (), **options)
 
-
-
 # %% ../nbs/18_cli.ipynb #3b647cf1
-def _model_of(path:Path, which:Optional[str]=None):
+def _model_of(path: Path, which: Optional[str] = None):
     "The model and the tokenizer of a run, or of a directory with a model."
     from minigpt.run import open_run
-    if (path/'run.json').exists() or not any((path/n).exists() for n in ('config.json','adapter_config.json')): run = open_run(path); return run.model(which),run.tokenizer
+
+    if (path / "run.json").exists() or not any(
+        (path / n).exists() for n in ("config.json", "adapter_config.json")
+    ):
+        run = open_run(path)
+        return run.model(which), run.tokenizer
     from minigpt.checkpoint import home_of, load_model
     from minigpt.tokenizer import load_tokenizer
+
     model = load_model(path)
-    return model,load_tokenizer(home_of(model) or path)
+    return model, load_tokenizer(home_of(model) or path)
 
 # %% ../nbs/18_cli.ipynb #0e1066e6
 @app.command()
 def chat(
-    run:Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
-    which:Annotated[Optional[str], typer.Option(help="of a run: checkpoint-N or best; default: the final model, else the newest")]=None,
-    system:Annotated[Optional[str], typer.Option(help="what stands before the conversation")]=None,
-    tools:Annotated[Optional[Path], typer.Option(help="a Python file of yours, which is run; the model may call its public functions")]=None,
-    temperature:Annotated[float, typer.Option(help="0: always the likeliest token")]=.7,
-    top_p:Annotated[float, typer.Option(help="draw from the likeliest tokens that make up this probability")]=.95,
-    max_new_tokens:Annotated[int, typer.Option(help="tokens of an answer at most")]=500,
-    seed:Annotated[Optional[int], typer.Option(help="the same seed, the same answers")]=None,
-    thinking:Annotated[Optional[bool], typer.Option('--thinking/--no-thinking', help="thoughts before an answer, where the tokenizer's template asks for it (MiniMind, Qwen3)", show_default=False)]=None,
+    run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
+    which: Annotated[
+        Optional[str],
+        typer.Option(
+            help="of a run: checkpoint-N or best; default: the final model, else the newest"
+        ),
+    ] = None,
+    system: Annotated[
+        Optional[str], typer.Option(help="what stands before the conversation")
+    ] = None,
+    tools: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="a Python file of yours, which is run; the model may call its public functions"
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="draw from the likeliest tokens that make up this probability")
+    ] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 500,
+    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same answers")] = None,
+    thinking: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--thinking/--no-thinking",
+            help=(
+                "thoughts before an answer, where the tokenizer's template asks for it (MiniMind,"
+                " Qwen3)"
+            ),
+            show_default=False,
+        ),
+    ] = None,
 ):
     "Talk to a trained model. /help lists what else can be typed; Ctrl-C stops an answer."
     from minigpt.chat import Chat, chat_in_terminal, tools_from_file
-    chat_in_terminal(Chat(*_model_of(run, which), system, tools_from_file(tools) if tools else None, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed, thinking=thinking))
 
-@app.command('serve')
+    chat_in_terminal(
+        Chat(
+            *_model_of(run, which),
+            system,
+            tools_from_file(tools) if tools else None,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            thinking=thinking,
+        )
+    )
+
+
+@app.command("serve")
 def serve_(
-    runs:Annotated[list[Path], typer.Argument(help="folders of runs or models; a client names them by their last part")],
-    port:Annotated[int, typer.Option(help="to listen on; 0: any that is free")]=8000,
-    host:Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 opens it to the network, without a password")]='127.0.0.1',
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="folders of runs or models; a client names them by their last part"),
+    ],
+    port: Annotated[int, typer.Option(help="to listen on; 0: any that is free")] = 8000,
+    host: Annotated[
+        str,
+        typer.Option(
+            help="address to listen on; 0.0.0.0 opens it to the network, without a password"
+        ),
+    ] = "127.0.0.1",
 ):
     "Serve models at an OpenAI-compatible address: /v1/chat/completions, /v1/completions, /v1/models."
     from minigpt.serve import serve
-    if len({r.resolve().name for r in runs}) < len(runs): raise ValueError(f"two of {', '.join(map(str, runs))} have the same last part, by which clients name them; rename one")
-    serve({r.resolve().name:_model_of(r) for r in runs}, host, port, typer.echo)
 
-@app.command('evaluate')
+    if len({r.resolve().name for r in runs}) < len(runs):
+        raise ValueError(
+            f"two of {', '.join(map(str, runs))} have the same last part, by which clients name"
+            " them; rename one"
+        )
+    serve({r.resolve().name: _model_of(r) for r in runs}, host, port, typer.echo)
+
+
+@app.command("evaluate")
 def evaluate_(
-    models:Annotated[list[Path], typer.Argument(help="checkpoints, runs, exports, Llama or Qwen3 directories; the data come last")],
-    data:Annotated[str, typer.Argument(help="a file or folder of .txt or .jsonl, a registered data set, a built-in corpus, or a token set such as RUN/data/valid")],
-    tokenizer:Annotated[Optional[Path], typer.Option(help="directory with a tokenizer.json; default: each model's own")]=None,
-    max_seq_len:Annotated[int, typer.Option(help="tokens of a sequence; 0: 512, or as many as the model reads")]=0,
-    batch_size:Annotated[int, typer.Option(help="sequences at once")]=8,
-    max_sequences:Annotated[int, typer.Option(help="sequences that are predicted, spread over the data; 0: all")]=0,
-    max_data_size:Annotated[int, typer.Option(help="rows of the data that are read, the first ones; 0: all")]=0,
-    device:Annotated[str, typer.Option(help="auto, cpu, cuda, mps")]='auto',
-    cache:Annotated[Optional[Path], typer.Option(help="folder that keeps the tokens for the next time")]=None,
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            help="checkpoints, runs, exports, Llama or Qwen3 directories; the data come last"
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            help=(
+                "a file or folder of .txt or .jsonl, a registered data set, a built-in corpus, or a"
+                " token set such as RUN/data/valid"
+            )
+        ),
+    ],
+    tokenizer: Annotated[
+        Optional[Path],
+        typer.Option(help="directory with a tokenizer.json; default: each model's own"),
+    ] = None,
+    max_seq_len: Annotated[
+        int, typer.Option(help="tokens of a sequence; 0: 512, or as many as the model reads")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 8,
+    max_sequences: Annotated[
+        int, typer.Option(help="sequences that are predicted, spread over the data; 0: all")
+    ] = 0,
+    max_data_size: Annotated[
+        int, typer.Option(help="rows of the data that are read, the first ones; 0: all")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    cache: Annotated[
+        Optional[Path], typer.Option(help="folder that keeps the tokens for the next time")
+    ] = None,
 ):
     "Loss, perplexity and bits a byte of models on data."
     from minigpt.evaluate import evaluate_on, evaluation_table
     from minigpt.source import what_is_read
-    for line in what_is_read('data', data): typer.echo(line)
-    typer.echo(evaluation_table({str(m):evaluate_on(m, data, tokenizer=tokenizer, seq_len=max_seq_len, batch_size=batch_size, max_sequences=max_sequences, max_rows=max_data_size, device=device, cache=cache) for m in models}))
+
+    for line in what_is_read("data", data):
+        typer.echo(line)
+    typer.echo(
+        evaluation_table(
+            {
+                str(m): evaluate_on(
+                    m,
+                    data,
+                    tokenizer=tokenizer,
+                    seq_len=max_seq_len,
+                    batch_size=batch_size,
+                    max_sequences=max_sequences,
+                    max_rows=max_data_size,
+                    device=device,
+                    cache=cache,
+                )
+                for m in models
+            }
+        )
+    )
 
 # %% ../nbs/18_cli.ipynb #32c023dc
 @app.command()
 def runs(
-    folder:Annotated[Path, typer.Argument(help="where runs are kept, or one run")]=Path('runs'),
-    verify:Annotated[bool, typer.Option(help="of one run: read every file and compare its hash")]=False,
+    folder: Annotated[Path, typer.Argument(help="where runs are kept, or one run")] = Path("runs"),
+    verify: Annotated[
+        bool, typer.Option(help="of one run: read every file and compare its hash")
+    ] = False,
 ):
     "List runs: steps, loss, newest checkpoint; or all that one run has saved."
     from minigpt.files import within_time
     from minigpt.run import ANSWER, list_runs, open_run, run_table, runs_table
-    if within_time((folder/'run.json').exists, ANSWER, folder): typer.echo(run_table(open_run(folder), verify)); return
+
+    if within_time((folder / "run.json").exists, ANSWER, folder):
+        typer.echo(run_table(open_run(folder), verify))
+        return
     found = within_time(lambda: list_runs(folder), ANSWER, folder)
-    typer.echo(runs_table(found) if found else f'no runs in {folder}/; `minigpt train FILE` makes one')
+    typer.echo(
+        runs_table(found) if found else f"no runs in {folder}/; `minigpt train FILE` makes one"
+    )
+
 
 @app.command()
 def generate(
-    run:Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
-    prompt:Annotated[str, typer.Argument(help="beginning of the text")]='',
-    which:Annotated[Optional[str], typer.Option(help="checkpoint-N or best; default: the final model, else the newest")]=None,
-    max_new_tokens:Annotated[int, typer.Option(help="tokens at most")]=200,
-    temperature:Annotated[float, typer.Option(help="0: always the likeliest token")]=.8,
-    top_k:Annotated[Optional[int], typer.Option(help="draw from the k likeliest tokens")]=None,
-    top_p:Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens that make up this probability")]=None,
-    seed:Annotated[Optional[int], typer.Option(help="the same seed, the same text")]=None,
+    run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
+    prompt: Annotated[str, typer.Argument(help="beginning of the text")] = "",
+    which: Annotated[
+        Optional[str],
+        typer.Option(help="checkpoint-N or best; default: the final model, else the newest"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[Optional[int], typer.Option(help="draw from the k likeliest tokens")] = None,
+    top_p: Annotated[
+        Optional[float],
+        typer.Option(help="draw from the likeliest tokens that make up this probability"),
+    ] = None,
+    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same text")] = None,
 ):
     "Write a text with a trained model."
     from minigpt.generate import stream_text
-    pieces = stream_text(*_model_of(run, which), prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    typer.echo(prompt+plain(next(pieces, '')), nl=False)
-    for piece in pieces: typer.echo(plain(piece), nl=False)
+
+    pieces = stream_text(
+        *_model_of(run, which),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo(prompt + plain(next(pieces, "")), nl=False)
+    for piece in pieces:
+        typer.echo(plain(piece), nl=False)
     typer.echo()
+
 
 @app.command()
 def mlm(
-    config:Annotated[Path, typer.Argument(help="JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path, train_file, simplex_value, save_steps …")],
-    resume_from_checkpoint:Annotated[Optional[str], typer.Option('--resume_from_checkpoint', '--resume-from-checkpoint', '--resume', help="name or path of a checkpoint; default: the newest whole one, where there is one")]=None,
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help=(
+                "JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path,"
+                " train_file, simplex_value, save_steps …"
+            )
+        ),
+    ],
+    resume_from_checkpoint: Annotated[
+        Optional[str],
+        typer.Option(
+            "--resume_from_checkpoint",
+            "--resume-from-checkpoint",
+            "--resume",
+            help="name or path of a checkpoint; default: the newest whole one, where there is one",
+        ),
+    ] = None,
 ):
     "Train an encoder by simplex diffusion (TESS), or go on training it."
     from minigpt.diffusion import mlm as train_encoder
+
     train_encoder(config, resume_from_checkpoint)
+
 
 @app.command()
 def infill(
-    run:Annotated[Path, typer.Argument(help="folder of a run of `minigpt mlm`, or of such a model")],
-    text:Annotated[str, typer.Argument(help="with <mask> for each token that is wanted")],
-    steps:Annotated[Optional[int], typer.Option(help="guesses; default: the model's num_inference_diffusion_steps")]=None,
-    temperature:Annotated[float, typer.Option(help="0: always the likeliest token")]=1.,
-    top_p:Annotated[Optional[float], typer.Option(help="draw from the likeliest tokens that make up this probability")]=.95,
-    seed:Annotated[Optional[int], typer.Option(help="the same seed, the same text")]=None,
+    run: Annotated[
+        Path, typer.Argument(help="folder of a run of `minigpt mlm`, or of such a model")
+    ],
+    text: Annotated[str, typer.Argument(help="with <mask> for each token that is wanted")],
+    steps: Annotated[
+        Optional[int],
+        typer.Option(help="guesses; default: the model's num_inference_diffusion_steps"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 1.0,
+    top_p: Annotated[
+        Optional[float],
+        typer.Option(help="draw from the likeliest tokens that make up this probability"),
+    ] = 0.95,
+    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same text")] = None,
 ):
     "Fill the gaps of a text, wherever they are."
     from minigpt.diffusion import infill as fill_gaps
-    typer.echo(fill_gaps(*_model_of(run), text, steps=steps, temperature=temperature, top_p=top_p, seed=seed))
+
+    typer.echo(
+        fill_gaps(
+            *_model_of(run), text, steps=steps, temperature=temperature, top_p=top_p, seed=seed
+        )
+    )
+
 
 @app.command(**_TRAINS)
 @with_training_options
 def bench(
-    config:Annotated[str, typer.Option(help="model preset: tiny, small, medium, large")]='small',
-    seconds:Annotated[float, typer.Option(help="to measure for, compiling apart")]=20.,
+    config: Annotated[str, typer.Option(help="model preset: tiny, small, medium, large")] = "small",
+    seconds: Annotated[float, typer.Option(help="to measure for, compiling apart")] = 20.0,
     **options,
 ):
     "This machine: tokens/s, utilisation and memory with these options, and how long `--max-steps` would take."
     from minigpt.speed import benchmark, benchmark_table
+
     typer.echo(benchmark_table(benchmark(config, TrainConfig.make(**options), seconds, typer.echo)))
 
 # %% ../nbs/18_cli.ipynb #4626a171
 @app.command()
 def monitor(
-    run:Annotated[Path, typer.Argument(help="folder of a run, or of its backup")],
-    every:Annotated[float, typer.Option(help="seconds between two looks")]=2.,
-    once:Annotated[bool, typer.Option('--once', help="show it, and do not follow it")]=False,
+    run: Annotated[Path, typer.Argument(help="folder of a run, or of its backup")],
+    every: Annotated[float, typer.Option(help="seconds between two looks")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="show it, and do not follow it")] = False,
 ):
     "Follow a run that trains in another terminal or notebook: progress, losses, saves, backup, what went wrong."
     from minigpt.status import monitor as follow
+
     follow(run, every, once)
 
-def _writable(*files:Optional[Path]):
+
+def _writable(*files: Optional[Path]):
     "Said before anything is computed."
     for f in files:
-        if not f: continue
-        if not f.absolute().parent.is_dir(): raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
-        if f.suffix.lower() not in ('.json','.png','.svg','.pdf','.jpg','.jpeg','.webp'): raise ValueError(f"{f} must end in .json, or for a figure in .png, .svg, .pdf or .jpg")
-        if f.exists() and f.suffix == '.json' and any((f.absolute().parent/n).exists() for n in ('run.json','MANIFEST.json')): raise FileExistsError(f"{f} is a file of a run or a checkpoint, and is not written over; name another one")
+        if not f:
+            continue
+        if not f.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{f} cannot be written: there is no folder {f.parent}")
+        if f.suffix.lower() not in (".json", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp"):
+            raise ValueError(f"{f} must end in .json, or for a figure in .png, .svg, .pdf or .jpg")
+        if (
+            f.exists()
+            and f.suffix == ".json"
+            and any((f.absolute().parent / n).exists() for n in ("run.json", "MANIFEST.json"))
+        ):
+            raise FileExistsError(
+                f"{f} is a file of a run or a checkpoint, and is not written over; name another one"
+            )
+
 
 @app.command()
 def plot(
-    runs:Annotated[list[Path], typer.Argument(help="folders of runs; several are laid over each other")],
-    output:Annotated[Path, typer.Option(help="PNG to write")]=Path('loss_curves.png'),
-    last:Annotated[int, typer.Option(help="only this many steps, counted from the end; 0: all")]=0,
-    log:Annotated[bool, typer.Option('--log', help="logarithmic losses")]=False,
+    runs: Annotated[
+        list[Path], typer.Argument(help="folders of runs; several are laid over each other")
+    ],
+    output: Annotated[Path, typer.Option(help="PNG to write")] = Path("loss_curves.png"),
+    last: Annotated[
+        int, typer.Option(help="only this many steps, counted from the end; 0: all")
+    ] = 0,
+    log: Annotated[bool, typer.Option("--log", help="logarithmic losses")] = False,
 ):
     "Draw the loss curves of one or several runs."
     from minigpt.monitor import plot_runs
     from minigpt.run import open_run
+
     _writable(output)
-    plot_runs({str(r):open_run(r).history for r in runs}, last, log).savefig(output)
+    plot_runs({str(r): open_run(r).history for r in runs}, last, log).savefig(output)
     typer.echo(output)
 
-checkpoint_app = _App(no_args_is_help=True, help='Look into checkpoints.')
-app.add_typer(checkpoint_app, name='checkpoint')
 
-@checkpoint_app.command('analyze')
+checkpoint_app = _App(no_args_is_help=True, help="Look into checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@checkpoint_app.command("analyze")
 def analyze_checkpoint(
-    checkpoint:Annotated[Optional[Path], typer.Option('-c', '--checkpoint', help="a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library or another")]=None,
-    directory:Annotated[Optional[Path], typer.Option('-d', '--directory', help="a folder of checkpoints: the newest one, or with --compare all")]=None,
-    compare:Annotated[bool, typer.Option('--compare', help="the checkpoints of --directory side by side")]=False,
-    create_demo:Annotated[bool, typer.Option('--create-demo', help="make a demonstration checkpoint to learn on, and analyse it")]=False,
-    config:Annotated[str, typer.Option(help="of the demonstration: tiny, small, medium, large")]='medium',
-    overwrite:Annotated[bool, typer.Option('--overwrite', help="the demonstration may take the place of one that is there")]=False,
-    target:Annotated[Optional[str], typer.Option(help="suggestions for mobile, edge or server")]=None,
-    training_hours:Annotated[Optional[float], typer.Option(help="how long the training took, for suggestions in hours")]=None,
-    figure:Annotated[Optional[Path], typer.Option(help="write the figure as PNG")]=None,
-    json:Annotated[Optional[Path], typer.Option(help="write all figures as JSON")]=None,
+    checkpoint: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-c",
+            "--checkpoint",
+            help=(
+                "a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library"
+                " or another"
+            ),
+        ),
+    ] = None,
+    directory: Annotated[
+        Optional[Path],
+        typer.Option(
+            "-d",
+            "--directory",
+            help="a folder of checkpoints: the newest one, or with --compare all",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="the checkpoints of --directory side by side")
+    ] = False,
+    create_demo: Annotated[
+        bool,
+        typer.Option(
+            "--create-demo", help="make a demonstration checkpoint to learn on, and analyse it"
+        ),
+    ] = False,
+    config: Annotated[
+        str, typer.Option(help="of the demonstration: tiny, small, medium, large")
+    ] = "medium",
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="the demonstration may take the place of one that is there"
+        ),
+    ] = False,
+    target: Annotated[
+        Optional[str], typer.Option(help="suggestions for mobile, edge or server")
+    ] = None,
+    training_hours: Annotated[
+        Optional[float], typer.Option(help="how long the training took, for suggestions in hours")
+    ] = None,
+    figure: Annotated[Optional[Path], typer.Option(help="write the figure as PNG")] = None,
+    json: Annotated[Optional[Path], typer.Option(help="write all figures as JSON")] = None,
 ):
     "What takes the bytes of a checkpoint, what is known of its training, and what could be smaller. Reads headers; runs no code that is in it."
     from minigpt.analyze import analyze, checkpoints_in, create_demo as make_demo
     from minigpt.compare import compare as side_by_side, precision_table, suggestions
     from minigpt.files import write_json
+
     _writable(figure, json)
-    if create_demo: checkpoint = make_demo(checkpoint or directory or Path('demo_checkpoint'), config, overwrite=overwrite)
-    if not checkpoint and not directory: raise ValueError("name a checkpoint (-c FILE_OR_DIRECTORY), a folder of them (-d FOLDER --compare), or --create-demo")
+    if create_demo:
+        checkpoint = make_demo(
+            checkpoint or directory or Path("demo_checkpoint"), config, overwrite=overwrite
+        )
+    if not checkpoint and not directory:
+        raise ValueError(
+            "name a checkpoint (-c FILE_OR_DIRECTORY), a folder of them (-d FOLDER --compare), or"
+            " --create-demo"
+        )
     if compare:
         found = side_by_side(directory or checkpoint)
         typer.echo(found)
         if len(found) > 1:
-            try: typer.echo(f'\n{found.between()}')
-            except FileNotFoundError as e: typer.echo(f'\nnot compared: {e.filename} was deleted meanwhile')
-        if json: write_json(json, found.summary())
+            try:
+                typer.echo(f"\n{found.between()}")
+            except FileNotFoundError as e:
+                typer.echo(f"\nnot compared: {e.filename} was deleted meanwhile")
+        if json:
+            write_json(json, found.summary())
         return
     a = analyze(checkpoint or checkpoints_in(directory)[-1])
-    typer.echo(a); typer.echo()
-    typer.echo(precision_table(a)); typer.echo()
+    typer.echo(a)
+    typer.echo()
+    typer.echo(precision_table(a))
+    typer.echo()
     typer.echo(suggestions(a, training_hours, target))
-    if figure: a.figure().savefig(figure)
-    if json: write_json(json, a.summary())
+    if figure:
+        a.figure().savefig(figure)
+    if json:
+        write_json(json, a.summary())
+
 
 @app.command()
 def export(
-    source:Annotated[Path, typer.Argument(help="a checkpoint, a run's folder, a Llama or Qwen3 directory, or MiniMind's .pth")],
-    out:Annotated[Optional[Path], typer.Argument(help="directory to make; default: in the run's `exports`, else beside the source")]=None,
-    precision:Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4; or onnx, for other runtimes")]='fp32',
-    weights_only:Annotated[bool, typer.Option('--weights-only/--full', help="the model alone, or all that a resume needs")]=True,
-    compress:Annotated[bool, typer.Option('--compress', help="zstd; then only this library opens it")]=False,
-    tokenizer:Annotated[Optional[Path], typer.Option(help="directory of a tokenizer to put in; default: the source's own")]=None,
-    like:Annotated[Optional[str], typer.Option(help="whose .pth file it is: minimind")]=None,
-    overwrite:Annotated[bool, typer.Option('--overwrite', help="replace an earlier export, once the new one is whole")]=False,
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="a checkpoint, a run's folder, a Llama or Qwen3 directory, or MiniMind's .pth"
+        ),
+    ],
+    out: Annotated[
+        Optional[Path],
+        typer.Argument(
+            help="directory to make; default: in the run's `exports`, else beside the source"
+        ),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8 or int4; or onnx, for other runtimes")
+    ] = "fp32",
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only/--full", help="the model alone, or all that a resume needs"),
+    ] = True,
+    compress: Annotated[
+        bool, typer.Option("--compress", help="zstd; then only this library opens it")
+    ] = False,
+    tokenizer: Annotated[
+        Optional[Path],
+        typer.Option(help="directory of a tokenizer to put in; default: the source's own"),
+    ] = None,
+    like: Annotated[Optional[str], typer.Option(help="whose .pth file it is: minimind")] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="replace an earlier export, once the new one is whole"),
+    ] = False,
 ):
     "Write a model smaller, or for another program."
     from minigpt.export import export as write, export_onnx
     from minigpt.files import dir_size, human_size
-    if like and source.is_dir(): raise ValueError(f"--like says whose file a .pth is; {source} is a directory and says it itself, leave it out")
-    if precision == 'onnx' and (tokenizer or compress or not weights_only): raise ValueError("--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer, --compress and --full out")
-    if precision == 'onnx': made = export_onnx(source, out, like, overwrite)
-    else: made = write(source, out, precision, weights_only, compress, tokenizer=tokenizer, config=like, replace=overwrite)
-    typer.echo(f'{made}: {human_size(dir_size(made))}')
+
+    if like and source.is_dir():
+        raise ValueError(
+            f"--like says whose file a .pth is; {source} is a directory and says it itself, leave"
+            " it out"
+        )
+    if precision == "onnx" and (tokenizer or compress or not weights_only):
+        raise ValueError(
+            "--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer,"
+            " --compress and --full out"
+        )
+    if precision == "onnx":
+        made = export_onnx(source, out, like, overwrite)
+    else:
+        made = write(
+            source,
+            out,
+            precision,
+            weights_only,
+            compress,
+            tokenizer=tokenizer,
+            config=like,
+            replace=overwrite,
+        )
+    typer.echo(f"{made}: {human_size(dir_size(made))}")
 
 # %% ../nbs/18_cli.ipynb #6247374c
-data_app = _App(no_args_is_help=True, help='Look at data, prepare it, get it.')
-app.add_typer(data_app, name='data')
+data_app = _App(no_args_is_help=True, help="Look at data, prepare it, get it.")
+app.add_typer(data_app, name="data")
+
 
 @data_app.command()
 def prepare(
-    input:Annotated[str, typer.Option(help="a file, or a folder")],
-    output:Annotated[Optional[Path], typer.Option(help="JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with --analyze nothing")]=None,
-    format:Annotated[Optional[str], typer.Option(help="pretrain, conversation or dpo; default: as each row says")]=None,
-    max_seq_len:Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")]=512,
-    quality_filter:Annotated[bool, typer.Option('--quality-filter', help="leave out duplicates and rows of low quality")]=False,
-    min_quality:Annotated[float, typer.Option(help="quality from which a row is kept")]=.5,
-    near_duplicates:Annotated[bool, typer.Option('--near-duplicates', help="near-duplicates count as duplicates")]=False,
-    add_special_tokens:Annotated[bool, typer.Option('--add-special-tokens', help="write thoughts and calls into the texts, between <think> and <tool_call>")]=False,
-    validate_only:Annotated[bool, typer.Option('--validate-only', help="count, and write nothing")]=False,
-    analyze:Annotated[bool, typer.Option('--analyze', help="report on the result; without --output nothing is written, and the report is on the input")]=False,
-    tokenizer:Annotated[Optional[Path], typer.Option(help="which counts the tokens; default: data/tokenizer/, else one trained on the input")]=None,
-    on_bad_row:Annotated[str, typer.Option(help="skip or error")]='skip',
-    encoding:Annotated[str, typer.Option(help="of the files, such as gb18030 or koi8-r; default: as each file looks", show_default=False)]='',
-    columns:Annotated[str, typer.Option('--columns', '--map', help="columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out", show_default=False)]='',
-    overwrite:Annotated[bool, typer.Option('--overwrite', help="replace an output that exists")]=False,
+    input: Annotated[str, typer.Option(help="a file, or a folder")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            help=(
+                "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with"
+                " --analyze nothing"
+            )
+        ),
+    ] = None,
+    format: Annotated[
+        Optional[str], typer.Option(help="pretrain, conversation or dpo; default: as each row says")
+    ] = None,
+    max_seq_len: Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")] = 512,
+    quality_filter: Annotated[
+        bool, typer.Option("--quality-filter", help="leave out duplicates and rows of low quality")
+    ] = False,
+    min_quality: Annotated[float, typer.Option(help="quality from which a row is kept")] = 0.5,
+    near_duplicates: Annotated[
+        bool, typer.Option("--near-duplicates", help="near-duplicates count as duplicates")
+    ] = False,
+    add_special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--add-special-tokens",
+            help="write thoughts and calls into the texts, between <think> and <tool_call>",
+        ),
+    ] = False,
+    validate_only: Annotated[
+        bool, typer.Option("--validate-only", help="count, and write nothing")
+    ] = False,
+    analyze: Annotated[
+        bool,
+        typer.Option(
+            "--analyze",
+            help=(
+                "report on the result; without --output nothing is written, and the report is on"
+                " the input"
+            ),
+        ),
+    ] = False,
+    tokenizer: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="which counts the tokens; default: data/tokenizer/, else one trained on the input"
+        ),
+    ] = None,
+    on_bad_row: Annotated[str, typer.Option(help="skip or error")] = "skip",
+    encoding: Annotated[
+        str,
+        typer.Option(
+            help="of the files, such as gb18030 or koi8-r; default: as each file looks",
+            show_default=False,
+        ),
+    ] = "",
+    columns: Annotated[
+        str,
+        typer.Option(
+            "--columns",
+            "--map",
+            help=(
+                "columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves"
+                " a column out"
+            ),
+            show_default=False,
+        ),
+    ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace an output that exists")
+    ] = False,
 ):
     "Validate, clean, bring to length, score, and save."
     from minigpt.prepare import prepare as run, prepare_summary
-    typer.echo(prepare_summary(run(input, output, tokenizer, max_seq_len=max_seq_len, format=format, quality_filter=quality_filter, min_quality=min_quality, near_duplicates=near_duplicates, add_special_tokens=add_special_tokens,
-        validate_only=validate_only, analyze=analyze, on_bad_row=on_bad_row, overwrite=overwrite, encoding=encoding, columns=TrainConfig(columns=columns).column_names)))
 
-@data_app.command('analyze')
+    typer.echo(
+        prepare_summary(
+            run(
+                input,
+                output,
+                tokenizer,
+                max_seq_len=max_seq_len,
+                format=format,
+                quality_filter=quality_filter,
+                min_quality=min_quality,
+                near_duplicates=near_duplicates,
+                add_special_tokens=add_special_tokens,
+                validate_only=validate_only,
+                analyze=analyze,
+                on_bad_row=on_bad_row,
+                overwrite=overwrite,
+                encoding=encoding,
+                columns=TrainConfig(columns=columns).column_names,
+            )
+        )
+    )
+
+
+@data_app.command("analyze")
 def analyze_(
-    source:Annotated[list[str], typer.Argument(help="files, or folders")],
-    figure:Annotated[Optional[Path], typer.Option(help="write the figure as PNG")]=None,
-    json:Annotated[Optional[Path], typer.Option(help="write all figures as JSON")]=None,
-    tokenizer:Annotated[Optional[Path], typer.Option(help="lengths in tokens as well")]=None,
-    near_duplicates:Annotated[bool, typer.Option(help="look for near-duplicates too")]=True,
-    format:Annotated[Optional[str], typer.Option(help="pretrain, conversation, dpo or lines; default: as each row says")]=None,
-    encoding:Annotated[str, typer.Option(help="of the files; default: as each file looks", show_default=False)]='',
-    columns:Annotated[str, typer.Option('--columns', '--map', help="columns under other names, as in prompt=QUESTION,completion=SOLUTION", show_default=False)]='',
+    source: Annotated[list[str], typer.Argument(help="files, or folders")],
+    figure: Annotated[Optional[Path], typer.Option(help="write the figure as PNG")] = None,
+    json: Annotated[Optional[Path], typer.Option(help="write all figures as JSON")] = None,
+    tokenizer: Annotated[Optional[Path], typer.Option(help="lengths in tokens as well")] = None,
+    near_duplicates: Annotated[bool, typer.Option(help="look for near-duplicates too")] = True,
+    format: Annotated[
+        Optional[str],
+        typer.Option(help="pretrain, conversation, dpo or lines; default: as each row says"),
+    ] = None,
+    encoding: Annotated[
+        str, typer.Option(help="of the files; default: as each file looks", show_default=False)
+    ] = "",
+    columns: Annotated[
+        str,
+        typer.Option(
+            "--columns",
+            "--map",
+            help="columns under other names, as in prompt=QUESTION,completion=SOLUTION",
+            show_default=False,
+        ),
+    ] = "",
 ):
     "What is in a data set: lengths, quality, duplicates, languages, topics, troubles with line numbers."
     from minigpt.files import write_json
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
-    _writable(figure, json)
-    report = analyze([locate(s) for s in source], load_tokenizer(tokenizer) if tokenizer else None, near_duplicates, format,
-        encoding=encoding, columns=TrainConfig(columns=columns).column_names)
-    typer.echo(report)
-    if figure: report.figure().savefig(figure)
-    if json: write_json(json, report.summary())
 
-@data_app.command('list')
+    _writable(figure, json)
+    report = analyze(
+        [locate(s) for s in source],
+        load_tokenizer(tokenizer) if tokenizer else None,
+        near_duplicates,
+        format,
+        encoding=encoding,
+        columns=TrainConfig(columns=columns).column_names,
+    )
+    typer.echo(report)
+    if figure:
+        report.figure().savefig(figure)
+    if json:
+        write_json(json, report.summary())
+
+
+@data_app.command("list")
 def list_():
     "Registered data sets, and whether they are here."
     from minigpt.registry import list_datasets
-    for c in list_datasets(): typer.echo(f"{c.name:13} {'here    ' if not c.missing else 'not here'} {c.data_size:8} {c.max_seq_len:5} {c.description}" + ('' if c.sources or not c.missing else '; nobody is known to publish it'))
+
+    for c in list_datasets():
+        typer.echo(
+            f"{c.name:13} {'here    ' if not c.missing else 'not here'} {c.data_size:8}"
+            f" {c.max_seq_len:5} {c.description}"
+            + ("" if c.sources or not c.missing else "; nobody is known to publish it")
+        )
+
 
 @data_app.command()
-def get(name:Annotated[str, typer.Argument(help="of a registered data set")]):
+def get(name: Annotated[str, typer.Argument(help="of a registered data set")]):
     "Fetch a registered data set."
     from minigpt.registry import dataset
+
     typer.echo(dataset(name).data_path)
 
-tokenizer_app = _App(no_args_is_help=True, help='Train a tokenizer, and look at one.')
-app.add_typer(tokenizer_app, name='tokenizer')
 
-@tokenizer_app.command('train')
+tokenizer_app = _App(no_args_is_help=True, help="Train a tokenizer, and look at one.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@tokenizer_app.command("train")
 def train_(
-    data:Annotated[list[str], typer.Argument(help="files or folders, registered data sets, built-in corpora")],
-    output:Annotated[Path, typer.Option(help="directory to write")]=Path('data/tokenizer'),
-    vocab_size:Annotated[int, typer.Option(help="tokens; 0: 15,000, or fewer for a small corpus")]=0,
-    samples:Annotated[int, typer.Option(help="texts to learn from, at most")]=100_000,
-    special_tokens:Annotated[str, typer.Option(help="tokens of your own, with blanks between")]='',
-    overwrite:Annotated[bool, typer.Option('--overwrite', help="replace a tokenizer that is there; runs keep their own")]=False,
+    data: Annotated[
+        list[str], typer.Argument(help="files or folders, registered data sets, built-in corpora")
+    ],
+    output: Annotated[Path, typer.Option(help="directory to write")] = Path("data/tokenizer"),
+    vocab_size: Annotated[
+        int, typer.Option(help="tokens; 0: 15,000, or fewer for a small corpus")
+    ] = 0,
+    samples: Annotated[int, typer.Option(help="texts to learn from, at most")] = 100_000,
+    special_tokens: Annotated[
+        str, typer.Option(help="tokens of your own, with blanks between")
+    ] = "",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="replace a tokenizer that is there; runs keep their own"),
+    ] = False,
 ):
     "Learn a vocabulary from data."
     import tempfile
     from minigpt.data import sample_texts
     from minigpt.source import source_files, what_is_read
     from minigpt.tokenizer import train_tokenizer
-    if (output/'tokenizer.json').exists() and not overwrite: raise FileExistsError(f"{output} holds a tokenizer already; name another output, or pass --overwrite")
+
+    if (output / "tokenizer.json").exists() and not overwrite:
+        raise FileExistsError(
+            f"{output} holds a tokenizer already; name another output, or pass --overwrite"
+        )
     for d in data:
-        for line in what_is_read('data', d): typer.echo(line)
-    with tempfile.TemporaryDirectory() as folder: tok = train_tokenizer(sample_texts([f for d in data for f in source_files(d, Path(folder))[0]]), vocab_size or None, samples, verbose=True, marks=special_tokens.split())
-    typer.echo(f'{tok.vocab_size:,} tokens, in {tok.save(output)}')
+        for line in what_is_read("data", d):
+            typer.echo(line)
+    with tempfile.TemporaryDirectory() as folder:
+        tok = train_tokenizer(
+            sample_texts([f for d in data for f in source_files(d, Path(folder))[0]]),
+            vocab_size or None,
+            samples,
+            verbose=True,
+            marks=special_tokens.split(),
+        )
+    typer.echo(f"{tok.vocab_size:,} tokens, in {tok.save(output)}")
+
 
 @tokenizer_app.command()
 def show(
-    folder:Annotated[Path, typer.Argument(help="with a tokenizer.json")]=Path('data/tokenizer'),
-    text:Annotated[str, typer.Argument(help="to be cut into tokens")]='The old mill stood still. 旧磨坊静静地立着。 1 + 1 = 2',
+    folder: Annotated[Path, typer.Argument(help="with a tokenizer.json")] = Path("data/tokenizer"),
+    text: Annotated[
+        str, typer.Argument(help="to be cut into tokens")
+    ] = "The old mill stood still. 旧磨坊静静地立着。 1 + 1 = 2",
 ):
     "Size and special tokens of a tokenizer, and how it cuts a text."
     from minigpt.tokenizer import load_tokenizer
+
     tok = load_tokenizer(folder)
     ids = tok.encode(text, special=True)
-    typer.echo(f"{tok}\nspecial tokens: {' '.join(t['content'] for t in tok.json['added_tokens'])}\n{'chat template: yes' if tok.config.get('chat_template') else 'chat template: none'}")
-    typer.echo(f"{len(ids)} tokens, {len(text.encode())/max(1, len(ids)):.2f} bytes each: " + '|'.join(tok.decode([i]) for i in ids))
+    typer.echo(
+        f"{tok}\nspecial tokens:"
+        f" {' '.join(t['content'] for t in tok.json['added_tokens'])}\n{'chat template: yes' if tok.config.get('chat_template') else 'chat template: none'}"
+    )
+    typer.echo(
+        f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes each: "
+        + "|".join(tok.decode([i]) for i in ids)
+    )
 
 # %% ../nbs/18_cli.ipynb #6ed9f59b
-_AS_FLAGS = {'enable-compile':'yes', 'early-stopping':PATIENCE} # options that other programs have as flags, and what they then mean
-def _is_utf8(word:str)->bool:
-    try: os.fsencode(word).decode('utf-8')
-    except UnicodeError: return False
+_AS_FLAGS = {
+    "enable-compile": "yes",
+    "early-stopping": PATIENCE,
+}  # options that other programs have as flags, and what they then mean
+
+
+def _is_utf8(word: str) -> bool:
+    try:
+        os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return False
     return True
 
-def _speak_utf8(words:list[str]):
+
+def _speak_utf8(words: list[str]):
     "Begin again in Python's UTF-8 mode where the locale would misread names of files and prompts; a word that is not UTF-8 ends the command."
-    if os.name == 'nt': return # there, they come as UTF-16
-    if bad := [w for w in words if not _is_utf8(w)]: sys.exit(f"error: {bad[0].encode('utf-8', 'replace').decode()!r} is not UTF-8; set the terminal to UTF-8, or rename the file")
-    if sys.getfilesystemencoding().lower() == 'utf-8' or os.environ.get('PYTHONUTF8') == '1': return
+    if os.name == "nt":
+        return  # there, they come as UTF-16
+    if bad := [w for w in words if not _is_utf8(w)]:
+        sys.exit(
+            f"error: {bad[0].encode('utf-8', 'replace').decode()!r} is not UTF-8; set the terminal"
+            " to UTF-8, or rename the file"
+        )
+    if sys.getfilesystemencoding().lower() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, '-m', 'minigpt', *words], {**os.environ, 'PYTHONUTF8':'1'})
+    os.execve(
+        sys.executable, [sys.executable, "-m", "minigpt", *words], {**os.environ, "PYTHONUTF8": "1"}
+    )
+
 
 def main():
     "The `minigpt` command."
     _speak_utf8(sys.argv[1:])
-    for stream in sys.stdin,sys.stdout,sys.stderr:
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace') # a model may write what the terminal cannot show, and a terminal may send what is no text
-    for i,(word,after) in enumerate(zip(sys.argv, [*sys.argv[1:], '-'])):
-        if word[:2] == '--' and after.startswith('-') and (usual := _AS_FLAGS.get(_spelled(word[2:]))): sys.argv[i] += f'={usual}'
-    if sys.argv[1:2] in (['train'], ['resume']):
+    for stream in sys.stdin, sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="replace"
+            )  # a model may write what the terminal cannot show, and a terminal may send what is no text
+    for i, (word, after) in enumerate(zip(sys.argv, [*sys.argv[1:], "-"])):
+        if (
+            word[:2] == "--"
+            and after.startswith("-")
+            and (usual := _AS_FLAGS.get(_spelled(word[2:])))
+        ):
+            sys.argv[i] += f"={usual}"
+    if sys.argv[1:2] in (["train"], ["resume"]):
         for word in sys.argv[2:]:
-            if word == '--': break
-            if word[:2] == '--' and (how := elsewhere(word[2:].partition('=')[0])): sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
-    try: app(standalone_mode=True)
-    except KeyboardInterrupt as e: sys.exit(f'{e or "stopped"}')
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e: sys.exit(f'error: {plain(e)}')
+            if word == "--":
+                break
+            if word[:2] == "--" and (how := elsewhere(word[2:].partition("=")[0])):
+                sys.exit(f"error: there is no option {word.partition('=')[0]}: {how}")
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt as e:
+        sys.exit(f"{e or 'stopped'}")
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as e:
+        sys.exit(f"error: {plain(e)}")

@@ -14,64 +14,116 @@ from .files import free_space, human_size
 from .schedule import checkpoint_size, storage_plan
 
 # %% ../nbs/17_colab.ipynb #abb38070
-MOUNT = COLAB_MOUNT # Where Drive goes
+MOUNT = COLAB_MOUNT  # Where Drive goes
 
-def in_colab()->bool:
+
+def in_colab() -> bool:
     "Is this Colab, in the notebook or in a subprocess of it?"
     return on_colab()
 
 # %% ../nbs/17_colab.ipynb #31dd1c79
-def _mount(say)->bool:
+def _mount(say) -> bool:
     "Mount Drive, if nobody has; does not raise."
-    if os.path.ismount(MOUNT): return True
-    if 'google.colab' not in sys.modules:
-        say(f'Drive is not mounted at {MOUNT}, and a subprocess cannot ask for it: run minigpt.colab.setup() in a cell of the notebook first')
+    if os.path.ismount(MOUNT):
+        return True
+    if "google.colab" not in sys.modules:
+        say(
+            f"Drive is not mounted at {MOUNT}, and a subprocess cannot ask for it: run"
+            " minigpt.colab.setup() in a cell of the notebook first"
+        )
         return False
     try:
         from google.colab import drive
+
         drive.mount(MOUNT)
-    except Exception as e: # refused, timed out, no account: each is an exception of its own kind
-        say(f'Drive was not mounted: {type(e).__name__}: {e}')
+    except Exception as e:  # refused, timed out, no account: each is an exception of its own kind
+        say(f"Drive was not mounted: {type(e).__name__}: {e}")
         return False
-    if not os.path.ismount(MOUNT): say(f'Drive was not mounted: nothing is at {MOUNT}'); return False
+    if not os.path.ismount(MOUNT):
+        say(f"Drive was not mounted: nothing is at {MOUNT}")
+        return False
     return True
 
+
 def setup(
-    name:str='minigpt', # Folder in `MyDrive` that your runs share; each run gets one of its own in it
+    name: str = "minigpt",  # Folder in `MyDrive` that your runs share; each run gets one of its own in it
     *,
-    model=None, # A preset's name or a `GPTConfig`: how many of its checkpoints fit?
-    instead:str|Path|None=None, # Where there is no Colab: a folder in place of Drive (an external disk, a network share)
-    config:TrainConfig|dict|None=None, # How many checkpoints are kept
-    folder:str|Path='.', # Where the run will be, to ask for its free space
+    model=None,  # A preset's name or a `GPTConfig`: how many of its checkpoints fit?
+    instead: (
+        str | Path | None
+    ) = None,  # Where there is no Colab: a folder in place of Drive (an external disk, a network share)
+    config: TrainConfig | dict | None = None,  # How many checkpoints are kept
+    folder: str | Path = ".",  # Where the run will be, to ask for its free space
     say=print,
-)->str: # For `fit(gdrive_backup_dir=…)`; empty where there is no backup
+) -> str:  # For `fit(gdrive_backup_dir=…)`; empty where there is no backup
     "Mount Drive, and say what is there: call this in the first cell."
-    without = 'Training can go on WITHOUT BACKUP: what this machine loses is lost. To have one, run this cell again.'
-    if in_colab(): backup = f'{MOUNT}/MyDrive/{name}' if _mount(say) else ''
-    else: backup = str(instead or '')
+    without = (
+        "Training can go on WITHOUT BACKUP: what this machine loses is lost. To have one, run this"
+        " cell again."
+    )
+    if in_colab():
+        backup = f"{MOUNT}/MyDrive/{name}" if _mount(say) else ""
+    else:
+        backup = str(instead or "")
     if backup:
-        try: check_there(backup)
-        except (BackupError, OSError) as e: say(str(e)); backup = ''
-    if not backup: say(without if in_colab() else 'Not on Colab, and no folder in place of Drive: runs stay in this folder only. Pass instead=FOLDER to mirror them.')
+        try:
+            check_there(backup)
+        except (BackupError, OSError) as e:
+            say(str(e))
+            backup = ""
+    if not backup:
+        say(
+            without
+            if in_colab()
+            else (
+                "Not on Colab, and no folder in place of Drive: runs stay in this folder only. Pass"
+                " instead=FOLDER to mirror them."
+            )
+        )
     _say_space(model, TrainConfig.make(config), folder, backup, say)
-    if in_colab(): _say_gpu(say)
+    if in_colab():
+        _say_gpu(say)
     return backup
 
-def _say_space(model, config:TrainConfig, folder, backup:str, say):
-    try: free,there = free_space(folder),free_space(backup) if backup else None
-    except OSError as e: say(f'the free space is not known: {e}'); return
-    say(f'free: {human_size(free)} here' + (f', {human_size(there)} in {backup}' if backup else ''))
-    if model is None: return
+
+def _say_space(model, config: TrainConfig, folder, backup: str, say):
+    try:
+        free, there = free_space(folder), free_space(backup) if backup else None
+    except OSError as e:
+        say(f"the free space is not known: {e}")
+        return
+    say(f"free: {human_size(free)} here" + (f", {human_size(there)} in {backup}" if backup else ""))
+    if model is None:
+        return
     from minigpt.model import GPTConfig
+
     n = (GPTConfig.preset(model) if isinstance(model, str) else model).n_params
     size = checkpoint_size(n)
-    fit = lambda space: f'{space//size:,}'
-    say(f'a checkpoint of this model takes {human_size(size)}: {fit(free)} fit here' + (f', {fit(there)} in the backup' if backup else ''))
-    for line in storage_plan(config, n, 10**6, free-(config.backup_keep_last*size if in_colab() and backup else 0), there): # Drive's cache is on this disk as well
-        if line.startswith('WARNING'): say(line)
+    fit = lambda space: f"{space // size:,}"
+    say(
+        f"a checkpoint of this model takes {human_size(size)}: {fit(free)} fit here"
+        + (f", {fit(there)} in the backup" if backup else "")
+    )
+    for line in storage_plan(
+        config,
+        n,
+        10**6,
+        free - (config.backup_keep_last * size if in_colab() and backup else 0),
+        there,
+    ):  # Drive's cache is on this disk as well
+        if line.startswith("WARNING"):
+            say(line)
+
 
 def _say_gpu(say):
-    try: import torch
-    except ImportError: return
-    if torch.cuda.is_available(): say(f'GPU: {torch.cuda.get_device_name()}')
-    else: say('NO GPU: training will take many times longer; fit says how long after its first steps. To change it: Runtime > Change runtime type > T4 GPU, then run all cells again.')
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.cuda.is_available():
+        say(f"GPU: {torch.cuda.get_device_name()}")
+    else:
+        say(
+            "NO GPU: training will take many times longer; fit says how long after its first steps."
+            " To change it: Runtime > Change runtime type > T4 GPU, then run all cells again."
+        )

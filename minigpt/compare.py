@@ -11,203 +11,536 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 import numpy as np
-from .analyze import Analysis, Table, TensorInfo, analyze, checkpoints_in, layer_of, natural, readable, values
+from minigpt.analyze import (
+    Analysis,
+    Table,
+    TensorInfo,
+    analyze,
+    checkpoints_in,
+    layer_of,
+    natural,
+    readable,
+    values,
+)
 from .files import human_size
 from .headers import printable
 from .picture import figure
 
 # %% ../nbs/09_compare.ipynb #af295300
-PRECISIONS = dict(fp32=32, fp16=16, bf16=16, int8=8, int4=4) # bits of a weight
+PRECISIONS = dict(fp32=32, fp16=16, bf16=16, int8=8, int4=4)  # bits of a weight
 
-def _n_params(model)->int:
-    if isinstance(model, int): return model
-    if isinstance(model, Analysis): return model.params
+
+def _n_params(model) -> int:
+    if isinstance(model, int):
+        return model
+    if isinstance(model, Analysis):
+        return model.params
     if isinstance(model, str):
         from minigpt.model import GPTConfig
+
         model = GPTConfig.preset(model)
     return model.n_params
 
+
 def precision_table(
-    model, # An `Analysis`, a `GPTConfig`, the name of a preset, or a number of parameters
-    measured:dict[str,int]|None=None, # Precision → bytes of the exported file
-)->Table: # A row a precision: MiB in theory and measured, saving against FP32
+    model,  # An `Analysis`, a `GPTConfig`, the name of a preset, or a number of parameters
+    measured: dict[str, int] | None = None,  # Precision → bytes of the exported file
+) -> Table:  # A row a precision: MiB in theory and measured, saving against FP32
     "What a model takes in each precision."
     n = _n_params(model)
-    rows = [dict(precision=k.upper(), MiB=n*bits/8/2**20, saves=1-bits/32) for k,bits in PRECISIONS.items()]
+    rows = [
+        dict(precision=k.upper(), MiB=n * bits / 8 / 2**20, saves=1 - bits / 32)
+        for k, bits in PRECISIONS.items()
+    ]
     if measured:
-        if unknown := measured.keys()-PRECISIONS.keys(): raise ValueError(f"measured has {', '.join(sorted(unknown))}; the precisions are {', '.join(PRECISIONS)}")
-        for r,k in zip(rows, PRECISIONS): r['measured_MiB'] = measured[k]/2**20 if k in measured else None
-    return Table(rows, MiB=lambda m: f'{m:.0f}' if m >= 10 else f'{m:.2g}', saves='{:.0%}'.format, measured_MiB='{:.1f}'.format)
+        if unknown := measured.keys() - PRECISIONS.keys():
+            raise ValueError(
+                f"measured has {', '.join(sorted(unknown))}; the precisions are"
+                f" {', '.join(PRECISIONS)}"
+            )
+        for r, k in zip(rows, PRECISIONS):
+            r["measured_MiB"] = measured[k] / 2**20 if k in measured else None
+    return Table(
+        rows,
+        MiB=lambda m: f"{m:.0f}" if m >= 10 else f"{m:.2g}",
+        saves="{:.0%}".format,
+        measured_MiB="{:.1f}".format,
+    )
 
 # %% ../nbs/09_compare.ipynb #4ad3dbe6
-_FLOPS,_HALF_FLOPS,_MOVED = 6e12,20e12,250e9 # what a T4 reaches: operations a second in fp32 and in fp16; bytes a second
-_TARGETS = dict(mobile=64<<20, edge=256<<20, server=None) # bytes of weights that one likes to ship there
-_FIRST = dict(mobile=('quantization','distillation','save weights','ONNX','pruning'), edge=('quantization','save weights','ONNX','pruning','distillation'), server=('save weights','half','quantization','ONNX'))
+_FLOPS, _HALF_FLOPS, _MOVED = (
+    6e12,
+    20e12,
+    250e9,
+)  # what a T4 reaches: operations a second in fp32 and in fp16; bytes a second
+_TARGETS = dict(
+    mobile=64 << 20, edge=256 << 20, server=None
+)  # bytes of weights that one likes to ship there
+_FIRST = dict(
+    mobile=("quantization", "distillation", "save weights", "ONNX", "pruning"),
+    edge=("quantization", "save weights", "ONNX", "pruning", "distillation"),
+    server=("save weights", "half", "quantization", "ONNX"),
+)
 
-def _whole(d:dict, *keys:str)->int|None: return next((d[k] for k in keys if isinstance(d.get(k), int) and d[k] > 0), None)
+
+def _whole(d: dict, *keys: str) -> int | None:
+    return next((d[k] for k in keys if isinstance(d.get(k), int) and d[k] > 0), None)
+
 
 class _Cost:
     "What a checkpoint's model costs: to keep, and to train."
-    def __init__(self, a:Analysis):
-        said = {**a.metadata.get('trainer_state', {}), **a.metadata.get('training_args', {}), **a.config}
+
+    def __init__(self, a: Analysis):
+        said = {
+            **a.metadata.get("trainer_state", {}),
+            **a.metadata.get("training_args", {}),
+            **a.config,
+        }
         matrices = [t for t in a.weights() if len(t.shape) > 1]
         table = max(matrices, key=lambda t: t.shape[0], default=None)
-        self.P,self.weights,self.in_matrices = a.params,sum(a.layers.values()),sum(t.numel for t in matrices)
-        self.half = a.precision in ('float16','bfloat16') or said.get('precision') in ('fp16','bf16') or any(said.get(k) is True for k in ('fp16','bf16'))
-        self.checkpointing = said.get('gradient_checkpointing') is True
-        self.blocks = sorted(v for k,v in a.layers.items() if k.rpartition('.')[2].isdigit())
-        self.dim = _whole(a.config, 'hidden_size','n_embd','dim','d_model') or (table.shape[-1] if table else 1)
-        self.vocab = _whole(a.config, 'vocab_size') or (table.shape[0] if table else 1)
-        self.batch,self.length = _whole(said, 'batch_size','per_device_train_batch_size','train_batch_size') or 8,_whole(said, 'max_seq_len','max_seq_length','block_size') or 512
-        self.per_dim = 8 + 4*(_whole(a.config, 'intermediate_size','ffn_dim') or 4*self.dim)/self.dim # values that a layer keeps for the backward pass, for each token and unit of width
-        self.kept = self.batch*self.length*len(self.blocks)*self.dim*self.per_dim*(2 if self.half else 4)
-        self.memory = 16*self.P + self.kept # weights, gradients, two moments; and what is kept
-        compute = 6*self.P*self.batch*self.length*(_whole(said, 'gradient_accumulation','gradient_accumulation_steps') or 1)/(_HALF_FLOPS if self.half else _FLOPS)
-        self.update = 28*self.P/_MOVED # seconds
-        self.busy = compute/(compute+self.update) # share of a step that is computing
+        self.P, self.weights, self.in_matrices = (
+            a.params,
+            sum(a.layers.values()),
+            sum(t.numel for t in matrices),
+        )
+        self.half = (
+            a.precision in ("float16", "bfloat16")
+            or said.get("precision") in ("fp16", "bf16")
+            or any(said.get(k) is True for k in ("fp16", "bf16"))
+        )
+        self.checkpointing = said.get("gradient_checkpointing") is True
+        self.blocks = sorted(v for k, v in a.layers.items() if k.rpartition(".")[2].isdigit())
+        self.dim = _whole(a.config, "hidden_size", "n_embd", "dim", "d_model") or (
+            table.shape[-1] if table else 1
+        )
+        self.vocab = _whole(a.config, "vocab_size") or (table.shape[0] if table else 1)
+        self.batch, self.length = (
+            _whole(said, "batch_size", "per_device_train_batch_size", "train_batch_size") or 8,
+            _whole(said, "max_seq_len", "max_seq_length", "block_size") or 512,
+        )
+        self.per_dim = (
+            8 + 4 * (_whole(a.config, "intermediate_size", "ffn_dim") or 4 * self.dim) / self.dim
+        )  # values that a layer keeps for the backward pass, for each token and unit of width
+        self.kept = (
+            self.batch
+            * self.length
+            * len(self.blocks)
+            * self.dim
+            * self.per_dim
+            * (2 if self.half else 4)
+        )
+        self.memory = 16 * self.P + self.kept  # weights, gradients, two moments; and what is kept
+        compute = (
+            6
+            * self.P
+            * self.batch
+            * self.length
+            * (_whole(said, "gradient_accumulation", "gradient_accumulation_steps") or 1)
+            / (_HALF_FLOPS if self.half else _FLOPS)
+        )
+        self.update = 28 * self.P / _MOVED  # seconds
+        self.busy = compute / (compute + self.update)  # share of a step that is computing
 
-    def at(self, bits:int)->float:
+    def at(self, bits: int) -> float:
         "Bytes of the weights in another precision: below 16 bits with a scale of 16 for 64 values, and vectors left in 16."
-        return self.in_matrices*(bits+(.25 if bits < 16 else 0))/8 + (self.P-self.in_matrices)*2
+        return (
+            self.in_matrices * (bits + (0.25 if bits < 16 else 0)) / 8
+            + (self.P - self.in_matrices) * 2
+        )
 
-def _installed(program:str)->int:
+
+def _installed(program: str) -> int:
     "Bytes of an installed program, by its own list of files."
     from importlib.metadata import PackageNotFoundError, files
-    try: return sum(f.size or 0 for f in files(program) or ())
-    except PackageNotFoundError: return 0
+
+    try:
+        return sum(f.size or 0 for f in files(program) or ())
+    except PackageNotFoundError:
+        return 0
+
 
 def suggestions(
-    a:Analysis,
-    training_hours:float|None=None, # What the training took, or will take: savings in hours are given as well
-    target:str|None=None, # `mobile`, `edge` or `server`: where the model is to run
-)->Table: # The most useful first: what it is, what it saves, its share of what there was, how. Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target)
+    a: Analysis,
+    training_hours: (
+        float | None
+    ) = None,  # What the training took, or will take: savings in hours are given as well
+    target: str | None = None,  # `mobile`, `edge` or `server`: where the model is to run
+) -> Table:  # The most useful first: what it is, what it saves, its share of what there was, how. Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target)
     "What would make a checkpoint or its training smaller or faster, and by how much."
-    if target not in (None, *_TARGETS): raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
-    if training_hours is not None and not training_hours > 0: raise ValueError(f"training_hours={training_hours} must be above 0")
-    if not a.params: return Table()
+    if target not in (None, *_TARGETS):
+        raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
+    if training_hours is not None and not training_hours > 0:
+        raise ValueError(f"training_hours={training_hours} must be above 0")
+    if not a.params:
+        return Table()
     from minigpt.model import PRESETS, GPTConfig
-    c,rows,limit,total = _Cost(a),[],_TARGETS.get(target),training_hours or 0
-    P,W = c.P,c.weights
-    def add(what, how, saved=0., of='file', whole=a.size, time=0., left=None): # `time`: share of the training's; `left`: bytes of weights
-        if saved < 1 and time <= 0: return
-        gains = [f'{human_size(saved)} of {of}']*(saved >= 1) + ([f'{time*total:.2g} of {total:g} h'] if total and time > 0 else [f'{time:.0%} of the time']*(saved < 1))
-        if left is not None: how += f'; {human_size(left)} of weights remain' + ('' if limit is None else f", {'within' if left <= limit else 'above'} the {human_size(limit)} for {target}")
-        rows.append(dict(what=what, saves=' and '.join(gains), share=max(saved/whole, time), how=how, bytes=int(saved), hours=time*total, of=of, fits=None if left is None or limit is None else left <= limit))
 
-    state = sum(n for k,n in a.components.items() if k in ('optimizer','scheduler','rng'))
-    if state: add('save weights only', "the optimizer's state is for training on, not for running the model", state, left=W)
-    store = 'export with precision' if a.config.get('model_type') in ('llama','qwen3') else 'store the weights as' # export reads these two
-    if a.precision in ('float64','float32'): add('half precision', f'{store} fp16', W-c.at(16), left=c.at(16))
-    if a.precision in ('float64','float32','float16','bfloat16'):
-        for bits in 8,4: add(f'quantization to INT{bits}', f'{store} int{bits}, a scale for each 64 weights', W-c.at(bits), left=c.at(bits))
-    if (out := round(len(c.blocks)/5)):
-        gone = out*c.blocks[len(c.blocks)//2]
-        add('pruning', f'take {out} of {len(c.blocks)} layers out and train on for a little', gone, time=gone/W*c.busy, left=W-gone)
-    presets = sorted(((GPTConfig.preset(k, vocab_size=c.vocab).n_params, k) for k in PRESETS), reverse=True)
-    smaller = [(n,k) for n,k in presets if n < .7*P]
+    c, rows, limit, total = _Cost(a), [], _TARGETS.get(target), training_hours or 0
+    P, W = c.P, c.weights
+
+    def add(
+        what, how, saved=0.0, of="file", whole=a.size, time=0.0, left=None
+    ):  # `time`: share of the training's; `left`: bytes of weights
+        if saved < 1 and time <= 0:
+            return
+        gains = [f"{human_size(saved)} of {of}"] * (saved >= 1) + (
+            [f"{time * total:.2g} of {total:g} h"]
+            if total and time > 0
+            else [f"{time:.0%} of the time"] * (saved < 1)
+        )
+        if left is not None:
+            how += f"; {human_size(left)} of weights remain" + (
+                ""
+                if limit is None
+                else (
+                    f", {'within' if left <= limit else 'above'} the {human_size(limit)} for"
+                    f" {target}"
+                )
+            )
+        rows.append(
+            dict(
+                what=what,
+                saves=" and ".join(gains),
+                share=max(saved / whole, time),
+                how=how,
+                bytes=int(saved),
+                hours=time * total,
+                of=of,
+                fits=None if left is None or limit is None else left <= limit,
+            )
+        )
+
+    state = sum(n for k, n in a.components.items() if k in ("optimizer", "scheduler", "rng"))
+    if state:
+        add(
+            "save weights only",
+            "the optimizer's state is for training on, not for running the model",
+            state,
+            left=W,
+        )
+    store = (
+        "export with precision"
+        if a.config.get("model_type") in ("llama", "qwen3")
+        else "store the weights as"
+    )  # export reads these two
+    if a.precision in ("float64", "float32"):
+        add("half precision", f"{store} fp16", W - c.at(16), left=c.at(16))
+    if a.precision in ("float64", "float32", "float16", "bfloat16"):
+        for bits in 8, 4:
+            add(
+                f"quantization to INT{bits}",
+                f"{store} int{bits}, a scale for each 64 weights",
+                W - c.at(bits),
+                left=c.at(bits),
+            )
+    if out := round(len(c.blocks) / 5):
+        gone = out * c.blocks[len(c.blocks) // 2]
+        add(
+            "pruning",
+            f"take {out} of {len(c.blocks)} layers out and train on for a little",
+            gone,
+            time=gone / W * c.busy,
+            left=W - gone,
+        )
+    presets = sorted(
+        ((GPTConfig.preset(k, vocab_size=c.vocab).n_params, k) for k in PRESETS), reverse=True
+    )
+    smaller = [(n, k) for n, k in presets if n < 0.7 * P]
     if smaller:
-        n,k = smaller[0]
-        add('smaller preset', f'train {k!r} ({n:,} parameters) instead', W*(1-n/P), time=1-n/P, left=W*n/P)
-        n,k = next(((n,k) for n,k in smaller if limit is None or 2*n <= limit), smaller[-1])
-        add('distillation', f"train {k!r} ({n:,} parameters) to answer as this one does, and ship it in fp16; its training takes {n/P+1/3:.0%} of this one's time, for as many tokens", W-2*n, left=2*n)
-    if target and (programs := _installed('torch')): add('ONNX', f'run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}', programs-(50<<20), 'programs', programs+W)
+        n, k = smaller[0]
+        add(
+            "smaller preset",
+            f"train {k!r} ({n:,} parameters) instead",
+            W * (1 - n / P),
+            time=1 - n / P,
+            left=W * n / P,
+        )
+        n, k = next(((n, k) for n, k in smaller if limit is None or 2 * n <= limit), smaller[-1])
+        add(
+            "distillation",
+            f"train {k!r} ({n:,} parameters) to answer as this one does, and ship it in fp16; its"
+            f" training takes {n / P + 1 / 3:.0%} of this one's time, for as many tokens",
+            W - 2 * n,
+            left=2 * n,
+        )
+    if target and (programs := _installed("torch")):
+        add(
+            "ONNX",
+            f"run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}",
+            programs - (50 << 20),
+            "programs",
+            programs + W,
+        )
     if state or training_hours:
-        tokens = f'{c.batch} × {c.length} tokens'
-        if not c.half: add('mixed precision', f'train in fp16 or bf16: what {tokens} keep for the backward pass is halved; on a T4, the {c.busy:.0%} of a step that is computing goes {_HALF_FLOPS/_FLOPS:.1f} times as fast', c.kept/2, 'memory', c.memory, c.busy*(1-_FLOPS/_HALF_FLOPS))
-        if len(c.blocks) > 1 and not c.checkpointing: add('gradient checkpointing', f'{tokens} keep 1 value in {c.per_dim:.0f} and the rest is computed again, which takes {f"{c.busy/3*total:.2g} h" if total else f"{c.busy/3:.0%} of the time"} more', c.kept*(1-1/c.per_dim)*(1-1/len(c.blocks)), 'memory', c.memory)
-        add('larger batch', f'{2*c.batch} instead of {c.batch}: half as many updates of {1000*c.update:.2g} ms (on a T4), for {human_size(c.kept)} more memory', time=(1-c.busy)/2)
+        tokens = f"{c.batch} × {c.length} tokens"
+        if not c.half:
+            add(
+                "mixed precision",
+                f"train in fp16 or bf16: what {tokens} keep for the backward pass is halved; on a"
+                f" T4, the {c.busy:.0%} of a step that is computing goes {_HALF_FLOPS / _FLOPS:.1f}"
+                " times as fast",
+                c.kept / 2,
+                "memory",
+                c.memory,
+                c.busy * (1 - _FLOPS / _HALF_FLOPS),
+            )
+        if len(c.blocks) > 1 and not c.checkpointing:
+            add(
+                "gradient checkpointing",
+                f"{tokens} keep 1 value in {c.per_dim:.0f} and the rest is computed again, which"
+                " takes"
+                f" {f'{c.busy / 3 * total:.2g} h' if total else f'{c.busy / 3:.0%} of the time'}"
+                " more",
+                c.kept * (1 - 1 / c.per_dim) * (1 - 1 / len(c.blocks)),
+                "memory",
+                c.memory,
+            )
+        add(
+            "larger batch",
+            f"{2 * c.batch} instead of {c.batch}: half as many updates of {1000 * c.update:.2g} ms"
+            f" (on a T4), for {human_size(c.kept)} more memory",
+            time=(1 - c.busy) / 2,
+        )
     order = _FIRST.get(target, ())
-    rows.sort(key=lambda r: (next((i for i,k in enumerate(order) if r['what'].startswith(k)), len(order)), r['fits'] is False, -r['share']))
-    return Table(rows, hide=('bytes','hours','of','fits'), share='{:.0%}'.format)
+    rows.sort(
+        key=lambda r: (
+            next((i for i, k in enumerate(order) if r["what"].startswith(k)), len(order)),
+            r["fits"] is False,
+            -r["share"],
+        )
+    )
+    return Table(rows, hide=("bytes", "hours", "of", "fits"), share="{:.0%}".format)
 
 # %% ../nbs/09_compare.ipynb #52841af8
-def _bare(name:str)->str: return re.sub(r'^(_orig_mod\.|module\.)+', '', name) # what torch.compile and DDP put before it
+def _bare(name: str) -> str:
+    return re.sub(r"^(_orig_mod\.|module\.)+", "", name)  # what torch.compile and DDP put before it
 
-def _distance(a:Analysis, b:Analysis, s:TensorInfo, t:TensorInfo)->tuple[bool,float,float]:
+
+def _distance(a: Analysis, b: Analysis, s: TensorInfo, t: TensorInfo) -> tuple[bool, float, float]:
     "Did it change? Squared lengths of the difference and of the first."
-    changed,moved,length = False,0.,0.
-    for x,y in zip(values(a.home, s), values(b.home, t)):
-        x,y = x.astype('f8'),y.astype('f8')
+    changed, moved, length = False, 0.0, 0.0
+    for x, y in zip(values(a.home, s), values(b.home, t)):
+        x, y = x.astype("f8"), y.astype("f8")
         changed = changed or not np.array_equal(x, y, equal_nan=True)
-        length += float(x@x); y -= x; moved += float(y@y)
-    return changed,moved,length
+        length += float(x @ x)
+        y -= x
+        moved += float(y @ y)
+    return changed, moved, length
+
 
 class Difference(dict):
     "What lies between two checkpoints: `size_change`, `params_change`, `steps`, `only_first`, `only_second`, `reshaped`, `retyped`, `unread`, `changed`, `same`, `distance`, `layers`, `tensors`."
-    def lines(self)->list[str]:
-        few = lambda names: ', '.join(map(printable, names[:3])) + (f' and {len(names)-3} more' if len(names) > 3 else '')
+
+    def lines(self) -> list[str]:
+        few = lambda names: (
+            ", ".join(map(printable, names[:3]))
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
         d = self
-        return [f"{d['first']} → {d['second']}" + (f", {d['steps']:,} steps" if d['steps'] is not None else ''), f"size {'+' if d['size_change'] >= 0 else '−'}{human_size(abs(d['size_change']))}, parameters {d['params_change']:+,}",
-            f"{d['changed']} tensors changed, {d['same']} did not" + (f"; relative distance {d['distance']:.4g}" if d['distance'] is not None else ''),
-            *(f'{what}: {few(d[k])}' for k,what in dict(only_first='only in the first', only_second='only in the second', reshaped='of another shape', retyped='of another type', unread='not compared').items() if d[k])]
-    def __str__(self): return '\n'.join(printable(l, 1000) for l in self.lines()) + (f"\n\n{self['layers']}" if self['layers'] else '')
+        return [
+            f"{d['first']} → {d['second']}"
+            + (f", {d['steps']:,} steps" if d["steps"] is not None else ""),
+            (
+                f"size {'+' if d['size_change'] >= 0 else '−'}{human_size(abs(d['size_change']))},"
+                f" parameters {d['params_change']:+,}"
+            ),
+            f"{d['changed']} tensors changed, {d['same']} did not"
+            + (f"; relative distance {d['distance']:.4g}" if d["distance"] is not None else ""),
+            *(
+                f"{what}: {few(d[k])}"
+                for k, what in dict(
+                    only_first="only in the first",
+                    only_second="only in the second",
+                    reshaped="of another shape",
+                    retyped="of another type",
+                    unread="not compared",
+                ).items()
+                if d[k]
+            ),
+        ]
+
+    def __str__(self):
+        return "\n".join(printable(l, 1000) for l in self.lines()) + (
+            f"\n\n{self['layers']}" if self["layers"] else ""
+        )
+
     __repr__ = __str__
-    def _repr_html_(self): return ''.join(f'<div>{escape(printable(l, 1000))}</div>' for l in self.lines()) + self['layers']._repr_html_()
+
+    def _repr_html_(self):
+        return (
+            "".join(f"<div>{escape(printable(l, 1000))}</div>" for l in self.lines())
+            + self["layers"]._repr_html_()
+        )
+
 
 def difference(
-    a:Analysis|str|Path, # The first
-    b:Analysis|str|Path, # The second
-    progress:Callable[[int,int],None]=lambda done, of: None, # Called after each tensor: how many are done, of how many
-)->Difference:
+    a: Analysis | str | Path,  # The first
+    b: Analysis | str | Path,  # The second
+    progress: Callable[[int, int], None] = lambda done, of: (
+        None
+    ),  # Called after each tensor: how many are done, of how many
+) -> Difference:
     "What changed between two checkpoints. The weights are read; nothing else is."
-    a,b = (x if isinstance(x, Analysis) else analyze(x) for x in (a,b))
-    A,B = ({_bare(t.name):t for t in x.weights()} for x in (a,b))
+    a, b = (x if isinstance(x, Analysis) else analyze(x) for x in (a, b))
+    A, B = ({_bare(t.name): t for t in x.weights()} for x in (a, b))
     both = [k for k in A if k in B and A[k].shape == B[k].shape]
-    rows,sums,unread = [],{},[]
-    for i,k in enumerate(both):
-        s,t = A[k],B[k]
-        if not (readable(s) and readable(t)): unread.append(k); continue
-        changed,moved,length = _distance(a, b, s, t)
-        rows.append(dict(tensor=k, layer=layer_of(k), changed=changed, distance=_ratio(moved, length)))
-        layer = sums.setdefault(layer_of(k), [0, 0, 0., 0.])
-        for j,v in enumerate((1, changed, moved, length)): layer[j] += v
-        progress(i+1, len(both))
-    layers = Table([dict(layer=k, tensors=n, changed=m, distance=_ratio(moved, length)) for k,(n,m,moved,length) in sorted(sums.items(), key=lambda kv: natural(kv[0]))], distance='{:.4g}'.format)
-    return Difference(first=str(a.path), second=str(b.path), steps=None if None in (a.step, b.step) else b.step-a.step, size_change=b.size-a.size, params_change=b.params-a.params, only_first=[k for k in A if k not in B], only_second=[k for k in B if k not in A],
-        reshaped=[k for k in A if k in B and A[k].shape != B[k].shape], retyped=[k for k in both if A[k].dtype != B[k].dtype], unread=unread, changed=sum(r['changed'] for r in rows), same=sum(not r['changed'] for r in rows),
-        distance=_ratio(sum(v[2] for v in sums.values()), sum(v[3] for v in sums.values())) if sums else None, layers=layers, tensors=Table(rows, distance='{:.4g}'.format))
+    rows, sums, unread = [], {}, []
+    for i, k in enumerate(both):
+        s, t = A[k], B[k]
+        if not (readable(s) and readable(t)):
+            unread.append(k)
+            continue
+        changed, moved, length = _distance(a, b, s, t)
+        rows.append(
+            dict(tensor=k, layer=layer_of(k), changed=changed, distance=_ratio(moved, length))
+        )
+        layer = sums.setdefault(layer_of(k), [0, 0, 0.0, 0.0])
+        for j, v in enumerate((1, changed, moved, length)):
+            layer[j] += v
+        progress(i + 1, len(both))
+    layers = Table(
+        [
+            dict(layer=k, tensors=n, changed=m, distance=_ratio(moved, length))
+            for k, (n, m, moved, length) in sorted(sums.items(), key=lambda kv: natural(kv[0]))
+        ],
+        distance="{:.4g}".format,
+    )
+    return Difference(
+        first=str(a.path),
+        second=str(b.path),
+        steps=None if None in (a.step, b.step) else b.step - a.step,
+        size_change=b.size - a.size,
+        params_change=b.params - a.params,
+        only_first=[k for k in A if k not in B],
+        only_second=[k for k in B if k not in A],
+        reshaped=[k for k in A if k in B and A[k].shape != B[k].shape],
+        retyped=[k for k in both if A[k].dtype != B[k].dtype],
+        unread=unread,
+        changed=sum(r["changed"] for r in rows),
+        same=sum(not r["changed"] for r in rows),
+        distance=(
+            _ratio(sum(v[2] for v in sums.values()), sum(v[3] for v in sums.values()))
+            if sums
+            else None
+        ),
+        layers=layers,
+        tensors=Table(rows, distance="{:.4g}".format),
+    )
 
-def _ratio(moved:float, length:float)->float: return math.sqrt(moved/length) if length else math.inf if moved else 0.
+
+def _ratio(moved: float, length: float) -> float:
+    return math.sqrt(moved / length) if length else math.inf if moved else 0.0
+
 
 class Comparison(list):
     "Analyses in the order of their steps. `failed` says what could not be read."
-    def __init__(self, analyses:list[Analysis], failed:dict[str,str]|None=None):
-        step = lambda a: a.step if a.step is not None else int(n[-1]) if (n := re.findall(r'[-_](\d{1,15})(?=\.\w+$|$)', a.path.name)) else math.inf
-        super().__init__(sorted(analyses, key=lambda a: (step(a), a.time))); self.failed = failed or {}
-    def rows(self)->Table:
+
+    def __init__(self, analyses: list[Analysis], failed: dict[str, str] | None = None):
+        step = lambda a: (
+            a.step
+            if a.step is not None
+            else (
+                int(n[-1])
+                if (n := re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name))
+                else math.inf
+            )
+        )
+        super().__init__(sorted(analyses, key=lambda a: (step(a), a.time)))
+        self.failed = failed or {}
+
+    def rows(self) -> Table:
         "A row a checkpoint."
         parents = {a.path.parent for a in self}
-        name = lambda a: a.path.name if len(parents) == 1 else f'{a.path.parent.name}/{a.path.name}'
-        return Table([dict(checkpoint=name(a), step=a.step, size=a.size, **{k:a.components.get(k) for k in ('model','optimizer')}, other=a.size-sum(a.components.get(k, 0) for k in ('model','optimizer')), parameters=a.params, precision=a.precision, loss=a.loss, best_loss=a.best_loss, problems=len(a.problems) or None) for a in self],
-            **dict.fromkeys(('size','model','optimizer','other'), human_size), step='{:,}'.format, parameters='{:,}'.format, loss='{:.4g}'.format, best_loss='{:.4g}'.format)
-    def between(self, i:int=0, j:int=-1, **kwargs)->Difference:
+        name = lambda a: a.path.name if len(parents) == 1 else f"{a.path.parent.name}/{a.path.name}"
+        return Table(
+            [
+                dict(
+                    checkpoint=name(a),
+                    step=a.step,
+                    size=a.size,
+                    **{k: a.components.get(k) for k in ("model", "optimizer")},
+                    other=a.size - sum(a.components.get(k, 0) for k in ("model", "optimizer")),
+                    parameters=a.params,
+                    precision=a.precision,
+                    loss=a.loss,
+                    best_loss=a.best_loss,
+                    problems=len(a.problems) or None,
+                )
+                for a in self
+            ],
+            **dict.fromkeys(("size", "model", "optimizer", "other"), human_size),
+            step="{:,}".format,
+            parameters="{:,}".format,
+            loss="{:.4g}".format,
+            best_loss="{:.4g}".format,
+        )
+
+    def between(self, i: int = 0, j: int = -1, **kwargs) -> Difference:
         "What changed from one to another: from the first to the last."
         return difference(self[i], self[j], **kwargs)
-    def summary(self)->dict: "Everything, fit for JSON."; return dict(checkpoints=[a.summary() for a in self], failed=self.failed)
-    def lines(self)->list[str]: return [f'{len(self)} checkpoint{"s"*(len(self) != 1)}, {human_size(sum(a.size for a in self))}'] + [printable(f'! {p}', 1000) for p in (*self.failed.values(), *(f'{a.path.name}: {p}' for a in self for p in a.problems))]
-    def __str__(self): return '\n\n'.join([str(self.rows()), '\n'.join(self.lines())])
+
+    def summary(self) -> dict:
+        "Everything, fit for JSON."
+        return dict(checkpoints=[a.summary() for a in self], failed=self.failed)
+
+    def lines(self) -> list[str]:
+        return [
+            f"{len(self)} checkpoint{'s' * (len(self) != 1)},"
+            f" {human_size(sum(a.size for a in self))}"
+        ] + [
+            printable(f"! {p}", 1000)
+            for p in (
+                *self.failed.values(),
+                *(f"{a.path.name}: {p}" for a in self for p in a.problems),
+            )
+        ]
+
+    def __str__(self):
+        return "\n\n".join([str(self.rows()), "\n".join(self.lines())])
+
     __repr__ = __str__
-    def _repr_html_(self): return self.rows()._repr_html_() + ''.join(f'<div>{escape(l)}</div>' for l in self.lines())
+
+    def _repr_html_(self):
+        return self.rows()._repr_html_() + "".join(f"<div>{escape(l)}</div>" for l in self.lines())
+
     def figure(self):
         "The size of each, by component."
-        fig = figure(figsize=(7,.6+.3*len(self)), dpi=80, layout='constrained')
-        ax,rows = fig.subplots(),self.rows()
+        fig = figure(figsize=(7, 0.6 + 0.3 * len(self)), dpi=80, layout="constrained")
+        ax, rows = fig.subplots(), self.rows()
         left = np.zeros(len(self))
-        for k in 'model','optimizer','other':
-            n = np.array([r[k] or 0 for r in rows])/2**20
-            ax.barh(range(len(self)), n, left=left, label=k); left = left+n
-        ax.set_yticks(range(len(self)), [printable(r['checkpoint'], 60).replace('$', r'\$') for r in rows]); ax.invert_yaxis(); ax.set(xlabel='MiB'); ax.legend(fontsize=7)
+        for k in "model", "optimizer", "other":
+            n = np.array([r[k] or 0 for r in rows]) / 2**20
+            ax.barh(range(len(self)), n, left=left, label=k)
+            left = left + n
+        ax.set_yticks(
+            range(len(self)), [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
+        )
+        ax.invert_yaxis()
+        ax.set(xlabel="MiB")
+        ax.legend(fontsize=7)
         return fig
 
+
 def compare(
-    paths:str|Path|list, # A folder with checkpoints in it; or a list of checkpoints, or of analyses
-)->Comparison: # Ordered by step, then time
+    paths: (
+        str | Path | list
+    ),  # A folder with checkpoints in it; or a list of checkpoints, or of analyses
+) -> Comparison:  # Ordered by step, then time
     "Analyse several checkpoints, side by side."
-    folder = isinstance(paths, (str,Path))
-    if folder and not Path(paths).is_dir(): raise NotADirectoryError(f"{paths} is not a folder; for one checkpoint use analyze")
-    found,good,failed = checkpoints_in(paths) if folder else list(paths),[],{}
-    if not found: raise ValueError(f"there is no checkpoint in {paths}: no checkpoint-N/ with weights in it, and no .pt, .pth or .safetensors file" if folder else "no checkpoints to compare: the list is empty")
+    folder = isinstance(paths, (str, Path))
+    if folder and not Path(paths).is_dir():
+        raise NotADirectoryError(f"{paths} is not a folder; for one checkpoint use analyze")
+    found, good, failed = checkpoints_in(paths) if folder else list(paths), [], {}
+    if not found:
+        raise ValueError(
+            f"there is no checkpoint in {paths}: no checkpoint-N/ with weights in it, and no .pt,"
+            " .pth or .safetensors file"
+            if folder
+            else "no checkpoints to compare: the list is empty"
+        )
     for p in found:
-        try: good.append(p if isinstance(p, Analysis) else analyze(p))
-        except (ValueError, OSError) as e: failed[str(p)] = str(e)
+        try:
+            good.append(p if isinstance(p, Analysis) else analyze(p))
+        except (ValueError, OSError) as e:
+            failed[str(p)] = str(e)
     return Comparison(good, failed)

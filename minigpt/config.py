@@ -14,242 +14,726 @@ import orjson
 from .files import at_home
 
 # %% ../nbs/12_config.ipynb #8d10e0c2
-def _option(default, help:str): return field(default=default, metadata=dict(help=help))
+def _option(default, help: str):
+    return field(default=default, metadata=dict(help=help))
 
-_ALIASES = dict(lr='learning_rate', num_epochs='epochs', num_train_epochs='epochs', eval_strategy='evaluation_strategy', max_seq_length='max_seq_len', gradient_accumulation_steps='gradient_accumulation',
-    per_device_train_batch_size='batch_size', per_device_eval_batch_size='eval_batch_size', max_grad_norm='grad_clip', lr_scheduler_type='lr_schedule', dataloader_num_workers='dataloader_workers', early_stopping_patience='early_stopping',
-    max_train_samples='max_data_size', max_eval_samples='eval_sequences', max_train_steps='max_steps', num_warmup_steps='warmup_steps', checkpointing_steps='save_steps', # of its scripts
-    block_size='max_seq_len', max_length='max_seq_len', max_iters='max_steps', warmup_iters='warmup_steps', eval_interval='eval_steps', log_interval='logging_steps', beta1='adam_beta1', beta2='adam_beta2', # nanoGPT
-    compile='enable_compile', use_compile='enable_compile', torch_compile='enable_compile', beta='dpo_beta', accumulation_steps='gradient_accumulation', save_interval='save_steps', num_workers='dataloader_workers', map='columns') # MiniMind
 
-_SHAPE = "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size, n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head, ffn_dim, dropout}, whose vocabulary is the tokenizer's"
+_ALIASES = dict(
+    lr="learning_rate",
+    num_epochs="epochs",
+    num_train_epochs="epochs",
+    eval_strategy="evaluation_strategy",
+    max_seq_length="max_seq_len",
+    gradient_accumulation_steps="gradient_accumulation",
+    per_device_train_batch_size="batch_size",
+    per_device_eval_batch_size="eval_batch_size",
+    max_grad_norm="grad_clip",
+    lr_scheduler_type="lr_schedule",
+    dataloader_num_workers="dataloader_workers",
+    early_stopping_patience="early_stopping",
+    max_train_samples="max_data_size",
+    max_eval_samples="eval_sequences",
+    max_train_steps="max_steps",
+    num_warmup_steps="warmup_steps",
+    checkpointing_steps="save_steps",  # of its scripts
+    block_size="max_seq_len",
+    max_length="max_seq_len",
+    max_iters="max_steps",
+    warmup_iters="warmup_steps",
+    eval_interval="eval_steps",
+    log_interval="logging_steps",
+    beta1="adam_beta1",
+    beta2="adam_beta2",  # nanoGPT
+    compile="enable_compile",
+    use_compile="enable_compile",
+    torch_compile="enable_compile",
+    beta="dpo_beta",
+    accumulation_steps="gradient_accumulation",
+    save_interval="save_steps",
+    num_workers="dataloader_workers",
+    map="columns",
+)  # MiniMind
+
+_SHAPE = (
+    "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size,"
+    " n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head,"
+    " ffn_dim, dropout}, whose vocabulary is the tokenizer's"
+)
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
-_ELSEWHERE = { # name of another program → how it is done here
-    **dict.fromkeys(('dropout','n_layer','n_head','n_embd','n_kv_head','hidden_size','num_hidden_layers','num_attention_heads','num_key_value_heads','intermediate_size'), _SHAPE), 'use_moe':"there is no mixture of experts here", 'bias':"there are no biases, as in Llama",
-    'optim':"it is optimizer: adamw or muon", 'eval_iters':"it is eval_sequences, counted in sequences", 'loss_type':"it is dpo_loss", **dict.fromkeys(('label_smoothing','label_smoothing_factor'), "of preferences it is dpo_label_smoothing; for texts there is none"),
-    'packing':"rows are always packed; line_by_line makes each a sequence of its own", 'train_on_responses_only':"only what assistants say is learned", 'load_in_4bit':"weights are trained in fp32; minigpt export makes int4 of them", 'target_modules':"it is lora(…, targets=[…]), or --lora-targets",
-    **dict.fromkeys(('out_dir','save_dir'), "the run's folder is output_dir"), 'overwrite_output_dir':"it is overwrite=True, which moves the old run aside", 'run_name':"a run is called as its folder, output_dir", 'save_weight':"a run is called as its folder, output_dir",
-    **dict.fromkeys(('fp16','bf16','dtype','tf32'), "it is precision: auto, fp32, bf16 or fp16"), **dict.fromkeys(('use_cpu','no_cuda'), "it is device='cpu'"),
-    **dict.fromkeys(('init_from','from_resume','ignore_data_skip'), _RESUME), **dict.fromkeys(('from_weight','model_name_or_path'), "the model to begin with is fit's first argument, a directory (--config DIR)"),
-    'decay_lr':"it is lr_schedule='constant'", 'lr_decay_iters':"the schedule ends with max_steps", 'min_lr':"it is min_lr_ratio, a share of learning_rate", 'warmup_ratio':"it is warmup_steps", 'always_save_checkpoint':"checkpoints are saved every save_steps, and the best model beside them",
-    **dict.fromkeys(('load_best_model_at_end','metric_for_best_model','greater_is_better'), "the best model by validation loss is kept in best/: run.model('best')"),
-    **dict.fromkeys(('report_to','wandb_log','use_wandb','wandb_project','logging_dir'), "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"), **dict.fromkeys(('compute_metrics','push_to_hub'), "there is none here; a Callback sees every step, and a checkpoint is a folder that huggingface_hub uploads as it is"),
-    **dict.fromkeys(('train_dataset','train_file','data_path','data_dir'), "the data are fit's second argument (in a configuration file data_files)"), **dict.fromkeys(('eval_dataset','eval_data','validation_file','do_eval'), "it is valid, a file; by default validation_split of the texts is held out"), 'do_train':"fit trains",
-    **dict.fromkeys(('use_rslora','rslora'), "it is lora(…, root_scale=True), in Python"), **dict.fromkeys(('use_dora','init_lora_weights','lora_bias','modules_to_save','rank_pattern','alpha_pattern'), "adapters are plain LoRA here: lora(model, r, alpha, targets, dropout, root_scale)"), 'lora_dropout':"it is lora(…, dropout=.05), in Python",
-    **dict.fromkeys(('adam_epsilon','eps','epsilon'), "it is always torch's 1e-8"), **dict.fromkeys(('optim_args','adafactor'), "optimizer is adamw or muon, with adam_beta1, adam_beta2 and weight_decay"),
-    **dict.fromkeys(('dataset_text_field','text_column','dataset_kwargs','formatting_func'), "fields are known by their names (text, messages, conversations, prompt, completion, chosen, rejected, …); a column of another name: columns='text=BODY' (--map text=BODY)"),
-    **dict.fromkeys(('assistant_only_loss','completion_only_loss','train_on_prompt','train_on_inputs','mask_prompt'), "only what assistants say is learned, and of prompt and completion the completion; of plain texts everything"),
-    **dict.fromkeys(('hub_model_id','hub_token','hub_strategy','hub_private_repo','push_to_hub_model_id'), "nothing is uploaded here; a checkpoint is a folder that huggingface_hub uploads as it is"),
-    **dict.fromkeys(('dataset_num_proc','preprocessing_num_workers'), "all processors read the data"), **dict.fromkeys(('group_by_length','length_column_name','padding_free','packing_strategy'), "rows are always packed, so nothing is gained by their order"),
-    **dict.fromkeys(('logging_strategy','logging_first_step','log_level','disable_tqdm'), "there are logging_steps and progress"), **dict.fromkeys(('save_safetensors','save_only_model'), "checkpoints are always safetensors and whole; snapshot_kind='light' is the weights alone"),
-    **dict.fromkeys(('deepspeed','fsdp','fsdp_config','accelerator_config','ddp_find_unused_parameters'), "several GPUs of one machine share a step with devices=N"), **dict.fromkeys(('data_seed','neftune_noise_alpha','use_liger_kernel','max_prompt_length','truncation_mode','torch_dtype','trust_remote_code'), "there is none here"),
-    'peft_config':"it is fit(lora(load_model(DIR), r=8), …), or --lora-r", **dict.fromkeys(('unsloth','use_unsloth'), "nothing of Unsloth is used; what makes a training fast is chosen by itself, and disable_optimizations=True (--disable-optimizations) is the plain loop"),
-    **dict.fromkeys(('mode','training_stage'), "it is stage: pretrain, sft, tool_calling or dpo"), **dict.fromkeys(('validation_split_percentage','validation_split_ratio'), "it is validation_split, a share: 0.05 for 5 percent"),
-    **dict.fromkeys(('dataset_name','dataset_config_name','tokenized_data_path'), "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub: data.to_json('data.jsonl', force_ascii=False)"),
-    **dict.fromkeys(('mlm_probability','conditional_generation'), "of an encoder it is blanks: spans, rest, all or mixed")}
+_ELSEWHERE = {  # name of another program → how it is done here
+    **dict.fromkeys(
+        (
+            "dropout",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "n_kv_head",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+        ),
+        _SHAPE,
+    ),
+    "use_moe": "there is no mixture of experts here",
+    "bias": "there are no biases, as in Llama",
+    "optim": "it is optimizer: adamw or muon",
+    "eval_iters": "it is eval_sequences, counted in sequences",
+    "loss_type": "it is dpo_loss",
+    **dict.fromkeys(
+        ("label_smoothing", "label_smoothing_factor"),
+        "of preferences it is dpo_label_smoothing; for texts there is none",
+    ),
+    "packing": "rows are always packed; line_by_line makes each a sequence of its own",
+    "train_on_responses_only": "only what assistants say is learned",
+    "load_in_4bit": "weights are trained in fp32; minigpt export makes int4 of them",
+    "target_modules": "it is lora(…, targets=[…]), or --lora-targets",
+    **dict.fromkeys(("out_dir", "save_dir"), "the run's folder is output_dir"),
+    "overwrite_output_dir": "it is overwrite=True, which moves the old run aside",
+    "run_name": "a run is called as its folder, output_dir",
+    "save_weight": "a run is called as its folder, output_dir",
+    **dict.fromkeys(("fp16", "bf16", "dtype", "tf32"), "it is precision: auto, fp32, bf16 or fp16"),
+    **dict.fromkeys(("use_cpu", "no_cuda"), "it is device='cpu'"),
+    **dict.fromkeys(("init_from", "from_resume", "ignore_data_skip"), _RESUME),
+    **dict.fromkeys(
+        ("from_weight", "model_name_or_path"),
+        "the model to begin with is fit's first argument, a directory (--config DIR)",
+    ),
+    "decay_lr": "it is lr_schedule='constant'",
+    "lr_decay_iters": "the schedule ends with max_steps",
+    "min_lr": "it is min_lr_ratio, a share of learning_rate",
+    "warmup_ratio": "it is warmup_steps",
+    "always_save_checkpoint": (
+        "checkpoints are saved every save_steps, and the best model beside them"
+    ),
+    **dict.fromkeys(
+        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+        "the best model by validation loss is kept in best/: run.model('best')",
+    ),
+    **dict.fromkeys(
+        ("report_to", "wandb_log", "use_wandb", "wandb_project", "logging_dir"),
+        "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback",
+    ),
+    **dict.fromkeys(
+        ("compute_metrics", "push_to_hub"),
+        "there is none here; a Callback sees every step, and a checkpoint is a folder that"
+        " huggingface_hub uploads as it is",
+    ),
+    **dict.fromkeys(
+        ("train_dataset", "train_file", "data_path", "data_dir"),
+        "the data are fit's second argument (in a configuration file data_files)",
+    ),
+    **dict.fromkeys(
+        ("eval_dataset", "eval_data", "validation_file", "do_eval"),
+        "it is valid, a file; by default validation_split of the texts is held out",
+    ),
+    "do_train": "fit trains",
+    **dict.fromkeys(("use_rslora", "rslora"), "it is lora(…, root_scale=True), in Python"),
+    **dict.fromkeys(
+        (
+            "use_dora",
+            "init_lora_weights",
+            "lora_bias",
+            "modules_to_save",
+            "rank_pattern",
+            "alpha_pattern",
+        ),
+        "adapters are plain LoRA here: lora(model, r, alpha, targets, dropout, root_scale)",
+    ),
+    "lora_dropout": "it is lora(…, dropout=.05), in Python",
+    **dict.fromkeys(("adam_epsilon", "eps", "epsilon"), "it is always torch's 1e-8"),
+    **dict.fromkeys(
+        ("optim_args", "adafactor"),
+        "optimizer is adamw or muon, with adam_beta1, adam_beta2 and weight_decay",
+    ),
+    **dict.fromkeys(
+        ("dataset_text_field", "text_column", "dataset_kwargs", "formatting_func"),
+        "fields are known by their names (text, messages, conversations, prompt, completion,"
+        " chosen, rejected, …); a column of another name: columns='text=BODY' (--map text=BODY)",
+    ),
+    **dict.fromkeys(
+        (
+            "assistant_only_loss",
+            "completion_only_loss",
+            "train_on_prompt",
+            "train_on_inputs",
+            "mask_prompt",
+        ),
+        "only what assistants say is learned, and of prompt and completion the completion; of plain"
+        " texts everything",
+    ),
+    **dict.fromkeys(
+        ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "push_to_hub_model_id"),
+        "nothing is uploaded here; a checkpoint is a folder that huggingface_hub uploads as it is",
+    ),
+    **dict.fromkeys(
+        ("dataset_num_proc", "preprocessing_num_workers"), "all processors read the data"
+    ),
+    **dict.fromkeys(
+        ("group_by_length", "length_column_name", "padding_free", "packing_strategy"),
+        "rows are always packed, so nothing is gained by their order",
+    ),
+    **dict.fromkeys(
+        ("logging_strategy", "logging_first_step", "log_level", "disable_tqdm"),
+        "there are logging_steps and progress",
+    ),
+    **dict.fromkeys(
+        ("save_safetensors", "save_only_model"),
+        "checkpoints are always safetensors and whole; snapshot_kind='light' is the weights alone",
+    ),
+    **dict.fromkeys(
+        ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "ddp_find_unused_parameters"),
+        "several GPUs of one machine share a step with devices=N",
+    ),
+    **dict.fromkeys(
+        (
+            "data_seed",
+            "neftune_noise_alpha",
+            "use_liger_kernel",
+            "max_prompt_length",
+            "truncation_mode",
+            "torch_dtype",
+            "trust_remote_code",
+        ),
+        "there is none here",
+    ),
+    "peft_config": "it is fit(lora(load_model(DIR), r=8), …), or --lora-r",
+    **dict.fromkeys(
+        ("unsloth", "use_unsloth"),
+        "nothing of Unsloth is used; what makes a training fast is chosen by itself, and"
+        " disable_optimizations=True (--disable-optimizations) is the plain loop",
+    ),
+    **dict.fromkeys(("mode", "training_stage"), "it is stage: pretrain, sft, tool_calling or dpo"),
+    **dict.fromkeys(
+        ("validation_split_percentage", "validation_split_ratio"),
+        "it is validation_split, a share: 0.05 for 5 percent",
+    ),
+    **dict.fromkeys(
+        ("dataset_name", "dataset_config_name", "tokenized_data_path"),
+        "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub:"
+        " data.to_json('data.jsonl', force_ascii=False)",
+    ),
+    **dict.fromkeys(
+        ("mlm_probability", "conditional_generation"),
+        "of an encoder it is blanks: spans, rest, all or mixed",
+    ),
+}
 
-_IDLE = { # key of other programs' configurations → the values with which it asks for nothing that is not done anyway; None: any
-    **dict.fromkeys(('do_train','do_eval','use_fast_tokenizer','remove_unused_columns','save_safetensors','logging_first_step'), (True,)), 'logging_strategy':('steps',), 'report_to':('none','tensorboard',['none'],['tensorboard'],[]),
-    **dict.fromkeys(('do_predict','fp16','bf16','tf32','no_cuda','use_cpu','use_moe','use_wandb','wandb_log','push_to_hub','disable_tqdm','with_tracking','use_slow_tokenizer','trust_remote_code','group_by_length'), (False,)),
-    **dict.fromkeys(('overwrite_cache','cache_dir','preprocessing_num_workers','streaming','low_cpu_mem_usage','logging_dir','ddp_find_unused_parameters','dataloader_pin_memory','prediction_loss_only'))}
+_IDLE = {  # key of other programs' configurations → the values with which it asks for nothing that is not done anyway; None: any
+    **dict.fromkeys(
+        (
+            "do_train",
+            "do_eval",
+            "use_fast_tokenizer",
+            "remove_unused_columns",
+            "save_safetensors",
+            "logging_first_step",
+        ),
+        (True,),
+    ),
+    "logging_strategy": ("steps",),
+    "report_to": ("none", "tensorboard", ["none"], ["tensorboard"], []),
+    **dict.fromkeys(
+        (
+            "do_predict",
+            "fp16",
+            "bf16",
+            "tf32",
+            "no_cuda",
+            "use_cpu",
+            "use_moe",
+            "use_wandb",
+            "wandb_log",
+            "push_to_hub",
+            "disable_tqdm",
+            "with_tracking",
+            "use_slow_tokenizer",
+            "trust_remote_code",
+            "group_by_length",
+        ),
+        (False,),
+    ),
+    **dict.fromkeys(
+        (
+            "overwrite_cache",
+            "cache_dir",
+            "preprocessing_num_workers",
+            "streaming",
+            "low_cpu_mem_usage",
+            "logging_dir",
+            "ddp_find_unused_parameters",
+            "dataloader_pin_memory",
+            "prediction_loss_only",
+        )
+    ),
+}
+
 
 def without_idle(
-    options:dict, # Of a configuration file that was written for another program
-    say:Callable[[str],None]=print, # Told what is left out
-)->dict: # The others
+    options: dict,  # Of a configuration file that was written for another program
+    say: Callable[[str], None] = print,  # Told what is left out
+) -> dict:  # The others
     "Options without those that change nothing here."
-    idle = [k for k,v in options.items() if k in _IDLE and (_IDLE[k] is None or v is None or v in _IDLE[k])]
-    if idle: say(f"ignored, since {'it changes' if len(idle) == 1 else 'they change'} nothing here: {', '.join(idle)}")
-    return {k:v for k,v in options.items() if k not in idle}
+    idle = [
+        k
+        for k, v in options.items()
+        if k in _IDLE and (_IDLE[k] is None or v is None or v in _IDLE[k])
+    ]
+    if idle:
+        say(
+            f"ignored, since {'it changes' if len(idle) == 1 else 'they change'} nothing here:"
+            f" {', '.join(idle)}"
+        )
+    return {k: v for k, v in options.items() if k not in idle}
+
 
 def elsewhere(
-    name:str, # Of an option in another program, also with `no` before it
-)->str|None:
+    name: str,  # Of an option in another program, also with `no` before it
+) -> str | None:
     "How that is done here; None: it is not known."
-    name = name.replace('-', '_')
-    return _ELSEWHERE.get(name) or _ELSEWHERE.get(name.removeprefix('no_'))
+    name = name.replace("-", "_")
+    return _ELSEWHERE.get(name) or _ELSEWHERE.get(name.removeprefix("no_"))
 
-PATIENCE = 3 # evaluations, of `early_stopping: true`
+
+PATIENCE = 3  # evaluations, of `early_stopping: true`
 
 # %% ../nbs/12_config.ipynb #7ff71f02
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
-    epochs:float = _option(1., "passes over the data; max_steps goes before it")
-    max_steps:int = _option(0, "optimizer steps in all; 0: as many as `epochs` takes")
-    batch_size:int = _option(8, "sequences of a micro-batch: what is in memory at once")
-    gradient_accumulation:int = _option(1, "micro-batches of an optimizer step")
-    max_seq_len:int = _option(512, "tokens of a sequence")
-    learning_rate:float = _option(1e-3, "highest learning rate, after the warm-up")
-    lr_schedule:str = _option('cosine', "cosine, linear, wsd (constant, then down over the last fifth) or constant")
-    min_lr_ratio:float = _option(.1, "lowest learning rate, as a share of the highest")
-    warmup_steps:int = _option(-1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most")
-    lr_extend:str = _option('stretch', "where a run goes on with more steps: stretch (the schedule is stretched over all of them, so the learning rate jumps up) or continue (from where it is, down to min_lr_ratio of that)")
-    optimizer:str = _option('adamw', "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)")
-    weight_decay:float = _option(.1, "decay of matrices")
-    adam_beta1:float = _option(.9, "AdamW's memory of gradients")
-    adam_beta2:float = _option(.99, "AdamW's memory of squared gradients")
-    dpo_beta:float = _option(.1, "preferences: how dear it is to move away from the model that training began with")
-    dpo_loss:str = _option('sigmoid', "preferences: sigmoid (DPO), or sigmoid_norm (by the token, so that length does not count)")
-    dpo_label_smoothing:float = _option(0., "preferences: chance that a pair is the other way round, below 0.5")
-    grad_clip:float = _option(1., "longest gradient, as a norm over all parameters; 0: no limit")
-    save_strategy:str = _option('steps', "steps, epoch or no; the end of training is always saved")
-    save_steps:int = _option(500, "steps between checkpoints: what a kill costs at most, or twice as many while one is being written")
-    save_total_limit:int = _option(5, "checkpoints kept, the oldest are deleted first; 0: all")
-    save_best_only:bool = _option(False, "keep the best model and, for a resume, only the newest checkpoint")
-    time_save_interval_seconds:float = _option(300., "a snapshot where this much time passes without a save; 0: none")
-    snapshot_kind:str = _option('full', "full (training can go on from it) or light (weights alone)")
-    snapshot_total_limit:int = _option(2, "snapshots kept")
-    gdrive_backup_dir:str = _option('', "folder, on Google Drive or elsewhere, where the run is mirrored; empty: none")
-    backup_keep_last:int = _option(3, "states kept in the backup")
-    backup_wait_seconds:float = _option(600., "how long to wait, at the end, until the backup is complete")
-    evaluation_strategy:str = _option('steps', "steps, epoch or no; the end of training is evaluated unless no")
-    eval_steps:int = _option(500, "steps between evaluations")
-    eval_batch_size:int = _option(0, "sequences at once in an evaluation; 0: batch_size")
-    eval_sequences:int = _option(256, "sequences of an evaluation, spread over the validation set; 0: all")
-    early_stopping:int = _option(0, "evaluations without a better validation loss after which training ends; 0: never; True: 3")
-    logging_steps:int = _option(10, "steps between lines in metrics.jsonl")
-    validation_split:float = _option(.05, "share of the texts held out, where fit builds the token set")
-    data_subset:float = _option(1., "share of the rows that is used")
-    max_data_size:int = _option(0, "rows that are used, the first ones; 0: all")
-    curriculum_learning:bool = _option(False, "the first epoch begins with the shortest rows")
-    objective:str = _option('', "next_token_prediction, conversation_modeling, tool_use_optimization or preference_alignment; empty: as the data are")
-    retrain_tokenizer:bool = _option(False, "train a tokenizer even where data/tokenizer/ has one")
-    special_tokens:str = _option('', "tokens, with blanks between, that the tokenizer must have; one that is trained gets them")
-    tokenizer_vocab_size:int = _option(0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus")
-    tokenizer_samples:int = _option(100_000, "texts that the tokenizer is trained on, at most")
-    line_by_line:bool = _option(False, "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len; otherwise texts follow one another")
-    on_bad_row:str = _option('warn', "refused rows: warn (leave them out, and warn where they are more than a "
-        "tenth), skip (without a warning) or error")
-    long_rows:str = _option('skip',
-        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps their beginning")
-    encoding:str = _option('', "of the data files, such as gb18030 or koi8-r; empty: as each file looks")
-    columns:str = _option('',
-        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column out")
-    seed:int = _option(0, "decides initial weights, order of the data, dropout")
-    device:str = _option('auto', "auto, cpu, cuda, cuda:1, mps")
-    devices:int = _option(1, "processes that share each step, each on a GPU of its own; torchrun decides itself")
-    precision:str = _option('auto', "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
-    enable_compile:str = _option('auto', "torch.compile: auto (where it saves time), yes, no, or max-autotune, which takes minutes to begin (reduce-overhead is known, and taken as yes)")
-    disable_optimizations:bool = _option(False, "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer")
-    deterministic:bool = _option(False, "on a GPU: only algorithms that give the same bits each time, which is to make a resume exact there too; slower, and not yet tried on one")
-    gradient_checkpointing:bool = _option(False, "compute activations a second time instead of keeping them: a third more time, far less memory")
-    auto_batch_size:bool = _option(False, "on a GPU: the largest batch_size that fits, with the effective batch that is asked for")
-    max_cpu:float = _option(100., "percent of all processors that may be busy, other programs included; 100: no limit")
-    max_memory:float = _option(95., "percent of the machine's (or container's) memory above which training saves and stops; 100: no limit")
-    disable_monitoring:bool = _option(False, "watch neither max_cpu nor max_memory")
-    num_threads:int = _option(0, "CPU threads of torch; 0: OMP_NUM_THREADS, or one a core")
-    dataloader_workers:int = _option(0, "processes that read ahead; batches do not depend on it")
-    tensorboard:bool = _option(True, "write TensorBoard's event files, where tensorboard is installed")
-    plot_loss:bool = _option(True, "write plots/loss_curve_*.png at each save")
-    progress:bool = _option(True, "show a progress bar and say what is decided")
+
+    epochs: float = _option(1.0, "passes over the data; max_steps goes before it")
+    max_steps: int = _option(0, "optimizer steps in all; 0: as many as `epochs` takes")
+    batch_size: int = _option(8, "sequences of a micro-batch: what is in memory at once")
+    gradient_accumulation: int = _option(1, "micro-batches of an optimizer step")
+    max_seq_len: int = _option(512, "tokens of a sequence")
+    learning_rate: float = _option(1e-3, "highest learning rate, after the warm-up")
+    lr_schedule: str = _option(
+        "cosine", "cosine, linear, wsd (constant, then down over the last fifth) or constant"
+    )
+    min_lr_ratio: float = _option(0.1, "lowest learning rate, as a share of the highest")
+    warmup_steps: int = _option(
+        -1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most"
+    )
+    lr_extend: str = _option(
+        "stretch",
+        "where a run goes on with more steps: stretch (the schedule is stretched over all of them,"
+        " so the learning rate jumps up) or continue (from where it is, down to min_lr_ratio of"
+        " that)",
+    )
+    optimizer: str = _option(
+        "adamw", "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)"
+    )
+    weight_decay: float = _option(0.1, "decay of matrices")
+    adam_beta1: float = _option(0.9, "AdamW's memory of gradients")
+    adam_beta2: float = _option(0.99, "AdamW's memory of squared gradients")
+    dpo_beta: float = _option(
+        0.1, "preferences: how dear it is to move away from the model that training began with"
+    )
+    dpo_loss: str = _option(
+        "sigmoid",
+        "preferences: sigmoid (DPO), or sigmoid_norm (by the token, so that length does not count)",
+    )
+    dpo_label_smoothing: float = _option(
+        0.0, "preferences: chance that a pair is the other way round, below 0.5"
+    )
+    grad_clip: float = _option(1.0, "longest gradient, as a norm over all parameters; 0: no limit")
+    save_strategy: str = _option("steps", "steps, epoch or no; the end of training is always saved")
+    save_steps: int = _option(
+        500,
+        "steps between checkpoints: what a kill costs at most, or twice as many while one is being"
+        " written",
+    )
+    save_total_limit: int = _option(5, "checkpoints kept, the oldest are deleted first; 0: all")
+    save_best_only: bool = _option(
+        False, "keep the best model and, for a resume, only the newest checkpoint"
+    )
+    time_save_interval_seconds: float = _option(
+        300.0, "a snapshot where this much time passes without a save; 0: none"
+    )
+    snapshot_kind: str = _option(
+        "full", "full (training can go on from it) or light (weights alone)"
+    )
+    snapshot_total_limit: int = _option(2, "snapshots kept")
+    gdrive_backup_dir: str = _option(
+        "", "folder, on Google Drive or elsewhere, where the run is mirrored; empty: none"
+    )
+    backup_keep_last: int = _option(3, "states kept in the backup")
+    backup_wait_seconds: float = _option(
+        600.0, "how long to wait, at the end, until the backup is complete"
+    )
+    evaluation_strategy: str = _option(
+        "steps", "steps, epoch or no; the end of training is evaluated unless no"
+    )
+    eval_steps: int = _option(500, "steps between evaluations")
+    eval_batch_size: int = _option(0, "sequences at once in an evaluation; 0: batch_size")
+    eval_sequences: int = _option(
+        256, "sequences of an evaluation, spread over the validation set; 0: all"
+    )
+    early_stopping: int = _option(
+        0,
+        "evaluations without a better validation loss after which training ends; 0: never; True: 3",
+    )
+    logging_steps: int = _option(10, "steps between lines in metrics.jsonl")
+    validation_split: float = _option(
+        0.05, "share of the texts held out, where fit builds the token set"
+    )
+    data_subset: float = _option(1.0, "share of the rows that is used")
+    max_data_size: int = _option(0, "rows that are used, the first ones; 0: all")
+    curriculum_learning: bool = _option(False, "the first epoch begins with the shortest rows")
+    objective: str = _option(
+        "",
+        "next_token_prediction, conversation_modeling, tool_use_optimization or"
+        " preference_alignment; empty: as the data are",
+    )
+    retrain_tokenizer: bool = _option(False, "train a tokenizer even where data/tokenizer/ has one")
+    special_tokens: str = _option(
+        "",
+        "tokens, with blanks between, that the tokenizer must have; one that is trained gets them",
+    )
+    tokenizer_vocab_size: int = _option(
+        0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus"
+    )
+    tokenizer_samples: int = _option(100_000, "texts that the tokenizer is trained on, at most")
+    line_by_line: bool = _option(
+        False,
+        "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len;"
+        " otherwise texts follow one another",
+    )
+    on_bad_row: str = _option(
+        "warn",
+        "refused rows: warn (leave them out, and warn where they are more than a "
+        "tenth), skip (without a warning) or error",
+    )
+    long_rows: str = _option(
+        "skip",
+        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps"
+        " their beginning",
+    )
+    encoding: str = _option(
+        "", "of the data files, such as gb18030 or koi8-r; empty: as each file looks"
+    )
+    columns: str = _option(
+        "",
+        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME="
+        " leaves a column out",
+    )
+    seed: int = _option(0, "decides initial weights, order of the data, dropout")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    devices: int = _option(
+        1, "processes that share each step, each on a GPU of its own; torchrun decides itself"
+    )
+    precision: str = _option("auto", "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
+    enable_compile: str = _option(
+        "auto",
+        "torch.compile: auto (where it saves time), yes, no, or max-autotune, which takes minutes"
+        " to begin (reduce-overhead is known, and taken as yes)",
+    )
+    disable_optimizations: bool = _option(
+        False,
+        "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer",
+    )
+    deterministic: bool = _option(
+        False,
+        "on a GPU: only algorithms that give the same bits each time, which is to make a resume"
+        " exact there too; slower, and not yet tried on one",
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute activations a second time instead of keeping them: a third more time, far less"
+        " memory",
+    )
+    auto_batch_size: bool = _option(
+        False,
+        "on a GPU: the largest batch_size that fits, with the effective batch that is asked for",
+    )
+    max_cpu: float = _option(
+        100.0, "percent of all processors that may be busy, other programs included; 100: no limit"
+    )
+    max_memory: float = _option(
+        95.0,
+        "percent of the machine's (or container's) memory above which training saves and stops;"
+        " 100: no limit",
+    )
+    disable_monitoring: bool = _option(False, "watch neither max_cpu nor max_memory")
+    num_threads: int = _option(0, "CPU threads of torch; 0: OMP_NUM_THREADS, or one a core")
+    dataloader_workers: int = _option(0, "processes that read ahead; batches do not depend on it")
+    tensorboard: bool = _option(
+        True, "write TensorBoard's event files, where tensorboard is installed"
+    )
+    plot_loss: bool = _option(True, "write plots/loss_curve_*.png at each save")
+    progress: bool = _option(True, "show a progress bar and say what is decided")
 
     def __post_init__(self):
         def must(name, ok, what):
-            if not ok: raise ValueError(f'{name}={getattr(self, name)!r} must be {what}')
-        for f in fields(self): # a bool where a word is wanted is YAML's `no`
-            v,kind = getattr(self, f.name),type(f.default)
-            if hasattr(v, 'item') and getattr(v, 'shape', None) == (): v = v.item(); object.__setattr__(self, f.name, v) # NumPy's numbers
-            if f.name == 'lr_schedule' and v == 'constant_with_warmup': object.__setattr__(self, f.name, 'constant') # as any schedule here has
-            elif f.name == 'precision' and (short := dict(bfloat16='bf16', float16='fp16', float32='fp32').get(v)): object.__setattr__(self, f.name, short)
-            elif f.name == 'enable_compile' and (word := {'1':'yes', 'true':'yes', '0':'no', 'false':'no'}.get(str(v).lower())): object.__setattr__(self, f.name, word)
-            elif f.name == 'columns' and isinstance(v, dict):
-                object.__setattr__(self, f.name, ','.join(f'{new}={old}' for new,old in v.items()))
-            elif f.name == 'special_tokens' and isinstance(v, (list,tuple)): object.__setattr__(self, f.name, ' '.join(v))
-            elif f.name == 'early_stopping' and isinstance(v, bool): object.__setattr__(self, f.name, PATIENCE*v)
-            elif f.name == 'max_steps' and v == -1: object.__setattr__(self, f.name, 0) # as the Trainer says it
-            elif f.name in ('enable_compile','save_strategy','evaluation_strategy') and isinstance(v, bool): object.__setattr__(self, f.name, 'yes' if v else 'no')
-            elif kind is str and isinstance(v, Path) or v is None and f.default == '': object.__setattr__(self, f.name, str(v or ''))
-            elif kind is float and type(v) is int: object.__setattr__(self, f.name, float(v))
-            elif kind is int and type(v) is float and v.is_integer(): object.__setattr__(self, f.name, int(v))
-            elif type(v) is not kind: raise TypeError(f'{f.name}={v!r} must be of type {kind.__name__}: {f.metadata["help"]}')
-        for n in ('batch_size','gradient_accumulation','max_seq_len','devices','save_steps','eval_steps','logging_steps','tokenizer_samples','snapshot_total_limit','backup_keep_last'): must(n, getattr(self, n) >= 1, 'at least 1')
-        for n in ('max_steps','save_total_limit','eval_batch_size','eval_sequences','num_threads','dataloader_workers','weight_decay','grad_clip','tokenizer_vocab_size','time_save_interval_seconds','backup_wait_seconds','early_stopping','max_data_size'): must(n, getattr(self, n) >= 0, 'at least 0')
-        if self.gdrive_backup_dir.startswith('~'): object.__setattr__(self, 'gdrive_backup_dir', str(at_home(self.gdrive_backup_dir)))
-        must('columns', all('=' in pair for pair in self.columns.split(',') if pair.strip()),
-            "NAME=COLUMN, with commas between: the name that is known here, and the column's own")
-        must('seed', -1<<63 <= self.seed < 1<<63, 'a whole number of 64 bits')
-        must('num_threads', self.num_threads <= 1024, 'at most 1024; 0: one a core')
-        must('epochs', 0 < self.epochs < 1e9 or self.max_steps, 'above 0 and below a billion; to train until you stop it, give max_steps')
-        must('max_steps', self.max_steps < 1<<53, 'below 2**53')
-        if self.early_stopping or self.save_best_only: must('evaluation_strategy', self.evaluation_strategy != 'no', "steps or epoch where early_stopping or save_best_only is set: they need the validation loss")
-        must('dpo_beta', self.dpo_beta > 0, 'above 0')
-        must('dpo_label_smoothing', 0 <= self.dpo_label_smoothing < .5, 'at least 0 and below 0.5')
-        must('learning_rate', 0 < self.learning_rate < math.inf, 'above 0')
-        must('min_lr_ratio', 0 <= self.min_lr_ratio <= 1, 'from 0 to 1: it is a share of learning_rate')
-        for n in ('max_cpu','max_memory'): must(n, 0 < getattr(self, n) <= 100, 'above 0 and at most 100: it is a percentage')
-        must('validation_split', 0 <= self.validation_split < 1, 'at least 0 and below 1: it is a share of the texts')
-        must('data_subset', 0 < self.data_subset <= 1, 'above 0 and at most 1: it is a share of the rows')
-        for n in ('adam_beta1','adam_beta2'): must(n, 0 <= getattr(self, n) < 1, 'at least 0 and below 1')
-        for n,choice in dict(optimizer=('adamw','muon'), dpo_loss=('sigmoid','sigmoid_norm'), lr_schedule=('cosine','linear','wsd','constant'), lr_extend=('stretch','continue'), save_strategy=('steps','epoch','no'), evaluation_strategy=('steps','epoch','no'), snapshot_kind=('full','light'),
-                             precision=('auto','fp32','bf16','fp16'), enable_compile=('auto','yes','no','max-autotune','reduce-overhead'), on_bad_row=('warn','skip','error'), long_rows=('skip','cut'), objective=('','next_token_prediction','conversation_modeling','tool_use_optimization','preference_alignment')).items(): must(n, getattr(self, n) in choice, 'one of '+', '.join(c or "''" for c in choice))
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {what}")
+
+        for f in fields(self):  # a bool where a word is wanted is YAML's `no`
+            v, kind = getattr(self, f.name), type(f.default)
+            if hasattr(v, "item") and getattr(v, "shape", None) == ():
+                v = v.item()
+                object.__setattr__(self, f.name, v)  # NumPy's numbers
+            if f.name == "lr_schedule" and v == "constant_with_warmup":
+                object.__setattr__(self, f.name, "constant")  # as any schedule here has
+            elif f.name == "precision" and (
+                short := dict(bfloat16="bf16", float16="fp16", float32="fp32").get(v)
+            ):
+                object.__setattr__(self, f.name, short)
+            elif f.name == "enable_compile" and (
+                word := {"1": "yes", "true": "yes", "0": "no", "false": "no"}.get(str(v).lower())
+            ):
+                object.__setattr__(self, f.name, word)
+            elif f.name == "columns" and isinstance(v, dict):
+                object.__setattr__(self, f.name, ",".join(f"{new}={old}" for new, old in v.items()))
+            elif f.name == "special_tokens" and isinstance(v, (list, tuple)):
+                object.__setattr__(self, f.name, " ".join(v))
+            elif f.name == "early_stopping" and isinstance(v, bool):
+                object.__setattr__(self, f.name, PATIENCE * v)
+            elif f.name == "max_steps" and v == -1:
+                object.__setattr__(self, f.name, 0)  # as the Trainer says it
+            elif f.name in (
+                "enable_compile",
+                "save_strategy",
+                "evaluation_strategy",
+            ) and isinstance(v, bool):
+                object.__setattr__(self, f.name, "yes" if v else "no")
+            elif kind is str and isinstance(v, Path) or v is None and f.default == "":
+                object.__setattr__(self, f.name, str(v or ""))
+            elif kind is float and type(v) is int:
+                object.__setattr__(self, f.name, float(v))
+            elif kind is int and type(v) is float and v.is_integer():
+                object.__setattr__(self, f.name, int(v))
+            elif type(v) is not kind:
+                raise TypeError(
+                    f"{f.name}={v!r} must be of type {kind.__name__}: {f.metadata['help']}"
+                )
+        for n in (
+            "batch_size",
+            "gradient_accumulation",
+            "max_seq_len",
+            "devices",
+            "save_steps",
+            "eval_steps",
+            "logging_steps",
+            "tokenizer_samples",
+            "snapshot_total_limit",
+            "backup_keep_last",
+        ):
+            must(n, getattr(self, n) >= 1, "at least 1")
+        for n in (
+            "max_steps",
+            "save_total_limit",
+            "eval_batch_size",
+            "eval_sequences",
+            "num_threads",
+            "dataloader_workers",
+            "weight_decay",
+            "grad_clip",
+            "tokenizer_vocab_size",
+            "time_save_interval_seconds",
+            "backup_wait_seconds",
+            "early_stopping",
+            "max_data_size",
+        ):
+            must(n, getattr(self, n) >= 0, "at least 0")
+        if self.gdrive_backup_dir.startswith("~"):
+            object.__setattr__(self, "gdrive_backup_dir", str(at_home(self.gdrive_backup_dir)))
+        must(
+            "columns",
+            all("=" in pair for pair in self.columns.split(",") if pair.strip()),
+            "NAME=COLUMN, with commas between: the name that is known here, and the column's own",
+        )
+        must("seed", -1 << 63 <= self.seed < 1 << 63, "a whole number of 64 bits")
+        must("num_threads", self.num_threads <= 1024, "at most 1024; 0: one a core")
+        must(
+            "epochs",
+            0 < self.epochs < 1e9 or self.max_steps,
+            "above 0 and below a billion; to train until you stop it, give max_steps",
+        )
+        must("max_steps", self.max_steps < 1 << 53, "below 2**53")
+        if self.early_stopping or self.save_best_only:
+            must(
+                "evaluation_strategy",
+                self.evaluation_strategy != "no",
+                "steps or epoch where early_stopping or save_best_only is set: they need the"
+                " validation loss",
+            )
+        must("dpo_beta", self.dpo_beta > 0, "above 0")
+        must("dpo_label_smoothing", 0 <= self.dpo_label_smoothing < 0.5, "at least 0 and below 0.5")
+        must("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
+        must(
+            "min_lr_ratio",
+            0 <= self.min_lr_ratio <= 1,
+            "from 0 to 1: it is a share of learning_rate",
+        )
+        for n in ("max_cpu", "max_memory"):
+            must(n, 0 < getattr(self, n) <= 100, "above 0 and at most 100: it is a percentage")
+        must(
+            "validation_split",
+            0 <= self.validation_split < 1,
+            "at least 0 and below 1: it is a share of the texts",
+        )
+        must(
+            "data_subset",
+            0 < self.data_subset <= 1,
+            "above 0 and at most 1: it is a share of the rows",
+        )
+        for n in ("adam_beta1", "adam_beta2"):
+            must(n, 0 <= getattr(self, n) < 1, "at least 0 and below 1")
+        for n, choice in dict(
+            optimizer=("adamw", "muon"),
+            dpo_loss=("sigmoid", "sigmoid_norm"),
+            lr_schedule=("cosine", "linear", "wsd", "constant"),
+            lr_extend=("stretch", "continue"),
+            save_strategy=("steps", "epoch", "no"),
+            evaluation_strategy=("steps", "epoch", "no"),
+            snapshot_kind=("full", "light"),
+            precision=("auto", "fp32", "bf16", "fp16"),
+            enable_compile=("auto", "yes", "no", "max-autotune", "reduce-overhead"),
+            on_bad_row=("warn", "skip", "error"),
+            long_rows=("skip", "cut"),
+            objective=(
+                "",
+                "next_token_prediction",
+                "conversation_modeling",
+                "tool_use_optimization",
+                "preference_alignment",
+            ),
+        ).items():
+            must(n, getattr(self, n) in choice, "one of " + ", ".join(c or "''" for c in choice))
 
     @property
-    def effective_batch(self)->int: "Sequences of an optimizer step."; return self.batch_size*self.gradient_accumulation
+    def effective_batch(self) -> int:
+        "Sequences of an optimizer step."
+        return self.batch_size * self.gradient_accumulation
 
     @property
-    def column_names(self)->dict[str,str]|None:
+    def column_names(self) -> dict[str, str] | None:
         "`columns`, as `read_blocks` takes them."
-        return ({new.strip():old.strip() for new,_,old in (pair.partition('=') for pair in self.columns.split(',')
-            if pair.strip())} or None)
+        return {
+            new.strip(): old.strip()
+            for new, _, old in (
+                pair.partition("=") for pair in self.columns.split(",") if pair.strip()
+            )
+        } or None
 
-    def to_dict(self)->dict: "JSON-able."; return asdict(self)
+    def to_dict(self) -> dict:
+        "JSON-able."
+        return asdict(self)
 
     @classmethod
-    def names(cls)->list[str]: "Of all options, those they have elsewhere included."; return [*(f.name for f in fields(cls)), *_ALIASES]
+    def names(cls) -> list[str]:
+        "Of all options, those they have elsewhere included."
+        return [*(f.name for f in fields(cls)), *_ALIASES]
 
     @classmethod
-    def make(cls, base:'TrainConfig|dict|None'=None, **options)->'TrainConfig':
+    def make(cls, base: "TrainConfig|dict|None" = None, **options) -> "TrainConfig":
         "From a whole configuration and single options, by their names or the names they have elsewhere."
         base = base.to_dict() if isinstance(base, cls) else dict(base or {})
-        known,out = cls.names(),{}
-        for k,v in [*base.items(), *options.items()]: # an option goes before the base, whichever of its names is used
+        known, out = cls.names(), {}
+        for k, v in [
+            *base.items(),
+            *options.items(),
+        ]:  # an option goes before the base, whichever of its names is used
             name = _ALIASES.get(k, k)
             if name not in known:
-                near = difflib.get_close_matches(k, known, 1, .7)
-                raise TypeError(f"there is no option {k!r}" + (": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line and configuration files" if k in ('lora_r','lora_alpha','lora_targets','r') else f": {how}" if (how := elsewhere(str(k))) else f"; did you mean {near[0]!r}?" if near else f"; options are {', '.join(known)}"))
-            if not (v is True and name == 'early_stopping' and out.get(name)): out[name] = v # a patience of one's own stays
+                near = difflib.get_close_matches(k, known, 1, 0.7)
+                raise TypeError(
+                    f"there is no option {k!r}"
+                    + (
+                        ": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line"
+                        " and configuration files"
+                        if k in ("lora_r", "lora_alpha", "lora_targets", "r")
+                        else (
+                            f": {how}"
+                            if (how := elsewhere(str(k)))
+                            else (
+                                f"; did you mean {near[0]!r}?"
+                                if near
+                                else f"; options are {', '.join(known)}"
+                            )
+                        )
+                    )
+                )
+            if not (v is True and name == "early_stopping" and out.get(name)):
+                out[name] = v  # a patience of one's own stays
         return cls(**out)
 
 # %% ../nbs/12_config.ipynb #2669d350
 def _fallen(
-    t:float, # Share of the way behind the warm-up, 0 to 1
-    config:'TrainConfig', # `lr_schedule`, `min_lr_ratio`
-)->float: # Share of the rate at t = 0
+    t: float,  # Share of the way behind the warm-up, 0 to 1
+    config: "TrainConfig",  # `lr_schedule`, `min_lr_ratio`
+) -> float:  # Share of the rate at t = 0
     "How far a schedule has come down."
     low = config.min_lr_ratio
-    if config.lr_schedule == 'cosine': return low + (1-low)*(1+math.cos(math.pi*t))/2
-    if config.lr_schedule == 'linear': return low + (1-low)*(1-t)
-    if config.lr_schedule == 'wsd': return 1 - (1-low)*max(0, (t-.8)/.2)
-    return 1.
+    if config.lr_schedule == "cosine":
+        return low + (1 - low) * (1 + math.cos(math.pi * t)) / 2
+    if config.lr_schedule == "linear":
+        return low + (1 - low) * (1 - t)
+    if config.lr_schedule == "wsd":
+        return 1 - (1 - low) * max(0, (t - 0.8) / 0.2)
+    return 1.0
+
 
 def lr_at(
-    step:int, # Optimizer step, from 0
-    config:TrainConfig, # `learning_rate`, `lr_schedule`, `min_lr_ratio`, `warmup_steps`
-    max_steps:int, # Steps of the whole run
-    start:tuple[int,float]|None=None, # Step and rate from which it goes down: of a run that goes on with `lr_extend='continue'`
-)->float: # Learning rate of this step
+    step: int,  # Optimizer step, from 0
+    config: TrainConfig,  # `learning_rate`, `lr_schedule`, `min_lr_ratio`, `warmup_steps`
+    max_steps: int,  # Steps of the whole run
+    start: (
+        tuple[int, float] | None
+    ) = None,  # Step and rate from which it goes down: of a run that goes on with `lr_extend='continue'`
+) -> float:  # Learning rate of this step
     "Up in a line, then down as the schedule says."
-    if start and step >= start[0]: return start[1]*_fallen(min(1, (step-start[0])/max(1, max_steps-1-start[0])), config)
+    if start and step >= start[0]:
+        return start[1] * _fallen(
+            min(1, (step - start[0]) / max(1, max_steps - 1 - start[0])), config
+        )
     peak = config.learning_rate
-    warmup = min(100, max_steps//10) if config.warmup_steps < 0 else min(config.warmup_steps, max_steps)
-    if step < warmup: return peak*(step+1)/warmup
-    return peak*_fallen(min(1, (step-warmup)/max(1, max_steps-1-warmup)), config)
+    warmup = (
+        min(100, max_steps // 10)
+        if config.warmup_steps < 0
+        else min(config.warmup_steps, max_steps)
+    )
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * _fallen(min(1, (step - warmup) / max(1, max_steps - 1 - warmup)), config)
 
 # %% ../nbs/12_config.ipynb #403288e6
 def read_options(
-    path:str|Path, # A .json, .yaml or .yml file: option → value
-)->dict: # As it stands there; `TrainConfig.make` checks it
+    path: str | Path,  # A .json, .yaml or .yml file: option → value
+) -> dict:  # As it stands there; `TrainConfig.make` checks it
     "The options in a configuration file."
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"there is no configuration file {path}; it must be a .json or .yaml file with options and their values")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no configuration file {path}; it must be a .json or .yaml file with options"
+            " and their values"
+        )
     try:
-        if path.suffix in ('.yaml','.yml'):
+        if path.suffix in (".yaml", ".yml"):
             import yaml
-            class Loader(yaml.SafeLoader): "Reads 3e-4 as a number, as YAML 1.2 does; YAML 1.1 wants 3.0e-4."
-            Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$'), [*'-+.0123456789'])
-            found = yaml.load(path.read_text('utf-8'), Loader)
-        else: found = orjson.loads(path.read_bytes())
-    except Exception as e: raise ValueError(f"{path} cannot be read as {'YAML' if path.suffix in ('.yaml','.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}") from None
-    if not isinstance(found, dict): raise ValueError(f"{path} must hold options with their values, such as {{\"batch_size\": 8}}; it holds a {type(found).__name__}")
-    return {k.replace('-', '_') if isinstance(k, str) else k:v for k,v in found.items()}
+
+            class Loader(yaml.SafeLoader):
+                "Reads 3e-4 as a number, as YAML 1.2 does; YAML 1.1 wants 3.0e-4."
+
+            Loader.add_implicit_resolver(
+                "tag:yaml.org,2002:float",
+                re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+                [*"-+.0123456789"],
+            )
+            found = yaml.load(path.read_text("utf-8"), Loader)
+        else:
+            found = orjson.loads(path.read_bytes())
+    except Exception as e:
+        raise ValueError(
+            f"{path} cannot be read as"
+            f" {'YAML' if path.suffix in ('.yaml', '.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}"
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{path} must hold options with their values, such as {{"batch_size": 8}}; it holds a'
+            f" {type(found).__name__}"
+        )
+    return {k.replace("-", "_") if isinstance(k, str) else k: v for k, v in found.items()}

@@ -19,152 +19,268 @@ import numpy as np
 from .files import at_home, open_new, write_file
 
 # %% ../nbs/04_corpus.ipynb #84690096
-def pick(r:Random, pool:list):
+def pick(r: Random, pool: list):
     "One of `pool`."
-    return pool[int(r.random()*len(pool))]
+    return pool[int(r.random() * len(pool))]
 
-def take(r:Random, pool:list, k:int)->list:
+
+def take(r: Random, pool: list, k: int) -> list:
     "`k` different ones of `pool`, in random order."
     pool = list(pool)
-    return [pool.pop(int(r.random()*len(pool))) for _ in range(k)]
+    return [pool.pop(int(r.random() * len(pool))) for _ in range(k)]
 
-def between(r:Random, lo:int, hi:int)->int:
+
+def between(r: Random, lo: int, hi: int) -> int:
     "A whole number from `lo` to `hi`, both included."
-    return lo + int(r.random()*(hi-lo+1))
+    return lo + int(r.random() * (hi - lo + 1))
 
 # %% ../nbs/04_corpus.ipynb #af748b2c
-def read_grammar(text:str)->dict[str,list[str]]:
+def read_grammar(text: str) -> dict[str, list[str]]:
     "Rules by name, each a list of its alternatives."
     rules = {}
     for line in text.strip().splitlines():
-        if line.startswith(' '): rules[name].append(line.strip())
+        if line.startswith(" "):
+            rules[name].append(line.strip())
         else:
-            name,_,rest = line.partition(':')
+            name, _, rest = line.partition(":")
             rules[name] = [rest.strip()] if rest.strip() else []
-        if any(line.count(a) != line.count(b) for a,b in ['[]','{}']): raise ValueError(f"rule {name!r}: a bracket is not closed in {line.strip()!r}")
+        if any(line.count(a) != line.count(b) for a, b in ["[]", "{}"]):
+            raise ValueError(f"rule {name!r}: a bracket is not closed in {line.strip()!r}")
     return rules
 
 # %% ../nbs/04_corpus.ipynb #1181d24b
 def tell(
-    r:Random, # The dice
-    rules:dict[str,list[str]], # From `read_grammar`
-    facts:dict[str,str], # What is true in this story: names, things, places, sums
-    rule:str='story', # Where to begin
-)->str: # Text; capitals and line breaks are not yet set
+    r: Random,  # The dice
+    rules: dict[str, list[str]],  # From `read_grammar`
+    facts: dict[str, str],  # What is true in this story: names, things, places, sums
+    rule: str = "story",  # Where to begin
+) -> str:  # Text; capitals and line breaks are not yet set
     "Say `rule`: choose an alternative, choose within it, fill in facts and further rules."
     text = pick(r, rules[rule])
-    while '[' in text: text = re.sub(r'\[([^][]*)\]', lambda m: pick(r, m[1].split('|')), text)
+    while "[" in text:
+        text = re.sub(r"\[([^][]*)\]", lambda m: pick(r, m[1].split("|")), text)
+
     def fill(m):
         key = m[1]
-        if key in facts: return facts[key]
-        if key in rules: return tell(r, rules, facts, key)
-        said = fill(re.match(r'(\w+)', key[0].lower()+key[1:]))
+        if key in facts:
+            return facts[key]
+        if key in rules:
+            return tell(r, rules, facts, key)
+        said = fill(re.match(r"(\w+)", key[0].lower() + key[1:]))
         return said[0].upper() + said[1:]
-    return re.sub(r'\{(\w+)\}', fill, text)
+
+    return re.sub(r"\{(\w+)\}", fill, text)
 
 # %% ../nbs/04_corpus.ipynb #f18ecafc
-def tidy(text:str)->str:
+def tidy(text: str) -> str:
     "Single spaces, line breaks at `¶`, a capital after each full stop."
-    text = re.sub(r' *¶ *', '\n', re.sub(r'  +', ' ', text)).strip()
-    return re.sub(r'(^"?|\n"?|[.!?] "?)([a-z])', lambda m: m[1]+m[2].upper(), text)
+    text = re.sub(r" *¶ *", "\n", re.sub(r"  +", " ", text)).strip()
+    return re.sub(r'(^"?|\n"?|[.!?] "?)([a-z])', lambda m: m[1] + m[2].upper(), text)
 
 # %% ../nbs/04_corpus.ipynb #dd6f9419
-EN = {k:v.split() for k,v in dict(
-    girls='''Mia Ella Ruby Nora Lucy Anna Rosa Ivy Clara Hana Zoe Lily Maya Alice Nina Jane Sofia Leila Emma Tara Daisy Olga Wendy Freya Greta
-        Hazel Penny Molly Edith Vera Stella Fiona Priya Joy Bella Marta Dora''',
-    boys='''Tom Leo Sam Max Ben Jack Finn Omar Hugo Noah Otto Theo Felix Ravi Paul Adam Luke Oscar Ivan Peter Jonas Kai Milo Toby Simon Hans Ned
-        Arlo Rufus Emil Walter Harry Diego Basil Caleb Rex Joel''',
-    kinds='mouse rabbit fox bear squirrel hedgehog frog duck turtle goat pony kitten puppy piglet badger mole lamb beaver penguin monkey',
-    traits='kind brave clever shy cheerful curious gentle quiet lively friendly patient funny careful merry polite sleepy busy bold tiny young',
-    colours='red blue green yellow purple orange pink white black brown golden silver grey striped spotted',
-    things='''kite ball drum whistle lantern scarf hat umbrella book map key ribbon basket cup spoon bell doll puppet puzzle kettle blanket pillow
+EN = {
+    k: v.split()
+    for k, v in dict(
+        girls="""Mia Ella Ruby Nora Lucy Anna Rosa Ivy Clara Hana Zoe Lily Maya Alice Nina Jane Sofia Leila Emma Tara Daisy Olga Wendy Freya Greta
+        Hazel Penny Molly Edith Vera Stella Fiona Priya Joy Bella Marta Dora""",
+        boys="""Tom Leo Sam Max Ben Jack Finn Omar Hugo Noah Otto Theo Felix Ravi Paul Adam Luke Oscar Ivan Peter Jonas Kai Milo Toby Simon Hans Ned
+        Arlo Rufus Emil Walter Harry Diego Basil Caleb Rex Joel""",
+        kinds=(
+            "mouse rabbit fox bear squirrel hedgehog frog duck turtle goat pony kitten puppy piglet"
+            " badger mole lamb beaver penguin monkey"
+        ),
+        traits=(
+            "kind brave clever shy cheerful curious gentle quiet lively friendly patient funny"
+            " careful merry polite sleepy busy bold tiny young"
+        ),
+        colours=(
+            "red blue green yellow purple orange pink white black brown golden silver grey striped"
+            " spotted"
+        ),
+        things="""kite ball drum whistle lantern scarf hat umbrella book map key ribbon basket cup spoon bell doll puppet puzzle kettle blanket pillow
         coat mitten bucket rope brush pencil notebook marble button feather shell ring necklace flute violin trumpet guitar camera clock compass
         torch telescope fan mirror vase box jar lunchbox backpack purse mask crown cape raincoat candle bowl flag bracelet hammer shovel tambourine teapot
-        yo-yo balloon sock slipper wallet badge''',
-    into='''forest park garden meadow village valley orchard playground harbour schoolyard vineyard wood courtyard clearing rose_garden cornfield
-        old_town castle_yard barnyard marsh''',
-    atto='''beach lake market river pond bridge station fair mill zoo lighthouse farm bus_stop old_well town_hall swimming_pool post_office waterfall
-        campsite toy_shop museum library theatre bakery''',
-    food='''plums cherries pears apples biscuits pancakes nuts grapes carrots buns berries cookies peaches sandwiches dumplings muffins waffles
-        tomatoes oranges pies''',
-    family='mother father grandmother grandfather aunt uncle sister brother cousin neighbour',
-    thieves='goat crow magpie puppy monkey raccoon rat parrot donkey raven', weather='sunny windy cloudy rainy foggy warm cool bright misty stormy', days='Monday Tuesday Wednesday Thursday Friday Saturday Sunday',
-    number='zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty',
-).items()}
-EN['spots'] = '''behind a big rock|in the tall grass|under a bush|between two roots|behind a wall|under a bench|next to a puddle|in a pile of leaves
+        yo-yo balloon sock slipper wallet badge""",
+        into="""forest park garden meadow village valley orchard playground harbour schoolyard vineyard wood courtyard clearing rose_garden cornfield
+        old_town castle_yard barnyard marsh""",
+        atto="""beach lake market river pond bridge station fair mill zoo lighthouse farm bus_stop old_well town_hall swimming_pool post_office waterfall
+        campsite toy_shop museum library theatre bakery""",
+        food="""plums cherries pears apples biscuits pancakes nuts grapes carrots buns berries cookies peaches sandwiches dumplings muffins waffles
+        tomatoes oranges pies""",
+        family="mother father grandmother grandfather aunt uncle sister brother cousin neighbour",
+        thieves="goat crow magpie puppy monkey raccoon rat parrot donkey raven",
+        weather="sunny windy cloudy rainy foggy warm cool bright misty stormy",
+        days="Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+        number=(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
+            " fifteen sixteen seventeen eighteen nineteen twenty"
+        ),
+    ).items()
+}
+EN[
+    "spots"
+] = """behind a big rock|in the tall grass|under a bush|between two roots|behind a wall|under a bench|next to a puddle|in a pile of leaves
 in a hollow tree|behind a fence|under a wooden step|in an empty barrel|beside a tree stump|on a low branch|under a pile of hay|behind an old cart
 in a flower bed|at the foot of a tree|under a stone table|in a patch of clover|behind a haystack|beside a signpost|under a little bridge|in a ditch
-among the ferns|behind a stack of wood|in an old bucket|near a fountain|under a broken boat|beside a gate'''.replace('\n', '|').split('|')
+among the ferns|behind a stack of wood|in an old bucket|near a fountain|under a broken boat|beside a gate""".replace(
+    "\n", "|"
+).split("|")
 
 # %% ../nbs/04_corpus.ipynb #09048a31
-def table(text:str)->list[list[str]]: return [row.strip().split('|') for row in re.split(r'[;\n]', text)]
+def table(text: str) -> list[list[str]]:
+    return [row.strip().split("|") for row in re.split(r"[;\n]", text)]
 
-EN['blocks'] = table('''the bridge was broken|small boat|rowed across the water; deep snow covered the path|wooden sled|slid over the snow
+
+EN["blocks"] = table(
+    """the bridge was broken|small boat|rowed across the water; deep snow covered the path|wooden sled|slid over the snow
     a heavy rock lay on the path|strong rope|pulled the rock aside; it grew so dark that nobody could see|bright lamp|walked on in its light
     a high wall stood in the way|long ladder|climbed over the wall; thick thorns covered the way|pair of garden scissors|cut a way through the thorns
     the mud was too deep to cross|wide plank|walked over the mud on it; a cold rain began to fall|large umbrella|stayed dry under it
-    the signpost had fallen over|folded map|soon knew the way again''')
-EN['hobbies'] = table('''paint|box of paints; read|picture book; play the harp|little harp; bake|rolling pin; play chess|chess set; skate|pair of skates
+    the signpost had fallen over|folded map|soon knew the way again"""
+)
+EN["hobbies"] = table(
+    """paint|box of paints; read|picture book; play the harp|little harp; bake|rolling pin; play chess|chess set; skate|pair of skates
     sew|sewing kit; dance|pair of dancing shoes; grow flowers|watering can; fish|fishing rod; cook soup|soup pot; write poems|fountain pen
-    do magic tricks|magic wand; juggle|set of juggling balls; knit|big bag of wool; build model ships|tube of glue''')
-EN['beasts'] = table('''owl|have big round eyes|fly at night without a sound|mice|in hollow trees; bee|have striped fur and thin wings|make honey|nectar from flowers|in a hive
+    do magic tricks|magic wand; juggle|set of juggling balls; knit|big bag of wool; build model ships|tube of glue"""
+)
+EN["beasts"] = table(
+    """owl|have big round eyes|fly at night without a sound|mice|in hollow trees; bee|have striped fur and thin wings|make honey|nectar from flowers|in a hive
     camel|have a hump on my back|can walk for days without water|dry grass|in the desert; whale|live in water but breathe air|am bigger than a bus|tiny sea animals|in the ocean
     snail|carry my house on my back|am never in a hurry|green leaves|in damp gardens; bat|sleep with my head down|find my way in the dark with my ears|moths|in caves
     elephant|have big ears and a long nose|can spray water with my trunk|grass and leaves|in warm countries; spider|have eight legs|make a net of thin threads|flies|in quiet corners
     penguin|have wings but cannot fly|slide over the ice on my belly|fish|near the cold sea; giraffe|have a very long neck|look down on the treetops|leaves|on dry plains
     squirrel|have a bushy tail|hide nuts for the winter|nuts and seeds|in the trees; cow|have four legs and a soft nose|give milk|grass|on a farm
     kangaroo|hop on two strong legs|carry my baby in a pouch|grass|in Australia; frog|began my life as a tadpole|can jump and croak|flies|near ponds
-    hedgehog|am covered with spines|roll up into a ball|beetles and worms|under hedges; octopus|have eight arms|can squirt dark ink|crabs|between rocks in the sea''')
-EN['chores'] = '''sweep the yard|water the flowers|wash the windows|stack the wood|feed the hens|carry the boxes|pick the beans|paint the fence|shell the peas
-clean the boots|fold the sheets|rake the leaves|polish the lamps|wind the wool'''.replace('\n', '|').split('|')
-EN['marks'] = ['a small star on it', 'a tiny heart on it', 'a little scratch', 'my name on it', 'a drawing of the moon on it', 'a dot on one side', 'a letter on it', 'two thin lines']
+    hedgehog|am covered with spines|roll up into a ball|beetles and worms|under hedges; octopus|have eight arms|can squirt dark ink|crabs|between rocks in the sea"""
+)
+EN[
+    "chores"
+] = """sweep the yard|water the flowers|wash the windows|stack the wood|feed the hens|carry the boxes|pick the beans|paint the fence|shell the peas
+clean the boots|fold the sheets|rake the leaves|polish the lamps|wind the wool""".replace(
+    "\n", "|"
+).split("|")
+EN["marks"] = [
+    "a small star on it",
+    "a tiny heart on it",
+    "a little scratch",
+    "my name on it",
+    "a drawing of the moon on it",
+    "a dot on one side",
+    "a letter on it",
+    "two thin lines",
+]
 
 # %% ../nbs/04_corpus.ipynb #cea2bae0
-def article(noun:str)->str:
+def article(noun: str) -> str:
     "`noun` with a or an before it."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
-def facts_en(r:Random)->dict[str,str]:
+
+def facts_en(r: Random) -> dict[str, str]:
     "Everything that holds in one English story."
     d = {}
-    who = take(r, [(n,'girl') for n in EN['girls']] + [(n,'boy') for n in EN['boys']], 4)
-    for x,i,(name,sex),trait in zip('ABCD', ['','2','3','4'], who, take(r, EN['traits'], 4)):
-        he,him,his = ('she','her','her') if sex == 'girl' else ('he','him','his')
-        d |= {x:name, 'he'+i:he, 'him'+i:him, 'his'+i:his, 'trait'+i:trait, 'kind'+i:sex if r.random() < .5 else pick(r, EN['kinds'])}
-    places = [(p,'in') for p in EN['into']] + [(p,'at') for p in EN['atto']]
-    rows = zip('1234', take(r, EN['things'], 4), take(r, EN['colours'], 4), take(r, places, 4), take(r, EN['spots'], 4), take(r, EN['food'], 4))
-    for i,t,c,(p,prep),s,f in rows:
-        p = 'the ' + p.replace('_', ' ')
-        d |= {'t'+i:t, 'c'+i:c, 'o'+i:f'{c} {t}', 'a'+i:article(f'{c} {t}'), 'p'+i:p, 'in'+i:f'{prep} {p}', 's'+i:s, 'f'+i:f}
-    d |= {'a_t1':article(d['t1']), 'a_t2':article(d['t2']), 'weather':pick(r, EN['weather']), 'family':pick(r, EN['family']), 'mark':pick(r, EN['marks']), 'chore':pick(r, EN['chores']),
-          'thief':pick(r, EN['thieves']), 'left':pick(r, ['left', 'right']), 'himself':'herself' if d['he'] == 'she' else 'himself'}
-    d['day'],d['day2'] = take(r, EN['days'], 2)
-    (d['block'],d['tool'],d['past']),(d['block2'],d['tool2'],d['past2']) = take(r, EN['blocks'], 2)
-    (d['hobby'],gift),(d['hobby2'],_) = take(r, EN['hobbies'], 2)
-    (d['beast'],d['clue'],d['clue2'],d['eats'],d['home']),(d['beast2'],*_) = take(r, EN['beasts'], 2)
-    d |= {'gift':gift, 'a_beast':article(d['beast']), 'a_beast2':article(d['beast2']), 'beasts':d['beast'] + ('es' if d['beast'] == 'octopus' else 's')}
-    return d | numbers(r, lambda n: EN['number'][n] if n <= 20 else str(n)) | asked(r, d)
+    who = take(r, [(n, "girl") for n in EN["girls"]] + [(n, "boy") for n in EN["boys"]], 4)
+    for x, i, (name, sex), trait in zip("ABCD", ["", "2", "3", "4"], who, take(r, EN["traits"], 4)):
+        he, him, his = ("she", "her", "her") if sex == "girl" else ("he", "him", "his")
+        d |= {
+            x: name,
+            "he" + i: he,
+            "him" + i: him,
+            "his" + i: his,
+            "trait" + i: trait,
+            "kind" + i: sex if r.random() < 0.5 else pick(r, EN["kinds"]),
+        }
+    places = [(p, "in") for p in EN["into"]] + [(p, "at") for p in EN["atto"]]
+    rows = zip(
+        "1234",
+        take(r, EN["things"], 4),
+        take(r, EN["colours"], 4),
+        take(r, places, 4),
+        take(r, EN["spots"], 4),
+        take(r, EN["food"], 4),
+    )
+    for i, t, c, (p, prep), s, f in rows:
+        p = "the " + p.replace("_", " ")
+        d |= {
+            "t" + i: t,
+            "c" + i: c,
+            "o" + i: f"{c} {t}",
+            "a" + i: article(f"{c} {t}"),
+            "p" + i: p,
+            "in" + i: f"{prep} {p}",
+            "s" + i: s,
+            "f" + i: f,
+        }
+    d |= {
+        "a_t1": article(d["t1"]),
+        "a_t2": article(d["t2"]),
+        "weather": pick(r, EN["weather"]),
+        "family": pick(r, EN["family"]),
+        "mark": pick(r, EN["marks"]),
+        "chore": pick(r, EN["chores"]),
+        "thief": pick(r, EN["thieves"]),
+        "left": pick(r, ["left", "right"]),
+        "himself": "herself" if d["he"] == "she" else "himself",
+    }
+    d["day"], d["day2"] = take(r, EN["days"], 2)
+    (d["block"], d["tool"], d["past"]), (d["block2"], d["tool2"], d["past2"]) = take(
+        r, EN["blocks"], 2
+    )
+    (d["hobby"], gift), (d["hobby2"], _) = take(r, EN["hobbies"], 2)
+    (d["beast"], d["clue"], d["clue2"], d["eats"], d["home"]), (d["beast2"], *_) = take(
+        r, EN["beasts"], 2
+    )
+    d |= {
+        "gift": gift,
+        "a_beast": article(d["beast"]),
+        "a_beast2": article(d["beast2"]),
+        "beasts": d["beast"] + ("es" if d["beast"] == "octopus" else "s"),
+    }
+    return d | numbers(r, lambda n: EN["number"][n] if n <= 20 else str(n)) | asked(r, d)
 
 # %% ../nbs/04_corpus.ipynb #2f309eb8
-def numbers(r:Random, word)->dict[str,str]:
+def numbers(r: Random, word) -> dict[str, str]:
     "Numbers that agree: n+m=sum, big-m=less, n*m=times; as digits and (with a w) as words. Prices, change, hours."
-    n,m = between(r, 3, 10), between(r, 2, 9)
-    big,k = between(r, 11, 20), between(r, 2, 4)
-    price,price2 = between(r, 2, 9), between(r, 2, 9)
-    total = k*price + price2
-    note = 10*(total//10 + 1)
-    d = dict(n=n, m=m, sum=n+m, rest=n+m-2, big=big, less=big-m, times=n*m, k=k, price=price, price2=price2, part=k*price, total=total, note=note, change=note-total, age=between(r, 5, 9))
+    n, m = between(r, 3, 10), between(r, 2, 9)
+    big, k = between(r, 11, 20), between(r, 2, 4)
+    price, price2 = between(r, 2, 9), between(r, 2, 9)
+    total = k * price + price2
+    note = 10 * (total // 10 + 1)
+    d = dict(
+        n=n,
+        m=m,
+        sum=n + m,
+        rest=n + m - 2,
+        big=big,
+        less=big - m,
+        times=n * m,
+        k=k,
+        price=price,
+        price2=price2,
+        part=k * price,
+        total=total,
+        note=note,
+        change=note - total,
+        age=between(r, 5, 9),
+    )
     hour = between(r, 1, 4)
-    d |= dict(hour=hour, hour2=hour+1, hour3=hour+2)
-    return {k:str(v) for k,v in d.items()} | {'w'+k:word(v) for k,v in d.items()}
+    d |= dict(hour=hour, hour2=hour + 1, hour3=hour + 2)
+    return {k: str(v) for k, v in d.items()} | {"w" + k: word(v) for k, v in d.items()}
 
-def asked(r:Random, d:dict)->dict[str,str]:
+
+def asked(r: Random, d: dict) -> dict[str, str]:
     "One of the first three rows of the facts, for a question at the end: Q had thing qt, brought qf, hid qs."
-    i = between(r, 1, 3); j = i%3 + 1
-    return {'Q':d['ABC'[i-1]], 'Q2':d['ABC'[j-1]]} | {f'q{x}{s}':d[f'{x}{k}'] for x in ['t','o','a','c','f','s','m','p','in'] for s,k in [('',i),('2',j)] if f'{x}{k}' in d}
+    i = between(r, 1, 3)
+    j = i % 3 + 1
+    return {"Q": d["ABC"[i - 1]], "Q2": d["ABC"[j - 1]]} | {
+        f"q{x}{s}": d[f"{x}{k}"]
+        for x in ["t", "o", "a", "c", "f", "s", "m", "p", "in"]
+        for s, k in [("", i), ("2", j)]
+        if f"{x}{k}" in d
+    }
 
 # %% ../nbs/04_corpus.ipynb #3f1c114c
-ENGLISH = read_grammar('''
+ENGLISH = read_grammar("""
 story: {open} {treasure} {outing} {gone} {seek} {comes} {ask} {tip} {found} {end}
   {open} {stray} {not_b} {not_c} {owner} {thanks}
   {open} {swap1} {swap2} {swap3} {swaps}
@@ -314,75 +430,141 @@ another: "Here is another one," said {B}. "There are {wbig} [ducks|geese|hens|co
   "Now it is my turn," said {D}. "I have {n} {f3} and {m} {f4}. How many do I have in all?" "{Sum}," said {A}. "So may I have {m} {f4}?" "Then I have only the {n} {f3} left!"
 newcomer: "[Children|Friends], this is {A}," said the teacher. "{A} comes from a town near {p1}." "How old are you, {A}?" asked {B}. "I am {wage}," said {A}. "What do you like?" "I like to {hobby}. And you?" "I like to {hobby2}," said {B}, "and {C} here likes to {hobby}, too!" So {A} sat down next to {C}, and after school they went to {p2} together.
   {A}: Hello, I am {A}. What is your name? ¶{B}: I am {B}, and this is my {t1}. ¶{A}: It is a nice {t1}. Is it new? ¶{B}: No, my {family} gave it to me when I was {wk}. Do you like to {hobby}? ¶{A}: No, but my friend {C} does. I like to {hobby2}. ¶{B}: Really? Then bring {C} along on {day}. {C} can {hobby}, you can {hobby2}, and I will bring my {t1}.
-''')
+""")
 
 # %% ../nbs/04_corpus.ipynb #8dccb5b4
-ZH = {k:v.split() for k,v in dict(
-    girls='''小红 小美 小雨 小雪 小兰 朵朵 乐乐 甜甜 妞妞 圆圆 婷婷 雯雯 丽丽 芳芳 佳佳 思思 月月 晶晶 欣欣 琳琳 小梅 小燕 小云 小荷 小莲 晓晓 静静 娜娜 蓉蓉 莉莉
-        彤彤 安安 可可 苗苗 果果''',
-    boys='''小明 小刚 小强 小军 小龙 小虎 小林 小波 小海 小山 小松 小东 大伟 阿宝 阿福 豆豆 壮壮 浩浩 涛涛 磊磊 亮亮 冬冬 平平 天天 阳阳 小杰 小宇 小峰 小勇 小石头
-        阿木 阿力 航航 凯凯 鹏鹏''',
-    beings='小兔子 小松鼠 小刺猬 小狐狸 小熊 小猴子 小鸭子 小山羊 小花猫 小老鼠 小青蛙 小乌龟 小猪 小狗 小鹿 小象 小鸡 小企鹅 小獾 小浣熊',
-    traits='善良 勇敢 聪明 害羞 快乐 好奇 温柔 安静 活泼 友好 耐心 有趣 细心 机灵 热心 爱笑 懂事 能干 认真 调皮',
-    colours='红色 蓝色 绿色 黄色 紫色 橙色 粉色 白色 黑色 棕色 金色 银色 灰色 彩色',
-    things='''只:风筝,篮子,木箱,口哨,布老虎,纸船,花瓶,铃铛,玩具熊 个:皮球,布娃娃,书包,闹钟,沙漏,水壶,指南针,存钱罐,面具,枕头,陀螺,魔方,万花筒,放大镜,花环,蝴蝶结,毽子,钱包,文具盒,饭盒,音乐盒,木偶
+ZH = {
+    k: v.split()
+    for k, v in dict(
+        girls="""小红 小美 小雨 小雪 小兰 朵朵 乐乐 甜甜 妞妞 圆圆 婷婷 雯雯 丽丽 芳芳 佳佳 思思 月月 晶晶 欣欣 琳琳 小梅 小燕 小云 小荷 小莲 晓晓 静静 娜娜 蓉蓉 莉莉
+        彤彤 安安 可可 苗苗 果果""",
+        boys="""小明 小刚 小强 小军 小龙 小虎 小林 小波 小海 小山 小松 小东 大伟 阿宝 阿福 豆豆 壮壮 浩浩 涛涛 磊磊 亮亮 冬冬 平平 天天 阳阳 小杰 小宇 小峰 小勇 小石头
+        阿木 阿力 航航 凯凯 鹏鹏""",
+        beings=(
+            "小兔子 小松鼠 小刺猬 小狐狸 小熊 小猴子 小鸭子 小山羊 小花猫 小老鼠 小青蛙 小乌龟 小猪"
+            " 小狗 小鹿 小象 小鸡 小企鹅 小獾 小浣熊"
+        ),
+        traits=(
+            "善良 勇敢 聪明 害羞 快乐 好奇 温柔 安静 活泼 友好 耐心 有趣 细心 机灵 热心 爱笑 懂事"
+            " 能干 认真 调皮"
+        ),
+        colours="红色 蓝色 绿色 黄色 紫色 橙色 粉色 白色 黑色 棕色 金色 银色 灰色 彩色",
+        things="""只:风筝,篮子,木箱,口哨,布老虎,纸船,花瓶,铃铛,玩具熊 个:皮球,布娃娃,书包,闹钟,沙漏,水壶,指南针,存钱罐,面具,枕头,陀螺,魔方,万花筒,放大镜,花环,蝴蝶结,毽子,钱包,文具盒,饭盒,音乐盒,木偶
         把:雨伞,扇子,小提琴,吉他,梳子,钥匙,小铲子,勺子,尺子,口琴,小椅子 条:围巾,毛毯,丝带,手链,项链,毛巾,绳子,裙子 顶:帽子,草帽,皇冠,头盔 本:画册,日记本,故事书,相册,字典
         支:铅笔,毛笔,笛子,画笔,钢笔 张:地图,书签,贺卡,明信片 双:手套,袜子,雨靴,拖鞋,布鞋 件:毛衣,雨衣,外套,背心 辆:玩具汽车,玩具火车 块:手表,橡皮,手帕,积木 盏:台灯,灯笼
-        面:镜子,小鼓,小旗子 枚:徽章,戒指 颗:玻璃珠,纽扣 艘:模型船 架:玩具飞机,望远镜''',
-    places='''公园 小河/边 大湖/边 大海/边 森林/里 果园/里 菜园/里 草地/上 小山/上 山脚/下 市场 车站 学校 图书馆 博物馆 动物园 游乐场 操场/上 广场/上 村口 小桥/边 池塘/边 老井/边 灯塔/下 磨坊 面包店
-        玩具店 邮局 书店 电影院 竹林/里 稻田/边 花园/里 葡萄园/里 农场 码头 游泳池 凉亭/里 瀑布/下 小镇/上 茶园/里 花店''',
-    spots='''大树下 草丛里 石头后面 长椅下面 树洞里 篱笆后面 花坛里 落叶堆里 水桶旁边 木桥下面 稻草堆后面 墙角 树根中间 台阶旁边 灌木丛里 空箱子里 石桌下面 柴堆后面 路牌旁边 水坑旁边
-        竹筐里 滑梯下面 秋千旁边 屋檐下 旧船底下 井台边 小路旁边 柳树后面 沙坑里 雪松下''',
-    food='个:苹果,桃子,梨,橘子,包子,饺子,柿子,月饼,粽子,馒头,土豆,西红柿,红薯,汤圆,橙子,甜甜圈 根:香蕉,黄瓜,胡萝卜,玉米,油条 块:饼干,蛋糕,西瓜,年糕,南瓜饼 颗:草莓,葡萄,糖果,樱桃,红枣',
-    family='妈妈 爸爸 奶奶 爷爷 姑姑 舅舅 姐姐 哥哥 外婆 外公', days='星期一 星期二 星期三 星期四 星期五 星期六 星期天',
-    weather='天气晴朗 阳光明媚 刮着微风 天上飘着白云 下着小雨 天气凉爽 天气暖和 起了薄雾 天空很蓝 空气很新鲜',
-    thieves='山羊 乌鸦 喜鹊 猴子 野兔 鹦鹉 公鸡 小狗', chores='''扫院子 浇花 擦窗户 搬柴火 喂鸡 洗碗 摘豆子 刷篱笆 收衣服 叠被子 扫落叶 搬箱子 剥玉米 喂鱼''',
-    marks='上面有一颗星星 上面写着我的名字 上面有一个小小的圆点 上面画着月亮 边上有一道划痕 上面有两条细线 上面有一朵小花 上面有一个字母', number='零 一 二 三 四 五 六 七 八 九 十',
-).items()}
-for k in ['things', 'food']: ZH[k] = [(m,t) for m,_,ts in [group.partition(':') for group in ZH[k]] for t in ts.split(',')]
+        面:镜子,小鼓,小旗子 枚:徽章,戒指 颗:玻璃珠,纽扣 艘:模型船 架:玩具飞机,望远镜""",
+        places="""公园 小河/边 大湖/边 大海/边 森林/里 果园/里 菜园/里 草地/上 小山/上 山脚/下 市场 车站 学校 图书馆 博物馆 动物园 游乐场 操场/上 广场/上 村口 小桥/边 池塘/边 老井/边 灯塔/下 磨坊 面包店
+        玩具店 邮局 书店 电影院 竹林/里 稻田/边 花园/里 葡萄园/里 农场 码头 游泳池 凉亭/里 瀑布/下 小镇/上 茶园/里 花店""",
+        spots="""大树下 草丛里 石头后面 长椅下面 树洞里 篱笆后面 花坛里 落叶堆里 水桶旁边 木桥下面 稻草堆后面 墙角 树根中间 台阶旁边 灌木丛里 空箱子里 石桌下面 柴堆后面 路牌旁边 水坑旁边
+        竹筐里 滑梯下面 秋千旁边 屋檐下 旧船底下 井台边 小路旁边 柳树后面 沙坑里 雪松下""",
+        food=(
+            "个:苹果,桃子,梨,橘子,包子,饺子,柿子,月饼,粽子,馒头,土豆,西红柿,红薯,汤圆,橙子,甜甜圈"
+            " 根:香蕉,黄瓜,胡萝卜,玉米,油条 块:饼干,蛋糕,西瓜,年糕,南瓜饼"
+            " 颗:草莓,葡萄,糖果,樱桃,红枣"
+        ),
+        family="妈妈 爸爸 奶奶 爷爷 姑姑 舅舅 姐姐 哥哥 外婆 外公",
+        days="星期一 星期二 星期三 星期四 星期五 星期六 星期天",
+        weather=(
+            "天气晴朗 阳光明媚 刮着微风 天上飘着白云 下着小雨 天气凉爽 天气暖和 起了薄雾 天空很蓝 空气很新鲜"
+        ),
+        thieves="山羊 乌鸦 喜鹊 猴子 野兔 鹦鹉 公鸡 小狗",
+        chores="""扫院子 浇花 擦窗户 搬柴火 喂鸡 洗碗 摘豆子 刷篱笆 收衣服 叠被子 扫落叶 搬箱子 剥玉米 喂鱼""",
+        marks=(
+            "上面有一颗星星 上面写着我的名字 上面有一个小小的圆点 上面画着月亮 边上有一道划痕"
+            " 上面有两条细线 上面有一朵小花 上面有一个字母"
+        ),
+        number="零 一 二 三 四 五 六 七 八 九 十",
+    ).items()
+}
+for k in ["things", "food"]:
+    ZH[k] = [
+        (m, t) for m, _, ts in [group.partition(":") for group in ZH[k]] for t in ts.split(",")
+    ]
 
 # %% ../nbs/04_corpus.ipynb #69b3bd83
-ZH['blocks'] = table('''桥断了|一只小船|一起坐船过了河; 路上积了厚厚的雪|一架雪橇|一起坐雪橇滑了过去; 一块大石头挡在路中间|一根粗绳子|一起用绳子把石头拉开了
+ZH["blocks"] = table(
+    """桥断了|一只小船|一起坐船过了河; 路上积了厚厚的雪|一架雪橇|一起坐雪橇滑了过去; 一块大石头挡在路中间|一根粗绳子|一起用绳子把石头拉开了
     四周黑得什么也看不见|一盏明亮的油灯|借着灯光走了过去; 一堵高墙拦住了去路|一架长梯子|一起爬梯子翻了过去; 小路上长满了荆棘|一把大剪刀|一起剪出了一条路
-    地上全是烂泥|一块宽木板|一起踩着木板走了过去; 忽然下起了大雨|一把大伞|一起撑着伞走了过去; 路牌倒在了地上|一张旧地图|一起看着地图找到了路''')
-ZH['hobbies'] = table('''画画|一盒颜料; 看书|一套图画书; 弹琴|一架小竖琴; 做饼干|一根擀面杖; 下棋|一副象棋; 滑冰|一双冰鞋; 缝衣服|一盒针线; 跳舞|一双舞鞋
-    种花|一个洒水壶; 钓鱼|一根钓竿; 煮汤|一口汤锅; 写毛笔字|一方砚台; 变魔术|一根魔术棒; 织毛衣|一袋毛线; 折纸|一叠彩纸; 拍照|一台小相机''')
-ZH['beasts'] = table('''猫头鹰|有一双又大又圆的眼睛|晚上飞行，没有声音|田鼠|树洞里; 蜜蜂|身上有条纹，翅膀很薄|会酿蜜|花蜜|蜂巢里; 骆驼|背上有高高的驼峰|好几天不喝水也能走路|干草|沙漠里
+    地上全是烂泥|一块宽木板|一起踩着木板走了过去; 忽然下起了大雨|一把大伞|一起撑着伞走了过去; 路牌倒在了地上|一张旧地图|一起看着地图找到了路"""
+)
+ZH["hobbies"] = table(
+    """画画|一盒颜料; 看书|一套图画书; 弹琴|一架小竖琴; 做饼干|一根擀面杖; 下棋|一副象棋; 滑冰|一双冰鞋; 缝衣服|一盒针线; 跳舞|一双舞鞋
+    种花|一个洒水壶; 钓鱼|一根钓竿; 煮汤|一口汤锅; 写毛笔字|一方砚台; 变魔术|一根魔术棒; 织毛衣|一袋毛线; 折纸|一叠彩纸; 拍照|一台小相机"""
+)
+ZH["beasts"] = table(
+    """猫头鹰|有一双又大又圆的眼睛|晚上飞行，没有声音|田鼠|树洞里; 蜜蜂|身上有条纹，翅膀很薄|会酿蜜|花蜜|蜂巢里; 骆驼|背上有高高的驼峰|好几天不喝水也能走路|干草|沙漠里
     鲸|住在水里，却要换气|比公共汽车还大|小鱼小虾|大海里; 蜗牛|背着自己的房子|走路很慢很慢|嫩叶|潮湿的菜园里; 蝙蝠|睡觉的时候头朝下|在黑夜里用耳朵认路|飞虫|山洞里
     大象|耳朵像扇子，鼻子很长|会用鼻子喷水|草和树叶|温暖的地方; 蜘蛛|有八条腿|会织网|小虫子|安静的墙角; 企鹅|有翅膀却不会飞|会用肚子在冰上滑|鱼|寒冷的海边
     长颈鹿|脖子特别长|低头就能看见树顶|树叶|非洲的草原上; 奶牛|有四条腿，头上有角|会产奶|青草|农场里; 袋鼠|跳得很远|把宝宝放在口袋里|青草|澳大利亚
     青蛙|小时候叫蝌蚪|会跳，还会呱呱叫|害虫|池塘边; 刺猬|身上长满了刺|遇到危险会缩成一个球|虫子和果子|灌木丛下; 章鱼|有八条手臂|会喷墨汁|螃蟹|海底的石缝里
-    大熊猫|有两个黑眼圈|一天要吃很多很多东西|竹子|山上的竹林里''')
+    大熊猫|有两个黑眼圈|一天要吃很多很多东西|竹子|山上的竹林里"""
+)
 
 # %% ../nbs/04_corpus.ipynb #728ae6d3
-def number_zh(n:int, counting:bool=True)->str:
+def number_zh(n: int, counting: bool = True) -> str:
     "`n` below 100 in Chinese; `counting` says 两 where things are counted."
-    if n == 2 and counting: return '两'
-    tens,one = divmod(n, 10)
-    if not tens: return ZH['number'][n]
-    return (ZH['number'][tens] if tens > 1 else '') + '十' + (ZH['number'][one] if one else '')
+    if n == 2 and counting:
+        return "两"
+    tens, one = divmod(n, 10)
+    if not tens:
+        return ZH["number"][n]
+    return (ZH["number"][tens] if tens > 1 else "") + "十" + (ZH["number"][one] if one else "")
 
-def facts_zh(r:Random)->dict[str,str]:
+
+def facts_zh(r: Random) -> dict[str, str]:
     "Everything that holds in one Chinese story."
     d = {}
-    who = take(r, [(n,'她') for n in ZH['girls']] + [(n,'他') for n in ZH['boys']], 4)
-    for x,i,(name,ta),trait,being in zip('ABCD', ['','2','3','4'], who, take(r, ZH['traits'], 4), take(r, ZH['beings'], 4)):
-        child = r.random() < .5
-        kind = ('小女孩' if ta == '她' else '小男孩') if child else being
-        d |= {x:name, 'ta'+i:ta, 'trait'+i:trait, 'kind'+i:kind, 'one'+i:('一个' if child else '一只') + trait + '的' + kind}
-    rows = zip('1234', take(r, ZH['things'], 4), take(r, ZH['colours'], 4), take(r, ZH['places'], 4), take(r, ZH['spots'], 4), take(r, ZH['food'], 4))
-    for i,(m,t),c,p,s,(mf,f) in rows:
-        d |= {'m'+i:m, 't'+i:t, 'c'+i:c, 'o'+i:f'{c}的{t}', 'a'+i:f'一{m}{c}的{t}', 'p'+i:p.replace('/', ''), 'b'+i:p.split('/')[0], 's'+i:s, 'f'+i:f, 'mf'+i:mf}
-    for k,pool in dict(weather='weather', family='family', mark='marks', chore='chores', thief='thieves').items(): d[k] = pick(r, ZH[pool])
-    d['day'],d['day2'] = take(r, ZH['days'], 2)
-    d['left'] = pick(r, ['左', '右'])
-    (d['block'],d['tool'],d['past']),(d['block2'],d['tool2'],d['past2']) = take(r, ZH['blocks'], 2)
-    (d['hobby'],d['gift']),(d['hobby2'],_) = take(r, ZH['hobbies'], 2)
-    (d['beast'],d['clue'],d['clue2'],d['eats'],d['home']),(d['beast2'],*_) = take(r, ZH['beasts'], 2)
+    who = take(r, [(n, "她") for n in ZH["girls"]] + [(n, "他") for n in ZH["boys"]], 4)
+    for x, i, (name, ta), trait, being in zip(
+        "ABCD", ["", "2", "3", "4"], who, take(r, ZH["traits"], 4), take(r, ZH["beings"], 4)
+    ):
+        child = r.random() < 0.5
+        kind = ("小女孩" if ta == "她" else "小男孩") if child else being
+        d |= {
+            x: name,
+            "ta" + i: ta,
+            "trait" + i: trait,
+            "kind" + i: kind,
+            "one" + i: ("一个" if child else "一只") + trait + "的" + kind,
+        }
+    rows = zip(
+        "1234",
+        take(r, ZH["things"], 4),
+        take(r, ZH["colours"], 4),
+        take(r, ZH["places"], 4),
+        take(r, ZH["spots"], 4),
+        take(r, ZH["food"], 4),
+    )
+    for i, (m, t), c, p, s, (mf, f) in rows:
+        d |= {
+            "m" + i: m,
+            "t" + i: t,
+            "c" + i: c,
+            "o" + i: f"{c}的{t}",
+            "a" + i: f"一{m}{c}的{t}",
+            "p" + i: p.replace("/", ""),
+            "b" + i: p.split("/")[0],
+            "s" + i: s,
+            "f" + i: f,
+            "mf" + i: mf,
+        }
+    for k, pool in dict(
+        weather="weather", family="family", mark="marks", chore="chores", thief="thieves"
+    ).items():
+        d[k] = pick(r, ZH[pool])
+    d["day"], d["day2"] = take(r, ZH["days"], 2)
+    d["left"] = pick(r, ["左", "右"])
+    (d["block"], d["tool"], d["past"]), (d["block2"], d["tool2"], d["past2"]) = take(
+        r, ZH["blocks"], 2
+    )
+    (d["hobby"], d["gift"]), (d["hobby2"], _) = take(r, ZH["hobbies"], 2)
+    (d["beast"], d["clue"], d["clue2"], d["eats"], d["home"]), (d["beast2"], *_) = take(
+        r, ZH["beasts"], 2
+    )
     return d | numbers(r, number_zh) | asked(r, d)
 
 # %% ../nbs/04_corpus.ipynb #18ffec08
-CHINESE = read_grammar('''
+CHINESE = read_grammar("""
 story: {open}{treasure}{outing}{gone}{seek}{comes}{ask}{tip}{found}{end}
   {open}{stray}{not_b}{not_c}{owner}{thanks}
   {open}{swap1}{swap2}{swap3}{swaps}
@@ -530,25 +712,31 @@ another: “再来一个，”{B}说，“农场里有{wbig}只[鸭子|青蛙|�
 homeward: {A}提着{f1}和{f2}往家走，路上遇见了{B}。“你买了什么？”“{f1}和{f2}。”{A}说，“给你一{mf2}{f2}！”“谢谢你，{A}！”{B}高兴地说。
 newcomer: “同学们，这是{A}，”老师说，“{A}从前住在{b1}附近。”“{A}，你几岁了？”{B}问。“我{wage}岁。”{A}说。“你喜欢做什么？”“我喜欢{hobby}，你呢？”“我喜欢{hobby2}，”{B}说，“{C}也喜欢{hobby}！”于是，{A}坐在了{C}旁边。放学以后，他们一起去{p2}玩。
   {A}：你好，我叫{A}。你叫什么名字？¶{B}：我叫{B}，这是我的{t1}。¶{A}：真好看，是新的吗？¶{B}：不是，这是我{wk}岁的时候{family}送的。你喜欢{hobby}吗？¶{A}：不太喜欢，可我的朋友{C}喜欢。我喜欢{hobby2}。¶{B}：那{day}带{C}一起来吧！{C}可以{hobby}，你可以{hobby2}，我带上我的{t1}。
-''')
+""")
 
 # %% ../nbs/04_corpus.ipynb #246f95c3
 def story(
-    i:int, # Which one; each is made on its own, in any order
-    seed:int=0, # Another seed is another corpus
-    language:str='mixed', # `en`, `zh`, or `mixed`: about half of each
-)->str: # 120 to 900 characters
+    i: int,  # Which one; each is made on its own, in any order
+    seed: int = 0,  # Another seed is another corpus
+    language: str = "mixed",  # `en`, `zh`, or `mixed`: about half of each
+) -> str:  # 120 to 900 characters
     "Document `i` of a corpus that has no end."
-    if language not in ('en','zh','mixed'): raise ValueError(f"language={language!r} must be 'en', 'zh' or 'mixed'")
-    r = Random(f'{seed}:{i}')
-    half = 'en' if r.random() < .5 else 'zh'
-    rules,facts = (ENGLISH, facts_en) if (half if language == 'mixed' else language) == 'en' else (CHINESE, facts_zh)
+    if language not in ("en", "zh", "mixed"):
+        raise ValueError(f"language={language!r} must be 'en', 'zh' or 'mixed'")
+    r = Random(f"{seed}:{i}")
+    half = "en" if r.random() < 0.5 else "zh"
+    rules, facts = (
+        (ENGLISH, facts_en)
+        if (half if language == "mixed" else language) == "en"
+        else (CHINESE, facts_zh)
+    )
     return tidy(tell(r, rules, facts(r)))
 
+
 def stories(
-    seed:int=0, # Same seed, same stories, on every machine
-    language:str='mixed', # `en`, `zh` or `mixed`
-)->Iterator[str]: # Never ends; cut it with `islice`
+    seed: int = 0,  # Same seed, same stories, on every machine
+    language: str = "mixed",  # `en`, `zh` or `mixed`
+) -> Iterator[str]:  # Never ends; cut it with `islice`
     "Small stories and dialogues, one after another."
     i = 0
     while True:
@@ -557,20 +745,21 @@ def stories(
 
 # %% ../nbs/04_corpus.ipynb #77f382e1
 def write_corpus(
-    path:str|Path, # JSONL file to write, one {"text": ...} a line
-    megabytes:float=4, # Size not to exceed, in millions of bytes
-    seed:int=0, # Which corpus
-    language:str='mixed', # `en`, `zh` or `mixed`
-)->Path: # `path`
+    path: str | Path,  # JSONL file to write, one {"text": ...} a line
+    megabytes: float = 4,  # Size not to exceed, in millions of bytes
+    seed: int = 0,  # Which corpus
+    language: str = "mixed",  # `en`, `zh` or `mixed`
+) -> Path:  # `path`
     "Write stories up to a size. Same arguments, same bytes; the file appears when it is whole."
     path = at_home(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp,room = path.with_name(f'.{path.name}.tmp'), megabytes*1e6
+    tmp, room = path.with_name(f".{path.name}.tmp"), megabytes * 1e6
     with open_new(tmp, -1) as f:
         for text in stories(seed, language):
-            row = (json.dumps({'text':text}, ensure_ascii=False) + '\n').encode()
+            row = (json.dumps({"text": text}, ensure_ascii=False) + "\n").encode()
             room -= len(row)
-            if room < 0: break
+            if room < 0:
+                break
             f.write(row)
         f.flush()
         os.fsync(f.fileno())
@@ -578,329 +767,865 @@ def write_corpus(
     return path
 
 # %% ../nbs/04_corpus.ipynb #82c34729
-_OPPOSITES = table('big|small;hot|cold;open|closed;early|late;full|empty;light|dark;old|new;wet|dry')
-_OPPOSITES_ZH = table('大|小;热|冷;开|关;早|晚;满|空;亮|暗;旧|新;湿|干')
-_COLOURS = table('snow|white;grass|green;the sea|blue;coal|black;a lemon|yellow;a tomato|red')
-_COLOURS_ZH = table('雪|白色;草|绿色;大海|蓝色;煤|黑色;柠檬|黄色;番茄|红色')
-_NAMES,_THINGS = 'Ann Ben Cleo Dan Eva Finn Mia Tom'.split(),'a kite;a lamp;a drum;a map;a cup;a boat'.split(';')
-_NAMES_ZH,_THINGS_ZH = '小明 小红 小华 小丽 小军 小芳'.split(),'风筝 台灯 小鼓 地图 杯子 小船'.split()
+_OPPOSITES = table(
+    "big|small;hot|cold;open|closed;early|late;full|empty;light|dark;old|new;wet|dry"
+)
+_OPPOSITES_ZH = table("大|小;热|冷;开|关;早|晚;满|空;亮|暗;旧|新;湿|干")
+_COLOURS = table("snow|white;grass|green;the sea|blue;coal|black;a lemon|yellow;a tomato|red")
+_COLOURS_ZH = table("雪|白色;草|绿色;大海|蓝色;煤|黑色;柠檬|黄色;番茄|红色")
+_NAMES, _THINGS = (
+    "Ann Ben Cleo Dan Eva Finn Mia Tom".split(),
+    "a kite;a lamp;a drum;a map;a cup;a boat".split(";"),
+)
+_NAMES_ZH, _THINGS_ZH = (
+    "小明 小红 小华 小丽 小军 小芳".split(),
+    "风筝 台灯 小鼓 地图 杯子 小船".split(),
+)
 
-def exchange(r:Random, zh:bool, kind:int|None=None)->tuple[str,str]:
+
+def exchange(r: Random, zh: bool, kind: int | None = None) -> tuple[str, str]:
     "A question and its answer: a sum, which is more, an opposite, a colour, who has it, what one has; `kind` 0 to 5, or the dice decide."
-    kind,a,b = between(r, 0, 5) if kind is None else kind,between(r, 1, 20),between(r, 1, 20)
-    if kind == 0: return (f'{a}加{b}等于几？', f'{a}加{b}等于{a+b}。') if zh else (f'What is {a} plus {b}?', f'{a} plus {b} is {a+b}.')
+    kind, a, b = between(r, 0, 5) if kind is None else kind, between(r, 1, 20), between(r, 1, 20)
+    if kind == 0:
+        return (
+            (f"{a}加{b}等于几？", f"{a}加{b}等于{a + b}。")
+            if zh
+            else (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.")
+        )
     if kind == 1:
-        a,b = between(r, 1, 20)*2,between(r, 1, 20)*2-1
-        return (f'{a}和{b}，哪个大？', f'{max(a, b)}更大。') if zh else (f'Which is more, {a} or {b}?', f'{max(a, b)} is more.')
+        a, b = between(r, 1, 20) * 2, between(r, 1, 20) * 2 - 1
+        return (
+            (f"{a}和{b}，哪个大？", f"{max(a, b)}更大。")
+            if zh
+            else (f"Which is more, {a} or {b}?", f"{max(a, b)} is more.")
+        )
     if kind == 2:
-        x,y = pick(r, _OPPOSITES_ZH if zh else _OPPOSITES)
-        return (f'“{x}”的反义词是什么？', f'“{x}”的反义词是“{y}”。') if zh else (f'What is the opposite of {x}?', f'The opposite of {x} is {y}.')
+        x, y = pick(r, _OPPOSITES_ZH if zh else _OPPOSITES)
+        return (
+            (f"“{x}”的反义词是什么？", f"“{x}”的反义词是“{y}”。")
+            if zh
+            else (f"What is the opposite of {x}?", f"The opposite of {x} is {y}.")
+        )
     if kind == 3:
-        x,y = pick(r, _COLOURS_ZH if zh else _COLOURS)
-        return (f'{x}是什么颜色的？', f'{x}是{y}的。') if zh else (f'What colour is {x}?', f'{x[0].upper()}{x[1:]} is {y}.')
-    who,what = take(r, _NAMES_ZH if zh else _NAMES, 2),take(r, _THINGS_ZH if zh else _THINGS, 2)
+        x, y = pick(r, _COLOURS_ZH if zh else _COLOURS)
+        return (
+            (f"{x}是什么颜色的？", f"{x}是{y}的。")
+            if zh
+            else (f"What colour is {x}?", f"{x[0].upper()}{x[1:]} is {y}.")
+        )
+    who, what = take(r, _NAMES_ZH if zh else _NAMES, 2), take(r, _THINGS_ZH if zh else _THINGS, 2)
     i = between(r, 0, 1)
-    if kind == 4: return (f'{who[0]}有{what[0]}，{who[1]}有{what[1]}。谁有{what[i]}？', f'{who[i]}有{what[i]}。') if zh else (f'{who[0]} has {what[0]}. {who[1]} has {what[1]}. Who has {what[i]}?', f'{who[i]} has {what[i]}.')
-    return (f'{who[0]}有{what[0]}，{who[1]}有{what[1]}。{who[i]}有什么？', f'{who[i]}有{what[i]}。') if zh else (f'{who[0]} has {what[0]}. {who[1]} has {what[1]}. What does {who[i]} have?', f'{who[i]} has {what[i]}.')
+    if kind == 4:
+        return (
+            (f"{who[0]}有{what[0]}，{who[1]}有{what[1]}。谁有{what[i]}？", f"{who[i]}有{what[i]}。")
+            if zh
+            else (
+                f"{who[0]} has {what[0]}. {who[1]} has {what[1]}. Who has {what[i]}?",
+                f"{who[i]} has {what[i]}.",
+            )
+        )
+    return (
+        (f"{who[0]}有{what[0]}，{who[1]}有{what[1]}。{who[i]}有什么？", f"{who[i]}有{what[i]}。")
+        if zh
+        else (
+            f"{who[0]} has {what[0]}. {who[1]} has {what[1]}. What does {who[i]} have?",
+            f"{who[i]} has {what[i]}.",
+        )
+    )
+
 
 def talk(
-    i:int, # Which one; each is made on its own
-    seed:int=0, # Another seed is another corpus
-)->list[dict]: # Messages: one to three questions of a user, each with the assistant's answer
+    i: int,  # Which one; each is made on its own
+    seed: int = 0,  # Another seed is another corpus
+) -> list[dict]:  # Messages: one to three questions of a user, each with the assistant's answer
     "Conversation `i` of a corpus that has no end, in English or Chinese."
-    r = Random(f'talk {seed}:{i}')
-    zh = r.random() < .5
+    r = Random(f"talk {seed}:{i}")
+    zh = r.random() < 0.5
     turns = [exchange(r, zh) for _ in range(between(r, 1, 3))]
-    return [dict(role=role, content=text) for turn in turns for role,text in zip(('user','assistant'), turn)]
+    return [
+        dict(role=role, content=text)
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn)
+    ]
+
 
 def write_talks(
-    path:str|Path, # JSONL file to write, one {"conversations": [...]} a line
-    n:int=12_000, # Conversations
-    seed:int=0,
-)->Path: # `path`
+    path: str | Path,  # JSONL file to write, one {"conversations": [...]} a line
+    n: int = 12_000,  # Conversations
+    seed: int = 0,
+) -> Path:  # `path`
     "Write conversations. Same arguments, same bytes; the file appears when it is whole."
-    return write_file(at_home(path), ''.join(json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False)+'\n'
-        for i in range(n)))
+    return write_file(
+        at_home(path),
+        "".join(
+            json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False) + "\n"
+            for i in range(n)
+        ),
+    )
 
 # %% ../nbs/04_corpus.ipynb #105e8845
-_SKIES = ['sun','rain','wind','clouds'],['晴','有雨','有风','多云']
+_SKIES = ["sun", "rain", "wind", "clouds"], ["晴", "有雨", "有风", "多云"]
 
-def _of(x:str, n:int)->int: "Something between 0 and `n-1` that belongs to `x`."; return zlib.crc32(x.encode())%n
-def _within(name:str, x:int, lo:int, hi:int):
-    if not lo <= x <= hi: raise ValueError(f"{name}={x} must be from {lo} to {hi}")
 
-def add(a:int, b:int)->dict: "The sum of two numbers"; return dict(sum=a+b)
-def multiply(a:int, b:int)->dict: "The product of two numbers"; return dict(product=a*b)
-def change(price:int, paid:int)->dict: "The coins that come back"; _within('paid', paid, price, 10**6); return dict(coins=paid-price)
-def count_letter(word:str, letter:str)->dict: "How often a letter is in a word"; return dict(count=word.count(letter))
-def reverse(word:str)->dict: "A word backwards"; return dict(text=word[::-1])
-def price(thing:str, number:int)->dict: "What some things cost, in coins"; return dict(coins=(2+_of(thing, 19))*number)
-def weather(town:str, date:str)->dict: "The weather of a town"; return dict(sky=_SKIES[not town.isascii()][_of(town+date, 4)], degrees=8 + _of(town, 20) + _of(date, 5))
-def alarm(time:str)->dict:
+def _of(x: str, n: int) -> int:
+    "Something between 0 and `n-1` that belongs to `x`."
+    return zlib.crc32(x.encode()) % n
+
+
+def _within(name: str, x: int, lo: int, hi: int):
+    if not lo <= x <= hi:
+        raise ValueError(f"{name}={x} must be from {lo} to {hi}")
+
+
+def add(a: int, b: int) -> dict:
+    "The sum of two numbers"
+    return dict(sum=a + b)
+
+
+def multiply(a: int, b: int) -> dict:
+    "The product of two numbers"
+    return dict(product=a * b)
+
+
+def change(price: int, paid: int) -> dict:
+    "The coins that come back"
+    _within("paid", paid, price, 10**6)
+    return dict(coins=paid - price)
+
+
+def count_letter(word: str, letter: str) -> dict:
+    "How often a letter is in a word"
+    return dict(count=word.count(letter))
+
+
+def reverse(word: str) -> dict:
+    "A word backwards"
+    return dict(text=word[::-1])
+
+
+def price(thing: str, number: int) -> dict:
+    "What some things cost, in coins"
+    return dict(coins=(2 + _of(thing, 19)) * number)
+
+
+def weather(town: str, date: str) -> dict:
+    "The weather of a town"
+    return dict(
+        sky=_SKIES[not town.isascii()][_of(town + date, 4)],
+        degrees=8 + _of(town, 20) + _of(date, 5),
+    )
+
+
+def alarm(time: str) -> dict:
     "Set an alarm"
-    if not re.fullmatch(r'([01]?\d|2[0-3]):[0-5]\d', time): raise ValueError(f"time={time!r} must be hours and minutes, from 0:00 to 23:59")
+    if not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", time):
+        raise ValueError(f"time={time!r} must be hours and minutes, from 0:00 to 23:59")
     return dict(rings=time)
-def phone(name:str)->dict: "The phone number of a person"; return dict(number=1000+_of(name, 9000))
-def book(name:str, time:str)->dict: "Book a table"; return dict(table=1+_of(name+time, 40))
 
-def schema(f)->dict: # JSON schema of its arguments, with name and description
+
+def phone(name: str) -> dict:
+    "The phone number of a person"
+    return dict(number=1000 + _of(name, 9000))
+
+
+def book(name: str, time: str) -> dict:
+    "Book a table"
+    return dict(table=1 + _of(name + time, 40))
+
+
+def schema(f) -> dict:  # JSON schema of its arguments, with name and description
     "What a model is told of the function `f`; its arguments are annotated with `int` or `str`, its docstring is one line."
-    args = {k:dict(type={int:'integer', str:'string'}[p.annotation]) for k,p in inspect.signature(f).parameters.items()}
-    return dict(name=f.__name__, description=f.__doc__, parameters=dict(type='object', properties=args, required=[*args]))
+    args = {
+        k: dict(type={int: "integer", str: "string"}[p.annotation])
+        for k, p in inspect.signature(f).parameters.items()
+    }
+    return dict(
+        name=f.__name__,
+        description=f.__doc__,
+        parameters=dict(type="object", properties=args, required=[*args]),
+    )
 
-TOOLS = {f.__name__:(f, schema(f)) for f in (add, multiply, change, count_letter, reverse, price, weather, alarm, phone, book)} # name → function, schema
+
+TOOLS = {
+    f.__name__: (f, schema(f))
+    for f in (add, multiply, change, count_letter, reverse, price, weather, alarm, phone, book)
+}  # name → function, schema
 
 # %% ../nbs/04_corpus.ipynb #6547c418
-def _word(r:Random)->str: return ''.join(pick(r, 'bdfgklmnprstvz') + pick(r, 'aeiou') for _ in range(between(r, 2, 3))) + pick(r, ['','l','n','r','s','t'])
-_SIGNS = '安白宝昌辰晨春川东芳丰光国海和红华江金静军兰乐丽林玲龙梅明宁平青清泉山石天文武溪霞小星雪阳玉远月云志'
-def _name(r:Random, zh:bool)->str: return pick(r, '王李张刘陈杨赵周吴徐孙马') + ''.join(take(r, _SIGNS, between(r, 1, 2))) if zh else _word(r).capitalize()
-def _town(r:Random, zh:bool)->str: return ''.join(take(r, _SIGNS, 2)) + pick(r, '市县镇村') if zh else _word(r).capitalize() + pick(r, ['ton','field','burg','ford'])
-def _thing(r:Random, zh:bool)->str:
-    if zh: return pick(r, '红蓝绿黄黑白大小新旧') + pick(r, '帽子 杯子 苹果 雨伞 本子 毛巾 铅笔 台灯 西瓜 花瓶'.split())
-    return pick(r, 'red blue green yellow black white big small new old'.split()) + ' ' + pick(r, 'hats cups apples lamps books towels pencils bowls melons pillows'.split())
+def _word(r: Random) -> str:
+    return "".join(
+        pick(r, "bdfgklmnprstvz") + pick(r, "aeiou") for _ in range(between(r, 2, 3))
+    ) + pick(r, ["", "l", "n", "r", "s", "t"])
 
-def _date(r:Random, zh:bool)->str: return f'{between(r, 1, 12)}月{between(r, 1, 30)}日' if zh else f'{between(r, 1, 30)} ' + pick(r, 'January March April May June July August September October November December'.split())
-def _time(r:Random)->str: return f'{between(r, 0, 23)}:{between(r, 0, 59):02}'
 
-_REQUESTS = dict( # a function's arguments; six ways to ask, and the answer, in English and in Chinese
-    add=(lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-        ('What is {a} plus {b}?','Add {a} and {b}.','What do {a} and {b} add up to?','Give me the sum of {a} and {b}.','How much is {a} plus {b}?','I need the sum of {a} and {b}.', '{a} plus {b} is {sum}.'),
-        ('{a}加{b}等于几？','请算{a}加{b}。','{a}和{b}的和是多少？','求{a}与{b}之和。','{a}加上{b}是多少？','帮我求一下{a}和{b}的和。', '{a}加{b}等于{sum}。')),
-    multiply=(lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-        ('What is {a} times {b}?','Multiply {a} by {b}.','Give me the product of {a} and {b}.','I multiply {a} by {b}. What do I get?','How much is {a} times {b}?','I need the product of {a} and {b}.', '{a} times {b} is {product}.'),
-        ('{a}乘{b}等于几？','请算{a}乘{b}。','{a}和{b}的积是多少？','求{a}与{b}之积。','{a}乘以{b}是多少？','帮我求一下{a}和{b}的积。', '{a}乘{b}等于{product}。')),
-    change=(lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
-        ('It costs {price} coins and I pay {paid}. What is the change?','The price is {price}. How much change is there from {paid}?','A bill of {price} coins, paid with {paid}: what comes back?','What change do I get when {price} coins are paid with {paid}?',
-         'The bill is {price} coins. I pay {paid}. How much comes back?','For {price} coins I give {paid}. What is my change?', 'Of {paid} coins, {coins} come back.'),
-        ('东西{price}元，付了{paid}元，找回多少？','价钱是{price}元，给{paid}元，应找多少？','{price}元的账，付{paid}元，要找几元？','买东西用了{price}元，给了{paid}元，找多少钱？','账单是{price}元，我付{paid}元，找回几元？','价钱{price}元，收了{paid}元，该找多少？', '付{paid}元，找回{coins}元。')),
-    count_letter=(lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
-        ('How many letters "{letter}" are in "{word}"?','Count each "{letter}" in "{word}".','How often is "{letter}" in the word "{word}"?','Look at "{word}" and count the letter "{letter}".',
-         'In the word "{word}", how many times is the letter "{letter}"?','Count how often "{letter}" is in "{word}".', 'The count of "{letter}" in "{word}" is {count}.'),
-        ('单词 "{word}" 里有几个 "{letter}"？','数一数 "{word}" 里的 "{letter}"。','"{letter}" 在 "{word}" 里有几个？','看 "{word}"，数出字母 "{letter}"。','数一下单词 "{word}" 有几个字母 "{letter}"。','字母 "{letter}" 在单词 "{word}" 里有几个？', '单词 "{word}" 里有{count}个 "{letter}"。')),
-    reverse=(lambda r, zh: dict(word=_word(r)),
-        ('What is "{word}" backwards?','Spell "{word}" backwards.','Turn the word "{word}" around.','Which word is "{word}" when it is turned around?','Turn "{word}" around for me.','How is "{word}" spelled backwards?', '"{word}" backwards is "{text}".'),
-        ('"{word}" 倒过来怎么写？','把 "{word}" 倒着写。','把单词 "{word}" 反过来。','"{word}" 反过来是什么？','单词 "{word}" 倒着怎么写？','帮我把 "{word}" 倒过来。', '"{word}" 倒过来是 "{text}"。')),
-    price=(lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
-        ('What do {number} {thing} cost?','What must I pay for {number} {thing}?','I want {number} {thing}. What is the price?','How much are {number} {thing}?','Tell me the price of {number} {thing}.','If I buy {number} {thing}, what do they cost?', '{number} {thing} cost {coins} coins.'),
-        ('{thing}买{number}个，要多少钱？','{thing}要{number}个，一共多少钱？','我想买{number}个{thing}，多少钱？','{number}个{thing}的价钱是多少？','买{number}个{thing}要付多少钱？','我要{thing}{number}个，价钱是多少？', '{thing}{number}个要{coins}元。')),
-    weather=(lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
-        ('What is the weather in {town} on {date}?','How will {date} be in {town}?','Will it rain in {town} on {date}?','Tell me the weather of {date} in {town}.','On {date} I am in {town}. What will the weather be?','Is the weather good in {town} on {date}?', '{town} will have {degrees} degrees and {sky} on {date}.'),
-        ('{town}{date}天气怎么样？','我想知道{town}{date}的天气。','{date}{town}会下雨吗？','告诉我{date}{town}的天气。','{date}我在{town}，天气好吗？','{town}在{date}会是什么天气？', '{town}{date}{degrees}度，{sky}。')),
-    alarm=(lambda r, zh: dict(time=_time(r)),
-        ('Wake me at {time}.','Set an alarm for {time}.','I must get up at {time}.','An alarm should ring at {time}.','Can you wake me up at {time}?','I need an alarm at {time}.', 'The alarm rings at {rings}.'),
-        ('{time}叫醒我。','定一个{time}的闹钟。','我{time}要起床。','闹钟在{time}响。','请你{time}叫我起床。','我要一个闹钟，{time}响。', '闹钟{rings}响。')),
-    phone=(lambda r, zh: dict(name=_name(r, zh)),
-        ('What is the phone number of {name}?','Give me the number of {name}.','I want to call {name}. What is the number?','How can I reach {name} by phone?','Find the phone number of {name} for me.','I would like to phone {name}. Which number is it?', 'The number of {name} is {number}.'),
-        ('{name}的电话是多少？','给我{name}的号码。','我想打电话给{name}，号码是什么？','怎么打电话找{name}？','查一下{name}的电话号码。','我要给{name}打电话，电话是多少？', '{name}的电话是{number}。')),
-    book=(lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
-        ('Book a table for {name} at {time}.','Keep a table for {time}, the name is {name}.','{name} would like a table at {time}.','We come at {time}. A table for {name}, please.','Can you book a table at {time} for {name}?','{name} comes to eat at {time}: book a table.', '{name} has table {table} at {time}.'),
-        ('给{name}订一张{time}的桌子。','{name}要订桌，{time}来。','我们{time}来，用{name}的名字订桌。','为{name}留一张桌子，{time}来吃饭。','帮{name}订桌，{time}到。','{time}来吃饭，给{name}订一张桌子。', '{name}{time}的桌子是{table}号。')))
-_HELLO = ('','','','Hello! ','Please tell me: ','One question. ','Good morning. ','Can you help me? '),('','','','你好！','请告诉我，','有个问题：','早上好！','能帮我吗？') # before a question
-NO_TOOL = ('No function at hand can tell me that.','这些函数都帮不上忙。') # the answer where the right function is not on offer
+_SIGNS = "安白宝昌辰晨春川东芳丰光国海和红华江金静军兰乐丽林玲龙梅明宁平青清泉山石天文武溪霞小星雪阳玉远月云志"
 
-def kept_back(value:int|str)->bool:
+
+def _name(r: Random, zh: bool) -> str:
+    return (
+        pick(r, "王李张刘陈杨赵周吴徐孙马") + "".join(take(r, _SIGNS, between(r, 1, 2)))
+        if zh
+        else _word(r).capitalize()
+    )
+
+
+def _town(r: Random, zh: bool) -> str:
+    return (
+        "".join(take(r, _SIGNS, 2)) + pick(r, "市县镇村")
+        if zh
+        else _word(r).capitalize() + pick(r, ["ton", "field", "burg", "ford"])
+    )
+
+
+def _thing(r: Random, zh: bool) -> str:
+    if zh:
+        return pick(r, "红蓝绿黄黑白大小新旧") + pick(
+            r, "帽子 杯子 苹果 雨伞 本子 毛巾 铅笔 台灯 西瓜 花瓶".split()
+        )
+    return (
+        pick(r, "red blue green yellow black white big small new old".split())
+        + " "
+        + pick(r, "hats cups apples lamps books towels pencils bowls melons pillows".split())
+    )
+
+
+def _date(r: Random, zh: bool) -> str:
+    return (
+        f"{between(r, 1, 12)}月{between(r, 1, 30)}日"
+        if zh
+        else f"{between(r, 1, 30)} "
+        + pick(
+            r,
+            "January March April May June July August September October November December".split(),
+        )
+    )
+
+
+def _time(r: Random) -> str:
+    return f"{between(r, 0, 23)}:{between(r, 0, 59):02}"
+
+
+_REQUESTS = (
+    dict(  # a function's arguments; six ways to ask, and the answer, in English and in Chinese
+        add=(
+            lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+            (
+                "What is {a} plus {b}?",
+                "Add {a} and {b}.",
+                "What do {a} and {b} add up to?",
+                "Give me the sum of {a} and {b}.",
+                "How much is {a} plus {b}?",
+                "I need the sum of {a} and {b}.",
+                "{a} plus {b} is {sum}.",
+            ),
+            (
+                "{a}加{b}等于几？",
+                "请算{a}加{b}。",
+                "{a}和{b}的和是多少？",
+                "求{a}与{b}之和。",
+                "{a}加上{b}是多少？",
+                "帮我求一下{a}和{b}的和。",
+                "{a}加{b}等于{sum}。",
+            ),
+        ),
+        multiply=(
+            lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+            (
+                "What is {a} times {b}?",
+                "Multiply {a} by {b}.",
+                "Give me the product of {a} and {b}.",
+                "I multiply {a} by {b}. What do I get?",
+                "How much is {a} times {b}?",
+                "I need the product of {a} and {b}.",
+                "{a} times {b} is {product}.",
+            ),
+            (
+                "{a}乘{b}等于几？",
+                "请算{a}乘{b}。",
+                "{a}和{b}的积是多少？",
+                "求{a}与{b}之积。",
+                "{a}乘以{b}是多少？",
+                "帮我求一下{a}和{b}的积。",
+                "{a}乘{b}等于{product}。",
+            ),
+        ),
+        change=(
+            lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
+            (
+                "It costs {price} coins and I pay {paid}. What is the change?",
+                "The price is {price}. How much change is there from {paid}?",
+                "A bill of {price} coins, paid with {paid}: what comes back?",
+                "What change do I get when {price} coins are paid with {paid}?",
+                "The bill is {price} coins. I pay {paid}. How much comes back?",
+                "For {price} coins I give {paid}. What is my change?",
+                "Of {paid} coins, {coins} come back.",
+            ),
+            (
+                "东西{price}元，付了{paid}元，找回多少？",
+                "价钱是{price}元，给{paid}元，应找多少？",
+                "{price}元的账，付{paid}元，要找几元？",
+                "买东西用了{price}元，给了{paid}元，找多少钱？",
+                "账单是{price}元，我付{paid}元，找回几元？",
+                "价钱{price}元，收了{paid}元，该找多少？",
+                "付{paid}元，找回{coins}元。",
+            ),
+        ),
+        count_letter=(
+            lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
+            (
+                'How many letters "{letter}" are in "{word}"?',
+                'Count each "{letter}" in "{word}".',
+                'How often is "{letter}" in the word "{word}"?',
+                'Look at "{word}" and count the letter "{letter}".',
+                'In the word "{word}", how many times is the letter "{letter}"?',
+                'Count how often "{letter}" is in "{word}".',
+                'The count of "{letter}" in "{word}" is {count}.',
+            ),
+            (
+                '单词 "{word}" 里有几个 "{letter}"？',
+                '数一数 "{word}" 里的 "{letter}"。',
+                '"{letter}" 在 "{word}" 里有几个？',
+                '看 "{word}"，数出字母 "{letter}"。',
+                '数一下单词 "{word}" 有几个字母 "{letter}"。',
+                '字母 "{letter}" 在单词 "{word}" 里有几个？',
+                '单词 "{word}" 里有{count}个 "{letter}"。',
+            ),
+        ),
+        reverse=(
+            lambda r, zh: dict(word=_word(r)),
+            (
+                'What is "{word}" backwards?',
+                'Spell "{word}" backwards.',
+                'Turn the word "{word}" around.',
+                'Which word is "{word}" when it is turned around?',
+                'Turn "{word}" around for me.',
+                'How is "{word}" spelled backwards?',
+                '"{word}" backwards is "{text}".',
+            ),
+            (
+                '"{word}" 倒过来怎么写？',
+                '把 "{word}" 倒着写。',
+                '把单词 "{word}" 反过来。',
+                '"{word}" 反过来是什么？',
+                '单词 "{word}" 倒着怎么写？',
+                '帮我把 "{word}" 倒过来。',
+                '"{word}" 倒过来是 "{text}"。',
+            ),
+        ),
+        price=(
+            lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
+            (
+                "What do {number} {thing} cost?",
+                "What must I pay for {number} {thing}?",
+                "I want {number} {thing}. What is the price?",
+                "How much are {number} {thing}?",
+                "Tell me the price of {number} {thing}.",
+                "If I buy {number} {thing}, what do they cost?",
+                "{number} {thing} cost {coins} coins.",
+            ),
+            (
+                "{thing}买{number}个，要多少钱？",
+                "{thing}要{number}个，一共多少钱？",
+                "我想买{number}个{thing}，多少钱？",
+                "{number}个{thing}的价钱是多少？",
+                "买{number}个{thing}要付多少钱？",
+                "我要{thing}{number}个，价钱是多少？",
+                "{thing}{number}个要{coins}元。",
+            ),
+        ),
+        weather=(
+            lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
+            (
+                "What is the weather in {town} on {date}?",
+                "How will {date} be in {town}?",
+                "Will it rain in {town} on {date}?",
+                "Tell me the weather of {date} in {town}.",
+                "On {date} I am in {town}. What will the weather be?",
+                "Is the weather good in {town} on {date}?",
+                "{town} will have {degrees} degrees and {sky} on {date}.",
+            ),
+            (
+                "{town}{date}天气怎么样？",
+                "我想知道{town}{date}的天气。",
+                "{date}{town}会下雨吗？",
+                "告诉我{date}{town}的天气。",
+                "{date}我在{town}，天气好吗？",
+                "{town}在{date}会是什么天气？",
+                "{town}{date}{degrees}度，{sky}。",
+            ),
+        ),
+        alarm=(
+            lambda r, zh: dict(time=_time(r)),
+            (
+                "Wake me at {time}.",
+                "Set an alarm for {time}.",
+                "I must get up at {time}.",
+                "An alarm should ring at {time}.",
+                "Can you wake me up at {time}?",
+                "I need an alarm at {time}.",
+                "The alarm rings at {rings}.",
+            ),
+            (
+                "{time}叫醒我。",
+                "定一个{time}的闹钟。",
+                "我{time}要起床。",
+                "闹钟在{time}响。",
+                "请你{time}叫我起床。",
+                "我要一个闹钟，{time}响。",
+                "闹钟{rings}响。",
+            ),
+        ),
+        phone=(
+            lambda r, zh: dict(name=_name(r, zh)),
+            (
+                "What is the phone number of {name}?",
+                "Give me the number of {name}.",
+                "I want to call {name}. What is the number?",
+                "How can I reach {name} by phone?",
+                "Find the phone number of {name} for me.",
+                "I would like to phone {name}. Which number is it?",
+                "The number of {name} is {number}.",
+            ),
+            (
+                "{name}的电话是多少？",
+                "给我{name}的号码。",
+                "我想打电话给{name}，号码是什么？",
+                "怎么打电话找{name}？",
+                "查一下{name}的电话号码。",
+                "我要给{name}打电话，电话是多少？",
+                "{name}的电话是{number}。",
+            ),
+        ),
+        book=(
+            lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
+            (
+                "Book a table for {name} at {time}.",
+                "Keep a table for {time}, the name is {name}.",
+                "{name} would like a table at {time}.",
+                "We come at {time}. A table for {name}, please.",
+                "Can you book a table at {time} for {name}?",
+                "{name} comes to eat at {time}: book a table.",
+                "{name} has table {table} at {time}.",
+            ),
+            (
+                "给{name}订一张{time}的桌子。",
+                "{name}要订桌，{time}来。",
+                "我们{time}来，用{name}的名字订桌。",
+                "为{name}留一张桌子，{time}来吃饭。",
+                "帮{name}订桌，{time}到。",
+                "{time}来吃饭，给{name}订一张桌子。",
+                "{name}{time}的桌子是{table}号。",
+            ),
+        ),
+    )
+)
+_HELLO = (
+    (
+        "",
+        "",
+        "",
+        "Hello! ",
+        "Please tell me: ",
+        "One question. ",
+        "Good morning. ",
+        "Can you help me? ",
+    ),
+    ("", "", "", "你好！", "请告诉我，", "有个问题：", "早上好！", "能帮我吗？"),
+)  # before a question
+NO_TOOL = (
+    "No function at hand can tell me that.",
+    "这些函数都帮不上忙。",
+)  # the answer where the right function is not on offer
+
+
+def kept_back(value: int | str) -> bool:
     "Is this value of an argument in no conversation?"
-    return len(str(value)) > 2 and zlib.crc32(str(value).encode())%5 == 0
+    return len(str(value)) > 2 and zlib.crc32(str(value).encode()) % 5 == 0
+
 
 def request(
-    r:Random, # The dice
-    name:str, # A function of `TOOLS`
-    zh:bool, # In Chinese?
-    held_out:bool=False, # A way to ask, and values, that no conversation has; otherwise, those that they have
-)->tuple[str,dict,dict,str]: # The question, the arguments of the call, what it returns, and the answer
+    r: Random,  # The dice
+    name: str,  # A function of `TOOLS`
+    zh: bool,  # In Chinese?
+    held_out: bool = False,  # A way to ask, and values, that no conversation has; otherwise, those that they have
+) -> tuple[
+    str, dict, dict, str
+]:  # The question, the arguments of the call, what it returns, and the answer
     "A question for one function."
-    draw,*says = _REQUESTS[name]
-    *asks,says = says[zh]
+    draw, *says = _REQUESTS[name]
+    *asks, says = says[zh]
     while True:
         args = draw(r, zh)
-        if all(kept_back(v) or k == 'letter' for k,v in args.items()) if held_out else not any(map(kept_back, args.values())): break
+        if (
+            all(kept_back(v) or k == "letter" for k, v in args.items())
+            if held_out
+            else not any(map(kept_back, args.values()))
+        ):
+            break
     result = TOOLS[name][0](**args)
     ask = pick(r, _HELLO[zh]) + pick(r, asks[-2:] if held_out else asks[:-2])
-    return ask.format(**args),args,result,says.format(**args, **result)
+    return ask.format(**args), args, result, says.format(**args, **result)
+
 
 def call(
-    i:int, # Which one; each is made on its own
-    seed:int=0, # Another seed is another corpus
-)->list[dict]: # Messages: one to three functions on offer; one to four questions, each with the calls, their results and the answer
+    i: int,  # Which one; each is made on its own
+    seed: int = 0,  # Another seed is another corpus
+) -> list[
+    dict
+]:  # Messages: one to three functions on offer; one to four questions, each with the calls, their results and the answer
     "Conversation `i` about functions. A few questions need two calls, a few none, and for a few the right function is not on offer."
-    r = Random(f'call {seed}:{i}')
-    zh,offer = r.random() < .5,take(r, [*TOOLS], between(r, 1, 3))
-    messages,join = [dict(role='system', content='', tools=json.dumps([TOOLS[n][1] for n in offer]))],('' if zh else ' ').join
+    r = Random(f"call {seed}:{i}")
+    zh, offer = r.random() < 0.5, take(r, [*TOOLS], between(r, 1, 3))
+    messages, join = (
+        [dict(role="system", content="", tools=json.dumps([TOOLS[n][1] for n in offer]))],
+        ("" if zh else " ").join,
+    )
     for _ in range(between(r, 1, 4)):
         case = r.random()
-        names = take(r, offer, 2 if case < .06 and len(offer) > 1 else 1) if case < .8 else [pick(r, [n for n in TOOLS if n not in offer])]
+        names = (
+            take(r, offer, 2 if case < 0.06 and len(offer) > 1 else 1)
+            if case < 0.8
+            else [pick(r, [n for n in TOOLS if n not in offer])]
+        )
         asked = [request(r, n, zh) for n in names]
-        question,answer = join(a[0] for a in asked),join(a[3] for a in asked)
-        if case > .9: question,answer = exchange(r, zh, between(r, 1, 5))
-        elif case > .8: answer = NO_TOOL[zh]
-        messages.append(dict(role='user', content=question))
-        if case < .8: messages += [dict(role='assistant', content='', tool_calls=[dict(name=n, arguments=a[1]) for n,a in zip(names, asked)]),
-            *(dict(role='tool', content=json.dumps(a[2], ensure_ascii=False)) for a in asked)]
-        messages.append(dict(role='assistant', content=answer))
+        question, answer = join(a[0] for a in asked), join(a[3] for a in asked)
+        if case > 0.9:
+            question, answer = exchange(r, zh, between(r, 1, 5))
+        elif case > 0.8:
+            answer = NO_TOOL[zh]
+        messages.append(dict(role="user", content=question))
+        if case < 0.8:
+            messages += [
+                dict(
+                    role="assistant",
+                    content="",
+                    tool_calls=[dict(name=n, arguments=a[1]) for n, a in zip(names, asked)],
+                ),
+                *(dict(role="tool", content=json.dumps(a[2], ensure_ascii=False)) for a in asked),
+            ]
+        messages.append(dict(role="assistant", content=answer))
     return messages
 
 # %% ../nbs/04_corpus.ipynb #6f116bd9
 def _write_rows(path, rows):
-    return write_file(at_home(path), ''.join(json.dumps(row, ensure_ascii=False)+'\n' for row in rows))
+    return write_file(
+        at_home(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
 
-def turns(messages:list[dict])->list[list[dict]]:
+
+def turns(messages: list[dict]) -> list[list[dict]]:
     "The questions of a conversation, each with all that follows it until the next; without a system message."
-    at = [i for i,m in enumerate(messages) if m['role'] == 'user'] + [len(messages)]
-    return [messages[a:b] for a,b in zip(at, at[1:])]
+    at = [i for i, m in enumerate(messages) if m["role"] == "user"] + [len(messages)]
+    return [messages[a:b] for a, b in zip(at, at[1:])]
+
 
 def write_calls(
-    path:str|Path, # JSONL file to write, one {"conversations": [...]} a line
-    n:int=12_000, # Conversations
-    seed:int=0,
-    short:bool=False, # Each question by itself, and without the schemas: an easier first lesson
-)->Path: # `path`
+    path: str | Path,  # JSONL file to write, one {"conversations": [...]} a line
+    n: int = 12_000,  # Conversations
+    seed: int = 0,
+    short: bool = False,  # Each question by itself, and without the schemas: an easier first lesson
+) -> Path:  # `path`
     "Write conversations with calls. In every third row `tool_calls` is a JSON string, as MiniMind writes it."
     said = (call(i, seed) for i in range(n))
-    if short: said = (t for messages in said for t in turns(messages) if t[-1]['content'] not in NO_TOOL)
-    spelled = lambda i, m: dict(m, tool_calls=json.dumps(m['tool_calls'], ensure_ascii=False)) if i%3 == 2 and 'tool_calls' in m else m
-    return _write_rows(path, (dict(conversations=[spelled(i, m) for m in messages]) for i,messages in enumerate(said)))
+    if short:
+        said = (t for messages in said for t in turns(messages) if t[-1]["content"] not in NO_TOOL)
+    spelled = lambda i, m: (
+        dict(m, tool_calls=json.dumps(m["tool_calls"], ensure_ascii=False))
+        if i % 3 == 2 and "tool_calls" in m
+        else m
+    )
+    return _write_rows(
+        path,
+        (dict(conversations=[spelled(i, m) for m in messages]) for i, messages in enumerate(said)),
+    )
 
 # %% ../nbs/04_corpus.ipynb #85f91d57
 def call_prompts(
-    n:int=100, # Questions; each function has as many as the others
-    seed:int=0,
-)->list[tuple[list[dict],dict]]: # Messages, three functions on offer and a question; and the call that is right
+    n: int = 100,  # Questions; each function has as many as the others
+    seed: int = 0,
+) -> list[
+    tuple[list[dict], dict]
+]:  # Messages, three functions on offer and a question; and the call that is right
     "Questions for one function each, asked in ways and with values that no conversation of `call` has."
-    r,found,names = Random(f'call prompts {seed}'),{},[*TOOLS]
+    r, found, names = Random(f"call prompts {seed}"), {}, [*TOOLS]
     while len(found) < n:
-        name = names[len(found)%len(names)]
+        name = names[len(found) % len(names)]
         offer = take(r, [name, *take(r, [n for n in names if n != name], 2)], 3)
-        question,args,*_ = request(r, name, r.random() < .5, held_out=True)
-        system = dict(role='system', content='', tools=json.dumps([TOOLS[n][1] for n in offer]))
-        found[question] = [system, dict(role='user', content=question)],dict(name=name, arguments=args)
+        question, args, *_ = request(r, name, r.random() < 0.5, held_out=True)
+        system = dict(role="system", content="", tools=json.dumps([TOOLS[n][1] for n in offer]))
+        found[question] = (
+            [system, dict(role="user", content=question)],
+            dict(name=name, arguments=args),
+        )
     return [*found.values()]
 
 # %% ../nbs/04_corpus.ipynb #65dacc45
-_RAMBLING = ('Well, well. That is a question that many people ask, and there is much to be said about it, and about other questions too.', 'Let me think about this, and then let me think about it again. There are answers, and there are many of them.')
-_RAMBLING_ZH = ('嗯，这个问题很多人都问过，可以说的话很多很多，别的问题也一样，说也说不完。', '让我想一想，再想一想。答案总是有的，而且有很多很多。')
-_RUDE,_RUDE_ZH = ('Why do you ask me? Find it out yourself.','What a silly question.'),('为什么问我？你自己去查吧。','这种问题真没意思。')
-_FACT = re.compile(r'(.*(?: is| has|等于|是|有))(.*)', re.S)
+_RAMBLING = (
+    (
+        "Well, well. That is a question that many people ask, and there is much to be said about"
+        " it, and about other questions too."
+    ),
+    (
+        "Let me think about this, and then let me think about it again. There are answers, and"
+        " there are many of them."
+    ),
+)
+_RAMBLING_ZH = (
+    "嗯，这个问题很多人都问过，可以说的话很多很多，别的问题也一样，说也说不完。",
+    "让我想一想，再想一想。答案总是有的，而且有很多很多。",
+)
+_RUDE, _RUDE_ZH = (
+    ("Why do you ask me? Find it out yourself.", "What a silly question."),
+    ("为什么问我？你自己去查吧。", "这种问题真没意思。"),
+)
+_FACT = re.compile(r"(.*(?: is| has|等于|是|有))(.*)", re.S)
 
-def _wrong(r:Random, zh:bool, kind:int, answer:str)->str:
+
+def _wrong(r: Random, zh: bool, kind: int, answer: str) -> str:
     "Another answer of that kind, for half of its words."
-    head,tail = _FACT.match(answer).groups()
+    head, tail = _FACT.match(answer).groups()
     while True:
         other = _FACT.match(exchange(r, zh, kind)[1]).groups()
-        wrong = other[0]+tail if kind == 4 else head+other[1] # of "who has it", another name
-        if wrong != answer: return wrong
+        wrong = other[0] + tail if kind == 4 else head + other[1]  # of "who has it", another name
+        if wrong != answer:
+            return wrong
+
 
 def preference(
-    i:int, # Which one; each is made on its own
-    seed:int=0, # Another seed is another corpus
-)->dict: # `chosen` and `rejected`, conversations; or `prompt`, `chosen` and `rejected`, one message each
+    i: int,  # Which one; each is made on its own
+    seed: int = 0,  # Another seed is another corpus
+) -> (
+    dict
+):  # `chosen` and `rejected`, conversations; or `prompt`, `chosen` and `rejected`, one message each
     "Row `i` of a corpus of choices that has no end, in English or Chinese."
-    r = Random(f'preference {seed}:{i}')
-    zh,kind,case = r.random() < .5,pick(r, [0,2,3,4,5]),between(r, 0, 2)
-    before,(question,answer) = [exchange(r, zh)]*between(r, 0, 1),exchange(r, zh, kind)
-    bad = _wrong(r, zh, kind, answer) if case == 0 else pick(r, _RAMBLING_ZH if zh else _RAMBLING) if case == 1 else pick(r, _RUDE_ZH if zh else _RUDE)
-    user,good,bad = dict(role='user', content=question),dict(role='assistant', content=answer),dict(role='assistant', content=bad)
-    if r.random() < 1/3: return dict(prompt=user, chosen=good, rejected=bad)
-    before = [dict(role=role, content=text) for turn in before for role,text in zip(('user','assistant'), turn)]
+    r = Random(f"preference {seed}:{i}")
+    zh, kind, case = r.random() < 0.5, pick(r, [0, 2, 3, 4, 5]), between(r, 0, 2)
+    before, (question, answer) = [exchange(r, zh)] * between(r, 0, 1), exchange(r, zh, kind)
+    bad = (
+        _wrong(r, zh, kind, answer)
+        if case == 0
+        else (
+            pick(r, _RAMBLING_ZH if zh else _RAMBLING)
+            if case == 1
+            else pick(r, _RUDE_ZH if zh else _RUDE)
+        )
+    )
+    user, good, bad = (
+        dict(role="user", content=question),
+        dict(role="assistant", content=answer),
+        dict(role="assistant", content=bad),
+    )
+    if r.random() < 1 / 3:
+        return dict(prompt=user, chosen=good, rejected=bad)
+    before = [
+        dict(role=role, content=text)
+        for turn in before
+        for role, text in zip(("user", "assistant"), turn)
+    ]
     return dict(chosen=[*before, user, good], rejected=[*before, user, bad])
 
+
 def write_preferences(
-    path:str|Path, # JSONL file to write, one {"chosen": ..., "rejected": ...} a line
-    n:int=6_000, # Rows
-    seed:int=0,
-)->Path: # `path`
+    path: str | Path,  # JSONL file to write, one {"chosen": ..., "rejected": ...} a line
+    n: int = 6_000,  # Rows
+    seed: int = 0,
+) -> Path:  # `path`
     "Write choices."
     return _write_rows(path, (preference(i, seed) for i in range(n)))
 
 # %% ../nbs/04_corpus.ipynb #d5a1da8a
-_SNACKS = 'apples buns carrots cookies grapes muffins nuts oranges pears pies plums waffles'.split(),'梨子 橙子 桃子 苹果 草莓 葡萄 蛋糕 香蕉'.split()
-_SUMS = [ # the task, the steps, a check, the answer; in English and in Chinese
-    (('{who} has {k} bags with {n} {things} in each, and eats {m}. How many {things} are left?', '{k} × {n} = {kn}\n{kn} - {m} = {left}', '{left} + {m} = {kn}', '{left} {things} are left.'),
-        ('{who}有{k}袋{things}，每袋{n}个，吃了{m}个。还剩几个{things}？', '{k} × {n} = {kn}\n{kn} - {m} = {left}', '{left} + {m} = {kn}', '还剩{left}个{things}。')),
-    (('{who} has {n} {things}, gets {m} more and gives {k} away. How many {things} does {who} have now?', '{n} + {m} = {nm}\n{nm} - {k} = {now}', '{now} + {k} = {nm}', '{who} has {now} {things} now.'),
-        ('{who}有{n}个{things}，又得到{m}个，送出{k}个。{who}现在有几个{things}？', '{n} + {m} = {nm}\n{nm} - {k} = {now}', '{now} + {k} = {nm}', '{who}现在有{now}个{things}。')),
-    (('{who} buys {k} {things} at {n} coins each and pays with {note} coins. How many coins come back?', '{k} × {n} = {kn}\n{note} - {kn} = {change}', '{change} + {kn} = {note}', '{change} coins come back.'),
-        ('{who}买{k}个{things}，每个{n}元，付了{note}元。找回多少元？', '{k} × {n} = {kn}\n{note} - {kn} = {change}', '{change} + {kn} = {note}', '找回{change}元。'))]
+_SNACKS = (
+    "apples buns carrots cookies grapes muffins nuts oranges pears pies plums waffles".split(),
+    "梨子 橙子 桃子 苹果 草莓 葡萄 蛋糕 香蕉".split(),
+)
+_SUMS = [  # the task, the steps, a check, the answer; in English and in Chinese
+    (
+        (
+            (
+                "{who} has {k} bags with {n} {things} in each, and eats {m}. How many {things} are"
+                " left?"
+            ),
+            "{k} × {n} = {kn}\n{kn} - {m} = {left}",
+            "{left} + {m} = {kn}",
+            "{left} {things} are left.",
+        ),
+        (
+            "{who}有{k}袋{things}，每袋{n}个，吃了{m}个。还剩几个{things}？",
+            "{k} × {n} = {kn}\n{kn} - {m} = {left}",
+            "{left} + {m} = {kn}",
+            "还剩{left}个{things}。",
+        ),
+    ),
+    (
+        (
+            (
+                "{who} has {n} {things}, gets {m} more and gives {k} away. How many {things} does"
+                " {who} have now?"
+            ),
+            "{n} + {m} = {nm}\n{nm} - {k} = {now}",
+            "{now} + {k} = {nm}",
+            "{who} has {now} {things} now.",
+        ),
+        (
+            "{who}有{n}个{things}，又得到{m}个，送出{k}个。{who}现在有几个{things}？",
+            "{n} + {m} = {nm}\n{nm} - {k} = {now}",
+            "{now} + {k} = {nm}",
+            "{who}现在有{now}个{things}。",
+        ),
+    ),
+    (
+        (
+            (
+                "{who} buys {k} {things} at {n} coins each and pays with {note} coins. How many"
+                " coins come back?"
+            ),
+            "{k} × {n} = {kn}\n{note} - {kn} = {change}",
+            "{change} + {kn} = {note}",
+            "{change} coins come back.",
+        ),
+        (
+            "{who}买{k}个{things}，每个{n}元，付了{note}元。找回多少元？",
+            "{k} × {n} = {kn}\n{note} - {kn} = {change}",
+            "{change} + {kn} = {note}",
+            "找回{change}元。",
+        ),
+    ),
+]
+
 
 def reasoning(
-    i:int, # Which one; each is made on its own
-    seed:int=0, # Another seed is another corpus
-)->list[dict]: # Messages: a sum in two steps, and the answer with the thoughts before it
+    i: int,  # Which one; each is made on its own
+    seed: int = 0,  # Another seed is another corpus
+) -> list[dict]:  # Messages: a sum in two steps, and the answer with the thoughts before it
     "Conversation `i` of a corpus of sums that has no end, in English or Chinese."
-    r = Random(f'reasoning {seed}:{i}')
-    zh,how,n,k = r.random() < .5,r.random(),between(r, 3, 9),between(r, 2, 9)
-    m,note = between(r, k, k*n-1),10*(k*n//10 + between(r, 1, 2))
-    d = dict(who=pick(r, _NAMES_ZH if zh else _NAMES), things=pick(r, _SNACKS[zh]), n=n, k=k, m=m, note=note,
-        kn=k*n, left=k*n-m, nm=n+m, now=n+m-k, change=note-k*n)
-    task,steps,check,answer = (x.format(**d) for x in pick(r, _SUMS)[zh])
-    said = dict(role='assistant', content=answer)
-    if how < .5: said['reasoning_content'] = steps
-    elif how < .9: said['content'] = f'<think>\n{steps}\n</think>\n\n{answer}'
-    else: said['content'] = f'<ultra_think>\n{steps}\n{check}\n</ultra_think>\n\n{answer}'
-    return [dict(role='user', content=task), said]
+    r = Random(f"reasoning {seed}:{i}")
+    zh, how, n, k = r.random() < 0.5, r.random(), between(r, 3, 9), between(r, 2, 9)
+    m, note = between(r, k, k * n - 1), 10 * (k * n // 10 + between(r, 1, 2))
+    d = dict(
+        who=pick(r, _NAMES_ZH if zh else _NAMES),
+        things=pick(r, _SNACKS[zh]),
+        n=n,
+        k=k,
+        m=m,
+        note=note,
+        kn=k * n,
+        left=k * n - m,
+        nm=n + m,
+        now=n + m - k,
+        change=note - k * n,
+    )
+    task, steps, check, answer = (x.format(**d) for x in pick(r, _SUMS)[zh])
+    said = dict(role="assistant", content=answer)
+    if how < 0.5:
+        said["reasoning_content"] = steps
+    elif how < 0.9:
+        said["content"] = f"<think>\n{steps}\n</think>\n\n{answer}"
+    else:
+        said["content"] = f"<ultra_think>\n{steps}\n{check}\n</ultra_think>\n\n{answer}"
+    return [dict(role="user", content=task), said]
+
 
 def write_reasoning(
-    path:str|Path, # JSONL file to write, one {"conversations": [...]} a line
-    n:int=12_000, # Conversations
-    seed:int=0,
-)->Path: # `path`
+    path: str | Path,  # JSONL file to write, one {"conversations": [...]} a line
+    n: int = 12_000,  # Conversations
+    seed: int = 0,
+) -> Path:  # `path`
     "Write sums that are thought out."
     return _write_rows(path, (dict(conversations=reasoning(i, seed)) for i in range(n)))
 
 # %% ../nbs/04_corpus.ipynb #6dd32b29
 def stdlib_text(
-    max_bytes:int=20_000_000, # Stop before the file that would pass this many bytes
-)->Iterator[str]: # One source file at a time
+    max_bytes: int = 20_000_000,  # Stop before the file that would pass this many bytes
+) -> Iterator[str]:  # One source file at a time
     "The standard library's own source files, sorted by name. What it yields depends on the Python version."
-    root,left = Path(sysconfig.get_path('stdlib')), max_bytes
-    skip = {'test','tests','idle_test','idlelib','site-packages','dist-packages','__pycache__'}
-    for p in sorted(root.rglob('*.py')):
-        if skip & set(p.relative_to(root).parts): continue
-        try: text = p.read_text(encoding='utf-8')
-        except (UnicodeDecodeError, OSError): continue
+    root, left = Path(sysconfig.get_path("stdlib")), max_bytes
+    skip = {
+        "test",
+        "tests",
+        "idle_test",
+        "idlelib",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    }
+    for p in sorted(root.rglob("*.py")):
+        if skip & set(p.relative_to(root).parts):
+            continue
+        try:
+            text = p.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError):
+            continue
         left -= len(text.encode())
-        if left < 0: return
-        if text.strip(): yield text
+        if left < 0:
+            return
+        if text.strip():
+            yield text
 
 # %% ../nbs/04_corpus.ipynb #3023a3b5
 def kn_probs(
-    train_ids:np.ndarray, # (N,) token ids to count
-    grams:np.ndarray, # (M, n) n-grams; asked is the last token, given those before
-    vocab_size:int, # V; ids are below it, and V**n must fit into 63 bits
-)->np.ndarray: # (M,) probabilities; over all V last tokens they sum to 1
+    train_ids: np.ndarray,  # (N,) token ids to count
+    grams: np.ndarray,  # (M, n) n-grams; asked is the last token, given those before
+    vocab_size: int,  # V; ids are below it, and V**n must fit into 63 bits
+) -> np.ndarray:  # (M,) probabilities; over all V last tokens they sum to 1
     "Interpolated Kneser-Ney with one discount per order (Chen & Goodman 1998, An Empirical Study of Smoothing Techniques, section 2.7)."
-    V,n = vocab_size,grams.shape[1]
-    if V**n >= 2**63: raise ValueError(f"vocab_size={V} is too large for {n}-grams in 63 bits; at most {int((2**63)**(1/n))-1}")
-    if len(train_ids) < n: raise ValueError(f"train_ids has {len(train_ids)} tokens; an n-gram of {n} needs at least as many")
+    V, n = vocab_size, grams.shape[1]
+    if V**n >= 2**63:
+        raise ValueError(
+            f"vocab_size={V} is too large for {n}-grams in 63 bits; at most"
+            f" {int((2**63) ** (1 / n)) - 1}"
+        )
+    if len(train_ids) < n:
+        raise ValueError(
+            f"train_ids has {len(train_ids)} tokens; an n-gram of {n} needs at least as many"
+        )
     ids = np.asarray(train_ids, np.int64)
-    code = lambda cols: sum(c*V**(len(cols)-1-j) for j,c in enumerate(cols)) # an n-gram as one number, its context in front
-    keys,counts = np.unique(code([ids[j:len(ids)-n+1+j] for j in range(n)]), return_counts=True)
+    code = lambda cols: sum(
+        c * V ** (len(cols) - 1 - j) for j, c in enumerate(cols)
+    )  # an n-gram as one number, its context in front
+    keys, counts = np.unique(
+        code([ids[j : len(ids) - n + 1 + j] for j in range(n)]), return_counts=True
+    )
     orders = [(keys, counts)]
-    for k in range(n-1, 0, -1): # drop the oldest token: a lower order counts the different tokens in front
-        keys,counts = np.unique(keys % V**k, return_counts=True)
+    for k in range(
+        n - 1, 0, -1
+    ):  # drop the oldest token: a lower order counts the different tokens in front
+        keys, counts = np.unique(keys % V**k, return_counts=True)
         orders.append((keys, counts))
-    p = np.full(len(grams), 1/V)
-    for k,(keys,counts) in enumerate(reversed(orders), 1):
-        p = discounted(keys, counts, code([c.astype(np.int64) for c in grams[:,n-k:].T]), p, V)
+    p = np.full(len(grams), 1 / V)
+    for k, (keys, counts) in enumerate(reversed(orders), 1):
+        p = discounted(keys, counts, code([c.astype(np.int64) for c in grams[:, n - k :].T]), p, V)
     return p
+
 
 def discounted(keys, counts, asked, lower, V):
     "One order: take a discount off each count, and hand what was taken to `lower`."
-    D = (1 + (counts == 1).sum())/(2 + (counts == 1).sum() + 2*(counts == 2).sum())
-    context,first,kinds = np.unique(keys//V, return_index=True, return_counts=True)
+    D = (1 + (counts == 1).sum()) / (2 + (counts == 1).sum() + 2 * (counts == 2).sum())
+    context, first, kinds = np.unique(keys // V, return_index=True, return_counts=True)
     total = np.add.reduceat(counts, first)
+
     def find(table, values, x):
-        at = np.searchsorted(table, x).clip(max=len(table)-1)
+        at = np.searchsorted(table, x).clip(max=len(table) - 1)
         return np.where(table[at] == x, values[at], 0)
-    c,T,N = find(keys, counts, asked), find(context, total, asked//V), find(context, kinds, asked//V)
-    return np.where(T > 0, (np.maximum(c - D, 0) + D*N*lower)/np.maximum(T, 1), lower)
+
+    c, T, N = (
+        find(keys, counts, asked),
+        find(context, total, asked // V),
+        find(context, kinds, asked // V),
+    )
+    return np.where(T > 0, (np.maximum(c - D, 0) + D * N * lower) / np.maximum(T, 1), lower)
 
 # %% ../nbs/04_corpus.ipynb #a4838f75
 def trigram_loss(
-    train_ids:np.ndarray, # (N,) token ids the counts come from
-    valid_ids:np.ndarray, # (M,) token ids to predict; the first two only serve as context
-    vocab_size:int, # V, all ids are below it
-)->float: # Mean cross-entropy in nats per token
+    train_ids: np.ndarray,  # (N,) token ids the counts come from
+    valid_ids: np.ndarray,  # (M,) token ids to predict; the first two only serve as context
+    vocab_size: int,  # V, all ids are below it
+) -> float:  # Mean cross-entropy in nats per token
     "Loss of a trigram model with interpolated Kneser-Ney smoothing (see `kn_probs`): what a language model must beat."
     valid = np.asarray(valid_ids)
-    if len(valid) < 3: raise ValueError(f"valid_ids has {len(valid)} tokens; a trigram needs at least 3")
-    return float(-np.log(kn_probs(train_ids, np.lib.stride_tricks.sliding_window_view(valid, 3), vocab_size)).mean())
+    if len(valid) < 3:
+        raise ValueError(f"valid_ids has {len(valid)} tokens; a trigram needs at least 3")
+    return float(
+        -np.log(
+            kn_probs(train_ids, np.lib.stride_tricks.sliding_window_view(valid, 3), vocab_size)
+        ).mean()
+    )

@@ -17,807 +17,1457 @@ from itertools import chain, count, takewhile
 from pathlib import Path
 import numpy as np, xxhash
 from tqdm.auto import tqdm
-from .files import at_home, hash_bytes, hash_file, hidden, new_dir, open_new, read_json, spread, write_all, write_json
-from .formats import Block, DataError, Row, count_read, data_files, look_at, no_tables, open_data, parse_block, read_blocks, read_table, reading
+from minigpt.files import (
+    at_home,
+    hash_bytes,
+    hash_file,
+    hidden,
+    new_dir,
+    open_new,
+    read_json,
+    spread,
+    write_all,
+    write_json,
+)
+from minigpt.formats import (
+    Block,
+    DataError,
+    Row,
+    count_read,
+    data_files,
+    look_at,
+    no_tables,
+    open_data,
+    parse_block,
+    read_blocks,
+    read_table,
+    reading,
+)
 from .tokenizer import Tokenizer
 
 # %% ../nbs/04_data.ipynb #ba6e956f
 def read_rows(
-    files:Iterable[Path],
-    **how, # encoding, columns: as for `read_blocks`
-)->Iterator[Row]:
+    files: Iterable[Path],
+    **how,  # encoding, columns: as for `read_blocks`
+) -> Iterator[Row]:
     "Every good row of some files, from the first to the last; refused ones are passed over."
-    return (row for f in files for block in read_blocks(f, **how) for row in parse_block(block) if not row.reason)
+    return (
+        row
+        for f in files
+        for block in read_blocks(f, **how)
+        for row in parse_block(block)
+        if not row.reason
+    )
 
 # %% ../nbs/04_data.ipynb #43427a10
-def _learned_from(row:Row)->str:
+def _learned_from(row: Row) -> str:
     "What a vocabulary is learned from: the text, and the functions and calls that the chat template writes out."
-    return '\n'.join([row.text, *(x if isinstance(x, str) else json.dumps(x, ensure_ascii=False) for m in row.messages or () for x in (m.get('tools'), m.get('tool_calls')) if x)])
+    return "\n".join(
+        [
+            row.text,
+            *(
+                x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
+                for m in row.messages or ()
+                for x in (m.get("tools"), m.get("tool_calls"))
+                if x
+            ),
+        ]
+    )
+
 
 def sample_texts(
-    files:list[Path], # Data files
-    max_bytes:int=32<<20, # Of the sample, over all files
-    encoding:str='', # As for `read_blocks`
-    columns:dict[str,str]|None=None, # As for `read_blocks`
-)->Iterator[str]:
+    files: list[Path],  # Data files
+    max_bytes: int = 32 << 20,  # Of the sample, over all files
+    encoding: str = "",  # As for `read_blocks`
+    columns: dict[str, str] | None = None,  # As for `read_blocks`
+) -> Iterator[str]:
     "Texts from places spread evenly over the files, in order."
-    total,piece = sum(f.stat().st_size for f in files),1<<16
+    total, piece = sum(f.stat().st_size for f in files), 1 << 16
     looks = [look_at(f, encoding) for f in files]
-    if total <= max_bytes or any(l.packed or l.encoding != 'utf-8' or l.newline == 'CR' or l.layout in ('objects',
-            'inside') for l in looks):
+    if total <= max_bytes or any(
+        l.packed or l.encoding != "utf-8" or l.newline == "CR" or l.layout in ("objects", "inside")
+        for l in looks
+    ):
         yield from map(_learned_from, read_rows(files, encoding=encoding, columns=columns))
         return
-    for f,look in zip(files, looks):
+    for f, look in zip(files, looks):
         size = f.stat().st_size
-        n = max(1, round(max_bytes*size/total/piece))
+        n = max(1, round(max_bytes * size / total / piece))
         with open_data(f, look) as file:
             for i in range(n):
-                file.seek(size*i//n)
-                if i: file.readline()
+                file.seek(size * i // n)
+                if i:
+                    file.readline()
                 if lines := file.readlines(piece):
-                    yield from (_learned_from(row) for row in parse_block(Block(f, range(1, len(lines)+1), lines,
-                        False, look.layout, columns)) if not row.reason)
+                    yield from (
+                        _learned_from(row)
+                        for row in parse_block(
+                            Block(f, range(1, len(lines) + 1), lines, False, look.layout, columns)
+                        )
+                        if not row.reason
+                    )
 
 # %% ../nbs/04_data.ipynb #fa661689
 class TokenSet:
     "A folder of token ids, to take windows from."
-    stream = True # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
-    def __init__(self,
-        path:str|Path, # Folder with tokens.bin and meta.json
+
+    stream = True  # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
+
+    def __init__(
+        self,
+        path: str | Path,  # Folder with tokens.bin and meta.json
     ):
         self.path = Path(path)
-        if not (self.path/'meta.json').exists(): raise FileNotFoundError(f"{self.path} is not a token set: it has no meta.json")
-        self.meta,tokens = read_json(self.path/'meta.json'),self.path/'tokens.bin'
-        if not isinstance(self.meta, dict) or not {'n_tokens','dtype','sources'} <= self.meta.keys(): raise DataError(f"{self.path/'meta.json'} does not describe a token set; delete the folder {self.path.parent} and it is built again")
-        want = self.meta['n_tokens']*np.dtype(self.meta['dtype']).itemsize
-        if (size := tokens.stat().st_size if tokens.exists() else 0) != want: raise DataError(f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}")
-        self.tokens = self._mapped('tokens.bin', self.meta['dtype'])
-        self.difficulty,self.pace,self._orders = None,None,{} # of a `curriculum`
+        if not (self.path / "meta.json").exists():
+            raise FileNotFoundError(f"{self.path} is not a token set: it has no meta.json")
+        self.meta, tokens = read_json(self.path / "meta.json"), self.path / "tokens.bin"
+        if (
+            not isinstance(self.meta, dict)
+            or not {"n_tokens", "dtype", "sources"} <= self.meta.keys()
+        ):
+            raise DataError(
+                f"{self.path / 'meta.json'} does not describe a token set; delete the folder"
+                f" {self.path.parent} and it is built again"
+            )
+        want = self.meta["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
+        if (size := tokens.stat().st_size if tokens.exists() else 0) != want:
+            raise DataError(
+                f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder"
+                f" {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}"
+            )
+        self.tokens = self._mapped("tokens.bin", self.meta["dtype"])
+        self.difficulty, self.pace, self._orders = None, None, {}  # of a `curriculum`
 
-    def _mapped(self, name:str, dtype)->np.ndarray: return np.memmap(self.path/name, dtype, 'r') if len(self) else np.empty(0, dtype)
-    def __getstate__(self): "What a worker process is sent: it maps the files itself."; return {k:v for k,v in vars(self).items() if k not in ('tokens','mask')}
-    def __setstate__(self, state): vars(self).update(state); self.tokens = self._mapped('tokens.bin', self.meta['dtype'])
+    def _mapped(self, name: str, dtype) -> np.ndarray:
+        return np.memmap(self.path / name, dtype, "r") if len(self) else np.empty(0, dtype)
 
-    def __len__(self)->int: "Tokens."; return self.meta['n_tokens']
-    def __repr__(self): return f"TokenSet({len(self):,} tokens, {self.meta['n_docs']:,} texts, {self.path.name})"
+    def __getstate__(self):
+        "What a worker process is sent: it maps the files itself."
+        return {k: v for k, v in vars(self).items() if k not in ("tokens", "mask")}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.tokens = self._mapped("tokens.bin", self.meta["dtype"])
+
+    def __len__(self) -> int:
+        "Tokens."
+        return self.meta["n_tokens"]
+
+    def __repr__(self):
+        return f"TokenSet({len(self):,} tokens, {self.meta['n_docs']:,} texts, {self.path.name})"
+
     @property
-    def fingerprint(self)->str: "xxh3-128 of the tokens, and of which of them are learned."; return self.meta['fingerprint']
+    def fingerprint(self) -> str:
+        "xxh3-128 of the tokens, and of which of them are learned."
+        return self.meta["fingerprint"]
 
     @property
-    def curriculum_id(self)->str: "Of its order from easy to hard, if it has one."; return '' if self.difficulty is None else hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
+    def curriculum_id(self) -> str:
+        "Of its order from easy to hard, if it has one."
+        return (
+            ""
+            if self.difficulty is None
+            else hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
+        )
 
-    def row_starts(self)->np.ndarray: # (rows+1,) int64
+    def row_starts(self) -> np.ndarray:  # (rows+1,) int64
         "Where each row begins in the tokens, and where the last one ends; a `DataError` if the file does not tell."
-        file = self.path/'docs.npy'
-        try: starts = np.load(file)
-        except (ValueError, EOFError, SyntaxError): starts = np.empty(0) # NumPy's own message would advise to open it as a pickle
-        fits = starts.shape == (self.meta['n_docs'],) and starts.dtype == np.int64 and np.all(np.diff(np.concatenate([[0], starts, [len(self)]])) >= 0)
-        if not fits: raise DataError(f"{file} is damaged: it must say where each of {self.meta['n_docs']:,} rows begins; delete the folder {self.path.parent} and it is built again")
+        file = self.path / "docs.npy"
+        try:
+            starts = np.load(file)
+        except (ValueError, EOFError, SyntaxError):
+            starts = np.empty(0)  # NumPy's own message would advise to open it as a pickle
+        fits = (
+            starts.shape == (self.meta["n_docs"],)
+            and starts.dtype == np.int64
+            and np.all(np.diff(np.concatenate([[0], starts, [len(self)]])) >= 0)
+        )
+        if not fits:
+            raise DataError(
+                f"{file} is damaged: it must say where each of {self.meta['n_docs']:,} rows begins;"
+                f" delete the folder {self.path.parent} and it is built again"
+            )
         return np.append(starts, len(self))
 
-    def damaged(self)->bool:
+    def damaged(self) -> bool:
         "Is the content another than meta.json tells? It is read once."
-        if any(hash_file(self.path/name) != hash for name,hash in self.meta.get('hashes', {}).items()): return True # older versions noted none
-        hashes = [hash_file(f) for n in ('tokens.bin','mask.bin') if (f := self.path/n).exists()]
-        return (hashes[0] if len(hashes) == 1 else hash_bytes(' '.join(hashes).encode())) != self.meta['fingerprint']
+        if any(
+            hash_file(self.path / name) != hash
+            for name, hash in self.meta.get("hashes", {}).items()
+        ):
+            return True  # older versions noted none
+        hashes = [hash_file(f) for n in ("tokens.bin", "mask.bin") if (f := self.path / n).exists()]
+        return (
+            hashes[0] if len(hashes) == 1 else hash_bytes(" ".join(hashes).encode())
+        ) != self.meta["fingerprint"]
 
-    def n_windows(self,
-        seq_len:int, # Tokens of a window
-    )->int:
+    def n_windows(
+        self,
+        seq_len: int,  # Tokens of a window
+    ) -> int:
         "Windows that an epoch takes."
-        return max(0, -(-(len(self)-1)//seq_len))
+        return max(0, -(-(len(self) - 1) // seq_len))
 
-    def windows(self,
-        index:np.ndarray, # (n,) which windows, from 0
-        seq_len:int, # Tokens of a window
-        shift:np.ndarray|int=0, # (n,) where the first window begins; the stream is a ring
-    )->dict[str,np.ndarray]: # ids and labels, (n, seq_len) int64 each; a label is the token that follows, or -100
+    def windows(
+        self,
+        index: np.ndarray,  # (n,) which windows, from 0
+        seq_len: int,  # Tokens of a window
+        shift: np.ndarray | int = 0,  # (n,) where the first window begins; the stream is a ring
+    ) -> dict[
+        str, np.ndarray
+    ]:  # ids and labels, (n, seq_len) int64 each; a label is the token that follows, or -100
         "Windows of the token stream. The last one reaches back so as to be full, and has no labels for what the one before it taught."
-        N = len(self)-1 # tokens with another one behind them
-        at = np.maximum(0, np.minimum(index*seq_len, N-seq_len))[:,None] + np.arange(seq_len)
-        learned = (at >= (index*seq_len)[:,None]) & (at < N)
-        at = (at + np.reshape(shift, (-1,1))) % max(1, N)
-        return dict(ids=self.tokens[at].astype(np.int64), labels=np.where(learned, self.tokens[at+1], np.int64(-100)))
+        N = len(self) - 1  # tokens with another one behind them
+        at = np.maximum(0, np.minimum(index * seq_len, N - seq_len))[:, None] + np.arange(seq_len)
+        learned = (at >= (index * seq_len)[:, None]) & (at < N)
+        at = (at + np.reshape(shift, (-1, 1))) % max(1, N)
+        return dict(
+            ids=self.tokens[at].astype(np.int64),
+            labels=np.where(learned, self.tokens[at + 1], np.int64(-100)),
+        )
 
-    def sequences(self,
-        place:np.ndarray, # (n,) places in the endless line of epochs, each in an order of its own
-        seq_len:int, # Tokens of a sequence
-        seed:int=0, # Decides the orders
-    )->dict[str,np.ndarray]: # As `windows`, with (n, seq_len)
+    def sequences(
+        self,
+        place: np.ndarray,  # (n,) places in the endless line of epochs, each in an order of its own
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the orders
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (n, seq_len)
         "The sequences that stand there."
         n = self.n_windows(seq_len)
-        epoch,place = np.divmod(place, n)
+        epoch, place = np.divmod(place, n)
         index = np.empty(len(place), np.int64)
-        for e in np.unique(epoch): index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed,int(e)))
-        return self.windows(index, seq_len, self.shift(epoch, seq_len, seed)) if self.stream and epoch.any() else self.windows(index, seq_len)
+        for e in np.unique(epoch):
+            index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed, int(e)))
+        return (
+            self.windows(index, seq_len, self.shift(epoch, seq_len, seed))
+            if self.stream and epoch.any()
+            else self.windows(index, seq_len)
+        )
 
-    def shift(self,
-        epoch:np.ndarray, # (n,)
-        seq_len:int, # Tokens of a sequence
-        seed:int=0, # As for `sequences`
-    )->np.ndarray: # (n,) below `seq_len`; 0 for the first epoch
+    def shift(
+        self,
+        epoch: np.ndarray,  # (n,)
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # As for `sequences`
+    ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
         "How far into the stream an epoch cuts its first window: another place each time, until all have been."
-        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed,-1))
-        return (at[1:]-at[0]) % seq_len
+        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
+        return (at[1:] - at[0]) % seq_len
 
-    def order(self, place:np.ndarray, n:int, seq_len:int, key:tuple[int,int])->np.ndarray:
+    def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
         "Which windows stand at some places of an epoch."
-        if self.difficulty is None or key[1]: return shuffled(place, n, key)
-        if (seq_len, key) not in self._orders: self._orders[seq_len,key] = _by_competence(self.window_difficulty(seq_len), *self.pace, key[0])
-        return self._orders[seq_len,key][place]
+        if self.difficulty is None or key[1]:
+            return shuffled(place, n, key)
+        if (seq_len, key) not in self._orders:
+            self._orders[seq_len, key] = _by_competence(
+                self.window_difficulty(seq_len), *self.pace, key[0]
+            )
+        return self._orders[seq_len, key][place]
 
-    def window_difficulty(self, seq_len:int)->np.ndarray:
+    def window_difficulty(self, seq_len: int) -> np.ndarray:
         "(n,) of each window: that of the text in its middle."
-        middle = np.minimum(np.arange(self.n_windows(seq_len))*seq_len + seq_len//2, len(self)-1)
-        return self.difficulty[np.searchsorted(self.row_starts()[:-1], middle, 'right')-1]
+        middle = np.minimum(
+            np.arange(self.n_windows(seq_len)) * seq_len + seq_len // 2, len(self) - 1
+        )
+        return self.difficulty[np.searchsorted(self.row_starts()[:-1], middle, "right") - 1]
 
-    def batch(self,
-        step:int, # Optimizer step, from 0
-        size:int, # Sequences of the effective batch
-        seq_len:int, # Tokens of a sequence
-        seed:int=0, # Decides the order of every epoch
-        offset:int=0, # Sequences that are passed over: where a run went on with another `size`
-    )->dict[str,np.ndarray]: # As `windows`, with (size, seq_len)
+    def batch(
+        self,
+        step: int,  # Optimizer step, from 0
+        size: int,  # Sequences of the effective batch
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the order of every epoch
+        offset: int = 0,  # Sequences that are passed over: where a run went on with another `size`
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (size, seq_len)
         "The batch of a step."
-        return self.sequences(offset + step*size + np.arange(size), seq_len, seed)
+        return self.sequences(offset + step * size + np.arange(size), seq_len, seed)
 
 # %% ../nbs/04_data.ipynb #1af37c45
 def shuffled(
-    i:np.ndarray, # (k,) places in the new order, below `n`
-    n:int, # Length of the order
-    key:tuple[int,int], # Another key, another order: (seed, epoch)
-)->np.ndarray: # (k,) int64: what stands there
+    i: np.ndarray,  # (k,) places in the new order, below `n`
+    n: int,  # Length of the order
+    key: tuple[int, int],  # Another key, another order: (seed, epoch)
+) -> np.ndarray:  # (k,) int64: what stands there
     "Entries of a pseudo-random permutation of 0…n-1."
-    half = np.uint64(max(1, ((n-1).bit_length()+1)//2)); mask = np.uint64((1 << int(half))-1)
-    mixed = [np.uint64(xxhash.xxh3_64_intdigest(f'{key[0]}/{key[1]}/{r}'.encode())) for r in range(6)]
-    x = np.asarray(i).astype(np.uint64); todo = np.ones(x.shape, bool)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    mixed = [
+        np.uint64(xxhash.xxh3_64_intdigest(f"{key[0]}/{key[1]}/{r}".encode())) for r in range(6)
+    ]
+    x = np.asarray(i).astype(np.uint64)
+    todo = np.ones(x.shape, bool)
     while todo.any():
-        left,right = x[todo] >> half, x[todo] & mask
+        left, right = x[todo] >> half, x[todo] & mask
         for m in mixed:
             z = (right ^ m) * np.uint64(0x9E3779B97F4A7C15)
             z = (z ^ (z >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left,right = right, left ^ ((z >> np.uint64(32)) & mask)
+            left, right = right, left ^ ((z >> np.uint64(32)) & mask)
         x[todo] = (left << half) | right
         todo = x >= n
     return x.astype(np.int64)
 
 # %% ../nbs/04_data.ipynb #99a8f1f3
 def pack(
-    lengths:np.ndarray, # (n,) positions that each row takes
-    size:int, # Positions of a sequence
-)->tuple[np.ndarray,np.ndarray]: # (n,) int32 rows, one sequence after another; (m+1,) where each sequence begins
+    lengths: np.ndarray,  # (n,) positions that each row takes
+    size: int,  # Positions of a sequence
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (n,) int32 rows, one sequence after another; (m+1,) where each sequence begins
     "Best-fit decreasing bin packing; the same rows, the same packs."
-    room,bins,where,n_packs = [],{},np.empty(len(lengths), np.int32),0 # sorted free positions that some sequence has; how many → sequences
+    room, bins, where, n_packs = (
+        [],
+        {},
+        np.empty(len(lengths), np.int32),
+        0,
+    )  # sorted free positions that some sequence has; how many → sequences
     lengths = np.minimum(lengths, size)
-    for row in np.argsort(-lengths, kind='stable').tolist():
+    for row in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[row])
         at = bisect_left(room, n)
-        if at == len(room): which,free = n_packs,size; n_packs += 1
+        if at == len(room):
+            which, free = n_packs, size
+            n_packs += 1
         else:
-            free = room[at]; which = bins[free].pop()
-            if not bins[free]: del bins[free], room[at]
+            free = room[at]
+            which = bins[free].pop()
+            if not bins[free]:
+                del bins[free], room[at]
         where[row] = which
-        if left := free-n:
-            if left not in bins: insort(room, left); bins[left] = []
+        if left := free - n:
+            if left not in bins:
+                insort(room, left)
+                bins[left] = []
             bins[left].append(which)
-    rows = np.argsort(where, kind='stable').astype(np.int32)
-    return rows,np.searchsorted(where[rows], np.arange(n_packs+1))
+    rows = np.argsort(where, kind="stable").astype(np.int32)
+    return rows, np.searchsorted(where[rows], np.arange(n_packs + 1))
 
 # %% ../nbs/04_data.ipynb #ce432028
 class ChatSet(TokenSet):
     "A token set of conversations: `mask.bin` says which tokens are learned; a window is a sequence of packed rows."
+
     stream = False
-    def __init__(self, path:str|Path):
+
+    def __init__(self, path: str | Path):
         super().__init__(path)
-        self.mask = self._mapped('mask.bin', np.bool_)
-        if len(self.mask) != len(self): raise DataError(f"{self.path/'mask.bin'} has {len(self.mask):,} bytes and must have {len(self):,}; delete the folder {self.path.parent} and it is built again")
+        self.mask = self._mapped("mask.bin", np.bool_)
+        if len(self.mask) != len(self):
+            raise DataError(
+                f"{self.path / 'mask.bin'} has {len(self.mask):,} bytes and must have"
+                f" {len(self):,}; delete the folder {self.path.parent} and it is built again"
+            )
         self.starts = self.row_starts()
         self._packs = {}
 
-    def __setstate__(self, state): super().__setstate__(state); self.mask = self._mapped('mask.bin', np.bool_)
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.mask = self._mapped("mask.bin", np.bool_)
 
-    def lengths(self)->np.ndarray: "(n,) positions that each row takes."; return np.diff(self.starts)-1
+    def lengths(self) -> np.ndarray:
+        "(n,) positions that each row takes."
+        return np.diff(self.starts) - 1
 
-    def teaches(self, seq_len:int)->np.ndarray:
+    def teaches(self, seq_len: int) -> np.ndarray:
         "(n,) bool: is anything of the row learned, when it is cut to `seq_len`? Where long rows are left out: does an answer end within it?"
-        out = np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0 if len(self) else np.ones(0, bool)
-        for i in np.flatnonzero(np.diff(self.starts)-1 > seq_len):
-            out[i] = (self._last_end(i, seq_len) >= 0 if self.skips
-                else self.mask[self.starts[i]+1:self.starts[i]+seq_len+1].any())
+        out = (
+            np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0
+            if len(self)
+            else np.ones(0, bool)
+        )
+        for i in np.flatnonzero(np.diff(self.starts) - 1 > seq_len):
+            out[i] = (
+                self._last_end(i, seq_len) >= 0
+                if self.skips
+                else self.mask[self.starts[i] + 1 : self.starts[i] + seq_len + 1].any()
+            )
         return out
 
     @property
-    def skips(self)->bool:
+    def skips(self) -> bool:
         "Are rows left out that would be cut inside an answer? Sets of older versions do not say so, and cut them."
-        return self.meta.get('long_rows') == 'skip'
+        return self.meta.get("long_rows") == "skip"
 
-    def _last_end(self, i:int, seq_len:int)->int:
+    def _last_end(self, i: int, seq_len: int) -> int:
         "The token that ends the last answer within `seq_len`, counted from the beginning of the row; -1: none does."
-        learned = self.mask[self.starts[i]:min(self.starts[i]+seq_len+2, self.starts[i+1])]
+        learned = self.mask[self.starts[i] : min(self.starts[i] + seq_len + 2, self.starts[i + 1])]
         ends = np.flatnonzero(learned[:-1] & ~learned[1:])
         return int(ends[-1]) if len(ends) else -1
 
-    def cut_inside(self, seq_len:int)->int:
+    def cut_inside(self, seq_len: int) -> int:
         "Rows that are cut before their first answer ends."
-        return (0 if self.skips else sum(self._last_end(i, seq_len) < 0
-            for i in np.flatnonzero((np.diff(self.starts)-1 > seq_len) & ChatSet.teaches(self, seq_len))))
+        return (
+            0
+            if self.skips
+            else sum(
+                self._last_end(i, seq_len) < 0
+                for i in np.flatnonzero(
+                    (np.diff(self.starts) - 1 > seq_len) & ChatSet.teaches(self, seq_len)
+                )
+            )
+        )
 
-    def packs(self,
-        seq_len:int, # Positions of a sequence
-    )->tuple[np.ndarray,np.ndarray]: # As `pack`; a row of which nothing would be learned is in none
+    def packs(
+        self,
+        seq_len: int,  # Positions of a sequence
+    ) -> tuple[
+        np.ndarray, np.ndarray
+    ]:  # As `pack`; a row of which nothing would be learned is in none
         "Which rows share a sequence."
         if seq_len not in self._packs:
-            n,file = len(self.lengths()),self.path/f"packs-{seq_len}{'-whole'*self.skips}.npy" if self.difficulty is None else None
-            if (kept := _kept(file, self.fingerprint)) is not None: rows,starts = np.split(kept, [n])
+            n, file = (
+                len(self.lengths()),
+                (
+                    self.path / f"packs-{seq_len}{'-whole' * self.skips}.npy"
+                    if self.difficulty is None
+                    else None
+                ),
+            )
+            if (kept := _kept(file, self.fingerprint)) is not None:
+                rows, starts = np.split(kept, [n])
             else:
-                rows,starts = self._pack(seq_len)
-                if file: _keep(file, np.concatenate([rows, np.full(n-len(rows), -1, np.int32), starts.astype(np.int32)]), self.fingerprint)
-            self._packs[seq_len] = rows[:starts[-1]],starts
+                rows, starts = self._pack(seq_len)
+                if file:
+                    _keep(
+                        file,
+                        np.concatenate(
+                            [rows, np.full(n - len(rows), -1, np.int32), starts.astype(np.int32)]
+                        ),
+                        self.fingerprint,
+                    )
+            self._packs[seq_len] = rows[: starts[-1]], starts
         return self._packs[seq_len]
 
-    def _pack(self, seq_len:int):
+    def _pack(self, seq_len: int):
         use = np.flatnonzero(self.teaches(seq_len))
-        if self.difficulty is not None: use = use[np.argsort(self.difficulty[use], kind='stable')] # easy rows share sequences with easy ones
-        groups = np.array_split(use, 1 if self.difficulty is None else min(20, max(1, len(use)//50)))
-        rows,starts = [],[0]
+        if self.difficulty is not None:
+            use = use[
+                np.argsort(self.difficulty[use], kind="stable")
+            ]  # easy rows share sequences with easy ones
+        groups = np.array_split(
+            use, 1 if self.difficulty is None else min(20, max(1, len(use) // 50))
+        )
+        rows, starts = [], [0]
         for g in groups:
-            r,st = pack(self.lengths()[g], seq_len)
-            rows.append(g[r].astype(np.int32)); starts += (st[1:]+starts[-1]).tolist()
-        return np.concatenate(rows),np.array(starts)
+            r, st = pack(self.lengths()[g], seq_len)
+            rows.append(g[r].astype(np.int32))
+            starts += (st[1:] + starts[-1]).tolist()
+        return np.concatenate(rows), np.array(starts)
 
-    def n_windows(self, seq_len:int)->int:
+    def n_windows(self, seq_len: int) -> int:
         "Sequences that an epoch takes."
-        return len(self.packs(seq_len)[1])-1
+        return len(self.packs(seq_len)[1]) - 1
 
-    def window_difficulty(self, seq_len:int)->np.ndarray:
+    def window_difficulty(self, seq_len: int) -> np.ndarray:
         "(n,) of each sequence: the mean of its rows."
-        rows,starts = self.packs(seq_len)
-        return np.add.reduceat(self.difficulty[rows], starts[:-1])/np.diff(starts)
+        rows, starts = self.packs(seq_len)
+        return np.add.reduceat(self.difficulty[rows], starts[:-1]) / np.diff(starts)
 
-    def rows_of(self, i:int, seq_len:int)->np.ndarray:
+    def rows_of(self, i: int, seq_len: int) -> np.ndarray:
         "The rows that share sequence `i`, in the order of the file."
-        rows,starts = self.packs(seq_len)
-        return np.sort(rows[starts[i]:starts[i+1]])
+        rows, starts = self.packs(seq_len)
+        return np.sort(rows[starts[i] : starts[i + 1]])
 
-    def row(self,
-        i:int, # From 0
-        seq_len:int, # Positions at most
-    )->tuple[np.ndarray,np.ndarray]: # (n,) ids and labels; a label is the token that follows where it is learned, else -100
+    def row(
+        self,
+        i: int,  # From 0
+        seq_len: int,  # Positions at most
+    ) -> tuple[
+        np.ndarray, np.ndarray
+    ]:  # (n,) ids and labels; a label is the token that follows where it is learned, else -100
         "One conversation."
-        a,b = int(self.starts[i]),int(self.starts[i+1])
-        if b-a-1 > seq_len: # cut behind the last answer that fits
+        a, b = int(self.starts[i]), int(self.starts[i + 1])
+        if b - a - 1 > seq_len:  # cut behind the last answer that fits
             end = self._last_end(i, seq_len)
-            b = a + (end+1 if end >= 0 else seq_len+1)
+            b = a + (end + 1 if end >= 0 else seq_len + 1)
         tokens = self.tokens[a:b].astype(np.int64)
-        return tokens[:-1],np.where(self.mask[a+1:b], tokens[1:], -100)
+        return tokens[:-1], np.where(self.mask[a + 1 : b], tokens[1:], -100)
 
-    def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels and rows, (n, seq_len) int64 each
+    def windows(
+        self, index: np.ndarray, seq_len: int
+    ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
         "Packed sequences; `rows` tells whose each position is."
         return self._lay([self.rows_of(int(i), seq_len) for i in index], seq_len)
 
-    def _lay(self, packs:list[np.ndarray], seq_len:int):
-        out = dict(ids=np.zeros((len(packs), seq_len), np.int64), labels=np.full((len(packs), seq_len), -100), rows=np.full((len(packs), seq_len), -1))
-        for j,rows in enumerate(packs):
+    def _lay(self, packs: list[np.ndarray], seq_len: int):
+        out = dict(
+            ids=np.zeros((len(packs), seq_len), np.int64),
+            labels=np.full((len(packs), seq_len), -100),
+            rows=np.full((len(packs), seq_len), -1),
+        )
+        for j, rows in enumerate(packs):
             at = 0
-            for k,r in enumerate(rows):
-                ids,labels = self.row(int(r), seq_len)
-                here = slice(at, at+len(ids)); at += len(ids)
-                out['ids'][j,here],out['labels'][j,here],out['rows'][j,here] = ids,labels,k
+            for k, r in enumerate(rows):
+                ids, labels = self.row(int(r), seq_len)
+                here = slice(at, at + len(ids))
+                at += len(ids)
+                out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
         return out
 
-    def padding(self, seq_len:int)->float:
+    def padding(self, seq_len: int) -> float:
         "Share of the positions of an epoch that hold nothing."
-        return 1-np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum()/(seq_len*max(1, self.n_windows(seq_len)))
+        return 1 - np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum() / (
+            seq_len * max(1, self.n_windows(seq_len))
+        )
 
-    def too_long(self, seq_len:int)->tuple[int,int]:
+    def too_long(self, seq_len: int) -> tuple[int, int]:
         "Rows that are longer; rows left out, because no answer would be left of them."
-        return int((self.lengths() > seq_len).sum()),int((~self.teaches(seq_len)).sum())
+        return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
 
-def _digest(body:bytes, key:str)->bytes: return xxhash.xxh3_128_digest(key.encode()+body)
 
-def _kept(file:Path|None, key:str)->np.ndarray|None:
+def _digest(body: bytes, key: str) -> bytes:
+    return xxhash.xxh3_128_digest(key.encode() + body)
+
+
+def _kept(file: Path | None, key: str) -> np.ndarray | None:
     "What `_keep` saved; None where it is not there, was damaged, or belongs to other tokens: it is made again."
-    try: data = file.read_bytes() if file else b''
-    except OSError: return None
-    body,digest = data[:-16],data[-16:]
+    try:
+        data = file.read_bytes() if file else b""
+    except OSError:
+        return None
+    body, digest = data[:-16], data[-16:]
     return np.load(io.BytesIO(body)) if body and digest == _digest(body, key) else None
 
-def _keep(file:Path, array:np.ndarray, key:str):
+
+def _keep(file: Path, array: np.ndarray, key: str):
     "Save what can be made again, with a digest behind it; a disk that is full or read-only is no reason to stop."
-    tmp = hidden(file, 'tmp')
+    tmp = hidden(file, "tmp")
     np.save(made := io.BytesIO(), array)
     body = made.getvalue()
     try:
-        with open_new(tmp) as f: write_all(f, body+_digest(body, key))
+        with open_new(tmp) as f:
+            write_all(f, body + _digest(body, key))
         os.replace(tmp, file)
     except OSError:
-        with contextlib.suppress(OSError): tmp.unlink()
+        with contextlib.suppress(OSError):
+            tmp.unlink()
 
 # %% ../nbs/04_data.ipynb #5e392825
 class LineSet(TokenSet):
     "A token set in which each text is a sequence of its own; one that is longer than a sequence is cut."
+
     stream = False
-    def __init__(self, path:str|Path):
+
+    def __init__(self, path: str | Path):
         super().__init__(path)
         self.starts = self.row_starts()
+
     @property
-    def fingerprint(self)->str: return hash_bytes(f"{self.meta['fingerprint']} line by line".encode())
-    def n_windows(self, seq_len:int)->int: return len(self.starts)-1
-    def window_difficulty(self, seq_len:int)->np.ndarray: return self.difficulty
-    def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels and rows, (n, seq_len) int64 each
+    def fingerprint(self) -> str:
+        return hash_bytes(f"{self.meta['fingerprint']} line by line".encode())
+
+    def n_windows(self, seq_len: int) -> int:
+        return len(self.starts) - 1
+
+    def window_difficulty(self, seq_len: int) -> np.ndarray:
+        return self.difficulty
+
+    def windows(
+        self, index: np.ndarray, seq_len: int
+    ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
         "Texts; `rows` is 0 where there is text, and -1 behind its end."
-        out = dict(ids=np.zeros((len(index), seq_len), np.int64), labels=np.full((len(index), seq_len), -100), rows=np.full((len(index), seq_len), -1))
-        for j,i in enumerate(index):
-            tokens = self.tokens[self.starts[i]:min(self.starts[i+1], self.starts[i]+seq_len+1)].astype(np.int64)
+        out = dict(
+            ids=np.zeros((len(index), seq_len), np.int64),
+            labels=np.full((len(index), seq_len), -100),
+            rows=np.full((len(index), seq_len), -1),
+        )
+        for j, i in enumerate(index):
+            tokens = self.tokens[
+                self.starts[i] : min(self.starts[i + 1], self.starts[i] + seq_len + 1)
+            ].astype(np.int64)
             n = min(len(tokens), seq_len)
-            out['ids'][j,:n],out['labels'][j,:len(tokens)-1],out['rows'][j,:n] = tokens[:n],tokens[1:],0
+            out["ids"][j, :n], out["labels"][j, : len(tokens) - 1], out["rows"][j, :n] = (
+                tokens[:n],
+                tokens[1:],
+                0,
+            )
         return out
 
 # %% ../nbs/04_data.ipynb #3445e1dc
 class PairSet(ChatSet):
     "A token set of preferences: rows 0, 2, 4 … are chosen, 1, 3, 5 … rejected."
-    reference = None # (rows,) float32, log-probability of each answer under the model that training began with: of `minigpt.dpo.add_reference`
-    def lengths(self)->np.ndarray: "(n,) positions that each pair takes: those of its longer side."; return (np.diff(self.starts)-1).reshape(-1, 2).max(1)
-    def teaches(self, seq_len:int)->np.ndarray:
+
+    reference = None  # (rows,) float32, log-probability of each answer under the model that training began with: of `minigpt.dpo.add_reference`
+
+    def lengths(self) -> np.ndarray:
+        "(n,) positions that each pair takes: those of its longer side."
+        return (np.diff(self.starts) - 1).reshape(-1, 2).max(1)
+
+    def teaches(self, seq_len: int) -> np.ndarray:
         "(n,) bool: is anything learned of both sides? A pair of which both sides are the same once they are cut teaches nothing; where long rows are left out, both must be whole."
-        out,long = super().teaches(seq_len).reshape(-1, 2).all(1),self.lengths() > seq_len
-        if self.skips: return out & ~long
-        if 'long_rows' in self.meta: # sets of older versions train on them
+        out, long = super().teaches(seq_len).reshape(-1, 2).all(1), self.lengths() > seq_len
+        if self.skips:
+            return out & ~long
+        if "long_rows" in self.meta:  # sets of older versions train on them
             for i in np.flatnonzero(out & long):
-                out[i] = not np.array_equal(self.row(2*i, seq_len)[0], self.row(2*i+1, seq_len)[0])
+                out[i] = not np.array_equal(
+                    self.row(2 * i, seq_len)[0], self.row(2 * i + 1, seq_len)[0]
+                )
         return out
-    def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]: # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
+
+    def windows(
+        self, index: np.ndarray, seq_len: int
+    ) -> dict[
+        str, np.ndarray
+    ]:  # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
         "Packed pairs, (n, seq_len) int64 each; `reference`, float32, stands at the first position of each answer."
         packs = [self.rows_of(int(i), seq_len) for i in index]
-        return {**self._lay([2*p for p in packs], seq_len), **{f'rejected_{k}':v for k,v in self._lay([2*p+1 for p in packs], seq_len).items()}}
+        return {
+            **self._lay([2 * p for p in packs], seq_len),
+            **{
+                f"rejected_{k}": v
+                for k, v in self._lay([2 * p + 1 for p in packs], seq_len).items()
+            },
+        }
 
-    def _lay(self, packs:list[np.ndarray], seq_len:int):
+    def _lay(self, packs: list[np.ndarray], seq_len: int):
         out = super()._lay(packs, seq_len)
         if self.reference is not None:
-            out['reference'] = np.zeros(out['rows'].shape, np.float32)
-            for j,rows in enumerate(packs): out['reference'][j,np.searchsorted(out['rows'][j,:(out['rows'][j] >= 0).sum()], np.arange(len(rows)))] = self.reference[rows]
+            out["reference"] = np.zeros(out["rows"].shape, np.float32)
+            for j, rows in enumerate(packs):
+                out["reference"][
+                    j,
+                    np.searchsorted(
+                        out["rows"][j, : (out["rows"][j] >= 0).sum()], np.arange(len(rows))
+                    ),
+                ] = self.reference[rows]
         return out
 
 # %% ../nbs/04_data.ipynb #c92998a5
 def curriculum(
-    data:TokenSet, # To be read from easy to hard
-    by:str|Sequence[float]|Callable[[np.ndarray],float]='length', # `length`, a number for each row, or a function of its token ids; small is easy
-    start:float=.1, # Share of the sequences that is read from at the beginning, 0 to 1
-    reach:float=.6, # Share of the epoch after which all are read from
-)->TokenSet: # The same data in another order
+    data: TokenSet,  # To be read from easy to hard
+    by: (
+        str | Sequence[float] | Callable[[np.ndarray], float]
+    ) = "length",  # `length`, a number for each row, or a function of its token ids; small is easy
+    start: float = 0.1,  # Share of the sequences that is read from at the beginning, 0 to 1
+    reach: float = 0.6,  # Share of the epoch after which all are read from
+) -> TokenSet:  # The same data in another order
     "Competence-based curriculum learning (Platanios et al. 2019, 'Competence-based Curriculum Learning for Neural Machine Translation')."
-    for k,v in dict(start=start, reach=reach).items():
-        if not 0 < v <= 1: raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
-    if isinstance(data, Mixture): return Mixture([(curriculum(d, by, start, reach), w) for d,w in zip(data.sets, data.weights)])
+    for k, v in dict(start=start, reach=reach).items():
+        if not 0 < v <= 1:
+            raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
+    if isinstance(data, Mixture):
+        return Mixture(
+            [(curriculum(d, by, start, reach), w) for d, w in zip(data.sets, data.weights)]
+        )
     rows = data.row_starts()
     step = 2 if isinstance(data, PairSet) else 1
-    n = (len(rows)-1)//step
+    n = (len(rows) - 1) // step
     if isinstance(by, str):
-        if by != 'length': raise ValueError(f"by={by!r} must be 'length', a number for each row, or a function of its token ids")
+        if by != "length":
+            raise ValueError(
+                f"by={by!r} must be 'length', a number for each row, or a function of its token ids"
+            )
         difficulty = np.diff(rows[::step]).astype(float)
-    else: difficulty = np.array([by(data.tokens[rows[step*i]:rows[step*(i+1)]]) for i in range(n)] if callable(by) else by, float)
-    if difficulty.shape != (n,) or not np.isfinite(difficulty).all(): raise ValueError(f"by gives {difficulty.shape[0]:,} numbers{'' if np.isfinite(difficulty).all() else ', some not finite,'} and the data has {n:,} rows; it must be one finite number for each")
-    made = copy.copy(data); made.difficulty,made.pace,made._packs,made._orders = difficulty,(start, reach),{},{}
+    else:
+        difficulty = np.array(
+            (
+                [by(data.tokens[rows[step * i] : rows[step * (i + 1)]]) for i in range(n)]
+                if callable(by)
+                else by
+            ),
+            float,
+        )
+    if difficulty.shape != (n,) or not np.isfinite(difficulty).all():
+        raise ValueError(
+            f"by gives {difficulty.shape[0]:,}"
+            f" numbers{'' if np.isfinite(difficulty).all() else ', some not finite,'} and the data"
+            f" has {n:,} rows; it must be one finite number for each"
+        )
+    made = copy.copy(data)
+    made.difficulty, made.pace, made._packs, made._orders = difficulty, (start, reach), {}, {}
     return made
 
-def _by_competence(difficulty:np.ndarray, start:float, reach:float, seed:int, stages:int=100)->np.ndarray:
+
+def _by_competence(
+    difficulty: np.ndarray, start: float, reach: float, seed: int, stages: int = 100
+) -> np.ndarray:
     "(n,) an order of everything, in which stage t draws from the easiest c(t)."
-    n,dice = len(difficulty),np.random.Generator(np.random.PCG64(seed % 2**64))
-    ranked,pool,known,order = np.argsort(difficulty, kind='stable'),np.empty(0, np.int64),0,[]
+    n, dice = len(difficulty), np.random.Generator(np.random.PCG64(seed % 2**64))
+    ranked, pool, known, order = np.argsort(difficulty, kind="stable"), np.empty(0, np.int64), 0, []
     for s in range(stages):
-        take = n*(s+1)//stages - n*s//stages
-        open_to = max(n*(s+1)//stages, min(n, int(np.ceil(n*np.sqrt(start**2 + (1-start**2)*s/stages/reach)))))
-        pool = np.concatenate([pool, ranked[known:open_to]]); known = max(known, open_to)
+        take = n * (s + 1) // stages - n * s // stages
+        open_to = max(
+            n * (s + 1) // stages,
+            min(n, int(np.ceil(n * np.sqrt(start**2 + (1 - start**2) * s / stages / reach)))),
+        )
+        pool = np.concatenate([pool, ranked[known:open_to]])
+        known = max(known, open_to)
         dice.shuffle(pool)
-        order.append(pool[:take]); pool = pool[take:]
+        order.append(pool[:take])
+        pool = pool[take:]
     return np.concatenate(order)
 
 # %% ../nbs/04_data.ipynb #10389f6e
 class Mixture:
     "Several token sets in fixed shares; used like one."
-    def __init__(self,
-        parts:Sequence[tuple[TokenSet,float]], # Sets, and their shares: positive numbers, in any unit
+
+    def __init__(
+        self,
+        parts: Sequence[
+            tuple[TokenSet, float]
+        ],  # Sets, and their shares: positive numbers, in any unit
     ):
-        if not parts: raise ValueError("a mixture needs at least one data set; give it pairs of a set and its weight, as in Mixture([(a, 2), (b, 1)])")
-        self.sets,w = [d for d,_ in parts],np.array([w for _,w in parts], float)
-        if not (np.isfinite(w) & (w > 0)).all(): raise ValueError(f"weights {w.tolist()} must all be above 0; leave out what is not wanted")
-        if any(isinstance(d, PairSet) for d in self.sets) and not all(isinstance(d, PairSet) for d in self.sets): raise DataError("preferences do not mix with texts or conversations: their loss is another; train on them one after the other")
-        if len(toks := {d.meta['tokenizer'] for d in self.sets}) > 1: raise DataError(f"the sets of a mixture were built with different tokenizers ({', '.join(sorted(toks))}); build them with one")
-        self.weights = w/w.sum()
-        due,self.pattern = np.zeros(len(w)),np.empty(1000, np.int64)
+        if not parts:
+            raise ValueError(
+                "a mixture needs at least one data set; give it pairs of a set and its weight, as"
+                " in Mixture([(a, 2), (b, 1)])"
+            )
+        self.sets, w = [d for d, _ in parts], np.array([w for _, w in parts], float)
+        if not (np.isfinite(w) & (w > 0)).all():
+            raise ValueError(
+                f"weights {w.tolist()} must all be above 0; leave out what is not wanted"
+            )
+        if any(isinstance(d, PairSet) for d in self.sets) and not all(
+            isinstance(d, PairSet) for d in self.sets
+        ):
+            raise DataError(
+                "preferences do not mix with texts or conversations: their loss is another; train"
+                " on them one after the other"
+            )
+        if len(toks := {d.meta["tokenizer"] for d in self.sets}) > 1:
+            raise DataError(
+                "the sets of a mixture were built with different tokenizers"
+                f" ({', '.join(sorted(toks))}); build them with one"
+            )
+        self.weights = w / w.sum()
+        due, self.pattern = np.zeros(len(w)), np.empty(1000, np.int64)
         for i in range(1000):
-            due += self.weights # places that each set should have by now, less those that it has
-            slack = 1/max(2, 2*len(w)-2)
-            late = np.where(due >= slack-1e-9, (1-slack-due)/self.weights, np.inf) # steps until it must come, where it may
+            due += self.weights  # places that each set should have by now, less those that it has
+            slack = 1 / max(2, 2 * len(w) - 2)
+            late = np.where(
+                due >= slack - 1e-9, (1 - slack - due) / self.weights, np.inf
+            )  # steps until it must come, where it may
             self.pattern[i] = np.argmin(late) if np.isfinite(late).any() else np.argmax(due)
             due[self.pattern[i]] -= 1
-        self.counts = np.bincount(self.pattern, minlength=len(w)) # of each set in the pattern
-        if not self.counts.all(): raise ValueError(f"weight {self.weights[self.counts == 0][0]:.5f} is below a thousandth; leave that set out, or give it more")
-        self.nth = np.array([(self.pattern[:i] == s).sum() for i,s in enumerate(self.pattern)]) # the how-many-eth of its set
+        self.counts = np.bincount(self.pattern, minlength=len(w))  # of each set in the pattern
+        if not self.counts.all():
+            raise ValueError(
+                f"weight {self.weights[self.counts == 0][0]:.5f} is below a thousandth; leave that"
+                " set out, or give it more"
+            )
+        self.nth = np.array(
+            [(self.pattern[:i] == s).sum() for i, s in enumerate(self.pattern)]
+        )  # the how-many-eth of its set
 
-    def __len__(self)->int: "Tokens."; return sum(map(len, self.sets))
-    def __repr__(self): return f"Mixture({', '.join(f'{w:.0%} of {d.path.parent.name}' for d,w in zip(self.sets, self.weights))})"
-    @property
-    def meta(self)->dict: "What all sets have in common."; return dict(tokenizer=self.sets[0].meta['tokenizer'], kind=self.sets[0].meta.get('kind'))
-    @property
-    def fingerprint(self)->str: "Of the sets and their shares."; return hash_bytes(' '.join(f'{d.fingerprint} {w:.6f}' for d,w in zip(self.sets, self.weights)).encode())
-    @property
-    def curriculum_id(self)->str: "Of the sets that have an order from easy to hard."; return ' '.join(d.curriculum_id for d in self.sets).strip()
-    @property
-    def path(self)->Path: "The folder of the first set."; return self.sets[0].path
-    def n_windows(self, seq_len:int)->int: "Sequences that an epoch takes."; return sum(d.n_windows(seq_len) for d in self.sets)
+    def __len__(self) -> int:
+        "Tokens."
+        return sum(map(len, self.sets))
 
-    def passes(self, seq_len:int)->list[float]:
+    def __repr__(self):
+        return f"Mixture({', '.join(f'{w:.0%} of {d.path.parent.name}' for d, w in zip(self.sets, self.weights))})"
+
+    @property
+    def meta(self) -> dict:
+        "What all sets have in common."
+        return dict(tokenizer=self.sets[0].meta["tokenizer"], kind=self.sets[0].meta.get("kind"))
+
+    @property
+    def fingerprint(self) -> str:
+        "Of the sets and their shares."
+        return hash_bytes(
+            " ".join(f"{d.fingerprint} {w:.6f}" for d, w in zip(self.sets, self.weights)).encode()
+        )
+
+    @property
+    def curriculum_id(self) -> str:
+        "Of the sets that have an order from easy to hard."
+        return " ".join(d.curriculum_id for d in self.sets).strip()
+
+    @property
+    def path(self) -> Path:
+        "The folder of the first set."
+        return self.sets[0].path
+
+    def n_windows(self, seq_len: int) -> int:
+        "Sequences that an epoch takes."
+        return sum(d.n_windows(seq_len) for d in self.sets)
+
+    def passes(self, seq_len: int) -> list[float]:
         "How often each set comes round in an epoch."
-        return [self.n_windows(seq_len)*c/1000/max(1, d.n_windows(seq_len)) for c,d in zip(self.counts, self.sets)]
+        return [
+            self.n_windows(seq_len) * c / 1000 / max(1, d.n_windows(seq_len))
+            for c, d in zip(self.counts, self.sets)
+        ]
 
-    def _gather(self, which:np.ndarray, take:Callable[[TokenSet,np.ndarray],dict], seq_len:int):
+    def _gather(
+        self, which: np.ndarray, take: Callable[[TokenSet, np.ndarray], dict], seq_len: int
+    ):
         "Sequences of several sets, each at its place. Windows of a text have one row."
         out = {}
         for s in np.unique(which):
             at = which == s
             part = take(self.sets[s], at)
-            if 'rows' not in part and any(isinstance(d, (ChatSet,LineSet)) for d in self.sets): part['rows'] = np.zeros_like(part['ids'])
-            for k,v in part.items(): out.setdefault(k, np.empty((len(which), seq_len), v.dtype))[at] = v
+            if "rows" not in part and any(isinstance(d, (ChatSet, LineSet)) for d in self.sets):
+                part["rows"] = np.zeros_like(part["ids"])
+            for k, v in part.items():
+                out.setdefault(k, np.empty((len(which), seq_len), v.dtype))[at] = v
         return out
 
-    def sequences(self, place:np.ndarray, seq_len:int, seed:int=0)->dict[str,np.ndarray]:
+    def sequences(self, place: np.ndarray, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
         "As `TokenSet.sequences`."
-        block,at = np.divmod(place, 1000)
-        which,nth = self.pattern[at],block*self.counts[self.pattern[at]] + self.nth[at]
-        return self._gather(which, lambda d,mine: d.sequences(nth[mine], seq_len, seed), seq_len)
+        block, at = np.divmod(place, 1000)
+        which, nth = self.pattern[at], block * self.counts[self.pattern[at]] + self.nth[at]
+        return self._gather(which, lambda d, mine: d.sequences(nth[mine], seq_len, seed), seq_len)
 
-    def windows(self, index:np.ndarray, seq_len:int)->dict[str,np.ndarray]:
+    def windows(self, index: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
         "As `TokenSet.windows`; one set after another, in their shares."
-        ends = np.cumsum(np.round(self.weights*self.n_windows(seq_len)).astype(np.int64))
-        which = np.minimum(np.searchsorted(ends, index, 'right'), len(self.sets)-1)
+        ends = np.cumsum(np.round(self.weights * self.n_windows(seq_len)).astype(np.int64))
+        which = np.minimum(np.searchsorted(ends, index, "right"), len(self.sets) - 1)
         begin = np.append(0, ends)[which]
-        return self._gather(which, lambda d,mine: d.windows((index-begin)[mine] % d.n_windows(seq_len), seq_len), seq_len)
+        return self._gather(
+            which,
+            lambda d, mine: d.windows((index - begin)[mine] % d.n_windows(seq_len), seq_len),
+            seq_len,
+        )
 
     batch = TokenSet.batch
 
 # %% ../nbs/04_data.ipynb #42092ca4
 def count_refused(
-    refused:dict, # Reason → count and up to ten examples; added to
-    block:Block, # Where the rows stand
-    rows:Iterable[Row], # Those without a reason are passed over
-)->dict: # `refused`
+    refused: dict,  # Reason → count and up to ten examples; added to
+    block: Block,  # Where the rows stand
+    rows: Iterable[Row],  # Those without a reason are passed over
+) -> dict:  # `refused`
     "Count refused rows by reason, and remember where the first ones are."
     for row in rows:
-        if not row.reason: continue
-        entry = refused.setdefault(row.reason, dict(count=0, examples=[])); entry['count'] += 1
-        if len(entry['examples']) < 10: entry['examples'].append(f'{block.path.name} line {row.line}: {row.detail or row.reason}')
+        if not row.reason:
+            continue
+        entry = refused.setdefault(row.reason, dict(count=0, examples=[]))
+        entry["count"] += 1
+        if len(entry["examples"]) < 10:
+            entry["examples"].append(
+                f"{block.path.name} line {row.line}: {row.detail or row.reason}"
+            )
     return refused
 
+
 def refusals(
-    refused:dict, # Of `count_refused`, or from the `meta` of a token set
-)->str:
+    refused: dict,  # Of `count_refused`, or from the `meta` of a token set
+) -> str:
     "One line for each reason, with its first example."
-    return '\n'.join(f"{v['count']:,} × {k} ({v['examples'][0]})" for k,v in sorted(refused.items(), key=lambda kv: -kv[1]['count']))
+    return "\n".join(
+        f"{v['count']:,} × {k} ({v['examples'][0]})"
+        for k, v in sorted(refused.items(), key=lambda kv: -kv[1]["count"])
+    )
+
 
 def check_text(
-    files:list[Path], # Data files
-    format:str|None=None, # As for `parse_row`
-    **how, # encoding, columns: as for `read_blocks`
+    files: list[Path],  # Data files
+    format: str | None = None,  # As for `parse_row`
+    **how,  # encoding, columns: as for `read_blocks`
 ):
     "A `DataError` with all reasons, if not one row can be used."
     no_tables(files, format)
-    if any(True for f in files for b in read_blocks(f, **how) for r in parse_block(b, format) if not r.reason): return
+    if any(
+        True
+        for f in files
+        for b in read_blocks(f, **how)
+        for r in parse_block(b, format)
+        if not r.reason
+    ):
+        return
     refused = {}
-    for b in (b for f in files for b in read_blocks(f, **how)): count_refused(refused, b, parse_block(b, format))
+    for b in (b for f in files for b in read_blocks(f, **how)):
+        count_refused(refused, b, parse_block(b, format))
     raise no_text(files, refused)
 
-def no_text(files:list[Path], refused:dict)->DataError:
+
+def no_text(files: list[Path], refused: dict) -> DataError:
     "The error for files in which nothing can be used."
-    why = f"rows refused: {refusals(refused)}" if refused else "it is blank, or data_subset leaves nothing of it"
-    if any(k.startswith(('broken JSON', 'no "')) for k in refused):
-        why += '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-    if 'broken JSON' in refused and not any(_begins(f, (b'{', b'[')) for f in files):
-        why += f'; a plain text must be named as one, {files[0].stem}.txt'
+    why = (
+        f"rows refused: {refusals(refused)}"
+        if refused
+        else "it is blank, or data_subset leaves nothing of it"
+    )
+    if any(k.startswith(("broken JSON", 'no "')) for k in refused):
+        why += (
+            '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user",'
+            ' "content": "…"}, {"role": "assistant", "content": "…"}]}'
+        )
+    if "broken JSON" in refused and not any(_begins(f, (b"{", b"[")) for f in files):
+        why += f"; a plain text must be named as one, {files[0].stem}.txt"
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
 
-def _begins(file:Path, marks:tuple[bytes,...])->bool:
-    with open_data(file) as f: return f.read(1<<12).lstrip().startswith(marks)
+
+def _begins(file: Path, marks: tuple[bytes, ...]) -> bool:
+    with open_data(file) as f:
+        return f.read(1 << 12).lstrip().startswith(marks)
 
 # %% ../nbs/04_data.ipynb #5b1c0b02
 def lost_rows(
-    refused:dict, # Of `count_refused`
-    good:int, # Rows that were not refused
-)->str|None:
+    refused: dict,  # Of `count_refused`
+    good: int,  # Rows that were not refused
+) -> str | None:
     "A warning, where more than a tenth of the rows were refused."
-    lost = sum(v['count'] for v in refused.values())
-    return (f"WARNING: {lost:,} of {lost+good:,} rows are not learned, more than a tenth. Mend them, or say that "
-        f"they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused: {refusals(refused)}"
-        if lost > .1*(lost+good) else None)
+    lost = sum(v["count"] for v in refused.values())
+    return (
+        f"WARNING: {lost:,} of {lost + good:,} rows are not learned, more than a tenth. Mend them,"
+        " or say that they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused:"
+        f" {refusals(refused)}"
+        if lost > 0.1 * (lost + good)
+        else None
+    )
 
 # %% ../nbs/04_data.ipynb #f005140e
-def _below(text:str, share:float, salt:int)->bool:
-    return xxhash.xxh3_64_intdigest(text.encode('utf-8', 'replace'), salt) < share*2**64
+def _below(text: str, share: float, salt: int) -> bool:
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"), salt) < share * 2**64
 
-def _encode_texts(rows:list[Row], begins:list[bool], tok:Tokenizer)->tuple[np.ndarray,None,np.ndarray]:
+
+def _encode_texts(
+    rows: list[Row], begins: list[bool], tok: Tokenizer
+) -> tuple[np.ndarray, None, np.ndarray]:
     "Ids, with an end behind each document, and how many each row has."
-    ids,lengths = tok.encode_documents([r.text for r in rows], begins, [r.ends for r in rows])
-    return ids,None,lengths
+    ids, lengths = tok.encode_documents([r.text for r in rows], begins, [r.ends for r in rows])
+    return ids, None, lengths
 
-def _encode_pairs(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np.ndarray]:
+
+def _encode_pairs(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Both sides of each preference; what they have in common is not learned."
-    ids,learn,lengths = tok.encode_chats([(side, None) for r in rows for side in (r.messages, r.rejected)])
+    ids, learn, lengths = tok.encode_chats(
+        [(side, None) for r in rows for side in (r.messages, r.rejected)]
+    )
     sides = iter(np.split(learn, lengths.cumsum()[:-1]))
     for r in rows:
-        same = next((i for i,(a,b) in enumerate(zip(r.messages, r.rejected)) if a != b), min(len(r.messages), len(r.rejected)))
-        for side in r.messages,r.rejected:
-            mine,known = next(sides),sum(m['role'] == 'assistant' for m in r.messages[:same])
-            if any(m.get('weight') == 0 for m in side):
-                _unlearn([[{**m, 'weight':0} if i < same else m for i,m in enumerate(side)]], mine,
-                    np.array([len(mine)]))
-            else: _learn_behind(mine, known)
-    return ids,learn,lengths
+        same = next(
+            (i for i, (a, b) in enumerate(zip(r.messages, r.rejected)) if a != b),
+            min(len(r.messages), len(r.rejected)),
+        )
+        for side in r.messages, r.rejected:
+            mine, known = next(sides), sum(m["role"] == "assistant" for m in r.messages[:same])
+            if any(m.get("weight") == 0 for m in side):
+                _unlearn(
+                    [[{**m, "weight": 0} if i < same else m for i, m in enumerate(side)]],
+                    mine,
+                    np.array([len(mine)]),
+                )
+            else:
+                _learn_behind(mine, known)
+    return ids, learn, lengths
 
-def _learn_behind(learn:np.ndarray, n:int):
+
+def _learn_behind(learn: np.ndarray, n: int):
     "Not the first `n` answers."
-    if n: learn[:np.flatnonzero(learn[:-1] & ~learn[1:])[n-1]+1] = False
+    if n:
+        learn[: np.flatnonzero(learn[:-1] & ~learn[1:])[n - 1] + 1] = False
 
-def _encode_talks(rows:list[Row], tok:Tokenizer)->tuple[np.ndarray,np.ndarray,np.ndarray]:
+
+def _encode_talks(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Conversations; an answer whose weight is 0 is not learned."
-    ids,learn,lengths = tok.encode_chats([(r.messages, None) for r in rows])
+    ids, learn, lengths = tok.encode_chats([(r.messages, None) for r in rows])
     _unlearn([r.messages for r in rows], learn, lengths)
-    return ids,learn,lengths
+    return ids, learn, lengths
 
-def _unlearn(sides:list[list[dict]], learn:np.ndarray, lengths:np.ndarray):
+
+def _unlearn(sides: list[list[dict]], learn: np.ndarray, lengths: np.ndarray):
     "Take the answers whose weight is 0 out of what is learned."
     ends = lengths.cumsum()
-    for messages,a,b in zip(sides, ends-lengths, ends):
-        which = [k for k,m in enumerate(m for m in messages if m['role'] == 'assistant') if m.get('weight') == 0]
-        if not which: continue
+    for messages, a, b in zip(sides, ends - lengths, ends):
+        which = [
+            k
+            for k, m in enumerate(m for m in messages if m["role"] == "assistant")
+            if m.get("weight") == 0
+        ]
+        if not which:
+            continue
         mine = learn[a:b]
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mine.view(np.int8), [0]])))
-        for k in which: mine[edges[2*k]:edges[2*k+1]] = False
+        for k in which:
+            mine[edges[2 * k] : edges[2 * k + 1]] = False
+
 
 @dataclass
 class _Encoded:
     "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
-    ids:np.ndarray
-    learn:np.ndarray|None
-    lengths:np.ndarray
-    held_out:np.ndarray
-    lines:list[int]
-    refused:list[Row]
-    mended:list[Row]
-    read:list[tuple[str,tuple[str,...]]]
-    n_good:int
-    def first(self, n:int)->'_Encoded':
-        "The block up to its n-th good row."
-        if n >= len(self.lengths): return self
-        end,last = int(self.lengths[:n].sum()),self.lines[n-1] if n else 0
-        return _Encoded(self.ids[:end], self.learn if self.learn is None else self.learn[:end], self.lengths[:n],
-            self.held_out[:n], self.lines[:n], [r for r in self.refused if r.line < last], [r for r in self.mended
-            if r.line <= last], self.read[:n], n)
 
-def _encode_block(block:Block, tok:Tokenizer, how:dict, kind:str)->_Encoded:
+    ids: np.ndarray
+    learn: np.ndarray | None
+    lengths: np.ndarray
+    held_out: np.ndarray
+    lines: list[int]
+    refused: list[Row]
+    mended: list[Row]
+    read: list[tuple[str, tuple[str, ...]]]
+    n_good: int
+
+    def first(self, n: int) -> "_Encoded":
+        "The block up to its n-th good row."
+        if n >= len(self.lengths):
+            return self
+        end, last = int(self.lengths[:n].sum()), self.lines[n - 1] if n else 0
+        return _Encoded(
+            self.ids[:end],
+            self.learn if self.learn is None else self.learn[:end],
+            self.lengths[:n],
+            self.held_out[:n],
+            self.lines[:n],
+            [r for r in self.refused if r.line < last],
+            [r for r in self.mended if r.line <= last],
+            self.read[:n],
+            n,
+        )
+
+
+def _encode_block(block: Block, tok: Tokenizer, how: dict, kind: str) -> _Encoded:
     "Worker: validate and tokenize."
-    good,held_out,bad,mended,kinds,n_good,begins = [],[],[],[],{},0,[]
-    begin = block.layout != 'text' or how.get('format') == 'lines' or block.numbers[0] == 1 # does a document begin with the next row?
-    for row in parse_block(block, how.get('format')):
-        if not row.reason and row.kind != kind: row = replace(row, reason='another format', detail=f'this is a {row.kind}, and the data begin with a {kind}; they do not mix in one set: give each a file of its own, and `mix` them')
-        if row.reason: bad.append(row); continue
+    good, held_out, bad, mended, kinds, n_good, begins = [], [], [], [], {}, 0, []
+    begin = (
+        block.layout != "text" or how.get("format") == "lines" or block.numbers[0] == 1
+    )  # does a document begin with the next row?
+    for row in parse_block(block, how.get("format")):
+        if not row.reason and row.kind != kind:
+            row = replace(
+                row,
+                reason="another format",
+                detail=(
+                    f"this is a {row.kind}, and the data begin with a {kind}; they do not mix in"
+                    " one set: give each a file of its own, and `mix` them"
+                ),
+            )
+        if row.reason:
+            bad.append(row)
+            continue
         n_good += 1
-        if row.mended: mended.append(row)
-        first,begin = begin,row.ends
-        key = '\n'.join(m['content'] for m in row.messages[:-1]) if row.rejected else row.text
-        if how.get('data_subset', 1.) < 1 and not _below(key, how['data_subset'], 1): continue
+        if row.mended:
+            mended.append(row)
+        first, begin = begin, row.ends
+        key = "\n".join(m["content"] for m in row.messages[:-1]) if row.rejected else row.text
+        if how.get("data_subset", 1.0) < 1 and not _below(key, how["data_subset"], 1):
+            continue
         begins.append(first)
-        good.append(row); held_out.append(how['validation_split'] > 0 and _below(key, how['validation_split'], 0))
-    n = 1 + (kind == 'preference')
-    ids,learn,lengths = (_encode_pairs(good, tok) if kind == 'preference' else _encode_talks(good, tok)
-        if kind == 'conversation' else _encode_texts(good, begins, tok))
-    return _Encoded(ids, learn, lengths, np.repeat(np.array(held_out, bool), n), [r.line for r in good
-        for _ in range(n)], bad, mended, [kinds.setdefault(k := (r.read, r.unread), k) for r in good
-        for _ in range(n)], n_good)
+        good.append(row)
+        held_out.append(how["validation_split"] > 0 and _below(key, how["validation_split"], 0))
+    n = 1 + (kind == "preference")
+    ids, learn, lengths = (
+        _encode_pairs(good, tok)
+        if kind == "preference"
+        else (
+            _encode_talks(good, tok) if kind == "conversation" else _encode_texts(good, begins, tok)
+        )
+    )
+    return _Encoded(
+        ids,
+        learn,
+        lengths,
+        np.repeat(np.array(held_out, bool), n),
+        [r.line for r in good for _ in range(n)],
+        bad,
+        mended,
+        [kinds.setdefault(k := (r.read, r.unread), k) for r in good for _ in range(n)],
+        n_good,
+    )
+
 
 class _Writer:
     "One side of a token set while it is being written."
-    def __init__(self, path:Path, dtype, chat:bool):
+
+    def __init__(self, path: Path, dtype, chat: bool):
         path.mkdir()
-        self.path,self.dtype,self.n,self.starts = path,np.dtype(dtype),0,[np.empty(0, np.int64)]
-        self.files = [(open(path/name, 'wb'), xxhash.xxh3_128()) for name in ('tokens.bin','mask.bin')[:1+chat]]
-    def add(self, ids:np.ndarray, learn:np.ndarray|None, lengths:np.ndarray):
-        for (file,digest),part in zip(self.files, (ids, learn)): data = memoryview(np.ascontiguousarray(part)).cast('B'); file.write(data); digest.update(data)
-        self.starts.append(self.n + np.cumsum(lengths) - lengths); self.n += len(ids)
+        self.path, self.dtype, self.n, self.starts = (
+            path,
+            np.dtype(dtype),
+            0,
+            [np.empty(0, np.int64)],
+        )
+        self.files = [
+            (open(path / name, "wb"), xxhash.xxh3_128())
+            for name in ("tokens.bin", "mask.bin")[: 1 + chat]
+        ]
+
+    def add(self, ids: np.ndarray, learn: np.ndarray | None, lengths: np.ndarray):
+        for (file, digest), part in zip(self.files, (ids, learn)):
+            data = memoryview(np.ascontiguousarray(part)).cast("B")
+            file.write(data)
+            digest.update(data)
+        self.starts.append(self.n + np.cumsum(lengths) - lengths)
+        self.n += len(ids)
+
     def close(self, **facts):
-        for file,_ in self.files: file.close()
-        starts,digests = np.concatenate(self.starts),[h.hexdigest() for _,h in self.files]
-        np.save(self.path/'docs.npy', starts)
-        write_json(self.path/'meta.json', dict(format='minigpt token set', version=1, hashes={'docs.npy':hash_file(self.path/'docs.npy')}, n_tokens=self.n, n_docs=len(starts), dtype=self.dtype.name, fingerprint=digests[0] if len(digests) == 1 else hash_bytes(' '.join(digests).encode()), **facts))
+        for file, _ in self.files:
+            file.close()
+        starts, digests = np.concatenate(self.starts), [h.hexdigest() for _, h in self.files]
+        np.save(self.path / "docs.npy", starts)
+        write_json(
+            self.path / "meta.json",
+            dict(
+                format="minigpt token set",
+                version=1,
+                hashes={"docs.npy": hash_file(self.path / "docs.npy")},
+                n_tokens=self.n,
+                n_docs=len(starts),
+                dtype=self.dtype.name,
+                fingerprint=(
+                    digests[0] if len(digests) == 1 else hash_bytes(" ".join(digests).encode())
+                ),
+                **facts,
+            ),
+        )
 
 # %% ../nbs/04_data.ipynb #853fcfe9
-def source_facts(files:list[Path], known:list[dict]=())->list[dict]:
+def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
     "Name, size, time and hash of each file; a hash in `known` is believed while size and time are unchanged."
     out = []
     for f in files:
-        s = f.stat(); facts = dict(path=str(f), size=s.st_size, mtime_ns=s.st_mtime_ns)
-        same = [k for k in known if all(k[x] == facts[x] for x in ('size','mtime_ns'))]
-        old = next((k for k in same if k['path'] == facts['path']), same[0] if len({k['xxh3'] for k in same}) == 1 else None)
-        out.append({**facts, 'xxh3':old['xxh3'] if old else hash_file(f)})
+        s = f.stat()
+        facts = dict(path=str(f), size=s.st_size, mtime_ns=s.st_mtime_ns)
+        same = [k for k in known if all(k[x] == facts[x] for x in ("size", "mtime_ns"))]
+        old = next(
+            (k for k in same if k["path"] == facts["path"]),
+            same[0] if len({k["xxh3"] for k in same}) == 1 else None,
+        )
+        out.append({**facts, "xxh3": old["xxh3"] if old else hash_file(f)})
     return out
 
-def _meta(side:Path)->dict:
+
+def _meta(side: Path) -> dict:
     "The meta.json of one side of a token set; empty where there is none."
-    try: found = read_json(side/'meta.json')
-    except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) and found.get('format') == 'minigpt token set' else {}
+    try:
+        found = read_json(side / "meta.json")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and found.get("format") == "minigpt token set" else {}
 
-_LITTER = '.DS_Store','Thumbs.db','desktop.ini' # what file managers leave in a folder that somebody looks at
 
-def _not_ours(out:Path)->list[str]:
+_LITTER = (
+    ".DS_Store",
+    "Thumbs.db",
+    "desktop.ini",
+)  # what file managers leave in a folder that somebody looks at
+
+
+def _not_ours(out: Path) -> list[str]:
     "What stands where a token set is to appear, and is no part of one."
-    if not out.is_dir(): return [out.name]*os.path.lexists(out)
-    return sorted(p.name for p in out.iterdir() if p.name not in _LITTER and not (p.name in ('train','valid','none') and _meta(p)))
+    if not out.is_dir():
+        return [out.name] * os.path.lexists(out)
+    return sorted(
+        p.name
+        for p in out.iterdir()
+        if p.name not in _LITTER and not (p.name in ("train", "valid", "none") and _meta(p))
+    )
+
 
 def read_again(
-    meta:dict, # Of a token set
-    on_bad_row:str='warn', # As for `build_tokenset`
-)->list[str]:
+    meta: dict,  # Of a token set
+    on_bad_row: str = "warn",  # As for `build_tokenset`
+) -> list[str]:
     "What is said of a token set when it is built, and each time it is used again: what was read, and what was refused."
-    refused = meta.get('refused') or {}
-    warning = lost_rows(refused, meta['n_good']) if on_bad_row == 'warn' and 'n_good' in meta else None
-    return [*reading(meta.get('read') or {}), *([warning] if warning else [f'rows refused: {refusals(refused)}']
-        if refused else [])]
+    refused = meta.get("refused") or {}
+    warning = (
+        lost_rows(refused, meta["n_good"]) if on_bad_row == "warn" and "n_good" in meta else None
+    )
+    return [
+        *reading(meta.get("read") or {}),
+        *([warning] if warning else [f"rows refused: {refusals(refused)}"] if refused else []),
+    ]
+
 
 def same_rules(
-    meta:dict, # Of a token set that was built with this tokenizer
-    tok:Tokenizer,
-)->bool:
+    meta: dict,  # Of a token set that was built with this tokenizer
+    tok: Tokenizer,
+) -> bool:
     "Would its ids come out the same today?"
-    return meta.get('rules', 1) == tok.rules or meta.get('kind', 'text') == 'text' and not any(tok.adds)
+    return (
+        meta.get("rules", 1) == tok.rules
+        or meta.get("kind", "text") == "text"
+        and not any(tok.adds)
+    )
+
 
 def build_tokenset(
-    source:str|Path|Iterable[str|Path], # File, folder, or a list of them
-    tok:Tokenizer, # Its ids
-    out:str|Path, # Folder to appear, with `train/` and `valid/` in it
-    validation_split:float=0.05, # Share of the texts held out, 0 to below 1
-    on_bad_row:str='warn', # `warn` counts refused rows, reports them, and warns where they are more than a tenth; `skip` does not warn; `error` stops at the first
-    threads:int|None=None, # Workers; default: one a core
-    progress:bool=True, # Show a progress bar on files above 8 MB?
-    data_subset:float=1., # Share of the rows that is used, above 0
-    max_data_size:int=0, # Rows that are used, the first ones; 0: all
-    format:str|None=None, # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
-    say:Callable[[str],None]|None=None, # Told of refused and mended rows; default: a line on the screen, if `progress`
-    keep:bool=False, # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
-    encoding:str='', # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
-    columns:dict[str,str]|None=None, # The name that is known here → the rows' own, as in {'prompt': 'question_text'}; '' leaves a column out
-    long_rows:str|None='skip', # Conversations in which no answer ends within `max_seq_len`: `skip` leaves them out, `cut` keeps their beginning. It does not change the tokens
-)->tuple[TokenSet,TokenSet|None]: # Training and validation set; None where too little was held out
+    source: str | Path | Iterable[str | Path],  # File, folder, or a list of them
+    tok: Tokenizer,  # Its ids
+    out: str | Path,  # Folder to appear, with `train/` and `valid/` in it
+    validation_split: float = 0.05,  # Share of the texts held out, 0 to below 1
+    on_bad_row: str = "warn",  # `warn` counts refused rows, reports them, and warns where they are more than a tenth; `skip` does not warn; `error` stops at the first
+    threads: int | None = None,  # Workers; default: one a core
+    progress: bool = True,  # Show a progress bar on files above 8 MB?
+    data_subset: float = 1.0,  # Share of the rows that is used, above 0
+    max_data_size: int = 0,  # Rows that are used, the first ones; 0: all
+    format: (
+        str | None
+    ) = None,  # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
+    say: (
+        Callable[[str], None] | None
+    ) = None,  # Told of refused and mended rows; default: a line on the screen, if `progress`
+    keep: bool = False,  # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
+    encoding: str = "",  # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
+    columns: (
+        dict[str, str] | None
+    ) = None,  # The name that is known here → the rows' own, as in {'prompt': 'question_text'}; '' leaves a column out
+    long_rows: (
+        str | None
+    ) = "skip",  # Conversations in which no answer ends within `max_seq_len`: `skip` leaves them out, `cut` keeps their beginning. It does not change the tokens
+) -> tuple[
+    TokenSet, TokenSet | None
+]:  # Training and validation set; None where too little was held out
     "Tokenize files once; an `out` that was built from the same content in the same way is used again."
-    if not 0 <= validation_split < 1: raise ValueError(f"validation_split={validation_split} must be at least 0 and below 1: it is a share of the texts")
-    if not 0 < data_subset <= 1: raise ValueError(f"data_subset={data_subset} must be above 0 and at most 1: it is a share of the rows")
-    if max_data_size < 0: raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
-    if on_bad_row not in ('warn','skip','error'):
+    if not 0 <= validation_split < 1:
+        raise ValueError(
+            f"validation_split={validation_split} must be at least 0 and below 1: it is a share of"
+            " the texts"
+        )
+    if not 0 < data_subset <= 1:
+        raise ValueError(
+            f"data_subset={data_subset} must be above 0 and at most 1: it is a share of the rows"
+        )
+    if max_data_size < 0:
+        raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
+    if on_bad_row not in ("warn", "skip", "error"):
         raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
-    if long_rows not in ('skip','cut',None): raise ValueError(f"long_rows={long_rows!r} must be 'skip' or 'cut'")
+    if long_rows not in ("skip", "cut", None):
+        raise ValueError(f"long_rows={long_rows!r} must be 'skip' or 'cut'")
     say = say or (tqdm.write if progress else lambda message: None)
-    out,files = at_home(out),data_files(source, say, encoding)
+    out, files = at_home(out), data_files(source, say, encoding)
     no_tables(files, format)
-    if os.path.lexists(out.parent) and not out.parent.is_dir(): raise FileExistsError(f"{out.parent} is no folder, and tokens are to appear in one of that name; move it away, or name another output_dir")
-    how = (dict(validation_split=validation_split) | {k:v for k,v,usual in (('data_subset', data_subset, 1),
-        ('max_data_size', max_data_size, 0), ('format', format, None), ('encoding', encoding, ''), ('columns', columns
-        or None, None)) if v != usual})
-    same = lambda meta: [[s['xxh3'] for s in meta['sources']], meta['tokenizer'], meta['options']]
+    if os.path.lexists(out.parent) and not out.parent.is_dir():
+        raise FileExistsError(
+            f"{out.parent} is no folder, and tokens are to appear in one of that name; move it"
+            " away, or name another output_dir"
+        )
+    how = dict(validation_split=validation_split) | {
+        k: v
+        for k, v, usual in (
+            ("data_subset", data_subset, 1),
+            ("max_data_size", max_data_size, 0),
+            ("format", format, None),
+            ("encoding", encoding, ""),
+            ("columns", columns or None, None),
+        )
+        if v != usual
+    }
+    same = lambda meta: [[s["xxh3"] for s in meta["sources"]], meta["tokenizer"], meta["options"]]
     facts = dict(sources=(), tokenizer=tok.hash, options=how, rules=tok.rules)
-    beside = lambda: (out.with_name(f'{out.name}-{n}') for n in count(2))
+    beside = lambda: (out.with_name(f"{out.name}-{n}") for n in count(2))
     for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
-        old = _meta(place/'train')
-        facts['sources'] = source_facts(files, [*old.get('sources', ()), *facts['sources']])
-        if old and same(old) == same(facts) and old.get('long_rows', long_rows) == long_rows and same_rules(old, tok):
-            if on_bad_row == 'error' and old['refused']: raise DataError(f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them, or pass on_bad_row='skip'")
-            for line in read_again(old, on_bad_row): say(line)
+        old = _meta(place / "train")
+        facts["sources"] = source_facts(files, [*old.get("sources", ()), *facts["sources"]])
+        if (
+            old
+            and same(old) == same(facts)
+            and old.get("long_rows", long_rows) == long_rows
+            and same_rules(old, tok)
+        ):
+            if on_bad_row == "error" and old["refused"]:
+                raise DataError(
+                    f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them,"
+                    " or pass on_bad_row='skip'"
+                )
+            for line in read_again(old, on_bad_row):
+                say(line)
             return open_tokenset(place)
-    if keep: out = next(p for p in chain([out], beside()) if not _meta(p/'train') and not _not_ours(p))
-    elif others := _not_ours(out): raise FileExistsError(f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is overwritten; name another folder")
-    total,threads = sum(s['size'] for s in facts['sources']),threads or os.cpu_count() or 1
-    refused,mended,rows,n_good = {},{},0,0
-    looks = {f:look_at(f, encoding) for f in files}
+    if keep:
+        out = next(p for p in chain([out], beside()) if not _meta(p / "train") and not _not_ours(p))
+    elif others := _not_ours(out):
+        raise FileExistsError(
+            f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is"
+            " overwritten; name another folder"
+        )
+    total, threads = sum(s["size"] for s in facts["sources"]), threads or os.cpu_count() or 1
+    refused, mended, rows, n_good = {}, {}, 0, 0
+    looks = {f: look_at(f, encoding) for f in files}
     table = read_table(looks)
-    kind = next((row.kind for f in files for b in read_blocks(f, 1<<16, looks[f], columns=columns)
-        for row in parse_block(b, format) if not row.reason), 'text')
-    facts['kind'] = kind
-    with (new_dir(out, replace=True) as d,
-          tqdm(total=total, unit='B', unit_scale=True, desc='tokenizing', disable=not progress or total < 8e6, leave=False) as bar):
-        sides,sides_of_row = [_Writer(d/n, tok.dtype, kind != 'text') for n in ('train','valid')],1 + (kind == 'preference')
+    kind = next(
+        (
+            row.kind
+            for f in files
+            for b in read_blocks(f, 1 << 16, looks[f], columns=columns)
+            for row in parse_block(b, format)
+            if not row.reason
+        ),
+        "text",
+    )
+    facts["kind"] = kind
+    with (
+        new_dir(out, replace=True) as d,
+        tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc="tokenizing",
+            disable=not progress or total < 8e6,
+            leave=False,
+        ) as bar,
+    ):
+        sides, sides_of_row = (
+            [_Writer(d / n, tok.dtype, kind != "text") for n in ("train", "valid")],
+            1 + (kind == "preference"),
+        )
         blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
-        for block,e in spread(lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6):
-            if max_data_size: e = e.first((max_data_size-rows)*sides_of_row)
-            rows += len(e.lengths)//sides_of_row
+        for block, e in spread(
+            lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6
+        ):
+            if max_data_size:
+                e = e.first((max_data_size - rows) * sides_of_row)
+            rows += len(e.lengths) // sides_of_row
             n_good += e.n_good
             count_read(table, block.path, e.read[::sides_of_row])
-            for side,mine in enumerate((~e.held_out, e.held_out)):
-                if mine.all(): sides[side].add(e.ids, e.learn, e.lengths)
-                elif mine.any(): tokens = np.repeat(mine, e.lengths); sides[side].add(e.ids[tokens], e.learn if e.learn is None else e.learn[tokens], e.lengths[mine])
-            if e.refused and on_bad_row == 'error': raise DataError(f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}. {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'")
+            for side, mine in enumerate((~e.held_out, e.held_out)):
+                if mine.all():
+                    sides[side].add(e.ids, e.learn, e.lengths)
+                elif mine.any():
+                    tokens = np.repeat(mine, e.lengths)
+                    sides[side].add(
+                        e.ids[tokens],
+                        e.learn if e.learn is None else e.learn[tokens],
+                        e.lengths[mine],
+                    )
+            if e.refused and on_bad_row == "error":
+                raise DataError(
+                    f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}."
+                    f" {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'"
+                )
             count_refused(refused, block, e.refused)
-            count_refused(mended, block, (replace(row, reason=m) for row in e.mended for m in row.mended))
+            count_refused(
+                mended, block, (replace(row, reason=m) for row in e.mended for m in row.mended)
+            )
             bar.update(block.size)
-            if max_data_size and rows >= max_data_size: break
-        if not sides[0].n + sides[1].n: raise no_text(files, refused)
+            if max_data_size and rows >= max_data_size:
+                break
+        if not sides[0].n + sides[1].n:
+            raise no_text(files, refused)
         for side in sides:
-            side.close(refused=refused, mended=mended, read=table, n_good=n_good, **(dict(long_rows=long_rows)
-                if long_rows and kind != 'text' else {}), **facts)
-        if not sides[0].n: # the only texts there are were all held out: they are what to train on
-            for a,b in ('train','none'),('valid','train'),('none','valid'): (d/a).rename(d/b)
-    for line in read_again(_meta(out/'train'), on_bad_row): say(line)
-    if mended: say(f'rows mended: {refusals(mended)}')
+            side.close(
+                refused=refused,
+                mended=mended,
+                read=table,
+                n_good=n_good,
+                **(dict(long_rows=long_rows) if long_rows and kind != "text" else {}),
+                **facts,
+            )
+        if not sides[0].n:  # the only texts there are were all held out: they are what to train on
+            for a, b in ("train", "none"), ("valid", "train"), ("none", "valid"):
+                (d / a).rename(d / b)
+    for line in read_again(_meta(out / "train"), on_bad_row):
+        say(line)
+    if mended:
+        say(f"rows mended: {refusals(mended)}")
     return open_tokenset(out)
 
+
 def open_tokenset(
-    path:str|Path, # Folder that `build_tokenset` made
-)->tuple[TokenSet,TokenSet|None]: # Training set; validation set, or None if it is too small to say anything
+    path: str | Path,  # Folder that `build_tokenset` made
+) -> tuple[
+    TokenSet, TokenSet | None
+]:  # Training set; validation set, or None if it is too small to say anything
     "The two sides of a token set."
-    train,valid = open_set(at_home(path)/'train'),open_set(at_home(path)/'valid')
-    return train,valid if len(valid) > 1 else None
+    train, valid = open_set(at_home(path) / "train"), open_set(at_home(path) / "valid")
+    return train, valid if len(valid) > 1 else None
+
 
 def open_set(
-    path:str|Path, # Folder with tokens.bin and meta.json
-)->TokenSet: # A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet` where it was built with `format='lines'`
+    path: str | Path,  # Folder with tokens.bin and meta.json
+) -> TokenSet:  # A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet` where it was built with `format='lines'`
     "One side of a token set."
     path = at_home(path)
-    if not (path/'mask.bin').exists(): return (LineSet if read_json(path/'meta.json').get('options', {}).get('format') == 'lines' else TokenSet)(path)
-    return (PairSet if read_json(path/'meta.json').get('kind') == 'preference' else ChatSet)(path)
+    if not (path / "mask.bin").exists():
+        return (
+            LineSet
+            if read_json(path / "meta.json").get("options", {}).get("format") == "lines"
+            else TokenSet
+        )(path)
+    return (PairSet if read_json(path / "meta.json").get("kind") == "preference" else ChatSet)(path)
 
 # %% ../nbs/04_data.ipynb #d74e316d
 class _Steps:
     "The data set as the DataLoader sees it: an item is a whole effective batch."
-    def __init__(self, data, *how): self.data,self.how = data,how
-    def __getitem__(self, step): return self.data.batch(step, *self.how)
 
-def _ignore_sigint(_): signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def __init__(self, data, *how):
+        self.data, self.how = data, how
+
+    def __getitem__(self, step):
+        return self.data.batch(step, *self.how)
+
+
+def _ignore_sigint(_):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../nbs/04_data.ipynb #92f0b645
 def loader(
-    data, # A `TokenSet`, or anything with its `batch`
-    steps:Iterable[int], # The optimizer steps to load, such as `range(500, 1000)`
-    batch_size:int, # Sequences of the effective batch
-    seq_len:int, # Tokens of a sequence
-    seed:int=0, # Decides the order of every epoch
-    workers:int=0, # Processes that read ahead; the batches are the same for any number
-    pin_memory:bool=False, # For a CUDA device: page-locked memory, copied while the GPU computes
-    offset:int=0, # See `TokenSet.batch`
-)->Iterable[dict]: # Of ids and labels, each a (batch_size, seq_len) int64 tensor
+    data,  # A `TokenSet`, or anything with its `batch`
+    steps: Iterable[int],  # The optimizer steps to load, such as `range(500, 1000)`
+    batch_size: int,  # Sequences of the effective batch
+    seq_len: int,  # Tokens of a sequence
+    seed: int = 0,  # Decides the order of every epoch
+    workers: int = 0,  # Processes that read ahead; the batches are the same for any number
+    pin_memory: bool = False,  # For a CUDA device: page-locked memory, copied while the GPU computes
+    offset: int = 0,  # See `TokenSet.batch`
+) -> Iterable[dict]:  # Of ids and labels, each a (batch_size, seq_len) int64 tensor
     "The batches of some steps, in order."
     import torch
-    return torch.utils.data.DataLoader(_Steps(data, batch_size, seq_len, seed, offset), batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin_memory,
-        generator=torch.Generator(), worker_init_fn=_ignore_sigint, prefetch_factor=4 if workers else None)
+
+    return torch.utils.data.DataLoader(
+        _Steps(data, batch_size, seq_len, seed, offset),
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_sigint,
+        prefetch_factor=4 if workers else None,
+    )
 
 # %% ../nbs/04_data.ipynb #1c338402
-def _how_long(data)->str:
+def _how_long(data) -> str:
     "The lengths of the conversations of a set."
-    n = np.concatenate([d.lengths() if isinstance(d, ChatSet) else np.diff(d.row_starts())
-        for d in getattr(data, 'sets', [data])] or [np.zeros(1, int)])
-    if not len(n): return 'there are none'
-    return f'the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or more'
+    n = np.concatenate(
+        [
+            d.lengths() if isinstance(d, ChatSet) else np.diff(d.row_starts())
+            for d in getattr(data, "sets", [data])
+        ]
+        or [np.zeros(1, int)]
+    )
+    if not len(n):
+        return "there are none"
+    return (
+        f"the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or"
+        " more"
+    )
+
 
 def check_size(
-    data:TokenSet, # To be trained on
-    batch_size:int, # Sequences of the effective batch
-    seq_len:int, # Tokens of a sequence
+    data: TokenSet,  # To be trained on
+    batch_size: int,  # Sequences of the effective batch
+    seq_len: int,  # Tokens of a sequence
 ):
     "A `DataError` if there is not enough for one step."
-    for d in getattr(data, 'sets', ()):
+    for d in getattr(data, "sets", ()):
         if not d.n_windows(seq_len):
-            raise DataError(f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every row "
-                f"of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or leave it out")
-    windows = data.n_windows(seq_len) if len(data) > seq_len or isinstance(data, (ChatSet,LineSet)) else 0
+            raise DataError(
+                f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every"
+                f" row of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or"
+                " leave it out"
+            )
+    windows = (
+        data.n_windows(seq_len)
+        if len(data) > seq_len or isinstance(data, (ChatSet, LineSet))
+        else 0
+    )
     if windows < batch_size:
-        lost = sum(d.too_long(seq_len)[1] for d in getattr(data, 'sets', [data]) if isinstance(d, ChatSet))
+        lost = sum(
+            d.too_long(seq_len)[1] for d in getattr(data, "sets", [data]) if isinstance(d, ChatSet)
+        )
         if lost:
-            raise DataError(f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and "
-                f"one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows max_seq_len "
-                f"ends before the first answer does ({_how_long(data)}). Raise max_seq_len, add rows, or lower "
-                f"batch_size; long_rows='cut' keeps the beginning of long rows")
-        lost = '; '.join(refusals(r).replace('\n', '; ') for d in getattr(data, 'sets', [data]) if (r := getattr(d, 'meta', {}).get('refused')))
-        raise DataError(f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len}, and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower max_seq_len or batch_size" + (f". Rows refused: {lost}" if lost else ''))
+            raise DataError(
+                f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from,"
+                f" and one step takes {batch_size} (batch_size × gradient_accumulation): in"
+                f" {lost:,} rows max_seq_len ends before the first answer does ({_how_long(data)})."
+                " Raise max_seq_len, add rows, or lower batch_size; long_rows='cut' keeps the"
+                " beginning of long rows"
+            )
+        lost = "; ".join(
+            refusals(r).replace("\n", "; ")
+            for d in getattr(data, "sets", [data])
+            if (r := getattr(d, "meta", {}).get("refused"))
+        )
+        raise DataError(
+            f"the training data has {len(data):,} tokens: {windows} sequences of"
+            f" max_seq_len={seq_len}, and one step takes {batch_size} (batch_size ×"
+            " gradient_accumulation). Add text, or lower max_seq_len or batch_size"
+            + (f". Rows refused: {lost}" if lost else "")
+        )
+
 
 def spread_over(
-    n:int, # Sequences of a set
-    most:int=0, # That are taken; 0: all
-)->np.ndarray: # Their places, in order
+    n: int,  # Sequences of a set
+    most: int = 0,  # That are taken; 0: all
+) -> np.ndarray:  # Their places, in order
     "Some of `n` sequences, at even distances: a sample that is the same each time."
-    return np.arange(n) if not most or n <= most else np.arange(most)*n//most
+    return np.arange(n) if not most or n <= most else np.arange(most) * n // most

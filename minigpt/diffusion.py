@@ -22,481 +22,1025 @@ from .data import ChatSet
 from .files import on_hub
 from .formats import data_files, read_blocks
 from .generate import text_pieces
-from .model import GPT, MOST, LanguageModel, check_flag, check_hf, check_number, check_params, check_size
+from minigpt.model import (
+    GPT,
+    MOST,
+    LanguageModel,
+    check_flag,
+    check_hf,
+    check_number,
+    check_params,
+    check_size,
+)
 from .run import Run, split_checkpoint
 from .tokenizer import Tokenizer, load_tokenizer
 from .train import fit
 
 # %% ../nbs/16_diffusion.ipynb #09450dac
 def alpha_bars(
-    steps:int, # T
-)->Tensor: # (T,) float64, falling
+    steps: int,  # T
+) -> Tensor:  # (T,) float64, falling
     "How much of a token is left at each time."
-    f = lambda t: math.cos((t+.008)/1.008*math.pi/2)**2
-    betas = torch.tensor([min(1-f((i+1)/steps)/f(i/steps), .999) for i in range(steps)], dtype=torch.float64)
-    return (1-betas).cumprod(0)
+    f = lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    betas = torch.tensor(
+        [min(1 - f((i + 1) / steps) / f(i / steps), 0.999) for i in range(steps)],
+        dtype=torch.float64,
+    )
+    return (1 - betas).cumprod(0)
+
 
 def simplex(
-    tokens:Tensor, # (N,) int64
-    vocab_size:int, # V
-    k:float, # `simplex_value`
-)->Tensor: # (N, V) float32
+    tokens: Tensor,  # (N,) int64
+    vocab_size: int,  # V
+    k: float,  # `simplex_value`
+) -> Tensor:  # (N, V) float32
     "The corner of each token."
-    return torch.full((len(tokens), vocab_size), -k, device=tokens.device).scatter_(1, tokens[:,None], k)
+    return torch.full((len(tokens), vocab_size), -k, device=tokens.device).scatter_(
+        1, tokens[:, None], k
+    )
+
 
 def noised(
-    x:Tensor, # (N, V) corners
-    left:Tensor, # (N,) of `alpha_bars`: how much is to be left
-    k:float, # `simplex_value`: the noise is as large as the corners are far
-    noise:Tensor, # (N, V) standard normal
-)->Tensor: # (N, V)
+    x: Tensor,  # (N, V) corners
+    left: Tensor,  # (N,) of `alpha_bars`: how much is to be left
+    k: float,  # `simplex_value`: the noise is as large as the corners are far
+    noise: Tensor,  # (N, V) standard normal
+) -> Tensor:  # (N, V)
     "What becomes of corners."
-    left = left.to(x.dtype)[:,None]
-    return left.sqrt()*x + (1-left).sqrt()*k*noise
+    left = left.to(x.dtype)[:, None]
+    return left.sqrt() * x + (1 - left).sqrt() * k * noise
 
 # %% ../nbs/16_diffusion.ipynb #bb13dae5
-PRESETS = dict(tiny=dict(dim=128, n_layer=4, n_head=4, ffn_dim=512), small=dict(dim=256, n_layer=6, n_head=4, ffn_dim=1024),
-    base=dict(vocab_size=50265, dim=768, n_layer=12, n_head=12, ffn_dim=3072)) # the last one is roberta-base
+PRESETS = dict(
+    tiny=dict(dim=128, n_layer=4, n_head=4, ffn_dim=512),
+    small=dict(dim=256, n_layer=6, n_head=4, ffn_dim=1024),
+    base=dict(vocab_size=50265, dim=768, n_layer=12, n_head=12, ffn_dim=3072),
+)  # the last one is roberta-base
 
-def _near(name:str, known:Iterable[str])->str:
-    near = difflib.get_close_matches(name, known := list(known), 1, .5)
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TessConfig:
     "The shape of an encoder, and what noise does to its input."
-    vocab_size:int # V, in tokens
-    dim:int # C, width of the residual stream
-    n_layer:int # Blocks
-    n_head:int # Heads
-    ffn_dim:int # Width inside the feed-forward layer
-    max_len:int = 512 # Positions that have an embedding
-    dropout:float = .1 # Share dropped, while training
-    norm_eps:float = 1e-5 # Added to the variance in LayerNorm
-    type_vocab:int = 1 # Rows of an embedding of which only the first is used
-    pad_id:int = 1 # Positions are counted from `pad_id+1`, as in RoBERTa; the token itself is not used
-    mask_id:int|None = None # The token that stands for a gap, where `simplex_value` is None
-    simplex_value:float|None = 5. # k, how far corners are from 0; None: no diffusion, but a masked language model (Devlin et al. 2019)
-    num_diffusion_steps:int = 500 # T
-    num_inference_diffusion_steps:int = 100 # How many of them sampling takes, unless it is told otherwise
-    beta_schedule:str = 'squaredcos_improved_ddpm' # The only one
-    self_condition:str|None = 'logits_mean' # How a guess sees the one before: None (not at all), logits_mean (their probabilities are averaged), logits_addition (their embeddings are added), logits (both embeddings go through a matrix)
-    self_condition_zeros_after_softmax:bool = True # Where there is none before: zeros instead of equal probabilities
-    blanks:str = 'mixed' # What is to be generated in training: spans (infill), rest (continue), all (from nothing), mixed (a third of the texts each)
-    pad_to_max_length:bool = True # Line by line: fill each batch up to max_seq_len, rather than to its longest text
 
-    free = 'dropout','num_inference_diffusion_steps','pad_to_max_length' # What may change while a model is trained
+    vocab_size: int  # V, in tokens
+    dim: int  # C, width of the residual stream
+    n_layer: int  # Blocks
+    n_head: int  # Heads
+    ffn_dim: int  # Width inside the feed-forward layer
+    max_len: int = 512  # Positions that have an embedding
+    dropout: float = 0.1  # Share dropped, while training
+    norm_eps: float = 1e-5  # Added to the variance in LayerNorm
+    type_vocab: int = 1  # Rows of an embedding of which only the first is used
+    pad_id: int = (
+        1  # Positions are counted from `pad_id+1`, as in RoBERTa; the token itself is not used
+    )
+    mask_id: int | None = None  # The token that stands for a gap, where `simplex_value` is None
+    simplex_value: float | None = (
+        5.0  # k, how far corners are from 0; None: no diffusion, but a masked language model (Devlin et al. 2019)
+    )
+    num_diffusion_steps: int = 500  # T
+    num_inference_diffusion_steps: int = (
+        100  # How many of them sampling takes, unless it is told otherwise
+    )
+    beta_schedule: str = "squaredcos_improved_ddpm"  # The only one
+    self_condition: (
+        str | None
+    ) = (  # How a guess sees the one before: None (not at all), logits_mean (their probabilities are averaged), logits_addition (their embeddings are added), logits (both embeddings go through a matrix)
+        "logits_mean"
+    )
+    self_condition_zeros_after_softmax: bool = (
+        True  # Where there is none before: zeros instead of equal probabilities
+    )
+    blanks: str = (  # What is to be generated in training: spans (infill), rest (continue), all (from nothing), mixed (a third of the texts each)
+        "mixed"
+    )
+    pad_to_max_length: bool = (
+        True  # Line by line: fill each batch up to max_seq_len, rather than to its longest text
+    )
+
+    free = (
+        "dropout",
+        "num_inference_diffusion_steps",
+        "pad_to_max_length",
+    )  # What may change while a model is trained
 
     def __post_init__(self):
         def must(name, ok, what):
-            if not ok: raise ValueError(f'{name}={getattr(self, name)!r} must be {what}')
-        if self.self_condition in ('none',''): object.__setattr__(self, 'self_condition', None)
-        for n in ('vocab_size','dim','n_layer','n_head','ffn_dim','max_len','num_diffusion_steps','num_inference_diffusion_steps'): check_size(n, getattr(self, n), MOST.get(n, 100_000))
-        for n in 'type_vocab','pad_id': must(n, type(getattr(self, n)) is int and 0 <= getattr(self, n) <= MOST['vocab_size'], f"a whole number, at least 0 and at most {MOST['vocab_size']:,}")
-        must('mask_id', self.mask_id is None or type(self.mask_id) is int and 0 <= self.mask_id < self.vocab_size, f'the id of a token, below vocab_size={self.vocab_size}')
-        must('n_head', self.dim % self.n_head == 0, f'a divisor of dim={self.dim}')
-        check_number('dropout', self.dropout, lambda x: 0 <= x < 1, 'at least 0 and below 1: it is the share that is dropped')
-        check_number('norm_eps', self.norm_eps)
-        if self.simplex_value is not None: check_number('simplex_value', self.simplex_value, which='above 0, or None for a masked language model')
-        for n in 'self_condition_zeros_after_softmax','pad_to_max_length': check_flag(n, getattr(self, n))
-        must('num_inference_diffusion_steps', self.num_inference_diffusion_steps <= self.num_diffusion_steps, f'at most num_diffusion_steps={self.num_diffusion_steps}')
-        must('beta_schedule', self.beta_schedule == 'squaredcos_improved_ddpm', "'squaredcos_improved_ddpm'")
-        must('self_condition', self.self_condition in (None,'logits','logits_addition','logits_mean'), 'one of none, logits, logits_addition, logits_mean')
-        must('blanks', self.blanks in ('mixed','spans','rest','all'), 'one of mixed, spans, rest, all')
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {what}")
+
+        if self.self_condition in ("none", ""):
+            object.__setattr__(self, "self_condition", None)
+        for n in (
+            "vocab_size",
+            "dim",
+            "n_layer",
+            "n_head",
+            "ffn_dim",
+            "max_len",
+            "num_diffusion_steps",
+            "num_inference_diffusion_steps",
+        ):
+            check_size(n, getattr(self, n), MOST.get(n, 100_000))
+        for n in "type_vocab", "pad_id":
+            must(
+                n,
+                type(getattr(self, n)) is int and 0 <= getattr(self, n) <= MOST["vocab_size"],
+                f"a whole number, at least 0 and at most {MOST['vocab_size']:,}",
+            )
+        must(
+            "mask_id",
+            self.mask_id is None
+            or type(self.mask_id) is int
+            and 0 <= self.mask_id < self.vocab_size,
+            f"the id of a token, below vocab_size={self.vocab_size}",
+        )
+        must("n_head", self.dim % self.n_head == 0, f"a divisor of dim={self.dim}")
+        check_number(
+            "dropout",
+            self.dropout,
+            lambda x: 0 <= x < 1,
+            "at least 0 and below 1: it is the share that is dropped",
+        )
+        check_number("norm_eps", self.norm_eps)
+        if self.simplex_value is not None:
+            check_number(
+                "simplex_value",
+                self.simplex_value,
+                which="above 0, or None for a masked language model",
+            )
+        for n in "self_condition_zeros_after_softmax", "pad_to_max_length":
+            check_flag(n, getattr(self, n))
+        must(
+            "num_inference_diffusion_steps",
+            self.num_inference_diffusion_steps <= self.num_diffusion_steps,
+            f"at most num_diffusion_steps={self.num_diffusion_steps}",
+        )
+        must(
+            "beta_schedule",
+            self.beta_schedule == "squaredcos_improved_ddpm",
+            "'squaredcos_improved_ddpm'",
+        )
+        must(
+            "self_condition",
+            self.self_condition in (None, "logits", "logits_addition", "logits_mean"),
+            "one of none, logits, logits_addition, logits_mean",
+        )
+        must(
+            "blanks",
+            self.blanks in ("mixed", "spans", "rest", "all"),
+            "one of mixed, spans, rest, all",
+        )
         check_params(self)
-        if self.simplex_value is None: must('mask_id', self.mask_id is not None, "the id of the token that stands for a gap; give the tokenizer one: special_tokens='<mask>'")
+        if self.simplex_value is None:
+            must(
+                "mask_id",
+                self.mask_id is not None,
+                "the id of the token that stands for a gap; give the tokenizer one:"
+                " special_tokens='<mask>'",
+            )
 
     @classmethod
-    def preset(cls, name:str, **changes)->'TessConfig':
+    def preset(cls, name: str, **changes) -> "TessConfig":
         "A ready size (`tiny`, `small`, `base`), with any field changed; all but `base` need a `vocab_size`."
-        if name not in PRESETS: raise ValueError(f"there is no preset {name!r} of an encoder{_near(name, PRESETS)}")
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r} of an encoder{_near(name, PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
 
-    def to_dict(self)->dict: "All fields, for JSON."; return dict(model_type='roberta', **asdict(self))
+    def to_dict(self) -> dict:
+        "All fields, for JSON."
+        return dict(model_type="roberta", **asdict(self))
 
     @property
-    def n_params(self)->int:
+    def n_params(self) -> int:
         "Parameters, each counted once."
-        C,V = self.dim,self.vocab_size
-        block = 4*(C*C+C) + 2*C*self.ffn_dim + self.ffn_dim + C + 4*C
-        diffusion = (V*C + 2*C + (2*C*C + C if self.self_condition == 'logits' else 0)) if self.simplex_value is not None else 0
-        return (V + self.max_len+self.pad_id+1 + self.type_vocab)*C + 2*C + self.n_layer*block + C*C + 3*C + V + diffusion
+        C, V = self.dim, self.vocab_size
+        block = 4 * (C * C + C) + 2 * C * self.ffn_dim + self.ffn_dim + C + 4 * C
+        diffusion = (
+            (V * C + 2 * C + (2 * C * C + C if self.self_condition == "logits" else 0))
+            if self.simplex_value is not None
+            else 0
+        )
+        return (
+            (V + self.max_len + self.pad_id + 1 + self.type_vocab) * C
+            + 2 * C
+            + self.n_layer * block
+            + C * C
+            + 3 * C
+            + V
+            + diffusion
+        )
 
-    def build(self)->'Tess': "A new model of this shape."; return Tess(self)
+    def build(self) -> "Tess":
+        "A new model of this shape."
+        return Tess(self)
 
-    def to_hf(self, *, eos_id:int|None=None, bos_id:int|None=None, **_)->dict: # Content of config.json
+    def to_hf(
+        self, *, eos_id: int | None = None, bos_id: int | None = None, **_
+    ) -> dict:  # Content of config.json
         "The configuration of the encoder in `transformers`, with what it does not know beside it."
-        own = {k:getattr(self, k) for k in _OWN}
-        return dict(architectures=['RobertaForMaskedLM'], model_type='roberta', vocab_size=self.vocab_size, hidden_size=self.dim, num_hidden_layers=self.n_layer, num_attention_heads=self.n_head, intermediate_size=self.ffn_dim,
-            hidden_act='gelu', max_position_embeddings=self.max_len+self.pad_id+1, type_vocab_size=self.type_vocab, layer_norm_eps=self.norm_eps, hidden_dropout_prob=self.dropout, attention_probs_dropout_prob=self.dropout,
-            initializer_range=.02, tie_word_embeddings=True, pad_token_id=self.pad_id, eos_token_id=eos_id, bos_token_id=bos_id, dtype='float32', torch_dtype='float32', **own)
+        own = {k: getattr(self, k) for k in _OWN}
+        return dict(
+            architectures=["RobertaForMaskedLM"],
+            model_type="roberta",
+            vocab_size=self.vocab_size,
+            hidden_size=self.dim,
+            num_hidden_layers=self.n_layer,
+            num_attention_heads=self.n_head,
+            intermediate_size=self.ffn_dim,
+            hidden_act="gelu",
+            max_position_embeddings=self.max_len + self.pad_id + 1,
+            type_vocab_size=self.type_vocab,
+            layer_norm_eps=self.norm_eps,
+            hidden_dropout_prob=self.dropout,
+            attention_probs_dropout_prob=self.dropout,
+            initializer_range=0.02,
+            tie_word_embeddings=True,
+            pad_token_id=self.pad_id,
+            eos_token_id=eos_id,
+            bos_token_id=bos_id,
+            dtype="float32",
+            torch_dtype="float32",
+            **own,
+        )
 
-_OWN = 'mask_id','simplex_value','num_diffusion_steps','num_inference_diffusion_steps','beta_schedule','self_condition','self_condition_zeros_after_softmax','blanks','pad_to_max_length'
 
-def from_dict(d:dict)->TessConfig:
+_OWN = (
+    "mask_id",
+    "simplex_value",
+    "num_diffusion_steps",
+    "num_inference_diffusion_steps",
+    "beta_schedule",
+    "self_condition",
+    "self_condition_zeros_after_softmax",
+    "blanks",
+    "pad_to_max_length",
+)
+
+
+def from_dict(d: dict) -> TessConfig:
     "The shape that `to_dict` wrote."
-    return TessConfig(**{k:v for k,v in d.items() if k != 'model_type'})
+    return TessConfig(**{k: v for k, v in d.items() if k != "model_type"})
+
 
 def from_hf(
-    d:dict, # Content of a config.json
-)->TessConfig:
+    d: dict,  # Content of a config.json
+) -> TessConfig:
     "The shape of a RoBERTa, ours or one of `transformers`; a `ValueError` where that model computes something else."
-    check_hf(d, ('vocab_size','hidden_size','num_hidden_layers','num_attention_heads','intermediate_size','max_position_embeddings'))
-    if type(d.get('pad_token_id', 1)) is not int: raise ValueError(f"config.json: pad_token_id={d['pad_token_id']!r:.60} must be a whole number")
-    other = [f"{k} {d[k]!r} (must be {want!r})" for k,want in dict(hidden_act='gelu', position_embedding_type='absolute', is_decoder=False, add_cross_attention=False, tie_word_embeddings=True).items() if d.get(k, want) != want]
-    if other: raise ValueError(f"config.json asks for {'; '.join(other)}, which this library does not compute; open that model with transformers")
-    pad = d.get('pad_token_id', 1)
-    return TessConfig(vocab_size=d['vocab_size'], dim=d['hidden_size'], n_layer=d['num_hidden_layers'], n_head=d['num_attention_heads'], ffn_dim=d['intermediate_size'], max_len=d['max_position_embeddings']-pad-1,
-        dropout=d.get('hidden_dropout_prob', .1), norm_eps=d.get('layer_norm_eps', 1e-12), type_vocab=d.get('type_vocab_size', 2), pad_id=pad, **{k:d[k] for k in _OWN if k in d})
+    check_hf(
+        d,
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ),
+    )
+    if type(d.get("pad_token_id", 1)) is not int:
+        raise ValueError(
+            f"config.json: pad_token_id={d['pad_token_id']!r:.60} must be a whole number"
+        )
+    other = [
+        f"{k} {d[k]!r} (must be {want!r})"
+        for k, want in dict(
+            hidden_act="gelu",
+            position_embedding_type="absolute",
+            is_decoder=False,
+            add_cross_attention=False,
+            tie_word_embeddings=True,
+        ).items()
+        if d.get(k, want) != want
+    ]
+    if other:
+        raise ValueError(
+            f"config.json asks for {'; '.join(other)}, which this library does not compute; open"
+            " that model with transformers"
+        )
+    pad = d.get("pad_token_id", 1)
+    return TessConfig(
+        vocab_size=d["vocab_size"],
+        dim=d["hidden_size"],
+        n_layer=d["num_hidden_layers"],
+        n_head=d["num_attention_heads"],
+        ffn_dim=d["intermediate_size"],
+        max_len=d["max_position_embeddings"] - pad - 1,
+        dropout=d.get("hidden_dropout_prob", 0.1),
+        norm_eps=d.get("layer_norm_eps", 1e-12),
+        type_vocab=d.get("type_vocab_size", 2),
+        pad_id=pad,
+        **{k: d[k] for k in _OWN if k in d},
+    )
 
 # %% ../nbs/16_diffusion.ipynb #ea51b2c0
 class EncoderBlock(nn.Module):
     "Attention both ways, then feed-forward; each adds to the stream, which is normalised afterwards. Names as in `transformers`."
-    def __init__(self, c:TessConfig):
-        super().__init__()
-        C,part = c.dim,lambda i,o: nn.ModuleDict(dict(dense=nn.Linear(i, o)))
-        self.heads,self.dropout = c.n_head,nn.Dropout(c.dropout)
-        self.attention = nn.ModuleDict(dict(self=nn.ModuleDict({k:nn.Linear(C, C) for k in ('query','key','value')}), output=part(C, C)))
-        self.intermediate,self.output = part(C, c.ffn_dim),part(c.ffn_dim, C)
-        for m in self.attention['output'],self.output: m['LayerNorm'] = nn.LayerNorm(C, c.norm_eps)
 
-    def forward(self,
-        x:Tensor, # (B, T, C)
-        mask:Tensor|None=None, # Bool, (B, 1, 1, T): who is seen; default: everybody
-    )->Tensor: # (B, T, C)
-        q,k,v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in self.attention['self'].values()) # (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout.p if self.training else 0.).transpose(1, 2).flatten(2)
-        one,two = self.attention['output'],self.output
-        x = one['LayerNorm'](x + self.dropout(one['dense'](y)))
-        return two['LayerNorm'](x + self.dropout(two['dense'](F.gelu(self.intermediate['dense'](x)))))
+    def __init__(self, c: TessConfig):
+        super().__init__()
+        C, part = c.dim, lambda i, o: nn.ModuleDict(dict(dense=nn.Linear(i, o)))
+        self.heads, self.dropout = c.n_head, nn.Dropout(c.dropout)
+        self.attention = nn.ModuleDict(
+            dict(
+                self=nn.ModuleDict({k: nn.Linear(C, C) for k in ("query", "key", "value")}),
+                output=part(C, C),
+            )
+        )
+        self.intermediate, self.output = part(C, c.ffn_dim), part(c.ffn_dim, C)
+        for m in self.attention["output"], self.output:
+            m["LayerNorm"] = nn.LayerNorm(C, c.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        mask: Tensor | None = None,  # Bool, (B, 1, 1, T): who is seen; default: everybody
+    ) -> Tensor:  # (B, T, C)
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for f in self.attention["self"].values()
+        )  # (B, H, T, D)
+        y = (
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout_p=self.dropout.p if self.training else 0.0
+            )
+            .transpose(1, 2)
+            .flatten(2)
+        )
+        one, two = self.attention["output"], self.output
+        x = one["LayerNorm"](x + self.dropout(one["dense"](y)))
+        return two["LayerNorm"](
+            x + self.dropout(two["dense"](F.gelu(self.intermediate["dense"](x))))
+        )
+
 
 class Tess(LanguageModel):
     "An encoder that guesses what stands in the gaps of a text."
-    may_lack = {'simplex_embeddings.weight':'roberta.embeddings.word_embeddings.weight', **{f'{n}.{k}':None for n in ('timestep_embed','self_condition') for k in ('weight','bias')}} # what a RoBERTa does not have
 
-    def __init__(self, config:TessConfig):
+    may_lack = {
+        "simplex_embeddings.weight": "roberta.embeddings.word_embeddings.weight",
+        **{
+            f"{n}.{k}": None
+            for n in ("timestep_embed", "self_condition")
+            for k in ("weight", "bias")
+        },
+    }  # what a RoBERTa does not have
+
+    def __init__(self, config: TessConfig):
         super().__init__()
         self.config = c = config
-        self.roberta = nn.ModuleDict(dict(
-            embeddings=nn.ModuleDict(dict(word_embeddings=nn.Embedding(c.vocab_size, c.dim), position_embeddings=nn.Embedding(c.max_len+c.pad_id+1, c.dim), token_type_embeddings=nn.Embedding(c.type_vocab, c.dim), LayerNorm=nn.LayerNorm(c.dim, c.norm_eps))),
-            encoder=nn.ModuleDict(dict(layer=nn.ModuleList(EncoderBlock(c) for _ in range(c.n_layer))))))
-        self.lm_head = nn.ModuleDict(dict(dense=nn.Linear(c.dim, c.dim), layer_norm=nn.LayerNorm(c.dim, c.norm_eps)))
+        self.roberta = nn.ModuleDict(
+            dict(
+                embeddings=nn.ModuleDict(
+                    dict(
+                        word_embeddings=nn.Embedding(c.vocab_size, c.dim),
+                        position_embeddings=nn.Embedding(c.max_len + c.pad_id + 1, c.dim),
+                        token_type_embeddings=nn.Embedding(c.type_vocab, c.dim),
+                        LayerNorm=nn.LayerNorm(c.dim, c.norm_eps),
+                    )
+                ),
+                encoder=nn.ModuleDict(
+                    dict(layer=nn.ModuleList(EncoderBlock(c) for _ in range(c.n_layer)))
+                ),
+            )
+        )
+        self.lm_head = nn.ModuleDict(
+            dict(dense=nn.Linear(c.dim, c.dim), layer_norm=nn.LayerNorm(c.dim, c.norm_eps))
+        )
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         if c.simplex_value is not None:
-            self.simplex_embeddings,self.timestep_embed = nn.Embedding(c.vocab_size, c.dim),nn.Linear(1, c.dim)
-            if c.self_condition == 'logits': self.self_condition = nn.Linear(2*c.dim, c.dim)
-            self.register_buffer('left', alpha_bars(c.num_diffusion_steps).float(), persistent=False) # (T,)
-        std = .02*math.sqrt(768/c.dim) # RoBERTa's 0.02, which is for its width
+            self.simplex_embeddings, self.timestep_embed = (
+                nn.Embedding(c.vocab_size, c.dim),
+                nn.Linear(1, c.dim),
+            )
+            if c.self_condition == "logits":
+                self.self_condition = nn.Linear(2 * c.dim, c.dim)
+            self.register_buffer(
+                "left", alpha_bars(c.num_diffusion_steps).float(), persistent=False
+            )  # (T,)
+        std = 0.02 * math.sqrt(768 / c.dim)  # RoBERTa's 0.02, which is for its width
         for m in self.modules():
-            if isinstance(m, (nn.Linear,nn.Embedding)): nn.init.normal_(m.weight, std=std)
-            if isinstance(m, nn.Linear): nn.init.zeros_(m.bias)
-        dice = torch.Generator().manual_seed(0) # what a RoBERTa lacks begins the same each time it is opened: so does a run that was killed before its first save
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=std)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+        dice = torch.Generator().manual_seed(
+            0
+        )  # what a RoBERTa lacks begins the same each time it is opened: so does a run that was killed before its first save
         with torch.no_grad():
-            for k in 'timestep_embed','self_condition':
-                if m := getattr(self, k, None): m.weight.copy_(torch.empty(m.weight.shape, device='cpu').normal_(std=std, generator=dice))
-            self.derive([k for k,_ in self.named_parameters() if k not in self.may_lack])
+            for k in "timestep_embed", "self_condition":
+                if m := getattr(self, k, None):
+                    m.weight.copy_(
+                        torch.empty(m.weight.shape, device="cpu").normal_(std=std, generator=dice)
+                    )
+            self.derive([k for k, _ in self.named_parameters() if k not in self.may_lack])
 
     @property
-    def blocks(self)->nn.ModuleList: "What may be compiled, one by one."; return self.roberta['encoder']['layer']
-    def spare(self, name:str)->bool: return name.endswith(('position_ids','token_type_ids')) or '.pooler.' in name or name in ('lm_head.decoder.weight','lm_head.decoder.bias') # buffers; what is tied, or not used
-    def objective(self, data, config:TrainConfig): "What `fit` trains it for."; return Denoising(self.config, data, config)
+    def blocks(self) -> nn.ModuleList:
+        "What may be compiled, one by one."
+        return self.roberta["encoder"]["layer"]
 
-    def hidden(self,
-        ids:Tensor, # (B, T) int64
-        blank:Tensor|None=None, # (B, T) bool: the N gaps
-        filling:Tensor|None=None, # (N, C) what stands in them instead of the embeddings of `ids`
-        real:Tensor|None=None, # (B, T) bool: False behind the end of a text
-    )->Tensor: # (B, T, C)
+    def spare(self, name: str) -> bool:
+        return (
+            name.endswith(("position_ids", "token_type_ids"))
+            or ".pooler." in name
+            or name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
+        )  # buffers; what is tied, or not used
+
+    def objective(self, data, config: TrainConfig):
+        "What `fit` trains it for."
+        return Denoising(self.config, data, config)
+
+    def hidden(
+        self,
+        ids: Tensor,  # (B, T) int64
+        blank: Tensor | None = None,  # (B, T) bool: the N gaps
+        filling: (
+            Tensor | None
+        ) = None,  # (N, C) what stands in them instead of the embeddings of `ids`
+        real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
+    ) -> Tensor:  # (B, T, C)
         "What the encoder knows at each position."
-        c,e,T = self.config,self.roberta['embeddings'],ids.shape[1]
-        if T > c.max_len: raise ValueError(f"a text of {T} tokens is longer than the model's max_len={c.max_len}: it has no more positions; cut the text")
-        x = e['word_embeddings'](ids)
-        if blank is not None: x[blank] = filling.to(x.dtype)
-        x = x + e['position_embeddings'].weight[c.pad_id+1:c.pad_id+1+T] + e['token_type_embeddings'].weight[0]
-        x = F.dropout(e['LayerNorm'](x), c.dropout, self.training)
-        mask = None if real is None else real[:,None,None]
+        c, e, T = self.config, self.roberta["embeddings"], ids.shape[1]
+        if T > c.max_len:
+            raise ValueError(
+                f"a text of {T} tokens is longer than the model's max_len={c.max_len}: it has no"
+                " more positions; cut the text"
+            )
+        x = e["word_embeddings"](ids)
+        if blank is not None:
+            x[blank] = filling.to(x.dtype)
+        x = (
+            x
+            + e["position_embeddings"].weight[c.pad_id + 1 : c.pad_id + 1 + T]
+            + e["token_type_embeddings"].weight[0]
+        )
+        x = F.dropout(e["LayerNorm"](x), c.dropout, self.training)
+        mask = None if real is None else real[:, None, None]
         for block in self.blocks:
-            run = block if self.training else block.forward # a block that was compiled is so for training
-            x = checkpoint(run, x, mask, use_reentrant=False) if self.training and self.recompute else run(x, mask)
+            run = (
+                block if self.training else block.forward
+            )  # a block that was compiled is so for training
+            x = (
+                checkpoint(run, x, mask, use_reentrant=False)
+                if self.training and self.recompute
+                else run(x, mask)
+            )
         return x
 
-    def scores(self,
-        hidden:Tensor, # (…, C)
-    )->Tensor: # (…, V) logits
+    def scores(
+        self,
+        hidden: Tensor,  # (…, C)
+    ) -> Tensor:  # (…, V) logits
         "The output layer, whose matrix is the embedding."
-        return F.linear(self.lm_head['layer_norm'](F.gelu(self.lm_head['dense'](hidden))), self.roberta['embeddings']['word_embeddings'].weight, self.lm_head.bias)
+        return F.linear(
+            self.lm_head["layer_norm"](F.gelu(self.lm_head["dense"](hidden))),
+            self.roberta["embeddings"]["word_embeddings"].weight,
+            self.lm_head.bias,
+        )
 
-    def forward(self, ids:Tensor, real:Tensor|None=None)->Tensor: # (B, T, V)
+    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:  # (B, T, V)
         "Logits of a plain masked language model."
         return self.scores(self.hidden(ids, real=real))
 
-    def filling(self,
-        x:Tensor, # (N, V) noised corners
-        time:Tensor, # (N,) int64, of each gap
-        previous:Tensor|None=None, # (N, V) logits of the guess before
-    )->Tensor: # (N, C)
+    def filling(
+        self,
+        x: Tensor,  # (N, V) noised corners
+        time: Tensor,  # (N,) int64, of each gap
+        previous: Tensor | None = None,  # (N, V) logits of the guess before
+    ) -> Tensor:  # (N, C)
         "What the encoder reads in the gaps."
-        c,E = self.config,self.simplex_embeddings.weight
-        p,how = x.softmax(-1),c.self_condition
+        c, E = self.config, self.simplex_embeddings.weight
+        p, how = x.softmax(-1), c.self_condition
         if how:
-            q = previous.float().softmax(-1) if previous is not None else torch.full_like(p, 0. if c.self_condition_zeros_after_softmax else 1/c.vocab_size)
-            if how == 'logits_mean': p = (p+q)/2
-            elif how == 'logits_addition': p = p+q # the sum of two embeddings is the embedding of the sum
+            q = (
+                previous.float().softmax(-1)
+                if previous is not None
+                else torch.full_like(
+                    p, 0.0 if c.self_condition_zeros_after_softmax else 1 / c.vocab_size
+                )
+            )
+            if how == "logits_mean":
+                p = (p + q) / 2
+            elif how == "logits_addition":
+                p = p + q  # the sum of two embeddings is the embedding of the sum
         h = p @ E
-        if how == 'logits': h = self.self_condition(torch.cat([h, q @ E], -1))
-        return h + self.timestep_embed(time[:,None].float()/c.num_diffusion_steps)
+        if how == "logits":
+            h = self.self_condition(torch.cat([h, q @ E], -1))
+        return h + self.timestep_embed(time[:, None].float() / c.num_diffusion_steps)
 
-    def guess(self,
-        ids:Tensor, # (B, T) int64; those in gaps are not read
-        blank:Tensor, # (B, T) bool: the N gaps
-        x:Tensor|None=None, # (N, V) noised corners; None: the model is a masked language model
-        time:Tensor|None=None, # (N,) int64
-        previous:Tensor|None=None, # (N, V) logits of the guess before
-        real:Tensor|None=None, # (B, T) bool: False behind the end of a text
-    )->Tensor: # (N, V) logits
+    def guess(
+        self,
+        ids: Tensor,  # (B, T) int64; those in gaps are not read
+        blank: Tensor,  # (B, T) bool: the N gaps
+        x: (
+            Tensor | None
+        ) = None,  # (N, V) noised corners; None: the model is a masked language model
+        time: Tensor | None = None,  # (N,) int64
+        previous: Tensor | None = None,  # (N, V) logits of the guess before
+        real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
+    ) -> Tensor:  # (N, V) logits
         "What stands in the gaps."
         c = self.config
-        filling = self.filling(x, time, previous) if x is not None else self.roberta['embeddings']['word_embeddings'].weight[c.mask_id].expand(int(blank.sum()), -1)
+        filling = (
+            self.filling(x, time, previous)
+            if x is not None
+            else self.roberta["embeddings"]["word_embeddings"]
+            .weight[c.mask_id]
+            .expand(int(blank.sum()), -1)
+        )
         return self.scores(self.hidden(ids, blank, filling, real)[blank])
 
-    def write(self,
-        tokenizer:Tokenizer,
-        prompt:str='', # The beginning of a text, which is kept
-        max_new_tokens:int=64, # Gaps behind it, all of which are filled at once
-        **how, # steps, temperature, top_k, top_p, seed: see `denoise`
-    )->str: # What was written, up to the end of the text
+    def write(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str = "",  # The beginning of a text, which is kept
+        max_new_tokens: int = 64,  # Gaps behind it, all of which are filled at once
+        **how,  # steps, temperature, top_k, top_p, seed: see `denoise`
+    ) -> str:  # What was written, up to the end of the text
         "Continue a text, or write one from nothing."
-        if not isinstance(prompt, str): raise TypeError("this model of simplex diffusion continues and fills texts, it does not answer conversations; give a text as the prompt")
+        if not isinstance(prompt, str):
+            raise TypeError(
+                "this model of simplex diffusion continues and fills texts, it does not answer"
+                " conversations; give a text as the prompt"
+            )
         head = [*tokenizer.adds[0], *tokenizer.encode(prompt)]
-        n = min(max_new_tokens, self.config.max_len-len(head))
-        if n < 1: raise ValueError(f"the prompt has {len(head)} tokens and the model's max_len is {self.config.max_len}, so there is no room to write; shorten the prompt")
-        ids,blank = _one(self, head+[0]*n, [False]*len(head)+[True]*n)
-        new = fill(self, ids, blank, **how)[0,len(head):].tolist()
-        return ''.join(text_pieces(tokenizer, new[:new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new, head))
+        n = min(max_new_tokens, self.config.max_len - len(head))
+        if n < 1:
+            raise ValueError(
+                f"the prompt has {len(head)} tokens and the model's max_len is"
+                f" {self.config.max_len}, so there is no room to write; shorten the prompt"
+            )
+        ids, blank = _one(self, head + [0] * n, [False] * len(head) + [True] * n)
+        new = fill(self, ids, blank, **how)[0, len(head) :].tolist()
+        return "".join(
+            text_pieces(
+                tokenizer,
+                new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new,
+                head,
+            )
+        )
 
 # %% ../nbs/16_diffusion.ipynb #8194f907
 def draw_blanks(
-    real:Tensor, # (B, T) bool: False behind the end of a text
-    kind:str, # mixed, spans, rest, all: see `TessConfig`
-    dice:torch.Generator,
-)->Tensor: # (B, T) bool, at least one in each text
+    real: Tensor,  # (B, T) bool: False behind the end of a text
+    kind: str,  # mixed, spans, rest, all: see `TessConfig`
+    dice: torch.Generator,
+) -> Tensor:  # (B, T) bool, at least one in each text
     "Where the gaps are."
-    B,T = real.shape
-    n,place = real.sum(1, keepdim=True),torch.arange(T)
-    share = .05 + .15*torch.rand(B, 1, generator=dice)
-    starts = torch.rand(B, T, generator=dice) < share # each start takes two tokens more: 15 to 50% of the text in all
-    spans = starts | F.pad(starts, (1,0))[:,:-1] | F.pad(starts, (2,0))[:,:-2]
-    rest = place >= (torch.rand(B, 1, generator=dice)*n).long()
-    which = torch.randint(3, (B, 1), generator=dice) if kind == 'mixed' else torch.tensor(('spans','rest','all').index(kind)).expand(B, 1)
+    B, T = real.shape
+    n, place = real.sum(1, keepdim=True), torch.arange(T)
+    share = 0.05 + 0.15 * torch.rand(B, 1, generator=dice)
+    starts = (
+        torch.rand(B, T, generator=dice) < share
+    )  # each start takes two tokens more: 15 to 50% of the text in all
+    spans = starts | F.pad(starts, (1, 0))[:, :-1] | F.pad(starts, (2, 0))[:, :-2]
+    rest = place >= (torch.rand(B, 1, generator=dice) * n).long()
+    which = (
+        torch.randint(3, (B, 1), generator=dice)
+        if kind == "mixed"
+        else torch.tensor(("spans", "rest", "all").index(kind)).expand(B, 1)
+    )
     blank = torch.where(which == 0, spans, (which == 2) | rest) & real
-    return blank | (place == n-1) & ~blank.any(1, keepdim=True)
+    return blank | (place == n - 1) & ~blank.any(1, keepdim=True)
+
 
 class Denoising:
     "What `minigpt.train` needs to know: what to draw for a batch, what to divide by, and the loss."
-    draws = True # what is measured depends on how many sequences are drawn for together
-    def __init__(self,
-        shape:TessConfig,
-        data, # What is trained on: texts
-        config:TrainConfig, # `max_seq_len`
+
+    draws = True  # what is measured depends on how many sequences are drawn for together
+
+    def __init__(
+        self,
+        shape: TessConfig,
+        data,  # What is trained on: texts
+        config: TrainConfig,  # `max_seq_len`
     ):
-        if any(isinstance(d, ChatSet) for d in getattr(data, 'sets', [data])): raise ValueError("an encoder learns from texts, and the data are conversations or preferences; give rows of {\"text\": …} or plain text")
-        if config.objective: raise ValueError(f"objective={config.objective!r} is for a GPT; an encoder learns to fill gaps, leave it out")
-        if config.max_seq_len > shape.max_len: raise ValueError(f"max_seq_len={config.max_seq_len} is more than the model's max_len={shape.max_len} positions; lower it")
+        if any(isinstance(d, ChatSet) for d in getattr(data, "sets", [data])):
+            raise ValueError(
+                "an encoder learns from texts, and the data are conversations or preferences; give"
+                ' rows of {"text": …} or plain text'
+            )
+        if config.objective:
+            raise ValueError(
+                f"objective={config.objective!r} is for a GPT; an encoder learns to fill gaps,"
+                " leave it out"
+            )
+        if config.max_seq_len > shape.max_len:
+            raise ValueError(
+                f"max_seq_len={config.max_seq_len} is more than the model's max_len={shape.max_len}"
+                " positions; lower it"
+            )
         self.shape = shape
 
-    def prepare(self,
-        batch:dict[str,Tensor], # ids and, line by line, rows, (B, T)
-        key:tuple[int,int], # Decides what is drawn: seed and step
-    )->dict[str,Tensor]: # ids; labels, -100 outside the gaps; real; time, (B,)
+    def prepare(
+        self,
+        batch: dict[str, Tensor],  # ids and, line by line, rows, (B, T)
+        key: tuple[int, int],  # Decides what is drawn: seed and step
+    ) -> dict[str, Tensor]:  # ids; labels, -100 outside the gaps; real; time, (B,)
         "Gaps and times of a batch."
-        ids,dice = batch['ids'],torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1)
-        real = batch['rows'] >= 0 if 'rows' in batch else torch.ones_like(ids, dtype=torch.bool)
-        if not self.shape.pad_to_max_length: longest = -(-int(real.sum(1).max())//32)*32; ids,real = ids[:,:longest],real[:,:longest]
+        ids, dice = (
+            batch["ids"],
+            torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1),
+        )
+        real = batch["rows"] >= 0 if "rows" in batch else torch.ones_like(ids, dtype=torch.bool)
+        if not self.shape.pad_to_max_length:
+            longest = -(-int(real.sum(1).max()) // 32) * 32
+            ids, real = ids[:, :longest], real[:, :longest]
         blank = draw_blanks(real, self.shape.blanks, dice)
-        return dict(ids=ids, labels=ids.where(blank, -100), real=real, time=torch.randint(self.shape.num_diffusion_steps, (len(ids),), generator=dice))
+        return dict(
+            ids=ids,
+            labels=ids.where(blank, -100),
+            real=real,
+            time=torch.randint(self.shape.num_diffusion_steps, (len(ids),), generator=dice),
+        )
 
-    def count(self, batch:dict[str,Tensor])->int: "Gaps."; return int((batch['labels'] != -100).sum())
+    def count(self, batch: dict[str, Tensor]) -> int:
+        "Gaps."
+        return int((batch["labels"] != -100).sum())
 
-    def __call__(self,
-        model:Tess, # In training mode it draws from torch's generators; else always the same
-        batch:dict[str,Tensor], # Of `prepare`, or a part of it
-        n_targets:int=1, # What to divide by
-    )->tuple[Tensor,dict[str,Tensor]]: # Cross-entropy in nats, and the share of right guesses
-        ids,labels,real = (batch[k] for k in ('ids','labels','real'))
+    def __call__(
+        self,
+        model: Tess,  # In training mode it draws from torch's generators; else always the same
+        batch: dict[str, Tensor],  # Of `prepare`, or a part of it
+        n_targets: int = 1,  # What to divide by
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # Cross-entropy in nats, and the share of right guesses
+        ids, labels, real = (batch[k] for k in ("ids", "labels", "real"))
         blank = labels != -100
-        tokens,c = labels[blank],model.config
-        if c.simplex_value is None: logits = model.guess(ids, blank, real=real)
+        tokens, c = labels[blank], model.config
+        if c.simplex_value is None:
+            logits = model.guess(ids, blank, real=real)
         else:
-            time = batch['time'][:,None].expand_as(ids)[blank]
+            time = batch["time"][:, None].expand_as(ids)[blank]
             dice = None if model.training else torch.Generator(ids.device).manual_seed(0)
             noise = torch.randn(len(tokens), c.vocab_size, device=ids.device, generator=dice)
-            x,previous = noised(simplex(tokens, c.vocab_size, c.simplex_value), model.left[time], c.simplex_value, noise),None
-            if c.self_condition and (not model.training or torch.rand(()) < .5):
-                with torch.no_grad(): previous = model.guess(ids, blank, x, time, None, real)
-                torch.clear_autocast_cache() # in half precision some versions of torch would go on with the casts of weights made here, which have no gradient
+            x, previous = (
+                noised(
+                    simplex(tokens, c.vocab_size, c.simplex_value),
+                    model.left[time],
+                    c.simplex_value,
+                    noise,
+                ),
+                None,
+            )
+            if c.self_condition and (not model.training or torch.rand(()) < 0.5):
+                with torch.no_grad():
+                    previous = model.guess(ids, blank, x, time, None, real)
+                torch.clear_autocast_cache()  # in half precision some versions of torch would go on with the casts of weights made here, which have no gradient
             logits = model.guess(ids, blank, x, time, previous, real)
         logits = logits.float()
-        return F.cross_entropy(logits, tokens, reduction='sum')/n_targets,dict(accuracy=(logits.argmax(-1) == tokens).sum()/n_targets)
+        return F.cross_entropy(logits, tokens, reduction="sum") / n_targets, dict(
+            accuracy=(logits.argmax(-1) == tokens).sum() / n_targets
+        )
 
 # %% ../nbs/16_diffusion.ipynb #9b10a449
-def _drawn(logits:Tensor, temperature:float, top_k:int|None, top_p:float|None, dice:torch.Generator)->Tensor: # (N,)
-    if not temperature: return logits.argmax(-1)
-    p,order = (logits/temperature).softmax(-1).sort(-1, descending=True)
-    if top_k: p[:,top_k:] = 0
-    if top_p is not None: p = p.where(p.cumsum(-1)-p < top_p, 0)
-    return order.gather(1, torch.multinomial(p.cpu(), 1, generator=dice).to(p.device))[:,0]
+def _drawn(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    dice: torch.Generator,
+) -> Tensor:  # (N,)
+    if not temperature:
+        return logits.argmax(-1)
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    if top_k:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        p = p.where(p.cumsum(-1) - p < top_p, 0)
+    return order.gather(1, torch.multinomial(p.cpu(), 1, generator=dice).to(p.device))[:, 0]
+
 
 @torch.inference_mode()
 def denoise(
-    model:Tess,
-    ids:Tensor, # (B, T) int64; those in gaps are not read
-    blank:Tensor, # (B, T) bool: the N gaps
+    model: Tess,
+    ids: Tensor,  # (B, T) int64; those in gaps are not read
+    blank: Tensor,  # (B, T) bool: the N gaps
     *,
-    steps:int|None=None, # Guesses to make; default: the model's `num_inference_diffusion_steps`
-    temperature:float=1., # 0: always the likeliest token
-    top_k:int|None=None, # Draw from the k likeliest
-    top_p:float|None=.95, # Draw from the likeliest that make up this probability
-    seed:int|None=None, # The same seed, the same tokens; default: others each time
-    real:Tensor|None=None, # (B, T) bool: False behind the end of a text
-)->Iterator[tuple[int,Tensor,Tensor]]: # At each step the time, the tokens guessed, (N,), and how likely each is; the last ones are the result
+    steps: (
+        int | None
+    ) = None,  # Guesses to make; default: the model's `num_inference_diffusion_steps`
+    temperature: float = 1.0,  # 0: always the likeliest token
+    top_k: int | None = None,  # Draw from the k likeliest
+    top_p: float | None = 0.95,  # Draw from the likeliest that make up this probability
+    seed: int | None = None,  # The same seed, the same tokens; default: others each time
+    real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
+) -> Iterator[
+    tuple[int, Tensor, Tensor]
+]:  # At each step the time, the tokens guessed, (N,), and how likely each is; the last ones are the result
     "Fill gaps, guess by guess."
-    c,device = model.config,ids.device
-    if steps is not None and not 1 <= steps <= c.num_diffusion_steps: raise ValueError(f"steps={steps} must be from 1 to the model's num_diffusion_steps={c.num_diffusion_steps}")
-    if temperature < 0: raise ValueError(f"temperature={temperature} must be at least 0")
-    if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability")
-    if top_k is not None and top_k < 1: raise ValueError(f"top_k={top_k} must be at least 1, or None")
-    if not blank.any(): raise ValueError("there is no gap to fill: blank is False everywhere")
-    mode = model.training; model.eval()
+    c, device = model.config, ids.device
+    if steps is not None and not 1 <= steps <= c.num_diffusion_steps:
+        raise ValueError(
+            f"steps={steps} must be from 1 to the model's"
+            f" num_diffusion_steps={c.num_diffusion_steps}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be at least 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability"
+        )
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1, or None")
+    if not blank.any():
+        raise ValueError("there is no gap to fill: blank is False everywhere")
+    mode = model.training
+    model.eval()
     try:
         if c.simplex_value is None:
             p = model.guess(ids, blank, real=real).float().softmax(-1)
-            yield 0,p.argmax(-1),p.amax(-1); return
-        dice = torch.Generator(); dice.manual_seed(seed) if seed is not None else dice.seed()
-        N,V,k = int(blank.sum()),c.vocab_size,c.simplex_value
+            yield 0, p.argmax(-1), p.amax(-1)
+            return
+        dice = torch.Generator()
+        dice.manual_seed(seed) if seed is not None else dice.seed()
+        N, V, k = int(blank.sum()), c.vocab_size, c.simplex_value
         noise = lambda: torch.randn(N, V, generator=dice).to(device)
         n = steps or c.num_inference_diffusion_steps
-        times = [c.num_diffusion_steps*(n-i)//n-1 for i in range(n)]
-        x,previous = k*noise(),None
-        for t,after in zip(times, [*times[1:], None]):
-            previous = model.guess(ids, blank, x, torch.full((N,), t, device=device), previous if c.self_condition else None, real).float()
+        times = [c.num_diffusion_steps * (n - i) // n - 1 for i in range(n)]
+        x, previous = k * noise(), None
+        for t, after in zip(times, [*times[1:], None]):
+            previous = model.guess(
+                ids,
+                blank,
+                x,
+                torch.full((N,), t, device=device),
+                previous if c.self_condition else None,
+                real,
+            ).float()
             tokens = _drawn(previous, temperature if after is not None else 0, top_k, top_p, dice)
-            yield t,tokens,previous.softmax(-1).gather(1, tokens[:,None])[:,0]
-            if after is not None: x = noised(simplex(tokens, V, k), model.left[after].expand(N), k, noise())
-    finally: model.train(mode)
+            yield t, tokens, previous.softmax(-1).gather(1, tokens[:, None])[:, 0]
+            if after is not None:
+                x = noised(simplex(tokens, V, k), model.left[after].expand(N), k, noise())
+    finally:
+        model.train(mode)
+
 
 def fill(
-    model:Tess,
-    ids:Tensor, # (B, T) int64
-    blank:Tensor, # (B, T) bool: the gaps
-    **how, # Of `denoise`
-)->Tensor: # (B, T)
+    model: Tess,
+    ids: Tensor,  # (B, T) int64
+    blank: Tensor,  # (B, T) bool: the gaps
+    **how,  # Of `denoise`
+) -> Tensor:  # (B, T)
     "The same with all gaps filled."
-    for _,tokens,_ in denoise(model, ids, blank, **how): pass
+    for _, tokens, _ in denoise(model, ids, blank, **how):
+        pass
     return ids.masked_scatter(blank, tokens)
 
-def _one(model, ids, blank): device = model.lm_head.bias.device; return torch.tensor([ids], device=device),torch.tensor([blank], device=device)
+
+def _one(model, ids, blank):
+    device = model.lm_head.bias.device
+    return torch.tensor([ids], device=device), torch.tensor([blank], device=device)
 
 # %% ../nbs/16_diffusion.ipynb #dd142607
 class Film:
     "How gaps were filled: a row for each guess, darker where the model is surer."
-    def __init__(self, frames:list[tuple[int,list[tuple[str,float|None]]]], text:str): self.frames,self.text = frames,text
-    def __str__(self)->str: return self.text
-    def __repr__(self): return '\n'.join(f't = {t:3}  ' + ''.join(piece for piece,_ in row).replace('\n', '⏎') for t,row in self.frames)
+
+    def __init__(self, frames: list[tuple[int, list[tuple[str, float | None]]]], text: str):
+        self.frames, self.text = frames, text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self):
+        return "\n".join(
+            f"t = {t:3}  " + "".join(piece for piece, _ in row).replace("\n", "⏎")
+            for t, row in self.frames
+        )
+
     def _repr_html_(self):
-        def cell(piece, p): return escape(piece).replace('\n', '⏎').replace(' ', '&nbsp;') if p is None else f'<span style="background:rgba(76,120,168,{.15+.75*p:.2f});border-radius:3px" title="{p:.0%}">{escape(piece).replace(chr(10), "⏎").replace(" ", "&nbsp;")}</span>'
-        return '<table style="font-family:monospace">' + ''.join(f'<tr><td style="text-align:right;color:gray">t = {t}</td><td style="text-align:left;white-space:normal">{"".join(cell(*x) for x in row)}</td></tr>' for t,row in self.frames) + '</table>'
+        def cell(piece, p):
+            return (
+                escape(piece).replace("\n", "⏎").replace(" ", "&nbsp;")
+                if p is None
+                else (
+                    "<span"
+                    f' style="background:rgba(76,120,168,{0.15 + 0.75 * p:.2f});border-radius:3px"'
+                    f' title="{p:.0%}">{escape(piece).replace(chr(10), "⏎").replace(" ", "&nbsp;")}</span>'
+                )
+            )
+
+        return (
+            '<table style="font-family:monospace">'
+            + "".join(
+                f'<tr><td style="text-align:right;color:gray">t = {t}</td><td'
+                f' style="text-align:left;white-space:normal">{"".join(cell(*x) for x in row)}</td></tr>'
+                for t, row in self.frames
+            )
+            + "</table>"
+        )
+
 
 def infill(
-    model:Tess,
-    tokenizer:Tokenizer,
-    text:str, # With gaps
-    mask:str='<mask>', # Stands for one token; several may follow one another
-    frames:int=8, # Guesses that are kept to be looked at
-    ends:bool=True, # Does the text end there?
-    **how, # steps, temperature, top_k, top_p, seed: see `denoise`
-)->Film: # `.text` is the result; a notebook shows how it came about
+    model: Tess,
+    tokenizer: Tokenizer,
+    text: str,  # With gaps
+    mask: str = "<mask>",  # Stands for one token; several may follow one another
+    frames: int = 8,  # Guesses that are kept to be looked at
+    ends: bool = True,  # Does the text end there?
+    **how,  # steps, temperature, top_k, top_p, seed: see `denoise`
+) -> Film:  # `.text` is the result; a notebook shows how it came about
     "Fill the gaps of a text, wherever they are; the rest stays as it is."
-    if isinstance(model, GPT): raise TypeError(f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__}; train one with minigpt.diffusion.mlm")
-    head,*tails = text.split(mask)
-    if not tails: raise ValueError(f"the text has no gap: write {mask} for each token that is wanted, such as 'The {mask}{mask} slept.'")
-    ids,blank = [*tokenizer.adds[0], *tokenizer.encode(head)],[]
-    blank = [False]*len(ids)
-    for t in tails: more = tokenizer.encode(t); ids += [0, *more]; blank += [True, *[False]*len(more)]
-    if ends and len(ids) < model.config.max_len: ids.append(tokenizer.eos_id); blank.append(False)
-    x,gaps = _one(model, ids, blank)
-    made = [(t, list(zip(tokens.tolist(), chance.tolist()))) for t,tokens,chance in denoise(model, x, gaps, **how)]
+    if isinstance(model, GPT):
+        raise TypeError(
+            f"infill needs an encoder of minigpt.diffusion, and this is a {type(model).__name__};"
+            " train one with minigpt.diffusion.mlm"
+        )
+    head, *tails = text.split(mask)
+    if not tails:
+        raise ValueError(
+            f"the text has no gap: write {mask} for each token that is wanted, such as 'The"
+            f" {mask}{mask} slept.'"
+        )
+    ids, blank = [*tokenizer.adds[0], *tokenizer.encode(head)], []
+    blank = [False] * len(ids)
+    for t in tails:
+        more = tokenizer.encode(t)
+        ids += [0, *more]
+        blank += [True, *[False] * len(more)]
+    if ends and len(ids) < model.config.max_len:
+        ids.append(tokenizer.eos_id)
+        blank.append(False)
+    x, gaps = _one(model, ids, blank)
+    made = [
+        (t, list(zip(tokens.tolist(), chance.tolist())))
+        for t, tokens, chance in denoise(model, x, gaps, **how)
+    ]
+
     def row(found):
         found = iter(found)
-        pieces = [next(found) if b else (i, None) for i,b in zip(ids, blank)]
-        return [(tokenizer.decode([i], skip_special=True), p) for i,p in pieces]
-    shown = sorted({round(i*(len(made)-1)/max(1, min(frames, len(made))-1)) for i in range(min(frames, len(made)))})
-    last = iter(i for i,_ in made[-1][1])
-    return Film([(made[i][0], row(made[i][1])) for i in shown], tokenizer.decode([next(last) if b else i for i,b in zip(ids, blank)], skip_special=True))
+        pieces = [next(found) if b else (i, None) for i, b in zip(ids, blank)]
+        return [(tokenizer.decode([i], skip_special=True), p) for i, p in pieces]
+
+    shown = sorted(
+        {
+            round(i * (len(made) - 1) / max(1, min(frames, len(made)) - 1))
+            for i in range(min(frames, len(made)))
+        }
+    )
+    last = iter(i for i, _ in made[-1][1])
+    return Film(
+        [(made[i][0], row(made[i][1])) for i in shown],
+        tokenizer.decode([next(last) if b else i for i, b in zip(ids, blank)], skip_special=True),
+    )
 
 # %% ../nbs/16_diffusion.ipynb #3ef5df17
 def line_entities(
-    source, # File(s) of lines, one entity or several, with tabs between them
-    tokenizer:Tokenizer, # What is one token already is left out
-    most:int=10_000, # The most frequent ones
-)->list[str]:
+    source,  # File(s) of lines, one entity or several, with tabs between them
+    tokenizer: Tokenizer,  # What is one token already is left out
+    most: int = 10_000,  # The most frequent ones
+) -> list[str]:
     "The entities of a line-based data set, the most frequent first."
-    found = Counter(field for f in data_files(source) for block in read_blocks(f) for line in block.lines for field in line.decode('utf-8', 'replace').strip().split('\t') if field)
-    return [w for w,_ in found.most_common() if len(tokenizer.encode(w)) > 1][:most]
+    found = Counter(
+        field
+        for f in data_files(source)
+        for block in read_blocks(f)
+        for line in block.lines
+        for field in line.decode("utf-8", "replace").strip().split("\t")
+        if field
+    )
+    return [w for w, _ in found.most_common() if len(tokenizer.encode(w)) > 1][:most]
+
 
 @torch.no_grad()
 def extend(
-    model:LanguageModel, # An encoder or a GPT; left as it is
-    tokenizer:Tokenizer, # Its own
-    words:Iterable[str], # Each becomes one token
-)->tuple[LanguageModel,Tokenizer]: # New ones
+    model: LanguageModel,  # An encoder or a GPT; left as it is
+    tokenizer: Tokenizer,  # Its own
+    words: Iterable[str],  # Each becomes one token
+) -> tuple[LanguageModel, Tokenizer]:  # New ones
     "A model that knows more words."
     longer = tokenizer.extend(words)
-    V,new = model.config.vocab_size,range(tokenizer.vocab_size, longer.vocab_size)
+    V, new = model.config.vocab_size, range(tokenizer.vocab_size, longer.vocab_size)
     config = replace(model.config, vocab_size=max(V, longer.vocab_size))
     pieces = [tokenizer.encode(longer.hf.id_to_token(i)) for i in new]
-    with torch.device('meta'): other = replace(model.config, vocab_size=V+1).build().weights() # what has another shape there has a row for each token
+    with torch.device("meta"):
+        other = (
+            replace(model.config, vocab_size=V + 1).build().weights()
+        )  # what has another shape there has a row for each token
+
     def wider(k, t):
-        if t.shape == other[k].shape: return t
-        out = t.new_zeros(config.vocab_size, *t.shape[1:]); out[:V] = t
-        for i,p in zip(new, pieces): out[i] = t[p].mean(0)
+        if t.shape == other[k].shape:
+            return t
+        out = t.new_zeros(config.vocab_size, *t.shape[1:])
+        out[:V] = t
+        for i, p in zip(new, pieces):
+            out[i] = t[p].mean(0)
         return out
-    return config.build().load_weights({k:wider(k, t) for k,t in model.weights().items()}).train(model.training),longer
+
+    return config.build().load_weights({k: wider(k, t) for k, t in model.weights().items()}).train(
+        model.training
+    ), longer
 
 # %% ../nbs/16_diffusion.ipynb #069e7c3b
-_FILES = 'model_name_or_path','tokenizer_name','entities_file','train_file','validation_file','output_dir','overwrite_output_dir','resume_from_checkpoint','fp16','bf16'
-_NOISE = *(n for n in _OWN if n != 'mask_id'),'dropout'
+_FILES = (
+    "model_name_or_path",
+    "tokenizer_name",
+    "entities_file",
+    "train_file",
+    "validation_file",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+    "fp16",
+    "bf16",
+)
+_NOISE = *(n for n in _OWN if n != "mask_id"), "dropout"
+
 
 def mlm(
-    config:str|Path|dict, # A JSON or YAML file, or what would stand in it
-    resume_from_checkpoint:str|Path|None=None, # The name or path of one. Default: what the file says, else the newest whole one, where there is one
-    callbacks:Iterable=(), # As for `fit`
-)->Run:
+    config: str | Path | dict,  # A JSON or YAML file, or what would stand in it
+    resume_from_checkpoint: (
+        str | Path | None
+    ) = None,  # The name or path of one. Default: what the file says, else the newest whole one, where there is one
+    callbacks: Iterable = (),  # As for `fit`
+) -> Run:
     "Train an encoder by simplex diffusion, or go on training it."
-    d,where = (dict(config),'the configuration') if isinstance(config, dict) else (read_options(config),config)
-    d,known = {k:d[k] for k in d if k in _FILES} | without_idle({k:v for k,v in d.items() if k not in _FILES}),(*_FILES, *_NOISE, *TrainConfig.names())
-    if bad := [k for k in d if k not in known]: raise ValueError(f"{where} has the key {bad[0]!r}" + (f": {how}" if (how := elsewhere(str(bad[0]))) else f", which is unknown{_near(bad[0], known)}"))
-    d = {k:v for k,v in d.items() if v is not None or k in _NOISE} # null: as if it were not there
-    if not d.get('train_file'): raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
-    get = lambda k,usual=None: d.pop(k, None) or usual
-    files,noise = {k:get(k) for k in _FILES},{k:d.pop(k) for k in _NOISE if k in d}
-    if files['fp16'] or files['bf16']:
+    d, where = (
+        (dict(config), "the configuration")
+        if isinstance(config, dict)
+        else (read_options(config), config)
+    )
+    d, known = (
+        {k: d[k] for k in d if k in _FILES}
+        | without_idle({k: v for k, v in d.items() if k not in _FILES}),
+        (*_FILES, *_NOISE, *TrainConfig.names()),
+    )
+    if bad := [k for k in d if k not in known]:
+        raise ValueError(
+            f"{where} has the key {bad[0]!r}"
+            + (
+                f": {how}"
+                if (how := elsewhere(str(bad[0])))
+                else f", which is unknown{_near(bad[0], known)}"
+            )
+        )
+    d = {
+        k: v for k, v in d.items() if v is not None or k in _NOISE
+    }  # null: as if it were not there
+    if not d.get("train_file"):
+        raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
+    get = lambda k, usual=None: d.pop(k, None) or usual
+    files, noise = {k: get(k) for k in _FILES}, {k: d.pop(k) for k in _NOISE if k in d}
+    if files["fp16"] or files["bf16"]:
         gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        d['precision'] = ('fp16' if files['fp16'] else 'bf16') if gpu else 'auto'
-        if not gpu: print(f"{'fp16' if files['fp16'] else 'bf16'} is for a GPU, and there is none here: the precision is chosen by the machine")
-    name,tok = files['model_name_or_path'] or 'tiny',load_tokenizer(files['tokenizer_name']) if files['tokenizer_name'] else None
-    if (Path(name)/'config.json').exists():
+        d["precision"] = ("fp16" if files["fp16"] else "bf16") if gpu else "auto"
+        if not gpu:
+            print(
+                f"{'fp16' if files['fp16'] else 'bf16'} is for a GPU, and there is none here: the"
+                " precision is chosen by the machine"
+            )
+    name, tok = (
+        files["model_name_or_path"] or "tiny",
+        load_tokenizer(files["tokenizer_name"]) if files["tokenizer_name"] else None,
+    )
+    if (Path(name) / "config.json").exists():
         model = load_model(name)
-        if not isinstance(model, Tess): raise ValueError(f"model_name_or_path={name!r} is a GPT; it must be a RoBERTa directory, or one of the presets {', '.join(PRESETS)}")
-        tok,origin = tok or load_tokenizer(name),model.origin
-        model = Tess(replace(model.config, **{'mask_id':tok.id('<mask>'), **noise})).load_weights(model.weights()); model.origin = origin
-    elif name in PRESETS: model = lambda tok: TessConfig.preset(name, **{'vocab_size':tok.vocab_size, 'mask_id':tok.id('<mask>'), **noise})
-    else: raise FileNotFoundError(f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the presets {', '.join(PRESETS)}{on_hub(name)}")
-    if files['entities_file']:
-        if tok is None: raise ValueError("entities_file extends a tokenizer that is there; name it as tokenizer_name")
-        words = line_entities(files['entities_file'], tok)
-        if isinstance(model, Tess): model,tok = extend(model, tok, words)
-        else: tok = tok.extend(words)
-    if noise.get('simplex_value', 5.) is None and tok is None: d.setdefault('special_tokens', '<mask>')
-    resume = resume_from_checkpoint or files['resume_from_checkpoint'] or 'auto'
-    around = split_checkpoint(resume)[0] if isinstance(resume, (str,Path)) else None
-    return fit(model, files['train_file'], files['validation_file'], tokenizer=tok, output_dir=files['output_dir'] or around or 'runs/tess', overwrite=bool(files['overwrite_output_dir']), resume=resume, callbacks=callbacks, config=d)
+        if not isinstance(model, Tess):
+            raise ValueError(
+                f"model_name_or_path={name!r} is a GPT; it must be a RoBERTa directory, or one of"
+                f" the presets {', '.join(PRESETS)}"
+            )
+        tok, origin = tok or load_tokenizer(name), model.origin
+        model = Tess(replace(model.config, **{"mask_id": tok.id("<mask>"), **noise})).load_weights(
+            model.weights()
+        )
+        model.origin = origin
+    elif name in PRESETS:
+        model = lambda tok: TessConfig.preset(
+            name, **{"vocab_size": tok.vocab_size, "mask_id": tok.id("<mask>"), **noise}
+        )
+    else:
+        raise FileNotFoundError(
+            f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the"
+            f" presets {', '.join(PRESETS)}{on_hub(name)}"
+        )
+    if files["entities_file"]:
+        if tok is None:
+            raise ValueError(
+                "entities_file extends a tokenizer that is there; name it as tokenizer_name"
+            )
+        words = line_entities(files["entities_file"], tok)
+        if isinstance(model, Tess):
+            model, tok = extend(model, tok, words)
+        else:
+            tok = tok.extend(words)
+    if noise.get("simplex_value", 5.0) is None and tok is None:
+        d.setdefault("special_tokens", "<mask>")
+    resume = resume_from_checkpoint or files["resume_from_checkpoint"] or "auto"
+    around = split_checkpoint(resume)[0] if isinstance(resume, (str, Path)) else None
+    return fit(
+        model,
+        files["train_file"],
+        files["validation_file"],
+        tokenizer=tok,
+        output_dir=files["output_dir"] or around or "runs/tess",
+        overwrite=bool(files["overwrite_output_dir"]),
+        resume=resume,
+        callbacks=callbacks,
+        config=d,
+    )

@@ -15,271 +15,529 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
 from tqdm.auto import tqdm
-from .files import free_space, fsync, human_size, human_time, no_link, open_new, read_json, write_json
+from minigpt.files import (
+    free_space,
+    fsync,
+    human_size,
+    human_time,
+    no_link,
+    open_new,
+    read_json,
+    write_json,
+)
 
 # %% ../nbs/03_download.ipynb #8c8c20b4
 class DownloadError(OSError):
     "A file that was not fetched; says which and from where, what happened, and what to do."
 
-def _digest(path:Path, like:str)->str:
+
+def _digest(path: Path, like: str) -> str:
     "The SHA-256 of a file; its SHA-1 as a git blob if `like` has 40 digits."
-    h = hashlib.sha1(b'blob %d\0' % path.stat().st_size) if len(like) == 40 else hashlib.sha256()
-    with open(path, 'rb') as f:
-        while chunk := f.read(1<<22): h.update(chunk)
+    h = hashlib.sha1(b"blob %d\0" % path.stat().st_size) if len(like) == 40 else hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            h.update(chunk)
     return h.hexdigest()
 
-def _wrong(path:Path, size:int|None, digest:str|None)->str:
+
+def _wrong(path: Path, size: int | None, digest: str | None) -> str:
     "What tells `path` from the file wanted; nothing, as far as is known, if empty."
     n = path.stat().st_size
-    if size is not None and n != size: return f"it has {n:,} bytes, not {size:,}"
-    if digest and (got := _digest(path, digest)) != digest: return f"its hash is {got[:12]}…, not {digest[:12]}…"
-    return ''
+    if size is not None and n != size:
+        return f"it has {n:,} bytes, not {size:,}"
+    if digest and (got := _digest(path, digest)) != digest:
+        return f"its hash is {got[:12]}…, not {digest[:12]}…"
+    return ""
 
 # %% ../nbs/03_download.ipynb #ffd80346
 @dataclass
 class _Job:
     "One file on its way."
-    url:str # Where it is
-    to:Path # Where it goes
-    source:str # What it is, wherever it is fetched from: a mirror may go on with what the hub began
-    size:int|None=None # Bytes it must have, if that was said
-    digest:str|None=None # SHA-256 it must have, if that was said
-    token:str|None=None # Sent to `url`'s host, and to no other
-    denied:str='it is not public (the server answers that a login is needed); ask its owner for a link that is' # Said on 401 and 403
-    page:object=None # Function of this and of a web page met in place of data: the address behind it
+
+    url: str  # Where it is
+    to: Path  # Where it goes
+    source: (
+        str  # What it is, wherever it is fetched from: a mirror may go on with what the hub began
+    )
+    size: int | None = None  # Bytes it must have, if that was said
+    digest: str | None = None  # SHA-256 it must have, if that was said
+    token: str | None = None  # Sent to `url`'s host, and to no other
+    denied: str = (  # Said on 401 and 403
+        "it is not public (the server answers that a login is needed); ask its owner for a link"
+        " that is"
+    )
+    page: object = (
+        None  # Function of this and of a web page met in place of data: the address behind it
+    )
+
     def __post_init__(self):
-        self.to = Path(self.to); self.part,self.note,self.record = (self.to.with_name(n.format(self.to.name)) for n in ('{}.part','.{}.part.json','.{}.source.json'))
-        if self.to.is_dir(): raise DownloadError(f"{self.to} is a folder; name the file to write, such as {self.to/'data.jsonl'}")
+        self.to = Path(self.to)
+        self.part, self.note, self.record = (
+            self.to.with_name(n.format(self.to.name))
+            for n in ("{}.part", ".{}.part.json", ".{}.source.json")
+        )
+        if self.to.is_dir():
+            raise DownloadError(
+                f"{self.to} is a folder; name the file to write, such as {self.to / 'data.jsonl'}"
+            )
         self.digest = self.digest and self.digest.lower()
-        if self.digest and not re.fullmatch('[0-9a-f]{64}', self.digest): raise ValueError(f"sha256={self.digest!r} must be 64 hexadecimal digits, as `sha256sum FILE` prints them")
-    def error(self, why:str)->DownloadError: return DownloadError(f"{self.to.name} was not fetched from {self.url}: {why}")
-    def read(self, note:Path)->dict:
+        if self.digest and not re.fullmatch("[0-9a-f]{64}", self.digest):
+            raise ValueError(
+                f"sha256={self.digest!r} must be 64 hexadecimal digits, as `sha256sum FILE` prints"
+                " them"
+            )
+
+    def error(self, why: str) -> DownloadError:
+        return DownloadError(f"{self.to.name} was not fetched from {self.url}: {why}")
+
+    def read(self, note: Path) -> dict:
         "What a note says of this source; nothing if it is of another one, or torn."
-        try: said = read_json(note)
-        except (OSError, ValueError): return {}
-        return said if isinstance(said, dict) and said.get('source') == self.source else {}
+        try:
+            said = read_json(note)
+        except (OSError, ValueError):
+            return {}
+        return said if isinstance(said, dict) and said.get("source") == self.source else {}
+
     def forget(self):
-        for p in (self.part,self.note): p.unlink(missing_ok=True)
-    def here(self)->bool:
+        for p in (self.part, self.note):
+            p.unlink(missing_ok=True)
+
+    def here(self) -> bool:
         "Is the target there, and right by what was asked for or else recorded?"
-        asked = {k:v for k,v in {'size':self.size, 'sha256':self.digest}.items() if v is not None}
+        asked = {
+            k: v for k, v in {"size": self.size, "sha256": self.digest}.items() if v is not None
+        }
         known = self.read(self.record) | asked
-        return bool(known) and self.to.exists() and not _wrong(self.to, known.get('size'), known.get('sha256'))
+        return (
+            bool(known)
+            and self.to.exists()
+            and not _wrong(self.to, known.get("size"), known.get("sha256"))
+        )
 
 # %% ../nbs/03_download.ipynb #952ef29e
-_WAITS = (1,2,4,8,16) # Seconds before another try, when the one before brought nothing new
-_PATIENCE,_TIMEOUT = 120,30 # Longest wait a server may ask for; longest silence. Seconds
-_PAGE = re.compile(rb'(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)', re.I)
+_WAITS = (1, 2, 4, 8, 16)  # Seconds before another try, when the one before brought nothing new
+_PATIENCE, _TIMEOUT = 120, 30  # Longest wait a server may ask for; longest silence. Seconds
+_PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype html|html|head|body)", re.I)
+
 
 class _Again(Exception):
     "A fault that may pass, after `wait` seconds if the server said so."
-    def __init__(self, why:str, wait:float|None=None): super().__init__(why); self.wait = wait
+
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
 
 class _Hops(HTTPRedirectHandler):
     "Follows redirects; keeps `X-Linked-…` of every answer on the way, and the token within its host."
-    http_error_308 = HTTPRedirectHandler.http_error_302 # Python 3.10 has none
-    def __init__(self): self.said = {}
+
+    http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 has none
+
+    def __init__(self):
+        self.said = {}
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.said |= {k.lower():v for k,v in headers.items() if k.lower().startswith('x-linked')}
+        self.said |= {k.lower(): v for k, v in headers.items() if k.lower().startswith("x-linked")}
         new = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
-        if new and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]: new.unredirected_hdrs.update({k:v for k,v in req.unredirected_hdrs.items() if k == 'Authorization'})
+        if new and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
+            new.unredirected_hdrs.update(
+                {k: v for k, v in req.unredirected_hdrs.items() if k == "Authorization"}
+            )
         return new
 
-def _seconds(said:str|None)->float|None:
+
+def _seconds(said: str | None) -> float | None:
     "`Retry-After`, which is a number or a date."
-    try: return float(said) if re.fullmatch(r'\d+', said or '') else max(0, parsedate_to_datetime(said).timestamp()-time.time())
-    except (TypeError, ValueError): return None
+    try:
+        return (
+            float(said)
+            if re.fullmatch(r"\d+", said or "")
+            else max(0, parsedate_to_datetime(said).timestamp() - time.time())
+        )
+    except (TypeError, ValueError):
+        return None
 
 # %% ../nbs/03_download.ipynb #59ffbc53
-def _read(res)->bytes:
+def _read(res) -> bytes:
     "What has come, as soon as something has; nothing at the end."
-    try: return res.read1(1<<18)
-    except (OSError, HTTPException) as e: raise _Again(f"the connection was cut ({e or type(e).__name__})") from None
+    try:
+        return res.read1(1 << 18)
+    except (OSError, HTTPException) as e:
+        raise _Again(f"the connection was cut ({e or type(e).__name__})") from None
 
-def _page(res, text:bytes=b'')->bytes:
+
+def _page(res, text: bytes = b"") -> bytes:
     "A whole page that begins with `text`, up to a megabyte."
-    while len(text) < 1<<20 and (more := _read(res)): text += more
+    while len(text) < 1 << 20 and (more := _read(res)):
+        text += more
     return text
 
-def _refusal(job:_Job, e:HTTPError)->Exception:
+
+def _refusal(job: _Job, e: HTTPError) -> Exception:
     "What an answer above 400 means."
-    if e.code in (408,429) or e.code >= 500: return _Again(f"the server answers {e.code} ({e.reason})", _seconds(e.headers.get('Retry-After')))
-    if e.code == 416: job.forget(); return _Again("the part here is longer than the file there", 0)
-    if job.page and e.code != 404 and _PAGE.match(body := _page(e)): job.page(job, body)
-    said = f" It says: {e.headers['X-Error-Message']}" if e.headers.get('X-Error-Message') else ''
-    if e.code in (401,403): return job.error(f"{e.code}, {job.denied}.{said}")
-    if e.code in (404,410): return job.error(f"{e.code}, there is nothing at this address; compare it letter by letter with the page it was copied from, and look whether the file was renamed or removed.{said}")
-    return job.error(f"the server answers {e.code} ({e.reason}); open the address in a browser to see why.{said}")
+    if e.code in (408, 429) or e.code >= 500:
+        return _Again(
+            f"the server answers {e.code} ({e.reason})", _seconds(e.headers.get("Retry-After"))
+        )
+    if e.code == 416:
+        job.forget()
+        return _Again("the part here is longer than the file there", 0)
+    if job.page and e.code != 404 and _PAGE.match(body := _page(e)):
+        job.page(job, body)
+    said = f" It says: {e.headers['X-Error-Message']}" if e.headers.get("X-Error-Message") else ""
+    if e.code in (401, 403):
+        return job.error(f"{e.code}, {job.denied}.{said}")
+    if e.code in (404, 410):
+        return job.error(
+            f"{e.code}, there is nothing at this address; compare it letter by letter with the page"
+            f" it was copied from, and look whether the file was renamed or removed.{said}"
+        )
+    return job.error(
+        f"the server answers {e.code} ({e.reason}); open the address in a browser to see why.{said}"
+    )
+
 
 def _answer(
-    job:_Job, # What to ask for
-    done:int, # Bytes here already
-    version:str|None, # What the server called the version they are of
-)->tuple: # The response, its first bytes, its headers with those of the hops before
+    job: _Job,  # What to ask for
+    done: int,  # Bytes here already
+    version: str | None,  # What the server called the version they are of
+) -> tuple:  # The response, its first bytes, its headers with those of the hops before
     "Ask for the file, or the rest of it, through any page that stands before it."
-    url,hops = job.url,_Hops(); opener = build_opener(hops, HTTPCookieProcessor())
+    url, hops = job.url, _Hops()
+    opener = build_opener(hops, HTTPCookieProcessor())
     for _ in range(3):
-        ask = {'Range':f'bytes={done}-', **({'If-Range':version} if version else {})} if done else {}
-        req = Request(url, headers={'User-Agent':'Mozilla/5.0 (minigpt)', 'Accept-Encoding':'identity', 'Accept-Language':'en', **ask})
-        if job.token and url == job.url: req.add_unredirected_header('Authorization', f'Bearer {job.token}')
-        try: res = opener.open(req, timeout=_TIMEOUT)
-        except HTTPError as e: raise _refusal(job, e) from None
-        except (OSError, HTTPException) as e: raise _Again(f"no answer ({getattr(e, 'reason', None) or e or type(e).__name__})") from None
-        head = b'' if res.status == 206 else _read(res)
-        if job.to.suffix in ('.html','.htm') or not _PAGE.match(head): return res,head,{k.lower():v for k,v in res.headers.items()} | hops.said
+        ask = (
+            {"Range": f"bytes={done}-", **({"If-Range": version} if version else {})}
+            if done
+            else {}
+        )
+        req = Request(
+            url,
+            headers={
+                "User-Agent": "Mozilla/5.0 (minigpt)",
+                "Accept-Encoding": "identity",
+                "Accept-Language": "en",
+                **ask,
+            },
+        )
+        if job.token and url == job.url:
+            req.add_unredirected_header("Authorization", f"Bearer {job.token}")
+        try:
+            res = opener.open(req, timeout=_TIMEOUT)
+        except HTTPError as e:
+            raise _refusal(job, e) from None
+        except (OSError, HTTPException) as e:
+            raise _Again(
+                f"no answer ({getattr(e, 'reason', None) or e or type(e).__name__})"
+            ) from None
+        head = b"" if res.status == 206 else _read(res)
+        if job.to.suffix in (".html", ".htm") or not _PAGE.match(head):
+            return res, head, {k.lower(): v for k, v in res.headers.items()} | hops.said
         with res:
-            if not job.page: raise job.error("a web page came in place of the file; open the address in a browser to see what it says, and copy the link of the download itself (on the hub it has /resolve/, not /blob/)")
+            if not job.page:
+                raise job.error(
+                    "a web page came in place of the file; open the address in a browser to see"
+                    " what it says, and copy the link of the download itself (on the hub it has"
+                    " /resolve/, not /blob/)"
+                )
             url = job.page(job, _page(res, head))
-    raise job.error("one web page after the other came in place of the file; open the address in a browser")
+    raise job.error(
+        "one web page after the other came in place of the file; open the address in a browser"
+    )
 
 # %% ../nbs/03_download.ipynb #c425e12a
-def _room(path:Path)->float:
+def _room(path: Path) -> float:
     "Free bytes where a file is to go; infinity, where the file system does not tell."
-    try: return free_space(path)
-    except OSError: return float('inf')
+    try:
+        return free_space(path)
+    except OSError:
+        return float("inf")
 
-def _facts(res, said:dict)->tuple: # Response and headers
+
+def _facts(res, said: dict) -> tuple:  # Response and headers
     "From an answer: first byte and length of the whole, the version's name, its size and hash as the hub says them."
-    span = re.match(r'bytes (\d+)-\d+/(\d+)$', said.get('content-range', '')) if res.status == 206 else None
-    length = int(said['content-length']) if said.get('content-length', '').isdigit() else None
-    first,total = (int(span[1]),int(span[2])) if span else (0, length if res.status != 206 else None)
-    tag = said.get('etag', '')
-    version = tag if tag and not tag.startswith('W/') else said.get('last-modified')
-    name = re.fullmatch('(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', said.get('x-linked-etag') or (tag if 'x-repo-commit' in said and len(tag) < 50 else ''))
-    size = said.get('x-linked-size', '')
-    return first,total,version,int(size) if size.isdigit() else total,name and name[1]
+    span = (
+        re.match(r"bytes (\d+)-\d+/(\d+)$", said.get("content-range", ""))
+        if res.status == 206
+        else None
+    )
+    length = int(said["content-length"]) if said.get("content-length", "").isdigit() else None
+    first, total = (
+        (int(span[1]), int(span[2])) if span else (0, length if res.status != 206 else None)
+    )
+    tag = said.get("etag", "")
+    version = tag if tag and not tag.startswith("W/") else said.get("last-modified")
+    name = re.fullmatch(
+        '(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?',
+        said.get("x-linked-etag") or (tag if "x-repo-commit" in said and len(tag) < 50 else ""),
+    )
+    size = said.get("x-linked-size", "")
+    return first, total, version, int(size) if size.isdigit() else total, name and name[1]
 
-def _once(job:_Job, bar:tqdm)->tuple: # The part, or the target if that is right already; the size and hash it must have
+
+def _once(
+    job: _Job, bar: tqdm
+) -> tuple:  # The part, or the target if that is right already; the size and hash it must have
     "Fetch what is missing; raises `_Again` for what may pass."
-    note = job.read(job.note); version = note.get('version')
-    done = job.part.stat().st_size if job.part.exists() and (version or job.digest or note.get('digest')) and note else 0
-    if done and done == note.get('size'): return job.part,job.size,job.digest or note.get('digest')
-    res,chunk,said = _answer(job, done, version)
+    note = job.read(job.note)
+    version = note.get("version")
+    done = (
+        job.part.stat().st_size
+        if job.part.exists() and (version or job.digest or note.get("digest")) and note
+        else 0
+    )
+    if done and done == note.get("size"):
+        return job.part, job.size, job.digest or note.get("digest")
+    res, chunk, said = _answer(job, done, version)
     with res:
-        first,total,now,size,digest = _facts(res, said)
-        if res.status == 206 and (first != done or total is None or now != version or (digest and note.get('digest') not in (None,digest))):
-            job.forget(); raise _Again("the file has changed there since its first part was fetched", 0)
-        if digest and not job.digest and job.to.exists() and not _wrong(job.to, size, digest): return job.to,size,digest
-        if None not in (job.size,size) and size != job.size: raise job.error(f"the file there has {size:,} bytes, not {job.size:,}; it is another version of it, or another file")
-        size,digest = size if job.size is None else job.size, job.digest or digest
+        first, total, now, size, digest = _facts(res, said)
+        if res.status == 206 and (
+            first != done
+            or total is None
+            or now != version
+            or (digest and note.get("digest") not in (None, digest))
+        ):
+            job.forget()
+            raise _Again("the file has changed there since its first part was fetched", 0)
+        if digest and not job.digest and job.to.exists() and not _wrong(job.to, size, digest):
+            return job.to, size, digest
+        if None not in (job.size, size) and size != job.size:
+            raise job.error(
+                f"the file there has {size:,} bytes, not {job.size:,}; it is another version of it,"
+                " or another file"
+            )
+        size, digest = size if job.size is None else job.size, job.digest or digest
         room = _room(job.to)
-        if room < (size or 0)-first: raise job.error(f"it needs {human_size(size-first)}, and {human_size(room)} are free; make room, or choose another disk")
-        done,bar.n,bar.total = first,first,size
-        with open(no_link(job.part), 'ab') if done else open_new(job.part, -1) as f:
-            write_json(job.note, {'source':job.source, 'version':now, 'size':size, 'digest':digest})
+        if room < (size or 0) - first:
+            raise job.error(
+                f"it needs {human_size(size - first)}, and {human_size(room)} are free; make room,"
+                " or choose another disk"
+            )
+        done, bar.n, bar.total = first, first, size
+        with open(no_link(job.part), "ab") if done else open_new(job.part, -1) as f:
+            write_json(
+                job.note, {"source": job.source, "version": now, "size": size, "digest": digest}
+            )
             while chunk := chunk or _read(res):
-                if os.fstat(f.fileno()).st_size != done: raise job.error(f"another process is writing {job.part.name}; wait until it ends, or stop it, and call again")
-                f.write(chunk); f.flush(); done += len(chunk); bar.update(len(chunk)); chunk = b''
-    if done < (size or 0): raise _Again(f"the connection was cut after {human_size(done)} of {human_size(size)}")
-    return job.part,size,digest
+                if os.fstat(f.fileno()).st_size != done:
+                    raise job.error(
+                        f"another process is writing {job.part.name}; wait until it ends, or stop"
+                        " it, and call again"
+                    )
+                f.write(chunk)
+                f.flush()
+                done += len(chunk)
+                bar.update(len(chunk))
+                chunk = b""
+    if done < (size or 0):
+        raise _Again(f"the connection was cut after {human_size(done)} of {human_size(size)}")
+    return job.part, size, digest
 
 # %% ../nbs/03_download.ipynb #576420a2
 def _fetch(
-    job:_Job, # The file
-    progress:bool, # Show a bar?
-)->Path: # The target
+    job: _Job,  # The file
+    progress: bool,  # Show a bar?
+) -> Path:  # The target
     "Try until the file is whole, check it, and put it in its place."
-    if job.here(): return job.to
-    job.to.parent.mkdir(exist_ok=True) # not its parents: a Drive that is not mounted is no place
+    if job.here():
+        return job.to
+    job.to.parent.mkdir(exist_ok=True)  # not its parents: a Drive that is not mounted is no place
     have = lambda: job.part.stat().st_size if job.part.exists() else 0
-    tries,best = 0,have()
-    with tqdm(desc=job.to.name, unit='B', unit_scale=True, unit_divisor=1024, disable=not progress) as bar:
+    tries, best = 0, have()
+    with tqdm(
+        desc=job.to.name, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+    ) as bar:
         while True:
-            try: got,size,digest = _once(job, bar); break
+            try:
+                got, size, digest = _once(job, bar)
+                break
             except _Again as e:
-                if have() > best: tries,best = 0,have()
-                kept = f"; {human_size(have())} of it are kept, and the next call goes on from there" if have() else ''
-                if (e.wait or 0) > _PATIENCE: raise job.error(f"{e}, and asks to wait for {human_time(e.wait)}; call again after that{kept}") from None
-                if tries == len(_WAITS): raise job.error(f"{e}, {tries+1} times in a row; look at the connection and call again{kept}") from None
-                wait = _WAITS[tries] if e.wait is None else e.wait; tries += 1
-                bar.set_postfix_str(f"{e}; again in {wait:.0f} s"); time.sleep(wait)
+                if have() > best:
+                    tries, best = 0, have()
+                kept = (
+                    f"; {human_size(have())} of it are kept, and the next call goes on from there"
+                    if have()
+                    else ""
+                )
+                if (e.wait or 0) > _PATIENCE:
+                    raise job.error(
+                        f"{e}, and asks to wait for {human_time(e.wait)}; call again after"
+                        f" that{kept}"
+                    ) from None
+                if tries == len(_WAITS):
+                    raise job.error(
+                        f"{e}, {tries + 1} times in a row; look at the connection and call"
+                        f" again{kept}"
+                    ) from None
+                wait = _WAITS[tries] if e.wait is None else e.wait
+                tries += 1
+                bar.set_postfix_str(f"{e}; again in {wait:.0f} s")
+                time.sleep(wait)
             except OSError as e:
-                if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-                raise job.error(f"the disk is full; make room and call again: {human_size(have())} are kept") from None
-        bar.set_postfix_str('')
+                if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise job.error(
+                    f"the disk is full; make room and call again: {human_size(have())} are kept"
+                ) from None
+        bar.set_postfix_str("")
     if got == job.part and (why := _wrong(got, size, digest)):
-        job.forget(); raise job.error(f"it arrived whole, but {why}. It was thrown away; call again, and if the same comes back, the file there was changed, or the size and hash asked for are of another one")
+        job.forget()
+        raise job.error(
+            f"it arrived whole, but {why}. It was thrown away; call again, and if the same comes"
+            " back, the file there was changed, or the size and hash asked for are of another one"
+        )
     fsync(got)
-    write_json(job.record, {'source':job.source, 'url':job.url, 'size':got.stat().st_size, 'sha256':digest if len(digest or '') == 64 else _digest(got, '')})
-    if got == job.part: os.replace(got, job.to); fsync(job.to.parent) # after the record: a kill between the two costs nothing
+    write_json(
+        job.record,
+        {
+            "source": job.source,
+            "url": job.url,
+            "size": got.stat().st_size,
+            "sha256": digest if len(digest or "") == 64 else _digest(got, ""),
+        },
+    )
+    if got == job.part:
+        os.replace(got, job.to)
+        fsync(job.to.parent)  # after the record: a kill between the two costs nothing
     job.forget()
     return job.to
 
+
 def fetch_url(
-    url:str, # `http://…` or `https://…`
-    to:str|Path, # File to write; an older one stays until the new one is whole and checked
+    url: str,  # `http://…` or `https://…`
+    to: str | Path,  # File to write; an older one stays until the new one is whole and checked
     *,
-    size:int|None=None, # Its bytes, if known
-    sha256:str|None=None, # Its hash, if known
-    progress:bool=True, # Show a bar?
-)->Path: # `to`
+    size: int | None = None,  # Its bytes, if known
+    sha256: str | None = None,  # Its hash, if known
+    progress: bool = True,  # Show a bar?
+) -> Path:  # `to`
     "Fetch a file, or what is missing of it; nothing if it is there."
-    if not re.match('https?://', url): raise ValueError(f"{url!r} must start with http:// or https://")
+    if not re.match("https?://", url):
+        raise ValueError(f"{url!r} must start with http:// or https://")
     url = quote(url, safe="!#$%&'()*+,/:;=?@[]~")
     return _fetch(_Job(url, to, url, size, sha256), progress)
 
 # %% ../nbs/03_download.ipynb #5ee222e3
-_KINDS = {'dataset':'datasets/', 'model':'', 'space':'spaces/'}
+_KINDS = {"dataset": "datasets/", "model": "", "space": "spaces/"}
+
 
 def fetch_hub(
-    repo:str, # `owner/name`
-    filename:str, # Path in the repository
-    to:str|Path, # File to write
+    repo: str,  # `owner/name`
+    filename: str,  # Path in the repository
+    to: str | Path,  # File to write
     *,
-    repo_type:str='dataset', # Or `model`, or `space`
-    revision:str='main', # Branch, tag or commit; what is here is not fetched again when a branch moves on
-    size:int|None=None, # Its bytes; else what the hub says
-    sha256:str|None=None, # Its hash; else what the hub says
-    progress:bool=True, # Show a bar?
-)->Path: # `to`
+    repo_type: str = "dataset",  # Or `model`, or `space`
+    revision: str = "main",  # Branch, tag or commit; what is here is not fetched again when a branch moves on
+    size: int | None = None,  # Its bytes; else what the hub says
+    sha256: str | None = None,  # Its hash; else what the hub says
+    progress: bool = True,  # Show a bar?
+) -> Path:  # `to`
     "Fetch a file of the Hugging Face Hub, checked by the hub's own hash."
-    if repo_type not in _KINDS: raise ValueError(f"repo_type={repo_type!r} must be one of {', '.join(_KINDS)}")
+    if repo_type not in _KINDS:
+        raise ValueError(f"repo_type={repo_type!r} must be one of {', '.join(_KINDS)}")
     base = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{_KINDS[repo_type]}{repo}"
-    denied = f"the repository is private, wants its terms accepted, or has another name (the hub answers alike): open {base}, accept the terms there, and set HF_TOKEN to a token of yours"
-    return _fetch(_Job(f"{base}/resolve/{quote(revision, safe='')}/{quote(filename)}", to, f'hf:{repo_type}:{repo}@{revision}/{filename}', size, sha256, os.environ.get('HF_TOKEN'), denied), progress)
+    denied = (
+        "the repository is private, wants its terms accepted, or has another name (the hub answers"
+        f" alike): open {base}, accept the terms there, and set HF_TOKEN to a token of yours"
+    )
+    return _fetch(
+        _Job(
+            f"{base}/resolve/{quote(revision, safe='')}/{quote(filename)}",
+            to,
+            f"hf:{repo_type}:{repo}@{revision}/{filename}",
+            size,
+            sha256,
+            os.environ.get("HF_TOKEN"),
+            denied,
+        ),
+        progress,
+    )
 
 # %% ../nbs/03_download.ipynb #f6219fee
-_DRIVE = 'https://drive.google.com/uc?export=download&id='
+_DRIVE = "https://drive.google.com/uc?export=download&id="
 
-def _drive_page(job:_Job, page:bytes)->str:
+
+def _drive_page(job: _Job, page: bytes) -> str:
     "The address behind a page of Google Drive, or an error that says what the page means."
-    try: from gdown.download import get_url_from_gdrive_confirmation
-    except ImportError: raise ImportError("files from Google Drive need gdown: pip install 'minigpt-notebook[data]'") from None
-    text = page.decode('utf-8', 'replace')
-    try: return get_url_from_gdrive_confirmation(text)
-    except Exception as e: said = ' '.join(html.unescape(re.sub(r'(?is)<(script|style).*?</\1>|<[^>]+>', ' ', text)).split()) or str(e) # its classes differ between versions
-    copy = "make a copy in your own Drive (File > Make a copy), mount Drive, and use the path of the copy"
-    if re.search('too many users|quota|view or download this file at this time', said, re.I):
-        raise job.error(f"Google's quota for this file is used up, too many people fetched it; wait up to 24 hours, or, signed in, {copy}")
-    if re.search('sign in|access|permission', said, re.I): raise job.error(f"permission denied, it is not shared with everyone; its owner can change that (Share > General access > Anyone with the link), or, if you may open it, {copy}")
-    raise job.error(f"Google sent a page in place of the file ({said[:150]!r}); open the link in a browser, and if it downloads there, {copy}")
+    try:
+        from gdown.download import get_url_from_gdrive_confirmation
+    except ImportError:
+        raise ImportError(
+            "files from Google Drive need gdown: pip install 'minigpt-notebook[data]'"
+        ) from None
+    text = page.decode("utf-8", "replace")
+    try:
+        return get_url_from_gdrive_confirmation(text)
+    except Exception as e:
+        said = " ".join(
+            html.unescape(re.sub(r"(?is)<(script|style).*?</\1>|<[^>]+>", " ", text)).split()
+        ) or str(e)  # its classes differ between versions
+    copy = (
+        "make a copy in your own Drive (File > Make a copy), mount Drive, and use the path of the"
+        " copy"
+    )
+    if re.search("too many users|quota|view or download this file at this time", said, re.I):
+        raise job.error(
+            "Google's quota for this file is used up, too many people fetched it; wait up to 24"
+            f" hours, or, signed in, {copy}"
+        )
+    if re.search("sign in|access|permission", said, re.I):
+        raise job.error(
+            "permission denied, it is not shared with everyone; its owner can change that (Share >"
+            f" General access > Anyone with the link), or, if you may open it, {copy}"
+        )
+    raise job.error(
+        f"Google sent a page in place of the file ({said[:150]!r}); open the link in a browser, and"
+        f" if it downloads there, {copy}"
+    )
+
 
 def fetch_drive(
-    link_or_id:str, # Link to a file from *Share > Copy link*, or the id in it
-    to:str|Path, # File to write
+    link_or_id: str,  # Link to a file from *Share > Copy link*, or the id in it
+    to: str | Path,  # File to write
     *,
-    size:int|None=None, # Its bytes, if known
-    sha256:str|None=None, # Its hash, if known; Drive tells none
-    progress:bool=True, # Show a bar?
-)->Path: # `to`
+    size: int | None = None,  # Its bytes, if known
+    sha256: str | None = None,  # Its hash, if known; Drive tells none
+    progress: bool = True,  # Show a bar?
+) -> Path:  # `to`
     "Fetch a file that is shared on Google Drive."
-    found = re.search(r'/d/([\w-]{10,})|[?&]id=([\w-]{10,})', link_or_id) or re.fullmatch(r'\s*([\w-]{20,})\s*', link_or_id)
-    if not found or '/folders/' in link_or_id: raise ValueError(f"{link_or_id!r} is no link to a file on Google Drive; open the folder, and use Share > Copy link on the file itself")
+    found = re.search(r"/d/([\w-]{10,})|[?&]id=([\w-]{10,})", link_or_id) or re.fullmatch(
+        r"\s*([\w-]{20,})\s*", link_or_id
+    )
+    if not found or "/folders/" in link_or_id:
+        raise ValueError(
+            f"{link_or_id!r} is no link to a file on Google Drive; open the folder, and use Share >"
+            " Copy link on the file itself"
+        )
     name = next(filter(None, found.groups()))
-    denied = "permission denied; its owner can share it with everyone (Share > General access > Anyone with the link), or mount Drive and use the path of the file"
-    return _fetch(_Job(_DRIVE+name, to, f'drive:{name}', size, sha256, denied=denied, page=_drive_page), progress)
+    denied = (
+        "permission denied; its owner can share it with everyone (Share > General access > Anyone"
+        " with the link), or mount Drive and use the path of the file"
+    )
+    return _fetch(
+        _Job(_DRIVE + name, to, f"drive:{name}", size, sha256, denied=denied, page=_drive_page),
+        progress,
+    )
 
 # %% ../nbs/03_download.ipynb #910578b8
 def get(
-    source:str, # `hf:owner/name/path/in/repo.jsonl`, a link to a file on Google Drive, or `https://…`
-    to:str|Path, # File to write
-    **kw, # `size`, `sha256`, `progress`; for the hub also `repo_type`, `revision`
-)->Path: # `to`
+    source: str,  # `hf:owner/name/path/in/repo.jsonl`, a link to a file on Google Drive, or `https://…`
+    to: str | Path,  # File to write
+    **kw,  # `size`, `sha256`, `progress`; for the hub also `repo_type`, `revision`
+) -> Path:  # `to`
     "Fetch a file from wherever it is."
-    if source.startswith('hf:'):
-        parts = source[3:].split('/', 2)
-        if len(parts) < 3 or not all(parts): raise ValueError(f"{source!r} must name owner, repository and file: hf:owner/name/path/in/repo.jsonl")
-        return fetch_hub('/'.join(parts[:2]), parts[2], to, **kw)
-    if re.match(r'https?://(drive|docs)\.google\.com/', source): return fetch_drive(source, to, **kw)
-    if re.match('https?://', source): return fetch_url(source, to, **kw)
-    raise ValueError(f"{source!r} is no source; use hf:owner/name/path/in/repo.jsonl, a link to a file on Google Drive, or an address with https://")
+    if source.startswith("hf:"):
+        parts = source[3:].split("/", 2)
+        if len(parts) < 3 or not all(parts):
+            raise ValueError(
+                f"{source!r} must name owner, repository and file: hf:owner/name/path/in/repo.jsonl"
+            )
+        return fetch_hub("/".join(parts[:2]), parts[2], to, **kw)
+    if re.match(r"https?://(drive|docs)\.google\.com/", source):
+        return fetch_drive(source, to, **kw)
+    if re.match("https?://", source):
+        return fetch_url(source, to, **kw)
+    raise ValueError(
+        f"{source!r} is no source; use hf:owner/name/path/in/repo.jsonl, a link to a file on Google"
+        " Drive, or an address with https://"
+    )

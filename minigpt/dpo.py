@@ -17,127 +17,209 @@ from .model import GPT
 
 # %% ../nbs/12_dpo.ipynb #3ab348e3
 def dpo_loss(
-    chosen:Tensor, # (pairs,) log-probability of the chosen answers; for `sigmoid_norm`, the mean of a token
-    rejected:Tensor, # (pairs,) of the rejected ones
-    chosen_reference:Tensor, # (pairs,) of the same answers under the reference
-    rejected_reference:Tensor, # (pairs,)
-    beta:float=.1, # How dear it is to move away from the reference
-    label_smoothing:float=0., # Chance that a pair is the other way round, 0 to below .5
-)->tuple[Tensor,Tensor,Tensor]: # (pairs,) losses; rewards of the chosen and of the rejected, without gradient
+    chosen: Tensor,  # (pairs,) log-probability of the chosen answers; for `sigmoid_norm`, the mean of a token
+    rejected: Tensor,  # (pairs,) of the rejected ones
+    chosen_reference: Tensor,  # (pairs,) of the same answers under the reference
+    rejected_reference: Tensor,  # (pairs,)
+    beta: float = 0.1,  # How dear it is to move away from the reference
+    label_smoothing: float = 0.0,  # Chance that a pair is the other way round, 0 to below .5
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (pairs,) losses; rewards of the chosen and of the rejected, without gradient
     "How badly the better answer is told from the worse one."
-    won,lost = beta*(chosen-chosen_reference),beta*(rejected-rejected_reference)
-    margin = won-lost
-    return -F.logsigmoid(margin)*(1-label_smoothing) - F.logsigmoid(-margin)*label_smoothing,won.detach(),lost.detach()
+    won, lost = beta * (chosen - chosen_reference), beta * (rejected - rejected_reference)
+    margin = won - lost
+    return (
+        -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing,
+        won.detach(),
+        lost.detach(),
+    )
 
 # %% ../nbs/12_dpo.ipynb #53cb0c9b
 def _by_row(
-    values:Tensor, # (B, T) of each position
-    rows:Tensor, # (B, T) which row of its sequence each position belongs to; -1: none
-    n:int, # Rows of the fullest sequence
-)->Tensor: # (B*n,)
+    values: Tensor,  # (B, T) of each position
+    rows: Tensor,  # (B, T) which row of its sequence each position belongs to; -1: none
+    n: int,  # Rows of the fullest sequence
+) -> Tensor:  # (B*n,)
     "Sums over each row."
-    at = rows + n*torch.arange(len(rows), device=rows.device)[:,None]
+    at = rows + n * torch.arange(len(rows), device=rows.device)[:, None]
     real = rows >= 0
-    return torch.zeros(len(rows)*n, device=values.device).index_add(0, at[real], values[real].float())
+    return torch.zeros(len(rows) * n, device=values.device).index_add(
+        0, at[real], values[real].float()
+    )
 
-def _answers(model:GPT, ids:Tensor, labels:Tensor, rows:Tensor, n:int)->tuple[Tensor,Tensor]: # (B*n,) log-probability of each answer, and its tokens
-    return _by_row(model.log_probs(ids, labels, rows), rows, n),_by_row((labels != -100).float(), rows, n)
+
+def _answers(
+    model: GPT, ids: Tensor, labels: Tensor, rows: Tensor, n: int
+) -> tuple[Tensor, Tensor]:  # (B*n,) log-probability of each answer, and its tokens
+    return _by_row(model.log_probs(ids, labels, rows), rows, n), _by_row(
+        (labels != -100).float(), rows, n
+    )
+
 
 class Preference:
     "DPO, as `minigpt.train` uses it: what to divide by, the loss of a batch, and what is logged beside it."
-    def __init__(self,
-        config:TrainConfig, # `dpo_beta`, `dpo_loss`, `dpo_label_smoothing`
-    ): self.beta,self.mean,self.smoothing = config.dpo_beta,config.dpo_loss == 'sigmoid_norm',config.dpo_label_smoothing
 
-    def prepare(self, batch:dict[str,Tensor], key:tuple[int,int])->dict[str,Tensor]: "Nothing is drawn."; return batch
+    def __init__(
+        self,
+        config: TrainConfig,  # `dpo_beta`, `dpo_loss`, `dpo_label_smoothing`
+    ):
+        self.beta, self.mean, self.smoothing = (
+            config.dpo_beta,
+            config.dpo_loss == "sigmoid_norm",
+            config.dpo_label_smoothing,
+        )
 
-    def count(self,
-        batch:dict[str,Tensor], # Of a `PairSet` with its reference
-    )->int: "Pairs in it."; return int((batch['rows'].amax(1)+1).sum())
+    def prepare(self, batch: dict[str, Tensor], key: tuple[int, int]) -> dict[str, Tensor]:
+        "Nothing is drawn."
+        return batch
 
-    def __call__(self,
-        model:GPT,
-        batch:dict[str,Tensor], # ids, labels, rows and reference, (B, T) each, and the same of the rejected answers
-        n_targets:int=1, # What to divide by
-    )->tuple[Tensor,dict[str,Tensor]]: # Loss, and sums under the names that TRL uses; all divided by `n_targets`
-        n = int(batch['rows'].max())+1
+    def count(
+        self,
+        batch: dict[str, Tensor],  # Of a `PairSet` with its reference
+    ) -> int:
+        "Pairs in it."
+        return int((batch["rows"].amax(1) + 1).sum())
+
+    def __call__(
+        self,
+        model: GPT,
+        batch: dict[
+            str, Tensor
+        ],  # ids, labels, rows and reference, (B, T) each, and the same of the rejected answers
+        n_targets: int = 1,  # What to divide by
+    ) -> tuple[
+        Tensor, dict[str, Tensor]
+    ]:  # Loss, and sums under the names that TRL uses; all divided by `n_targets`
+        n = int(batch["rows"].max()) + 1
+
         def side(which):
-            ids,labels,rows,reference = (batch[which+k] for k in ('ids','labels','rows','reference'))
-            found,length = _answers(model, ids, labels, rows, n)
+            ids, labels, rows, reference = (
+                batch[which + k] for k in ("ids", "labels", "rows", "reference")
+            )
+            found, length = _answers(model, ids, labels, rows, n)
             per = length.clamp_min(1) if self.mean else 1
-            return found/per,_by_row(reference, rows, n)/per,length > 0
-        (chosen,chosen_reference,real),(rejected,rejected_reference,_) = side(''),side('rejected_')
-        losses,won,lost = dpo_loss(*(t[real] for t in (chosen, rejected, chosen_reference, rejected_reference)), self.beta, self.smoothing)
-        facts = {'rewards/chosen':won, 'rewards/rejected':lost, 'rewards/margins':won-lost, 'rewards/accuracies':(won > lost).float()}
-        return losses.sum()/n_targets,{k:v.sum()/n_targets for k,v in facts.items()}
+            return found / per, _by_row(reference, rows, n) / per, length > 0
+
+        (chosen, chosen_reference, real), (rejected, rejected_reference, _) = (
+            side(""),
+            side("rejected_"),
+        )
+        losses, won, lost = dpo_loss(
+            *(t[real] for t in (chosen, rejected, chosen_reference, rejected_reference)),
+            self.beta,
+            self.smoothing,
+        )
+        facts = {
+            "rewards/chosen": won,
+            "rewards/rejected": lost,
+            "rewards/margins": won - lost,
+            "rewards/accuracies": (won > lost).float(),
+        }
+        return losses.sum() / n_targets, {k: v.sum() / n_targets for k, v in facts.items()}
 
 # %% ../nbs/12_dpo.ipynb #a667777e
-def _salt(n:int)->np.ndarray: "(n,) int32, another number for each place."; return (np.arange(1, n+1, dtype=np.uint64)*0x9E3779B1 % 2**32).astype(np.uint32).view(np.int32)
+def _salt(n: int) -> np.ndarray:
+    "(n,) int32, another number for each place."
+    return (
+        (np.arange(1, n + 1, dtype=np.uint64) * 0x9E3779B1 % 2**32).astype(np.uint32).view(np.int32)
+    )
+
 
 class _Reference:
     "The file of a reference: each log-probability as its 32 bits, and a second time mixed with its place. A number that is damaged, or was not computed yet, does not agree with its double."
-    def __init__(self,
-        path:Path,
-        n:int, # Answers
-    ):
-        self.path,self.n,self.salt = path,n,_salt(n)
 
-    def read(self)->np.ndarray: # (n,) float32
+    def __init__(
+        self,
+        path: Path,
+        n: int,  # Answers
+    ):
+        self.path, self.n, self.salt = path, n, _salt(n)
+
+    def read(self) -> np.ndarray:  # (n,) float32
         "What is known; NaN for the rest."
-        try: bits = np.fromfile(self.path, np.int32)
-        except FileNotFoundError: bits = np.empty(0, np.int32)
-        if len(bits) != 2*self.n: return self.older()
-        values,doubles = bits.reshape(2, self.n)
+        try:
+            bits = np.fromfile(self.path, np.int32)
+        except FileNotFoundError:
+            bits = np.empty(0, np.int32)
+        if len(bits) != 2 * self.n:
+            return self.older()
+        values, doubles = bits.reshape(2, self.n)
         return np.where(values ^ self.salt == doubles, values.view(np.float32), np.float32(np.nan))
 
-    def older(self)->np.ndarray:
+    def older(self) -> np.ndarray:
         "As the version before wrote it: the numbers alone."
-        try: found = np.load(self.path.with_suffix('.npy'))
-        except (FileNotFoundError, ValueError, EOFError, SyntaxError): found = np.empty(0)
-        sound = found.shape == (self.n,) and found.dtype == np.float32 and not (found > 0).any() # a probability is at most 1
+        try:
+            found = np.load(self.path.with_suffix(".npy"))
+        except (FileNotFoundError, ValueError, EOFError, SyntaxError):
+            found = np.empty(0)
+        sound = (
+            found.shape == (self.n,) and found.dtype == np.float32 and not (found > 0).any()
+        )  # a probability is at most 1
         return found if sound else np.full(self.n, np.nan, np.float32)
 
-    def create(self, values:np.ndarray)->np.memmap: # (2, n) int32, to `put` into
+    def create(self, values: np.ndarray) -> np.memmap:  # (2, n) int32, to `put` into
         "Write all that is known, in one step."
         bits = np.ascontiguousarray(values).view(np.int32)
-        write_file(self.path, np.stack([bits, np.where(np.isnan(values), bits, bits ^ self.salt)]).tobytes()) # of what is not known, the double is wrong
-        return np.memmap(self.path, np.int32, 'r+', shape=(2, self.n))
+        write_file(
+            self.path,
+            np.stack([bits, np.where(np.isnan(values), bits, bits ^ self.salt)]).tobytes(),
+        )  # of what is not known, the double is wrong
+        return np.memmap(self.path, np.int32, "r+", shape=(2, self.n))
 
-    def put(self, file:np.memmap, rows:np.ndarray, values:np.ndarray):
+    def put(self, file: np.memmap, rows: np.ndarray, values: np.ndarray):
         bits = np.ascontiguousarray(values, np.float32).view(np.int32)
-        file[0,rows],file[1,rows] = bits,bits ^ self.salt[rows]
+        file[0, rows], file[1, rows] = bits, bits ^ self.salt[rows]
 
 # %% ../nbs/12_dpo.ipynb #a9524514
 @torch.inference_mode()
 def add_reference(
-    data:PairSet, # Gets an attribute `reference`
-    seq_len:int, # Tokens of a sequence
-    name:str, # What tells this reference from others: precision and `minigpt.lora.weights_hash`
-    model:GPT|None=None, # The reference; None: only what was computed before
-    batch_size:int=8, # Sequences at once
-    progress:bool=True, # Show a bar
-)->bool: # Is it there? Never False with a model
+    data: PairSet,  # Gets an attribute `reference`
+    seq_len: int,  # Tokens of a sequence
+    name: str,  # What tells this reference from others: precision and `minigpt.lora.weights_hash`
+    model: GPT | None = None,  # The reference; None: only what was computed before
+    batch_size: int = 8,  # Sequences at once
+    progress: bool = True,  # Show a bar
+) -> bool:  # Is it there? Never False with a model
     "Give a set of preferences the log-probability of each answer under the reference."
-    n = 2*len(data.lengths())
-    reference = _Reference(data.path/f'reference-{seq_len}-{name}.bin', n)
+    n = 2 * len(data.lengths())
+    reference = _Reference(data.path / f"reference-{seq_len}-{name}.bin", n)
     known = reference.read()
-    missing = lambda i: np.isnan(known[2*data.rows_of(i, seq_len)]).any() or np.isnan(known[2*data.rows_of(i, seq_len)+1]).any()
+    missing = lambda i: (
+        np.isnan(known[2 * data.rows_of(i, seq_len)]).any()
+        or np.isnan(known[2 * data.rows_of(i, seq_len) + 1]).any()
+    )
     todo = [i for i in range(data.n_windows(seq_len)) if missing(i)]
-    if todo and model is None: return False
-    data.reference,mode = None,model is not None and model.training
+    if todo and model is None:
+        return False
+    data.reference, mode = None, model is not None and model.training
     if todo:
-        device,file = next(model.parameters()).device,reference.create(known)
+        device, file = next(model.parameters()).device, reference.create(known)
         model.eval()
-        for at in tqdm(range(0, len(todo), batch_size), desc='reference', unit='batch', disable=not progress, dynamic_ncols=True):
-            index = np.array(todo[at:at+batch_size])
-            batch = {k:torch.from_numpy(v).to(device) for k,v in data.windows(index, seq_len).items()}
-            n = int(batch['rows'].max())+1
-            for k,which in enumerate(('','rejected_')):
-                found = _answers(model, *(batch[which+k] for k in ('ids','labels','rows')), n)[0].view(-1, n).cpu().numpy()
-                for i,f in zip(index, found):
+        for at in tqdm(
+            range(0, len(todo), batch_size),
+            desc="reference",
+            unit="batch",
+            disable=not progress,
+            dynamic_ncols=True,
+        ):
+            index = np.array(todo[at : at + batch_size])
+            batch = {
+                k: torch.from_numpy(v).to(device) for k, v in data.windows(index, seq_len).items()
+            }
+            n = int(batch["rows"].max()) + 1
+            for k, which in enumerate(("", "rejected_")):
+                found = (
+                    _answers(model, *(batch[which + k] for k in ("ids", "labels", "rows")), n)[0]
+                    .view(-1, n)
+                    .cpu()
+                    .numpy()
+                )
+                for i, f in zip(index, found):
                     pairs = data.rows_of(int(i), seq_len)
-                    reference.put(file, 2*pairs+k, f[:len(pairs)])
-        file.flush(); model.train(mode)
+                    reference.put(file, 2 * pairs + k, f[: len(pairs)])
+        file.flush()
+        model.train(mode)
         known = reference.read()
     data.reference = known
     return True

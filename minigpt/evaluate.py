@@ -21,87 +21,155 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/14_evaluate.ipynb #d9f8e569
 def token_bytes(
-    tok:Tokenizer,
-)->np.ndarray|None: # (vocab_size,) int64; None where the tokens do not say it
+    tok: Tokenizer,
+) -> np.ndarray | None:  # (vocab_size,) int64; None where the tokens do not say it
     "Bytes of text that each token stands for."
-    decoder = str(tok.json['decoder'])
-    if 'ByteLevel' in decoder: size = len
-    elif 'ByteFallback' in decoder: size = lambda t: 1 if t.startswith('<0x') and len(t) == 6 else len(t.replace('▁', ' ').encode())
-    else: return None
+    decoder = str(tok.json["decoder"])
+    if "ByteLevel" in decoder:
+        size = len
+    elif "ByteFallback" in decoder:
+        size = lambda t: (
+            1 if t.startswith("<0x") and len(t) == 6 else len(t.replace("▁", " ").encode())
+        )
+    else:
+        return None
     out = np.zeros(tok.vocab_size, np.int64)
-    for t,i in tok.hf.get_vocab().items(): out[i] = size(t)
-    for t in tok.json['added_tokens']: out[t['id']] = 0 if t['special'] else len(t['content'].encode())
+    for t, i in tok.hf.get_vocab().items():
+        out[i] = size(t)
+    for t in tok.json["added_tokens"]:
+        out[t["id"]] = 0 if t["special"] else len(t["content"].encode())
     return out
 
 # %% ../nbs/14_evaluate.ipynb #736f5947
 @torch.inference_mode()
 def total_loss(
-    model:GPT, # On its device; its mode is put back afterwards
-    data:TokenSet, # Of preferences, the chosen answers count
-    seq_len:int, # Tokens of a sequence
-    batch_size:int=8, # Sequences at once
-    max_sequences:int=0, # Spread evenly over the set; 0: all
-    sizes:np.ndarray|None=None, # (vocab_size,) of `token_bytes`
-    progress:bool=False, # Show a bar?
-)->dict: # `nats` and `tokens` to predict, both in all; with `sizes`, their `bytes`
+    model: GPT,  # On its device; its mode is put back afterwards
+    data: TokenSet,  # Of preferences, the chosen answers count
+    seq_len: int,  # Tokens of a sequence
+    batch_size: int = 8,  # Sequences at once
+    max_sequences: int = 0,  # Spread evenly over the set; 0: all
+    sizes: np.ndarray | None = None,  # (vocab_size,) of `token_bytes`
+    progress: bool = False,  # Show a bar?
+) -> dict:  # `nats` and `tokens` to predict, both in all; with `sizes`, their `bytes`
     "Cross-entropy over the set, without dropout, in the order of the text."
     index = spread_over(data.n_windows(seq_len), max_sequences)
-    device,mode = next(model.parameters()).device,model.training
+    device, mode = next(model.parameters()).device, model.training
     model.eval()
-    nats,tokens,text = 0.,0,0
-    for i in tqdm(range(0, len(index), batch_size), desc='evaluating', unit='batch', disable=not progress, leave=False):
-        batch = {k:v for k,v in data.windows(index[i:i+batch_size], seq_len).items() if not k.startswith('rejected')}
-        asked = batch['labels'][batch['labels'] != -100]
-        nats += model.loss(**{k:torch.from_numpy(v).to(device) for k,v in batch.items()}, n_targets=1).item(); tokens += len(asked)
-        if sizes is not None: text += int(sizes[asked].sum())
+    nats, tokens, text = 0.0, 0, 0
+    for i in tqdm(
+        range(0, len(index), batch_size),
+        desc="evaluating",
+        unit="batch",
+        disable=not progress,
+        leave=False,
+    ):
+        batch = {
+            k: v
+            for k, v in data.windows(index[i : i + batch_size], seq_len).items()
+            if not k.startswith("rejected")
+        }
+        asked = batch["labels"][batch["labels"] != -100]
+        nats += model.loss(
+            **{k: torch.from_numpy(v).to(device) for k, v in batch.items()}, n_targets=1
+        ).item()
+        tokens += len(asked)
+        if sizes is not None:
+            text += int(sizes[asked].sum())
     model.train(mode)
     return dict(nats=nats, tokens=tokens) | (dict(bytes=text) if sizes is not None else {})
 
 # %% ../nbs/14_evaluate.ipynb #57d34c7b
-def _token_set(data, tok:Tokenizer, folder:Path, max_rows:int, progress:bool)->TokenSet:
+def _token_set(data, tok: Tokenizer, folder: Path, max_rows: int, progress: bool) -> TokenSet:
     "The data as token ids of `tok`."
-    if isinstance(data, (str,Path)) and (Path(data)/'meta.json').exists(): data = open_set(data)
-    if not hasattr(data, 'sequences'):
-        files,form = source_files(data, folder)
-        place = folder/hash_bytes(f'{data} {tok.hash} {max_rows}'.encode())[:16]
-        return build_tokenset(files, tok, place, 0., progress=progress, max_data_size=max_rows, format=form)[0]
-    if data.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {data.path} was built with tokenizer {data.meta['tokenizer']}, and the model's is {tok.hash}; name the text it was built from, {data.meta['sources'][0]['path']}")
+    if isinstance(data, (str, Path)) and (Path(data) / "meta.json").exists():
+        data = open_set(data)
+    if not hasattr(data, "sequences"):
+        files, form = source_files(data, folder)
+        place = folder / hash_bytes(f"{data} {tok.hash} {max_rows}".encode())[:16]
+        return build_tokenset(
+            files, tok, place, 0.0, progress=progress, max_data_size=max_rows, format=form
+        )[0]
+    if data.meta["tokenizer"] != tok.hash:
+        raise ValueError(
+            f"the token set {data.path} was built with tokenizer {data.meta['tokenizer']}, and the"
+            f" model's is {tok.hash}; name the text it was built from,"
+            f" {data.meta['sources'][0]['path']}"
+        )
     return data
 
+
 def evaluate_on(
-    model:str|Path|Run|GPT, # A checkpoint, a run or its folder, an export, a Llama or Qwen3 directory; or a model in memory
-    data, # Path(s) to .txt or .jsonl, a registered data set, a built-in corpus, or a token set or its folder, such as a run's data/valid
+    model: (
+        str | Path | Run | GPT
+    ),  # A checkpoint, a run or its folder, an export, a Llama or Qwen3 directory; or a model in memory
+    data,  # Path(s) to .txt or .jsonl, a registered data set, a built-in corpus, or a token set or its folder, such as a run's data/valid
     *,
-    tokenizer:Tokenizer|str|Path|None=None, # Default: the model's own, which stands in its directory
-    seq_len:int=0, # Tokens of a sequence; 0: 512, or as many as the model reads
-    batch_size:int=8, # Sequences at once
-    max_sequences:int=0, # Spread evenly over the data; 0: all
-    max_rows:int=0, # Rows of the data that are read, the first ones; 0: all
-    device:str='auto', # auto: a GPU where there is one; a model in memory stays where it is
-    cache:str|Path|None=None, # Folder that keeps the token set for the next time; default: a temporary one
-    progress:bool=True, # Show a bar?
-)->dict: # `loss` in nats a token, `perplexity`, `bits_per_byte` where the tokens' lengths are known, `tokens`, `bytes`, `sequence_length`
+    tokenizer: (
+        Tokenizer | str | Path | None
+    ) = None,  # Default: the model's own, which stands in its directory
+    seq_len: int = 0,  # Tokens of a sequence; 0: 512, or as many as the model reads
+    batch_size: int = 8,  # Sequences at once
+    max_sequences: int = 0,  # Spread evenly over the data; 0: all
+    max_rows: int = 0,  # Rows of the data that are read, the first ones; 0: all
+    device: str = "auto",  # auto: a GPU where there is one; a model in memory stays where it is
+    cache: (
+        str | Path | None
+    ) = None,  # Folder that keeps the token set for the next time; default: a temporary one
+    progress: bool = True,  # Show a bar?
+) -> dict:  # `loss` in nats a token, `perplexity`, `bits_per_byte` where the tokens' lengths are known, `tokens`, `bytes`, `sequence_length`
     "How well a model predicts data. Of conversations, what the assistant says counts."
     in_memory = isinstance(model, GPT)
-    model,tok = open_model(model, tokenizer)
-    need_gpt(model, 'this evaluation')
-    if tok.vocab_size > model.config.vocab_size: raise ValueError(f"the tokenizer has {tok.vocab_size:,} tokens and the model knows {model.config.vocab_size:,}; pass the tokenizer that it was trained with")
+    model, tok = open_model(model, tokenizer)
+    need_gpt(model, "this evaluation")
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tok.vocab_size:,} tokens and the model knows"
+            f" {model.config.vocab_size:,}; pass the tokenizer that it was trained with"
+        )
     seq_len = seq_len or min(512, model.config.max_len)
-    if not 2 <= seq_len <= model.config.max_len: raise ValueError(f"seq_len={seq_len} must be from 2 to {model.config.max_len}, the longest text that the model reads")
-    if batch_size < 1: raise ValueError(f"batch_size={batch_size} must be at least 1")
-    if device == 'auto': device = next(model.parameters()).device if in_memory else best_device()
+    if not 2 <= seq_len <= model.config.max_len:
+        raise ValueError(
+            f"seq_len={seq_len} must be from 2 to {model.config.max_len}, the longest text that the"
+            " model reads"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if device == "auto":
+        device = next(model.parameters()).device if in_memory else best_device()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         tokens = _token_set(data, tok, at_home(cache or folder), max_rows, progress)
-        m = total_loss(model.to(device), tokens, seq_len, batch_size, max_sequences, token_bytes(tok), progress)
-    if not m['tokens']: raise ValueError(f"{data} has nothing to predict within {seq_len} tokens; of conversations, only what the assistant says counts: raise seq_len")
-    loss = m['nats']/m['tokens']
-    return dict(loss=loss, perplexity=math.exp(min(loss, 700)), bits_per_byte=m['nats']/math.log(2)/m['bytes'] if m.get('bytes') else None, tokens=m['tokens'], bytes=m.get('bytes'), sequence_length=seq_len)
+        m = total_loss(
+            model.to(device), tokens, seq_len, batch_size, max_sequences, token_bytes(tok), progress
+        )
+    if not m["tokens"]:
+        raise ValueError(
+            f"{data} has nothing to predict within {seq_len} tokens; of conversations, only what"
+            " the assistant says counts: raise seq_len"
+        )
+    loss = m["nats"] / m["tokens"]
+    return dict(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        bits_per_byte=m["nats"] / math.log(2) / m["bytes"] if m.get("bytes") else None,
+        tokens=m["tokens"],
+        bytes=m.get("bytes"),
+        sequence_length=seq_len,
+    )
 
 # %% ../nbs/14_evaluate.ipynb #a66a6137
 def evaluation_table(
-    rows:dict[str,dict], # What was evaluated → of `evaluate_on`
-)->str:
+    rows: dict[str, dict],  # What was evaluated → of `evaluate_on`
+) -> str:
     "Evaluations, a line each."
-    lines = [('','loss','perplexity','bits a byte','tokens')]
-    for name,r in rows.items(): lines.append((name, f"{r['loss']:.4f}", f"{r['perplexity']:,.2f}", '–' if r['bits_per_byte'] is None else f"{r['bits_per_byte']:.3f}", f"{r['tokens']:,}"))
+    lines = [("", "loss", "perplexity", "bits a byte", "tokens")]
+    for name, r in rows.items():
+        lines.append(
+            (
+                name,
+                f"{r['loss']:.4f}",
+                f"{r['perplexity']:,.2f}",
+                "–" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.3f}",
+                f"{r['tokens']:,}",
+            )
+        )
     return text_table(lines)

@@ -14,9 +14,31 @@ from pathlib import Path
 import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checkpoint import EXPORTED, CheckpointError, Weights, find_base, load_model, open_weights, problem, read_config, read_pickle, run_model, write_manifest, write_safetensors
+from minigpt.checkpoint import (
+    EXPORTED,
+    CheckpointError,
+    Weights,
+    find_base,
+    load_model,
+    open_weights,
+    problem,
+    read_config,
+    read_pickle,
+    run_model,
+    write_manifest,
+    write_safetensors,
+)
 from .data import open_set, spread_over
-from .files import at_home, delete, dir_size, free_said, human_size, new_dir, read_json, write_json
+from minigpt.files import (
+    at_home,
+    delete,
+    dir_size,
+    free_said,
+    human_size,
+    new_dir,
+    read_json,
+    write_json,
+)
 from .lora import LoRAGPT
 from .model import GPT, GPTConfig, LanguageModel, from_hf, need_gpt
 from .picture import figure
@@ -26,321 +48,743 @@ from .tokenizer import Tokenizer, load_tokenizer
 # %% ../nbs/08_export.ipynb #f16f6de0
 BITS = dict(fp32=32, fp16=16, bf16=16, int8=8, int4=4)
 _FLOATS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
-GROUP = 64 # weights that share a scale, see `minigpt.quantize`
+GROUP = 64  # weights that share a scale, see `minigpt.quantize`
+
 
 def theory(
-    config:GPTConfig, # Of the model
-)->dict[str,int]: # Precision → bytes
+    config: GPTConfig,  # Of the model
+) -> dict[str, int]:  # Precision → bytes
     "Parameters times bits."
-    return {p:config.n_params*bits//8 for p,bits in BITS.items()}
+    return {p: config.n_params * bits // 8 for p, bits in BITS.items()}
 
-def _layout(header:Iterable[tuple[str,tuple[int,...]]], precision:str)->dict[str,Tensor]:
+
+def _layout(header: Iterable[tuple[str, tuple[int, ...]]], precision: str) -> dict[str, Tensor]:
     "What will stand in the file: name → tensor on the device meta, in order."
-    out,meta = {},lambda *shape, dtype: torch.empty(shape, dtype=dtype, device='meta')
-    for k,shape in header:
-        if precision in _FLOATS: out[k] = meta(*shape, dtype=_FLOATS[precision])
-        elif len(shape) != 2: out[k] = meta(*shape, dtype=torch.float32)
+    out, meta = {}, lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
+    for k, shape in header:
+        if precision in _FLOATS:
+            out[k] = meta(*shape, dtype=_FLOATS[precision])
+        elif len(shape) != 2:
+            out[k] = meta(*shape, dtype=torch.float32)
         else:
-            n,size = group_shape(shape[1], GROUP)
-            out[k] = meta(shape[0], n, size, dtype=torch.int8) if precision == 'int8' else meta(shape[0], n, size//2, dtype=torch.uint8)
-            out[k+'.scale'] = meta(shape[0], n, dtype=torch.bfloat16)
+            n, size = group_shape(shape[1], GROUP)
+            out[k] = (
+                meta(shape[0], n, size, dtype=torch.int8)
+                if precision == "int8"
+                else meta(shape[0], n, size // 2, dtype=torch.uint8)
+            )
+            out[k + ".scale"] = meta(shape[0], n, dtype=torch.bfloat16)
     return out
 
-def _size(layout:dict[str,Tensor])->int: return sum(t.nbytes for t in layout.values())
+
+def _size(layout: dict[str, Tensor]) -> int:
+    return sum(t.nbytes for t in layout.values())
+
 
 def export_bytes(
-    config:GPTConfig, # Of the model
-    precision:str, # One of `BITS`
-)->int: # Of all tensors; the file's header comes to it, some kilobytes
+    config: GPTConfig,  # Of the model
+    precision: str,  # One of `BITS`
+) -> int:  # Of all tensors; the file's header comes to it, some kilobytes
     "What the weights take in a file, to the byte."
-    with torch.device('meta'): model = GPT(config)
-    return _size(_layout(((k, tuple(t.shape)) for k,t in model.weights().items()), precision))
+    with torch.device("meta"):
+        model = GPT(config)
+    return _size(_layout(((k, tuple(t.shape)) for k, t in model.weights().items()), precision))
 
 # %% ../nbs/08_export.ipynb #649313b3
 def minimind_config(
-    weights:dict[str,Tensor], # Of a MiniMind `.pth`
-)->GPTConfig:
+    weights: dict[str, Tensor],  # Of a MiniMind `.pth`
+) -> GPTConfig:
     "The shape of a MiniMind model: what its tensors tell, and what its code has beside them."
-    rows = lambda name: weights[f'model.layers.0.{name}.weight'].shape[0]
-    (V,C),qk = weights['model.embed_tokens.weight'].shape,'model.layers.0.self_attn.q_norm.weight' in weights # since MiniMind 3
-    D = rows('self_attn.q_norm') if qk else C//8
-    head = weights.get('lm_head.weight')
-    return GPTConfig(vocab_size=V, dim=C, n_layer=1+max(int(k.split('.')[2]) for k in weights if k.startswith('model.layers.')), head_dim=D, n_head=rows('self_attn.q_proj')//D,
-        n_kv_head=rows('self_attn.k_proj')//D, ffn_dim=rows('mlp.up_proj'), max_len=32768, rope_theta=1e6, norm_eps=1e-6 if qk else 1e-5, qk_norm=qk,
-        tied=head is None or torch.equal(head, weights['model.embed_tokens.weight']))
+    rows = lambda name: weights[f"model.layers.0.{name}.weight"].shape[0]
+    (V, C), qk = (
+        weights["model.embed_tokens.weight"].shape,
+        "model.layers.0.self_attn.q_norm.weight" in weights,
+    )  # since MiniMind 3
+    D = rows("self_attn.q_norm") if qk else C // 8
+    head = weights.get("lm_head.weight")
+    return GPTConfig(
+        vocab_size=V,
+        dim=C,
+        n_layer=1 + max(int(k.split(".")[2]) for k in weights if k.startswith("model.layers.")),
+        head_dim=D,
+        n_head=rows("self_attn.q_proj") // D,
+        n_kv_head=rows("self_attn.k_proj") // D,
+        ffn_dim=rows("mlp.up_proj"),
+        max_len=32768,
+        rope_theta=1e6,
+        norm_eps=1e-6 if qk else 1e-5,
+        qk_norm=qk,
+        tied=head is None or torch.equal(head, weights["model.embed_tokens.weight"]),
+    )
 
-def _from_pickle(path:Path, config:GPTConfig|str|None)->tuple[GPTConfig,Weights]:
+
+def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig, Weights]:
     "A state dict that somebody saved, alone or in a dict of a training state."
     d = read_pickle(path)
-    own = d.get('config') if isinstance(d, dict) else None
-    if config is None and isinstance(own, dict) and own.get('model_type') in ('llama','qwen3'): # what stands in a config.json, as in our demonstration
-        try: config = from_hf(own)
-        except ValueError as e: raise CheckpointError(f"{path} is not converted: {e}") from None
-    if isinstance(d, dict): d = next((d[k] for k in ('model_state_dict','state_dict','model') if isinstance(d.get(k), dict)), d)
-    if not isinstance(d, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k,t in d.items()): raise CheckpointError(f"{path} is not converted: there are no weights by name in it (keys {[*d][:6] if isinstance(d, dict) else type(d).__name__})")
-    d = {k.removeprefix('module.').removeprefix('_orig_mod.'):t for k,t in d.items()} # of DistributedDataParallel, of torch.compile
-    if 'transformer.wpe.weight' in d: raise CheckpointError(f"{path} is not converted: it is a GPT-2, as nanoGPT trains them, with learned positions, LayerNorm and GELU; this library computes Llama and Qwen3. Open it with nanoGPT")
-    if any('.experts.' in k for k in d): raise CheckpointError(f"{path} is not converted: it is a mixture of experts, which this library does not compute. Open it with the program that trained it")
-    if 'model.embed_tokens.weight' not in d: raise CheckpointError(f"{path} is not converted: its tensors are not named as those of a Llama or Qwen3 (model.embed_tokens.weight, …) but {', '.join([*d][:3])}, …")
-    if config == 'minimind':
-        try: config = minimind_config(d)
-        except (KeyError, ValueError, IndexError) as e: raise CheckpointError(f"{path} is not converted: it is not shaped as a MiniMind model ({e})") from None
-    if not isinstance(config, GPTConfig): raise ValueError(f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps; pass config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)")
+    own = d.get("config") if isinstance(d, dict) else None
+    if (
+        config is None and isinstance(own, dict) and own.get("model_type") in ("llama", "qwen3")
+    ):  # what stands in a config.json, as in our demonstration
+        try:
+            config = from_hf(own)
+        except ValueError as e:
+            raise CheckpointError(f"{path} is not converted: {e}") from None
+    if isinstance(d, dict):
+        d = next(
+            (
+                d[k]
+                for k in ("model_state_dict", "state_dict", "model")
+                if isinstance(d.get(k), dict)
+            ),
+            d,
+        )
+    if not isinstance(d, dict) or not all(
+        isinstance(k, str) and isinstance(t, Tensor) for k, t in d.items()
+    ):
+        raise CheckpointError(
+            f"{path} is not converted: there are no weights by name in it (keys"
+            f" {[*d][:6] if isinstance(d, dict) else type(d).__name__})"
+        )
+    d = {
+        k.removeprefix("module.").removeprefix("_orig_mod."): t for k, t in d.items()
+    }  # of DistributedDataParallel, of torch.compile
+    if "transformer.wpe.weight" in d:
+        raise CheckpointError(
+            f"{path} is not converted: it is a GPT-2, as nanoGPT trains them, with learned"
+            " positions, LayerNorm and GELU; this library computes Llama and Qwen3. Open it with"
+            " nanoGPT"
+        )
+    if any(".experts." in k for k in d):
+        raise CheckpointError(
+            f"{path} is not converted: it is a mixture of experts, which this library does not"
+            " compute. Open it with the program that trained it"
+        )
+    if "model.embed_tokens.weight" not in d:
+        raise CheckpointError(
+            f"{path} is not converted: its tensors are not named as those of a Llama or Qwen3"
+            f" (model.embed_tokens.weight, …) but {', '.join([*d][:3])}, …"
+        )
+    if config == "minimind":
+        try:
+            config = minimind_config(d)
+        except (KeyError, ValueError, IndexError) as e:
+            raise CheckpointError(
+                f"{path} is not converted: it is not shaped as a MiniMind model ({e})"
+            ) from None
+    if not isinstance(config, GPTConfig):
+        raise ValueError(
+            f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps;"
+            " pass config='minimind' (--like minimind) if MiniMind trained it, else"
+            " config=GPTConfig(…)"
+        )
     weights = Weights([d], config, path)
-    return weights.config,weights
+    return weights.config, weights
 
-def _named(source)->Path|LanguageModel: "The path of a source, of a run too; a model in memory as it is."; return source if isinstance(source, LanguageModel) else at_home(getattr(source, 'path', source))
 
-def _find(source)->Path:
+def _named(source) -> Path | LanguageModel:
+    "The path of a source, of a run too; a model in memory as it is."
+    return source if isinstance(source, LanguageModel) else at_home(getattr(source, "path", source))
+
+
+def _find(source) -> Path:
     "The directory or file that is meant by a path; of a run, its final model, or its newest checkpoint if that is newer."
     path = _named(source)
-    if not path.exists(): raise FileNotFoundError(f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth file")
-    alone = [f for f in path.iterdir() if f.suffix in ('.pt','.pth')] if path.is_dir() and not any((path/n).exists() for n in ('run.json','config.json','adapter_config.json')) else []
-    if len(alone) == 1: return alone[0]
-    return run_model(path) if (path/'run.json').exists() else path
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth"
+            " file"
+        )
+    alone = (
+        [f for f in path.iterdir() if f.suffix in (".pt", ".pth")]
+        if path.is_dir()
+        and not any((path / n).exists() for n in ("run.json", "config.json", "adapter_config.json"))
+        else []
+    )
+    if len(alone) == 1:
+        return alone[0]
+    return run_model(path) if (path / "run.json").exists() else path
 
-def _open(source, config=None)->tuple[GPTConfig,Weights,Path|None]:
+
+def _open(source, config=None) -> tuple[GPTConfig, Weights, Path | None]:
     "Shape and weights of a source, and its directory if it is one."
-    if isinstance(source, LoRAGPT): source = source.merged()
-    if isinstance(source, LanguageModel): return source.config,Weights([source.weights()], source.config, 'the model'),None
+    if isinstance(source, LoRAGPT):
+        source = source.merged()
+    if isinstance(source, LanguageModel):
+        return source.config, Weights([source.weights()], source.config, "the model"), None
     path = _find(source)
-    if path.is_file(): return *_from_pickle(path, config),None
-    if (path/'adapter_config.json').exists(): merged = load_model(path).merged(); return merged.config,Weights([merged.weights()], merged.config, path),path
+    if path.is_file():
+        return *_from_pickle(path, config), None
+    if (path / "adapter_config.json").exists():
+        merged = load_model(path).merged()
+        return merged.config, Weights([merged.weights()], merged.config, path), path
     weights = open_weights(path, read_config(path))
-    return weights.config,weights,path
+    return weights.config, weights, path
 
 # %% ../nbs/08_export.ipynb #0020a95f
-_TOKENIZER = 'tokenizer.json','tokenizer_config.json','chat_template.jinja','special_tokens_map.json','added_tokens.json','vocab.json','merges.txt','tokenizer.model'
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 
-def _converted(weights:Weights, precision:str, count:Callable[[int],None])->Iterator[Tensor]:
+
+def _converted(weights: Weights, precision: str, count: Callable[[int], None]) -> Iterator[Tensor]:
     "The tensors of `_layout`, in its order."
-    for k,t in weights:
+    for k, t in weights:
         try:
             if precision in _FLOATS:
                 out = t.to(_FLOATS[precision])
-                if not all(x.isfinite() for x in out.aminmax()): raise ValueError(f"it holds a NaN, an inf or a number beyond {torch.finfo(out.dtype).max:,.0f}" + (', the largest in fp16; use bf16' if precision == 'fp16' else ''))
+                if not all(x.isfinite() for x in out.aminmax()):
+                    raise ValueError(
+                        "it holds a NaN, an inf or a number beyond"
+                        f" {torch.finfo(out.dtype).max:,.0f}"
+                        + (", the largest in fp16; use bf16" if precision == "fp16" else "")
+                    )
                 yield out
-            elif t.dim() != 2: yield t.float()
-            else: yield from quantize(t, BITS[precision], GROUP)
-        except ValueError as e: raise CheckpointError(f"{weights.name} is not exported: {k}: {e}") from None
+            elif t.dim() != 2:
+                yield t.float()
+            else:
+                yield from quantize(t, BITS[precision], GROUP)
+        except ValueError as e:
+            raise CheckpointError(f"{weights.name} is not exported: {k}: {e}") from None
         count(t.nbytes)
 
-def _config_json(config:GPTConfig, precision:str, compress:bool, tokenizer:Tokenizer|None, theirs:dict)->dict:
+
+def _config_json(
+    config: GPTConfig, precision: str, compress: bool, tokenizer: Tokenizer | None, theirs: dict
+) -> dict:
     "What config.json says; token ids as the tokenizer has them, or the source's own."
-    if tokenizer: c = config.to_hf(eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id)
-    else: c = config.to_hf() | {k:theirs[k] for k in ('bos_token_id','eos_token_id','pad_token_id') if k in theirs}
-    c['dtype'] = c['torch_dtype'] = str(_FLOATS.get(precision, torch.float32)).removeprefix('torch.')
-    if precision not in _FLOATS: c['quantization'] = dict(bits=BITS[precision], group=GROUP)
-    if precision not in _FLOATS or compress: c['opens_with'] = 'minigpt.checkpoint.load_model'
+    if tokenizer:
+        c = config.to_hf(
+            eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id
+        )
+    else:
+        c = config.to_hf() | {
+            k: theirs[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in theirs
+        }
+    c["dtype"] = c["torch_dtype"] = str(_FLOATS.get(precision, torch.float32)).removeprefix(
+        "torch."
+    )
+    if precision not in _FLOATS:
+        c["quantization"] = dict(bits=BITS[precision], group=GROUP)
+    if precision not in _FLOATS or compress:
+        c["opens_with"] = "minigpt.checkpoint.load_model"
     return c
 
-def _own_file(folder:Path, name:str)->Path|None: # None: it is not there
+
+def _own_file(folder: Path, name: str) -> Path | None:  # None: it is not there
     "A file of a model directory; a `CheckpointError` if it is a link out of it, which would bring a stranger's choice of your files into the export. (In the cache of Hugging Face's hub, files are links into the folder blobs beside; these are followed.)"
-    path = folder/name
-    if not path.exists(): return None
-    real,home = path.resolve(),folder.resolve()
-    if home not in real.parents and real.parent != home.parent.parent/'blobs': raise CheckpointError(f"{path} is a link to {real}, outside of the directory, and is not copied. Put the file itself there, or delete the link")
+    path = folder / name
+    if not path.exists():
+        return None
+    real, home = path.resolve(), folder.resolve()
+    if home not in real.parents and real.parent != home.parent.parent / "blobs":
+        raise CheckpointError(
+            f"{path} is a link to {real}, outside of the directory, and is not copied. Put the file"
+            " itself there, or delete the link"
+        )
     return real
 
-def _copy_small(folder:Path, d:Path, names:Iterable[str]):
+
+def _copy_small(folder: Path, d: Path, names: Iterable[str]):
     "Copy those of some files that a model directory has."
     for name in names:
-        if found := _own_file(folder, name): shutil.copyfile(found, d/name)
+        if found := _own_file(folder, name):
+            shutil.copyfile(found, d / name)
 
-def _write_model(d:Path, config:GPTConfig, weights:Weights, folder:Path|None, precision:str, compress:bool, tokenizer:Tokenizer|None, count)->dict[str,str]:
+
+def _write_model(
+    d: Path,
+    config: GPTConfig,
+    weights: Weights,
+    folder: Path | None,
+    precision: str,
+    compress: bool,
+    tokenizer: Tokenizer | None,
+    count,
+) -> dict[str, str]:
     "Config, weights and tokenizer; the hash of the weights."
-    write_json(d/'config.json', _config_json(config, precision, compress, tokenizer, read_json(folder/'config.json') if folder and (folder/'config.json').exists() else {}))
-    shapes,metadata = [(k, shape) for k,(_,shape) in weights.header.items()],{'format':'pt'}
-    if precision not in _FLOATS: metadata['minigpt'] = orjson.dumps(dict(bits=BITS[precision], group=GROUP, widths={k:s[1] for k,s in shapes if len(s) == 2})).decode()
+    write_json(
+        d / "config.json",
+        _config_json(
+            config,
+            precision,
+            compress,
+            tokenizer,
+            (
+                read_json(folder / "config.json")
+                if folder and (folder / "config.json").exists()
+                else {}
+            ),
+        ),
+    )
+    shapes, metadata = [(k, shape) for k, (_, shape) in weights.header.items()], {"format": "pt"}
+    if precision not in _FLOATS:
+        metadata["minigpt"] = orjson.dumps(
+            dict(
+                bits=BITS[precision],
+                group=GROUP,
+                widths={k: s[1] for k, s in shapes if len(s) == 2},
+            )
+        ).decode()
     if tokenizer:
         tokenizer.save(d)
-        if isinstance(config, GPTConfig): write_json(d/'generation_config.json', dict(eos_token_id=list(tokenizer.stop_ids), pad_token_id=tokenizer.eos_id, do_sample=True))
-    if folder and not tokenizer: _copy_small(folder, d, (*_TOKENIZER, 'generation_config.json'))
-    name = 'model.safetensors'+'.zst'*compress
-    return {name:write_safetensors(d/name, _layout(shapes, precision), metadata, _converted(weights, precision, count), compress)}
+        if isinstance(config, GPTConfig):
+            write_json(
+                d / "generation_config.json",
+                dict(
+                    eos_token_id=list(tokenizer.stop_ids),
+                    pad_token_id=tokenizer.eos_id,
+                    do_sample=True,
+                ),
+            )
+    if folder and not tokenizer:
+        _copy_small(folder, d, (*_TOKENIZER, "generation_config.json"))
+    name = "model.safetensors" + ".zst" * compress
+    return {
+        name: write_safetensors(
+            d / name,
+            _layout(shapes, precision),
+            metadata,
+            _converted(weights, precision, count),
+            compress,
+        )
+    }
 
 # %% ../nbs/08_export.ipynb #6ef3a860
-def _full(source)->Path:
+def _full(source) -> Path:
     "The directory of a whole checkpoint that training can go on from."
     folder = None if isinstance(source, LanguageModel) else _find(source)
-    why = problem(folder) if folder and (folder/'MANIFEST.json').exists() else 'it has no manifest of this library'
-    if not why and not any(n.startswith('optimizer.safetensors') for n in read_json(folder/'MANIFEST.json')['files']): why = 'it holds no state of an optimizer'
-    if why: raise CheckpointError(f"{folder or 'the model'} is not exported in full: {why}. Leave weights_only=True, or name a checkpoint of a run")
+    why = (
+        problem(folder)
+        if folder and (folder / "MANIFEST.json").exists()
+        else "it has no manifest of this library"
+    )
+    if not why and not any(
+        n.startswith("optimizer.safetensors") for n in read_json(folder / "MANIFEST.json")["files"]
+    ):
+        why = "it holds no state of an optimizer"
+    if why:
+        raise CheckpointError(
+            f"{folder or 'the model'} is not exported in full: {why}. Leave weights_only=True, or"
+            " name a checkpoint of a run"
+        )
     return folder
 
-def _copy_files(d:Path, folder:Path, compress:bool, count):
-    for name in read_json(folder/'MANIFEST.json')['files']:
-        plain = name.removesuffix('.zst'); pack = compress and plain.endswith('.safetensors')
-        with open(_own_file(folder, name), 'rb') as f, open(d/(plain+'.zst'*pack), 'wb') as to:
-            how = None if pack == (name != plain) else zstandard.ZstdCompressor(write_checksum=True) if pack else zstandard.ZstdDecompressor()
-            at,stream = 0,how.stream_reader(f, closefd=False) if how else f
-            while piece := stream.read(1<<22): to.write(piece); count(f.tell()-at); at = f.tell()
+
+def _copy_files(d: Path, folder: Path, compress: bool, count):
+    for name in read_json(folder / "MANIFEST.json")["files"]:
+        plain = name.removesuffix(".zst")
+        pack = compress and plain.endswith(".safetensors")
+        with (
+            open(_own_file(folder, name), "rb") as f,
+            open(d / (plain + ".zst" * pack), "wb") as to,
+        ):
+            how = (
+                None
+                if pack == (name != plain)
+                else (
+                    zstandard.ZstdCompressor(write_checksum=True)
+                    if pack
+                    else zstandard.ZstdDecompressor()
+                )
+            )
+            at, stream = 0, how.stream_reader(f, closefd=False) if how else f
+            while piece := stream.read(1 << 22):
+                to.write(piece)
+                count(f.tell() - at)
+                at = f.tell()
 
 # %% ../nbs/08_export.ipynb #480d9537
-def _place(source, name:str)->Path:
+def _place(source, name: str) -> Path:
     "Where an export goes if nobody says: `exports` of the run, or beside the source."
-    if isinstance(source, LanguageModel): raise ValueError("a model in memory has no place; name the directory to write, such as out='exports/mine'")
+    if isinstance(source, LanguageModel):
+        raise ValueError(
+            "a model in memory has no place; name the directory to write, such as"
+            " out='exports/mine'"
+        )
     path = _find(source)
-    if not path.name: path = path.absolute() # such as '.'
-    run = next((p for p in (path, *path.parents[:2]) if (p/'run.json').exists()), None)
-    return (run/'exports' if run else path.parent)/f'{path.stem if path.is_file() else path.name}-{name}'
+    if not path.name:
+        path = path.absolute()  # such as '.'
+    run = next((p for p in (path, *path.parents[:2]) if (p / "run.json").exists()), None)
+    return (
+        run / "exports" if run else path.parent
+    ) / f"{path.stem if path.is_file() else path.name}-{name}"
 
-_ALIEN = {'.gguf':"GGUF is not written here; llama.cpp's convert_hf_to_gguf.py makes it of such a directory, if it knows the tokenizer", '.pth':"MiniMind's names are those in model.safetensors: load_state_dict(load_file(…), strict=False)", '.pt':'torch reads model.safetensors with safetensors.torch.load_file', '.bin':'torch reads model.safetensors with safetensors.torch.load_file', '.safetensors':'its weights are in model.safetensors', '.onnx':'for ONNX: minigpt export SOURCE DIR --precision onnx, or minigpt.export.export_onnx'}
 
-def _check_out(out:Path, source, replace:bool):
+_ALIEN = {
+    ".gguf": (
+        "GGUF is not written here; llama.cpp's convert_hf_to_gguf.py makes it of such a directory,"
+        " if it knows the tokenizer"
+    ),
+    ".pth": (
+        "MiniMind's names are those in model.safetensors: load_state_dict(load_file(…),"
+        " strict=False)"
+    ),
+    ".pt": "torch reads model.safetensors with safetensors.torch.load_file",
+    ".bin": "torch reads model.safetensors with safetensors.torch.load_file",
+    ".safetensors": "its weights are in model.safetensors",
+    ".onnx": "for ONNX: minigpt export SOURCE DIR --precision onnx, or minigpt.export.export_onnx",
+}
+
+
+def _check_out(out: Path, source, replace: bool):
     "A `ValueError` or `FileExistsError` if this is no name for an export, or something stands there that is none."
-    if out.suffix.lower() in _ALIEN: raise ValueError(f"{out}: an export is a directory, such as {out.with_suffix('')}; {_ALIEN[out.suffix.lower()]}")
-    if not replace or not out.exists(): return
-    if not isinstance(source, LanguageModel) and out.resolve() in ((at := Path(source).resolve()), *at.parents): raise FileExistsError(f"{out} is the source, or around it, so it is not replaced; choose another name")
-    try: m = read_json(out/'MANIFEST.json') if out.is_dir() else {}
-    except (OSError, ValueError): m = {}
-    if m.get('kind') not in EXPORTED or not {p.name for p in out.iterdir()} <= {*m['files'], 'MANIFEST.json'}: raise FileExistsError(f"{out} is not an earlier export of weights, so it is not replaced; choose another name, or move it away")
+    if out.suffix.lower() in _ALIEN:
+        raise ValueError(
+            f"{out}: an export is a directory, such as {out.with_suffix('')};"
+            f" {_ALIEN[out.suffix.lower()]}"
+        )
+    if not replace or not out.exists():
+        return
+    if not isinstance(source, LanguageModel) and out.resolve() in (
+        (at := Path(source).resolve()),
+        *at.parents,
+    ):
+        raise FileExistsError(
+            f"{out} is the source, or around it, so it is not replaced; choose another name"
+        )
+    try:
+        m = read_json(out / "MANIFEST.json") if out.is_dir() else {}
+    except (OSError, ValueError):
+        m = {}
+    if m.get("kind") not in EXPORTED or not {p.name for p in out.iterdir()} <= {
+        *m["files"],
+        "MANIFEST.json",
+    }:
+        raise FileExistsError(
+            f"{out} is not an earlier export of weights, so it is not replaced; choose another"
+            " name, or move it away"
+        )
+
 
 def export(
-    source:str|Path|GPT, # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
-    out:str|Path|None=None, # The directory to appear; default: in `exports` of the run, else beside the source
-    precision:str='fp32', # `fp32`, `fp16`, `bf16`, `int8`, `int4`
-    weights_only:bool=True, # False: the full checkpoint, with optimizer and random generators
-    compress:bool=False, # zstd on the tensors; then only this library opens it
-    metrics:bool=False, # Keep trainer_state.json, with the step and the losses
+    source: (
+        str | Path | GPT
+    ),  # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
+    out: (
+        str | Path | None
+    ) = None,  # The directory to appear; default: in `exports` of the run, else beside the source
+    precision: str = "fp32",  # `fp32`, `fp16`, `bf16`, `int8`, `int4`
+    weights_only: bool = True,  # False: the full checkpoint, with optimizer and random generators
+    compress: bool = False,  # zstd on the tensors; then only this library opens it
+    metrics: bool = False,  # Keep trainer_state.json, with the step and the losses
     *,
-    tokenizer:str|Path|Tokenizer|None=None, # To put in, or its folder; default: the source's own
-    config:GPTConfig|str|None=None, # Only for a `.pth` file: its shape, or 'minimind'
-    replace:bool=False, # May it take the place of an earlier export at `out`?
-    progress:Callable[[int,int],None]|None=None, # Told of bytes read and their total; default: a bar
-)->Path: # `out`
+    tokenizer: (
+        str | Path | Tokenizer | None
+    ) = None,  # To put in, or its folder; default: the source's own
+    config: GPTConfig | str | None = None,  # Only for a `.pth` file: its shape, or 'minimind'
+    replace: bool = False,  # May it take the place of an earlier export at `out`?
+    progress: (
+        Callable[[int, int], None] | None
+    ) = None,  # Told of bytes read and their total; default: a bar
+) -> Path:  # `out`
     "Write a model as a directory that `load_model` opens, with a manifest; transformers opens the plain ones, too."
-    if precision not in BITS: raise ValueError(f"precision={precision!r} must be one of {', '.join(BITS)}; GGUF is not written here (llama.cpp's convert_hf_to_gguf.py makes it of a plain directory, if it knows the tokenizer)")
-    if not weights_only and (precision != 'fp32' or metrics or tokenizer or config): raise ValueError("weights_only=False copies the checkpoint as it is, to train on from; precision, metrics, tokenizer and config are for weights alone")
-    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
+    if precision not in BITS:
+        raise ValueError(
+            f"precision={precision!r} must be one of {', '.join(BITS)}; GGUF is not written here"
+            " (llama.cpp's convert_hf_to_gguf.py makes it of a plain directory, if it knows the"
+            " tokenizer)"
+        )
+    if not weights_only and (precision != "fp32" or metrics or tokenizer or config):
+        raise ValueError(
+            "weights_only=False copies the checkpoint as it is, to train on from; precision,"
+            " metrics, tokenizer and config are for weights alone"
+        )
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer)
     source = _named(source)
     if weights_only:
-        config,weights,folder = _open(source, config)
-        if folder and not tokenizer and (folder/'adapter_config.json').exists(): # merged; its base's tokenizer, unless it has one
-            tokenizer = load_tokenizer(folder if (folder/'tokenizer.json').exists() else find_base(read_json(folder/'adapter_config.json')['base_model_name_or_path'], folder))
-        total = sum(math.prod(shape)*dtype.itemsize for dtype,shape in weights.header.values())
-        kind = 'compressed' if compress else 'quantized' if precision not in _FLOATS else 'best' if metrics else 'weights'
+        config, weights, folder = _open(source, config)
+        if (
+            folder and not tokenizer and (folder / "adapter_config.json").exists()
+        ):  # merged; its base's tokenizer, unless it has one
+            tokenizer = load_tokenizer(
+                folder
+                if (folder / "tokenizer.json").exists()
+                else find_base(
+                    read_json(folder / "adapter_config.json")["base_model_name_or_path"], folder
+                )
+            )
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.header.values())
+        kind = (
+            "compressed"
+            if compress
+            else "quantized"
+            if precision not in _FLOATS
+            else "best"
+            if metrics
+            else "weights"
+        )
     else:
-        folder,kind = _full(source),'compressed' if compress else 'step'
-        total = sum((folder/n).stat().st_size for n in read_json(folder/'MANIFEST.json')['files'])
-    state = folder/'trainer_state.json' if folder and (folder/'trainer_state.json').exists() else None
-    if metrics and not state: raise ValueError(f"metrics=True keeps trainer_state.json, and {folder or 'the source'} has none")
-    out = at_home(out) if out else _place(source, (precision if weights_only else 'full')+'-zst'*compress)
+        folder, kind = _full(source), "compressed" if compress else "step"
+        total = sum(
+            (folder / n).stat().st_size for n in read_json(folder / "MANIFEST.json")["files"]
+        )
+    state = (
+        folder / "trainer_state.json"
+        if folder and (folder / "trainer_state.json").exists()
+        else None
+    )
+    if metrics and not state:
+        raise ValueError(
+            f"metrics=True keeps trainer_state.json, and {folder or 'the source'} has none"
+        )
+    out = (
+        at_home(out)
+        if out
+        else _place(source, (precision if weights_only else "full") + "-zst" * compress)
+    )
     _check_out(out, source, replace)
     done = 0
-    with tqdm(total=total, unit='B', unit_scale=True, unit_divisor=1024, desc=out.name, disable=progress is not None or total < 64<<20, leave=False) as bar:
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc=out.name,
+        disable=progress is not None or total < 64 << 20,
+        leave=False,
+    ) as bar:
+
         def count(n):
-            nonlocal done; done += n; bar.update(n)
-            if progress: progress(done, total)
+            nonlocal done
+            done += n
+            bar.update(n)
+            if progress:
+                progress(done, total)
+
         count(0)
         try:
             with new_dir(out, replace) as d:
-                hashes = _write_model(d, config, weights, folder, precision, compress, tokenizer, count) if weights_only else _copy_files(d, folder, compress, count) or {}
-                if metrics: _copy_small(folder, d, [state.name])
-                write_manifest(d, hashes, kind, read_json(state).get('global_step', 0) if state else 0)
-                if wrong := problem(d): raise CheckpointError(f"{out} was written and does not read back: {wrong}. The disk may be failing")
-        except FileExistsError: raise
-        except OSError as e: raise CheckpointError(f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose another place") from e
+                hashes = (
+                    _write_model(d, config, weights, folder, precision, compress, tokenizer, count)
+                    if weights_only
+                    else _copy_files(d, folder, compress, count) or {}
+                )
+                if metrics:
+                    _copy_small(folder, d, [state.name])
+                write_manifest(
+                    d, hashes, kind, read_json(state).get("global_step", 0) if state else 0
+                )
+                if wrong := problem(d):
+                    raise CheckpointError(
+                        f"{out} was written and does not read back: {wrong}. The disk may be"
+                        " failing"
+                    )
+        except FileExistsError:
+            raise
+        except OSError as e:
+            raise CheckpointError(
+                f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose"
+                " another place"
+            ) from e
     return out
 
 # %% ../nbs/08_export.ipynb #5ac8b5d2
 @torch.no_grad()
-def _predict(model:GPT, data, seq_len:int, sequences:int)->tuple[float,Tensor]:
+def _predict(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Tensor]:
     "Mean loss in nats, and the likeliest token, at the positions that are learned."
-    need_gpt(model, 'this measurement of the loss')
+    need_gpt(model, "this measurement of the loss")
     n = data.n_windows(seq_len)
-    if not n: raise ValueError(f"the data hold not one sequence of seq_len={seq_len}; take a smaller one, or more data")
-    total,best = 0.,[]
+    if not n:
+        raise ValueError(
+            f"the data hold not one sequence of seq_len={seq_len}; take a smaller one, or more data"
+        )
+    total, best = 0.0, []
     for i in spread_over(n, sequences):
-        b = {k:torch.from_numpy(v) for k,v in data.windows(np.array([i]), seq_len).items()}
-        keep = b['labels'] != -100
-        scores = F.linear(model.hidden(b['ids'], rows=b.get('rows'))[keep], model.head)
-        total += F.cross_entropy(scores, b['labels'][keep], reduction='sum').item(); best.append(scores.argmax(-1))
+        b = {k: torch.from_numpy(v) for k, v in data.windows(np.array([i]), seq_len).items()}
+        keep = b["labels"] != -100
+        scores = F.linear(model.hidden(b["ids"], rows=b.get("rows"))[keep], model.head)
+        total += F.cross_entropy(scores, b["labels"][keep], reduction="sum").item()
+        best.append(scores.argmax(-1))
     best = torch.cat(best)
-    return total/max(1, len(best)),best
+    return total / max(1, len(best)), best
+
 
 class ExportReport(dict):
     "What `export_report` measured; a dictionary, shown as a table, with `.figure()`."
-    def lines(self)->list[tuple[str,...]]:
+
+    def lines(self) -> list[tuple[str, ...]]:
         "The table, the head of each column first."
-        r,loss = self,self['tokens']
-        out = [('precision','in theory','file','loss','change','same token')[:None if loss else 3]]
-        for p,x in r['precisions'].items():
-            out.append((p, human_size(x['theory']), human_size(x['file'])) + ((f"{x['loss']:.4f}", f"{x['change']:+.4f}", f"{x['agreed']:.1%}") if loss else ()))
-        return out + [(k, '', human_size(n)) + ('','','')[:3*bool(loss)] for k,n in r['kinds'].items()]
+        r, loss = self, self["tokens"]
+        out = [
+            ("precision", "in theory", "file", "loss", "change", "same token")[
+                : None if loss else 3
+            ]
+        ]
+        for p, x in r["precisions"].items():
+            out.append(
+                (p, human_size(x["theory"]), human_size(x["file"]))
+                + (
+                    (f"{x['loss']:.4f}", f"{x['change']:+.4f}", f"{x['agreed']:.1%}")
+                    if loss
+                    else ()
+                )
+            )
+        return out + [
+            (k, "", human_size(n)) + ("", "", "")[: 3 * bool(loss)] for k, n in r["kinds"].items()
+        ]
+
     def __str__(self):
-        lines = self.lines(); width = [max(map(len, c)) for c in zip(*lines)]
-        said = f"{self['parameters']:,} parameters" + (f"; loss in nats and likeliest token on {self['tokens']:,} tokens" if self['tokens'] else '')
-        return '\n'.join([said, *('  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i,(x,w) in enumerate(zip(l, width))).rstrip() for l in lines)])
+        lines = self.lines()
+        width = [max(map(len, c)) for c in zip(*lines)]
+        said = f"{self['parameters']:,} parameters" + (
+            f"; loss in nats and likeliest token on {self['tokens']:,} tokens"
+            if self["tokens"]
+            else ""
+        )
+        return "\n".join(
+            [
+                said,
+                *(
+                    "  ".join(
+                        x.ljust(w) if i == 0 else x.rjust(w)
+                        for i, (x, w) in enumerate(zip(l, width))
+                    ).rstrip()
+                    for l in lines
+                ),
+            ]
+        )
+
     __repr__ = __str__
+
     def _repr_html_(self):
-        said,*_ = str(self).splitlines()
-        rows = ''.join('<tr>' + ''.join(f'<{"th" if i == 0 else "td"} style="text-align:{"left" if j == 0 else "right"}">{escape(x)}</{"th" if i == 0 else "td"}>' for j,x in enumerate(l)) + '</tr>' for i,l in enumerate(self.lines()))
-        return f'<p>{escape(said)}</p><table>{rows}</table>'
+        said, *_ = str(self).splitlines()
+        rows = "".join(
+            "<tr>"
+            + "".join(
+                f"<{'th' if i == 0 else 'td'}"
+                f' style="text-align:{"left" if j == 0 else "right"}">{escape(x)}</{"th" if i == 0 else "td"}>'
+                for j, x in enumerate(l)
+            )
+            + "</tr>"
+            for i, l in enumerate(self.lines())
+        )
+        return f"<p>{escape(said)}</p><table>{rows}</table>"
+
     def figure(self):
         "Size in each precision, with what it costs."
-        fig = figure(figsize=(6,2), dpi=80, layout='constrained')
+        fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
         ax = fig.subplots()
-        for i,(p,x) in enumerate(reversed(self['precisions'].items())):
-            ax.barh(i, x['file']/2**20, color='C0'); ax.plot([x['theory']/2**20]*2, [i-.4, i+.4], color='k', lw=1)
-            ax.text(x['file']/2**20, i, f" {human_size(x['file'])}" + (f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same" if self['tokens'] else ''), va='center', fontsize=8)
-        ax.set(xlabel='MiB (line: parameters × bits)', yticks=range(len(self['precisions'])), yticklabels=[*self['precisions']][::-1]); ax.margins(x=.6)
+        for i, (p, x) in enumerate(reversed(self["precisions"].items())):
+            ax.barh(i, x["file"] / 2**20, color="C0")
+            ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
+            ax.text(
+                x["file"] / 2**20,
+                i,
+                f" {human_size(x['file'])}"
+                + (
+                    f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
+                    if self["tokens"]
+                    else ""
+                ),
+                va="center",
+                fontsize=8,
+            )
+        ax.set(
+            xlabel="MiB (line: parameters × bits)",
+            yticks=range(len(self["precisions"])),
+            yticklabels=[*self["precisions"]][::-1],
+        )
+        ax.margins(x=0.6)
         return fig
 
+
 def export_report(
-    source:str|Path|GPT, # As for `export`
-    data=None, # Token set to measure the loss on, or its folder; None: sizes only
-    precisions:Iterable[str]=tuple(BITS), # Which to try
-    seq_len:int=128, # Tokens of a sequence
-    sequences:int=64, # How many, spread over the set
-    config:GPTConfig|str|None=None, # As for `export`
-)->ExportReport:
+    source: str | Path | GPT,  # As for `export`
+    data=None,  # Token set to measure the loss on, or its folder; None: sizes only
+    precisions: Iterable[str] = tuple(BITS),  # Which to try
+    seq_len: int = 128,  # Tokens of a sequence
+    sequences: int = 64,  # How many, spread over the set
+    config: GPTConfig | str | None = None,  # As for `export`
+) -> ExportReport:
     "Sizes, in theory and in the file, and what each precision costs; and the sizes of the kinds of checkpoint."
-    if isinstance(data, (str,Path)): data = open_set(data)
-    shape,weights,folder = _open(source, config)
-    quiet,kinds = dict(progress=lambda done,total: None),{}
-    if data: base,chosen = _predict(weights.fill(shape.build().eval()), data, seq_len, sequences)
+    if isinstance(data, (str, Path)):
+        data = open_set(data)
+    shape, weights, folder = _open(source, config)
+    quiet, kinds = dict(progress=lambda done, total: None), {}
+    if data:
+        base, chosen = _predict(weights.fill(shape.build().eval()), data, seq_len, sequences)
     with tempfile.TemporaryDirectory() as tmp:
+
         def written(*options, **more):
-            delete(Path(tmp)/'x')
-            return export(source, Path(tmp)/'x', *options, **more, **quiet)
+            delete(Path(tmp) / "x")
+            return export(source, Path(tmp) / "x", *options, **more, **quiet)
+
         def measured(p):
             d = written(p, config=config)
-            x = dict(theory=theory(shape)[p], file=(d/'model.safetensors').stat().st_size)
-            if not data: return x
-            loss,best = _predict(load_model(d), data, seq_len, sequences)
-            return dict(x, loss=loss, change=loss-base, agreed=(best == chosen).float().mean().item())
-        out = {p:measured(p) for p in precisions}
-        kinds['weights only'] = dir_size(written(config=config))
-        kinds['compressed'] = dir_size(written(config=config, compress=True))
-        if folder and (folder/'trainer_state.json').exists(): kinds['best'] = dir_size(written(metrics=True))
-        if folder and any(folder.glob('optimizer.safetensors*')):
-            kinds['full'] = dir_size(written(weights_only=False))
-            kinds['full, compressed'] = dir_size(written(weights_only=False, compress=True))
-    return ExportReport(parameters=shape.n_params, precisions=out, kinds=kinds, tokens=len(chosen) if data else 0)
+            x = dict(theory=theory(shape)[p], file=(d / "model.safetensors").stat().st_size)
+            if not data:
+                return x
+            loss, best = _predict(load_model(d), data, seq_len, sequences)
+            return dict(
+                x, loss=loss, change=loss - base, agreed=(best == chosen).float().mean().item()
+            )
+
+        out = {p: measured(p) for p in precisions}
+        kinds["weights only"] = dir_size(written(config=config))
+        kinds["compressed"] = dir_size(written(config=config, compress=True))
+        if folder and (folder / "trainer_state.json").exists():
+            kinds["best"] = dir_size(written(metrics=True))
+        if folder and any(folder.glob("optimizer.safetensors*")):
+            kinds["full"] = dir_size(written(weights_only=False))
+            kinds["full, compressed"] = dir_size(written(weights_only=False, compress=True))
+    return ExportReport(
+        parameters=shape.n_params, precisions=out, kinds=kinds, tokens=len(chosen) if data else 0
+    )
 
 # %% ../nbs/08_export.ipynb #7c6a11e9
 def export_onnx(
-    source:str|Path|GPT, # As for `export`
-    out:str|Path|None=None, # The directory to appear; default: as for `export`
-    config:GPTConfig|str|None=None, # As for `export`
-    replace:bool=False, # May it take the place of an earlier export at `out`?
-)->Path: # `out`, with model.onnx (`ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32) and the tokenizer
+    source: str | Path | GPT,  # As for `export`
+    out: str | Path | None = None,  # The directory to appear; default: as for `export`
+    config: GPTConfig | str | None = None,  # As for `export`
+    replace: bool = False,  # May it take the place of an earlier export at `out`?
+) -> Path:  # `out`, with model.onnx (`ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32) and the tokenizer
     "Write a model for other runtimes, in float32."
-    if not all(map(find_spec, ('onnx','onnxscript'))): raise ImportError("ONNX export needs onnx and onnxscript; install them with: pip install 'minigpt-notebook[export]'")
-    if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters: raise ImportError(f"ONNX export needs torch 2.5 or newer, and this is {torch.__version__}")
+    if not all(map(find_spec, ("onnx", "onnxscript"))):
+        raise ImportError(
+            "ONNX export needs onnx and onnxscript; install them with: pip install"
+            " 'minigpt-notebook[export]'"
+        )
+    if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
+        raise ImportError(f"ONNX export needs torch 2.5 or newer, and this is {torch.__version__}")
+
     class Scores(torch.nn.Module):
-        def __init__(self, model): super().__init__(); self.model = model
-        def forward(self, ids): return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head) # with `rows` the mask is explicit, whatever the length
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return F.linear(
+                self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head
+            )  # with `rows` the mask is explicit, whatever the length
+
     source = _named(source)
-    out = at_home(out) if out else _place(source, 'onnx')
+    out = at_home(out) if out else _place(source, "onnx")
     _check_out(out, source, replace)
-    shape,weights,folder = _open(source, config)
-    model = weights.fill(shape.build()); need_gpt(model, 'ONNX export')
+    shape, weights, folder = _open(source, config)
+    model = weights.fill(shape.build())
+    need_gpt(model, "ONNX export")
     graph = Scores(model).eval()
     with new_dir(out, replace) as d, torch.no_grad():
-        torch.onnx.export(graph, (torch.zeros(2, 8, dtype=torch.int64),), d/'model.onnx', input_names=['ids'], output_names=['logits'], dynamo=True, verbose=False,
-            dynamic_shapes=({0:'batch', 1:'length'},), external_data=theory(shape)['fp32'] > 1<<30) # a protobuf ends at 2 GiB
-        if folder: _copy_small(folder, d, _TOKENIZER)
-        write_manifest(d, {}, 'onnx', 0)
+        torch.onnx.export(
+            graph,
+            (torch.zeros(2, 8, dtype=torch.int64),),
+            d / "model.onnx",
+            input_names=["ids"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=({0: "batch", 1: "length"},),
+            external_data=theory(shape)["fp32"] > 1 << 30,
+        )  # a protobuf ends at 2 GiB
+        if folder:
+            _copy_small(folder, d, _TOKENIZER)
+        write_manifest(d, {}, "onnx", 0)
     return out

@@ -21,459 +21,690 @@ from multiprocessing import get_context
 from pathlib import Path
 import orjson, psutil, xxhash
 from filelock import FileLock, Timeout
-try: import fcntl
-except ImportError: fcntl = None # Windows
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
 
 # %% ../nbs/00_files.ipynb #6a66106e
 def human_size(
-    n:float, # Bytes
-)->str: # Such as `427.1 MiB`
+    n: float,  # Bytes
+) -> str:  # Such as `427.1 MiB`
     "`n` bytes, in the unit that leaves one to four digits before the point."
-    for unit in ('B','KiB','MiB','GiB'):
-        if abs(n) < 1024: return f'{n:.0f} B' if unit == 'B' else f'{n:.1f} {unit}'
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
-    return f'{n:.1f} TiB'
+    return f"{n:.1f} TiB"
 
 # %% ../nbs/00_files.ipynb #6e732a9d
 def human_time(
-    seconds:float, # Duration
-)->str: # Such as `1 h 12 min`
+    seconds: float,  # Duration
+) -> str:  # Such as `1 h 12 min`
     "A duration in its two largest units."
     s = int(round(seconds))
-    if s < 60: return f'{s} s'
-    if s < 3600: return f'{s//60} min {s%60} s'
-    if s < 86400: return f'{s//3600} h {s%3600//60} min'
-    return f'{s//86400} d {s%86400//3600} h'
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    if s < 86400:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 86400} d {s % 86400 // 3600} h"
 
 # %% ../nbs/00_files.ipynb #eff7ec2d
 def plain(
-    text, # Of a file, a model, an error
-)->str:
+    text,  # Of a file, a model, an error
+) -> str:
     "Without characters that a terminal would obey; line ends and tabs stay."
-    return ''.join(c if c.isprintable() or c in '\n\t' else '·' for c in str(text))
+    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in str(text))
 
 # %% ../nbs/00_files.ipynb #6d4234dc
-def at_home(path:str|Path)->Path:
+def at_home(path: str | Path) -> Path:
     "The path, with `~` as the user's folder."
     path = Path(path)
-    return path.expanduser() if path.parts[:1] == ('~',) else path
+    return path.expanduser() if path.parts[:1] == ("~",) else path
+
 
 def on_hub(
-    path:str|Path, # Given as a folder, where nothing is
-)->str:
+    path: str | Path,  # Given as a folder, where nothing is
+) -> str:
     "What to add to an error about it, should it be a model's name on a hub (`org/name`); else nothing."
     parts = Path(path).parts
-    if len(parts) != 2 or parts[0] in ('.','..','/','~') or Path(parts[0]).exists(): return ''
-    return f". Is {path} a model on a hub? Then download it first (huggingface_hub.snapshot_download({str(path)!r}, local_dir='DIR')), and name DIR"
+    if len(parts) != 2 or parts[0] in (".", "..", "/", "~") or Path(parts[0]).exists():
+        return ""
+    return (
+        f". Is {path} a model on a hub? Then download it first"
+        f" (huggingface_hub.snapshot_download({str(path)!r}, local_dir='DIR')), and name DIR"
+    )
+
 
 def free_space(
-    path:str|Path, # A file or folder, existing or not
-)->int: # Bytes free for this user
+    path: str | Path,  # A file or folder, existing or not
+) -> int:  # Bytes free for this user
     "Free bytes on the disk that holds `path`, or will hold it."
     p = Path(path).absolute()
-    while not p.exists() and p != p.parent: p = p.parent
+    while not p.exists() and p != p.parent:
+        p = p.parent
     return shutil.disk_usage(p).free
 
-def free_said(path:str|Path)->str: # Such as `3.1 GiB free`
+
+def free_said(path: str | Path) -> str:  # Such as `3.1 GiB free`
     "The free space in words; a file system that does not tell is no reason to stop."
-    try: return f'{human_size(free_space(path))} free'
-    except OSError as e: return f'free space unknown ({e.strerror or e})'
+    try:
+        return f"{human_size(free_space(path))} free"
+    except OSError as e:
+        return f"free space unknown ({e.strerror or e})"
+
 
 def dir_size(
-    path:str|Path, # A folder; one that is not there takes nothing
-)->int: # Bytes
+    path: str | Path,  # A folder; one that is not there takes nothing
+) -> int:  # Bytes
     "What the files in a folder, and below it, take. Links are not followed; what cannot be read counts for nothing."
     total = 0
-    for folder,_,names in os.walk(path):
+    for folder, _, names in os.walk(path):
         for name in names:
-            with suppress(OSError): total += os.lstat(os.path.join(folder, name)).st_size
+            with suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 # %% ../nbs/00_files.ipynb #07c56224
-_CGROUP = (('memory.max','memory.current','memory.stat','inactive_file'), # version 2, then 1
-           ('memory/memory.limit_in_bytes','memory/memory.usage_in_bytes','memory/memory.stat','total_inactive_file'))
+_CGROUP = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # version 2, then 1
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
 
 # %% ../nbs/00_files.ipynb #2fd10cc4
 def memory_use(
-    root:str|Path='/sys/fs/cgroup', # Where the kernel says what a container may have
-)->tuple[int,int]: # Bytes in use, and how many there are
+    root: str | Path = "/sys/fs/cgroup",  # Where the kernel says what a container may have
+) -> tuple[int, int]:  # Bytes in use, and how many there are
     "Memory of the machine, or of the container where that has less."
     vm = psutil.virtual_memory()
-    used,limit,root = vm.total-vm.available,vm.total,Path(root)
-    for most,now,stat,cache in _CGROUP:
+    used, limit, root = vm.total - vm.available, vm.total, Path(root)
+    for most, now, stat, cache in _CGROUP:
         try:
-            if (n := int((root/most).read_text())) >= limit: continue # 'max', where there is no limit, is no number
-            kept = dict(l.split() for l in (root/stat).read_text().splitlines() if len(l.split()) == 2)
-            used,limit = max(0, int((root/now).read_text())-int(kept.get(cache, 0))),n
-        except (OSError, ValueError): continue
-    return used,limit
+            if (n := int((root / most).read_text())) >= limit:
+                continue  # 'max', where there is no limit, is no number
+            kept = dict(
+                l.split() for l in (root / stat).read_text().splitlines() if len(l.split()) == 2
+            )
+            used, limit = max(0, int((root / now).read_text()) - int(kept.get(cache, 0))), n
+        except (OSError, ValueError):
+            continue
+    return used, limit
 
 # %% ../nbs/00_files.ipynb #30359689
 _thread = threading.local()
 
+
 class Pace:
     "Rest eight times as long as was worked; not at all while `hurry` is set, because somebody waits."
-    def __init__(self, also:Callable[[],None]=lambda: None): # Called at each rest
-        self.also,self.hurry,self.worked = also,threading.Event(),0.
-    def begin(self): "From now on the calling thread has this pace."; _thread.pace,self.worked = self,time.thread_time()
+
+    def __init__(self, also: Callable[[], None] = lambda: None):  # Called at each rest
+        self.also, self.hurry, self.worked = also, threading.Event(), 0.0
+
+    def begin(self):
+        "From now on the calling thread has this pace."
+        _thread.pace, self.worked = self, time.thread_time()
+
     def rest(self):
         self.also()
-        worked = time.thread_time()-self.worked
-        if worked < .02: return # what is small is done at once
-        self.hurry.wait(min(1., 8*worked))
+        worked = time.thread_time() - self.worked
+        if worked < 0.02:
+            return  # what is small is done at once
+        self.hurry.wait(min(1.0, 8 * worked))
         self.worked = time.thread_time()
+
 
 def rest():
     "A breath between two pieces of long work."
-    if pace := getattr(_thread, 'pace', None): pace.rest()
+    if pace := getattr(_thread, "pace", None):
+        pace.rest()
 
 # %% ../nbs/00_files.ipynb #7851c037
-_forked = None # in a worker: what it does
+_forked = None  # in a worker: what it does
 
-def _become(work, parent:int):
+
+def _become(work, parent: int):
     global _forked
     _forked = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL) # PR_SET_PDEATHSIG: if the parent is killed, so are its workers; they hold its locks
-    if os.getppid() != parent: os._exit(1)
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: if the parent is killed, so are its workers; they hold its locks
+    if os.getppid() != parent:
+        os._exit(1)
 
-def _do(item): return _forked(item)
+
+def _do(item):
+    return _forked(item)
+
 
 def spread(
-    work:Callable, # Of one item; in processes, its results are pickled
-    items:Iterable,
-    n:int, # Workers
-    processes:bool=True, # Processes, where there can be some; False: threads
-)->Iterator[tuple]: # Items with their results; at most 2n are in memory
+    work: Callable,  # Of one item; in processes, its results are pickled
+    items: Iterable,
+    n: int,  # Workers
+    processes: bool = True,  # Processes, where there can be some; False: threads
+) -> Iterator[tuple]:  # Items with their results; at most 2n are in memory
     "Work on items side by side."
-    fork = processes and sys.platform == 'linux'
-    pool = ProcessPoolExecutor(n, get_context('fork'), _become, (work, os.getpid())) if fork else ThreadPoolExecutor(n)
-    items,waiting = iter(items),deque()
+    fork = processes and sys.platform == "linux"
+    pool = (
+        ProcessPoolExecutor(n, get_context("fork"), _become, (work, os.getpid()))
+        if fork
+        else ThreadPoolExecutor(n)
+    )
+    items, waiting = iter(items), deque()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings('ignore', 'This process.*multi-threaded', DeprecationWarning) # the workers use no thread of the parent's
+            warnings.filterwarnings(
+                "ignore", "This process.*multi-threaded", DeprecationWarning
+            )  # the workers use no thread of the parent's
             while True:
-                waiting += [(x, pool.submit(_do, x) if fork else pool.submit(work, x)) for x in islice(items, 2*n-len(waiting))]
-                if not waiting: return
-                x,future = waiting.popleft()
-                yield x,future.result()
-    except BrokenProcessPool: raise RuntimeError("a worker process was killed, most likely because memory ran out; try again with threads=1") from None
-    finally: pool.shutdown(wait=True, cancel_futures=True)
+                waiting += [
+                    (x, pool.submit(_do, x) if fork else pool.submit(work, x))
+                    for x in islice(items, 2 * n - len(waiting))
+                ]
+                if not waiting:
+                    return
+                x, future = waiting.popleft()
+                yield x, future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker process was killed, most likely because memory ran out; try again with"
+            " threads=1"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/00_files.ipynb #645f1fe8
-class NotAFile(OSError, ValueError): "A pipe, a device or a folder, where a file must be."
+class NotAFile(OSError, ValueError):
+    "A pipe, a device or a folder, where a file must be."
 
-_KINDS = {stat.S_IFIFO:'a FIFO', stat.S_IFSOCK:'a socket', stat.S_IFCHR:'a device', stat.S_IFBLK:'a device', stat.S_IFDIR:'a folder'}
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}
+
 
 def regular(
-    path:str|Path, # To be opened for reading; what a link points to counts
-)->Path: # The same
+    path: str | Path,  # To be opened for reading; what a link points to counts
+) -> Path:  # The same
     "The path, if it is that of a file, so that reading it ends."
     kind = stat.S_IFMT(os.stat(path).st_mode)
-    if kind != stat.S_IFREG: raise NotAFile(f"{path} is {_KINDS.get(kind, 'something else')}, not a file; put the file there, or name another")
+    if kind != stat.S_IFREG:
+        raise NotAFile(
+            f"{path} is {_KINDS.get(kind, 'something else')}, not a file; put the file there, or"
+            " name another"
+        )
     return Path(path)
 
 # %% ../nbs/00_files.ipynb #dbf4e717
-def hash_bytes(data:bytes)->str:
+def hash_bytes(data: bytes) -> str:
     "xxh3-128 of `data`, as 32 hexadecimal digits."
     return xxhash.xxh3_128_hexdigest(data)
 
+
 def hash_file(
-    path:str|Path, # File to read once, in pieces of 4 MiB
-)->str: # 32 hexadecimal digits
+    path: str | Path,  # File to read once, in pieces of 4 MiB
+) -> str:  # 32 hexadecimal digits
     "xxh3-128 of a file's content."
     h = xxhash.xxh3_128()
-    with open(regular(path), 'rb') as f:
-        while chunk := f.read(1<<22): h.update(chunk); rest()
+    with open(regular(path), "rb") as f:
+        while chunk := f.read(1 << 22):
+            h.update(chunk)
+            rest()
     return h.hexdigest()
 
 # %% ../nbs/00_files.ipynb #9b4e0a68
-def lexists(path:str|Path)->bool:
+def lexists(path: str | Path) -> bool:
     "Is there anything of this name, a link that leads nowhere included? An error other than its absence is raised."
-    try: os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError): return False
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     return True
 
+
 def entries(
-    folder:str|Path, # One that is not there has no entries
-)->list[Path]: # In the order of their names
+    folder: str | Path,  # One that is not there has no entries
+) -> list[Path]:  # In the order of their names
     "What is in a folder. One that cannot be listed is an `OSError`, and never an empty one."
     folder = Path(folder)
     try:
-        with os.scandir(folder) as found: return sorted(folder/e.name for e in found)
-    except (FileNotFoundError, NotADirectoryError): return []
+        with os.scandir(folder) as found:
+            return sorted(folder / e.name for e in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
 
 def may_pass(
-    e:OSError, # From reading
-)->bool:
+    e: OSError,  # From reading
+) -> bool:
     "Is this an error that may be gone later, so that it says nothing about the content?"
-    return not isinstance(e, NotAFile) and e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+    return not isinstance(e, NotAFile) and e.errno not in (
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENXIO,
+    )
 
 # %% ../nbs/00_files.ipynb #ba60693e
 def within_time(
-    f:Callable[[],object], # Asks a file system, say
-    seconds:float, # How long to wait for it
-    what:str, # Which thing does not answer, for the error
-): # What `f` returns, or its error
+    f: Callable[[], object],  # Asks a file system, say
+    seconds: float,  # How long to wait for it
+    what: str,  # Which thing does not answer, for the error
+):  # What `f` returns, or its error
     "Call `f`; a `TimeoutError` if there is no answer in time. The thread that waits is left behind, and does not keep Python from exiting."
     answer = []
+
     def ask():
-        try: answer.append((f(), None))
-        except BaseException as e: answer.append((None, e))
-    thread = threading.Thread(target=ask, name='minigpt-ask', daemon=True)
-    thread.start(); thread.join(seconds)
-    if not answer: raise TimeoutError(f"{what} has not answered for {human_time(seconds)}: the mount hangs. Mount it again, or leave it out")
-    value,error = answer[0]
-    if error: raise error
+        try:
+            answer.append((f(), None))
+        except BaseException as e:
+            answer.append((None, e))
+
+    thread = threading.Thread(target=ask, name="minigpt-ask", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        raise TimeoutError(
+            f"{what} has not answered for {human_time(seconds)}: the mount hangs. Mount it again,"
+            " or leave it out"
+        )
+    value, error = answer[0]
+    if error:
+        raise error
     return value
 
 # %% ../nbs/00_files.ipynb #b153cdff
-_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK} # what a file system says of a request that it does not know
+_UNSUPPORTED = {
+    errno.EINVAL,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOLCK,
+}  # what a file system says of a request that it does not know
 
 # %% ../nbs/00_files.ipynb #5958539a
 def fsync(
-    path:str|Path, # File or folder
+    path: str | Path,  # File or folder
 ):
     "Wait until a file's content, or a folder's list of names, is on the disk."
-    if os.name == 'nt' and os.path.isdir(path): return  # Windows has no handle for it, and needs none
-    fd = os.open(path, os.O_RDWR if os.name == 'nt' else os.O_RDONLY)
-    try: os.fsync(fd)
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows has no handle for it, and needs none
+    fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(fd)
     except OSError as e:
-        if e.errno not in _UNSUPPORTED: raise
-    finally: os.close(fd)
+        if e.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(fd)
 
 # %% ../nbs/00_files.ipynb #d9463824
-def hidden(path:Path, what:str)->Path:
+def hidden(path: Path, what: str) -> Path:
     "The name beside `path` under which unfinished work waits: `.checkpoint-500.tmp-4711`."
-    return path.with_name(f'.{path.name}.{what}-{os.getpid()}')
+    return path.with_name(f".{path.name}.{what}-{os.getpid()}")
 
-def _named(e:BaseException, path:Path)->BaseException:
+
+def _named(e: BaseException, path: Path) -> BaseException:
     "The error, with the path that a bare `No space left on device` does not have."
-    return OSError(e.errno, e.strerror, str(path)) if isinstance(e, OSError) and e.errno and not e.filename else e
+    return (
+        OSError(e.errno, e.strerror, str(path))
+        if isinstance(e, OSError) and e.errno and not e.filename
+        else e
+    )
 
-def open_new(path:str|Path, buffering:int=0):
+
+def open_new(path: str | Path, buffering: int = 0):
     "Open a file that nobody has written to. A leftover of its name, or a link, is unlinked first; what the link points to is not touched."
-    if lexists(path): os.unlink(path)
-    return open(path, 'xb', buffering)
+    if lexists(path):
+        os.unlink(path)
+    return open(path, "xb", buffering)
 
-def write_all(f, data:bytes):
+
+def write_all(f, data: bytes):
     "Write all of `data`; one write may take less."
     view = memoryview(data)
-    while view: view = view[f.write(view):]
+    while view:
+        view = view[f.write(view) :]
+
 
 def write_file(
-    path:str|Path, # File to write; an older one stays until the new one is whole
-    data:bytes|str, # Its content; text is written as UTF-8
-)->Path: # `path`
+    path: str | Path,  # File to write; an older one stays until the new one is whole
+    data: bytes | str,  # Its content; text is written as UTF-8
+) -> Path:  # `path`
     "Write a file in one step."
-    path = Path(path); tmp = hidden(path, 'tmp')
+    path = Path(path)
+    tmp = hidden(path, "tmp")
     try:
-        with open_new(tmp) as f: write_all(f, data.encode() if isinstance(data, str) else data)
-        fsync(tmp); os.replace(tmp, path); fsync(path.parent)
-    except BaseException as e: tmp.unlink(missing_ok=True); raise _named(e, path)
+        with open_new(tmp) as f:
+            write_all(f, data.encode() if isinstance(data, str) else data)
+        fsync(tmp)
+        os.replace(tmp, path)
+        fsync(path.parent)
+    except BaseException as e:
+        tmp.unlink(missing_ok=True)
+        raise _named(e, path)
     return path
 
 # %% ../nbs/00_files.ipynb #025c61d0
-def write_json(path:str|Path, obj, indent:bool=True)->Path:
+def write_json(path: str | Path, obj, indent: bool = True) -> Path:
     "Write `obj` as JSON, in one step."
-    return write_file(path, orjson.dumps(obj, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_SERIALIZE_NUMPY | (orjson.OPT_INDENT_2 if indent else 0)))
+    return write_file(
+        path,
+        orjson.dumps(
+            obj,
+            option=orjson.OPT_APPEND_NEWLINE
+            | orjson.OPT_SERIALIZE_NUMPY
+            | (orjson.OPT_INDENT_2 if indent else 0),
+        ),
+    )
 
-def read_json(path:str|Path):
+
+def read_json(path: str | Path):
     "The object in a JSON file; a `ValueError` names the file that is not JSON."
-    try: return orjson.loads(regular(path).read_bytes())
-    except orjson.JSONDecodeError as e: raise ValueError(f"{path} is not valid JSON ({e}); it may have been cut off or edited by hand") from None
+    try:
+        return orjson.loads(regular(path).read_bytes())
+    except orjson.JSONDecodeError as e:
+        raise ValueError(
+            f"{path} is not valid JSON ({e}); it may have been cut off or edited by hand"
+        ) from None
 
 # %% ../nbs/00_files.ipynb #017d7268
 def stay_inside(
-    path:str|Path, # To be written, renamed or deleted
-    root:str|Path, # The folder that it must be in
-)->Path: # `path`
+    path: str | Path,  # To be written, renamed or deleted
+    root: str | Path,  # The folder that it must be in
+) -> Path:  # `path`
     "An `OSError` if `path` is not below `root`, or a folder on the way to it is a link."
-    path,root = Path(path),Path(root)
-    parts = path.parts[len(root.parts):]
-    if path.parts[:len(root.parts)] != root.parts or not parts or '..' in parts: raise OSError(errno.EXDEV, f'this is not in {root}, and nothing outside of it is touched', str(path))
-    for folder in list(path.parents)[:len(parts)-1]:
-        if os.path.islink(folder): raise OSError(errno.ELOOP, 'this folder is a link, and nothing is written or deleted through it; put the folder itself in its place', str(folder))
+    path, root = Path(path), Path(root)
+    parts = path.parts[len(root.parts) :]
+    if path.parts[: len(root.parts)] != root.parts or not parts or ".." in parts:
+        raise OSError(
+            errno.EXDEV, f"this is not in {root}, and nothing outside of it is touched", str(path)
+        )
+    for folder in list(path.parents)[: len(parts) - 1]:
+        if os.path.islink(folder):
+            raise OSError(
+                errno.ELOOP,
+                "this folder is a link, and nothing is written or deleted through it; put the"
+                " folder itself in its place",
+                str(folder),
+            )
     return path
 
-def no_link(path:str|Path)->Path: # `path`
+
+def no_link(path: str | Path) -> Path:  # `path`
     "An `OSError` if a name is a link: what is copied or appended to is the run's own."
-    if os.path.islink(path): raise OSError(errno.ELOOP, 'this is a link, and must be the file or folder itself', str(path))
+    if os.path.islink(path):
+        raise OSError(
+            errno.ELOOP, "this is a link, and must be the file or folder itself", str(path)
+        )
     return Path(path)
 
+
 def in_folder(
-    name, # Out of a file that may be a stranger's
-)->bool:
+    name,  # Out of a file that may be a stranger's
+) -> bool:
     "Is this the relative name of something below a folder, whatever the folder?"
-    return isinstance(name, str) and bool(Path(name).parts) and '..' not in Path(name).parts and not Path(name).is_absolute()
+    return (
+        isinstance(name, str)
+        and bool(Path(name).parts)
+        and ".." not in Path(name).parts
+        and not Path(name).is_absolute()
+    )
 
 # %% ../nbs/00_files.ipynb #fc616e76
-_HANDLES = {os.open, os.stat, os.unlink, os.rmdir} <= os.supports_dir_fd and os.scandir in os.supports_fd # not on Windows
-_FOLDER = os.O_RDONLY | getattr(os, 'O_DIRECTORY', 0)
-_NO_LINK = getattr(os, 'O_NOFOLLOW', 0)
+_HANDLES = {
+    os.open,
+    os.stat,
+    os.unlink,
+    os.rmdir,
+} <= os.supports_dir_fd and os.scandir in os.supports_fd  # not on Windows
+_FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
-def _empty(name:str, folder:int|None):
+
+def _empty(name: str, folder: int | None):
     "Cut a file to nothing; not where it has a second name, which may be outside."
     fd = os.open(name, os.O_WRONLY | _NO_LINK, dir_fd=folder)
     try:
         found = os.fstat(fd)
-        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1: os.ftruncate(fd, 0)
-    finally: os.close(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
 
-def _delete(name:str, folder:int, device:int, emptied:bool):
+
+def _delete(name: str, folder: int, device: int, emptied: bool):
     "Delete a name in an open folder, and all below it."
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if not stat.S_ISDIR(found.st_mode):
-        if emptied and stat.S_ISREG(found.st_mode): _empty(name, folder)
+        if emptied and stat.S_ISREG(found.st_mode):
+            _empty(name, folder)
         os.unlink(name, dir_fd=folder)
         return
-    if found.st_dev != device: raise OSError(errno.EXDEV, 'another disk is mounted here, and it is not deleted', name)
+    if found.st_dev != device:
+        raise OSError(errno.EXDEV, "another disk is mounted here, and it is not deleted", name)
     inside = os.open(name, _FOLDER | _NO_LINK, dir_fd=folder)
     try:
-        with os.scandir(inside) as found: names = [e.name for e in found]
-        for n in sorted(names, key=lambda n: n != 'MANIFEST.json'): _delete(n, inside, device, emptied) # half deleted, it must not look whole
-    finally: os.close(inside)
+        with os.scandir(inside) as found:
+            names = [e.name for e in found]
+        for n in sorted(names, key=lambda n: n != "MANIFEST.json"):
+            _delete(n, inside, device, emptied)  # half deleted, it must not look whole
+    finally:
+        os.close(inside)
     os.rmdir(name, dir_fd=folder)
 
-def _delete_by_name(path:Path, emptied:bool):
+
+def _delete_by_name(path: Path, emptied: bool):
     "Likewise where the system has no handles of folders."
     if path.is_symlink() or not path.is_dir():
-        if emptied and path.is_file() and not path.is_symlink(): _empty(str(path), None)
+        if emptied and path.is_file() and not path.is_symlink():
+            _empty(str(path), None)
         path.unlink()
-    elif os.path.ismount(path): raise OSError(errno.EXDEV, 'another disk is mounted here, and it is not deleted', str(path))
+    elif os.path.ismount(path):
+        raise OSError(errno.EXDEV, "another disk is mounted here, and it is not deleted", str(path))
     else:
-        for p in sorted(entries(path), key=lambda p: p.name != 'MANIFEST.json'): _delete_by_name(p, emptied)
+        for p in sorted(entries(path), key=lambda p: p.name != "MANIFEST.json"):
+            _delete_by_name(p, emptied)
         path.rmdir()
 
 # %% ../nbs/00_files.ipynb #9cc10f71
 def delete(
-    path:str|Path, # File, link or folder; it may be gone already
-    root:str|Path|None=None, # The folder that it must be in; default: the one around it
-    emptied:bool=False, # Cut every file to nothing first: Drive keeps what is deleted in its trash, and an empty file takes no room there
+    path: str | Path,  # File, link or folder; it may be gone already
+    root: str | Path | None = None,  # The folder that it must be in; default: the one around it
+    emptied: bool = False,  # Cut every file to nothing first: Drive keeps what is deleted in its trash, and an empty file takes no room there
 ):
     "Delete a name, and all that is in it if it is a folder. Links are unlinked, never followed; nothing outside of `root` is reached."
     path = Path(path)
     stay_inside(path, root := Path(path.parent if root is None else root))
     if not _HANDLES:
-        if lexists(path): _delete_by_name(path, emptied)
+        if lexists(path):
+            _delete_by_name(path, emptied)
         return
     handle = os.open(root, _FOLDER)
     try:
-        for part in path.parts[len(root.parts):-1]:
+        for part in path.parts[len(root.parts) : -1]:
             below = os.open(part, _FOLDER | _NO_LINK, dir_fd=handle)
-            os.close(handle); handle = below
+            os.close(handle)
+            handle = below
         _delete(path.name, handle, os.fstat(handle).st_dev, emptied)
-    except FileNotFoundError: pass
-    finally: os.close(handle)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(handle)
 
 # %% ../nbs/00_files.ipynb #a36aebc9
 @contextmanager
 def new_dir(
-    target:str|Path, # The folder to appear; its parents are made
-    replace:bool=False, # Take the place of an existing `target`?
-): # Yields the hidden folder to fill
+    target: str | Path,  # The folder to appear; its parents are made
+    replace: bool = False,  # Take the place of an existing `target`?
+):  # Yields the hidden folder to fill
     "Fill a folder that appears whole when the block ends, and not at all if it fails."
-    target = Path(target); tmp,old = hidden(target, 'tmp'),hidden(target, 'old')
-    if lexists(target) and not replace: raise FileExistsError(f"{target} exists already and is not overwritten; move it away, or choose another name")
+    target = Path(target)
+    tmp, old = hidden(target, "tmp"), hidden(target, "old")
+    if lexists(target) and not replace:
+        raise FileExistsError(
+            f"{target} exists already and is not overwritten; move it away, or choose another name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    delete(tmp); tmp.mkdir()
+    delete(tmp)
+    tmp.mkdir()
     try:
         yield tmp
-        for p in sorted(p for p in tmp.rglob('*') if not p.is_symlink()): fsync(p)
+        for p in sorted(p for p in tmp.rglob("*") if not p.is_symlink()):
+            fsync(p)
         fsync(tmp)
         delete(old)
-        if lexists(target): os.rename(target, old)
-        os.rename(tmp, target); fsync(target.parent)
+        if lexists(target):
+            os.rename(target, old)
+        os.rename(tmp, target)
+        fsync(target.parent)
     except BaseException as e:
         with suppress(OSError):
-            if lexists(old) and not lexists(target): os.rename(old, target)
+            if lexists(old) and not lexists(target):
+                os.rename(old, target)
             delete(tmp)
         raise _named(e, target)
-    with suppress(OSError): delete(old)
+    with suppress(OSError):
+        delete(old)
 
 # %% ../nbs/00_files.ipynb #5fab20ba
 def remove_dir(
-    path:str|Path, # Folder to delete
+    path: str | Path,  # Folder to delete
 ):
     "Delete a folder: at once for every reader, then file by file."
-    path = Path(path); gone = hidden(path, 'gone')
+    path = Path(path)
+    gone = hidden(path, "gone")
     os.rename(path, gone)
-    with suppress(OSError): delete(gone)
+    with suppress(OSError):
+        delete(gone)
+
 
 def set_aside(
-    path:str|Path, # File or folder to keep, but out of the way
-    why:str, # A word for the new name, such as `damaged`
-    root:str|Path|None=None, # The folder that it must be in, not through a link; default: the one around it
-)->Path: # Its new name, such as `checkpoint-500.damaged-1`
+    path: str | Path,  # File or folder to keep, but out of the way
+    why: str,  # A word for the new name, such as `damaged`
+    root: str
+    | Path
+    | None = None,  # The folder that it must be in, not through a link; default: the one around it
+) -> Path:  # Its new name, such as `checkpoint-500.damaged-1`
     "Rename something aside instead of deleting it. Of a link, the link alone is renamed."
-    path = Path(path); n = 1
-    if root is not None: stay_inside(path, root)
-    while lexists(to := path.with_name(f'{path.name}.{why}-{n}')): n += 1
-    os.rename(path, to); fsync(to.parent)
+    path = Path(path)
+    n = 1
+    if root is not None:
+        stay_inside(path, root)
+    while lexists(to := path.with_name(f"{path.name}.{why}-{n}")):
+        n += 1
+    os.rename(path, to)
+    fsync(to.parent)
     return to
 
 # %% ../nbs/00_files.ipynb #1d546ba0
 def sweep(
-    folder:str|Path, # Where processes may have been killed; nobody may be writing there now
-)->list[str]: # Names of what was removed or brought back
+    folder: str | Path,  # Where processes may have been killed; nobody may be writing there now
+) -> list[str]:  # Names of what was removed or brought back
     "Clear what killed processes left behind."
     done = []
-    if os.path.islink(folder): return done # what is behind a link is not ours
-    for p in (p for p in entries(folder) if p.name.startswith('.')):
-        name,_,kind = p.name[1:].rpartition('.')
-        what,_,pid = kind.partition('-')
-        if not (name and pid.isdigit() and what in ('tmp','old','gone')): continue
+    if os.path.islink(folder):
+        return done  # what is behind a link is not ours
+    for p in (p for p in entries(folder) if p.name.startswith(".")):
+        name, _, kind = p.name[1:].rpartition(".")
+        what, _, pid = kind.partition("-")
+        if not (name and pid.isdigit() and what in ("tmp", "old", "gone")):
+            continue
         home = p.with_name(name)
         with suppress(OSError):
-            if what == 'old' and not lexists(home): os.rename(p, home)
-            else: delete(p)
+            if what == "old" and not lexists(home):
+                os.rename(p, home)
+            else:
+                delete(p)
         done.append(p.name)
     return done
 
 # %% ../nbs/00_files.ipynb #1f35c444
 def can_lock(
-    folder:str|Path, # With a file `.lock`, or able to get one
-)->bool:
+    folder: str | Path,  # With a file `.lock`, or able to get one
+) -> bool:
     "Does the file system know locks? Some network shares and FUSE mounts do not."
-    lock = Path(folder)/'.lock'
-    if os.path.islink(lock): raise OSError(errno.ELOOP, 'this is a link, and a lock must be a file of its own; delete the link', str(lock))
-    if lexists(lock): regular(lock)
-    if fcntl is None: return True
-    with open(lock, 'ab') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e: return e.errno not in _UNSUPPORTED
+    lock = Path(folder) / ".lock"
+    if os.path.islink(lock):
+        raise OSError(
+            errno.ELOOP,
+            "this is a link, and a lock must be a file of its own; delete the link",
+            str(lock),
+        )
+    if lexists(lock):
+        regular(lock)
+    if fcntl is None:
+        return True
+    with open(lock, "ab") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            return e.errno not in _UNSUPPORTED
     return True
+
 
 class RunLock:
     "What `only_one` holds."
-    def __init__(self, folder:Path):
-        self.path,self.works = folder/'.lock',can_lock(folder) # `works`: can it keep others out?
+
+    def __init__(self, folder: Path):
+        self.path, self.works = (
+            folder / ".lock",
+            can_lock(folder),
+        )  # `works`: can it keep others out?
         self.lock = FileLock(self.path) if self.works else None
         self.file = None
 
     def acquire(self):
         "A `RuntimeError` if another live process has it."
         try:
-            if self.lock: self.lock.acquire(timeout=.5) # who only asks whether somebody trains holds it for microseconds
-        except Timeout: raise RuntimeError(f"another process is writing in {self.path.parent}; wait until it ends or stop it, or choose another output_dir") from None
+            if self.lock:
+                self.lock.acquire(
+                    timeout=0.5
+                )  # who only asks whether somebody trains holds it for microseconds
+        except Timeout:
+            raise RuntimeError(
+                f"another process is writing in {self.path.parent}; wait until it ends or stop it,"
+                " or choose another output_dir"
+            ) from None
         self.file = os.stat(self.path)
 
-    def is_there(self)->bool:
+    def is_there(self) -> bool:
         "Is the file still the one that is held? Not where the folder was deleted or moved away."
-        try: now = os.stat(self.path)
-        except FileNotFoundError: return False
+        try:
+            now = os.stat(self.path)
+        except FileNotFoundError:
+            return False
         return os.path.samestat(now, self.file)
 
     def release(self):
-        if self.lock: self.lock.release()
+        if self.lock:
+            self.lock.release()
+
 
 @contextmanager
 def only_one(
-    folder:str|Path, # The folder that one process at a time may write; made if missing
-): # Yields a `RunLock`
+    folder: str | Path,  # The folder that one process at a time may write; made if missing
+):  # Yields a `RunLock`
     "Hold `folder`'s lock; a `RuntimeError` if another live process has it."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = RunLock(folder)
     lock.acquire()
-    try: yield lock
-    finally: lock.release()
+    try:
+        yield lock
+    finally:
+        lock.release()

@@ -23,1338 +23,2507 @@ from .tokenizer import EOS, SPECIALS, chat_messages
 class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
-_REFUSED = {b'PK\x03\x04':('a zip archive', "unpack it; a Word or Excel document, save as text"), b'version https://git-lfs':('a Git LFS pointer', "fetch the real file with `git lfs pull`"), b'PAR1':('a Parquet file', "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…, force_ascii=False)`"),
-    b'BZh91AY&SY':('a bzip2 archive', "unpack it"), b'\xfd7zXZ':('an xz archive', "unpack it"), b'Rar!':('a RAR archive', "unpack it"), b'%PDF':('a PDF', "take the text out of it"), **{b'\x80'+bytes([n]):('a pickle', "a pickle can run code, so it is not opened; write the rows as JSON lines") for n in range(2, 6)}, b'{\\rtf':('a document of rich text', "save it as plain text"),
-    b'<!DOCTYPE html':('a web page', "a download gave a page instead of the file; get the file again"), b'<html':('a web page', "a download gave a page instead of the file; get the file again"),
-    b'\x89PNG':('a picture', "name a file of text"), b'\xff\xd8\xff':('a picture', "name a file of text"), b"7z\xbc\xaf'\x1c":('a 7z archive', "unpack it"), b'\xd0\xcf\x11\xe0':('an old Office document', "save it as text"),
-    b'ARROW1':('an Arrow file', "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`"), b'\xff\xff\xff\xff':('an Arrow file', "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`"), b'SQLite format 3':('a database', "write its rows as JSON lines"), b'\x93NUMPY':('an array of NumPy', "name the text that its numbers were made from")}
 
-_TABLE = "make rows of it: `pandas.read_csv({}).to_json('data.jsonl', orient='records', lines=True, force_ascii=False)`, with a column text, or instruction and output"
-_SUBTITLES = 'subtitles, whose numbers and times would be learned as text',"write what is said in them into a .txt file, without the times"
-_XML = 'a file of XML, whose marks would be learned as text','write its texts as JSON lines, {"text": …} each'
-_NOTEBOOK = 'a notebook, whose JSON would be learned as text',"take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file"
-_YAML = 'a file of YAML, whose keys would be learned as text',"write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of `yaml.safe_load(…)`"
-_PAGE = 'a web page, whose marks would be learned as text',"take the text out of it, and save that as .txt"
-_NAMES = {'.csv':("a table, whose commas and quotes would be learned as text", _TABLE.format('…')), '.safetensors':('a file of tensors', "name a file of text"), '.ipynb':_NOTEBOOK, **dict.fromkeys(('.yaml','.yml'), _YAML),
-    **dict.fromkeys(('.srt','.vtt','.ass','.ssa','.sbv'), _SUBTITLES), '.xml':_XML, **dict.fromkeys(('.html','.htm','.xhtml'), _PAGE)}
-_CONTENTS = (re.compile(r'\s*<\?xml\b'), _XML),(re.compile(r'WEBVTT\b|\s*\d+\r?\n\d+:\d\d:\d\d[,.]\d+ --> '),
-    _SUBTITLES)
+_REFUSED = {
+    b"PK\x03\x04": ("a zip archive", "unpack it; a Word or Excel document, save as text"),
+    b"version https://git-lfs": ("a Git LFS pointer", "fetch the real file with `git lfs pull`"),
+    b"PAR1": (
+        "a Parquet file",
+        (
+            "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…,"
+            " force_ascii=False)`"
+        ),
+    ),
+    b"BZh91AY&SY": ("a bzip2 archive", "unpack it"),
+    b"\xfd7zXZ": ("an xz archive", "unpack it"),
+    b"Rar!": ("a RAR archive", "unpack it"),
+    b"%PDF": ("a PDF", "take the text out of it"),
+    **{
+        b"\x80" + bytes([n]): (
+            "a pickle",
+            "a pickle can run code, so it is not opened; write the rows as JSON lines",
+        )
+        for n in range(2, 6)
+    },
+    b"{\\rtf": ("a document of rich text", "save it as plain text"),
+    b"<!DOCTYPE html": (
+        "a web page",
+        "a download gave a page instead of the file; get the file again",
+    ),
+    b"<html": ("a web page", "a download gave a page instead of the file; get the file again"),
+    b"\x89PNG": ("a picture", "name a file of text"),
+    b"\xff\xd8\xff": ("a picture", "name a file of text"),
+    b"7z\xbc\xaf'\x1c": ("a 7z archive", "unpack it"),
+    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as text"),
+    b"ARROW1": (
+        "an Arrow file",
+        (
+            "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records',"
+            " lines=True, force_ascii=False)`"
+        ),
+    ),
+    b"\xff\xff\xff\xff": (
+        "an Arrow file",
+        "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`",
+    ),
+    b"SQLite format 3": ("a database", "write its rows as JSON lines"),
+    b"\x93NUMPY": ("an array of NumPy", "name the text that its numbers were made from"),
+}
 
-def _bare(name:str)->str: return name.lower().removesuffix('.gz').removesuffix('.zst')
+_TABLE = (
+    "make rows of it: `pandas.read_csv({}).to_json('data.jsonl', orient='records', lines=True,"
+    " force_ascii=False)`, with a column text, or instruction and output"
+)
+_SUBTITLES = (
+    "subtitles, whose numbers and times would be learned as text",
+    "write what is said in them into a .txt file, without the times",
+)
+_XML = (
+    "a file of XML, whose marks would be learned as text",
+    'write its texts as JSON lines, {"text": …} each',
+)
+_NOTEBOOK = (
+    "a notebook, whose JSON would be learned as text",
+    "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
+)
+_YAML = (
+    "a file of YAML, whose keys would be learned as text",
+    (
+        "write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of"
+        " `yaml.safe_load(…)`"
+    ),
+)
+_PAGE = (
+    "a web page, whose marks would be learned as text",
+    "take the text out of it, and save that as .txt",
+)
+_NAMES = {
+    ".csv": ("a table, whose commas and quotes would be learned as text", _TABLE.format("…")),
+    ".safetensors": ("a file of tensors", "name a file of text"),
+    ".ipynb": _NOTEBOOK,
+    **dict.fromkeys((".yaml", ".yml"), _YAML),
+    **dict.fromkeys((".srt", ".vtt", ".ass", ".ssa", ".sbv"), _SUBTITLES),
+    ".xml": _XML,
+    **dict.fromkeys((".html", ".htm", ".xhtml"), _PAGE),
+}
+_CONTENTS = (
+    (re.compile(r"\s*<\?xml\b"), _XML),
+    (re.compile(r"WEBVTT\b|\s*\d+\r?\n\d+:\d\d:\d\d[,.]\d+ --> "), _SUBTITLES),
+)
+
+
+def _bare(name: str) -> str:
+    return name.lower().removesuffix(".gz").removesuffix(".zst")
+
 
 class _damage:
     "What a broken archive raises, as a `DataError`."
-    def __init__(self, path, line=lambda: 1): self.path,self.line = path,line
-    def __enter__(self): pass
+
+    def __init__(self, path, line=lambda: 1):
+        self.path, self.line = path, line
+
+    def __enter__(self):
+        pass
+
     def __exit__(self, kind, e, _):
-        if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)): raise DataError(f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file again, or unpack what is whole of it") from None
+        if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)):
+            raise DataError(
+                f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file"
+                " again, or unpack what is whole of it"
+            ) from None
+
 
 class _Zstd(io.RawIOBase):
     "Frames of zstd, unpacked block by block: of one block come 128 KiB at most, however small it is."
-    def __init__(self, f): self.f,self.rest,self.pieces = f,b'',self._frames()
-    def readable(self): return True
+
+    def __init__(self, f):
+        self.f, self.rest, self.pieces = f, b"", self._frames()
+
+    def readable(self):
+        return True
+
     def readinto(self, into):
         while not self.rest:
-            if (piece := next(self.pieces, None)) is None: return 0
+            if (piece := next(self.pieces, None)) is None:
+                return 0
             self.rest = memoryview(piece)
         n = min(len(into), len(self.rest))
-        into[:n],self.rest = self.rest[:n],self.rest[n:]
+        into[:n], self.rest = self.rest[:n], self.rest[n:]
         return n
 
-    def _take(self, n:int)->bytes:
+    def _take(self, n: int) -> bytes:
         "The next bytes of the file."
-        if len(data := self.f.read(n)) < n: raise EOFError('the last frame has no end')
+        if len(data := self.f.read(n)) < n:
+            raise EOFError("the last frame has no end")
         return data
 
-    def _frames(self)->Iterator[bytes]:
+    def _frames(self) -> Iterator[bytes]:
         "RFC 8878: frames of a header and blocks; between them may stand others that are to be skipped."
         while magic := self.f.read(4):
-            if magic[1:] == b'\x2a\x4d\x18' and magic[0]>>4 == 5: self._skip(int.from_bytes(self._take(4), 'little'))
-            else: yield from self._blocks(magic+self._take(1))
+            if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
+                self._skip(int.from_bytes(self._take(4), "little"))
+            else:
+                yield from self._blocks(magic + self._take(1))
 
-    def _skip(self, n:int):
-        while n: n -= len(self._take(min(n, 1<<17)))
+    def _skip(self, n: int):
+        while n:
+            n -= len(self._take(min(n, 1 << 17)))
 
-    def _blocks(self, head:bytes)->Iterator[bytes]:
+    def _blocks(self, head: bytes) -> Iterator[bytes]:
         "Of one frame, which begins with `head`."
         frame = zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(head + self._take(zstandard.frame_header_size(head)-len(head)))
+        yield frame.decompress(head + self._take(zstandard.frame_header_size(head) - len(head)))
         last = False
         while not last:
             block = self._take(3)
-            facts = int.from_bytes(block, 'little')
-            last,kind,size = facts&1,facts>>1&3,facts>>3
-            yield frame.decompress(block + self._take(1 if kind == 1 else size)) # kind 1: one byte, again and again
-        if head[4]&4: yield frame.decompress(self._take(4)) # a checksum
+            facts = int.from_bytes(block, "little")
+            last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
+            yield frame.decompress(
+                block + self._take(1 if kind == 1 else size)
+            )  # kind 1: one byte, again and again
+        if head[4] & 4:
+            yield frame.decompress(self._take(4))  # a checksum
 
-    def close(self): self.f.close(); super().close()
+    def close(self):
+        self.f.close()
+        super().close()
 
-def _unpacked(path:Path)->tuple[str, io.BufferedIOBase]:
+
+def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
     "How a file is packed, and its bytes unpacked."
-    if path.is_dir(): raise DataError(f"{path} is a folder; name a file in it, or a list of files")
-    if re.match('(https?|hf):', str(path)): raise DataError(f"{path} is an address, and must be a file; fetch it first: minigpt.download.get(ADDRESS, 'data.jsonl')")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; name a file in it, or a list of files")
+    if re.match("(https?|hf):", str(path)):
+        raise DataError(
+            f"{path} is an address, and must be a file; fetch it first:"
+            " minigpt.download.get(ADDRESS, 'data.jsonl')"
+        )
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, .75) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"there is no file {path} (looked in {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on Colab that the file was uploaded or Drive is mounted")
-    try: regular(path)
-    except NotAFile as e: raise DataError(str(e)) from None
-    if not path.stat().st_size: raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
-    if found := _NAMES.get(Path(_bare(path.name)).suffix): raise DataError(f"{path} is {found[0]}: {found[1]}")
-    f = open(path, 'rb')
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, 0.75)
+            if path.parent.is_dir()
+            else []
+        )
+        raise FileNotFoundError(
+            f"there is no file {path} (looked in"
+            f" {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on"
+            " Colab that the file was uploaded or Drive is mounted"
+        )
+    try:
+        regular(path)
+    except NotAFile as e:
+        raise DataError(str(e)) from None
+    if not path.stat().st_size:
+        raise DataError(f"{path} is empty: 0 bytes; was an upload or a download cut off?")
+    if found := _NAMES.get(Path(_bare(path.name)).suffix):
+        raise DataError(f"{path} is {found[0]}: {found[1]}")
+    f = open(path, "rb")
     head = f.peek(32)
-    if head.startswith(b'\x1f\x8b'): return 'gzip',io.BufferedReader(gzip.GzipFile(fileobj=f), 1<<20)
-    if head.startswith(b'\x28\xb5\x2f\xfd'): return 'zstd',io.BufferedReader(_Zstd(f), 1<<20)
-    for magic,(what,todo) in _REFUSED.items():
-        if (head.lower() if magic[:1] == b'<' else head).startswith(magic.lower() if magic[:1] == b'<' else magic): f.close(); raise DataError(f"{path} is {what}, not text: {todo}")
-    return '',f
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip", io.BufferedReader(gzip.GzipFile(fileobj=f), 1 << 20)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        return "zstd", io.BufferedReader(_Zstd(f), 1 << 20)
+    for magic, (what, todo) in _REFUSED.items():
+        if (head.lower() if magic[:1] == b"<" else head).startswith(
+            magic.lower() if magic[:1] == b"<" else magic
+        ):
+            f.close()
+            raise DataError(f"{path} is {what}, not text: {todo}")
+    return "", f
 
 # %% ../nbs/02_formats.ipynb #e18208e6
-def _called(encoding:str)->str: return encoding.upper().replace('_', '-')
+def _called(encoding: str) -> str:
+    return encoding.upper().replace("_", "-")
+
 
 @dataclass(frozen=True)
 class Look:
     "What a data file is, as its first 64 KiB tell."
-    packed:str # '', 'gzip' or 'zstd'
-    encoding:str # Python's name of it
-    newline:str # 'LF', 'CRLF', or 'CR' where no line feed is found
-    layout:str # 'lines' (a JSON value each), 'objects' (a JSON array, or objects over several lines), 'inside' (an array under a key of one object) or 'text'
-    guessed:bool=False # Is the encoding a guess?
+
+    packed: str  # '', 'gzip' or 'zstd'
+    encoding: str  # Python's name of it
+    newline: str  # 'LF', 'CRLF', or 'CR' where no line feed is found
+    layout: str  # 'lines' (a JSON value each), 'objects' (a JSON array, or objects over several lines), 'inside' (an array under a key of one object) or 'text'
+    guessed: bool = False  # Is the encoding a guess?
+
     def __str__(self):
-        return ', '.join(x for x in (self.packed, _called(self.encoding)
-            + ' (a guess; encoding= names another)'*self.guessed, f"{self.newline} line ends",
-            dict(lines='JSON lines', objects='JSON objects over several lines, or an array',
-            inside='an array of JSON objects inside another', text='plain text')[self.layout]) if x)
+        return ", ".join(
+            x
+            for x in (
+                self.packed,
+                _called(self.encoding) + " (a guess; encoding= names another)" * self.guessed,
+                f"{self.newline} line ends",
+                dict(
+                    lines="JSON lines",
+                    objects="JSON objects over several lines, or an array",
+                    inside="an array of JSON objects inside another",
+                    text="plain text",
+                )[self.layout],
+            )
+            if x
+        )
 
-def _marked(head:bytes)->str|None:
+
+def _marked(head: bytes) -> str | None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
-    for bom,name in ((codecs.BOM_UTF8,'utf-8'), (codecs.BOM_UTF32_LE,'utf-32'), (codecs.BOM_UTF32_BE,'utf-32'), (codecs.BOM_UTF16_LE,'utf-16'), (codecs.BOM_UTF16_BE,'utf-16')):
-        if head.startswith(bom): return name
-    if 0 in head: # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday Chinese or Japanese; in the wrong order, or where it is something else, little
-        for name in 'utf-16-le','utf-16-be':
-            text = head[:len(head)//2*2].decode(name, 'replace')
-            if '\0' not in text and max(len(text.encode('gb2312', 'ignore').decode('gb2312')), sum(c < '\u0600' for c in text)) > .8*len(text): return name
+    for bom, name in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF32_LE, "utf-32"),
+        (codecs.BOM_UTF32_BE, "utf-32"),
+        (codecs.BOM_UTF16_LE, "utf-16"),
+        (codecs.BOM_UTF16_BE, "utf-16"),
+    ):
+        if head.startswith(bom):
+            return name
+    if (
+        0 in head
+    ):  # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday Chinese or Japanese; in the wrong order, or where it is something else, little
+        for name in "utf-16-le", "utf-16-be":
+            text = head[: len(head) // 2 * 2].decode(name, "replace")
+            if "\0" not in text and max(
+                len(text.encode("gb2312", "ignore").decode("gb2312")),
+                sum(c < "\u0600" for c in text),
+            ) > 0.8 * len(text):
+                return name
 
-def _encoding(head:bytes)->tuple[str,bool]:
+
+def _encoding(head: bytes) -> tuple[str, bool]:
     "The encoding of a file, and whether it is a guess."
-    if marked := _marked(head): return marked,False
-    pieces = head.split(b'\n' if b'\n' in head else b'\r')
-    lines = [l for l in (pieces if len(head) < 1<<16 else pieces[:-1] or pieces) if not l.isascii()]
+    if marked := _marked(head):
+        return marked, False
+    pieces = head.split(b"\n" if b"\n" in head else b"\r")
+    lines = [
+        l for l in (pieces if len(head) < 1 << 16 else pieces[:-1] or pieces) if not l.isascii()
+    ]
+
     def is_utf8(l):
-        try: l.decode(); return True
-        except UnicodeDecodeError as e: return l is head and len(head) >= 1<<16 and e.start > len(head)-4
+        try:
+            l.decode()
+            return True
+        except UnicodeDecodeError as e:
+            return l is head and len(head) >= 1 << 16 and e.start > len(head) - 4
+
     other = [l for l in lines if not is_utf8(l)]
-    if len(other) <= len(lines)/2: return 'utf-8',False
-    return _guess(b'\n'.join(other)),True
+    if len(other) <= len(lines) / 2:
+        return "utf-8", False
+    return _guess(b"\n".join(other)), True
 
 # %% ../nbs/02_formats.ipynb #5b1c0a02
-_CYRILLIC,_GREEK,_MIDDLE = 'оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґ«»–—„“№','αοιετσνηυρπκμλωςγδάόίέήύώθχφβξζψ«»','ąćęłńóśźżáéíúýčďěňřšťůžöőüűăâîşţđ„”–ŚŻŁŹČŘŠŽÁÉ'
-_TWO_BYTES = { # encoding → its usual characters beyond ASCII, the most usual ones first
-    'gb18030':'的一是不了人在有我他这个们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间知世什两次使身者被高已亲其进此话常与活正感请问今气公园将句翻译英文住花上我山王向定水并相军入三任处走石通果关理力二提度见建据位物秦量解合城表加安信实外主风化机做程让君江工月兵部帝五，。：“”！？、；（）',
-    'big5':'的一是不了人在有我他這個們來到時大地為子中你說生國年著就那和要她出也得裡後自以會家可下而過天去能對小多然於心學麼之都好看起發當沒成只如事把還用第樣道想作種開美總從無情己面最女但現前些所同日手又行意動方期它頭經長兒回位分愛老因很給名法間知世什兩次使身者被高已親其進此話常與活正感請問今氣公園將句翻譯英文住花上山王向定水並相軍入三任處走石通果關理力二提度見建據物量解合城表加安信實外主風化機做程讓君江工月兵部帝五，。：「」！？、；（）',
-    'cp949':'이다는의에하고을가은들지로도를사한어기나리인자서대시그해요니습있수게만일라여부스원구마보아오전정주상장것면제관성안년무등바유과했었될합우네세할까않거던때문말',
-    **dict.fromkeys(('euc_jp','cp932'), 'のにはをたがでてとしれさいるなもすらりかまこくあきっけうよつどそみえめだせちわやひろんおごじばぶべげざずぐぼぎンルストラーアイリクシレドロジタグフテサマコデツムパオミセバダチキナプウニメカハノヴュェョッャァィ、。「」日本人大一国年')}
-_ONE_BYTE = {**dict.fromkeys(('cp1251','koi8_u','cp866','iso8859_5'), _CYRILLIC),
-    'cp874':'านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ', **dict.fromkeys(('cp1253','iso8859_7'), _GREEK),
-    'cp1255':'יוהלאתמרבשנעדקפחצגטכסזםןךףץ', 'cp1256':'المينورتبدعسهفقكحجةأىشصطخضذثزغإ،'}
-_LATIN = {'cp1252':'éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º', 'cp1254':'ışğüöçİŞĞÜÖÇâî’“”',
-    **dict.fromkeys(('cp1250','iso8859_2'), _MIDDLE), 'cp1257':'ąčęėįšųūžāēģīķļņõäöüŠ„“–'}
+_CYRILLIC, _GREEK, _MIDDLE = (
+    "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґ«»–—„“№",
+    "αοιετσνηυρπκμλωςγδάόίέήύώθχφβξζψ«»",
+    "ąćęłńóśźżáéíúýčďěňřšťůžöőüűăâîşţđ„”–ŚŻŁŹČŘŠŽÁÉ",
+)
+_TWO_BYTES = {  # encoding → its usual characters beyond ASCII, the most usual ones first
+    "gb18030": (
+        "的一是不了人在有我他这个们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间知世什两次使身者被高已亲其进此话常与活正感请问今气公园将句翻译英文住花上我山王向定水并相军入三任处走石通果关理力二提度见建据位物秦量解合城表加安信实外主风化机做程让君江工月兵部帝五，"
+        "。：“”！？、；（）"
+    ),
+    "big5": (
+        "的一是不了人在有我他這個們來到時大地為子中你說生國年著就那和要她出也得裡後自以會家可下而過天去能對小多然於心學麼之都好看起發當沒成只如事把還用第樣道想作種開美總從無情己面最女但現前些所同日手又行意動方期它頭經長兒回位分愛老因很給名法間知世什兩次使身者被高已親其進此話常與活正感請問今氣公園將句翻譯英文住花上山王向定水並相軍入三任處走石通果關理力二提度見建據物量解合城表加安信實外主風化機做程讓君江工月兵部帝五，"
+        "。：「」！？、；（）"
+    ),
+    "cp949": (
+        "이다는의에하고을가은들지로도를사한어기나리인자서대시그해요니습있수게만일라여부스원구마보아오전정주상장것면제관성안년무등바유과했었될합우네세할까않거던때문말"
+    ),
+    **dict.fromkeys(
+        ("euc_jp", "cp932"),
+        "のにはをたがでてとしれさいるなもすらりかまこくあきっけうよつどそみえめだせちわやひろんおごじばぶべげざずぐぼぎンルストラーアイリクシレドロジタグフテサマコデツムパオミセバダチキナプウニメカハノヴュェョッャァィ、"
+        "。「」日本人大一国年",
+    ),
+}
+_ONE_BYTE = {
+    **dict.fromkeys(("cp1251", "koi8_u", "cp866", "iso8859_5"), _CYRILLIC),
+    "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ",
+    **dict.fromkeys(("cp1253", "iso8859_7"), _GREEK),
+    "cp1255": "יוהלאתמרבשנעדקפחצגטכסזםןךףץ",
+    "cp1256": "المينورتبدعسهفقكحجةأىشصطخضذثزغإ،",
+}
+_LATIN = {
+    "cp1252": "éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º",
+    "cp1254": "ışğüöçİŞĞÜÖÇâî’“”",
+    **dict.fromkeys(("cp1250", "iso8859_2"), _MIDDLE),
+    "cp1257": "ąčęėįšųūžāēģīķļņõäöüŠ„“–",
+}
 # what a usual text reaches
-_SHARE = (dict.fromkeys(_ONE_BYTE, 1.6) | dict(cp874=1.45, cp1256=1.55, gb18030=.75, big5=.75, cp949=.85, euc_jp=.8,
-    cp932=.8) | dict.fromkeys(_LATIN, 1.))
+_SHARE = (
+    dict.fromkeys(_ONE_BYTE, 1.6)
+    | dict(cp874=1.45, cp1256=1.55, gb18030=0.75, big5=0.75, cp949=0.85, euc_jp=0.8, cp932=0.8)
+    | dict.fromkeys(_LATIN, 1.0)
+)
 
-def _usual(data:bytes, encoding:str, chars:str)->float:
+
+def _usual(data: bytes, encoding: str, chars: str) -> float:
     "How usual a text is when it is read so: about 1 where it is meant so, and less where it is not. The twelve most usual characters count twice, but for accents."
-    size = lambda c: len(c.encode(encoding, 'ignore')) or 1
-    odd = Counter(c for c in data.decode(encoding, 'replace') if c > '\x7f')
-    weight = {c:size(c)*(1 + (c in chars[:12] and encoding not in _LATIN)) for c in {*chars} & odd.keys()}
-    return sum(n*weight.get(c, 0) for c,n in odd.items())/max(1, sum(n*size(c) for c,n in odd.items()))/_SHARE[encoding]
+    size = lambda c: len(c.encode(encoding, "ignore")) or 1
+    odd = Counter(c for c in data.decode(encoding, "replace") if c > "\x7f")
+    weight = {
+        c: size(c) * (1 + (c in chars[:12] and encoding not in _LATIN))
+        for c in {*chars} & odd.keys()
+    }
+    return (
+        sum(n * weight.get(c, 0) for c, n in odd.items())
+        / max(1, sum(n * size(c) for c, n in odd.items()))
+        / _SHARE[encoding]
+    )
 
-def _guess(data:bytes)->str:
+
+def _guess(data: bytes) -> str:
     "The encoding of some lines that are no UTF-8."
-    data = re.sub(rb'\\[nrt]', b' ', data) # as JSON writes them, which are no letters
-    best = lambda group: max((round(_usual(data, e, chars), 2), -i, e) for i,(e,chars) in enumerate(group.items()))
-    (two,_,wide),(one,_,narrow) = best(_TWO_BYTES),best(_ONE_BYTE)
-    chinese = [c for c in data.decode('gb18030', 'replace') if c > '\x7f']
-    if chinese.count('\ufffd') <= .02*len(chinese) and len(''.join(chinese).encode('gb2312',
-            'ignore')) > .9*sum(b > 127 for b in data):
-        return wide if two > .6 else narrow if one > .95 and two < .4 else 'gb18030'
-    if two > .6: return wide
-    beside = len(re.findall(rb'[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]', data))
-    fit,_,name = best(_LATIN) if beside > .5*len(re.findall(rb'[\x80-\xff]+', data)) else (one, 0, narrow)
-    if fit > .5: return name
+    data = re.sub(rb"\\[nrt]", b" ", data)  # as JSON writes them, which are no letters
+    best = lambda group: max(
+        (round(_usual(data, e, chars), 2), -i, e) for i, (e, chars) in enumerate(group.items())
+    )
+    (two, _, wide), (one, _, narrow) = best(_TWO_BYTES), best(_ONE_BYTE)
+    chinese = [c for c in data.decode("gb18030", "replace") if c > "\x7f"]
+    if chinese.count("\ufffd") <= 0.02 * len(chinese) and len(
+        "".join(chinese).encode("gb2312", "ignore")
+    ) > 0.9 * sum(b > 127 for b in data):
+        return wide if two > 0.6 else narrow if one > 0.95 and two < 0.4 else "gb18030"
+    if two > 0.6:
+        return wide
+    beside = len(re.findall(rb"[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]", data))
+    fit, _, name = (
+        best(_LATIN) if beside > 0.5 * len(re.findall(rb"[\x80-\xff]+", data)) else (one, 0, narrow)
+    )
+    if fit > 0.5:
+        return name
     import charset_normalizer
-    found = charset_normalizer.from_bytes(data, cp_isolation=[*_TWO_BYTES, *_ONE_BYTE, *_LATIN]).best()
-    return found.encoding if found else 'cp1252'
+
+    found = charset_normalizer.from_bytes(
+        data, cp_isolation=[*_TWO_BYTES, *_ONE_BYTE, *_LATIN]
+    ).best()
+    return found.encoding if found else "cp1252"
 
 # %% ../nbs/02_formats.ipynb #5b1c0a05
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[][{}:,]|[^][{}:,"\s]+', re.S)
-_WORD = re.compile(rb'-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity')
+_WORD = re.compile(rb"-?\d[\d.eE+-]*|true|false|null|NaN|-?Infinity")
 # keys under which a file keeps all its rows
-_WRAPPERS = 'data','rows','examples','train','instances','samples','records','items'
+_WRAPPERS = "data", "rows", "examples", "train", "instances", "samples", "records", "items"
 
-def _outline(head:bytes)->Iterator[tuple[bytes,str,bytes]]:
+
+def _outline(head: bytes) -> Iterator[tuple[bytes, str, bytes]]:
     "Of JSON that may be cut off: the brackets around each key, the key, and the first byte of its value. Ends where it is no JSON."
-    around,last,key = b'',b'',None
+    around, last, key = b"", b"", None
     for m in _TOKEN.finditer(head):
         part = m[0]
         if key is not None:
-            yield around,key,part[:1]
+            yield around, key, part[:1]
             key = None
-        if part in (b'{', b'['): around += part
-        elif part in (b'}', b']'):
-            if around[-1:]+part not in (b'{}', b'[]'): return
+        if part in (b"{", b"["):
+            around += part
+        elif part in (b"}", b"]"):
+            if around[-1:] + part not in (b"{}", b"[]"):
+                return
             around = around[:-1]
-        elif part == b':': key = last[1:-1].decode('utf-8', 'replace')
-        elif part[:1] == b'"': last = part
-        elif part != b',' and not (_WORD.fullmatch(part) or m.end() == len(head)): return
+        elif part == b":":
+            key = last[1:-1].decode("utf-8", "replace")
+        elif part[:1] == b'"':
+            last = part
+        elif part != b"," and not (_WORD.fullmatch(part) or m.end() == len(head)):
+            return
 
-def _value(line:bytes):
+
+def _value(line: bytes):
     "What a line holds, as JSON or as Python writes it; None where it is neither."
-    try: return orjson.loads(line)
-    except orjson.JSONDecodeError: pass
-    try: return ast.literal_eval(line.decode()) if line.startswith((b"{'", b"[{'")) and line.count(b'{') < 100 else None
-    except (ValueError, SyntaxError, RecursionError, MemoryError): return None
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return (
+            ast.literal_eval(line.decode())
+            if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100
+            else None
+        )
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
 
-def _is_json(text:bytes)->bool:
+
+def _is_json(text: bytes) -> bool:
     "Is this JSON, under a name that does not say so? Most of its first lines are, or all of it is, as far as it goes."
-    if text[:1] not in (b'{', b'['): return False
-    lines = [l for l in text.split(b'\n')[:20] if l.strip()]
-    if len(lines) > 1 and len(text) >= 1<<15: lines = lines[:-1] or lines
-    fine = sum(isinstance(v := _value(l.strip()), dict) or isinstance(v, list) and any(isinstance(x, (dict,str))
-        for x in v) for l in lines)
-    if fine and fine >= len(lines)/2: return True
+    if text[:1] not in (b"{", b"["):
+        return False
+    lines = [l for l in text.split(b"\n")[:20] if l.strip()]
+    if len(lines) > 1 and len(text) >= 1 << 15:
+        lines = lines[:-1] or lines
+    fine = sum(
+        isinstance(v := _value(l.strip()), dict)
+        or isinstance(v, list)
+        and any(isinstance(x, (dict, str)) for x in v)
+        for l in lines
+    )
+    if fine and fine >= len(lines) / 2:
+        return True
     return any(True for _ in _outline(text)) and _scans(text)
 
-def _scans(text:bytes)->bool:
-    "Does it consist of nothing but strings, numbers and brackets?"
-    return all(m[0][:1] in b'"[]{}:,' or _WORD.fullmatch(m[0]) or m.end() == len(text) for m in _TOKEN.finditer(text))
 
-def _wrapper(text:bytes)->str|None:
+def _scans(text: bytes) -> bool:
+    "Does it consist of nothing but strings, numbers and brackets?"
+    return all(
+        m[0][:1] in b'"[]{}:,' or _WORD.fullmatch(m[0]) or m.end() == len(text)
+        for m in _TOKEN.finditer(text)
+    )
+
+
+def _wrapper(text: bytes) -> str | None:
     "The key of the one object of a file under which its rows are."
     key = None
-    for around,k,begins in _outline(text):
-        if around == b'{': key = k if k in _WRAPPERS and begins == b'[' else None
-        elif around == b'{[{' and key: return None if k in ('role','from') else key
+    for around, k, begins in _outline(text):
+        if around == b"{":
+            key = k if k in _WRAPPERS and begins == b"[" else None
+        elif around == b"{[{" and key:
+            return None if k in ("role", "from") else key
 
-def _layout(name:str, head:bytes)->str:
+
+def _layout(name: str, head: bytes) -> str:
     text = head.strip()
-    first,_,rest = text.partition(b'\n')
+    first, _, rest = text.partition(b"\n")
     first = first.strip()
-    if not _bare(name).endswith(('.jsonl','.json','.ndjson','.jsonlines')) and not _is_json(text): return 'text'
-    if text.startswith(b'{') and _wrapper(text) and not (_value(first) is not None and rest.lstrip().startswith(b'{')):
-        return 'inside'
-    if first in (b'{', b'[', b'[{', b'[]'): return 'objects'
-    if not (first.startswith(b'[') and first[1:].lstrip().startswith(b'{')): return 'lines'
+    if not _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines")) and not _is_json(
+        text
+    ):
+        return "text"
+    if (
+        text.startswith(b"{")
+        and _wrapper(text)
+        and not (_value(first) is not None and rest.lstrip().startswith(b"{"))
+    ):
+        return "inside"
+    if first in (b"{", b"[", b"[{", b"[]"):
+        return "objects"
+    if not (first.startswith(b"[") and first[1:].lstrip().startswith(b"{")):
+        return "lines"
     if (v := _value(first)) is not None:
-        return ('lines' if rest.strip() or all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v)
-            else 'objects')
+        return (
+            "lines"
+            if rest.strip() or all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
+            else "objects"
+        )
     # a conversation that is longer than what was read
-    return ('lines' if not rest and any(around == b'[{' and k in ('role','from') for around,k,_ in _outline(first))
-        else 'objects')
+    return (
+        "lines"
+        if not rest
+        and any(around == b"[{" and k in ("role", "from") for around, k, _ in _outline(first))
+        else "objects"
+    )
 
-def _newline(text:str, more:Callable[[],str])->str:
-    if '\r\n' in text: return 'CRLF'
-    if '\n' in text or '\r' not in text: return 'LF'
-    if len(text) < 2000*text.count('\r'): return 'CR'
+
+def _newline(text: str, more: Callable[[], str]) -> str:
+    if "\r\n" in text:
+        return "CRLF"
+    if "\n" in text or "\r" not in text:
+        return "LF"
+    if len(text) < 2000 * text.count("\r"):
+        return "CR"
     # few carriage returns, in a long first line: the line feed may come later
-    return next((('CRLF' if '\r\n' in part else 'LF') for part in iter(more, '') if '\n' in part), 'CR')
+    return next(
+        (("CRLF" if "\r\n" in part else "LF") for part in iter(more, "") if "\n" in part), "CR"
+    )
+
 
 def look_at(
-    path:str|Path, # A data file
-    encoding:str='', # Python's name of it; empty: as the file looks
-)->Look:
+    path: str | Path,  # A data file
+    encoding: str = "",  # Python's name of it; empty: as the file looks
+) -> Look:
     "Packing, encoding, line ends and layout of a file."
     path = at_home(path)
-    try: encoding = codecs.lookup(encoding).name if encoding else ''
+    try:
+        encoding = codecs.lookup(encoding).name if encoding else ""
     except LookupError:
-        raise ValueError(f"encoding={encoding!r} must be the name of an encoding that Python knows, such as utf-8, "
-            f"gb18030, cp1251 or koi8-r") from None
-    packed,f = _unpacked(path)
+        raise ValueError(
+            f"encoding={encoding!r} must be the name of an encoding that Python knows, such as"
+            " utf-8, gb18030, cp1251 or koi8-r"
+        ) from None
+    packed, f = _unpacked(path)
     with f, _damage(path):
-        head = f.read(1<<16)
-        name,guessed = (encoding, False) if encoding else _encoding(head)
-        decoder = codecs.getincrementaldecoder(name)('replace')
-        text = decoder.decode(head).lstrip('\ufeff')
-        newline = _newline(text, lambda: decoder.decode(f.read(1<<20)) if f.tell() < LONGEST else '')
-    look = Look(packed, name, newline, _layout(path.name, (text.replace('\r', '\n') if newline == 'CR'
-        else text).encode('utf-8', 'replace')), guessed)
-    if head[257:262] == b'ustar': raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
-    if look.layout == 'text' and (found := next((what for pattern,what in _CONTENTS if pattern.match(text)), None)):
+        head = f.read(1 << 16)
+        name, guessed = (encoding, False) if encoding else _encoding(head)
+        decoder = codecs.getincrementaldecoder(name)("replace")
+        text = decoder.decode(head).lstrip("\ufeff")
+        newline = _newline(
+            text, lambda: decoder.decode(f.read(1 << 20)) if f.tell() < LONGEST else ""
+        )
+    look = Look(
+        packed,
+        name,
+        newline,
+        _layout(
+            path.name,
+            (text.replace("\r", "\n") if newline == "CR" else text).encode("utf-8", "replace"),
+        ),
+        guessed,
+    )
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
+    if look.layout == "text" and (
+        found := next((what for pattern, what in _CONTENTS if pattern.match(text)), None)
+    ):
         raise DataError(f"{path} is {found[0]}: {found[1]}")
-    odd = sum(c == '\ufffd' or c < ' ' and c not in '\b\t\n\r\f\v\x1b' or '\x7f' <= c < '\xa0' for c in text)
-    if look.layout == 'text' and odd > .1*len(text):
-        raise DataError(f"{path} is not text in any encoding that is known here: {odd/len(text):.0%} of its first "
-            f"characters are control characters, or none at all. Save a text as UTF-8, or name its encoding "
-            f"(encoding=); of numbers, such as the token ids in nanoGPT's train.bin, name the text that they were "
-            f"made from (input.txt)")
+    odd = sum(
+        c == "\ufffd" or c < " " and c not in "\b\t\n\r\f\v\x1b" or "\x7f" <= c < "\xa0"
+        for c in text
+    )
+    if look.layout == "text" and odd > 0.1 * len(text):
+        raise DataError(
+            f"{path} is not text in any encoding that is known here: {odd / len(text):.0%} of its"
+            " first characters are control characters, or none at all. Save a text as UTF-8, or"
+            " name its encoding (encoding=); of numbers, such as the token ids in nanoGPT's"
+            " train.bin, name the text that they were made from (input.txt)"
+        )
     return look
 
 # %% ../nbs/02_formats.ipynb #a6bb6536
 class _Translated(io.RawIOBase):
     "A stream in another encoding, or with CR line ends, as UTF-8 with line feeds."
-    def __init__(self, f, look:Look): self.f,self.decoder,self.cr,self.rest = f,codecs.getincrementaldecoder(look.encoding)('replace'),look.newline == 'CR',b''
-    def readable(self): return True
+
+    def __init__(self, f, look: Look):
+        self.f, self.decoder, self.cr, self.rest = (
+            f,
+            codecs.getincrementaldecoder(look.encoding)("replace"),
+            look.newline == "CR",
+            b"",
+        )
+
+    def readable(self):
+        return True
+
     def readinto(self, into):
         while not self.rest:
-            data = self.f.read(1<<20)
+            data = self.f.read(1 << 20)
             text = self.decoder.decode(data, final=not data)
-            self.rest = (text.replace('\r', '\n') if self.cr else text).encode('utf-8', 'replace')
-            if not data: break
+            self.rest = (text.replace("\r", "\n") if self.cr else text).encode("utf-8", "replace")
+            if not data:
+                break
         n = min(len(into), len(self.rest))
-        into[:n],self.rest = self.rest[:n],self.rest[n:]
+        into[:n], self.rest = self.rest[:n], self.rest[n:]
         return n
-    def close(self): self.f.close(); super().close()
+
+    def close(self):
+        self.f.close()
+        super().close()
+
 
 def open_data(
-    path:str|Path, # A data file
-    look:Look|None=None, # Of `look_at`, where it is known already
-)->io.BufferedReader: # Its text: unpacked, in UTF-8, with line feeds
+    path: str | Path,  # A data file
+    look: Look | None = None,  # Of `look_at`, where it is known already
+) -> io.BufferedReader:  # Its text: unpacked, in UTF-8, with line feeds
     "Open a data file; a `DataError` or `FileNotFoundError` says what is wrong with it."
     path = at_home(path)
     look = look or look_at(path)
     f = _unpacked(path)[1]
-    return f if look.encoding == 'utf-8' and look.newline != 'CR' else io.BufferedReader(_Translated(f, look), 1<<20)
+    return (
+        f
+        if look.encoding == "utf-8" and look.newline != "CR"
+        else io.BufferedReader(_Translated(f, look), 1 << 20)
+    )
 
 # %% ../nbs/02_formats.ipynb #d2785fce
-def _foreign(f:Path)->bool: "Is this no data, though it lies among them?"; return f.name.startswith('.') or f.name.endswith(('.source.json','.part.json'))
+def _foreign(f: Path) -> bool:
+    "Is this no data, though it lies among them?"
+    return f.name.startswith(".") or f.name.endswith((".source.json", ".part.json"))
+
 
 def no_tables(
-    files:Iterable[Path], # Data files
-    format:str|None=None, # `lines`: an encoder learns the fields of such lines
+    files: Iterable[Path],  # Data files
+    format: str | None = None,  # `lines`: an encoder learns the fields of such lines
 ):
     "A `DataError` for a table, of which the tabs would be learned as text."
     for f in files:
-        if format != 'lines' and _bare(f.name).endswith(('.tsv','.tab')):
-            raise DataError(f"{f} is a table, whose tabs would be learned as text: " + _TABLE.format("…, sep='\\t'"))
+        if format != "lines" and _bare(f.name).endswith((".tsv", ".tab")):
+            raise DataError(
+                f"{f} is a table, whose tabs would be learned as text: "
+                + _TABLE.format("…, sep='\\t'")
+            )
 
-def _matching(p:Path)->list[Path]:
+
+def _matching(p: Path) -> list[Path]:
     "The files that a pattern stands for."
-    if p.exists() or not any(c in p.name for c in '*?['): return [p]
-    if not (found := sorted(f for f in p.parent.glob(p.name) if not _foreign(f))): raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
+    if p.exists() or not any(c in p.name for c in "*?["):
+        return [p]
+    if not (found := sorted(f for f in p.parent.glob(p.name) if not _foreign(f))):
+        raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
     return found
 
+
 def data_files(
-    source:str|Path|Iterable[str|Path], # A file, a folder of data files, a pattern such as `texts/*.jsonl`, or a list of these
-    say:Callable[[str],None]|None=None, # Told which files of a folder are passed over
-    encoding:str='', # As for `look_at`
-)->list[Path]:
+    source: (
+        str | Path | Iterable[str | Path]
+    ),  # A file, a folder of data files, a pattern such as `texts/*.jsonl`, or a list of these
+    say: Callable[[str], None] | None = None,  # Told which files of a folder are passed over
+    encoding: str = "",  # As for `look_at`
+) -> list[Path]:
     "The data files that `source` names, in order."
-    if not isinstance(source, (Path,Iterable)) or isinstance(source, dict): raise TypeError(f"{source!r} is no data; name a file, a folder of data files, or a list of them (names with weights: minigpt.registry.mix)")
-    out,source = [],[source] if isinstance(source, (str,Path)) else [*source]
-    if bad := [p for p in source if not isinstance(p, (str,Path))]: raise TypeError(f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are written into a .jsonl file first, a JSON object a line")
+    if not isinstance(source, (Path, Iterable)) or isinstance(source, dict):
+        raise TypeError(
+            f"{source!r} is no data; name a file, a folder of data files, or a list of them (names"
+            " with weights: minigpt.registry.mix)"
+        )
+    out, source = [], [source] if isinstance(source, (str, Path)) else [*source]
+    if bad := [p for p in source if not isinstance(p, (str, Path))]:
+        raise TypeError(
+            f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are"
+            " written into a .jsonl file first, a JSON object a line"
+        )
     for p in (q for p in source for q in _matching(at_home(p))):
         if not p.is_dir():
             look_at(p, encoding)
             out.append(p)
             continue
-        part = "['train']"*(p/'dataset_dict.json').exists()
-        if part or (p/'dataset_info.json').exists() and any(p.glob('*.arrow')): raise DataError(f"{p} is a data set of Hugging Face's datasets; make a file of it: `datasets.load_from_disk({str(p)!r}){part}.to_json('data.jsonl', force_ascii=False)`")
-        if (p/'tokens.bin').exists(): raise DataError(f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or name the text that it was made from")
+        part = "['train']" * (p / "dataset_dict.json").exists()
+        if part or (p / "dataset_info.json").exists() and any(p.glob("*.arrow")):
+            raise DataError(
+                f"{p} is a data set of Hugging Face's datasets; make a file of it:"
+                f" `datasets.load_from_disk({str(p)!r}){part}.to_json('data.jsonl',"
+                " force_ascii=False)`"
+            )
+        if (p / "tokens.bin").exists():
+            raise DataError(
+                f"{p} is a token set; open it: minigpt.data.open_set({str(p)!r}), and pass that; or"
+                " name the text that it was made from"
+            )
         there = sorted(f for f in p.iterdir() if not _foreign(f))
-        inside = [f for f in there if f.is_file() and _bare(f.name).endswith(('.jsonl','.json','.txt'))]
-        other = [f.name + '/'*f.is_dir() for f in there if f not in inside]
-        passed = f"{', '.join(other[:5])}{f' and {len(other)-5} more' if len(other) > 5 else ''}"
+        inside = [
+            f for f in there if f.is_file() and _bare(f.name).endswith((".jsonl", ".json", ".txt"))
+        ]
+        other = [f.name + "/" * f.is_dir() for f in there if f not in inside]
+        passed = f"{', '.join(other[:5])}{f' and {len(other) - 5} more' if len(other) > 5 else ''}"
         if not inside:
-            raise DataError(f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz or "
-                f".zst), or name a file" + (f". It holds {passed}" if other else ''))
+            raise DataError(
+                f"{p} is a folder without data files; it must hold .jsonl or .txt files (also .gz"
+                " or .zst), or name a file" + (f". It holds {passed}" if other else "")
+            )
         if other and say:
-            say(f"{p}: {len(other)} passed over ({passed}); of a folder, .jsonl, .json and .txt files are read. "
-                f"Name the others, or a list, to read them too")
+            say(
+                f"{p}: {len(other)} passed over ({passed}); of a folder, .jsonl, .json and .txt"
+                " files are read. Name the others, or a list, to read them too"
+            )
         out += inside
-    if not out: raise DataError("the list of data files is empty; name at least one file or folder")
+    if not out:
+        raise DataError("the list of data files is empty; name at least one file or folder")
     return out
 
 # %% ../nbs/02_formats.ipynb #f44d7564
-LONGEST = 1<<25 # bytes of a row
+LONGEST = 1 << 25  # bytes of a row
+
 
 @dataclass(frozen=True)
 class Block:
     "Some whole lines of a file."
-    path:Path # The file
-    numbers:Sequence[int] # Where each line begins, from 1
-    lines:list[bytes] # With their line ends
-    last:bool # Does the file end here?
-    layout:str='text' # Of its `Look`
-    columns:dict[str,str]|None=None # As for `parse_row`
-    @property
-    def size(self)->int: "Bytes, unpacked."; return sum(map(len, self.lines))
 
-def _lines(f:io.BufferedReader, text:bool)->Iterator[tuple[int,bytes]]:
+    path: Path  # The file
+    numbers: Sequence[int]  # Where each line begins, from 1
+    lines: list[bytes]  # With their line ends
+    last: bool  # Does the file end here?
+    layout: str = "text"  # Of its `Look`
+    columns: dict[str, str] | None = None  # As for `parse_row`
+
+    @property
+    def size(self) -> int:
+        "Bytes, unpacked."
+        return sum(map(len, self.lines))
+
+
+def _lines(f: io.BufferedReader, text: bool) -> Iterator[tuple[int, bytes]]:
     "Lines with their numbers; one that is too long is cut (text) or ends behind `LONGEST` (rows)."
     number = 1
     while line := f.readline(LONGEST):
-        if len(line) == LONGEST and not line.endswith(b'\n'):
+        if len(line) == LONGEST and not line.endswith(b"\n"):
             if text:
-                while (c := f.peek(1)[:1]) and c[0] & 0xC0 == 0x80: line += f.read(1)
-                yield number,line; continue
-            line += b'...'
-            while (more := f.readline(1<<20)) and not more.endswith(b'\n'): pass
-        yield number,line
+                while (c := f.peek(1)[:1]) and c[0] & 0xC0 == 0x80:
+                    line += f.read(1)
+                yield number, line
+                continue
+            line += b"..."
+            while (more := f.readline(1 << 20)) and not more.endswith(b"\n"):
+                pass
+        yield number, line
         number += 1
 
-_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S) # a string, without the last quote where its end is not here; or a bracket
 
-_BETWEEN = b'[], \t\r\n'+codecs.BOM_UTF8
+_JSON_PART = re.compile(
+    rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S
+)  # a string, without the last quote where its end is not here; or a bracket
 
-def _objects(f:io.BufferedReader, path:Path, inside:bool=False)->Iterator[tuple[int,bytes]]:
+_BETWEEN = b"[], \t\r\n" + codecs.BOM_UTF8
+
+
+def _objects(f: io.BufferedReader, path: Path, inside: bool = False) -> Iterator[tuple[int, bytes]]:
     "The objects of an array, or one behind another, with the lines where they begin; `inside`: those in the array under a key of another object."
-    rest,number,depth,begin,at,top,open_,key,word = b'',1,0,0,0,int(inside),not inside,b'',b''
-    def between(part): # what stands between two objects is a row as well, which gets its reason
-        if open_ and (part := part.strip(_BETWEEN)): yield number,part+b'\n'
-    while data := f.read(1<<20):
+    rest, number, depth, begin, at, top, open_, key, word = (
+        b"",
+        1,
+        0,
+        0,
+        0,
+        int(inside),
+        not inside,
+        b"",
+        b"",
+    )
+
+    def between(part):  # what stands between two objects is a row as well, which gets its reason
+        if open_ and (part := part.strip(_BETWEEN)):
+            yield number, part + b"\n"
+
+    while data := f.read(1 << 20):
         rest += data
         done = 0
         for m in _JSON_PART.finditer(rest, at):
-            if m[1] == b'': break # the end of this string is still to come
-            part,at = m[0],m.end()
+            if m[1] == b"":
+                break  # the end of this string is still to come
+            part, at = m[0], m.end()
             if inside and depth == top and not open_:
-                if part[:1] == b'"': word = part[1:-1]
-                elif part == b'[' and word.decode('utf-8', 'replace') in _WRAPPERS:
+                if part[:1] == b'"':
+                    word = part[1:-1]
+                elif part == b"[" and word.decode("utf-8", "replace") in _WRAPPERS:
                     open_ = True
-                    number += rest.count(b'\n', done, at)
+                    number += rest.count(b"\n", done, at)
                     done = at
-            elif inside and depth == top and part == b']':
-                yield from between(rest[done:m.start()])
+            elif inside and depth == top and part == b"]":
+                yield from between(rest[done : m.start()])
                 open_ = False
-                number += rest.count(b'\n', done, at)
+                number += rest.count(b"\n", done, at)
                 done = at
-                word = b''
-            if part == b'{':
+                word = b""
+            if part == b"{":
                 if depth == top and open_:
-                    yield from between(rest[done:m.start()])
-                    number += rest.count(b'\n', done, m.start())
+                    yield from between(rest[done : m.start()])
+                    number += rest.count(b"\n", done, m.start())
                     done = begin = m.start()
                 depth += 1
-            elif part == b'}' and depth:
+            elif part == b"}" and depth:
                 depth -= 1
                 if depth == top and open_:
-                    yield number,rest[begin:m.end()]+b'\n'
-                    number += rest.count(b'\n', begin, m.end())
+                    yield number, rest[begin : m.end()] + b"\n"
+                    number += rest.count(b"\n", begin, m.end())
                     done = m.end()
         if depth == top or not open_:
-            if open_: at = len(rest)-len(rest[at:].lstrip(_BETWEEN))
+            if open_:
+                at = len(rest) - len(rest[at:].lstrip(_BETWEEN))
             yield from between(rest[done:at])
-            number += rest.count(b'\n', done, at)
+            number += rest.count(b"\n", done, at)
             done = at
         whole = depth > top and open_
-        if len(rest)-(begin if whole else at) > LONGEST:
-            raise DataError(f"{path}: the {'object' if whole else 'text'} that begins in line {number:,} has no end within {LONGEST>>20} "
-                f"MiB; a bracket or a quote is missing. Mend it, or write one object a line")
-        rest,at,begin = rest[done:],at-done,0
-    if depth > top and open_: yield number,rest
-    else: yield from between(rest)
+        if len(rest) - (begin if whole else at) > LONGEST:
+            raise DataError(
+                f"{path}: the {'object' if whole else 'text'} that begins in line {number:,} has no"
+                f" end within {LONGEST >> 20} MiB; a bracket or a quote is missing. Mend it, or"
+                " write one object a line"
+            )
+        rest, at, begin = rest[done:], at - done, 0
+    if depth > top and open_:
+        yield number, rest
+    else:
+        yield from between(rest)
 
 
 def read_blocks(
-    path:str|Path, # A data file
-    size:int=1<<20, # Bytes of a block, to the next line end
-    look:Look|None=None, # Of `look_at`, where it is known already
-    encoding:str='', # As for `look_at`
-    columns:dict[str,str]|None=None, # As for `parse_row`
-)->Iterator[Block]:
+    path: str | Path,  # A data file
+    size: int = 1 << 20,  # Bytes of a block, to the next line end
+    look: Look | None = None,  # Of `look_at`, where it is known already
+    encoding: str = "",  # As for `look_at`
+    columns: dict[str, str] | None = None,  # As for `parse_row`
+) -> Iterator[Block]:
     "The file, block by block; memory does not grow with it."
     path = at_home(path)
     look = look or look_at(path, encoding)
-    numbers,lines,n = [],[],0
+    numbers, lines, n = [], [], 0
     with open_data(path, look) as f, _damage(path, lambda: numbers[-1] if numbers else 0):
-        for number,line in _objects(f, path, look.layout == 'inside') if look.layout in ('objects',
-                'inside') else _lines(f, look.layout == 'text'):
+        for number, line in (
+            _objects(f, path, look.layout == "inside")
+            if look.layout in ("objects", "inside")
+            else _lines(f, look.layout == "text")
+        ):
             if n >= size:
                 yield Block(path, numbers, lines, False, look.layout, columns)
-                numbers,lines,n = [],[],0
-            numbers.append(number); lines.append(line); n += len(line)
-    if lines: yield Block(path, numbers, lines, True, look.layout, columns)
+                numbers, lines, n = [], [], 0
+            numbers.append(number)
+            lines.append(line)
+            n += len(line)
+    if lines:
+        yield Block(path, numbers, lines, True, look.layout, columns)
 
 # %% ../nbs/02_formats.ipynb #8c0a4991
 @dataclass(slots=True)
 class Row:
     "One text, conversation or preference of a data file, or the reason why there is none."
-    line:int # Where it begins, from 1
-    text:str='' # The text; of a conversation, what its messages say, joined
-    ends:bool=True # Does a document end behind it? Pieces of one long text do not.
-    reason:str='' # Why it was refused; empty for a good row
-    detail:str='' # What exactly was found
-    messages:list[dict]|None=None # Of a conversation: `role` and `content` each. Of a preference: those with the chosen answer
-    rejected:list[dict]|None=None # Of a preference: those with the rejected answer
-    mended:tuple[str,...]=() # What had to be read with a blind eye, such as `NaN`
-    read:str=field(default='', compare=False) # Which of its columns were read, and as what: `conversations → messages`
-    unread:tuple[str,...]=field(default=(), compare=False) # Its other columns, which are left out
+
+    line: int  # Where it begins, from 1
+    text: str = ""  # The text; of a conversation, what its messages say, joined
+    ends: bool = True  # Does a document end behind it? Pieces of one long text do not.
+    reason: str = ""  # Why it was refused; empty for a good row
+    detail: str = ""  # What exactly was found
+    messages: list[dict] | None = (
+        None  # Of a conversation: `role` and `content` each. Of a preference: those with the chosen answer
+    )
+    rejected: list[dict] | None = None  # Of a preference: those with the rejected answer
+    mended: tuple[str, ...] = ()  # What had to be read with a blind eye, such as `NaN`
+    read: str = field(
+        default="", compare=False
+    )  # Which of its columns were read, and as what: `conversations → messages`
+    unread: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # Its other columns, which are left out
+
     @property
-    def kind(self)->str: "`text`, `conversation` or `preference`."; return 'preference' if self.rejected else 'conversation' if self.messages else 'text'
+    def kind(self) -> str:
+        "`text`, `conversation` or `preference`."
+        return "preference" if self.rejected else "conversation" if self.messages else "text"
 
 # %% ../nbs/02_formats.ipynb #7cfc438c
-class _Unreadable(Exception): "`args`: the reason and the detail of a refusal."
+class _Unreadable(Exception):
+    "`args`: the reason and the detail of a refusal."
+
 
 def _no_surrogates(x):
-    if isinstance(x, str): return x.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
-    if isinstance(x, list): return [_no_surrogates(v) for v in x]
-    return {_no_surrogates(k):_no_surrogates(v) for k,v in x.items()} if isinstance(x, dict) else x
+    if isinstance(x, str):
+        return x.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(x, list):
+        return [_no_surrogates(v) for v in x]
+    return (
+        {_no_surrogates(k): _no_surrogates(v) for k, v in x.items()} if isinstance(x, dict) else x
+    )
 
-def _depth(x)->int:
+
+def _depth(x) -> int:
     "Brackets within each other, up to 200."
-    n,level = 0,[x]
-    while level and n < 200: level,n = [v for y in level if isinstance(y, (list,dict)) for v in (y.values() if isinstance(y, dict) else y)],n+1
+    n, level = 0, [x]
+    while level and n < 200:
+        level, n = (
+            [
+                v
+                for y in level
+                if isinstance(y, (list, dict))
+                for v in (y.values() if isinstance(y, dict) else y)
+            ],
+            n + 1,
+        )
     return n
 
-def _read_json(line:bytes)->tuple[list, tuple[str,...]]:
+
+def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
     "The values on a line, one unless it is broken in a known way; and what was mended."
     line = line.removeprefix(codecs.BOM_UTF8)
     try:
         value = orjson.loads(line)
-        if max(line.count(b'['), line.count(b'{')) >= 200 and _depth(value) >= 200: raise _Unreadable('nested too deeply', 'more than 200 brackets within each other')
-        return [value],()
-    except orjson.JSONDecodeError as e: why = str(e) if e.pos < len(line.rstrip()) else 'it ends too early'
-    if len(line) > LONGEST: raise _Unreadable('row too long', f'more than {LONGEST>>20} MiB')
-    if not line.strip(b'\0 \t\r\n'): raise _Unreadable('NUL bytes', f'{len(line):,} bytes without a text, as a machine leaves them that lost power while writing')
-    try: text = line.decode().strip()
-    except UnicodeDecodeError as e: raise _Unreadable('not UTF-8', f'{e.reason} at byte {e.start} of the line') from None
-    decoder = json.JSONDecoder(strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s))
-    values,at,mended = [],0,[]
+        if max(line.count(b"["), line.count(b"{")) >= 200 and _depth(value) >= 200:
+            raise _Unreadable("nested too deeply", "more than 200 brackets within each other")
+        return [value], ()
+    except orjson.JSONDecodeError as e:
+        why = str(e) if e.pos < len(line.rstrip()) else "it ends too early"
+    if len(line) > LONGEST:
+        raise _Unreadable("row too long", f"more than {LONGEST >> 20} MiB")
+    if not line.strip(b"\0 \t\r\n"):
+        raise _Unreadable(
+            "NUL bytes",
+            f"{len(line):,} bytes without a text, as a machine leaves them that lost power while"
+            " writing",
+        )
+    try:
+        text = line.decode().strip()
+    except UnicodeDecodeError as e:
+        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+    decoder = json.JSONDecoder(
+        strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s)
+    )
+    values, at, mended = [], 0, []
     try:
         while at < len(text):
-            value,at = decoder.raw_decode(text, at)
-            if _depth(value) >= 200: raise RecursionError
+            value, at = decoder.raw_decode(text, at)
+            if _depth(value) >= 200:
+                raise RecursionError
             values.append(clean := _no_surrogates(value))
-            mended.append('lone surrogate' if clean != value else 'lenient JSON')
-            while at < len(text) and text[at] in ' \t\r\n,': at += 1
-        return values,tuple({m for m in mended if len(values) == 1 or m == 'lone surrogate'} | ({'several objects on a line'} if len(values) > 1 else set()))
-    except RecursionError: raise _Unreadable('nested too deeply', why) from None
-    except ValueError: pass
-    if text.startswith('{') and "'" in text and len(text) < 1<<20 and max(text.count('['), text.count('{')) < 200:
-        try: return [_no_surrogates(ast.literal_eval(text))],('Python spelling',)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError): pass
-    raise _Unreadable('broken JSON', why)
+            mended.append("lone surrogate" if clean != value else "lenient JSON")
+            while at < len(text) and text[at] in " \t\r\n,":
+                at += 1
+        return values, tuple(
+            {m for m in mended if len(values) == 1 or m == "lone surrogate"}
+            | ({"several objects on a line"} if len(values) > 1 else set())
+        )
+    except RecursionError:
+        raise _Unreadable("nested too deeply", why) from None
+    except ValueError:
+        pass
+    if (
+        text.startswith("{")
+        and "'" in text
+        and len(text) < 1 << 20
+        and max(text.count("["), text.count("{")) < 200
+    ):
+        try:
+            return [_no_surrogates(ast.literal_eval(text))], ("Python spelling",)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            pass
+    raise _Unreadable("broken JSON", why)
 
 # %% ../nbs/02_formats.ipynb #5b1c0a12
-_SAME = {other:name for name,others in dict(content='文本 内容 正文', conversations='对话', instruction='指令', input='输入',
-    output='输出', prompt='提示 提示词', question='问题 提问 题目 问', answer='回答 答案 解答 答', response='回复 回应', system='系统',
-    history='历史', tools='functions', options='choices 选项').items() for other in others.split()}
-_TALKS = 'conversations','messages','conversation','dialogue','dialog','turns','chat','data','items' # lists of messages
+_SAME = {
+    other: name
+    for name, others in dict(
+        content="文本 内容 正文",
+        conversations="对话",
+        instruction="指令",
+        input="输入",
+        output="输出",
+        prompt="提示 提示词",
+        question="问题 提问 题目 问",
+        answer="回答 答案 解答 答",
+        response="回复 回应",
+        system="系统",
+        history="历史",
+        tools="functions",
+        options="choices 选项",
+    ).items()
+    for other in others.split()
+}
+_TALKS = (
+    "conversations",
+    "messages",
+    "conversation",
+    "dialogue",
+    "dialog",
+    "turns",
+    "chat",
+    "data",
+    "items",
+)  # lists of messages
 # the second where none of the first is there: beside them they mean something else
-_ASKED,_ASKED_ELSE = ('prompt','instruction','question','query','problem','inputs'),('input','user','human','q')
-_ANSWERED,_ANSWERED_ELSE = ('output','completion','response','answer','solution','targets','outputs',
-    'target'),('answers','assistant','bot','gpt')
-_SIDE = '(_(response|answer|output|completion|messages|conversations?|text))'
-_CHOSEN = re.compile(f'chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}')
-_REJECTED = re.compile(f'rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}')
-_THOUGHT = re.compile('(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_'
-    'process|_trajectory|_trajectories)?')
+_ASKED, _ASKED_ELSE = (
+    ("prompt", "instruction", "question", "query", "problem", "inputs"),
+    ("input", "user", "human", "q"),
+)
+_ANSWERED, _ANSWERED_ELSE = (
+    ("output", "completion", "response", "answer", "solution", "targets", "outputs", "target"),
+    ("answers", "assistant", "bot", "gpt"),
+)
+_SIDE = "(_(response|answer|output|completion|messages|conversations?|text))"
+_CHOSEN = re.compile(
+    f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}"
+)
+_REJECTED = re.compile(
+    f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+)
+_THOUGHT = re.compile(
+    "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_"
+    "process|_trajectory|_trajectories)?"
+)
 # the first group in any row, the second where somebody asks about them
-_PICTURE = re.compile('(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?'
-    '|urls?|list|bytes|base64))?')
-_LABEL = re.compile('label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)')
-_JUDGED = {'true','false','0','1','good','bad','desirable','undesirable','chosen','rejected'}
+_PICTURE = re.compile(
+    "(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?"
+    "|urls?|list|bytes|base64))?"
+)
+_LABEL = re.compile(
+    "label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)"
+)
+_JUDGED = {
+    "true",
+    "false",
+    "0",
+    "1",
+    "good",
+    "bad",
+    "desirable",
+    "undesirable",
+    "chosen",
+    "rejected",
+}
 # by these values a text is not to be learned
-_UNLEARNED = dict(weight=0, train=False, loss=False, learn=False, trainable=False, loss_weight=0,
-    output_with_loss=False)
+_UNLEARNED = dict(
+    weight=0,
+    train=False,
+    loss=False,
+    learn=False,
+    trainable=False,
+    loss_weight=0,
+    output_with_loss=False,
+)
+
 
 @lru_cache(10_000)
-def _like(name)->frozenset[str]:
+def _like(name) -> frozenset[str]:
     "What a column may be by the look of its name."
-    kinds = dict(chosen=_CHOSEN, rejected=_REJECTED, thought=_THOUGHT, picture=_PICTURE, label=_LABEL)
-    return frozenset(k for k,pattern in kinds.items() if isinstance(name, str) and pattern.fullmatch(name))
+    kinds = dict(
+        chosen=_CHOSEN, rejected=_REJECTED, thought=_THOUGHT, picture=_PICTURE, label=_LABEL
+    )
+    return frozenset(
+        k for k, pattern in kinds.items() if isinstance(name, str) and pattern.fullmatch(name)
+    )
 
-def _empty(v)->bool: return v is None or not v and isinstance(v, (str,list,dict))
 
-def _unlearned(k:str, v)->bool:
-    return k in _UNLEARNED and type(v) in (bool,int,float) and v == 0 and (isinstance(v, bool) or 'weight' in k)
+def _empty(v) -> bool:
+    return v is None or not v and isinstance(v, (str, list, dict))
+
+
+def _unlearned(k: str, v) -> bool:
+    return (
+        k in _UNLEARNED
+        and type(v) in (bool, int, float)
+        and v == 0
+        and (isinstance(v, bool) or "weight" in k)
+    )
+
 
 @lru_cache(1000)
-def _advice(keys:tuple[str,...], wanted:tuple[str,...]=())->str:
+def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
     "For a row whose layout is not known."
-    known = ['text','messages','conversations',*_ASKED,'input',*_ANSWERED,'chosen','rejected']
-    near = [f'{k} is near {n[0]}' for k in keys if (n := difflib.get_close_matches(k.lower(), known, 1, .6))
-        and n[0] != k]
-    return (f"its keys are {[*keys[:8]]}" + (f" ({'; '.join(near[:3])})" if near else '') + "; say which is which: "
-        + (f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)" if wanted
-        else "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"))
+    known = [
+        "text",
+        "messages",
+        "conversations",
+        *_ASKED,
+        "input",
+        *_ANSWERED,
+        "chosen",
+        "rejected",
+    ]
+    near = [
+        f"{k} is near {n[0]}"
+        for k in keys
+        if (n := difflib.get_close_matches(k.lower(), known, 1, 0.6)) and n[0] != k
+    ]
+    return (
+        f"its keys are {[*keys[:8]]}"
+        + (f" ({'; '.join(near[:3])})" if near else "")
+        + "; say which is which: "
+        + (
+            f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)"
+            if wanted
+            else (
+                "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
+            )
+        )
+    )
+
 
 class _Columns:
     "The columns of a row by the names that are known here; what is null or empty counts only where nothing else does."
-    def __init__(self, row:dict):
-        self.row,self.read,self.extra = row,[],set() # `read`: the row's own names of what was used; `extra`: keys of messages that were not
-        self.full,self.names = {},{}
-        for k,v in row.items():
-            name = k if not isinstance(k, str) or k in _PLAIN_COLUMNS else _SAME.get(low := k.strip().lower(), low)
-            if name not in self.names or k == name or _empty(row[self.names[name]]): self.names[name] = k
-            if not _empty(v) and self.names[name] == k: self.full[name] = v
 
-    def has(self, *names:str)->str|None:
+    def __init__(self, row: dict):
+        self.row, self.read, self.extra = (
+            row,
+            [],
+            set(),
+        )  # `read`: the row's own names of what was used; `extra`: keys of messages that were not
+        self.full, self.names = {}, {}
+        for k, v in row.items():
+            name = (
+                k
+                if not isinstance(k, str) or k in _PLAIN_COLUMNS
+                else _SAME.get(low := k.strip().lower(), low)
+            )
+            if name not in self.names or k == name or _empty(row[self.names[name]]):
+                self.names[name] = k
+            if not _empty(v) and self.names[name] == k:
+                self.full[name] = v
+
+    def has(self, *names: str) -> str | None:
         "The first of these that holds anything."
         for n in names:
-            if n in self.full: return n
-    def like(self, kind:str)->str|None:
+            if n in self.full:
+                return n
+
+    def like(self, kind: str) -> str | None:
         "The first that may be of this kind, and holds anything."
         for n in self.full:
-            if kind in _like(n): return n
-    def some(self, *names:str)->str|None:
-        "The first that holds anything; else the first that is there."
-        return (self.has(*names) or next((n for n in names if n in self.names and self.row[self.names[n]] is not None),
-            None))
-    def take(self, name:str):
-        "Its value, which is read now."
-        if (own := self.names.get(name)) is None: return None
-        if own not in self.read: self.read.append(own)
-        return self.row[own]
-    def own(self, name:str)->str: return self.names.get(name, name)
+            if kind in _like(n):
+                return n
 
-    def asked(self)->str|None:
-        return self.some(*_ASKED) if self.has(*_ASKED) or not self.has(*_ASKED_ELSE) else self.has(*_ASKED_ELSE)
-    def answered(self)->str|None:
-        return (self.has(*_ANSWERED) or self.has(*_ANSWERED_ELSE) or ('a' if self.has('q') and self.has('a') else None)
-            or self.some(*_ANSWERED))
-    def talk(self)->str|None:
+    def some(self, *names: str) -> str | None:
+        "The first that holds anything; else the first that is there."
+        return self.has(*names) or next(
+            (n for n in names if n in self.names and self.row[self.names[n]] is not None), None
+        )
+
+    def take(self, name: str):
+        "Its value, which is read now."
+        if (own := self.names.get(name)) is None:
+            return None
+        if own not in self.read:
+            self.read.append(own)
+        return self.row[own]
+
+    def own(self, name: str) -> str:
+        return self.names.get(name, name)
+
+    def asked(self) -> str | None:
+        return (
+            self.some(*_ASKED)
+            if self.has(*_ASKED) or not self.has(*_ASKED_ELSE)
+            else self.has(*_ASKED_ELSE)
+        )
+
+    def answered(self) -> str | None:
+        return (
+            self.has(*_ANSWERED)
+            or self.has(*_ANSWERED_ELSE)
+            or ("a" if self.has("q") and self.has("a") else None)
+            or self.some(*_ANSWERED)
+        )
+
+    def talk(self) -> str | None:
         "The column with the messages."
         usual = self.has(*_TALKS[:2])
-        if usual or 'text' in self.full: return usual
-        return next((n for n in _TALKS[2:] if isinstance(self.full.get(n), list) or n == 'conversation'
-            and n in self.full or n in ('chat','conversation','dialogue','dialog')
-            and _is_transcript(self.full.get(n))), None)
-    def in_fields(self)->bool:
+        if usual or "text" in self.full:
+            return usual
+        return next(
+            (
+                n
+                for n in _TALKS[2:]
+                if isinstance(self.full.get(n), list)
+                or n == "conversation"
+                and n in self.full
+                or n in ("chat", "conversation", "dialogue", "dialog")
+                and _is_transcript(self.full.get(n))
+            ),
+            None,
+        )
+
+    def in_fields(self) -> bool:
         "Do question and answer stand in columns of their own?"
-        return (bool(self.asked() and self.answered()) and ('text' not in self.full or {'instruction',
-            'output'} <= self.full.keys()))
-    def both(self)->bool:
+        return bool(self.asked() and self.answered()) and (
+            "text" not in self.full or {"instruction", "output"} <= self.full.keys()
+        )
+
+    def both(self) -> bool:
         "Do two answers stand in one list, the better one first?"
-        return (isinstance(v := self.full.get(self.answered()), list) and len(v) == 2 and all(isinstance(x, str)
-            for x in v))
+        return (
+            isinstance(v := self.full.get(self.answered()), list)
+            and len(v) == 2
+            and all(isinstance(x, str) for x in v)
+        )
 
-    def kind(self)->str:
+    def kind(self) -> str:
         "The format of the row, as its columns tell."
-        if len(self.row) == 1 and 'text' in self.full: return 'pretrain'
-        if self.like('rejected') or self.has('chosen'): return 'dpo'
-        if self.talk(): return 'conversation'
-        if self.in_fields(): return 'dpo' if self.both() else 'conversation'
-        if 'text' in self.full: return 'pretrain'
-        return next((f for k,f in dict(rejected='dpo', chosen='dpo', conversations='conversation',
-            messages='conversation').items() if k in self.names), 'pretrain')
+        if len(self.row) == 1 and "text" in self.full:
+            return "pretrain"
+        if self.like("rejected") or self.has("chosen"):
+            return "dpo"
+        if self.talk():
+            return "conversation"
+        if self.in_fields():
+            return "dpo" if self.both() else "conversation"
+        if "text" in self.full:
+            return "pretrain"
+        return next(
+            (
+                f
+                for k, f in dict(
+                    rejected="dpo",
+                    chosen="dpo",
+                    conversations="conversation",
+                    messages="conversation",
+                ).items()
+                if k in self.names
+            ),
+            "pretrain",
+        )
 
-    def refuse(self, kind:str):
+    def refuse(self, kind: str):
         "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
         row = self.row
-        if {'message_id','parent_id'} <= row.keys() or 'message_tree_id' in row:
-            raise _Unreadable('a message of a tree', 'rows with message_id and parent_id are parts of '
-                'conversations; put each path from a question to its last answer into one row, as messages')
-        if {'cells','nbformat'} <= row.keys():
-            raise _Unreadable('a notebook',
-                'take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file')
-        if kind == 'text' and not self.talk() and _role(row):
-            raise _Unreadable('a message alone', f"it has the role {row.get('role', row.get('from'))!r}; the "
-                f"messages of a conversation belong into one row, as a list under \"messages\"")
-        if (k := self.like('picture')) and isinstance(self.full[k], (str,list,dict)) and (kind != 'text'
-                or _PICTURE.fullmatch(k)[1] or '<image>' in str(self.full.get('text'))):
-            raise _Unreadable('pictures, sound or video', f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a "
-                f"text without them answers what nobody can see; leave such rows out, or the column: "
-                f"columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
-        judged = next((k for k,v in self.full.items() if 'label' in _like(k)
-            and str(v).strip().lower().removesuffix('.0') in _JUDGED), None)
-        if kind == 'conversation' and (k := judged):
-            raise _Unreadable('answers with a label', f"{self.own(k)} tells good answers from bad ones; keep the "
-                f"good ones, without the label, or make pairs of chosen and rejected. To learn all alike: "
-                f"columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)")
-        for k,v in self.full.items():
+        if {"message_id", "parent_id"} <= row.keys() or "message_tree_id" in row:
+            raise _Unreadable(
+                "a message of a tree",
+                "rows with message_id and parent_id are parts of conversations; put each path from"
+                " a question to its last answer into one row, as messages",
+            )
+        if {"cells", "nbformat"} <= row.keys():
+            raise _Unreadable(
+                "a notebook",
+                "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
+            )
+        if kind == "text" and not self.talk() and _role(row):
+            raise _Unreadable(
+                "a message alone",
+                f"it has the role {row.get('role', row.get('from'))!r}; the "
+                f'messages of a conversation belong into one row, as a list under "messages"',
+            )
+        if (
+            (k := self.like("picture"))
+            and isinstance(self.full[k], (str, list, dict))
+            and (
+                kind != "text"
+                or _PICTURE.fullmatch(k)[1]
+                or "<image>" in str(self.full.get("text"))
+            )
+        ):
+            raise _Unreadable(
+                "pictures, sound or video",
+                f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers"
+                " what nobody can see; leave such rows out, or the column:"
+                f" columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)",
+            )
+        judged = next(
+            (
+                k
+                for k, v in self.full.items()
+                if "label" in _like(k) and str(v).strip().lower().removesuffix(".0") in _JUDGED
+            ),
+            None,
+        )
+        if kind == "conversation" and (k := judged):
+            raise _Unreadable(
+                "answers with a label",
+                f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the"
+                " label, or make pairs of chosen and rejected. To learn all alike:"
+                f" columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)",
+            )
+        for k, v in self.full.items():
             if k in _UNLEARNED and _unlearned(k, v):
-                raise _Unreadable('marked as not to be learned', f'{self.own(k)} is {v}')
+                raise _Unreadable("marked as not to be learned", f"{self.own(k)} is {v}")
 
-    def made(self, number:int, kind:str, **facts)->Row:
+    def made(self, number: int, kind: str, **facts) -> Row:
         "The row, with what was read and what was left out."
-        unread = [str(self.names[n]) for n in self.full if self.names[n] not in self.read and n not in _UNLEARNED
-            and n != 'ends']
-        return Row(number, read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind,
-            unread=(*unread, *sorted(self.extra)), **facts)
+        unread = [
+            str(self.names[n])
+            for n in self.full
+            if self.names[n] not in self.read and n not in _UNLEARNED and n != "ends"
+        ]
+        return Row(
+            number,
+            read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind,
+            unread=(*unread, *sorted(self.extra)),
+            **facts,
+        )
 
-_PLAIN_COLUMNS = {*_TALKS, *_ASKED, *_ASKED_ELSE, *_ANSWERED, *_ANSWERED_ELSE, 'text','content','system',
-    'system_prompt','tools','options','context','history','chosen','rejected'}
 
-def _columns(row)->_Columns: return row if isinstance(row, _Columns) else _Columns(row)
+_PLAIN_COLUMNS = {
+    *_TALKS,
+    *_ASKED,
+    *_ASKED_ELSE,
+    *_ANSWERED,
+    *_ANSWERED_ELSE,
+    "text",
+    "content",
+    "system",
+    "system_prompt",
+    "tools",
+    "options",
+    "context",
+    "history",
+    "chosen",
+    "rejected",
+}
+
+
+def _columns(row) -> _Columns:
+    return row if isinstance(row, _Columns) else _Columns(row)
 
 # %% ../nbs/02_formats.ipynb #1d59e454
 # of chat templates
-_TURNS = '<|im_start|>','<|start_header_id|>','<start_of_turn>','[INST]','### Instruction:','### Human:','<|user|>','<|prompter|>'
+_TURNS = (
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<start_of_turn>",
+    "[INST]",
+    "### Instruction:",
+    "### Human:",
+    "<|user|>",
+    "<|prompter|>",
+)
 
-def _turn_marks(text:str)->tuple[str,...]:
+
+def _turn_marks(text: str) -> tuple[str, ...]:
     "A note for a text in which turns of a conversation are written out."
     for m in _TURNS:
-        if m in text: return (f'marks of turns ({m}) read as letters; conversations are given as messages',)
+        if m in text:
+            return (f"marks of turns ({m}) read as letters; conversations are given as messages",)
     return ()
 
+
 def parse_pretrain(
-    row:dict, # What a line holds
-    number:int, # Its number, from 1
-)->Row:
+    row: dict,  # What a line holds
+    number: int,  # Its number, from 1
+) -> Row:
     "The `text` of a pretraining row."
     c = _columns(row)
     try:
-        c.refuse('text')
-        text = c.take(c.some('text') or c.has('content') or 'text')
-        if text is None: raise _Unreadable('no "text"', _advice(tuple(sorted(map(str, c.row)))))
-        if not isinstance(text, str): raise _Unreadable('text is not a string', f'it is a {type(text).__name__}')
-        if not text.strip(): raise _Unreadable('empty text', '')
-    except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
+        c.refuse("text")
+        text = c.take(c.some("text") or c.has("content") or "text")
+        if text is None:
+            raise _Unreadable('no "text"', _advice(tuple(sorted(map(str, c.row)))))
+        if not isinstance(text, str):
+            raise _Unreadable("text is not a string", f"it is a {type(text).__name__}")
+        if not text.strip():
+            raise _Unreadable("empty text", "")
+    except _Unreadable as e:
+        return Row(number, reason=e.args[0], detail=e.args[1])
     # `ends` is what `data prepare` writes for the pieces of a text
-    return c.made(number, 'text', text=text, ends=c.row.get('ends') is not False, mended=_turn_marks(text))
+    return c.made(
+        number, "text", text=text, ends=c.row.get("ends") is not False, mended=_turn_marks(text)
+    )
 
-def _documents(row:Row)->list[Row]:
+
+def _documents(row: Row) -> list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
-    if EOS not in row.text: return [row]
+    if EOS not in row.text:
+        return [row]
     parts = row.text.split(EOS)
     last = bool(parts[-1].strip())
-    found = [replace(row, text=p, ends=row.ends if last and i == len(parts)-1 else True) for i,p in enumerate(parts)
-        if p.strip()]
-    return found or [Row(row.line, reason='empty text')]
+    found = [
+        replace(row, text=p, ends=row.ends if last and i == len(parts) - 1 else True)
+        for i, p in enumerate(parts)
+        if p.strip()
+    ]
+    return found or [Row(row.line, reason="empty text")]
 
 # %% ../nbs/02_formats.ipynb #1cbfa210
-_CALLERS = 'function_call','tool_call','function-call','tool-call'
-ROLES = {r:name for name,others in dict(user=('user','human','prompter','用户'), assistant=('assistant','gpt','bot',
-    'ai','model','chatgpt','bing','bard','claude','助手', *_CALLERS), system=('system','developer','系统'), tool=('tool',
-    'function','observation','ipython','tool_response','function_response','tool response','function response',
-    '工具')).items() for r in others}
-def _role_of(name:str)->str|None:
+_CALLERS = "function_call", "tool_call", "function-call", "tool-call"
+ROLES = {
+    r: name
+    for name, others in dict(
+        user=("user", "human", "prompter", "用户"),
+        assistant=(
+            "assistant",
+            "gpt",
+            "bot",
+            "ai",
+            "model",
+            "chatgpt",
+            "bing",
+            "bard",
+            "claude",
+            "助手",
+            *_CALLERS,
+        ),
+        system=("system", "developer", "系统"),
+        tool=(
+            "tool",
+            "function",
+            "observation",
+            "ipython",
+            "tool_response",
+            "function_response",
+            "tool response",
+            "function response",
+            "工具",
+        ),
+    ).items()
+    for r in others
+}
+
+
+def _role_of(name: str) -> str | None:
     "The role that a name stands for."
     low = name.strip().lower()
-    return ROLES.get(low) or ('assistant' if low.startswith('gpt') else None)
+    return ROLES.get(low) or ("assistant" if low.startswith("gpt") else None)
 
-_PLAIN = 'user','assistant','system','tool'
-_MARK = re.compile(r'<(/?)(think|ultra_think|tool_call)>')
+
+_PLAIN = "user", "assistant", "system", "tool"
+_MARK = re.compile(r"<(/?)(think|ultra_think|tool_call)>")
 _ANY_CASE = re.compile(_MARK.pattern, re.I)
-_END = re.compile(r'(?:\s*(?:</s>|<eos>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|end\|>|<end_of_turn>))+\s*\Z')
-_RESPONSES = re.compile(r'\s*(?:<tool_response>.*?</tool_response>\s*)+', re.S)
-_MESSAGE_KEYS = {'role','content','tool_calls','tools','reasoning_content','weight','tool_call_id','id'}
+_END = re.compile(
+    r"(?:\s*(?:</s>|<eos>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|end\|>|<end_of_turn>))+\s*\Z"
+)
+_RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
+_MESSAGE_KEYS = {
+    "role",
+    "content",
+    "tool_calls",
+    "tools",
+    "reasoning_content",
+    "weight",
+    "tool_call_id",
+    "id",
+}
 
-def _json(x, what:str):
+
+def _json(x, what: str):
     "A value that may be written as a string of JSON."
-    try: return orjson.loads(x) if isinstance(x, str) else x
+    try:
+        return orjson.loads(x) if isinstance(x, str) else x
     except orjson.JSONDecodeError as e:
-        raise _Unreadable('broken tools or tool_calls',
-            f'{what} is a string, and no JSON: {e}; it begins {x[:60]!r}') from None
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            f"{what} is a string, and no JSON: {e}; it begins {x[:60]!r}",
+        ) from None
 
-def _call(x)->dict:
+
+def _call(x) -> dict:
     "A call of a function, in any spelling."
-    x = _json(x, 'a call')
+    x = _json(x, "a call")
     if not isinstance(x, dict):
-        raise _Unreadable('broken tools or tool_calls',
-            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}')
-    return x.get('function', x) if isinstance(x.get('function'), dict) else x
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}',
+        )
+    return x.get("function", x) if isinstance(x.get("function"), dict) else x
 
-def _text_of(i:int, content, m:dict)->str:
+
+def _text_of(i: int, content, m: dict) -> str:
     "The content of a message, whose parts are joined; thoughts among them are put beside it."
-    if not isinstance(content, list): return content
+    if not isinstance(content, list):
+        return content
     said = []
     for p in content:
-        kind = p.get('type', 'text') if isinstance(p, dict) else 'text'
-        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix('input_')):
-            raise _Unreadable('pictures, sound or video', f'message {i} has a part of the type {kind}, and a text '
-                f'without it answers what nobody can see; leave such rows out')
-        text = (p if isinstance(p, str) else next((p[k] for k in ('text','value','content','thinking')
-            if isinstance(p.get(k), str)), None) if isinstance(p, dict) else None)
-        if text is None or kind not in ('text','input_text','output_text','thinking','reasoning'):
-            raise _Unreadable('content is not a string', f'message {i}: a part of it is {str(p)[:60]}')
-        if kind in ('thinking','reasoning'): m['reasoning_content'] = m.get('reasoning_content', '')+text
-        else: said.append(text)
-    return ''.join(said)
+        kind = p.get("type", "text") if isinstance(p, dict) else "text"
+        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix("input_")):
+            raise _Unreadable(
+                "pictures, sound or video",
+                f"message {i} has a part of the type {kind}, and a text "
+                "without it answers what nobody can see; leave such rows out",
+            )
+        text = (
+            p
+            if isinstance(p, str)
+            else (
+                next(
+                    (
+                        p[k]
+                        for k in ("text", "value", "content", "thinking")
+                        if isinstance(p.get(k), str)
+                    ),
+                    None,
+                )
+                if isinstance(p, dict)
+                else None
+            )
+        )
+        if text is None or kind not in (
+            "text",
+            "input_text",
+            "output_text",
+            "thinking",
+            "reasoning",
+        ):
+            raise _Unreadable(
+                "content is not a string", f"message {i}: a part of it is {str(p)[:60]}"
+            )
+        if kind in ("thinking", "reasoning"):
+            m["reasoning_content"] = m.get("reasoning_content", "") + text
+        else:
+            said.append(text)
+    return "".join(said)
 
-def _thought(i:int, m:dict)->str|None:
+
+def _thought(i: int, m: dict) -> str | None:
     "What an assistant thought, under whatever name."
-    found = {k:v for k,v in m.items() if 'thought' in _like(k) and not _empty(v) and (isinstance(v, str)
-        or k == 'reasoning_content')}
-    for k in found: m.pop(k)
+    found = {
+        k: v
+        for k, v in m.items()
+        if "thought" in _like(k)
+        and not _empty(v)
+        and (isinstance(v, str) or k == "reasoning_content")
+    }
+    for k in found:
+        m.pop(k)
     if len({v for v in found.values() if isinstance(v, str)}) > 1:
-        raise _Unreadable('two thoughts', f'message {i} has {" and ".join(found)}; one of them would be lost')
+        raise _Unreadable(
+            "two thoughts", f"message {i} has {' and '.join(found)}; one of them would be lost"
+        )
     return next(iter(found.values()), None)
 
-def _check_marks(i:int, content:str)->list[str]:
+
+def _check_marks(i: int, content: str) -> list[str]:
     "What is odd about thoughts and calls in a text; raises `_Unreadable` where one begins and does not end, or ends and did not begin."
     depth = Counter()
-    where = f'message {i}: {content[:40]!r} … {content[-40:]!r}'
+    where = f"message {i}: {content[:40]!r} … {content[-40:]!r}"
     for m in _MARK.finditer(content):
         depth[m[2]] += -1 if m[1] else 1
-        if depth[m[2]] < 0: raise _Unreadable(f'unopened </{m[2]}>', where)
-    if bad := next((k for k,n in depth.items() if n), None): raise _Unreadable(f'unclosed <{bad}>', where)
-    return ['several thoughts in an answer'] if content.count('<think>') > 1 else []
+        if depth[m[2]] < 0:
+            raise _Unreadable(f"unopened </{m[2]}>", where)
+    if bad := next((k for k, n in depth.items() if n), None):
+        raise _Unreadable(f"unclosed <{bad}>", where)
+    return ["several thoughts in an answer"] if content.count("<think>") > 1 else []
 
 # %% ../nbs/02_formats.ipynb #5b1c0a21
-def _without_end(text:str)->str:
+def _without_end(text: str) -> str:
     "The text without the tokens of other programs that end it."
-    last = max(0, len(text)-200)
-    return text[:last] + _END.sub('', text[last:])
+    last = max(0, len(text) - 200)
+    return text[:last] + _END.sub("", text[last:])
 
-def _answer_of(i:int, m:dict, content:str, thought:str, mended:list[str])->str:
+
+def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -> str:
     "What an assistant says, in one spelling; what else it said is put into `m`. Raises `_Unreadable`."
-    if not _empty(call := m.pop('function_call', None)):
-        if not _empty(m.get('tool_calls')):
-            raise _Unreadable('broken tools or tool_calls', f'message {i} has function_call and tool_calls')
-        m['tool_calls'] = [call]
-    if (refusal := m.get('refusal')) and isinstance(refusal, str) and not content.strip(): content = m.pop('refusal')
-    if '<' in content:
-        if content.rstrip().endswith('>') and (mine := _without_end(content)) != content:
+    if not _empty(call := m.pop("function_call", None)):
+        if not _empty(m.get("tool_calls")):
+            raise _Unreadable(
+                "broken tools or tool_calls", f"message {i} has function_call and tool_calls"
+            )
+        m["tool_calls"] = [call]
+    if (refusal := m.get("refusal")) and isinstance(refusal, str) and not content.strip():
+        content = m.pop("refusal")
+    if "<" in content:
+        if content.rstrip().endswith(">") and (mine := _without_end(content)) != content:
             content = mine
-            mended.append('end token behind an answer left out')
+            mended.append("end token behind an answer left out")
         if any(not x[0].islower() for x in _ANY_CASE.finditer(content)):
             content = _ANY_CASE.sub(lambda x: x[0].lower(), content)
-            mended.append('marks in capitals')
+            mended.append("marks in capitals")
         mended += _check_marks(i, content)
-        if thought and '<think>' in content:
+        if thought and "<think>" in content:
             if thought.strip() not in content:
-                raise _Unreadable('two thoughts', f'message {i} has <think> in its text, and thoughts beside it; '
-                    f'one of them would be learned as the answer')
-            m.pop('reasoning_content')
-        if '<tool_call>' in content and not _empty(m.get('tool_calls')):
-            names = [_call(c).get('name') for c in _json(m['tool_calls'], 'tool_calls')]
+                raise _Unreadable(
+                    "two thoughts",
+                    f"message {i} has <think> in its text, and thoughts beside it; "
+                    "one of them would be learned as the answer",
+                )
+            m.pop("reasoning_content")
+        if "<tool_call>" in content and not _empty(m.get("tool_calls")):
+            names = [_call(c).get("name") for c in _json(m["tool_calls"], "tool_calls")]
             if not all(isinstance(n, str) and n in content for n in names):
-                raise _Unreadable('broken tools or tool_calls',
-                    f'message {i} writes calls into its text, and has other tool_calls beside it')
-            m.pop('tool_calls')
-            mended.append('calls written twice')
-    if not (content.strip() or m.get('tool_calls') or thought):
-        raise _Unreadable('empty answer', f'message {i} is of the assistant and says nothing')
+                raise _Unreadable(
+                    "broken tools or tool_calls",
+                    f"message {i} writes calls into its text, and has other tool_calls beside it",
+                )
+            m.pop("tool_calls")
+            mended.append("calls written twice")
+    if not (content.strip() or m.get("tool_calls") or thought):
+        raise _Unreadable("empty answer", f"message {i} is of the assistant and says nothing")
     return content
 
-def _is_learned(i:int, m:dict)->bool:
+
+def _is_learned(i: int, m: dict) -> bool:
     "Is an answer to be learned? Takes the keys that say so out of the message."
-    flags = {k:m.pop(k) for k in [*m] if k in _UNLEARNED and type(m[k]) in (bool,int,float) and (isinstance(m[k], bool)
-        or 'weight' in k)}
-    if bad := next((k for k,v in flags.items() if v not in (0, 1)), None):
-        raise _Unreadable('a weight that is neither 0 nor 1',
-            f'message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)')
+    flags = {
+        k: m.pop(k)
+        for k in [*m]
+        if k in _UNLEARNED
+        and type(m[k]) in (bool, int, float)
+        and (isinstance(m[k], bool) or "weight" in k)
+    }
+    if bad := next((k for k, v in flags.items() if v not in (0, 1)), None):
+        raise _Unreadable(
+            "a weight that is neither 0 nor 1",
+            f"message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)",
+        )
     return 0 not in flags.values()
 
-def _message(i:int, m:dict, mended:list[str], extra:set[str])->dict:
+
+def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     "A message in one spelling; raises `_Unreadable`."
-    had,m = m,{k:v for k,v in m.items() if v is not None}
-    name = m.pop('role', m.pop('from', None))
+    had, m = m, {k: v for k, v in m.items() if v is not None}
+    name = m.pop("role", m.pop("from", None))
     if not isinstance(name, str) or (role := _role_of(name)) is None:
-        raise _Unreadable('unknown role', f'message {i} has the role {name!r}; roles are user, assistant, system, tool')
-    if name != role: mended.append(f'role {name[:20]!r} for {role}')
-    where = (next((k for k in ('content','value','text') if not _empty(m.get(k))), None) or next((k
-        for k in ('content','value','text') if k in had), None))
-    if where is None and not any(m.get(k) for k in ('tool_calls','function_call',
-            'refusal')) and not any('thought' in _like(k) for k in m):
-        raise _Unreadable('no content',
-            f'message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under "content"')
-    content = _text_of(i, m.pop(where, ''), m)
-    for k in 'content','value':
-        if _empty(m.get(k)): m.pop(k, None)
+        raise _Unreadable(
+            "unknown role",
+            f"message {i} has the role {name!r}; roles are user, assistant, system, tool",
+        )
+    if name != role:
+        mended.append(f"role {name[:20]!r} for {role}")
+    where = next((k for k in ("content", "value", "text") if not _empty(m.get(k))), None) or next(
+        (k for k in ("content", "value", "text") if k in had), None
+    )
+    if (
+        where is None
+        and not any(m.get(k) for k in ("tool_calls", "function_call", "refusal"))
+        and not any("thought" in _like(k) for k in m)
+    ):
+        raise _Unreadable(
+            "no content",
+            f"message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under"
+            ' "content"',
+        )
+    content = _text_of(i, m.pop(where, ""), m)
+    for k in "content", "value":
+        if _empty(m.get(k)):
+            m.pop(k, None)
     if name.strip().lower() in _CALLERS:
-        calls = _json(content, 'a call')
-        m['tool_calls'],content = (calls if isinstance(calls, list) else [calls]),''
-    thought = _thought(i, m) if role == 'assistant' else m.get('reasoning_content')
-    if thought is not None: m['reasoning_content'] = thought
-    for k,v in ('content', content),('reasoning_content', '' if thought is None else thought):
-        if not isinstance(v, str): raise _Unreadable(f'{k} is not a string', f'message {i}: it is a {type(v).__name__}')
+        calls = _json(content, "a call")
+        m["tool_calls"], content = (calls if isinstance(calls, list) else [calls]), ""
+    thought = _thought(i, m) if role == "assistant" else m.get("reasoning_content")
+    if thought is not None:
+        m["reasoning_content"] = thought
+    for k, v in ("content", content), ("reasoning_content", "" if thought is None else thought):
+        if not isinstance(v, str):
+            raise _Unreadable(f"{k} is not a string", f"message {i}: it is a {type(v).__name__}")
     learned = _is_learned(i, m)
-    if role == 'assistant':
+    if role == "assistant":
         content = _answer_of(i, m, content, thought, mended)
-        if not learned: m['weight'] = 0
-    for v in content, m.get('reasoning_content', ''):
-        if '<|' in v and (bad := next((t for t in SPECIALS if t in v), None)):
-            raise _Unreadable('control token in a text', f'message {i} contains {bad}')
-    extra |= {f'{k} of messages' for k,v in m.items() if k not in _MESSAGE_KEYS and not _empty(v)}
-    return {**m, 'role':role, 'content':content}
+        if not learned:
+            m["weight"] = 0
+    for v in content, m.get("reasoning_content", ""):
+        if "<|" in v and (bad := next((t for t in SPECIALS if t in v), None)):
+            raise _Unreadable("control token in a text", f"message {i} contains {bad}")
+    extra |= {f"{k} of messages" for k, v in m.items() if k not in _MESSAGE_KEYS and not _empty(v)}
+    return {**m, "role": role, "content": content}
 
-def _messages(raw, where:str='', extra:set[str]|None=None)->tuple[list[dict], list[str]]:
+
+def _messages(raw, where: str = "", extra: set[str] | None = None) -> tuple[list[dict], list[str]]:
     "Messages in one spelling, and what was mended; raises `_Unreadable`."
-    if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw): raise _Unreadable(f'{where or "conversations"} are not a list of messages', f'{str(raw)[:60]!r}')
-    messages,mended,extra,slow = [],[],set() if extra is None else extra,False
-    for i,m in enumerate(raw, 1):
-        role,content = m.get('role'),m.get('content')
-        if len(m) == 2 and role in _PLAIN and type(content) is str and '<' not in content and (role != 'assistant' or content.strip()): messages.append(m); continue # most are like this
-        m,slow = _message(i, m, mended, extra),True
-        said = m['content']
-        if m['role'] == 'tool' and said.lstrip().startswith('<tool_response>') and _RESPONSES.fullmatch(said):
-            messages += [{**m, 'content':r.strip()} for r in re.findall('<tool_response>(.*?)</tool_response>', said,
-                re.S)]
-            mended.append('tool_response without its marks, which are set again')
-        elif m.get('tool_calls') and not said and messages and _only_calls(messages[-1]) and raw[i-1].get('from',
-                raw[i-1].get('role')) in _CALLERS:
-            messages[-1]['tool_calls'] = [*messages[-1]['tool_calls'], *m['tool_calls']]
-        else: messages.append(m)
-    if slow: _sort_results(messages)
-    return messages,mended
+    if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw):
+        raise _Unreadable(
+            f"{where or 'conversations'} are not a list of messages", f"{str(raw)[:60]!r}"
+        )
+    messages, mended, extra, slow = [], [], set() if extra is None else extra, False
+    for i, m in enumerate(raw, 1):
+        role, content = m.get("role"), m.get("content")
+        if (
+            len(m) == 2
+            and role in _PLAIN
+            and type(content) is str
+            and "<" not in content
+            and (role != "assistant" or content.strip())
+        ):
+            messages.append(m)
+            continue  # most are like this
+        m, slow = _message(i, m, mended, extra), True
+        said = m["content"]
+        if (
+            m["role"] == "tool"
+            and said.lstrip().startswith("<tool_response>")
+            and _RESPONSES.fullmatch(said)
+        ):
+            messages += [
+                {**m, "content": r.strip()}
+                for r in re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
+            ]
+            mended.append("tool_response without its marks, which are set again")
+        elif (
+            m.get("tool_calls")
+            and not said
+            and messages
+            and _only_calls(messages[-1])
+            and raw[i - 1].get("from", raw[i - 1].get("role")) in _CALLERS
+        ):
+            messages[-1]["tool_calls"] = [*messages[-1]["tool_calls"], *m["tool_calls"]]
+        else:
+            messages.append(m)
+    if slow:
+        _sort_results(messages)
+    return messages, mended
 
-def _only_calls(m:dict)->bool:
-    return m['role'] == 'assistant' and not m['content'] and isinstance(m.get('tool_calls'), list)
 
-def _sort_results(messages:list[dict]):
+def _only_calls(m: dict) -> bool:
+    return m["role"] == "assistant" and not m["content"] and isinstance(m.get("tool_calls"), list)
+
+
+def _sort_results(messages: list[dict]):
     "Put the results of calls into the order of the calls, where they say which is whose."
-    for at,m in enumerate(messages):
-        if m['role'] != 'assistant' or not isinstance(m.get('tool_calls'), list): continue
-        ids = [c.get('id') for c in m['tool_calls'] if isinstance(c, dict)]
-        results = [*takewhile(lambda x: x['role'] == 'tool', messages[at+1:])]
-        mine = [r.get('tool_call_id') for r in results]
+    for at, m in enumerate(messages):
+        if m["role"] != "assistant" or not isinstance(m.get("tool_calls"), list):
+            continue
+        ids = [c.get("id") for c in m["tool_calls"] if isinstance(c, dict)]
+        results = [*takewhile(lambda x: x["role"] == "tool", messages[at + 1 :])]
+        mine = [r.get("tool_call_id") for r in results]
         if len({*map(str, ids)}) == len(ids) and all(isinstance(x, str) and x in ids for x in mine):
-            messages[at+1:at+1+len(results)] = sorted(results, key=lambda r: ids.index(r['tool_call_id']))
+            messages[at + 1 : at + 1 + len(results)] = sorted(
+                results, key=lambda r: ids.index(r["tool_call_id"])
+            )
 
-def _with_tools(messages:list[dict], tools)->list[dict]:
+
+def _with_tools(messages: list[dict], tools) -> list[dict]:
     "The messages, with the row's own `tools` on the system message; raises `_Unreadable` where tools or calls are none."
     if tools:
-        if messages[0]['role'] != 'system': messages.insert(0, dict(role='system', content=''))
-        if not _in_system(messages[0]['content'], tools): messages[0] = {'tools':tools, **messages[0]}
-    if not any(m.get('tools') or m.get('tool_calls') for m in messages): return messages
+        if messages[0]["role"] != "system":
+            messages.insert(0, dict(role="system", content=""))
+        if not _in_system(messages[0]["content"], tools):
+            messages[0] = {"tools": tools, **messages[0]}
+    if not any(m.get("tools") or m.get("tool_calls") for m in messages):
+        return messages
     for m in messages:
-        if m.get('tool_calls'):
-            for c in (calls if isinstance(calls := _json(m['tool_calls'], 'tool_calls'), list) else [calls]):
+        if m.get("tool_calls"):
+            for c in (
+                calls
+                if isinstance(calls := _json(m["tool_calls"], "tool_calls"), list)
+                else [calls]
+            ):
                 _check_call(c)
     try:
-        made,tools = chat_messages(messages)
-        text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS) # refuses half a surrogate pair
-    except RecursionError: raise _Unreadable('broken tools or tool_calls', 'they are nested too deeply') from None
+        made, tools = chat_messages(messages)
+        text = orjson.dumps(
+            [made, tools], option=orjson.OPT_NON_STR_KEYS
+        )  # refuses half a surrogate pair
+    except RecursionError:
+        raise _Unreadable("broken tools or tool_calls", "they are nested too deeply") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise _Unreadable('broken tools or tool_calls', f'they cannot be read as JSON: {str(e)[:200]}') from None
+        raise _Unreadable(
+            "broken tools or tool_calls", f"they cannot be read as JSON: {str(e)[:200]}"
+        ) from None
     if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise _Unreadable('broken tools or tool_calls',
-            f'tools must be a list of JSON schemas; this is {str(tools)[:60]}')
-    if any(m['role'] == 'assistant' and not (m['content'].strip() or m.get('tool_calls') or m.get('reasoning_content'))
-            for m in made):
-        raise _Unreadable('empty answer', 'tool_calls holds no call')
-    if b'<|' in text and any(t.encode() in text for t in SPECIALS):
-        raise _Unreadable('control token in a text', 'in tools or tool_calls')
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            f"tools must be a list of JSON schemas; this is {str(tools)[:60]}",
+        )
+    if any(
+        m["role"] == "assistant"
+        and not (m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content"))
+        for m in made
+    ):
+        raise _Unreadable("empty answer", "tool_calls holds no call")
+    if b"<|" in text and any(t.encode() in text for t in SPECIALS):
+        raise _Unreadable("control token in a text", "in tools or tool_calls")
     return messages
+
 
 def _check_call(c):
     "Raise `_Unreadable` unless it is a call, with a name and arguments."
     call = _call(c)
-    if not isinstance(name := call.get('name'), str):
-        raise _Unreadable('broken tools or tool_calls', 'a call has no name' if name is None
-            else f'the name of a call must be a string; this is {str(name)[:60]}')
-    if not isinstance(given := _json(call.get('arguments') or {}, f'the arguments of {name}'), dict):
-        raise _Unreadable('broken tools or tool_calls',
-            f'the arguments of {name} must be an object, {{"name": value}}; this is {str(given)[:60]}')
+    if not isinstance(name := call.get("name"), str):
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            (
+                "a call has no name"
+                if name is None
+                else f"the name of a call must be a string; this is {str(name)[:60]}"
+            ),
+        )
+    if not isinstance(
+        given := _json(call.get("arguments") or {}, f"the arguments of {name}"), dict
+    ):
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            f'the arguments of {name} must be an object, {{"name": value}}; this is'
+            f" {str(given)[:60]}",
+        )
 
-def _in_system(said:str, tools)->bool:
+
+def _in_system(said: str, tools) -> bool:
     "Are the functions written out in the system prompt already?"
-    if '<tools>' not in said or not isinstance(tools := _json(tools, 'tools'), list): return False
-    return all(isinstance(t, dict) and isinstance(n := _call(t).get('name'), str) and f'"{n}"' in said for t in tools)
+    if "<tools>" not in said or not isinstance(tools := _json(tools, "tools"), list):
+        return False
+    return all(
+        isinstance(t, dict) and isinstance(n := _call(t).get("name"), str) and f'"{n}"' in said
+        for t in tools
+    )
 
 # %% ../nbs/02_formats.ipynb #5b1c0a23
-_SPEAKER = re.compile(r'(?:\A|\n+)[ \t]*(Human|Assistant|USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):[ \t]*')
-_WRITTEN_CALL = re.compile(r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z',
-    re.S)
+_SPEAKER = re.compile(
+    r"(?:\A|\n+)[ \t]*(Human|Assistant|USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):[ \t]*"
+)
+_WRITTEN_CALL = re.compile(
+    r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z',
+    re.S,
+)
 
-def _is_transcript(x)->bool:
-    return (isinstance(x, str) and bool(m := _SPEAKER.match(x.lstrip())) and m[1] in ('Human','USER','SYSTEM')
-        and bool(re.search('\n+(Assistant|ASSISTANT):', x)))
 
-def _transcript(text:str)->list[dict]:
+def _is_transcript(x) -> bool:
+    return (
+        isinstance(x, str)
+        and bool(m := _SPEAKER.match(x.lstrip()))
+        and m[1] in ("Human", "USER", "SYSTEM")
+        and bool(re.search("\n+(Assistant|ASSISTANT):", x))
+    )
+
+
+def _transcript(text: str) -> list[dict]:
     "A conversation that is written as one text, with the names of the speakers (HH-RLHF, glaive), as messages."
     pieces = _SPEAKER.split(text.strip())
-    roles = (dict(Human='user', USER='user', SYSTEM='system', Assistant='assistant', ASSISTANT='assistant')
-        | {'FUNCTION RESPONSE':'tool'})
-    return [_spoken_call(dict(role=roles[who], content=said.strip())) for who,said in zip(pieces[1::2], pieces[2::2])]
+    roles = dict(
+        Human="user", USER="user", SYSTEM="system", Assistant="assistant", ASSISTANT="assistant"
+    ) | {"FUNCTION RESPONSE": "tool"}
+    return [
+        _spoken_call(dict(role=roles[who], content=said.strip()))
+        for who, said in zip(pieces[1::2], pieces[2::2])
+    ]
 
-def _spoken_call(m:dict)->dict:
+
+def _spoken_call(m: dict) -> dict:
     "A message whose `<functioncall>` is a call."
-    if m['role'] != 'assistant' or '<functioncall>' not in m['content']: return m
-    said,_,call = (text := _without_end(m['content'])).partition('<functioncall>')
+    if m["role"] != "assistant" or "<functioncall>" not in m["content"]:
+        return m
+    said, _, call = (text := _without_end(m["content"])).partition("<functioncall>")
     if not (found := _WRITTEN_CALL.search(text)):
-        raise _Unreadable('broken tools or tool_calls',
-            f'a call must be <functioncall> {{"name": string, "arguments": object}}; this is {call[:60]!r}')
-    return dict(role='assistant', content=said.strip(), tool_calls=[dict(name=found[1], arguments=_json((found[2]
-        or '').replace("\\'", "'") or found[3] or '{}', f'the arguments of {found[1]}'))])
+        raise _Unreadable(
+            "broken tools or tool_calls",
+            'a call must be <functioncall> {"name": string, "arguments": object}; this is'
+            f" {call[:60]!r}",
+        )
+    return dict(
+        role="assistant",
+        content=said.strip(),
+        tool_calls=[
+            dict(
+                name=found[1],
+                arguments=_json(
+                    (found[2] or "").replace("\\'", "'") or found[3] or "{}",
+                    f"the arguments of {found[1]}",
+                ),
+            )
+        ],
+    )
 
-def _prompt_with_tools(system:str)->tuple[str,list[dict]]:
+
+def _prompt_with_tools(system: str) -> tuple[str, list[dict]]:
     "glaive's system prompt: what it says, and the functions behind it."
-    said = system.removeprefix('SYSTEM:').strip()
-    at,tools,decoder = said.find('\n{'),[],json.JSONDecoder(strict=False)
-    rest = said[at:].strip() if at >= 0 else ''
+    said = system.removeprefix("SYSTEM:").strip()
+    at, tools, decoder = said.find("\n{"), [], json.JSONDecoder(strict=False)
+    rest = said[at:].strip() if at >= 0 else ""
     while rest:
-        try: tool,end = decoder.raw_decode(rest)
-        except ValueError: return said,[]
+        try:
+            tool, end = decoder.raw_decode(rest)
+        except ValueError:
+            return said, []
         tools.append(tool)
         rest = rest[end:].strip()
-    return (said[:at].rstrip().removesuffix('-').rstrip(), tools) if tools else (said, [])
+    return (said[:at].rstrip().removesuffix("-").rstrip(), tools) if tools else (said, [])
 
-def _turns(x, name:str, extra:set[str]):
+
+def _turns(x, name: str, extra: set[str]):
     "The messages of a column, in whatever way they are put together; a list of anything else is returned as it is."
-    if isinstance(x, str) and x.lstrip().startswith('['):
-        try: x = orjson.loads(x)
-        except orjson.JSONDecodeError: return x
-    if isinstance(x, str) and _is_transcript(x): return _transcript(x)
-    if isinstance(x, dict) and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values())
-            else ()) == 1:
-        x = [dict(zip(x, v)) for v in zip(*x.values())] # as `datasets` keeps a list of objects
-    if not isinstance(x, list) or not x: return x
+    if isinstance(x, str) and x.lstrip().startswith("["):
+        try:
+            x = orjson.loads(x)
+        except orjson.JSONDecodeError:
+            return x
+    if isinstance(x, str) and _is_transcript(x):
+        return _transcript(x)
+    if (
+        isinstance(x, dict)
+        and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values()) else ())
+        == 1
+    ):
+        x = [dict(zip(x, v)) for v in zip(*x.values())]  # as `datasets` keeps a list of objects
+    if not isinstance(x, list) or not x:
+        return x
     if all(isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in x):
         x = [s for t in x for s in t]
     if all(isinstance(s, str) for s in x) and len(x) % 2 == 0:
-        return [dict(role=('user','assistant')[i%2], content=s) for i,s in enumerate(x)]
-    if all(isinstance(m, dict) for m in x) and not any('role' in m or 'from' in m for m in x):
+        return [dict(role=("user", "assistant")[i % 2], content=s) for i, s in enumerate(x)]
+    if all(isinstance(m, dict) for m in x) and not any("role" in m or "from" in m for m in x):
         named = [_named(m) for m in x]
         return named if all(named) else [m for t in x for m in _spoken(t, name, extra)]
     return x
 
-def _named(m:dict)->dict|None:
-    "A message whose role and content have other names, such as {speaker, utterance} or {type, content}; None: it is none."
-    low = {str(k).strip().lower():k for k in m}
-    role = next((low[k] for k in ('role','from','speaker','author','type') if k in low and isinstance(m[low[k]], str)
-        and _role_of(m[low[k]])), None)
-    content = next((low[k] for k in ('content','value','text','utterance','message') if k in low), None)
-    return ({'role':m[role], 'content':m[content], **{k:v for k,v in m.items() if k not in (role, content)}}
-        if role is not None and content is not None else None)
 
-def _spoken(turn:dict, name:str, extra:set[str])->list[dict]:
+def _named(m: dict) -> dict | None:
+    "A message whose role and content have other names, such as {speaker, utterance} or {type, content}; None: it is none."
+    low = {str(k).strip().lower(): k for k in m}
+    role = next(
+        (
+            low[k]
+            for k in ("role", "from", "speaker", "author", "type")
+            if k in low and isinstance(m[low[k]], str) and _role_of(m[low[k]])
+        ),
+        None,
+    )
+    content = next(
+        (low[k] for k in ("content", "value", "text", "utterance", "message") if k in low), None
+    )
+    return (
+        {
+            "role": m[role],
+            "content": m[content],
+            **{k: v for k, v in m.items() if k not in (role, content)},
+        }
+        if role is not None and content is not None
+        else None
+    )
+
+
+def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
     "The messages of a turn that names the speakers, such as {human, assistant} or {system, input, output}."
     out = []
-    for k,v in turn.items():
+    for k, v in turn.items():
         low = _SAME.get(str(k).strip().lower(), str(k).strip().lower())
-        role = ('user' if low in _ASKED+_ASKED_ELSE else 'assistant' if low in _ANSWERED+_ANSWERED_ELSE
-            else ROLES.get(low))
-        if _empty(v) or low in _UNLEARNED: continue
+        role = (
+            "user"
+            if low in _ASKED + _ASKED_ELSE
+            else "assistant"
+            if low in _ANSWERED + _ANSWERED_ELSE
+            else ROLES.get(low)
+        )
+        if _empty(v) or low in _UNLEARNED:
+            continue
         if role is None:
-            extra.add(f'{k} of {name}')
+            extra.add(f"{k} of {name}")
             continue
         out.append(dict(role=role, content=v))
-    order = 'system','user','assistant','tool'
-    if len(out) > 1: out.sort(key=lambda m: order.index(m['role']))
-    if any(_unlearned(k, v) for k,v in turn.items()):
-        out = [{**m, 'weight':0} if m['role'] == 'assistant' else m for m in out]
+    order = "system", "user", "assistant", "tool"
+    if len(out) > 1:
+        out.sort(key=lambda m: order.index(m["role"]))
+    if any(_unlearned(k, v) for k, v in turn.items()):
+        out = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in out]
     return out or [turn]
 
 # %% ../nbs/02_formats.ipynb #5b1c0a24
-def _as_messages(x, role:str): return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
+def _as_messages(x, role: str):
+    return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
 
-def _role(m)->str|None:
+
+def _role(m) -> str | None:
     "Of a message, whatever it is called there."
-    return _role_of(str(m.get('role', m.get('from')))) if isinstance(m, dict) else None
+    return _role_of(str(m.get("role", m.get("from")))) if isinstance(m, dict) else None
 
-def _as_list(c:_Columns, key:str)->list:
-    if not c.has(key): return []
-    if not isinstance(x := c.take(key), list): raise _Unreadable(f'{key} is no list', f'it is a {type(x).__name__}')
+
+def _as_list(c: _Columns, key: str) -> list:
+    if not c.has(key):
+        return []
+    if not isinstance(x := c.take(key), list):
+        raise _Unreadable(f"{key} is no list", f"it is a {type(x).__name__}")
     return x
 
-def _options(x)->list[tuple[str,str]]|None:
+
+def _options(x) -> list[tuple[str, str]] | None:
     "The options of a question, each with its letter; None: they cannot be read."
-    if isinstance(x, dict) and isinstance(x.get('text'), list):
-        x = dict(zip(x['label'], x['text'])) if isinstance(x.get('label'), list) else x['text'] # ARC
-    if isinstance(x, list): x = {chr(ord('A')+i):o for i,o in enumerate(x)}
-    return ([(str(k), o) for k,o in x.items()] if isinstance(x, dict) and all(isinstance(o, str) for o in x.values())
-        else None)
+    if isinstance(x, dict) and isinstance(x.get("text"), list):
+        x = (
+            dict(zip(x["label"], x["text"])) if isinstance(x.get("label"), list) else x["text"]
+        )  # ARC
+    if isinstance(x, list):
+        x = {chr(ord("A") + i): o for i, o in enumerate(x)}
+    return (
+        [(str(k), o) for k, o in x.items()]
+        if isinstance(x, dict) and all(isinstance(o, str) for o in x.values())
+        else None
+    )
 
-def _with_options(c:_Columns, asked:str)->str:
+
+def _with_options(c: _Columns, asked: str) -> str:
     "The question, with the options that stand in a column of their own behind it."
-    if c.has('options'): found = c.take('options')
-    elif len(own := [*takewhile(lambda n: isinstance(c.full.get(n), str), 'abcdefgh')]) > 1:
-        found = {n.upper():c.take(n) for n in own} # a column for each
-    else: return asked
-    if isinstance(found, str): return asked if found in asked else f'{asked}\n{found}'
+    if c.has("options"):
+        found = c.take("options")
+    elif len(own := [*takewhile(lambda n: isinstance(c.full.get(n), str), "abcdefgh")]) > 1:
+        found = {n.upper(): c.take(n) for n in own}  # a column for each
+    else:
+        return asked
+    if isinstance(found, str):
+        return asked if found in asked else f"{asked}\n{found}"
     if (letters := _options(found)) is None:
-        raise _Unreadable('options that cannot be read',
-            f'they must be a list of strings, or strings by their letters; they are {str(found)[:60]}')
-    return (asked if all(o in asked for _,o in letters) else '\n'.join([asked, *(o
-        if re.match(rf'\W?{re.escape(k)}\W', o) else f'{k}. {o}' for k,o in letters)]))
+        raise _Unreadable(
+            "options that cannot be read",
+            "they must be a list of strings, or strings by their letters; they are"
+            f" {str(found)[:60]}",
+        )
+    return (
+        asked
+        if all(o in asked for _, o in letters)
+        else "\n".join(
+            [
+                asked,
+                *(o if re.match(rf"\W?{re.escape(k)}\W", o) else f"{k}. {o}" for k, o in letters),
+            ]
+        )
+    )
 
-def _question(c:_Columns):
+
+def _question(c: _Columns):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
-    if not (k := c.asked()): return _turns(c.take(talk), c.own(talk), c.extra) if (talk := c.talk()) else []
+    if not (k := c.asked()):
+        return _turns(c.take(talk), c.own(talk), c.extra) if (talk := c.talk()) else []
     asked = c.take(k)
-    if _is_transcript(asked) and asked.rstrip().endswith(':'):
-        asked = [m for m in _transcript(asked) if m['content'] or m['role'] != 'assistant']
-    for more in 'input','context':
-        if more == k or not c.has(more): continue
+    if _is_transcript(asked) and asked.rstrip().endswith(":"):
+        asked = [m for m in _transcript(asked) if m["content"] or m["role"] != "assistant"]
+    for more in "input", "context":
+        if more == k or not c.has(more):
+            continue
         extra = c.take(more)
         if not isinstance(asked, str) or not isinstance(extra, str):
-            raise _Unreadable(f'{more} is not a string',
-                f'it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}')
-        asked = '\n'.join(t for t in (asked, extra) if t.strip())
-    if isinstance(asked, str): asked = _with_options(c, asked)
+            raise _Unreadable(
+                f"{more} is not a string",
+                f"it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}",
+            )
+        asked = "\n".join(t for t in (asked, extra) if t.strip())
+    if isinstance(asked, str):
+        asked = _with_options(c, asked)
     past = []
-    for turn in _as_list(c, 'history'):
+    for turn in _as_list(c, "history"):
         if isinstance(turn, list) and len(turn) == 2:
-            past += [dict(role=r, content=t) for r,t in zip(('user','assistant'), turn)]
-        elif isinstance(turn, dict): past.append(turn)
-        else: raise _Unreadable('history is no list of turns', f'{str(turn)[:60]!r}')
-    asked = _as_messages(asked, 'user')
-    return past+asked if isinstance(asked, list) else asked
+            past += [dict(role=r, content=t) for r, t in zip(("user", "assistant"), turn)]
+        elif isinstance(turn, dict):
+            past.append(turn)
+        else:
+            raise _Unreadable("history is no list of turns", f"{str(turn)[:60]!r}")
+    asked = _as_messages(asked, "user")
+    return past + asked if isinstance(asked, list) else asked
 
-def _answer(c:_Columns)->tuple[str,list[dict]]:
+
+def _answer(c: _Columns) -> tuple[str, list[dict]]:
     "The column with the answer, and the answer as messages."
-    there = {k:c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
+    there = {k: c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
     k = c.answered()
-    if len(there) > 1: # one may hold the others: the result of a worked solution
-        k = ('solution' if {*there} == {'solution','answer'} else next((a for a in there if all(b in there[a]
-            for b in there.values())), None))
+    if len(there) > 1:  # one may hold the others: the result of a worked solution
+        k = (
+            "solution"
+            if {*there} == {"solution", "answer"}
+            else next((a for a in there if all(b in there[a] for b in there.values())), None)
+        )
         if not k:
-            raise _Unreadable('two answers', f"{' and '.join(map(c.own, there))} are there both, and one of them "
-                f"would be lost; leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map "
-                f"{c.own([*there][-1])}=)")
+            raise _Unreadable(
+                "two answers",
+                f"{' and '.join(map(c.own, there))} are there both, and one of them would be lost;"
+                f" leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map"
+                f" {c.own([*there][-1])}=)",
+            )
     x = c.take(k)
-    if k == 'answers' and (calls := _json(x, 'answers') if isinstance(x, str) and x.lstrip()[:1] == '['
-            else x) and isinstance(calls, list) and all(isinstance(a, dict) for a in calls):
-        return k,[dict(role='assistant', content='', tool_calls=calls)] # xLAM
-    if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str): x = x[0]
+    if (
+        k == "answers"
+        and (calls := _json(x, "answers") if isinstance(x, str) and x.lstrip()[:1] == "[" else x)
+        and isinstance(calls, list)
+        and all(isinstance(a, dict) for a in calls)
+    ):
+        return k, [dict(role="assistant", content="", tool_calls=calls)]  # xLAM
+    if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str):
+        x = x[0]
     if isinstance(x, dict) and not _role(x):
-        raise _Unreadable('question or answer is no text',
-            f'{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string')
+        raise _Unreadable(
+            "question or answer is no text",
+            f"{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string",
+        )
     if isinstance(x, list) and not all(isinstance(m, dict) for m in x):
-        raise _Unreadable('question or answer is no text', f'{c.own(k)} is a list of {len(x)}, and must be one '
-            f'answer; of two, the better one and the worse, it makes a preference')
-    return k,_as_messages(x, 'assistant')
+        raise _Unreadable(
+            "question or answer is no text",
+            f"{c.own(k)} is a list of {len(x)}, and must be one "
+            "answer; of two, the better one and the worse, it makes a preference",
+        )
+    return k, _as_messages(x, "assistant")
 
-def _with_thoughts(c:_Columns, messages:list)->list:
+
+def _with_thoughts(c: _Columns, messages: list) -> list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
-    found = {k:v[0] if isinstance(v, list) and len(v) == 1 else v for k,v in c.full.items() if 'thought' in _like(k)}
-    found = {k:v for k,v in found.items() if isinstance(v, str)}
-    if not found or not isinstance(messages, list): return messages
-    answers = [i for i,m in enumerate(messages) if _role(m) == 'assistant']
-    said = ''.join(str(x) for i in answers for x in messages[i].values())
+    found = {
+        k: v[0] if isinstance(v, list) and len(v) == 1 else v
+        for k, v in c.full.items()
+        if "thought" in _like(k)
+    }
+    found = {k: v for k, v in found.items() if isinstance(v, str)}
+    if not found or not isinstance(messages, list):
+        return messages
+    answers = [i for i, m in enumerate(messages) if _role(m) == "assistant"]
+    said = "".join(str(x) for i in answers for x in messages[i].values())
     if all(v.strip() in said for v in found.values()):
         [*map(c.take, found)]
-        return messages # they are in it already
-    if len(found) > 1 or len(answers) != 1 or '<think>' in said or any('thought' in _like(str(k)) and not _empty(v)
-            for k,v in messages[answers[0]].items()):
-        raise _Unreadable('thoughts that belong to no answer', f"{' and '.join(map(c.own, found))} beside "
+        return messages  # they are in it already
+    if (
+        len(found) > 1
+        or len(answers) != 1
+        or "<think>" in said
+        or any(
+            "thought" in _like(str(k)) and not _empty(v) for k, v in messages[answers[0]].items()
+        )
+    ):
+        raise _Unreadable(
+            "thoughts that belong to no answer",
+            f"{' and '.join(map(c.own, found))} beside "
             f"{len(answers)} answers: write the thoughts into the message that they belong to, as "
             f"reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map "
-            f"{c.own([*found][0])}=)")
-    (name,thought), = found.items()
+            f"{c.own([*found][0])}=)",
+        )
+    ((name, thought),) = found.items()
     c.take(name)
-    return [{**m, 'reasoning_content':thought} if i == answers[0] else m for i,m in enumerate(messages)]
+    return [
+        {**m, "reasoning_content": thought} if i == answers[0] else m
+        for i, m in enumerate(messages)
+    ]
 
-def _with_system(messages:list, c:_Columns)->list:
+
+def _with_system(messages: list, c: _Columns) -> list:
     "The messages, behind the row's own `system`."
-    k = c.has('system','system_prompt')
-    if not k: return messages
-    if not isinstance(c.full[k], str): raise _Unreadable(f'{k} is not a string', f'it is a {type(c.full[k]).__name__}')
-    return ([dict(role='system', content=c.take(k)), *messages] if c.full[k].strip() and _role(messages[0] if messages
-        else None) != 'system' else messages)
+    k = c.has("system", "system_prompt")
+    if not k:
+        return messages
+    if not isinstance(c.full[k], str):
+        raise _Unreadable(f"{k} is not a string", f"it is a {type(c.full[k]).__name__}")
+    return (
+        [dict(role="system", content=c.take(k)), *messages]
+        if c.full[k].strip() and _role(messages[0] if messages else None) != "system"
+        else messages
+    )
 
-_said = lambda messages: '\n'.join([x for m in messages for x in (m.get('reasoning_content'), m['content']) if x])
+
+_said = lambda messages: "\n".join(
+    [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
+)
+
 
 def parse_conversation(
-    row:dict, # What a line holds: `conversations` or `messages`, a list of {role, content} or {from, value}; or a question and an answer in fields of their own
-    number:int, # Its number, from 1
-)->Row:
+    row: dict,  # What a line holds: `conversations` or `messages`, a list of {role, content} or {from, value}; or a question and an answer in fields of their own
+    number: int,  # Its number, from 1
+) -> Row:
     "The messages of a conversation, tool calls and reasoning included."
-    c,how,tools = _columns(row),[],None
+    c, how, tools = _columns(row), [], None
     try:
-        c.refuse('conversation')
-        talk = c.talk() or next((k for k in _TALKS[:2] if not c.answered() and c.row.get(c.own(k)) is not None), None)
+        c.refuse("conversation")
+        talk = c.talk() or next(
+            (k for k in _TALKS[:2] if not c.answered() and c.row.get(c.own(k)) is not None), None
+        )
         if talk:
             raw = _turns(c.take(talk), c.own(talk), c.extra)
             # glaive
-            if isinstance(raw, list) and _is_transcript(c.full.get(talk)) and isinstance(c.full.get('system'), str):
-                said,tools = _prompt_with_tools(c.take('system'))
-                raw = [dict(role='system', content=said), *raw]
+            if (
+                isinstance(raw, list)
+                and _is_transcript(c.full.get(talk))
+                and isinstance(c.full.get("system"), str)
+            ):
+                said, tools = _prompt_with_tools(c.take("system"))
+                raw = [dict(role="system", content=said), *raw]
         elif c.in_fields():
             if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1:
-                raise _Unreadable('two questions', f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are "
-                    f"there both, and one of them would be lost; make one field of them, or leave one out with "
-                    f"columns (--map NAME=)")
-            asked,question,(answered,answer) = c.asked(),_question(c),_answer(c)
+                raise _Unreadable(
+                    "two questions",
+                    f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are there both, and"
+                    " one of them would be lost; make one field of them, or leave one out with"
+                    " columns (--map NAME=)",
+                )
+            asked, question, (answered, answer) = c.asked(), _question(c), _answer(c)
             if not isinstance(question, list) or not isinstance(answer, list):
-                raise _Unreadable('question or answer is no text', f'{c.own(asked)} is a '
-                    f'{type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a '
-                    f'{type(c.row[c.own(answered)]).__name__}')
-            if _is_blank(answer): raise _Unreadable('empty answer', f'{c.own(answered)} is empty')
-            raw,how = question+answer,[f'{asked} and {answered} as a conversation']
-        else: raise _Unreadable('no "conversations"', _advice(tuple(sorted(map(str, c.row)))))
-        messages,mended = _messages(_with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw,
-            extra=c.extra)
-        if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages):
-            raise _Unreadable('nothing to learn', 'no assistant says anything that is to be learned')
-        messages = _with_tools(messages, c.take('tools') if c.has('tools') else tools)
-    except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(number, 'messages', text=_said(messages), messages=messages, mended=tuple(mended+how))
+                raise _Unreadable(
+                    "question or answer is no text",
+                    f"{c.own(asked)} is a "
+                    f"{type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a "
+                    f"{type(c.row[c.own(answered)]).__name__}",
+                )
+            if _is_blank(answer):
+                raise _Unreadable("empty answer", f"{c.own(answered)} is empty")
+            raw, how = question + answer, [f"{asked} and {answered} as a conversation"]
+        else:
+            raise _Unreadable('no "conversations"', _advice(tuple(sorted(map(str, c.row)))))
+        messages, mended = _messages(
+            _with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw, extra=c.extra
+        )
+        if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+            raise _Unreadable(
+                "nothing to learn", "no assistant says anything that is to be learned"
+            )
+        messages = _with_tools(messages, c.take("tools") if c.has("tools") else tools)
+    except _Unreadable as e:
+        return Row(number, reason=e.args[0], detail=e.args[1])
+    return c.made(
+        number, "messages", text=_said(messages), messages=messages, mended=tuple(mended + how)
+    )
 
-def _is_blank(answer:list)->bool: return len(answer) == 1 and answer[0].get('content') == '' and len(answer[0]) == 2
+
+def _is_blank(answer: list) -> bool:
+    return len(answer) == 1 and answer[0].get("content") == "" and len(answer[0]) == 2
 
 # %% ../nbs/02_formats.ipynb #b5d1d465
-def _sides(c:_Columns)->tuple[dict, list|None]:
+def _sides(c: _Columns) -> tuple[dict, list | None]:
     "The two answers, and what stands before them where it is told by the first."
-    if c.both() and not c.like('rejected'): return dict(zip(('chosen','rejected'), c.take(c.answered()))),None
-    bad = c.has('rejected') or c.like('rejected') or c.some('rejected')
-    good = c.has('chosen') or c.like('chosen') or c.some('chosen')
+    if c.both() and not c.like("rejected"):
+        return dict(zip(("chosen", "rejected"), c.take(c.answered()))), None
+    bad = c.has("rejected") or c.like("rejected") or c.some("rejected")
+    good = c.has("chosen") or c.like("chosen") or c.some("chosen")
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
-    if sides['rejected'] is None:
-        raise _Unreadable('no "rejected"' if good else 'no "chosen"', _advice(tuple(sorted(map(str, c.row))),
-            ('rejected' if good else 'chosen',)))
-    if sides['chosen'] is not None: return sides,None
-    if talk := c.talk(): # ms-swift: a conversation, and another answer in place of its last one
+    if sides["rejected"] is None:
+        raise _Unreadable(
+            'no "rejected"' if good else 'no "chosen"',
+            _advice(tuple(sorted(map(str, c.row))), ("rejected" if good else "chosen",)),
+        )
+    if sides["chosen"] is not None:
+        return sides, None
+    if talk := c.talk():  # ms-swift: a conversation, and another answer in place of its last one
         messages = _turns(c.take(talk), c.own(talk), c.extra)
-        if isinstance(messages, list) and _role(messages[-1]) == 'assistant':
-            return dict(sides, chosen=messages[-1:]),messages[:-1]
+        if isinstance(messages, list) and _role(messages[-1]) == "assistant":
+            return dict(sides, chosen=messages[-1:]), messages[:-1]
     if not c.has(*_ANSWERED, *_ANSWERED_ELSE):
-        raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ('chosen',)))
-    return dict(sides, chosen=_answer(c)[1]),None
+        raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ("chosen",)))
+    return dict(sides, chosen=_answer(c)[1]), None
+
 
 def parse_preference(
-    row:dict, # What a line holds: `chosen` and `rejected`, and unless they are whole conversations a `prompt` (or `instruction`, `question`), or `conversations` that end with the question
-    number:int, # Its number, from 1
-)->Row: # `messages` end with the chosen answer, `rejected` with the other
+    row: dict,  # What a line holds: `chosen` and `rejected`, and unless they are whole conversations a `prompt` (or `instruction`, `question`), or `conversations` that end with the question
+    number: int,  # Its number, from 1
+) -> Row:  # `messages` end with the chosen answer, `rejected` with the other
     "Two conversations that differ in what the assistant answers."
     c = _columns(row)
     try:
-        c.refuse('preference')
-        answers,before = _sides(c)
-        answers = {k:_turns(v, k, c.extra) if isinstance(v, list) and not any(isinstance(m, dict) and _role(m)
-            for m in v) or _is_transcript(v) else v for k,v in answers.items()}
-        asked = [m.get('content', m.get('value')) for v in answers.values() for m in (v if isinstance(v, list) else ())
-            if _role(m) == 'user']
-        whole = bool(asked) # the question is in them
-        told = c.take('prompt') if whole and c.has('prompt') else None
-        inside = (told is None or isinstance(told, str) and told.strip() in [a.strip() if isinstance(a, str) else a
-            for a in asked])
-        prompt = (before if before is not None else _question(c) if not whole else [] if inside else _as_messages(told,
-            'user'))
-        if not whole and isinstance(prompt, list) and prompt and _role(prompt[-1]) == 'assistant': raise _Unreadable('no prompt', 'the conversation before chosen and rejected ends with an answer; it must end with the question')
-        sides,mended,tools = [],set(),c.take('tools') if c.has('tools') else None
-        for k in 'chosen','rejected':
-            answer = _as_messages(answers[k], 'assistant')
+        c.refuse("preference")
+        answers, before = _sides(c)
+        answers = {
+            k: (
+                _turns(v, k, c.extra)
+                if isinstance(v, list)
+                and not any(isinstance(m, dict) and _role(m) for m in v)
+                or _is_transcript(v)
+                else v
+            )
+            for k, v in answers.items()
+        }
+        asked = [
+            m.get("content", m.get("value"))
+            for v in answers.values()
+            for m in (v if isinstance(v, list) else ())
+            if _role(m) == "user"
+        ]
+        whole = bool(asked)  # the question is in them
+        told = c.take("prompt") if whole and c.has("prompt") else None
+        inside = (
+            told is None
+            or isinstance(told, str)
+            and told.strip() in [a.strip() if isinstance(a, str) else a for a in asked]
+        )
+        prompt = (
+            before
+            if before is not None
+            else _question(c)
+            if not whole
+            else []
+            if inside
+            else _as_messages(told, "user")
+        )
+        if not whole and isinstance(prompt, list) and prompt and _role(prompt[-1]) == "assistant":
+            raise _Unreadable(
+                "no prompt",
+                "the conversation before chosen and rejected ends with an answer; it must end with"
+                " the question",
+            )
+        sides, mended, tools = [], set(), c.take("tools") if c.has("tools") else None
+        for k in "chosen", "rejected":
+            answer = _as_messages(answers[k], "assistant")
             if not isinstance(answer, list) or not isinstance(prompt, list):
-                raise _Unreadable('prompt or answer is no text',
-                    f'{k} is a {type(answers[k]).__name__}, the prompt a {type(prompt).__name__}')
-            made,how = _messages(_with_system((prompt if answer[:len(prompt)] != prompt else []) + answer, c), k,
-                c.extra)
-            if made[-1]['role'] != 'assistant': raise _Unreadable('no answer', f'{k} ends with a message of the {made[-1]["role"]}')
+                raise _Unreadable(
+                    "prompt or answer is no text",
+                    f"{k} is a {type(answers[k]).__name__}, the prompt a {type(prompt).__name__}",
+                )
+            made, how = _messages(
+                _with_system((prompt if answer[: len(prompt)] != prompt else []) + answer, c),
+                k,
+                c.extra,
+            )
+            if made[-1]["role"] != "assistant":
+                raise _Unreadable("no answer", f"{k} ends with a message of the {made[-1]['role']}")
             sides.append(_with_tools(made, tools))
             mended |= {*how}
         _check_sides(*sides)
-    except _Unreadable as e: return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(number, 'pair', text=_said(sides[0]), messages=sides[0], rejected=sides[1],
-        mended=tuple(sorted(mended)))
+    except _Unreadable as e:
+        return Row(number, reason=e.args[0], detail=e.args[1])
+    return c.made(
+        number,
+        "pair",
+        text=_said(sides[0]),
+        messages=sides[0],
+        rejected=sides[1],
+        mended=tuple(sorted(mended)),
+    )
 
-def _check_sides(chosen:list[dict], rejected:list[dict]):
+
+def _check_sides(chosen: list[dict], rejected: list[dict]):
     "Raise `_Unreadable` unless two conversations differ first in what the assistant answers, and answer something."
-    a,b = sorted((chosen, rejected), key=len)
-    if a == b[:len(a)]:
-        raise _Unreadable('nothing to learn', 'chosen and rejected are the same' if len(a) == len(b)
-            else 'one of chosen and rejected is only the beginning of the other')
-    first = next(i for i,(x,y) in enumerate(zip(a, b)) if x != y)
-    if not a[first]['role'] == b[first]['role'] == 'assistant':
-        raise _Unreadable('prompts that differ', f'chosen and rejected answer different questions: '
-            f'{a[first]["content"][:40]!r} and {b[first]["content"][:40]!r}; both must begin with the same messages')
-    if not any(m['role'] == 'user' for m in chosen):
-        raise _Unreadable('no prompt',
-            'chosen and rejected answer nothing; they must begin with the question, or stand beside a "prompt"')
+    a, b = sorted((chosen, rejected), key=len)
+    if a == b[: len(a)]:
+        raise _Unreadable(
+            "nothing to learn",
+            (
+                "chosen and rejected are the same"
+                if len(a) == len(b)
+                else "one of chosen and rejected is only the beginning of the other"
+            ),
+        )
+    first = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+    if not a[first]["role"] == b[first]["role"] == "assistant":
+        raise _Unreadable(
+            "prompts that differ",
+            f"chosen and rejected answer different questions: {a[first]['content'][:40]!r} and"
+            f" {b[first]['content'][:40]!r}; both must begin with the same messages",
+        )
+    if not any(m["role"] == "user" for m in chosen):
+        raise _Unreadable(
+            "no prompt",
+            "chosen and rejected answer nothing; they must begin with the question, or stand beside"
+            ' a "prompt"',
+        )
 
 # %% ../nbs/02_formats.ipynb #ba888443
 def parse_text(
-    block:Block, # Lines of a plain text
-    smallest:int=2000, # Characters of a piece, at least
-    largest:int=20_000, # Characters after which a piece ends even without a blank line
-)->Iterator[Row]: # A line that is no UTF-8 is a refused row
+    block: Block,  # Lines of a plain text
+    smallest: int = 2000,  # Characters of a piece, at least
+    largest: int = 20_000,  # Characters after which a piece ends even without a blank line
+) -> Iterator[Row]:  # A line that is no UTF-8 is a refused row
     "The pieces of a plain text."
-    piece,size,start,row = [],0,block.numbers[0],None
-    for number,raw in zip(block.numbers, block.lines):
-        try: line = raw.removeprefix(codecs.BOM_UTF8).decode().replace('\r\n', '\n')
-        except UnicodeDecodeError as e: yield Row(number, reason='not UTF-8', detail=f'{e.reason} at byte {e.start} of the line'); continue
+    piece, size, start, row = [], 0, block.numbers[0], None
+    for number, raw in zip(block.numbers, block.lines):
+        try:
+            line = raw.removeprefix(codecs.BOM_UTF8).decode().replace("\r\n", "\n")
+        except UnicodeDecodeError as e:
+            yield Row(
+                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
+            )
+            continue
         parts = line.split(EOS)
-        for k,part in enumerate(parts):
-            marker = k < len(parts)-1
+        for k, part in enumerate(parts):
+            marker = k < len(parts) - 1
             if len(parts) == 1 or part.strip():
-                if not piece: start = number
+                if not piece:
+                    start = number
                 piece.append(part)
                 size += len(part)
-            if not (marker or size >= largest or size >= smallest and not part.strip()): continue
+            if not (marker or size >= largest or size >= smallest and not part.strip()):
+                continue
             if piece:
-                if row: yield row
-                row = Row(start, ''.join(piece), ends=marker, read='plain text')
-            elif row and marker: row = replace(row, ends=True)
-            piece,size = [],0
-    if row: yield replace(row, ends=row.ends or block.last and not piece)
-    if piece: yield Row(start, ''.join(piece), ends=block.last, read='plain text')
+                if row:
+                    yield row
+                row = Row(start, "".join(piece), ends=marker, read="plain text")
+            elif row and marker:
+                row = replace(row, ends=True)
+            piece, size = [], 0
+    if row:
+        yield replace(row, ends=row.ends or block.last and not piece)
+    if piece:
+        yield Row(start, "".join(piece), ends=block.last, read="plain text")
 
 # %% ../nbs/02_formats.ipynb #e1df3d3a
 def parse_lines(
-    block:Block, # Lines of a plain text
-)->Iterator[Row]: # A line that is no UTF-8 is a refused row
+    block: Block,  # Lines of a plain text
+) -> Iterator[Row]:  # A line that is no UTF-8 is a refused row
     "Each line that is not blank, as a text of its own, without its line end."
-    for number,raw in zip(block.numbers, block.lines):
-        try: line = raw.removeprefix(codecs.BOM_UTF8).decode().strip()
-        except UnicodeDecodeError as e: yield Row(number, reason='not UTF-8', detail=f'{e.reason} at byte {e.start} of the line'); continue
+    for number, raw in zip(block.numbers, block.lines):
+        try:
+            line = raw.removeprefix(codecs.BOM_UTF8).decode().strip()
+        except UnicodeDecodeError as e:
+            yield Row(
+                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
+            )
+            continue
         for part in map(str.strip, line.split(EOS)):
-            if part: yield Row(number, part, read='lines')
+            if part:
+                yield Row(number, part, read="lines")
 
 # %% ../nbs/02_formats.ipynb #43a13736
-FORMATS = dict(pretrain=parse_pretrain, conversation=parse_conversation, dpo=parse_preference, lines=parse_pretrain)
+FORMATS = dict(
+    pretrain=parse_pretrain,
+    conversation=parse_conversation,
+    dpo=parse_preference,
+    lines=parse_pretrain,
+)
 
-def _renamed(row:dict, columns:dict[str,str])->dict:
+
+def _renamed(row: dict, columns: dict[str, str]) -> dict:
     "The row with its columns under other names; one whose new content is '' is left out."
     moved = {*columns.values(), *columns}
-    return {**{k:v for k,v in row.items() if k not in moved}, **{new:row[old] for new,old in columns.items()
-        if old in row}}
+    return {
+        **{k: v for k, v in row.items() if k not in moved},
+        **{new: row[old] for new, old in columns.items() if old in row},
+    }
 
-def _plain_row(row:dict, number:int)->Row|None:
+
+def _plain_row(row: dict, number: int) -> Row | None:
     "A row of one column that is as it should be, which most are; None: look closer."
-    (name,x), = row.items()
-    if name == 'text':
-        return (Row(number, x, mended=_turn_marks(x), read='text') if type(x) is str and EOS not in x and x.strip()
-            else None)
-    if name not in _TALKS[:2] or type(x) is not list or not x or not all(type(m) is dict and ('role' in m
-            or 'from' in m) for m in x):
+    ((name, x),) = row.items()
+    if name == "text":
+        return (
+            Row(number, x, mended=_turn_marks(x), read="text")
+            if type(x) is str and EOS not in x and x.strip()
+            else None
+        )
+    if (
+        name not in _TALKS[:2]
+        or type(x) is not list
+        or not x
+        or not all(type(m) is dict and ("role" in m or "from" in m) for m in x)
+    ):
         return None
     extra = set()
     try:
-        messages,mended = _messages(x, extra=extra)
+        messages, mended = _messages(x, extra=extra)
         messages = _with_tools(messages, None)
-    except _Unreadable: return None
-    if not any(m['role'] == 'assistant' and m.get('weight') != 0 for m in messages): return None
-    return Row(number, _said(messages), messages=messages, mended=tuple(mended), read='messages'
-        if name == 'messages' else 'conversations → messages', unread=tuple(sorted(extra)))
+    except _Unreadable:
+        return None
+    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+        return None
+    return Row(
+        number,
+        _said(messages),
+        messages=messages,
+        mended=tuple(mended),
+        read="messages" if name == "messages" else "conversations → messages",
+        unread=tuple(sorted(extra)),
+    )
+
 
 def parse_row(
-    line:bytes, # One line of a JSONL file
-    number:int, # Its number, from 1
-    format:str|None=None, # `pretrain`, `conversation` (tool calls and reasoning too), `dpo` or `lines`; default: as the keys say
-    columns:dict[str,str]|None=None, # The name that is known here → the row's own; '' leaves a column out
-)->list[Row]: # More than one only where several objects, or several documents, stand on the line
+    line: bytes,  # One line of a JSONL file
+    number: int,  # Its number, from 1
+    format: (
+        str | None
+    ) = None,  # `pretrain`, `conversation` (tool calls and reasoning too), `dpo` or `lines`; default: as the keys say
+    columns: (
+        dict[str, str] | None
+    ) = None,  # The name that is known here → the row's own; '' leaves a column out
+) -> list[Row]:  # More than one only where several objects, or several documents, stand on the line
     "The rows of a line, each good or refused."
-    try: values,mended = _read_json(line)
-    except _Unreadable as e: return [Row(number, reason=e.args[0], detail=e.args[1])]
+    try:
+        values, mended = _read_json(line)
+    except _Unreadable as e:
+        return [Row(number, reason=e.args[0], detail=e.args[1])]
     out = []
     for v in values:
-        if isinstance(v, list) and v and all(isinstance(m, dict) and ('role' in m or 'from' in m) for m in v): v = {'conversations':v} # the messages alone
-        if not isinstance(v, dict): out.append(Row(number, reason='not an object', detail=f'a row is {{"text": …}} or {{"conversations": […]}}; this is a {type(v).__name__}')); continue
-        if 'row_idx' in v and isinstance(v.get('row'), dict): v = v['row'] # as a data set's viewer gives them
-        if columns: v = _renamed(v, columns)
+        if (
+            isinstance(v, list)
+            and v
+            and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
+        ):
+            v = {"conversations": v}  # the messages alone
+        if not isinstance(v, dict):
+            out.append(
+                Row(
+                    number,
+                    reason="not an object",
+                    detail=(
+                        'a row is {"text": …} or {"conversations": […]}; this is a'
+                        f" {type(v).__name__}"
+                    ),
+                )
+            )
+            continue
+        if "row_idx" in v and isinstance(v.get("row"), dict):
+            v = v["row"]  # as a data set's viewer gives them
+        if columns:
+            v = _renamed(v, columns)
         row = _plain_row(v, number) if len(v) == 1 and not format else None
         if row is None:
             c = _Columns(v)
             row = FORMATS[format or c.kind()](c, number)
-        if mended: row = replace(row, mended=mended+row.mended)
+        if mended:
+            row = replace(row, mended=mended + row.mended)
         out += [row] if row.messages or row.reason else _documents(row)
     return out
 
+
 def parse_block(
-    block:Block, # Of a data file
-    format:str|None=None, # As for `parse_row`
-)->Iterator[Row]: # Blank lines between rows are no rows
+    block: Block,  # Of a data file
+    format: str | None = None,  # As for `parse_row`
+) -> Iterator[Row]:  # Blank lines between rows are no rows
     "All rows of a block, refused ones included."
-    if format is not None and format not in FORMATS: raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
-    if block.layout == 'text': yield from parse_lines(block) if format == 'lines' else parse_text(block); return
-    for number,line in zip(block.numbers, block.lines):
-        if not line.isspace(): yield from parse_row(line, number, format, block.columns)
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format={format!r} must be one of {', '.join(FORMATS)}")
+    if block.layout == "text":
+        yield from parse_lines(block) if format == "lines" else parse_text(block)
+        return
+    for number, line in zip(block.numbers, block.lines):
+        if not line.isspace():
+            yield from parse_row(line, number, format, block.columns)
 
 # %% ../nbs/02_formats.ipynb #5b1c0b03
 def read_table(
-    looks:dict[Path,Look], # Of each file
-)->dict: # Path of a file → its encoding, what its rows were read as, and columns left out, with counts
+    looks: dict[Path, Look],  # Of each file
+) -> (
+    dict
+):  # Path of a file → its encoding, what its rows were read as, and columns left out, with counts
     "A table of what is read, still empty."
-    return {str(f):dict(encoding=l.encoding, guessed=l.guessed, rows={}, left_out={}) for f,l in looks.items()}
+    return {
+        str(f): dict(encoding=l.encoding, guessed=l.guessed, rows={}, left_out={})
+        for f, l in looks.items()
+    }
+
 
 def count_read(
-    table:dict, # Of `read_table`; added to
-    path:Path, # Of the file
-    kinds:Iterable[tuple[str,tuple[str,...]]], # `read` and `unread` of each row
+    table: dict,  # Of `read_table`; added to
+    path: Path,  # Of the file
+    kinds: Iterable[tuple[str, tuple[str, ...]]],  # `read` and `unread` of each row
 ):
     "Count what rows were read as, and what was left out of them."
     entry = table[str(path)]
-    for (how,unread),n in Counter(kinds).items():
-        entry['rows'][how] = entry['rows'].get(how, 0)+n
-        for k in unread: entry['left_out'][k] = entry['left_out'].get(k, 0)+n
+    for (how, unread), n in Counter(kinds).items():
+        entry["rows"][how] = entry["rows"].get(how, 0) + n
+        for k in unread:
+            entry["left_out"][k] = entry["left_out"].get(k, 0) + n
+
 
 def reading(
-    table:dict, # As of `count_read`, or `meta['read']` of a token set
-)->list[str]: # A line for each file; files of which the same is to be said share one
+    table: dict,  # As of `count_read`, or `meta['read']` of a token set
+) -> list[str]:  # A line for each file; files of which the same is to be said share one
     "What was read of each file, and what was not."
     said = {}
-    for path,t in table.items():
-        rows = sorted(t['rows'].items(), key=lambda kv: -kv[1])
-        what = ('; '.join(f'{how} ({n:,} rows)' if len(rows) > 1 else how for how,n in rows[:6])
-            + f'; and {len(rows)-6} other layouts'*(len(rows) > 6) or 'no row that can be used')
-        left = sorted(t['left_out'], key=lambda k: -t['left_out'][k])
-        if left: what += f"; left out: {', '.join(left[:20])}" + f' and {len(left)-20} more'*(len(left) > 20)
-        if t['guessed']: what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
-        elif t['encoding'] != 'utf-8': what += f"; read as {_called(t['encoding'])}"
+    for path, t in table.items():
+        rows = sorted(t["rows"].items(), key=lambda kv: -kv[1])
+        what = (
+            "; ".join(f"{how} ({n:,} rows)" if len(rows) > 1 else how for how, n in rows[:6])
+            + f"; and {len(rows) - 6} other layouts" * (len(rows) > 6)
+            or "no row that can be used"
+        )
+        left = sorted(t["left_out"], key=lambda k: -t["left_out"][k])
+        if left:
+            what += f"; left out: {', '.join(left[:20])}" + f" and {len(left) - 20} more" * (
+                len(left) > 20
+            )
+        if t["guessed"]:
+            what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
+        elif t["encoding"] != "utf-8":
+            what += f"; read as {_called(t['encoding'])}"
         said.setdefault(what, []).append(Path(path).name)
-    return [f"{', '.join(names[:3])}{f' and {len(names)-3} more files' if len(names) > 3 else ''}: {what}" for what,
-        names in said.items()]
+    return [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more files' if len(names) > 3 else ''}:"
+        f" {what}"
+        for what, names in said.items()
+    ]

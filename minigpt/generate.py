@@ -18,303 +18,508 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/06_generate.ipynb #e69070dd
 def _check_choice(temperature, top_k, top_p):
-    for k,v in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
-        if isinstance(v, str): raise TypeError(f"{k}={v!r} must be a number, without quotes")
-    if temperature is None: raise TypeError('temperature=None must be a number; 0.7 to 1 is usual, 0 is always the best token')
-    if not 0 <= temperature < float('inf'): raise ValueError(f"temperature={temperature} must be 0 (always the best token) or above; 0.7 to 1 is usual")
-    if top_k is not None and (top_k < 1 or top_k != int(top_k)): raise ValueError(f"top_k={top_k} must be a whole number, at least 1; to keep every token leave it None")
-    if top_p is not None and not 0 < top_p <= 1: raise ValueError(f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability; to keep every token leave it None")
+    for k, v in dict(temperature=temperature, top_k=top_k, top_p=top_p).items():
+        if isinstance(v, str):
+            raise TypeError(f"{k}={v!r} must be a number, without quotes")
+    if temperature is None:
+        raise TypeError(
+            "temperature=None must be a number; 0.7 to 1 is usual, 0 is always the best token"
+        )
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature} must be 0 (always the best token) or above; 0.7 to 1 is"
+            " usual"
+        )
+    if top_k is not None and (top_k < 1 or top_k != int(top_k)):
+        raise ValueError(
+            f"top_k={top_k} must be a whole number, at least 1; to keep every token leave it None"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p} must be above 0 and at most 1: it is a share of the probability; to"
+            " keep every token leave it None"
+        )
 
 # %% ../nbs/06_generate.ipynb #0a254e26
-def _best(logits:Tensor)->Tensor: "The first of the highest, (..., 1)."; return logits.argmax(-1, keepdim=True) if logits.device.type != 'cpu' else torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True)) # ten times as fast there
+def _best(logits: Tensor) -> Tensor:
+    "The first of the highest, (..., 1)."
+    return (
+        logits.argmax(-1, keepdim=True)
+        if logits.device.type != "cpu"
+        else torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
+    )  # ten times as fast there
+
 
 def _candidates(logits, temperature, top_k, top_p):
     "Chances of the tokens that may be chosen, (..., n), and which tokens these are; None: all, in their order."
     top = logits.amax(-1, keepdim=True)
-    if not top.isfinite().all(): raise ValueError("the model's scores are not finite numbers; its weights are damaged or training diverged: load an earlier checkpoint")
-    if temperature == 0: return torch.ones_like(top, dtype=torch.float32),_best(logits)
+    if not top.isfinite().all():
+        raise ValueError(
+            "the model's scores are not finite numbers; its weights are damaged or training"
+            " diverged: load an earlier checkpoint"
+        )
+    if temperature == 0:
+        return torch.ones_like(top, dtype=torch.float32), _best(logits)
     order = None
-    if top_k is not None: logits,order = logits.topk(min(top_k, logits.shape[-1])) # best first
-    p = ((logits-top)/temperature).softmax(-1)
-    if top_p is None or top_p == 1: return p,order
+    if top_k is not None:
+        logits, order = logits.topk(min(top_k, logits.shape[-1]))  # best first
+    p = ((logits - top) / temperature).softmax(-1)
+    if top_p is None or top_p == 1:
+        return p, order
     if order is None:
-        best,order = p.topk(min(1000, p.shape[-1])) # as a rule enough, and twenty times as fast as all
-        if best.sum(-1).min() < top_p: best,order = p.sort(descending=True)
+        best, order = p.topk(
+            min(1000, p.shape[-1])
+        )  # as a rule enough, and twenty times as fast as all
+        if best.sum(-1).min() < top_p:
+            best, order = p.sort(descending=True)
         p = best
-    p = p.where(p.cumsum(-1)-p < top_p, 0)
-    return p/p.sum(-1, keepdim=True),order
+    p = p.where(p.cumsum(-1) - p < top_p, 0)
+    return p / p.sum(-1, keepdim=True), order
 
 # %% ../nbs/06_generate.ipynb #ec7a1aee
 def next_probs(
-    logits:Tensor, # (..., V) scores
-    temperature:float=1.0, # 0: all on the best token
-    top_k:int|None=None, # Keep the best `top_k` tokens
-    top_p:float|None=None, # Of these, keep the smallest set that holds this share of the probability
-)->Tensor: # (..., V) float32, each sums to 1
+    logits: Tensor,  # (..., V) scores
+    temperature: float = 1.0,  # 0: all on the best token
+    top_k: int | None = None,  # Keep the best `top_k` tokens
+    top_p: float
+    | None = None,  # Of these, keep the smallest set that holds this share of the probability
+) -> Tensor:  # (..., V) float32, each sums to 1
     "What each token's chance is to be chosen."
     _check_choice(temperature, top_k, top_p)
-    p,order = _candidates(logits.float(), temperature, top_k, top_p)
-    return p if order is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
+    p, order = _candidates(logits.float(), temperature, top_k, top_p)
+    return (
+        p if order is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
+    )
 
 # %% ../nbs/06_generate.ipynb #67a3fe2d
 def _choose(logits, temperature, top_k, top_p, dice):
     "A token for each row of the scores (B, V), drawn with the row's own generator."
-    p,order = _candidates(logits, temperature, top_k, top_p)
-    if temperature == 0: return order[:,0].tolist()
+    p, order = _candidates(logits, temperature, top_k, top_p)
+    if temperature == 0:
+        return order[:, 0].tolist()
     upto = p.double().cumsum(-1)
-    at = torch.searchsorted(upto, upto[:,-1:]*torch.stack([torch.rand(1, generator=d, dtype=torch.float64) for d in dice]), right=True)
-    return (at if order is None else order.gather(1, at))[:,0].tolist()
+    at = torch.searchsorted(
+        upto,
+        upto[:, -1:] * torch.stack([torch.rand(1, generator=d, dtype=torch.float64) for d in dice]),
+        right=True,
+    )
+    return (at if order is None else order.gather(1, at))[:, 0].tolist()
 
 # %% ../nbs/06_generate.ipynb #be3d9226
 @contextmanager
 def _reading(model):
     "Evaluation mode without gradients; afterwards each part is as it was."
     training = [m for m in model.modules() if m.training] if model.training else []
-    for m in training: m.training = False
+    for m in training:
+        m.training = False
     try:
-        with torch.inference_mode(): yield
+        with torch.inference_mode():
+            yield
     finally:
-        for m in training: m.training = True
+        for m in training:
+            m.training = True
 
 # %% ../nbs/06_generate.ipynb #a986e455
 def _checked(model, prompts, max_new_tokens, choice, seed):
     "The prompts as lists of numbers, and how many tokens each has room for; refused where it cannot work."
-    need_gpt(model, 'this way of writing')
+    need_gpt(model, "this way of writing")
     _check_choice(*choice)
-    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0: raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
-    if seed is not None and not (isinstance(seed, Integral) and -1<<63 <= seed < 1<<63): raise ValueError(f"seed={seed!r} must be a whole number of 64 bits, or None for another text each time")
-    prompts,c = [[int(i) for i in p] for p in prompts],model.config
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")
+    if seed is not None and not (isinstance(seed, Integral) and -1 << 63 <= seed < 1 << 63):
+        raise ValueError(
+            f"seed={seed!r} must be a whole number of 64 bits, or None for another text each time"
+        )
+    prompts, c = [[int(i) for i in p] for p in prompts], model.config
     for ids in prompts:
-        if not ids: raise ValueError("the prompt has no tokens; start from the token that ends a document, [tokenizer.eos_id]")
-        if not 0 <= min(ids) <= max(ids) < c.vocab_size: raise ValueError(f"the prompt has token ids from {min(ids)} to {max(ids)} and the model knows 0 to {c.vocab_size-1}; is this the model's own tokenizer?")
-        if len(ids) >= c.max_len: raise ValueError(f"the prompt has {len(ids)} tokens and the model's max_len is {c.max_len}, so there is no room to write; shorten the prompt to at most {c.max_len-1}")
-    return prompts,[min(max_new_tokens, c.max_len-len(ids)) for ids in prompts]
+        if not ids:
+            raise ValueError(
+                "the prompt has no tokens; start from the token that ends a document,"
+                " [tokenizer.eos_id]"
+            )
+        if not 0 <= min(ids) <= max(ids) < c.vocab_size:
+            raise ValueError(
+                f"the prompt has token ids from {min(ids)} to {max(ids)} and the model knows 0 to"
+                f" {c.vocab_size - 1}; is this the model's own tokenizer?"
+            )
+        if len(ids) >= c.max_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the model's max_len is {c.max_len}, so there"
+                f" is no room to write; shorten the prompt to at most {c.max_len - 1}"
+            )
+    return prompts, [min(max_new_tokens, c.max_len - len(ids)) for ids in prompts]
 
 # %% ../nbs/06_generate.ipynb #ae43f6c5
 def _panels(
-    weight:Tensor, # (N, K), as it is stored
-    copy:bool, # Each panel in one piece; otherwise the weight's own memory
-)->Tensor: # (N/n, K, n)
+    weight: Tensor,  # (N, K), as it is stored
+    copy: bool,  # Each panel in one piece; otherwise the weight's own memory
+) -> Tensor:  # (N/n, K, n)
     "A weight in panels of up to 192 outputs."
     n = max((n for n in range(16, 193, 16) if len(weight) % n == 0), default=len(weight))
     panels = weight.unflatten(0, (-1, n)).transpose(1, 2)
     return panels.contiguous() if copy else panels
 
+
 def _thin(
-    x:Tensor, # (B, K), few rows
-    weight:Tensor, # (K, N), or panels of it
-    add:Tensor|None=None, # (B, N)
-)->Tensor: # (B, N)
+    x: Tensor,  # (B, K), few rows
+    weight: Tensor,  # (K, N), or panels of it
+    add: Tensor | None = None,  # (B, N)
+) -> Tensor:  # (B, N)
     "`x @ weight + add`."
-    if weight.dim() == 2: return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
+    if weight.dim() == 2:
+        return torch.mm(x, weight) if add is None else torch.addmm(add, x, weight)
     y = torch.bmm(x.expand(len(weight), -1, -1), weight).transpose(0, 1).reshape(len(x), -1)
     return y if add is None else y.add_(add)
 
 # %% ../nbs/06_generate.ipynb #31af0b87
 class DecodeStep:
     "`GPT.forward` for one new token in each row, on a CPU."
-    def __init__(self,
-        model:GPT, # One that `suits`, as it is now: some weights are copied
-        cache:KVCache, # Of the tokens before; new ones are added
+
+    def __init__(
+        self,
+        model: GPT,  # One that `suits`, as it is now: some weights are copied
+        cache: KVCache,  # Of the tokens before; new ones are added
     ):
-        self.model,self.cache,c = model,cache,model.config
-        H,K,D,n = c.n_head,c.n_kv_head,c.head_dim,cache.max_len
-        several,many = cache.kv.shape[2] >= 4 and torch.backends.mkl.is_available(),n-cache.length >= 64
+        self.model, self.cache, c = model, cache, model.config
+        H, K, D, n = c.n_head, c.n_kv_head, c.head_dim, cache.max_len
+        several, many = (
+            cache.kv.shape[2] >= 4 and torch.backends.mkl.is_available(),
+            n - cache.length >= 64,
+        )
         laid = lambda w: _panels(w, copy=many) if several else w.T
-        qkv = lambda a: laid(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]))                     # for H*D + 2*K*D outputs
-        gain = lambda norm: norm.weight*norm.weight.numel()**.5
-        gains = lambda a: torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)]) if c.qk_norm else None # (H+K, D)
+        qkv = lambda a: laid(
+            torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
+        )  # for H*D + 2*K*D outputs
+        gain = lambda norm: norm.weight * norm.weight.numel() ** 0.5
+        gains = lambda a: (
+            torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)])
+            if c.qk_norm
+            else None
+        )  # (H+K, D)
         with torch.inference_mode():
-            self.layers = [(gain(l.input_layernorm), qkv(l.self_attn), gains(l.self_attn), laid(l.self_attn.o_proj.weight),
-                gain(l.post_attention_layernorm), laid(l.mlp.gate_proj.weight), laid(l.mlp.up_proj.weight), laid(l.mlp.down_proj.weight)) for l in model.model.layers]
-            self.last = gain(model.model.norm),laid(model.head)
-            cos,sin = (torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, 'cpu'))                 # (n, 1, D)
-            sin[...,:D//2].neg_()
-            self.cos,self.sin = torch.cat([cos.expand(-1, H+K, -1), torch.ones(n, K, D)], 1),torch.cat([sin.expand(-1, H+K, -1), torch.zeros(n, K, D)], 1) # (n, H+2*K, D): values stay as they are
-            self.eps = {width:torch.tensor((width*c.norm_eps)**.5) for width in (c.dim,D)}
+            self.layers = [
+                (
+                    gain(l.input_layernorm),
+                    qkv(l.self_attn),
+                    gains(l.self_attn),
+                    laid(l.self_attn.o_proj.weight),
+                    gain(l.post_attention_layernorm),
+                    laid(l.mlp.gate_proj.weight),
+                    laid(l.mlp.up_proj.weight),
+                    laid(l.mlp.down_proj.weight),
+                )
+                for l in model.model.layers
+            ]
+            self.last = gain(model.model.norm), laid(model.head)
+            cos, sin = (
+                torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, "cpu")
+            )  # (n, 1, D)
+            sin[..., : D // 2].neg_()
+            self.cos, self.sin = (
+                torch.cat([cos.expand(-1, H + K, -1), torch.ones(n, K, D)], 1),
+                torch.cat([sin.expand(-1, H + K, -1), torch.zeros(n, K, D)], 1),
+            )  # (n, H+2*K, D): values stay as they are
+            self.eps = {width: torch.tensor((width * c.norm_eps) ** 0.5) for width in (c.dim, D)}
 
     @staticmethod
-    def suits(model:GPT)->bool:
+    def suits(model: GPT) -> bool:
         "Is this a plain model in float32 on a CPU: no adapter, no quantized weight, no autocast?"
-        linear = [m for l in model.model.layers for m in l.modules() if hasattr(m, 'in_features')]
-        return (type(model) is GPT and model.head.device.type == 'cpu' and all(type(m) is nn.Linear for m in linear)
-            and all(p.dtype == torch.float32 for p in model.parameters()) and not torch.is_autocast_enabled('cpu'))
+        linear = [m for l in model.model.layers for m in l.modules() if hasattr(m, "in_features")]
+        return (
+            type(model) is GPT
+            and model.head.device.type == "cpu"
+            and all(type(m) is nn.Linear for m in linear)
+            and all(p.dtype == torch.float32 for p in model.parameters())
+            and not torch.is_autocast_enabled("cpu")
+        )
 
-    def norm(self,
-        x:Tensor, # (..., width)
-        gain:Tensor, # Its weight times the root of the width
-    )->Tensor:
+    def norm(
+        self,
+        x: Tensor,  # (..., width)
+        gain: Tensor,  # Its weight times the root of the width
+    ) -> Tensor:
         "RMSNorm, from the length of `x` instead of its mean square."
-        return (x/torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.eps[x.shape[-1]])).mul_(gain)
+        return (
+            x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.eps[x.shape[-1]])
+        ).mul_(gain)
 
-    def __call__(self,
-        ids:Tensor, # (B,) the new tokens
-        mask:Tensor|None=None, # Bool, (B, positions): who is seen; default: all
-    )->Tensor: # (B, V) scores of the token after each
-        c,cache,B = self.model.config,self.cache,len(ids)
-        H,K,D,t = c.n_head,c.n_kv_head,c.head_dim,cache.length
+    def __call__(
+        self,
+        ids: Tensor,  # (B,) the new tokens
+        mask: Tensor | None = None,  # Bool, (B, positions): who is seen; default: all
+    ) -> Tensor:  # (B, V) scores of the token after each
+        c, cache, B = self.model.config, self.cache, len(ids)
+        H, K, D, t = c.n_head, c.n_kv_head, c.head_dim, cache.length
         cache.check(B, 1)
-        if mask is not None: mask = mask.repeat_interleave(K, 0)[:,None,None]                                    # (B*K, 1, 1, positions)
-        x,cos,sin = F.embedding(ids, self.model.model.embed_tokens.weight),self.cos[t],self.sin[t]               # (B, C), (H+2*K, D)
-        here,seen = cache.kv[:,:,:,:,t].unbind(0),cache.kv.flatten(2, 3)[:,:,:,None,:t+1].unbind(0)              # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
-        for (norm1,qkv,gains,o,norm2,gate,up,down),new,kv in zip(self.layers, here, seen):
-            h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)                                                   # (B, H+2*K, D)
-            if gains is not None: h[:,:H+K] = self.norm(h[:,:H+K], gains)
-            h = torch.addcmul(h*cos, h.roll(D//2, -1), sin)                                                      # both halves turn at once
-            new.copy_(h[:,H:].unflatten(1, (2, K)).transpose(0, 1))
-            y = F.scaled_dot_product_attention(h[:,:H].reshape(B*K, 1, H//K, D), *kv, mask)                      # heads that share keys stand in for positions
-            x = _thin(y.reshape(B, H*D), o, x)
+        if mask is not None:
+            mask = mask.repeat_interleave(K, 0)[:, None, None]  # (B*K, 1, 1, positions)
+        x, cos, sin = (
+            F.embedding(ids, self.model.model.embed_tokens.weight),
+            self.cos[t],
+            self.sin[t],
+        )  # (B, C), (H+2*K, D)
+        here, seen = (
+            cache.kv[:, :, :, :, t].unbind(0),
+            cache.kv.flatten(2, 3)[:, :, :, None, : t + 1].unbind(0),
+        )  # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
+        for (norm1, qkv, gains, o, norm2, gate, up, down), new, kv in zip(self.layers, here, seen):
+            h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)  # (B, H+2*K, D)
+            if gains is not None:
+                h[:, : H + K] = self.norm(h[:, : H + K], gains)
+            h = torch.addcmul(h * cos, h.roll(D // 2, -1), sin)  # both halves turn at once
+            new.copy_(h[:, H:].unflatten(1, (2, K)).transpose(0, 1))
+            y = F.scaled_dot_product_attention(
+                h[:, :H].reshape(B * K, 1, H // K, D), *kv, mask
+            )  # heads that share keys stand in for positions
+            x = _thin(y.reshape(B, H * D), o, x)
             h = self.norm(x, norm2)
             x = _thin(F.silu(_thin(h, gate)).mul_(_thin(h, up)), down, x)
         cache.length += 1
-        norm,head = self.last
+        norm, head = self.last
         return _thin(self.norm(x, norm), head)
 
 # %% ../nbs/06_generate.ipynb #fdadcbc5
 def _write(model, prompts, room, choice, stop, seed, use_cache):
     "(row, token), as they are chosen."
-    head,rows,T,n = model.head,[*range(len(prompts))],max(map(len, prompts), default=0),max(room, default=0)
+    head, rows, T, n = (
+        model.head,
+        [*range(len(prompts))],
+        max(map(len, prompts), default=0),
+        max(room, default=0),
+    )
     dice = [torch.Generator() for _ in rows]
-    for i,d in enumerate(dice): d.seed() if seed is None else d.manual_seed(seed+i)
-    new = torch.tensor([[0]*(T-len(p)) + p for p in prompts], device=head.device)                            # (B, T)
-    fill = torch.tensor([[T-len(p)] for p in prompts])                                                       # (B, 1) positions in front
-    real,padded = (torch.arange(T+n) >= fill).to(head.device),bool(fill.any())                               # (B, T+n)
-    with _reading(model): cache = KVCache(model.config, len(rows), T+n, head.device, head.dtype) if use_cache else None
+    for i, d in enumerate(dice):
+        d.seed() if seed is None else d.manual_seed(seed + i)
+    new = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=head.device)  # (B, T)
+    fill = torch.tensor([[T - len(p)] for p in prompts])  # (B, 1) positions in front
+    real, padded = (torch.arange(T + n) >= fill).to(head.device), bool(fill.any())  # (B, T+n)
+    with _reading(model):
+        cache = (
+            KVCache(model.config, len(rows), T + n, head.device, head.dtype) if use_cache else None
+        )
     step = None
     for k in range(n):
         with _reading(model):
-            if k == 1 and cache and DecodeStep.suits(model): step = DecodeStep(model, cache)
-            mask = None if not padded else real[:,:T+k] if step else real[:,None,None,:T+k] if new.shape[1] == 1 else (real[:,:T+k,None] == real[:,None,:T+k]).tril()[:,None]
-            if step: logits = step(new[:,0], mask)                                                           # (B, V)
-            else: logits = (head @ model.trunk(model.model.embed_tokens(new), mask, cache)[:,-1].to(head.dtype).T).T
+            if k == 1 and cache and DecodeStep.suits(model):
+                step = DecodeStep(model, cache)
+            mask = (
+                None
+                if not padded
+                else real[:, : T + k]
+                if step
+                else real[:, None, None, : T + k]
+                if new.shape[1] == 1
+                else (real[:, : T + k, None] == real[:, None, : T + k]).tril()[:, None]
+            )
+            if step:
+                logits = step(new[:, 0], mask)  # (B, V)
+            else:
+                logits = (
+                    head
+                    @ model.trunk(model.model.embed_tokens(new), mask, cache)[:, -1]
+                    .to(head.dtype)
+                    .T
+                ).T
             tokens = _choose(logits.float().cpu().contiguous(), *choice, [dice[i] for i in rows])
-        on = [j for j,token in enumerate(tokens) if token not in stop]
+        on = [j for j, token in enumerate(tokens) if token not in stop]
         yield from ((rows[j], tokens[j]) for j in on)
-        on = [j for j in on if k+1 < room[rows[j]]]
-        if not on: return
+        on = [j for j in on if k + 1 < room[rows[j]]]
+        if not on:
+            return
         last = torch.tensor([[tokens[j]] for j in on], device=head.device)
         if len(on) < len(rows):
-            rows,real,new = [rows[j] for j in on],real[on],new[on]
-            if cache: cache.keep(on)
+            rows, real, new = [rows[j] for j in on], real[on], new[on]
+            if cache:
+                cache.keep(on)
         new = last if cache else torch.cat([new, last], 1)
 
 # %% ../nbs/06_generate.ipynb #f7b808d7
 def generate(
-    model:GPT,
-    ids:Iterable[int], # The prompt's token ids, at least one
+    model: GPT,
+    ids: Iterable[int],  # The prompt's token ids, at least one
     *,
-    max_new_tokens:int=200, # Tokens to write at most
-    temperature:float=1.0, # 0: always the best token
-    top_k:int|None=None, # Keep the best `top_k` tokens
-    top_p:float|None=None, # Keep the smallest set of tokens with this share of the probability
-    stop_ids:Iterable[int]=(), # Tokens that end the text; they are not part of it
-    seed:int|None=None, # The same seed, the same text; default: another one each time
-    use_cache:bool=True, # Keep keys and values; without, every step reads the whole text again
-)->Iterator[int]: # New token ids, as they are chosen
+    max_new_tokens: int = 200,  # Tokens to write at most
+    temperature: float = 1.0,  # 0: always the best token
+    top_k: int | None = None,  # Keep the best `top_k` tokens
+    top_p: (
+        float | None
+    ) = None,  # Keep the smallest set of tokens with this share of the probability
+    stop_ids: Iterable[int] = (),  # Tokens that end the text; they are not part of it
+    seed: int | None = None,  # The same seed, the same text; default: another one each time
+    use_cache: bool = True,  # Keep keys and values; without, every step reads the whole text again
+) -> Iterator[int]:  # New token ids, as they are chosen
     "Continue one prompt until a stop token, `max_new_tokens`, or the end of the model's `max_len`."
-    choice = temperature,top_k,top_p
-    prompts,room = _checked(model, [ids], max_new_tokens, choice, seed)
-    return (token for _,token in _write(model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache))
+    choice = temperature, top_k, top_p
+    prompts, room = _checked(model, [ids], max_new_tokens, choice, seed)
+    return (
+        token
+        for _, token in _write(
+            model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache
+        )
+    )
+
 
 def generate_batch(
-    model:GPT,
-    prompts:Iterable[Iterable[int]], # Token ids of each prompt, of any lengths
+    model: GPT,
+    prompts: Iterable[Iterable[int]],  # Token ids of each prompt, of any lengths
     *,
-    max_new_tokens:int=200, # Tokens to write at most behind each
-    temperature:float=1.0, # 0: always the best token
-    top_k:int|None=None, # Keep the best `top_k` tokens
-    top_p:float|None=None, # Keep the smallest set of tokens with this share of the probability
-    stop_ids:Iterable[int]=(), # Tokens that end a text; they are not part of it
-    seed:int|None=None, # Prompt i is continued as `generate` does with `seed+i`; default: another text each time
-    use_cache:bool=True, # Keep keys and values
-)->list[list[int]]: # New token ids of each prompt
+    max_new_tokens: int = 200,  # Tokens to write at most behind each
+    temperature: float = 1.0,  # 0: always the best token
+    top_k: int | None = None,  # Keep the best `top_k` tokens
+    top_p: (
+        float | None
+    ) = None,  # Keep the smallest set of tokens with this share of the probability
+    stop_ids: Iterable[int] = (),  # Tokens that end a text; they are not part of it
+    seed: (
+        int | None
+    ) = None,  # Prompt i is continued as `generate` does with `seed+i`; default: another text each time
+    use_cache: bool = True,  # Keep keys and values
+) -> list[list[int]]:  # New token ids of each prompt
     "Continue several prompts at once: on a GPU, hardly slower than one."
-    choice = temperature,top_k,top_p
-    prompts,room = _checked(model, prompts, max_new_tokens, choice, seed)
+    choice = temperature, top_k, top_p
+    prompts, room = _checked(model, prompts, max_new_tokens, choice, seed)
     out = [[] for _ in prompts]
-    for i,token in _write(model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache): out[i].append(token)
+    for i, token in _write(
+        model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache
+    ):
+        out[i].append(token)
     return out
 
 # %% ../nbs/06_generate.ipynb #72c56fcc
 def text_pieces(
-    tokenizer:Tokenizer,
-    ids:Iterable[int], # Token ids, as they come
-    after:Iterable[int]=(), # Those of the text that is continued
-)->Iterator[str]: # Pieces of text, each at least one whole character
+    tokenizer: Tokenizer,
+    ids: Iterable[int],  # Token ids, as they come
+    after: Iterable[int] = (),  # Those of the text that is continued
+) -> Iterator[str]:  # Pieces of text, each at least one whole character
     "Decode a stream of tokens."
     before = [*map(int, after)]
-    start = max((k+1 for k,i in enumerate(before) if i in tokenizer.control_ids), default=0)
+    start = max((k + 1 for k, i in enumerate(before) if i in tokenizer.control_ids), default=0)
     decode = lambda ids: tokenizer.decode(ids, skip_special=True)
     seen = tokenizer.shown(before[start:])
-    begin,mark,sent = 0,len(seen),len(decode(seen)) # the text of `seen[begin:mark]` is out; with it the next tokens are decoded
+    begin, mark, sent = (
+        0,
+        len(seen),
+        len(decode(seen)),
+    )  # the text of `seen[begin:mark]` is out; with it the next tokens are decoded
     for i in ids:
-        if not tokenizer.shown([i]): continue
+        if not tokenizer.shown([i]):
+            continue
         seen.append(i)
-        if i in tokenizer.byte_ids or not tokenizer.grows: continue
+        if i in tokenizer.byte_ids or not tokenizer.grows:
+            continue
         text = decode(seen[begin:])
-        whole = text.removesuffix('\ufffd')
+        whole = text.removesuffix("\ufffd")
         if len(whole) > sent:
             yield whole[sent:]
             sent = len(whole)
-        if whole == text and (last := decode(seen[mark:])): begin,mark,sent = mark,len(seen),len(last)
+        if whole == text and (last := decode(seen[mark:])):
+            begin, mark, sent = mark, len(seen), len(last)
     rest = decode(seen[begin:])
-    if len(rest) > sent: yield rest[sent:]
-
+    if len(rest) > sent:
+        yield rest[sent:]
 
 # %% ../nbs/06_generate.ipynb #f41a4c4c
-def _turns(prompt)->list[dict]:
+def _turns(prompt) -> list[dict]:
     "A conversation, with the roles that data have too."
-    if not isinstance(prompt, (list,tuple)) or not all(isinstance(m, dict) for m in prompt): raise TypeError(f"prompt={prompt!r:.80} must be a text, or a conversation: a list of messages such as dict(role='user', content='…'). For several texts at once there is minigpt.generate.generate_batch")
-    if bad := [r for m in prompt if not isinstance(r := m.get('role'), str) or r.strip().lower() not in ROLES]: raise ValueError(f"the role {bad[0]!r} of a message must be user, assistant, system or tool")
-    return [{**m, 'role':ROLES[m['role'].strip().lower()]} for m in prompt]
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(m, dict) for m in prompt):
+        raise TypeError(
+            f"prompt={prompt!r:.80} must be a text, or a conversation: a list of messages such as"
+            " dict(role='user', content='…'). For several texts at once there is"
+            " minigpt.generate.generate_batch"
+        )
+    if bad := [
+        r
+        for m in prompt
+        if not isinstance(r := m.get("role"), str) or r.strip().lower() not in ROLES
+    ]:
+        raise ValueError(
+            f"the role {bad[0]!r} of a message must be user, assistant, system or tool"
+        )
+    return [{**m, "role": ROLES[m["role"].strip().lower()]} for m in prompt]
+
 
 def stream_text(
-    model:GPT,
-    tokenizer:Tokenizer,
-    prompt:str|list[dict], # A text to continue, or a conversation to answer; '' starts a new document
-    tools:list[dict]|None=None, # JSON schemas of functions, for a conversation
-    thinking:bool|None=None, # Should the answer begin with thoughts? See `Tokenizer.render`
-    **kw, # Options of `generate`; `stop_ids` is the tokenizer's unless given
-)->Iterator[str]: # Pieces of the new text
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: (
+        str | list[dict]
+    ),  # A text to continue, or a conversation to answer; '' starts a new document
+    tools: list[dict] | None = None,  # JSON schemas of functions, for a conversation
+    thinking: bool | None = None,  # Should the answer begin with thoughts? See `Tokenizer.render`
+    **kw,  # Options of `generate`; `stop_ids` is the tokenizer's unless given
+) -> Iterator[str]:  # Pieces of the new text
     "Write on, and hand out the text as it comes."
-    if hasattr(model, 'write'): return iter([model.write(tokenizer, prompt, **kw)]) # a model that does not go from left to right
-    if isinstance(prompt, str): ids = after = tokenizer.begin(prompt)
-    else: ids,after = tokenizer.encode_prompt(_turns(prompt), tools, thinking),()
-    return text_pieces(tokenizer, generate(model, ids, **{'stop_ids':tokenizer.stop_ids, **kw}), after)
+    if hasattr(model, "write"):
+        return iter(
+            [model.write(tokenizer, prompt, **kw)]
+        )  # a model that does not go from left to right
+    if isinstance(prompt, str):
+        ids = after = tokenizer.begin(prompt)
+    else:
+        ids, after = tokenizer.encode_prompt(_turns(prompt), tools, thinking), ()
+    return text_pieces(
+        tokenizer, generate(model, ids, **{"stop_ids": tokenizer.stop_ids, **kw}), after
+    )
 
 # %% ../nbs/06_generate.ipynb #fb5ecfe4
 def complete(
-    model:GPT,
-    tokenizer:Tokenizer,
-    prompt:str|list[dict], # A text to continue, or a conversation to answer
-    tools:list[dict]|None=None, # JSON schemas of functions, for a conversation
-    **kw, # Options of `generate`
-)->str: # The new text only, without the prompt
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str | list[dict],  # A text to continue, or a conversation to answer
+    tools: list[dict] | None = None,  # JSON schemas of functions, for a conversation
+    **kw,  # Options of `generate`
+) -> str:  # The new text only, without the prompt
     "Write on, and return what was written."
-    return ''.join(stream_text(model, tokenizer, prompt, tools, **kw))
+    return "".join(stream_text(model, tokenizer, prompt, tools, **kw))
 
 # %% ../nbs/06_generate.ipynb #bf946297
-_OPEN,_CLOSE = '<tool_call>','</tool_call>'
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
-def _no_json(name): raise ValueError(f'{name} is no JSON')
+
+def _no_json(name):
+    raise ValueError(f"{name} is no JSON")
+
 
 def parse_tool_calls(
-    text:str, # What an assistant wrote; other text may stand around the calls
-)->list[dict]: # `name` and `arguments` of each call, in order; empty where nothing is called
+    text: str,  # What an assistant wrote; other text may stand around the calls
+) -> list[dict]:  # `name` and `arguments` of each call, in order; empty where nothing is called
     "The function calls in a model's answer. Nothing is run; a call that cannot be read is a `ValueError`."
-    calls,decode,rest = [],json.JSONDecoder(parse_constant=_no_json).raw_decode,text
+    calls, decode, rest = [], json.JSONDecoder(parse_constant=_no_json).raw_decode, text
     while True:
-        before,mark,rest = rest.partition(_OPEN)
-        if _CLOSE in before: raise ValueError(f"a {_CLOSE} stands before any {_OPEN}, behind {before[:before.index(_CLOSE)][-40:]!r}; it must close a call")
-        if not mark: return calls
-        which,body = f'call {len(calls)+1}',rest.lstrip()
-        try: call,end = decode(body)
-        except (ValueError, RecursionError) as e: raise ValueError(f"{which} is not JSON ({e}), it begins {body[:60]!r}; if it is cut off, raise max_new_tokens") from None
+        before, mark, rest = rest.partition(_OPEN)
+        if _CLOSE in before:
+            raise ValueError(
+                f"a {_CLOSE} stands before any {_OPEN}, behind"
+                f" {before[: before.index(_CLOSE)][-40:]!r}; it must close a call"
+            )
+        if not mark:
+            return calls
+        which, body = f"call {len(calls) + 1}", rest.lstrip()
+        try:
+            call, end = decode(body)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(
+                f"{which} is not JSON ({e}), it begins {body[:60]!r}; if it is cut off, raise"
+                " max_new_tokens"
+            ) from None
         rest = body[end:].lstrip()
-        if not rest.startswith(_CLOSE): raise ValueError(f"{which} is followed by {rest[:20]!r}; it must end in {_CLOSE}: if it is cut off, raise max_new_tokens")
+        if not rest.startswith(_CLOSE):
+            raise ValueError(
+                f"{which} is followed by {rest[:20]!r}; it must end in {_CLOSE}: if it is cut off,"
+                " raise max_new_tokens"
+            )
         rest = rest.removeprefix(_CLOSE)
-        if not isinstance(call, dict): raise ValueError(f'{which} is a {type(call).__name__}; it must be an object {{"name": ..., "arguments": ...}}')
-        name,args = call.get('name'),call.get('arguments', {})
-        if not isinstance(name, str) or not name: raise ValueError(f'{which} has the name {name!r}; it must be the name of a function')
-        if not isinstance(args, dict): raise ValueError(f'the arguments of {which}, {name}, are a {type(args).__name__}; they must be an object {{"argument": value}}')
+        if not isinstance(call, dict):
+            raise ValueError(
+                f'{which} is a {type(call).__name__}; it must be an object {{"name": ...,'
+                ' "arguments": ...}'
+            )
+        name, args = call.get("name"), call.get("arguments", {})
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{which} has the name {name!r}; it must be the name of a function")
+        if not isinstance(args, dict):
+            raise ValueError(
+                f"the arguments of {which}, {name}, are a {type(args).__name__}; they must be an"
+                ' object {"argument": value}'
+            )
         calls.append(dict(name=name, arguments=args))

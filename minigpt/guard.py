@@ -13,54 +13,95 @@ from .files import human_size, memory_use
 # %% ../nbs/11_guard.ipynb #ee21d6d5
 class Guard:
     "Looks at the machine between two steps."
-    def __init__(self,
-        max_cpu:float=100., # Percent of all processors that may be busy; 100: no limit
-        max_memory:float=95., # Percent of the memory that may be in use; 100: no limit
-        patience:float=10., # Seconds above `max_memory` after which training must stop
-        every:float=.5, # Seconds between two looks
-        memory=memory_use, # Says bytes in use, and how many there are
-        cpu=lambda: psutil.cpu_percent(None), # Percent since it was last asked
+
+    def __init__(
+        self,
+        max_cpu: float = 100.0,  # Percent of all processors that may be busy; 100: no limit
+        max_memory: float = 95.0,  # Percent of the memory that may be in use; 100: no limit
+        patience: float = 10.0,  # Seconds above `max_memory` after which training must stop
+        every: float = 0.5,  # Seconds between two looks
+        memory=memory_use,  # Says bytes in use, and how many there are
+        cpu=lambda: psutil.cpu_percent(None),  # Percent since it was last asked
     ):
-        self.max_cpu,self.max_memory,self.patience,self.every,self.memory,self.cpu = max_cpu,max_memory,patience,every,memory,cpu
-        self.share,self.full_since,self.looked,self.ended = 1.,None,time.monotonic(),time.monotonic() # `share`: of the time, in which we work
-        self.rested,self.asked,self.slow = 0.,time.monotonic(),'' # seconds of pauses since `resting` was asked; what to tell the user once they are felt
+        self.max_cpu, self.max_memory, self.patience, self.every, self.memory, self.cpu = (
+            max_cpu,
+            max_memory,
+            patience,
+            every,
+            memory,
+            cpu,
+        )
+        self.share, self.full_since, self.looked, self.ended = (
+            1.0,
+            None,
+            time.monotonic(),
+            time.monotonic(),
+        )  # `share`: of the time, in which we work
+        self.rested, self.asked, self.slow = (
+            0.0,
+            time.monotonic(),
+            "",
+        )  # seconds of pauses since `resting` was asked; what to tell the user once they are felt
         self.cpu()
-        self.warning = f'{self._said()} before training has begun, more than max_memory={self.max_memory:g}: the guard does not watch the memory of this run' if self._full() else ''
-        if self.warning: self.max_memory = 100.
+        self.warning = (
+            f"{self._said()} before training has begun, more than max_memory={self.max_memory:g}:"
+            " the guard does not watch the memory of this run"
+            if self._full()
+            else ""
+        )
+        if self.warning:
+            self.max_memory = 100.0
 
-    def _full(self)->bool:
-        used,limit = self.memory()
-        return self.max_memory < 100 and 100*used > self.max_memory*limit
-    def _said(self)->str:
-        used,limit = self.memory()
-        return f'{100*used/limit:.0f}% of the memory is in use ({human_size(used)} of {human_size(limit)})'
+    def _full(self) -> bool:
+        used, limit = self.memory()
+        return self.max_memory < 100 and 100 * used > self.max_memory * limit
 
-    def balance(self,
-        busy:float, # Percent of the processors, all programs together
+    def _said(self) -> str:
+        used, limit = self.memory()
+        return (
+            f"{100 * used / limit:.0f}% of the memory is in use ({human_size(used)} of"
+            f" {human_size(limit)})"
+        )
+
+    def balance(
+        self,
+        busy: float,  # Percent of the processors, all programs together
     ):
         "Longer pauses above `max_cpu`, shorter ones below it."
-        self.share = min(1., max(.05, self.share*min(1.1, self.max_cpu/max(1., busy))))
-        if self.share < .8 and not self.slow: self.slow = f'the processors are {busy:.0f}% busy, more than max_cpu={self.max_cpu:g}, so training rests between its steps and is SLOWER for as long as that lasts; close other programs, or raise max_cpu (100: no limit)'
+        self.share = min(1.0, max(0.05, self.share * min(1.1, self.max_cpu / max(1.0, busy))))
+        if self.share < 0.8 and not self.slow:
+            self.slow = (
+                f"the processors are {busy:.0f}% busy, more than max_cpu={self.max_cpu:g}, so"
+                " training rests between its steps and is SLOWER for as long as that lasts; close"
+                " other programs, or raise max_cpu (100: no limit)"
+            )
 
-    def resting(self)->float:
+    def resting(self) -> float:
         "Share of the time that was rested since this was last asked."
         now = time.monotonic()
-        share,self.rested,self.asked = self.rested/max(1e-9, now-self.asked),0.,now
-        return min(1., share)
+        share, self.rested, self.asked = self.rested / max(1e-9, now - self.asked), 0.0, now
+        return min(1.0, share)
 
-    def check(self)->str|None: # Why training must stop; None: go on
+    def check(self) -> str | None:  # Why training must stop; None: go on
         "Rest as long as the limits ask for."
         now = time.monotonic()
         if self.share < 1:
-            time.sleep(min(5., (now-self.ended)*(1/self.share-1)))
-            self.rested += time.monotonic()-now
-        if now-self.looked >= self.every:
+            time.sleep(min(5.0, (now - self.ended) * (1 / self.share - 1)))
+            self.rested += time.monotonic() - now
+        if now - self.looked >= self.every:
             self.looked = now
-            if self.max_cpu < 100: self.balance(self.cpu())
+            if self.max_cpu < 100:
+                self.balance(self.cpu())
             if self.max_memory < 100:
-                if not self._full(): self.full_since = None
+                if not self._full():
+                    self.full_since = None
                 else:
-                    gc.collect(); self.full_since = self.full_since or now
-                    if time.monotonic()-self.full_since >= self.patience: return f'{self._said()}, more than max_memory={self.max_memory:g}, for {self.patience:.0f} s'
+                    gc.collect()
+                    self.full_since = self.full_since or now
+                    if time.monotonic() - self.full_since >= self.patience:
+                        return (
+                            f"{self._said()}, more than max_memory={self.max_memory:g}, for"
+                            f" {self.patience:.0f} s"
+                        )
                     time.sleep(self.every)
         self.ended = time.monotonic()

@@ -17,340 +17,698 @@ import numpy as np, orjson
 from .files import human_size, regular
 
 # %% ../nbs/06_headers.ipynb #7c3d149a
-_LIMIT = 8<<20 # bytes of a header, or of the pickle in a .pt
-_INSTRUCTIONS = 500_000 # of a pickle; a tensor takes about 25
-_LOADED = 1_000_000 # of a pickle that is loaded afterwards
-_TENSORS = 50_000 # in a header; a model of 1,000 layers has 9,000, and its AdamW twice that
-BITS = dict( # of a value, by the name that torch gives its type
-    float64=64, float32=32, float16=16, bfloat16=16, int64=64, int32=32, int16=16, int8=8, uint8=8, bool=8, uint16=16, uint32=32, uint64=64, complex32=32, complex64=64, complex128=128,
-    float8_e4m3fn=8, float8_e5m2=8, float8_e8m0fnu=8, float8_e4m3fnuz=8, float8_e5m2fnuz=8, float4_e2m1fn_x2=4)
+_LIMIT = 8 << 20  # bytes of a header, or of the pickle in a .pt
+_INSTRUCTIONS = 500_000  # of a pickle; a tensor takes about 25
+_LOADED = 1_000_000  # of a pickle that is loaded afterwards
+_TENSORS = 50_000  # in a header; a model of 1,000 layers has 9,000, and its AdamW twice that
+BITS = dict(  # of a value, by the name that torch gives its type
+    float64=64,
+    float32=32,
+    float16=16,
+    bfloat16=16,
+    int64=64,
+    int32=32,
+    int16=16,
+    int8=8,
+    uint8=8,
+    bool=8,
+    uint16=16,
+    uint32=32,
+    uint64=64,
+    complex32=32,
+    complex64=64,
+    complex128=128,
+    float8_e4m3fn=8,
+    float8_e5m2=8,
+    float8_e8m0fnu=8,
+    float8_e4m3fnuz=8,
+    float8_e5m2fnuz=8,
+    float4_e2m1fn_x2=4,
+)
 
-class Refused(ValueError): "A file that is not what it says it is."
-class TooMuch(Refused): "A file that would take too long, or too much memory, to read."
+
+class Refused(ValueError):
+    "A file that is not what it says it is."
+
+
+class TooMuch(Refused):
+    "A file that would take too long, or too much memory, to read."
+
 
 class Reader(io.BufferedReader):
     "A file of which no more than `_LIMIT` bytes are read at once."
-    def __init__(self, path): super().__init__(io.FileIO(regular(path)))
+
+    def __init__(self, path):
+        super().__init__(io.FileIO(regular(path)))
+
     def read(self, n=-1):
-        data = super().read(_LIMIT+1 if n is None or n < 0 else min(n, _LIMIT+1))
-        if len(data) > _LIMIT: raise TooMuch(f"it claims a header or a list of contents of more than the {human_size(_LIMIT)} that are read")
+        data = super().read(_LIMIT + 1 if n is None or n < 0 else min(n, _LIMIT + 1))
+        if len(data) > _LIMIT:
+            raise TooMuch(
+                f"it claims a header or a list of contents of more than the {human_size(_LIMIT)}"
+                " that are read"
+            )
         return data
-    def readline(self, n=-1): return super().readline(_LIMIT)
+
+    def readline(self, n=-1):
+        return super().readline(_LIMIT)
 
 # %% ../nbs/06_headers.ipynb #d4c3b444
-_CODES = {'BOOL':'bool', 'F8_E4M3':'float8_e4m3fn', 'F8_E5M2':'float8_e5m2', 'F8_E8M0':'float8_e8m0fnu', 'F4':'float4_e2m1fn_x2', 'BF16':'bfloat16', 'C64':'complex64',
-    **{f'{c}{n}':f'{k}{n}' for c,k in dict(F='float', I='int', U='uint').items() for n in (8,16,32,64) if (c,n) != ('F',8)}}
+_CODES = {
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
+    "BF16": "bfloat16",
+    "C64": "complex64",
+    **{
+        f"{c}{n}": f"{k}{n}"
+        for c, k in dict(F="float", I="int", U="uint").items()
+        for n in (8, 16, 32, 64)
+        if (c, n) != ("F", 8)
+    },
+}
+
 
 def safetensors_header(
-    f, # A file, at its beginning
-    size:int|None, # Its bytes; None where it is compressed
-)->tuple[dict,dict[str,str],int]: # Name → (dtype, shape, begin, end); the metadata; where the values begin
+    f,  # A file, at its beginning
+    size: int | None,  # Its bytes; None where it is compressed
+) -> tuple[
+    dict, dict[str, str], int
+]:  # Name → (dtype, shape, begin, end); the metadata; where the values begin
     "What a safetensors file holds; `Refused` if its header does not account for every byte, once."
     head = f.read(8)
-    n = int.from_bytes(head, 'little')
-    if len(head) < 8 or size is not None and n > size-8: raise Refused(f"its header claims {n:,} bytes, and the file has {size if size is not None else len(head):,}: it was cut off, or is no safetensors file")
-    if n > _LIMIT: raise Refused(f"its header claims {n:,} bytes, more than the {human_size(_LIMIT)} that are read")
+    n = int.from_bytes(head, "little")
+    if len(head) < 8 or size is not None and n > size - 8:
+        raise Refused(
+            f"its header claims {n:,} bytes, and the file has"
+            f" {size if size is not None else len(head):,}: it was cut off, or is no safetensors"
+            " file"
+        )
+    if n > _LIMIT:
+        raise Refused(
+            f"its header claims {n:,} bytes, more than the {human_size(_LIMIT)} that are read"
+        )
     data = f.read(n)
-    if data.count(b'{') > _TENSORS: raise TooMuch(f"its header has more than the {_TENSORS:,} entries that are read")
-    try: header = orjson.loads(data)
-    except orjson.JSONDecodeError as e: raise Refused(f"its header is not JSON ({e})") from None
-    if not isinstance(header, dict): raise Refused("its header is not a JSON object")
-    meta,found,end = header.pop('__metadata__', None) or {},{},0
+    if data.count(b"{") > _TENSORS:
+        raise TooMuch(f"its header has more than the {_TENSORS:,} entries that are read")
     try:
-        for name,t in sorted(header.items(), key=lambda kv: kv[1]['data_offsets']):
-            dtype,shape,(begin,stop) = _CODES.get(t['dtype']),tuple(t['shape']),t['data_offsets']
-            if dtype is None: raise Refused(f"{printable(name)} has the type {printable(str(t['dtype']))}, which is not known here")
-            if len(shape) > 32 or not all(isinstance(x, int) and 0 <= x < 1<<48 for x in (*shape, begin, stop)): raise Refused(f"{printable(name)} has an impossible shape or place")
-            if begin != end: raise Refused(f"{printable(name)} begins at byte {begin:,} and the tensor before it ends at {end:,}: the header {'overlaps' if begin < end else 'leaves a gap'}")
-            if (stop-begin)*8 != math.prod(shape)*BITS[dtype]: raise Refused(f"{printable(name)} of shape {shape} in {dtype} does not take the {stop-begin:,} bytes that its header gives")
-            found[name] = dtype,shape,begin,(end := stop)
-    except Refused: raise
-    except (KeyError, TypeError, ValueError, RecursionError) as e: raise Refused(f"its header is damaged ({type(e).__name__})") from None
-    if size is not None and size != 8+n+end: raise Refused(f"its tensors end at byte {8+n+end:,} and the file has {size:,}: it was cut off, or something was added")
-    return found,meta if isinstance(meta, dict) else {},8+n
+        header = orjson.loads(data)
+    except orjson.JSONDecodeError as e:
+        raise Refused(f"its header is not JSON ({e})") from None
+    if not isinstance(header, dict):
+        raise Refused("its header is not a JSON object")
+    meta, found, end = header.pop("__metadata__", None) or {}, {}, 0
+    try:
+        for name, t in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
+            dtype, shape, (begin, stop) = (
+                _CODES.get(t["dtype"]),
+                tuple(t["shape"]),
+                t["data_offsets"],
+            )
+            if dtype is None:
+                raise Refused(
+                    f"{printable(name)} has the type {printable(str(t['dtype']))}, which is not"
+                    " known here"
+                )
+            if len(shape) > 32 or not all(
+                isinstance(x, int) and 0 <= x < 1 << 48 for x in (*shape, begin, stop)
+            ):
+                raise Refused(f"{printable(name)} has an impossible shape or place")
+            if begin != end:
+                raise Refused(
+                    f"{printable(name)} begins at byte {begin:,} and the tensor before it ends at"
+                    f" {end:,}: the header {'overlaps' if begin < end else 'leaves a gap'}"
+                )
+            if (stop - begin) * 8 != math.prod(shape) * BITS[dtype]:
+                raise Refused(
+                    f"{printable(name)} of shape {shape} in {dtype} does not take the"
+                    f" {stop - begin:,} bytes that its header gives"
+                )
+            found[name] = dtype, shape, begin, (end := stop)
+    except Refused:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise Refused(f"its header is damaged ({type(e).__name__})") from None
+    if size is not None and size != 8 + n + end:
+        raise Refused(
+            f"its tensors end at byte {8 + n + end:,} and the file has {size:,}: it was cut off, or"
+            " something was added"
+        )
+    return found, meta if isinstance(meta, dict) else {}, 8 + n
+
 
 def printable(
-    text:str, # Anything
-    most:int=100, # Characters that are kept
-)->str: # One line, without control characters
+    text: str,  # Anything
+    most: int = 100,  # Characters that are kept
+) -> str:  # One line, without control characters
     "A stranger's text, fit for a terminal."
-    text = text if len(text) <= most else text[:most-40]+'…'+text[-39:]
-    return text if text.isprintable() else text.encode('unicode_escape').decode()
+    text = text if len(text) <= most else text[: most - 40] + "…" + text[-39:]
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 # %% ../nbs/06_headers.ipynb #a35fb743
 @dataclass
 class Named:
     "A class or function that a pickle names; nothing was imported."
-    name:str # `module.name`
+
+    name: str  # `module.name`
+
 
 @dataclass(eq=False)
 class Call:
     "What a full unpickler would have made by calling something."
-    name:str
-    args:tuple=()
-    has:dict|None=None # what it was filled with
+
+    name: str
+    args: tuple = ()
+    has: dict | None = None  # what it was filled with
+
 
 @dataclass(eq=False)
 class Storage:
     "The values of one or more tensors."
-    key:str # Its name in the file
-    dtype:str
-    numel:int
+
+    key: str  # Its name in the file
+    dtype: str
+    numel: int
+
 
 @dataclass(eq=False)
 class StoredTensor:
     "A tensor in a pickle, without its values."
-    dtype:str
-    shape:tuple[int,...]
-    stride:tuple[int,...] # In values
-    offset:int # In its storage, in values
-    storage:Storage
 
-_STORAGES = dict(Float='float32', Half='float16', BFloat16='bfloat16', Double='float64', Long='int64', Int='int32', Short='int16', Char='int8', Byte='uint8', Bool='bool', Untyped='uint8', ComplexFloat='complex64', ComplexDouble='complex128')
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]  # In values
+    offset: int  # In its storage, in values
+    storage: Storage
+
+
+_STORAGES = dict(
+    Float="float32",
+    Half="float16",
+    BFloat16="bfloat16",
+    Double="float64",
+    Long="int64",
+    Int="int32",
+    Short="int16",
+    Char="int8",
+    Byte="uint8",
+    Bool="bool",
+    Untyped="uint8",
+    ComplexFloat="complex64",
+    ComplexDouble="complex128",
+)
 
 # %% ../nbs/06_headers.ipynb #a913fc50
-def _ints(x)->tuple[int,...]:
-    if not isinstance(x, (tuple,list)) or len(x) > 32 or not all(isinstance(i, int) and 0 <= i < 1<<48 for i in x): raise Refused("a tensor has an impossible shape")
+def _ints(x) -> tuple[int, ...]:
+    if (
+        not isinstance(x, (tuple, list))
+        or len(x) > 32
+        or not all(isinstance(i, int) and 0 <= i < 1 << 48 for i in x)
+    ):
+        raise Refused("a tensor has an impossible shape")
     return tuple(x)
+
 
 def _made(f, args):
     "What stands for `f(*args)`."
-    name,args = f.name if isinstance(f, Named) else f'({type(f).__name__})',args if isinstance(args, tuple) else (args,)
-    if name in ('torch._utils._rebuild_tensor_v2','torch._utils._rebuild_tensor','torch._utils._rebuild_tensor_v3') and isinstance(args[0], Storage):
-        dtype = args[6].name.removeprefix('torch.') if name.endswith('v3') else args[0].dtype
-        if dtype not in BITS: raise Refused(f"a tensor has the type {printable(dtype)}, which is not known here")
+    name, args = (
+        f.name if isinstance(f, Named) else f"({type(f).__name__})",
+        args if isinstance(args, tuple) else (args,),
+    )
+    if name in (
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v3",
+    ) and isinstance(args[0], Storage):
+        dtype = args[6].name.removeprefix("torch.") if name.endswith("v3") else args[0].dtype
+        if dtype not in BITS:
+            raise Refused(f"a tensor has the type {printable(dtype)}, which is not known here")
         return StoredTensor(dtype, _ints(args[2]), _ints(args[3]), *_ints(args[1:2]), args[0])
-    if name.startswith('torch._utils._rebuild_parameter'): return args[0]
-    if name == 'torch._tensor._rebuild_from_type_v2': return _made(args[0], args[2])
-    if name in ('collections.OrderedDict','collections.defaultdict','collections.Counter'): return {} # its items come next
-    if name in ('torch.Size','_codecs.encode','builtins.set','__builtin__.set','builtins.frozenset','__builtin__.frozenset') and args: return args[0]
-    if name.endswith('multiarray.scalar') and isinstance(args[0], Call): # a number of NumPy
-        kind,data = args[0].args[0],args[1]
-        if isinstance(data, str): data = data[:16].encode('latin1') # older protocols write bytes as text
-        if isinstance(kind, str) and re.fullmatch('[fiub][1248]', kind): return np.frombuffer(data, kind, 1)[0].item()
+    if name.startswith("torch._utils._rebuild_parameter"):
+        return args[0]
+    if name == "torch._tensor._rebuild_from_type_v2":
+        return _made(args[0], args[2])
+    if name in ("collections.OrderedDict", "collections.defaultdict", "collections.Counter"):
+        return {}  # its items come next
+    if (
+        name
+        in (
+            "torch.Size",
+            "_codecs.encode",
+            "builtins.set",
+            "__builtin__.set",
+            "builtins.frozenset",
+            "__builtin__.frozenset",
+        )
+        and args
+    ):
+        return args[0]
+    if name.endswith("multiarray.scalar") and isinstance(args[0], Call):  # a number of NumPy
+        kind, data = args[0].args[0], args[1]
+        if isinstance(data, str):
+            data = data[:16].encode("latin1")  # older protocols write bytes as text
+        if isinstance(kind, str) and re.fullmatch("[fiub][1248]", kind):
+            return np.frombuffer(data, kind, 1)[0].item()
     return Call(name, args)
 
-_GETATTR = 'builtins.getattr','__builtin__.getattr'
-_MEMBER = re.compile(r'(transformers|accelerate)(\.\w+)+\.[A-Z]\w*\.[A-Z][A-Z\d_]*')
 
-def _is_member(args)->bool:
+_GETATTR = "builtins.getattr", "__builtin__.getattr"
+_MEMBER = re.compile(r"(transformers|accelerate)(\.\w+)+\.[A-Z]\w*\.[A-Z][A-Z\d_]*")
+
+
+def _is_member(args) -> bool:
     "Does `getattr(*args)` only name a member of an enumeration of the Trainer? Python 3.11.0 to 3.11.3 pickle it so."
-    return isinstance(args, tuple) and len(args) == 2 and isinstance(args[0], Named) and bool(_MEMBER.fullmatch(f'{args[0].name}.{args[1]}'))
+    return (
+        isinstance(args, tuple)
+        and len(args) == 2
+        and isinstance(args[0], Named)
+        and bool(_MEMBER.fullmatch(f"{args[0].name}.{args[1]}"))
+    )
 
 # %% ../nbs/06_headers.ipynb #21fe881d
 def follow_pickle(
-    f, # A file, at the beginning of a pickle
-    names:Counter, # Every class and function that the pickle names is counted here
-    to_load:bool=False, # Will it be loaded afterwards? Then what would take for ever is refused
-)->tuple[object,dict]: # What it holds, tensors and objects only described; the bytes that describe each entry, if it is a dict
+    f,  # A file, at the beginning of a pickle
+    names: Counter,  # Every class and function that the pickle names is counted here
+    to_load: bool = False,  # Will it be loaded afterwards? Then what would take for ever is refused
+) -> tuple[
+    object, dict
+]:  # What it holds, tensors and objects only described; the bytes that describe each entry, if it is a dict
     "Follow a pickle's instructions without the ones that call."
-    stack,at,marks,memo,spans,start = [],[],[],{},{},f.tell()
-    getattrs,members = Counter(),[] # how often `getattr` is named; is it an enumeration's member, each time it is called?
-    most,sizes = _LOADED if to_load else _INSTRUCTIONS,{} # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
-    def push(v): stack.append(v); at.append(pos)
-    def pop(): at.pop(); return stack.pop()
+    stack, at, marks, memo, spans, start = [], [], [], {}, {}, f.tell()
+    getattrs, members = (
+        Counter(),
+        [],
+    )  # how often `getattr` is named; is it an enumeration's member, each time it is called?
+    most, sizes = (
+        _LOADED if to_load else _INSTRUCTIONS,
+        {},
+    )  # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
+
+    def push(v):
+        stack.append(v)
+        at.append(pos)
+
+    def pop():
+        at.pop()
+        return stack.pop()
+
     def gathered():
         i = marks.pop()
-        items,where = stack[i:],at[i:]
-        del stack[i:],at[i:]
-        return items,where
+        items, where = stack[i:], at[i:]
+        del stack[i:], at[i:]
+        return items, where
+
     def gather(items):
         t = tuple(items)
-        n = sum(sizes.get(id(x), (x,1))[1] for x in t) if to_load else 0
-        if n > most: raise TooMuch(f"it holds tuples within tuples, of more than {most:,} values in all") # as a key it would be hashed, value by value
-        if to_load: sizes[id(t)] = t,n
+        n = sum(sizes.get(id(x), (x, 1))[1] for x in t) if to_load else 0
+        if n > most:
+            raise TooMuch(
+                f"it holds tuples within tuples, of more than {most:,} values in all"
+            )  # as a key it would be hashed, value by value
+        if to_load:
+            sizes[id(t)] = t, n
         return t
+
     def call(f, args):
-        if to_load and not isinstance(f, Named): raise TooMuch('it calls something that is no function')
-        if to_load and f.name.endswith('.bytearray') and args and isinstance(args[0], int): raise TooMuch(f'it asks for {args[0]:,} bytes')
+        if to_load and not isinstance(f, Named):
+            raise TooMuch("it calls something that is no function")
+        if to_load and f.name.endswith(".bytearray") and args and isinstance(args[0], int):
+            raise TooMuch(f"it asks for {args[0]:,} bytes")
         return make(f, args)
+
     def make(f, args):
-        if not isinstance(f, Named) or f.name not in _GETATTR: return _made(f, args)
+        if not isinstance(f, Named) or f.name not in _GETATTR:
+            return _made(f, args)
         members.append(_is_member(args))
         return Call(args[0].name, args[1:]) if members[-1] else _made(f, args)
+
     def name(module, what):
-        if not isinstance(module, str) or not isinstance(what, str) or len(module)+len(what) > 500: raise Refused('it names something impossible')
-        names[n := f'{module}.{what}'] += 1
-        if n in _GETATTR: getattrs[n] += 1
+        if (
+            not isinstance(module, str)
+            or not isinstance(what, str)
+            or len(module) + len(what) > 500
+        ):
+            raise Refused("it names something impossible")
+        names[n := f"{module}.{what}"] += 1
+        if n in _GETATTR:
+            getattrs[n] += 1
         return Named(n)
+
     def filled():
-        if isinstance(stack[-1], Call) and stack[-1].has is None: stack[-1].has = {}
+        if isinstance(stack[-1], Call) and stack[-1].has is None:
+            stack[-1].has = {}
         return stack[-1].has if isinstance(stack[-1], Call) else stack[-1]
+
     def put(items, where):
         d = filled()
-        if not isinstance(d, dict): raise Refused('items are put into something that is no dict')
-        for i in range(0, len(items)-1, 2):
-            k = items[i] if isinstance(items[i], (str,int,float,bytes,type(None))) else f'key {len(d)}' # a tuple of tuples of … can take for ever to hash
-            d[k] = items[i+1]
-            if len(stack) == 1: spans[k] = (where[i+2] if i+2 < len(where) else pos+1)-where[i]
+        if not isinstance(d, dict):
+            raise Refused("items are put into something that is no dict")
+        for i in range(0, len(items) - 1, 2):
+            k = (
+                items[i]
+                if isinstance(items[i], (str, int, float, bytes, type(None)))
+                else f"key {len(d)}"
+            )  # a tuple of tuples of … can take for ever to hash
+            d[k] = items[i + 1]
+            if len(stack) == 1:
+                spans[k] = (where[i + 2] if i + 2 < len(where) else pos + 1) - where[i]
+
     def add(items):
         d = filled()
-        if isinstance(d, list): d.extend(items)
-        elif isinstance(d, dict): d.update((len(d)+i, v) for i,v in enumerate(items))
-        else: raise Refused('items are added to something that is no list')
-    for n,(op,arg,pos) in enumerate(pickletools.genops(f)):
-        if n > most or pos-start > _LIMIT: raise TooMuch(f"its pickle has more than {most:,} instructions or {human_size(_LIMIT)}")
+        if isinstance(d, list):
+            d.extend(items)
+        elif isinstance(d, dict):
+            d.update((len(d) + i, v) for i, v in enumerate(items))
+        else:
+            raise Refused("items are added to something that is no list")
+
+    for n, (op, arg, pos) in enumerate(pickletools.genops(f)):
+        if n > most or pos - start > _LIMIT:
+            raise TooMuch(f"its pickle has more than {most:,} instructions or {human_size(_LIMIT)}")
         match op.name:
-            case 'PROTO' | 'FRAME': pass
-            case 'STOP':
-                if members and all(members): names -= getattrs # harmless
-                return pop(),spans
-            case 'MARK': marks.append(len(stack))
-            case 'POP' if marks and marks[-1] == len(stack): marks.pop()
-            case 'POP': pop()
-            case 'POP_MARK': gathered()
-            case 'DUP': push(stack[-1])
-            case 'NONE': push(None)
-            case 'NEWTRUE' | 'NEWFALSE': push(op.name == 'NEWTRUE')
-            case 'EMPTY_LIST' | 'EMPTY_SET': push([])
-            case 'LIST' | 'FROZENSET': push(gathered()[0])
-            case 'APPEND': v = pop(); add([v])
-            case 'APPENDS' | 'ADDITEMS': add(gathered()[0])
-            case 'EMPTY_TUPLE': push(())
-            case 'TUPLE': push(gather(gathered()[0]))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3': push(gather([pop() for _ in range(int(op.name[-1]))][::-1]))
-            case 'EMPTY_DICT': push({})
-            case 'DICT': v = gathered(); push({}); put(*v)
-            case 'SETITEM': where = at[-2:]; put([pop(), pop()][::-1], where)
-            case 'SETITEMS': put(*gathered())
-            case 'PUT' | 'BINPUT' | 'LONG_BINPUT': memo[arg] = stack[-1]
-            case 'MEMOIZE': memo[len(memo)] = stack[-1]
-            case 'GET' | 'BINGET' | 'LONG_BINGET': push(memo[arg])
-            case 'GLOBAL': push(name(*arg.split(' ', 1)))
-            case 'STACK_GLOBAL': what = pop(); push(name(pop(), what))
-            case 'REDUCE' | 'NEWOBJ': args = pop(); push(call(pop(), args))
-            case 'NEWOBJ_EX': pop(); args = pop(); push(make(pop(), args))
-            case 'OBJ': (c,*args),_ = gathered(); push(make(c, tuple(args)))
-            case 'INST': args = tuple(gathered()[0]); push(make(name(*arg.split(' ', 1)), args))
-            case 'BUILD':
+            case "PROTO" | "FRAME":
+                pass
+            case "STOP":
+                if members and all(members):
+                    names -= getattrs  # harmless
+                return pop(), spans
+            case "MARK":
+                marks.append(len(stack))
+            case "POP" if marks and marks[-1] == len(stack):
+                marks.pop()
+            case "POP":
+                pop()
+            case "POP_MARK":
+                gathered()
+            case "DUP":
+                push(stack[-1])
+            case "NONE":
+                push(None)
+            case "NEWTRUE" | "NEWFALSE":
+                push(op.name == "NEWTRUE")
+            case "EMPTY_LIST" | "EMPTY_SET":
+                push([])
+            case "LIST" | "FROZENSET":
+                push(gathered()[0])
+            case "APPEND":
+                v = pop()
+                add([v])
+            case "APPENDS" | "ADDITEMS":
+                add(gathered()[0])
+            case "EMPTY_TUPLE":
+                push(())
+            case "TUPLE":
+                push(gather(gathered()[0]))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                push(gather([pop() for _ in range(int(op.name[-1]))][::-1]))
+            case "EMPTY_DICT":
+                push({})
+            case "DICT":
+                v = gathered()
+                push({})
+                put(*v)
+            case "SETITEM":
+                where = at[-2:]
+                put([pop(), pop()][::-1], where)
+            case "SETITEMS":
+                put(*gathered())
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[arg] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                push(memo[arg])
+            case "GLOBAL":
+                push(name(*arg.split(" ", 1)))
+            case "STACK_GLOBAL":
+                what = pop()
+                push(name(pop(), what))
+            case "REDUCE" | "NEWOBJ":
+                args = pop()
+                push(call(pop(), args))
+            case "NEWOBJ_EX":
+                pop()
+                args = pop()
+                push(make(pop(), args))
+            case "OBJ":
+                (c, *args), _ = gathered()
+                push(make(c, tuple(args)))
+            case "INST":
+                args = tuple(gathered()[0])
+                push(make(name(*arg.split(" ", 1)), args))
+            case "BUILD":
                 state = pop()
-                state = next((x for x in state if isinstance(x, dict)), None) if isinstance(state, tuple) else state # of an object with __slots__
-                if isinstance(stack[-1], Call) and stack[-1].has is None and isinstance(state, dict): stack[-1].has = state
-            case 'PERSID' | 'BINPERSID':
-                v = arg if op.name == 'PERSID' else pop()
-                if not (isinstance(v, tuple) and len(v) >= 5 and v[0] == 'storage' and isinstance(v[1], Named) and isinstance(v[2], str)): raise Refused('it refers to something outside of it that is no tensor')
-                kind = v[1].name.rpartition('.')[2].removesuffix('Storage')
-                if kind not in _STORAGES: raise Refused(f"it holds tensors of the type {printable(v[1].name)}, which is not known here")
+                state = (
+                    next((x for x in state if isinstance(x, dict)), None)
+                    if isinstance(state, tuple)
+                    else state
+                )  # of an object with __slots__
+                if (
+                    isinstance(stack[-1], Call)
+                    and stack[-1].has is None
+                    and isinstance(state, dict)
+                ):
+                    stack[-1].has = state
+            case "PERSID" | "BINPERSID":
+                v = arg if op.name == "PERSID" else pop()
+                if not (
+                    isinstance(v, tuple)
+                    and len(v) >= 5
+                    and v[0] == "storage"
+                    and isinstance(v[1], Named)
+                    and isinstance(v[2], str)
+                ):
+                    raise Refused("it refers to something outside of it that is no tensor")
+                kind = v[1].name.rpartition(".")[2].removesuffix("Storage")
+                if kind not in _STORAGES:
+                    raise Refused(
+                        f"it holds tensors of the type {printable(v[1].name)}, which is not known"
+                        " here"
+                    )
                 push(Storage(v[2], _STORAGES[kind], *_ints(v[4:5])))
-            case 'EXT1' | 'EXT2' | 'EXT4': push(name('extension', str(arg)))
-            case 'NEXT_BUFFER' | 'READONLY_BUFFER': raise Refused('its data lie outside of it')
-            case _: push(arg) # numbers and texts
-    raise Refused('its pickle has no end')
+            case "EXT1" | "EXT2" | "EXT4":
+                push(name("extension", str(arg)))
+            case "NEXT_BUFFER" | "READONLY_BUFFER":
+                raise Refused("its data lie outside of it")
+            case _:
+                push(arg)  # numbers and texts
+    raise Refused("its pickle has no end")
 
 # %% ../nbs/06_headers.ipynb #cd988a0d
 @dataclass
 class TorchFile:
     "A file of `torch.save`, described."
-    top:object # What was saved
-    records:dict[str,tuple[int,int]] # Storage → (offset in the file, bytes)
-    spans:dict # Entry → bytes that describe it
-    pickled:int # Bytes of the pickle
-    problem:str='' # Why the pickle was not understood
-    too_much:str='' # Why it would take too long, or too much memory, to load it
 
-_BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile) # what nonsense may raise
+    top: object  # What was saved
+    records: dict[str, tuple[int, int]]  # Storage → (offset in the file, bytes)
+    spans: dict  # Entry → bytes that describe it
+    pickled: int  # Bytes of the pickle
+    problem: str = ""  # Why the pickle was not understood
+    too_much: str = ""  # Why it would take too long, or too much memory, to load it
+
+
+_BROKEN = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+)  # what nonsense may raise
+
 
 def torch_file(
-    path:Path,
-    names:Counter, # Every class and function that its pickles name is counted here
-    to_load:bool=False, # As for `follow_pickle`
-)->TorchFile:
+    path: Path,
+    names: Counter,  # Every class and function that its pickles name is counted here
+    to_load: bool = False,  # As for `follow_pickle`
+) -> TorchFile:
     "What a file of `torch.save` holds; `Refused` if it is none, or cut off."
     with Reader(path) as f:
-        start,size = f.read(2),path.stat().st_size
+        start, size = f.read(2), path.stat().st_size
         f.seek(0)
-        try: return (_zip if start == b'PK' else _old)(f, size, names, to_load)
-        except Refused: raise
-        except _BROKEN as e: raise Refused(f"it is no file of torch.save, or a damaged one ({printable(str(e)) or type(e).__name__})") from None
+        try:
+            return (_zip if start == b"PK" else _old)(f, size, names, to_load)
+        except Refused:
+            raise
+        except _BROKEN as e:
+            raise Refused(
+                "it is no file of torch.save, or a damaged one"
+                f" ({printable(str(e)) or type(e).__name__})"
+            ) from None
 
-def _old(f, size:int, names:Counter, to_load:bool)->TorchFile:
+
+def _old(f, size: int, names: Counter, to_load: bool) -> TorchFile:
     "Before torch 1.6."
     follow = lambda: follow_pickle(f, names, to_load)
-    top,spans = follow()
-    if top != 0x1950a86a20f9469cfc6c: return TorchFile(top, {}, spans, size) # a pickle, but not of torch
-    for _ in range(2): follow() # the protocol, the machine
-    (top,spans),(keys,_),n = follow(),follow(),f.tell()
-    stored,records,pickled = {t.storage.key:t.storage for _,t in tensors_in(top)},{},n
+    top, spans = follow()
+    if top != 0x1950A86A20F9469CFC6C:
+        return TorchFile(top, {}, spans, size)  # a pickle, but not of torch
+    for _ in range(2):
+        follow()  # the protocol, the machine
+    (top, spans), (keys, _), n = follow(), follow(), f.tell()
+    stored, records, pickled = {t.storage.key: t.storage for _, t in tensors_in(top)}, {}, n
     for k in keys:
-        if k not in stored: raise Refused(f"it stores {printable(str(k))}, which none of its tensors uses")
-        length = stored[k].numel*BITS[stored[k].dtype]//8
-        records[k],n = (n+8, length),n+8+length
-    if n > size: raise Refused(f"its tensors would end at byte {n:,} and the file has {size:,}: it was cut off")
+        if k not in stored:
+            raise Refused(f"it stores {printable(str(k))}, which none of its tensors uses")
+        length = stored[k].numel * BITS[stored[k].dtype] // 8
+        records[k], n = (n + 8, length), n + 8 + length
+    if n > size:
+        raise Refused(
+            f"its tensors would end at byte {n:,} and the file has {size:,}: it was cut off"
+        )
     return TorchFile(top, records, spans, pickled)
 
-def _zip(f, size:int, names:Counter, to_load:bool)->TorchFile:
-    try: z = zipfile.ZipFile(f)
-    except zipfile.BadZipFile: raise Refused("the list of contents at the end of the zip is missing: it was cut off") from None
+
+def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
+    try:
+        z = zipfile.ZipFile(f)
+    except zipfile.BadZipFile:
+        raise Refused(
+            "the list of contents at the end of the zip is missing: it was cut off"
+        ) from None
     infos = z.infolist()
     for i in infos:
-        if '..' in re.split(r'[/\\]', i.filename) or re.match(r'[/\\]|.:', i.filename): raise Refused(f"its record {printable(i.filename)!r} points outside of the archive, which torch.save never writes")
-        if i.header_offset < 0: raise Refused("its list of contents is damaged: a record begins before the file does")
-        if i.compress_type: raise Refused(f"its record {printable(i.filename)!r} is compressed, {i.compress_size:,} bytes for {i.file_size:,}, which torch.save never does")
-    if sum(i.file_size for i in infos) > size: raise Refused("its records overlap: together they claim more than the file has")
-    main = next((i for i in infos if i.filename.endswith('data.pkl') and i.filename.count('/') < 2), None)
-    if not main: raise Refused("it is a zip without a data.pkl, so not of torch.save")
-    records,place = {},main.filename.removesuffix('data.pkl')+'data/'
+        if ".." in re.split(r"[/\\]", i.filename) or re.match(r"[/\\]|.:", i.filename):
+            raise Refused(
+                f"its record {printable(i.filename)!r} points outside of the archive, which"
+                " torch.save never writes"
+            )
+        if i.header_offset < 0:
+            raise Refused("its list of contents is damaged: a record begins before the file does")
+        if i.compress_type:
+            raise Refused(
+                f"its record {printable(i.filename)!r} is compressed, {i.compress_size:,} bytes for"
+                f" {i.file_size:,}, which torch.save never does"
+            )
+    if sum(i.file_size for i in infos) > size:
+        raise Refused("its records overlap: together they claim more than the file has")
+    main = next(
+        (i for i in infos if i.filename.endswith("data.pkl") and i.filename.count("/") < 2), None
+    )
+    if not main:
+        raise Refused("it is a zip without a data.pkl, so not of torch.save")
+    records, place = {}, main.filename.removesuffix("data.pkl") + "data/"
     for i in infos:
-        if not i.filename.startswith(place): continue
+        if not i.filename.startswith(place):
+            continue
         f.seek(i.header_offset)
         local = f.read(30)
-        begin = i.header_offset+30+sum(struct.unpack('<2H', local[26:30]))
-        if local[:4] != b'PK\3\4' or begin+i.file_size > size: raise Refused(f"its record {printable(i.filename)!r} is not where its list of contents says")
-        records[i.filename.removeprefix(place)] = begin,i.file_size
+        begin = i.header_offset + 30 + sum(struct.unpack("<2H", local[26:30]))
+        if local[:4] != b"PK\3\4" or begin + i.file_size > size:
+            raise Refused(
+                f"its record {printable(i.filename)!r} is not where its list of contents says"
+            )
+        records[i.filename.removeprefix(place)] = begin, i.file_size
     try:
-        if main.file_size > _LIMIT: raise TooMuch(f"it takes {human_size(main.file_size)}, more than the {human_size(_LIMIT)} that are read")
-        top,spans = follow_pickle(io.BytesIO(z.read(main)), names, to_load)
+        if main.file_size > _LIMIT:
+            raise TooMuch(
+                f"it takes {human_size(main.file_size)}, more than the {human_size(_LIMIT)} that"
+                " are read"
+            )
+        top, spans = follow_pickle(io.BytesIO(z.read(main)), names, to_load)
         return TorchFile(top, records, spans, main.file_size)
-    except _BROKEN as e: return TorchFile(None, records, {}, main.file_size, f"its pickle is not understood ({printable(str(e)) or type(e).__name__}); only the sizes of its records are shown", str(e)*isinstance(e, TooMuch))
+    except _BROKEN as e:
+        return TorchFile(
+            None,
+            records,
+            {},
+            main.file_size,
+            f"its pickle is not understood ({printable(str(e)) or type(e).__name__}); only the"
+            " sizes of its records are shown",
+            str(e) * isinstance(e, TooMuch),
+        )
+
 
 def tensors_in(
-    x, # What `follow_pickle` gave
-    name:str='', # Its own path
-    depth:int=0, # Above 32 nothing is looked at
-    seen:set|None=None, # What was looked at already, by id
-)->Iterator[tuple[str,StoredTensor]]: # Each with the path to it
+    x,  # What `follow_pickle` gave
+    name: str = "",  # Its own path
+    depth: int = 0,  # Above 32 nothing is looked at
+    seen: set | None = None,  # What was looked at already, by id
+) -> Iterator[tuple[str, StoredTensor]]:  # Each with the path to it
     "Every tensor in an object, once."
     seen = set() if seen is None else seen
-    if isinstance(x, StoredTensor): yield name,x; return
-    if not isinstance(x, (dict,list,tuple,Call)) or id(x) in seen or depth > 32: return
+    if isinstance(x, StoredTensor):
+        yield name, x
+        return
+    if not isinstance(x, (dict, list, tuple, Call)) or id(x) in seen or depth > 32:
+        return
     seen.add(id(x))
-    parts = chain((x.has or {}).items(), enumerate(x.args)) if isinstance(x, Call) else x.items() if isinstance(x, dict) else enumerate(x)
-    for k,v in parts:
-        below = name if isinstance(x, Call) and k in ('_modules','_parameters','_buffers') else f'{name}.{k}' if name else str(k) # a whole module that was pickled
-        yield from tensors_in(v, below[-500:], depth+1, seen)
+    parts = (
+        chain((x.has or {}).items(), enumerate(x.args))
+        if isinstance(x, Call)
+        else x.items()
+        if isinstance(x, dict)
+        else enumerate(x)
+    )
+    for k, v in parts:
+        below = (
+            name
+            if isinstance(x, Call) and k in ("_modules", "_parameters", "_buffers")
+            else f"{name}.{k}"
+            if name
+            else str(k)
+        )  # a whole module that was pickled
+        yield from tensors_in(v, below[-500:], depth + 1, seen)
 
 # %% ../nbs/06_headers.ipynb #c80fd5cd
-_HARMLESS = re.compile(r'torch\.(\w+Storage|storage\.\w+Storage|Size|device|Tensor|dtype|bool|b?float\d\w*|u?int\d+|complex\d+|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|nn\.parameter\.(Parameter|Buffer))'
-    r'|collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|numpy\.(ndarray|dtype|dtypes\.\w+|_?core\.multiarray\.(_reconstruct|scalar))|argparse\.Namespace'
-    r'|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|bool|complex|str|bytes|bytearray)')
-_TRAINER = re.compile(r'transformers\.(training_args\w*|trainer_utils|trainer_pt_utils)\.\w+|accelerate\.(state|utils\.dataclasses)\.\w+') # what the Trainer's training_args.bin holds
+_HARMLESS = re.compile(
+    r"torch\.(\w+Storage|storage\.\w+Storage|Size|device|Tensor|dtype|bool|b?float\d\w*|u?int\d+|complex\d+|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|nn\.parameter\.(Parameter|Buffer))"
+    r"|collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|numpy\.(ndarray|dtype|dtypes\.\w+|_?core\.multiarray\.(_reconstruct|scalar))|argparse\.Namespace"
+    r"|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|bool|complex|str|bytes|bytearray)"
+)
+_TRAINER = re.compile(
+    r"transformers\.(training_args\w*|trainer_utils|trainer_pt_utils)\.\w+|accelerate\.(state|utils\.dataclasses)\.\w+"
+)  # what the Trainer's training_args.bin holds
+
 
 def foreign(
-    names:Iterable[str], # What a pickle names
-    file:str='', # The file's name: `training_args.bin` may name the Trainer's classes
-)->list[str]:
+    names: Iterable[str],  # What a pickle names
+    file: str = "",  # The file's name: `training_args.bin` may name the Trainer's classes
+) -> list[str]:
     "The names that do more than rebuild tensors and plain values."
-    return sorted(n for n in names if not _HARMLESS.fullmatch(n) and not (file == 'training_args.bin' and _TRAINER.fullmatch(n)))
+    return sorted(
+        n
+        for n in names
+        if not _HARMLESS.fullmatch(n)
+        and not (file == "training_args.bin" and _TRAINER.fullmatch(n))
+    )
 
 # %% ../nbs/06_headers.ipynb #2ddfe34b
 def jsonable(
-    x, # What `follow_pickle` gave, or a part of it
-    budget:list[int]|None=None, # Objects that may still be copied; none: 20,000
-    depth:int=0, # Above 8 nothing is copied
-): # Dicts, lists, texts, numbers
+    x,  # What `follow_pickle` gave, or a part of it
+    budget: list[int] | None = None,  # Objects that may still be copied; none: 20,000
+    depth: int = 0,  # Above 8 nothing is copied
+):  # Dicts, lists, texts, numbers
     "A stranger's object as JSON can hold it."
     budget = [20_000] if budget is None else budget
     budget[0] -= 1
-    again = lambda v: jsonable(v, budget, depth+1)
-    if budget[0] < 0 or depth > 8: return '…'
-    if isinstance(x, Call) and x.has: x = x.has
-    if isinstance(x, bool) or x is None: return x
-    if isinstance(x, int): return x if abs(x) < 1<<63 else '…'
-    if isinstance(x, float): return x if math.isfinite(x) else str(x)
-    if isinstance(x, str): return x[:2000]
-    if isinstance(x, dict): return {str(k)[:200]:again(v) for k,v in islice(x.items(), 1000) if budget[0] > 0}
-    if isinstance(x, (list,tuple)): return [again(v) for v in x[:100] if budget[0] > 0] + ['…']*(len(x) > 100)
-    if isinstance(x, (bytes,bytearray)): return f'{len(x):,} bytes'
-    if isinstance(x, StoredTensor): return f'{x.dtype} tensor of shape {x.shape}'
-    if isinstance(x, Call) and len(x.args) == 1 and isinstance(x.args[0], (str,int,float)): return again(x.args[0]) # an enum
-    return f'<{x.name}>' if isinstance(x, (Call,Named)) else '…'
+    again = lambda v: jsonable(v, budget, depth + 1)
+    if budget[0] < 0 or depth > 8:
+        return "…"
+    if isinstance(x, Call) and x.has:
+        x = x.has
+    if isinstance(x, bool) or x is None:
+        return x
+    if isinstance(x, int):
+        return x if abs(x) < 1 << 63 else "…"
+    if isinstance(x, float):
+        return x if math.isfinite(x) else str(x)
+    if isinstance(x, str):
+        return x[:2000]
+    if isinstance(x, dict):
+        return {str(k)[:200]: again(v) for k, v in islice(x.items(), 1000) if budget[0] > 0}
+    if isinstance(x, (list, tuple)):
+        return [again(v) for v in x[:100] if budget[0] > 0] + ["…"] * (len(x) > 100)
+    if isinstance(x, (bytes, bytearray)):
+        return f"{len(x):,} bytes"
+    if isinstance(x, StoredTensor):
+        return f"{x.dtype} tensor of shape {x.shape}"
+    if isinstance(x, Call) and len(x.args) == 1 and isinstance(x.args[0], (str, int, float)):
+        return again(x.args[0])  # an enum
+    return f"<{x.name}>" if isinstance(x, (Call, Named)) else "…"

@@ -14,181 +14,384 @@ from torch import Tensor, nn
 from .model import GPT, MOST, check_number, check_size, need_gpt
 
 # %% ../nbs/06_lora.ipynb #6fbf421c
-_COMPUTED = 'peft_type','r','lora_alpha','lora_dropout','target_modules','use_rslora','bias','init_lora_weights'
-_NO_MATTER = ('task_type','auto_mapping','peft_version','base_model_name_or_path','revision','inference_mode', # who made it, and of what
-    'megatron_core','qalora_group_size','eva_config','runtime_config') # of settings that are off, or of how it began
+_COMPUTED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "bias",
+    "init_lora_weights",
+)
+_NO_MATTER = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",  # who made it, and of what
+    "megatron_core",
+    "qalora_group_size",
+    "eva_config",
+    "runtime_config",
+)  # of settings that are off, or of how it began
 _MERGE = "merge that adapter with peft (merge_and_unload), and open the merged model"
+
 
 def _check_start(how):
     "A `ValueError` where PEFT changes the frozen weights as well when it sets an adapter up."
-    if isinstance(how, bool) or isinstance(how, str) and how.lower() in ('gaussian','eva','orthogonal'): return
-    raise ValueError(f"adapter_config.json has init_lora_weights {how!r}; this library opens adapters that leave the frozen weights as they are (true, false, 'gaussian', 'eva', 'orthogonal'). Others, such as 'pissa' and 'olora', change them too; {_MERGE}")
-
+    if (
+        isinstance(how, bool)
+        or isinstance(how, str)
+        and how.lower() in ("gaussian", "eva", "orthogonal")
+    ):
+        return
+    raise ValueError(
+        f"adapter_config.json has init_lora_weights {how!r}; this library opens adapters that leave"
+        " the frozen weights as they are (true, false, 'gaussian', 'eva', 'orthogonal'). Others,"
+        f" such as 'pissa' and 'olora', change them too; {_MERGE}"
+    )
 
 # %% ../nbs/06_lora.ipynb #bee09dc6
-_BLOCK = dict(self_attn=('q_proj','k_proj','v_proj','o_proj'), mlp=('gate_proj','up_proj','down_proj'))
+_BLOCK = dict(
+    self_attn=("q_proj", "k_proj", "v_proj", "o_proj"), mlp=("gate_proj", "up_proj", "down_proj")
+)
+
 
 def _targets(
-    modules, # `target_modules` of an adapter_config.json
-    n_layer:int|None, # Blocks of the base
-)->list[str]:
+    modules,  # `target_modules` of an adapter_config.json
+    n_layer: int | None,  # Blocks of the base
+) -> list[str]:
     "The matrices of each block that PEFT adapts; a `ValueError` where it adapts others, or some in a part of the blocks."
-    if modules == 'all-linear': return [*LINEAR]
-    if isinstance(modules, str): raise ValueError(f"adapter_config.json has target_modules {modules!r:.80}, a pattern, which this library does not evaluate; write the list of what it matches there, such as ['q_proj', 'v_proj']")
-    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules): raise ValueError(f"adapter_config.json has target_modules {modules!r:.80}; it must be a list of names, such as ['q_proj', 'v_proj']")
-    n = n_layer or 1+max((int(i) for m in modules for i in re.findall(r'\b[0-9]{1,4}\b', m)), default=0)
-    paths = [(f'.model.layers.{i}.{part}.{name}', name, i) for i in range(n) for part,names in _BLOCK.items() for name in names]
+    if modules == "all-linear":
+        return [*LINEAR]
+    if isinstance(modules, str):
+        raise ValueError(
+            f"adapter_config.json has target_modules {modules!r:.80}, a pattern, which this library"
+            " does not evaluate; write the list of what it matches there, such as ['q_proj',"
+            " 'v_proj']"
+        )
+    if not isinstance(modules, list) or not all(isinstance(m, str) for m in modules):
+        raise ValueError(
+            f"adapter_config.json has target_modules {modules!r:.80}; it must be a list of names,"
+            " such as ['q_proj', 'v_proj']"
+        )
+    n = n_layer or 1 + max(
+        (int(i) for m in modules for i in re.findall(r"\b[0-9]{1,4}\b", m)), default=0
+    )
+    paths = [
+        (f".model.layers.{i}.{part}.{name}", name, i)
+        for i in range(n)
+        for part, names in _BLOCK.items()
+        for name in names
+    ]
     found = {}
     for m in modules:
-        hits = [(name, i) for path,name,i in paths if path.endswith(f'.{m}')]
-        if not hits: raise ValueError(f"target_modules of adapter_config.json: {m!r} is no matrix of a block; this library adapts {', '.join(LINEAR)}. {_MERGE.capitalize()}")
-        for name,i in hits: found.setdefault(name, set()).add(i)
-    if part := [(name, blocks) for name,blocks in found.items() if len(blocks) < n]: raise ValueError(f"adapter_config.json adapts {part[0][0]} in {len(part[0][1])} of {n} blocks, and this library adapts all of them alike; {_MERGE}")
+        hits = [(name, i) for path, name, i in paths if path.endswith(f".{m}")]
+        if not hits:
+            raise ValueError(
+                f"target_modules of adapter_config.json: {m!r} is no matrix of a block; this"
+                f" library adapts {', '.join(LINEAR)}. {_MERGE.capitalize()}"
+            )
+        for name, i in hits:
+            found.setdefault(name, set()).add(i)
+    if part := [(name, blocks) for name, blocks in found.items() if len(blocks) < n]:
+        raise ValueError(
+            f"adapter_config.json adapts {part[0][0]} in {len(part[0][1])} of {n} blocks, and this"
+            f" library adapts all of them alike; {_MERGE}"
+        )
     return [*found]
 
-
 # %% ../nbs/06_lora.ipynb #c1769714
-LINEAR = 'q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj' # the matrices of a block
+LINEAR = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)  # the matrices of a block
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     "How a model is adapted."
-    r:int = 8 # Rank: columns of `B`, rows of `A`
-    alpha:float = 16 # The product of both is multiplied by `alpha/r`
-    targets:tuple[str,...] = LINEAR # Which matrices of each block
-    dropout:float = 0. # Share dropped, while training, of what goes into `A`
-    root_scale:bool = False # Multiply by `alpha/sqrt(r)` instead (Kalajdzievski 2023, "rsLoRA")
+
+    r: int = 8  # Rank: columns of `B`, rows of `A`
+    alpha: float = 16  # The product of both is multiplied by `alpha/r`
+    targets: tuple[str, ...] = LINEAR  # Which matrices of each block
+    dropout: float = 0.0  # Share dropped, while training, of what goes into `A`
+    root_scale: bool = False  # Multiply by `alpha/sqrt(r)` instead (Kalajdzievski 2023, "rsLoRA")
 
     def __post_init__(self):
-        given = LINEAR if self.targets in ('all','all-linear') else (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        if bad := [t for t in given if t not in LINEAR]: raise ValueError(f"targets: {bad[0]!r} is no matrix of a block; name some of {', '.join(LINEAR)}, or 'all'")
-        if not given: raise ValueError(f"targets is empty; name some of {', '.join(LINEAR)}, or 'all'")
-        check_size('r', self.r, MOST['dim'], '8 to 64 is usual')
-        check_number('alpha', self.alpha, which='above 0; twice r is usual')
-        check_number('dropout', self.dropout, lambda x: 0 <= x < 1, 'at least 0 and below 1: it is the share that is dropped')
-        object.__setattr__(self, 'targets', tuple(t for t in LINEAR if t in given))
+        given = (
+            LINEAR
+            if self.targets in ("all", "all-linear")
+            else (self.targets,)
+            if isinstance(self.targets, str)
+            else tuple(self.targets)
+        )
+        if bad := [t for t in given if t not in LINEAR]:
+            raise ValueError(
+                f"targets: {bad[0]!r} is no matrix of a block; name some of {', '.join(LINEAR)}, or"
+                " 'all'"
+            )
+        if not given:
+            raise ValueError(f"targets is empty; name some of {', '.join(LINEAR)}, or 'all'")
+        check_size("r", self.r, MOST["dim"], "8 to 64 is usual")
+        check_number("alpha", self.alpha, which="above 0; twice r is usual")
+        check_number(
+            "dropout",
+            self.dropout,
+            lambda x: 0 <= x < 1,
+            "at least 0 and below 1: it is the share that is dropped",
+        )
+        object.__setattr__(self, "targets", tuple(t for t in LINEAR if t in given))
 
     @property
-    def scale(self)->float: "What the product is multiplied by."; return self.alpha/(math.sqrt(self.r) if self.root_scale else self.r)
+    def scale(self) -> float:
+        "What the product is multiplied by."
+        return self.alpha / (math.sqrt(self.r) if self.root_scale else self.r)
 
-    def to_peft(self,
-        base:str|None=None, # Where the base model is
-    )->dict: # Content of adapter_config.json
+    def to_peft(
+        self,
+        base: str | None = None,  # Where the base model is
+    ) -> dict:  # Content of adapter_config.json
         "The same in PEFT's words."
-        return dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=base, revision=None, inference_mode=True, r=self.r, lora_alpha=self.alpha, lora_dropout=self.dropout,
-            target_modules=list(self.targets), use_rslora=self.root_scale, bias='none', fan_in_fan_out=False, init_lora_weights=True, modules_to_save=None, layers_to_transform=None)
+        return dict(
+            peft_type="LORA",
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base,
+            revision=None,
+            inference_mode=True,
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=list(self.targets),
+            use_rslora=self.root_scale,
+            bias="none",
+            fan_in_fan_out=False,
+            init_lora_weights=True,
+            modules_to_save=None,
+            layers_to_transform=None,
+        )
 
     @classmethod
-    def from_peft(cls,
-        d:dict, # Content of an adapter_config.json
-        n_layer:int|None=None, # Blocks of the base; default: as many as `target_modules` counts
-    )->'LoRAConfig':
+    def from_peft(
+        cls,
+        d: dict,  # Content of an adapter_config.json
+        n_layer: (
+            int | None
+        ) = None,  # Blocks of the base; default: as many as `target_modules` counts
+    ) -> "LoRAConfig":
         "From PEFT's words; a `ValueError` where it computes something else."
-        if not isinstance(d, dict): raise ValueError(f"adapter_config.json holds a {type(d).__name__}; it must be an object with the settings of an adapter")
-        if (kind := d.get('peft_type')) != 'LORA': raise ValueError(f"adapter_config.json has peft_type {kind!r}; this library computes 'LORA' adapters only; open this one with peft")
-        off = lambda v: v is None or v is False or v in ('', [], {})
-        other = [f'{k} {v!r:.80}' for k,v in d.items() if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)]
-        if other: raise ValueError(f"adapter_config.json asks for {'; '.join(other)}, which this library does not compute; {_MERGE}")
-        given = dict(r=8, lora_alpha=8, lora_dropout=0., use_rslora=False, bias='none', init_lora_weights=True) | {k:v for k,v in d.items() if k in ('r','lora_alpha') or v is not None} # PEFT's defaults
-        _check_start(given['init_lora_weights'])
-        if given['bias'] != 'none': raise ValueError(f"adapter_config.json asks for bias {given['bias']!r}, which this library does not compute; {_MERGE}")
-        if type(given['use_rslora']) is not bool: raise ValueError(f"adapter_config.json has use_rslora {given['use_rslora']!r}; it must be true or false")
-        for k in ('lora_alpha','lora_dropout'):
-            if type(given[k]) not in (int,float): raise ValueError(f"adapter_config.json has {k} {given[k]!r}; it must be a number")
-        return cls(r=given['r'], alpha=given['lora_alpha'], dropout=given['lora_dropout'], targets=_targets(d.get('target_modules'), n_layer), root_scale=given['use_rslora'])
-
+        if not isinstance(d, dict):
+            raise ValueError(
+                f"adapter_config.json holds a {type(d).__name__}; it must be an object with the"
+                " settings of an adapter"
+            )
+        if (kind := d.get("peft_type")) != "LORA":
+            raise ValueError(
+                f"adapter_config.json has peft_type {kind!r}; this library computes 'LORA' adapters"
+                " only; open this one with peft"
+            )
+        off = lambda v: v is None or v is False or v in ("", [], {})
+        other = [
+            f"{k} {v!r:.80}"
+            for k, v in d.items()
+            if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)
+        ]
+        if other:
+            raise ValueError(
+                f"adapter_config.json asks for {'; '.join(other)}, which this library does not"
+                f" compute; {_MERGE}"
+            )
+        given = dict(
+            r=8,
+            lora_alpha=8,
+            lora_dropout=0.0,
+            use_rslora=False,
+            bias="none",
+            init_lora_weights=True,
+        ) | {
+            k: v for k, v in d.items() if k in ("r", "lora_alpha") or v is not None
+        }  # PEFT's defaults
+        _check_start(given["init_lora_weights"])
+        if given["bias"] != "none":
+            raise ValueError(
+                f"adapter_config.json asks for bias {given['bias']!r}, which this library does not"
+                f" compute; {_MERGE}"
+            )
+        if type(given["use_rslora"]) is not bool:
+            raise ValueError(
+                f"adapter_config.json has use_rslora {given['use_rslora']!r}; it must be true or"
+                " false"
+            )
+        for k in ("lora_alpha", "lora_dropout"):
+            if type(given[k]) not in (int, float):
+                raise ValueError(f"adapter_config.json has {k} {given[k]!r}; it must be a number")
+        return cls(
+            r=given["r"],
+            alpha=given["lora_alpha"],
+            dropout=given["lora_dropout"],
+            targets=_targets(d.get("target_modules"), n_layer),
+            root_scale=given["use_rslora"],
+        )
 
 # %% ../nbs/06_lora.ipynb #c0cb43eb
 class LoRALinear(nn.Linear):
     "A frozen matrix with its adapter."
-    def __init__(self,
-        linear:nn.Linear, # Whose weight it shares
-        config:LoRAConfig,
+
+    def __init__(
+        self,
+        linear: nn.Linear,  # Whose weight it shares
+        config: LoRAConfig,
     ):
         nn.Module.__init__(self)
-        self.in_features,self.out_features,self.weight,self.scale = linear.in_features,linear.out_features,linear.weight,config.scale
-        self.register_parameter('bias', None)
+        self.in_features, self.out_features, self.weight, self.scale = (
+            linear.in_features,
+            linear.out_features,
+            linear.weight,
+            config.scale,
+        )
+        self.register_parameter("bias", None)
         device = linear.weight.device
         self.lora_A = nn.Linear(self.in_features, config.r, bias=False, device=device)
         self.lora_B = nn.Linear(config.r, self.out_features, bias=False, device=device)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x:Tensor)->Tensor: # (..., in) to (..., out)
-        thin = self.lora_A(self.drop(x.to(self.lora_A.weight.dtype))) # (..., r); the base may be in half precision, the adapter is not
-        wide = super().forward(x)                                     # (..., out)
-        return torch.addmm(wide.flatten(0, -2), thin.flatten(0, -2).to(wide.dtype), self.lora_B.weight.T.to(wide.dtype), alpha=self.scale).view_as(wide)
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) to (..., out)
+        thin = self.lora_A(
+            self.drop(x.to(self.lora_A.weight.dtype))
+        )  # (..., r); the base may be in half precision, the adapter is not
+        wide = super().forward(x)  # (..., out)
+        return torch.addmm(
+            wide.flatten(0, -2),
+            thin.flatten(0, -2).to(wide.dtype),
+            self.lora_B.weight.T.to(wide.dtype),
+            alpha=self.scale,
+        ).view_as(wide)
 
-    def merged(self)->Tensor: # (out, in), dtype of the weight
+    def merged(self) -> Tensor:  # (out, in), dtype of the weight
         "The matrix that does the same alone."
-        return (self.weight.float() + self.scale*(self.lora_B.weight @ self.lora_A.weight)).to(self.weight.dtype)
+        return (self.weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight)).to(
+            self.weight.dtype
+        )
 
 # %% ../nbs/06_lora.ipynb #fbdf8a63
 def weights_hash(
-    model:nn.Module, # Anywhere, in any dtype
-)->str: # 32 hex digits
+    model: nn.Module,  # Anywhere, in any dtype
+) -> str:  # 32 hex digits
     "A fingerprint of all parameters with their names, shapes and dtypes."
     hash = xxhash.xxh3_128()
-    for name,p in sorted(model.named_parameters()):
-        hash.update(f'{name} {tuple(p.shape)} {p.dtype}'.encode()); hash.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for name, p in sorted(model.named_parameters()):
+        hash.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        hash.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return hash.hexdigest()
 
-def _adapted(base:GPT, lora:LoRAConfig)->list[tuple[nn.Module,str]]:
+
+def _adapted(base: GPT, lora: LoRAConfig) -> list[tuple[nn.Module, str]]:
     "Where the matrices are that are adapted: the part of a block, and the name in it."
-    return [(part, n) for block in base.model.layers for part in (block.self_attn, block.mlp) for n in lora.targets if hasattr(part, n)]
+    return [
+        (part, n)
+        for block in base.model.layers
+        for part in (block.self_attn, block.mlp)
+        for n in lora.targets
+        if hasattr(part, n)
+    ]
+
 
 def adapter_values(
-    base:GPT,
-    lora:LoRAConfig,
-)->int: # Known before any of them is made
+    base: GPT,
+    lora: LoRAConfig,
+) -> int:  # Known before any of them is made
     "How many values an adapter has."
-    need_gpt(base, 'an adapter')
-    return sum(lora.r*(m.in_features+m.out_features) for m in (getattr(part, n) for part,n in _adapted(base, lora)))
+    need_gpt(base, "an adapter")
+    return sum(
+        lora.r * (m.in_features + m.out_features)
+        for m in (getattr(part, n) for part, n in _adapted(base, lora))
+    )
 
-_PEFT = 'base_model.model.' # before each name in PEFT's files
+
+_PEFT = "base_model.model."  # before each name in PEFT's files
+
 
 class LoRAGPT(GPT):
     "A frozen model and an adapter, which alone is trained, saved and loaded."
-    def __init__(self,
-        base:GPT, # Shares its weights
-        lora:LoRAConfig,
-        seed:int=0, # Decides `A`
+
+    def __init__(
+        self,
+        base: GPT,  # Shares its weights
+        lora: LoRAConfig,
+        seed: int = 0,  # Decides `A`
     ):
-        if not isinstance(base, nn.Module): raise TypeError(f"base={base!r} must be a model, such as minigpt.checkpoint.load_model(directory)")
-        need_gpt(base, 'an adapter')
-        if isinstance(base, LoRAGPT): raise ValueError("this model has an adapter already: train it as it is, or adapt model.merged()")
-        with torch.device('meta'): super().__init__(base.config)
+        if not isinstance(base, nn.Module):
+            raise TypeError(
+                f"base={base!r} must be a model, such as minigpt.checkpoint.load_model(directory)"
+            )
+        need_gpt(base, "an adapter")
+        if isinstance(base, LoRAGPT):
+            raise ValueError(
+                "this model has an adapter already: train it as it is, or adapt model.merged()"
+            )
+        with torch.device("meta"):
+            super().__init__(base.config)
         self.load_state_dict(base.state_dict(), assign=True)
         self.requires_grad_(False)
-        self.lora,self.base_path,self.base_hash = lora,base.origin,weights_hash(base)
+        self.lora, self.base_path, self.base_hash = lora, base.origin, weights_hash(base)
         dice = torch.Generator().manual_seed(seed)
-        for part,name in _adapted(self, lora):
-            m = LoRALinear(getattr(part, name), lora); setattr(part, name, m)
-            m.lora_A.weight.data.copy_(torch.empty(lora.r, m.in_features).uniform_(-1, 1, generator=dice)/math.sqrt(m.in_features)) # as PEFT does
+        for part, name in _adapted(self, lora):
+            m = LoRALinear(getattr(part, name), lora)
+            setattr(part, name, m)
+            m.lora_A.weight.data.copy_(
+                torch.empty(lora.r, m.in_features).uniform_(-1, 1, generator=dice)
+                / math.sqrt(m.in_features)
+            )  # as PEFT does
             nn.init.zeros_(m.lora_B.weight)
         self.train(base.training)
 
-    def weights(self)->dict[str,Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         "The adapter's tensors under PEFT's names; they share memory with the model."
-        return {_PEFT+k:p.detach() for k,p in self.named_parameters() if '.lora_' in k}
+        return {_PEFT + k: p.detach() for k, p in self.named_parameters() if ".lora_" in k}
 
-    def merged(self)->GPT:
+    def merged(self) -> GPT:
         "A plain model that does the same; it shares with this one what is not adapted."
-        with torch.device('meta'): out = GPT(self.config)
-        new = {f'{k}.weight':m.merged() for k,m in self.named_modules() if isinstance(m, LoRALinear)}
-        out.load_state_dict({k:new.get(k, p.detach()) for k,p in self.named_parameters() if '.lora_' not in k}, assign=True)
+        with torch.device("meta"):
+            out = GPT(self.config)
+        new = {
+            f"{k}.weight": m.merged() for k, m in self.named_modules() if isinstance(m, LoRALinear)
+        }
+        out.load_state_dict(
+            {k: new.get(k, p.detach()) for k, p in self.named_parameters() if ".lora_" not in k},
+            assign=True,
+        )
         return out.train(self.training)
 
     @property
-    def facts(self)->dict: "What must be the same for training to go on with this adapter."; return dict(r=self.lora.r, scale=self.lora.scale, targets=list(self.lora.targets), base=self.base_hash)
+    def facts(self) -> dict:
+        "What must be the same for training to go on with this adapter."
+        return dict(
+            r=self.lora.r,
+            scale=self.lora.scale,
+            targets=list(self.lora.targets),
+            base=self.base_hash,
+        )
+
 
 def lora(
-    model:GPT, # The base: trained before, as of `minigpt.checkpoint.load_model`
-    r:int=8, # Rank
-    alpha:float=16, # The adapter is multiplied by `alpha/r`
-    targets:str|Iterable[str]='all', # Matrices of each block
-    dropout:float=0., # Share dropped of an adapter's input, while training
-    root_scale:bool=False, # Multiply by `alpha/sqrt(r)` instead
-    seed:int=0, # Decides the adapter's first weights
-)->LoRAGPT: # For `fit`; shares the base's weights, and leaves the base as it is
+    model: GPT,  # The base: trained before, as of `minigpt.checkpoint.load_model`
+    r: int = 8,  # Rank
+    alpha: float = 16,  # The adapter is multiplied by `alpha/r`
+    targets: str | Iterable[str] = "all",  # Matrices of each block
+    dropout: float = 0.0,  # Share dropped of an adapter's input, while training
+    root_scale: bool = False,  # Multiply by `alpha/sqrt(r)` instead
+    seed: int = 0,  # Decides the adapter's first weights
+) -> LoRAGPT:  # For `fit`; shares the base's weights, and leaves the base as it is
     "Freeze a model, and add an adapter that can be trained."
-    return LoRAGPT(model, LoRAConfig(r=r, alpha=alpha, targets=targets, dropout=dropout, root_scale=root_scale), seed)
+    return LoRAGPT(
+        model,
+        LoRAConfig(r=r, alpha=alpha, targets=targets, dropout=dropout, root_scale=root_scale),
+        seed,
+    )

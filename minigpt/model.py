@@ -18,528 +18,900 @@ from torch.utils.checkpoint import checkpoint
 
 # %% ../nbs/05_model.ipynb #bd7f74f0
 PRESETS = dict(
-    tiny   = dict(n_layer=8,  dim=128,  n_head=4,  n_kv_head=1, ffn_dim=352),
-    small  = dict(n_layer=12, dim=384,  n_head=12, n_kv_head=3, ffn_dim=1024),
-    medium = dict(n_layer=20, dim=640,  n_head=16, n_kv_head=4, ffn_dim=2048),
-    large  = dict(n_layer=24, dim=1024, n_head=16, n_kv_head=4, ffn_dim=2816))
+    tiny=dict(n_layer=8, dim=128, n_head=4, n_kv_head=1, ffn_dim=352),
+    small=dict(n_layer=12, dim=384, n_head=12, n_kv_head=3, ffn_dim=1024),
+    medium=dict(n_layer=20, dim=640, n_head=16, n_kv_head=4, ffn_dim=2048),
+    large=dict(n_layer=24, dim=1024, n_head=16, n_kv_head=4, ffn_dim=2816),
+)
 
 # %% ../nbs/05_model.ipynb #ab610eb8
-MOST = dict( # What the sizes of a model may be: far beyond any that there is, and few enough for a mistake to be seen before memory is asked for
-    vocab_size=1<<24, dim=1<<17, n_layer=1000, n_head=1<<16, n_kv_head=1<<16, head_dim=1<<16, ffn_dim=1<<20, max_len=1<<24)
-MOST_PARAMS = 1<<40
+MOST = dict(  # What the sizes of a model may be: far beyond any that there is, and few enough for a mistake to be seen before memory is asked for
+    vocab_size=1 << 24,
+    dim=1 << 17,
+    n_layer=1000,
+    n_head=1 << 16,
+    n_kv_head=1 << 16,
+    head_dim=1 << 16,
+    ffn_dim=1 << 20,
+    max_len=1 << 24,
+)
+MOST_PARAMS = 1 << 40
+
 
 def check_size(
-    name:str, # As the user knows it
-    value, # What was given
-    most:int, # At most
-    usual:str='', # What is usual, if that helps
+    name: str,  # As the user knows it
+    value,  # What was given
+    most: int,  # At most
+    usual: str = "",  # What is usual, if that helps
 ):
     "A `ValueError` unless it is a whole number that a model can have."
-    if type(value) is int and 1 <= value <= most: return
-    raise ValueError(f"{name}={value!r:.60} must be a whole number, at least 1 and at most {most:,}{'; '*bool(usual)}{usual}")
+    if type(value) is int and 1 <= value <= most:
+        return
+    raise ValueError(
+        f"{name}={value!r:.60} must be a whole number, at least 1 and at most"
+        f" {most:,}{'; ' * bool(usual)}{usual}"
+    )
+
 
 def check_number(
-    name:str, # As the user knows it
-    value, # What was given
-    fits=lambda x: x > 0, # Is it one of those that are allowed?
-    which:str='above 0', # The same in words
+    name: str,  # As the user knows it
+    value,  # What was given
+    fits=lambda x: x > 0,  # Is it one of those that are allowed?
+    which: str = "above 0",  # The same in words
 ):
     "A `ValueError` unless it is a number of a certain kind."
-    number = isinstance(value, (int,float)) and not isinstance(value, bool) and abs(value) < 1e300 # so neither infinite nor NaN
-    if not number: raise ValueError(f"{name}={value!r:.60} must be a number{', without quotes' if isinstance(value, str) else ''}: {which}")
-    if not fits(value): raise ValueError(f"{name}={value!r:.60} must be {which}")
+    number = (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    )  # so neither infinite nor NaN
+    if not number:
+        raise ValueError(
+            f"{name}={value!r:.60} must be a"
+            f" number{', without quotes' if isinstance(value, str) else ''}: {which}"
+        )
+    if not fits(value):
+        raise ValueError(f"{name}={value!r:.60} must be {which}")
 
-def check_flag(name:str, value):
+
+def check_flag(name: str, value):
     "A `ValueError` unless it is True or False."
-    if value not in (True, False): raise ValueError(f"{name}={value!r:.60} must be true or false")
+    if value not in (True, False):
+        raise ValueError(f"{name}={value!r:.60} must be true or false")
+
 
 def check_params(config):
     "A `ValueError` where sizes that are possible one by one make an impossible model."
-    if config.n_params > MOST_PARAMS: raise ValueError(f"a model with vocab_size={config.vocab_size:,}, dim={config.dim:,}, n_layer={config.n_layer:,} and ffn_dim={config.ffn_dim:,} "
-        f"has {config.n_params:,} parameters; it may have {MOST_PARAMS:,}, so one of these is a mistake")
+    if config.n_params > MOST_PARAMS:
+        raise ValueError(
+            f"a model with vocab_size={config.vocab_size:,}, dim={config.dim:,},"
+            f" n_layer={config.n_layer:,} and ffn_dim={config.ffn_dim:,} has {config.n_params:,}"
+            f" parameters; it may have {MOST_PARAMS:,}, so one of these is a mistake"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     "Everything that fixes the shape of the model."
-    vocab_size:int = 20_000 # Rows of the embedding, in tokens
-    dim:int # Width of the residual stream
-    n_layer:int # Blocks
-    n_head:int # Query heads
-    n_kv_head:int # Key/value heads; each serves `n_head//n_kv_head` query heads
-    ffn_dim:int # Width inside the feed-forward layer
-    head_dim:int|None = None # Width of a head; default `dim//n_head`
-    max_len:int = 2048 # Longest sequence that is promised, in tokens; generation ends there
-    rope_theta:float = 10_000.0 # The slowest rotary angle turns about once in `2*pi*rope_theta` tokens
-    norm_eps:float = 1e-5 # Added to the mean square in RMSNorm
-    tied:bool = True # Is the output layer the embedding?
-    qk_norm:bool = False # RMSNorm on each head's queries and keys
-    dropout:float = 0.0 # Share dropped, while training, of embeddings, attention weights and block outputs
+
+    vocab_size: int = 20_000  # Rows of the embedding, in tokens
+    dim: int  # Width of the residual stream
+    n_layer: int  # Blocks
+    n_head: int  # Query heads
+    n_kv_head: int  # Key/value heads; each serves `n_head//n_kv_head` query heads
+    ffn_dim: int  # Width inside the feed-forward layer
+    head_dim: int | None = None  # Width of a head; default `dim//n_head`
+    max_len: int = 2048  # Longest sequence that is promised, in tokens; generation ends there
+    rope_theta: float = (
+        10_000.0  # The slowest rotary angle turns about once in `2*pi*rope_theta` tokens
+    )
+    norm_eps: float = 1e-5  # Added to the mean square in RMSNorm
+    tied: bool = True  # Is the output layer the embedding?
+    qk_norm: bool = False  # RMSNorm on each head's queries and keys
+    dropout: float = (
+        0.0  # Share dropped, while training, of embeddings, attention weights and block outputs
+    )
 
     def __post_init__(self):
-        for k in ('vocab_size','dim','n_layer','n_head','n_kv_head','ffn_dim','max_len'):
+        for k in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "max_len"):
             check_size(k, getattr(self, k), MOST[k])
-        for k in 'tied','qk_norm': check_flag(k, getattr(self, k))
+        for k in "tied", "qk_norm":
+            check_flag(k, getattr(self, k))
         if self.head_dim is None:
             if self.dim % self.n_head:
                 below = self.dim - self.dim % self.n_head
-                near = f"nearest are {below} and {below+self.n_head}" if below else f"the nearest is {self.n_head}"
-                raise ValueError(f"dim={self.dim} must be a multiple of n_head={self.n_head}; {near}; or set head_dim")
-            object.__setattr__(self, 'head_dim', self.dim//self.n_head)
-        check_size('head_dim', self.head_dim, MOST['head_dim'])
-        if self.head_dim < 2 or self.head_dim % 2: raise ValueError(f"head_dim={self.head_dim} must be even and at least 2, since rotary positions turn pairs; change n_head={self.n_head} or dim={self.dim}, or set head_dim")
+                near = (
+                    f"nearest are {below} and {below + self.n_head}"
+                    if below
+                    else f"the nearest is {self.n_head}"
+                )
+                raise ValueError(
+                    f"dim={self.dim} must be a multiple of n_head={self.n_head}; {near}; or set"
+                    " head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.dim // self.n_head)
+        check_size("head_dim", self.head_dim, MOST["head_dim"])
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even and at least 2, since rotary positions turn"
+                f" pairs; change n_head={self.n_head} or dim={self.dim}, or set head_dim"
+            )
         if self.n_head % self.n_kv_head:
-            fit = [k for k in range(1, self.n_head+1) if self.n_head % k == 0]
-            raise ValueError(f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; it can be {', '.join(map(str, fit))}")
-        check_number('dropout', self.dropout, lambda x: 0 <= x < 1, 'at least 0 and below 1: it is the share that is dropped')
-        for k in ('rope_theta','norm_eps'): check_number(k, getattr(self, k))
+            fit = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
+            raise ValueError(
+                f"n_kv_head={self.n_kv_head} must divide n_head={self.n_head}; it can be"
+                f" {', '.join(map(str, fit))}"
+            )
+        check_number(
+            "dropout",
+            self.dropout,
+            lambda x: 0 <= x < 1,
+            "at least 0 and below 1: it is the share that is dropped",
+        )
+        for k in ("rope_theta", "norm_eps"):
+            check_number(k, getattr(self, k))
         check_params(self)
 
     @classmethod
-    def preset(cls, name:str, **changes)->'GPTConfig':
+    def preset(cls, name: str, **changes) -> "GPTConfig":
         "A ready size (`tiny`, `small`, `medium`, `large`), with any field changed."
         if name not in PRESETS:
             near = difflib.get_close_matches(name, PRESETS, 1, 0)
-            raise ValueError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}{f'. Did you mean {near[0]!r}?' if near else ''}")
+            raise ValueError(
+                f"there is no preset {name!r}; the presets are"
+                f" {', '.join(PRESETS)}{f'. Did you mean {near[0]!r}?' if near else ''}"
+            )
         return cls.from_dict({**PRESETS[name], **changes})
 
     @classmethod
-    def from_dict(cls, d:dict)->'GPTConfig':
+    def from_dict(cls, d: dict) -> "GPTConfig":
         "The configuration that `to_dict` wrote."
         known = [f.name for f in fields(cls)]
-        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in d]: raise ValueError(f"GPTConfig needs {', '.join(missing)} too; or take a preset and change it: GPTConfig.preset('small', n_layer=6)")
-        if bad := [k for k in d if k not in known]: raise ValueError(f"GPTConfig has no field {bad[0]!r}; its fields are {', '.join(known)}")
+        if missing := [f.name for f in fields(cls) if f.default is MISSING and f.name not in d]:
+            raise ValueError(
+                f"GPTConfig needs {', '.join(missing)} too; or take a preset and change it:"
+                " GPTConfig.preset('small', n_layer=6)"
+            )
+        if bad := [k for k in d if k not in known]:
+            raise ValueError(
+                f"GPTConfig has no field {bad[0]!r}; its fields are {', '.join(known)}"
+            )
         return cls(**d)
 
-    def to_dict(self)->dict:
+    def to_dict(self) -> dict:
         "All fields, for JSON."
         return asdict(self)
 
-    free = 'dropout','max_len' # What may change while a model is trained
+    free = "dropout", "max_len"  # What may change while a model is trained
 
-    def build(self)->'GPT': "A new model of this shape."; return GPT(self)
-    def to_hf(self, **ids)->dict: "See `to_hf`."; return to_hf(self, **ids)
+    def build(self) -> "GPT":
+        "A new model of this shape."
+        return GPT(self)
+
+    def to_hf(self, **ids) -> dict:
+        "See `to_hf`."
+        return to_hf(self, **ids)
 
     @property
-    def n_params(self)->int:
+    def n_params(self) -> int:
         "Parameters, each counted once."
-        C,D = self.dim,self.head_dim
-        attention = 2*C*D*(self.n_head+self.n_kv_head) + 2*D*self.qk_norm
-        block = attention + 3*C*self.ffn_dim + 2*C
-        return self.vocab_size*C*(2-self.tied) + self.n_layer*block + C
+        C, D = self.dim, self.head_dim
+        attention = 2 * C * D * (self.n_head + self.n_kv_head) + 2 * D * self.qk_norm
+        block = attention + 3 * C * self.ffn_dim + 2 * C
+        return self.vocab_size * C * (2 - self.tied) + self.n_layer * block + C
 
 # %% ../nbs/05_model.ipynb #ce504015
 def to_hf(
-    config:GPTConfig,
+    config: GPTConfig,
     *,
-    eos_id:int|None=None, # The token that ends a document
-    stop_ids:tuple[int,...]=(), # All tokens that end generation, if they are more than `eos_id`
-    bos_id:int|None=None, # The token that begins a document, if there is one
-    pad_id:int|None=None, # The token that fills up a batch
-)->dict: # Content of config.json
+    eos_id: int | None = None,  # The token that ends a document
+    stop_ids: tuple[
+        int, ...
+    ] = (),  # All tokens that end generation, if they are more than `eos_id`
+    bos_id: int | None = None,  # The token that begins a document, if there is one
+    pad_id: int | None = None,  # The token that fills up a batch
+) -> dict:  # Content of config.json
     "The configuration of the same model in `transformers`: a Llama, or a Qwen3 with QK-norm."
-    name,c = ('qwen3','Qwen3') if config.qk_norm else ('llama','Llama'),config
-    own = dict(use_sliding_window=False, sliding_window=None, max_window_layers=c.n_layer) if c.qk_norm else dict(mlp_bias=False, pretraining_tp=1)
-    return dict(architectures=[f'{name[1]}ForCausalLM'], model_type=name[0], vocab_size=c.vocab_size, hidden_size=c.dim, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim, intermediate_size=c.ffn_dim, hidden_act='silu',
-        max_position_embeddings=c.max_len, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_parameters=dict(rope_theta=c.rope_theta, rope_type='default'),
-        rope_scaling=None, tie_word_embeddings=c.tied, attention_bias=False, attention_dropout=c.dropout, initializer_range=0.02, use_cache=True,
-        dtype='float32', torch_dtype='float32', bos_token_id=bos_id, pad_token_id=pad_id, eos_token_id=list(stop_ids) if stop_ids else eos_id, **own)
+    name, c = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama"), config
+    own = (
+        dict(use_sliding_window=False, sliding_window=None, max_window_layers=c.n_layer)
+        if c.qk_norm
+        else dict(mlp_bias=False, pretraining_tp=1)
+    )
+    return dict(
+        architectures=[f"{name[1]}ForCausalLM"],
+        model_type=name[0],
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head,
+        head_dim=c.head_dim,
+        intermediate_size=c.ffn_dim,
+        hidden_act="silu",
+        max_position_embeddings=c.max_len,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters=dict(rope_theta=c.rope_theta, rope_type="default"),
+        rope_scaling=None,
+        tie_word_embeddings=c.tied,
+        attention_bias=False,
+        attention_dropout=c.dropout,
+        initializer_range=0.02,
+        use_cache=True,
+        dtype="float32",
+        torch_dtype="float32",
+        bos_token_id=bos_id,
+        pad_token_id=pad_id,
+        eos_token_id=list(stop_ids) if stop_ids else eos_id,
+        **own,
+    )
 
 # %% ../nbs/05_model.ipynb #f91ccab7
-FAMILIES = dict(roberta='minigpt.diffusion') # model_type of a model that is no GPT → the module that computes it
+FAMILIES = dict(
+    roberta="minigpt.diffusion"
+)  # model_type of a model that is no GPT → the module that computes it
+
 
 def shape_from_dict(
-    d:dict, # What `to_dict` of a shape gave
-): # A `GPTConfig`, or what stands for it in another family
+    d: dict,  # What `to_dict` of a shape gave
+):  # A `GPTConfig`, or what stands for it in another family
     "A shape, of any family."
-    return import_module(FAMILIES[d['model_type']]).from_dict(d) if 'model_type' in d else GPTConfig.from_dict(d)
+    return (
+        import_module(FAMILIES[d["model_type"]]).from_dict(d)
+        if "model_type" in d
+        else GPTConfig.from_dict(d)
+    )
 
-_SIZES = dict(vocab_size='vocab_size', hidden_size='dim', num_hidden_layers='n_layer', num_attention_heads='n_head', intermediate_size='ffn_dim',
-    num_key_value_heads='n_kv_head', head_dim='head_dim', max_position_embeddings='max_len', type_vocab_size='vocab_size')
+
+_SIZES = dict(
+    vocab_size="vocab_size",
+    hidden_size="dim",
+    num_hidden_layers="n_layer",
+    num_attention_heads="n_head",
+    intermediate_size="ffn_dim",
+    num_key_value_heads="n_kv_head",
+    head_dim="head_dim",
+    max_position_embeddings="max_len",
+    type_vocab_size="vocab_size",
+)
+
 
 def check_hf(
-    d:dict, # Content of a config.json
-    needed:Iterable[str], # Sizes that it must give
+    d: dict,  # Content of a config.json
+    needed: Iterable[str],  # Sizes that it must give
 ):
     "A `ValueError` that names what in a config.json is no such thing, by the name that it has there."
-    if missing := [k for k in needed if k not in d]: raise ValueError(f"config.json lacks {', '.join(missing)}; is it the config.json of a whole model?")
-    for k,size in _SIZES.items():
-        if k in needed or d.get(k) is not None: check_size(f'config.json: {k}', d[k], MOST[size])
-    for k in 'rope_scaling','rope_parameters':
-        if not isinstance(d.get(k), (dict,type(None))): raise ValueError(f"config.json: {k}={d[k]!r:.60} must be an object, or null")
-    for rope in (d, *(d.get(k) or {} for k in ('rope_scaling','rope_parameters'))):
-        if 'rope_theta' in rope: check_number('config.json: rope_theta', rope['rope_theta'])
-    for k in 'tie_word_embeddings','attention_bias','mlp_bias','use_sliding_window':
-        if d.get(k) is not None: check_flag(f'config.json: {k}', d[k])
-    layers = d.get('layer_types') or []
-    if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers): raise ValueError(f"config.json: layer_types={layers!r:.60} must be a list of names")
+    if missing := [k for k in needed if k not in d]:
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}; is it the config.json of a whole model?"
+        )
+    for k, size in _SIZES.items():
+        if k in needed or d.get(k) is not None:
+            check_size(f"config.json: {k}", d[k], MOST[size])
+    for k in "rope_scaling", "rope_parameters":
+        if not isinstance(d.get(k), (dict, type(None))):
+            raise ValueError(f"config.json: {k}={d[k]!r:.60} must be an object, or null")
+    for rope in (d, *(d.get(k) or {} for k in ("rope_scaling", "rope_parameters"))):
+        if "rope_theta" in rope:
+            check_number("config.json: rope_theta", rope["rope_theta"])
+    for k in "tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window":
+        if d.get(k) is not None:
+            check_flag(f"config.json: {k}", d[k])
+    layers = d.get("layer_types") or []
+    if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):
+        raise ValueError(f"config.json: layer_types={layers!r:.60} must be a list of names")
+
 
 def from_hf(
-    d:dict, # Content of a config.json
-)->GPTConfig: # Or the shape of another family
+    d: dict,  # Content of a config.json
+) -> GPTConfig:  # Or the shape of another family
     "Our configuration of a plain Llama or Qwen3, or of a model in `FAMILIES`; a `ValueError` where that model computes something else."
-    kind = d.get('model_type')
-    if isinstance(kind, str) and kind in FAMILIES: return import_module(FAMILIES[kind]).from_hf(d)
-    if kind not in ('llama','qwen3'): raise ValueError(f"config.json has model_type {kind!r:.60}; this library computes 'llama', 'qwen3' and 'roberta' models only; open this one with transformers")
-    check_hf(d, ('vocab_size','hidden_size','num_hidden_layers','num_attention_heads','intermediate_size'))
-    ropes = [d.get('rope_scaling') or {}, d.get('rope_parameters') or {}]
-    rope,thetas = ropes[0]|ropes[1],{r['rope_theta'] for r in (*ropes, d) if 'rope_theta' in r}
-    if len(thetas) > 1: raise ValueError(f"config.json names several values of rope_theta, {' and '.join(map(str, thetas))}, of which programs take the one or the other; make them the same")
-    scaling = next((t for r in ropes if (t := r.get('rope_type', r.get('type', 'default'))) != 'default'), 'default')
-    layers = {*(d.get('layer_types') or ())} - {'full_attention'}
-    other = [f"{k} {v!r} (must be {want!r})" for k,v,want in (
-        ('rope type', scaling, 'default'), ('hidden_act', d.get('hidden_act', 'silu'), 'silu'),
-        ('partial_rotary_factor', rope.get('partial_rotary_factor', d.get('partial_rotary_factor', 1)), 1),
-        ('attention_bias', bool(d.get('attention_bias')), False), ('mlp_bias', bool(d.get('mlp_bias')), False),
-        ('use_sliding_window', bool(d.get('use_sliding_window')), False), ('layer_types', sorted(layers), [])) if v != want]
-    if other: raise ValueError(f"config.json asks for {'; '.join(other)}, which this library does not compute; open that model with transformers")
-    qwen,head = kind == 'qwen3',d['num_attention_heads']
-    return GPTConfig(vocab_size=d['vocab_size'], dim=d['hidden_size'], n_layer=d['num_hidden_layers'], n_head=head, ffn_dim=d['intermediate_size'],
-        n_kv_head=d.get('num_key_value_heads') or (32 if qwen and 'num_key_value_heads' not in d else head), head_dim=d.get('head_dim') or (128 if qwen else None),
-        max_len=d.get('max_position_embeddings', 32768 if qwen else 2048), rope_theta=float(rope.get('rope_theta', d.get('rope_theta', 10_000.0))),
-        norm_eps=d.get('rms_norm_eps', 1e-6), tied=bool(d.get('tie_word_embeddings')), qk_norm=qwen, dropout=d.get('attention_dropout') or 0.0)
+    kind = d.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        return import_module(FAMILIES[kind]).from_hf(d)
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(
+            f"config.json has model_type {kind!r:.60}; this library computes 'llama', 'qwen3' and"
+            " 'roberta' models only; open this one with transformers"
+        )
+    check_hf(
+        d,
+        (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+        ),
+    )
+    ropes = [d.get("rope_scaling") or {}, d.get("rope_parameters") or {}]
+    rope, thetas = ropes[0] | ropes[1], {r["rope_theta"] for r in (*ropes, d) if "rope_theta" in r}
+    if len(thetas) > 1:
+        raise ValueError(
+            f"config.json names several values of rope_theta, {' and '.join(map(str, thetas))}, of"
+            " which programs take the one or the other; make them the same"
+        )
+    scaling = next(
+        (t for r in ropes if (t := r.get("rope_type", r.get("type", "default"))) != "default"),
+        "default",
+    )
+    layers = {*(d.get("layer_types") or ())} - {"full_attention"}
+    other = [
+        f"{k} {v!r} (must be {want!r})"
+        for k, v, want in (
+            ("rope type", scaling, "default"),
+            ("hidden_act", d.get("hidden_act", "silu"), "silu"),
+            (
+                "partial_rotary_factor",
+                rope.get("partial_rotary_factor", d.get("partial_rotary_factor", 1)),
+                1,
+            ),
+            ("attention_bias", bool(d.get("attention_bias")), False),
+            ("mlp_bias", bool(d.get("mlp_bias")), False),
+            ("use_sliding_window", bool(d.get("use_sliding_window")), False),
+            ("layer_types", sorted(layers), []),
+        )
+        if v != want
+    ]
+    if other:
+        raise ValueError(
+            f"config.json asks for {'; '.join(other)}, which this library does not compute; open"
+            " that model with transformers"
+        )
+    qwen, head = kind == "qwen3", d["num_attention_heads"]
+    return GPTConfig(
+        vocab_size=d["vocab_size"],
+        dim=d["hidden_size"],
+        n_layer=d["num_hidden_layers"],
+        n_head=head,
+        ffn_dim=d["intermediate_size"],
+        n_kv_head=d.get("num_key_value_heads")
+        or (32 if qwen and "num_key_value_heads" not in d else head),
+        head_dim=d.get("head_dim") or (128 if qwen else None),
+        max_len=d.get("max_position_embeddings", 32768 if qwen else 2048),
+        rope_theta=float(rope.get("rope_theta", d.get("rope_theta", 10_000.0))),
+        norm_eps=d.get("rms_norm_eps", 1e-6),
+        tied=bool(d.get("tie_word_embeddings")),
+        qk_norm=qwen,
+        dropout=d.get("attention_dropout") or 0.0,
+    )
 
 # %% ../nbs/05_model.ipynb #94cbf7eb
 class RMSNorm(nn.Module):
     "Divide by the root mean square, multiply by a learned gain."
-    def __init__(self, dim:int, eps:float):
+
+    def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight,self.eps = nn.Parameter(torch.ones(dim)),eps
-    def forward(self, x:Tensor)->Tensor: # (..., dim), same dtype out
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., dim), same dtype out
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 # %% ../nbs/05_model.ipynb #eaa2d148
 def rope_angles(
-    start:int, # Position of the first token
-    n:int, # Positions
-    head_dim:int, # D
-    theta:float, # `rope_theta`
-    device, # Where to compute
-)->tuple[Tensor,Tensor]: # Cosines and sines, (n, 1, D/2) each, float32
+    start: int,  # Position of the first token
+    n: int,  # Positions
+    head_dim: int,  # D
+    theta: float,  # `rope_theta`
+    device,  # Where to compute
+) -> tuple[Tensor, Tensor]:  # Cosines and sines, (n, 1, D/2) each, float32
     "How far each pair of channels is turned at each position."
-    speed = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)/head_dim)
-    angle = torch.arange(start, start+n, device=device, dtype=torch.float32)[:,None,None] * speed
+    speed = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = (
+        torch.arange(start, start + n, device=device, dtype=torch.float32)[:, None, None] * speed
+    )
     return angle.cos(), angle.sin()
 
+
 def rotate(
-    x:Tensor, # (B, T, heads, D)
-    cos:Tensor, # (T, 1, D/2)
-    sin:Tensor, # (T, 1, D/2)
-)->Tensor: # (B, T, heads, D), dtype of `x`
+    x: Tensor,  # (B, T, heads, D)
+    cos: Tensor,  # (T, 1, D/2)
+    sin: Tensor,  # (T, 1, D/2)
+) -> Tensor:  # (B, T, heads, D), dtype of `x`
     "Turn each pair of channels."
-    a,b = x.float().chunk(2, -1)
-    return torch.cat([torch.addcmul(a*cos, b, sin, value=-1), torch.addcmul(b*cos, a, sin)], -1).to(x.dtype)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat(
+        [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1
+    ).to(x.dtype)
 
 # %% ../nbs/05_model.ipynb #97d585b3
 class Attention(nn.Module):
     "Grouped-query attention with rotary positions."
-    def __init__(self, c:GPTConfig):
-        super().__init__()
-        self.D,self.dropout = c.head_dim,c.dropout
-        self.q_proj = nn.Linear(c.dim, c.n_head*c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_head*c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_head*c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.n_head*c.head_dim, c.dim, bias=False)
-        self.q_norm,self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) for _ in 'qk') if c.qk_norm else (nn.Identity(), nn.Identity())
 
-    def forward(self,
-        x:Tensor, # (B, T, C)
-        rope:tuple[Tensor,Tensor], # From `rope_angles`
-        mask:Tensor|None=None, # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
-        past=None, # Function that adds these keys and values to a cache and returns all of them
-    )->Tensor: # (B, T, C)
-        B,T,_ = x.shape
-        q,k,v = (f(x).view(B, T, -1, self.D) for f in (self.q_proj, self.k_proj, self.v_proj)) # (B, T, H or K, D)
-        q,k = rotate(self.q_norm(q), *rope),rotate(self.k_norm(k), *rope)
-        q,k,v = (t.transpose(1, 2) for t in (q,k,v))                       # (B, H or K, T, D)
-        if past: k,v = past(k, v)                                          # (B, K, positions, D)
-        if (shared := q.shape[1]//k.shape[1]) > 1:
-            if T == 1: q = q.reshape(B, -1, shared, self.D)                # (B, K, shared, D): one position, so heads that share keys stand in for positions
-            else: k,v = (t.repeat_interleave(shared, 1) for t in (k,v))    # (B, H, positions, D)
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0., is_causal=mask is None and T > 1)
-        return self.o_proj(y.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1)) # (B, T, H*D) → (B, T, C)
+    def __init__(self, c: GPTConfig):
+        super().__init__()
+        self.D, self.dropout = c.head_dim, c.dropout
+        self.q_proj = nn.Linear(c.dim, c.n_head * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_head * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.n_head * c.head_dim, c.dim, bias=False)
+        self.q_norm, self.k_norm = (
+            (RMSNorm(c.head_dim, c.norm_eps) for _ in "qk")
+            if c.qk_norm
+            else (nn.Identity(), nn.Identity())
+        )
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, C)
+        rope: tuple[Tensor, Tensor],  # From `rope_angles`
+        mask: (
+            Tensor | None
+        ) = None,  # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
+        past=None,  # Function that adds these keys and values to a cache and returns all of them
+    ) -> Tensor:  # (B, T, C)
+        B, T, _ = x.shape
+        q, k, v = (
+            f(x).view(B, T, -1, self.D) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, T, H or K, D)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
+        if past:
+            k, v = past(k, v)  # (B, K, positions, D)
+        if (shared := q.shape[1] // k.shape[1]) > 1:
+            if T == 1:
+                q = q.reshape(
+                    B, -1, shared, self.D
+                )  # (B, K, shared, D): one position, so heads that share keys stand in for positions
+            else:
+                k, v = (t.repeat_interleave(shared, 1) for t in (k, v))  # (B, H, positions, D)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and T > 1,
+        )
+        return self.o_proj(
+            y.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1)
+        )  # (B, T, H*D) → (B, T, C)
 
 # %% ../nbs/05_model.ipynb #7cb4ec04
 class MLP(nn.Module):
     "SwiGLU: one half opens and closes the other."
-    def __init__(self, c:GPTConfig):
+
+    def __init__(self, c: GPTConfig):
         super().__init__()
         self.gate_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
         self.up_proj = nn.Linear(c.dim, c.ffn_dim, bias=False)
         self.down_proj = nn.Linear(c.ffn_dim, c.dim, bias=False)
-    def forward(self, x:Tensor)->Tensor: # (B, T, C) to (B, T, C)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C) to (B, T, C)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
 
 class Block(nn.Module):
     "Attention, then feed-forward; each reads the normalised stream and adds to it."
-    def __init__(self, c:GPTConfig):
+
+    def __init__(self, c: GPTConfig):
         super().__init__()
-        self.input_layernorm,self.self_attn = RMSNorm(c.dim, c.norm_eps),Attention(c)
-        self.post_attention_layernorm,self.mlp = RMSNorm(c.dim, c.norm_eps),MLP(c)
+        self.input_layernorm, self.self_attn = RMSNorm(c.dim, c.norm_eps), Attention(c)
+        self.post_attention_layernorm, self.mlp = RMSNorm(c.dim, c.norm_eps), MLP(c)
         self.drop = nn.Dropout(c.dropout)
-    def forward(self, x, rope, mask=None, past=None): # (B, T, C) to (B, T, C)
+
+    def forward(self, x, rope, mask=None, past=None):  # (B, T, C) to (B, T, C)
         x = x + self.drop(self.self_attn(self.input_layernorm(x), rope, mask, past))
         return x + self.drop(self.mlp(self.post_attention_layernorm(x)))
 
 # %% ../nbs/05_model.ipynb #9b76e38e
-def _rows_at_once(N:int, V:int, device:torch.device, dtype:torch.dtype=torch.float32)->int:
+def _rows_at_once(N: int, V: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
     "Equal shares of `N` rows, whose logits and softmax take 64 MiB at most; on a GPU 256 MiB, or a sixty-fourth of its memory (but not below 256 rows). Larger ones are no faster."
-    room = 1 << (26 if device.type == 'cpu' else 28)
-    if device.type == 'cuda': room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
-    rows = max(256, room//(V*(4 if dtype == torch.bfloat16 else 8)))
-    if dtype == torch.float16: rows = min(rows, 4096)                      # the gradient is summed over them, below 65,504
-    return -(-N // -(-N//rows)) if N else 1
+    room = 1 << (26 if device.type == "cpu" else 28)
+    if device.type == "cuda":
+        room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
+    rows = max(256, room // (V * (4 if dtype == torch.bfloat16 else 8)))
+    if dtype == torch.float16:
+        rows = min(rows, 4096)  # the gradient is summed over them, below 65,504
+    return -(-N // -(-N // rows)) if N else 1
+
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, n, want_grad, dtype):
         # Divided by n in backward: in half precision, softmax/n would vanish before the product.
-        need_h,need_w = (g and want_grad for g in ctx.needs_input_grad[:2])
-        h,w = hidden.to(dtype),weight.to(dtype)
-        gh,gw = torch.empty_like(hidden) if need_h else None,None
-        N,V = len(h),len(w)
-        cpu,rows = h.device.type == 'cpu',_rows_at_once(N, V, h.device, dtype)
-        short,wide = dtype == torch.bfloat16,torch.float32 if dtype == torch.float16 else dtype # fp16 would lose small chances
-        total,space = torch.zeros((), device=h.device),h.new_empty(rows, V)
+        need_h, need_w = (g and want_grad for g in ctx.needs_input_grad[:2])
+        h, w = hidden.to(dtype), weight.to(dtype)
+        gh, gw = torch.empty_like(hidden) if need_h else None, None
+        N, V = len(h), len(w)
+        cpu, rows = h.device.type == "cpu", _rows_at_once(N, V, h.device, dtype)
+        short, wide = (
+            dtype == torch.bfloat16,
+            torch.float32 if dtype == torch.float16 else dtype,
+        )  # fp16 would lose small chances
+        total, space = torch.zeros((), device=h.device), h.new_empty(rows, V)
         for i in range(0, N, rows):
-            x,y = h[i:i+rows],labels[i:i+rows,None]
-            z = torch.mm(x, w.T, out=space[:len(x)])                       # (rows, V)
-            p = torch.softmax(z, -1, dtype=wide, out=z if cpu and wide == dtype else None) # in place on a CPU, where fresh memory is dear
-            chance = p.gather(1, y)[:,0].float()
+            x, y = h[i : i + rows], labels[i : i + rows, None]
+            z = torch.mm(x, w.T, out=space[: len(x)])  # (rows, V)
+            p = torch.softmax(
+                z, -1, dtype=wide, out=z if cpu and wide == dtype else None
+            )  # in place on a CPU, where fresh memory is dear
+            chance = p.gather(1, y)[:, 0].float()
             log = chance.clamp_min(1.2e-38).log()
-            if short: # next to 1 the steps of bf16 are 1/256; what is missing there is the sum of the others
-                rest = p.scatter_(1, y, 0.).sum(-1, dtype=torch.float32)
-                log = torch.where(chance < .5, log, torch.log1p(-rest.clamp_max(.75)))
-            if cpu and chance.amin() < 1e-30: log = torch.log_softmax((x @ w.T).float(), -1).gather(1, y)
+            if short:  # next to 1 the steps of bf16 are 1/256; what is missing there is the sum of the others
+                rest = p.scatter_(1, y, 0.0).sum(-1, dtype=torch.float32)
+                log = torch.where(chance < 0.5, log, torch.log1p(-rest.clamp_max(0.75)))
+            if cpu and chance.amin() < 1e-30:
+                log = torch.log_softmax((x @ w.T).float(), -1).gather(1, y)
             total -= log.sum()
-            if not (need_h or need_w): continue
-            p = p.scatter_(1, y, -rest[:,None].to(dtype)) if short else p.scatter_add_(1, y, p.new_full((1,1), -1.).expand_as(y)).to(dtype)
-            if need_h: gh[i:i+rows] = p @ w
-            if need_w: gw = (p.T @ x).to(weight.dtype) if gw is None else gw.addmm_(p.T, x) if dtype == gw.dtype else gw.add_(p.T @ x)
-        if need_w and gw is None: gw = torch.zeros_like(weight)
-        ctx.n = n; ctx.save_for_backward(gh, gw)
-        return total/n
+            if not (need_h or need_w):
+                continue
+            p = (
+                p.scatter_(1, y, -rest[:, None].to(dtype))
+                if short
+                else p.scatter_add_(1, y, p.new_full((1, 1), -1.0).expand_as(y)).to(dtype)
+            )
+            if need_h:
+                gh[i : i + rows] = p @ w
+            if need_w:
+                gw = (
+                    (p.T @ x).to(weight.dtype)
+                    if gw is None
+                    else gw.addmm_(p.T, x)
+                    if dtype == gw.dtype
+                    else gw.add_(p.T @ x)
+                )
+        if need_w and gw is None:
+            gw = torch.zeros_like(weight)
+        ctx.n = n
+        ctx.save_for_backward(gh, gw)
+        return total / n
+
     @staticmethod
     def backward(ctx, g):
-        g = g/ctx.n # in place: what was saved is used once
-        return *(None if t is None else t.mul_(g) for t in ctx.saved_tensors), None, None, None, None
+        g = g / ctx.n  # in place: what was saved is used once
+        return (
+            *(None if t is None else t.mul_(g) for t in ctx.saved_tensors),
+            None,
+            None,
+            None,
+            None,
+        )
 
 # %% ../nbs/05_model.ipynb #aaf49678
 def linear_cross_entropy(
-    hidden:Tensor, # (N, C), any float dtype
-    weight:Tensor, # (V, C), the output layer
-    labels:Tensor, # (N,) int64; -100 where there is nothing to learn
-    n_targets:int|Tensor, # What to divide the sum by
-)->Tensor: # () nats, float32
+    hidden: Tensor,  # (N, C), any float dtype
+    weight: Tensor,  # (V, C), the output layer
+    labels: Tensor,  # (N,) int64; -100 where there is nothing to learn
+    n_targets: int | Tensor,  # What to divide the sum by
+) -> Tensor:  # () nats, float32
     "`F.cross_entropy(hidden @ weight.T, labels)` in three matrix products, a few rows at a time."
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     keep = labels != -100
-    if not keep.all(): hidden,labels = hidden[keep],labels[keep]
-    with torch.autocast(kind, enabled=False): return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype)
+    if not keep.all():
+        hidden, labels = hidden[keep], labels[keep]
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(
+            hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype
+        )
 
 # %% ../nbs/05_model.ipynb #284b5d49
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, dtype):
-        ctx.save_for_backward(hidden, weight, labels); ctx.dtype = dtype
-        out,(h,w) = torch.empty(len(labels), device=hidden.device),(hidden.to(dtype), weight.to(dtype))
-        rows = _rows_at_once(len(h), len(w), h.device)
-        for i in range(0, len(h), rows): out[i:i+rows] = torch.log_softmax((h[i:i+rows] @ w.T).float(), -1).gather(1, labels[i:i+rows,None])[:,0]
-        return out
-    @staticmethod
-    def backward(ctx, g): # (N,)
-        hidden,weight,labels = ctx.saved_tensors
-        h,w = hidden.to(ctx.dtype),weight.to(ctx.dtype)
-        need_h,need_w = ctx.needs_input_grad[:2]
-        gh,gw = torch.empty_like(hidden) if need_h else None,torch.zeros_like(weight) if need_w else None
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.dtype = dtype
+        out, (h, w) = (
+            torch.empty(len(labels), device=hidden.device),
+            (hidden.to(dtype), weight.to(dtype)),
+        )
         rows = _rows_at_once(len(h), len(w), h.device)
         for i in range(0, len(h), rows):
-            x,y,gy = h[i:i+rows],labels[i:i+rows,None],g[i:i+rows,None]
+            out[i : i + rows] = torch.log_softmax((h[i : i + rows] @ w.T).float(), -1).gather(
+                1, labels[i : i + rows, None]
+            )[:, 0]
+        return out
+
+    @staticmethod
+    def backward(ctx, g):  # (N,)
+        hidden, weight, labels = ctx.saved_tensors
+        h, w = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        need_h, need_w = ctx.needs_input_grad[:2]
+        gh, gw = (
+            torch.empty_like(hidden) if need_h else None,
+            torch.zeros_like(weight) if need_w else None,
+        )
+        rows = _rows_at_once(len(h), len(w), h.device)
+        for i in range(0, len(h), rows):
+            x, y, gy = h[i : i + rows], labels[i : i + rows, None], g[i : i + rows, None]
             p = torch.softmax((x @ w.T).float(), -1).mul_(-gy).scatter_add_(1, y, gy).to(ctx.dtype)
-            if need_h: gh[i:i+rows] = p @ w
-            if need_w: gw.add_(p.T @ x)
+            if need_h:
+                gh[i : i + rows] = p @ w
+            if need_w:
+                gw.add_(p.T @ x)
         return gh, gw, None, None
 
+
 def linear_log_probs(
-    hidden:Tensor, # (N, C), any float dtype
-    weight:Tensor, # (V, C), the output layer
-    labels:Tensor, # (N,) int64; -100 where there is none
-)->Tensor: # (N,) float32, in nats; 0 where there is no label
+    hidden: Tensor,  # (N, C), any float dtype
+    weight: Tensor,  # (V, C), the output layer
+    labels: Tensor,  # (N,) int64; -100 where there is none
+) -> Tensor:  # (N,) float32, in nats; 0 where there is no label
     "The log-probability of each label, a few rows at a time."
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     keep = labels != -100
-    with torch.autocast(kind, enabled=False): found = _LinearLogProbs.apply(hidden[keep], weight, labels[keep], dtype)
+    with torch.autocast(kind, enabled=False):
+        found = _LinearLogProbs.apply(hidden[keep], weight, labels[keep], dtype)
     return torch.zeros(len(labels), device=hidden.device).index_put((keep,), found)
 
 # %% ../nbs/05_model.ipynb #3604789e
 class KVCache:
     "Keys and values of the tokens so far, with room for `max_len`."
-    def __init__(self,
-        config:GPTConfig,
-        batch:int=1, # B
-        max_len:int|None=None, # Positions to make room for; default: the config's
-        device=None,
-        dtype:torch.dtype|None=None, # Dtype of the keys: the model's, or autocast's
-    ):
-        self.max_len,self.length = max_len or config.max_len,0
-        self.kv = torch.zeros(config.n_layer, 2, batch, config.n_kv_head, self.max_len, config.head_dim, device=device, dtype=dtype)
 
-    def layer(self, i:int):
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int = 1,  # B
+        max_len: int | None = None,  # Positions to make room for; default: the config's
+        device=None,
+        dtype: torch.dtype | None = None,  # Dtype of the keys: the model's, or autocast's
+    ):
+        self.max_len, self.length = max_len or config.max_len, 0
+        self.kv = torch.zeros(
+            config.n_layer,
+            2,
+            batch,
+            config.n_kv_head,
+            self.max_len,
+            config.head_dim,
+            device=device,
+            dtype=dtype,
+        )
+
+    def layer(self, i: int):
         "The function with which block `i` adds its keys and values and gets all of them."
-        def add(k, v): # (B, K, T, D) to (B, K, length+T, D)
-            end,(keys,values) = self.length + k.shape[2],self.kv[i].unbind(0)
-            keys[:,:,self.length:end],values[:,:,self.length:end] = k,v
-            return keys[:,:,:end].to(k.dtype),values[:,:,:end].to(v.dtype)
+
+        def add(k, v):  # (B, K, T, D) to (B, K, length+T, D)
+            end, (keys, values) = self.length + k.shape[2], self.kv[i].unbind(0)
+            keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
+            return keys[:, :, :end].to(k.dtype), values[:, :, :end].to(v.dtype)
+
         return add
 
-    def keep(self,
-        rows:list[int], # Which rows go on, in this order
+    def keep(
+        self,
+        rows: list[int],  # Which rows go on, in this order
     ):
         "Forget the other rows."
-        self.kv = self.kv[:,:,rows]
+        self.kv = self.kv[:, :, rows]
 
-    def check(self, B:int, T:int):
+    def check(self, B: int, T: int):
         "Is there room for `T` more tokens in each of `B` rows?"
-        if B != self.kv.shape[2]: raise ValueError(f"the cache was made for {self.kv.shape[2]} rows and the batch has {B}; make a KVCache with batch={B}")
-        if self.length+T > self.max_len: raise ValueError(f"the cache has room for {self.max_len} tokens and holds {self.length}; {T} more do not fit; make a KVCache with a larger max_len")
+        if B != self.kv.shape[2]:
+            raise ValueError(
+                f"the cache was made for {self.kv.shape[2]} rows and the batch has {B}; make a"
+                f" KVCache with batch={B}"
+            )
+        if self.length + T > self.max_len:
+            raise ValueError(
+                f"the cache has room for {self.max_len} tokens and holds {self.length}; {T} more do"
+                " not fit; make a KVCache with a larger max_len"
+            )
 
 # %% ../nbs/05_model.ipynb #7e443678
 class LanguageModel(nn.Module):
     "What training and checkpoints ask of a model, beside its `config`, its `blocks` (a list of modules, which may be compiled) and, unless it says what it learns, its `loss`."
-    origin = None # The directory that its weights were loaded from
-    recompute = False # While training: keep of each block its input alone, and compute the rest again in backward
-    may_lack:dict[str,str|None] = {} # Parameters that a file need not have → the one whose values they take over; None: they stay as they are
 
-    def spare(self, name:str)->bool:
+    origin = None  # The directory that its weights were loaded from
+    recompute = False  # While training: keep of each block its input alone, and compute the rest again in backward
+    may_lack: dict[
+        str, str | None
+    ] = {}  # Parameters that a file need not have → the one whose values they take over; None: they stay as they are
+
+    def spare(self, name: str) -> bool:
         "Is this a tensor that some programs store, and this model does not need?"
         return False
 
-    def weights(self)->dict[str,Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         "Every tensor once, under its name in `transformers`; they share memory with the model."
-        return {k:v.detach() for k,v in self.named_parameters()}
+        return {k: v.detach() for k, v in self.named_parameters()}
 
-    def load_weights(self,
-        weights:dict[str,Tensor], # Name → tensor, any float dtype
-    )->'LanguageModel': # Filled in place; untouched if anything does not fit
+    def load_weights(
+        self,
+        weights: dict[str, Tensor],  # Name → tensor, any float dtype
+    ) -> "LanguageModel":  # Filled in place; untouched if anything does not fit
         "Take over weights."
-        want,weights = self.weights(),{k:v for k,v in weights.items() if not self.spare(k)}
-        shape = lambda d,k: tuple(d[k].shape) if k in d else 'missing'
-        bad = [f"{k} is {shape(weights,k)} in the weights, {shape(want,k)} in the model" for k in sorted({*weights,*want}) if shape(weights,k) != shape(want,k) and not (k in self.may_lack and k not in weights)]
-        if bad: raise ValueError(f"these weights do not fit this model: {'; '.join(bad[:3])}{f'; and {len(bad)-3} more' if len(bad)>3 else ''}; build the model with the config that was saved with them")
-        for k,t in weights.items(): want[k].copy_(t)
+        want, weights = self.weights(), {k: v for k, v in weights.items() if not self.spare(k)}
+        shape = lambda d, k: tuple(d[k].shape) if k in d else "missing"
+        bad = [
+            f"{k} is {shape(weights, k)} in the weights, {shape(want, k)} in the model"
+            for k in sorted({*weights, *want})
+            if shape(weights, k) != shape(want, k) and not (k in self.may_lack and k not in weights)
+        ]
+        if bad:
+            raise ValueError(
+                "these weights do not fit this model:"
+                f" {'; '.join(bad[:3])}{f'; and {len(bad) - 3} more' if len(bad) > 3 else ''};"
+                " build the model with the config that was saved with them"
+            )
+        for k, t in weights.items():
+            want[k].copy_(t)
         self.derive(weights)
         return self
 
-    def derive(self,
-        given:Iterable[str], # Names of the parameters that have been filled
+    def derive(
+        self,
+        given: Iterable[str],  # Names of the parameters that have been filled
     ):
         "Fill what a file may lack, and did lack."
         want = self.weights()
-        for k,source in self.may_lack.items():
-            if source and k in want and k not in given: want[k].copy_(want[source])
+        for k, source in self.may_lack.items():
+            if source and k in want and k not in given:
+                want[k].copy_(want[source])
 
 # %% ../nbs/05_model.ipynb #c3f72683
 def has_own_head(
-    weights:dict[str,Tensor], # Name → tensor
-)->bool:
+    weights: dict[str, Tensor],  # Name → tensor
+) -> bool:
     "Is there an output layer that is not the embedding?"
-    head,embedding = (weights.get(k) for k in ('lm_head.weight','model.embed_tokens.weight'))
-    if head is None or embedding is None or head.is_meta: return False
-    if head.dtype != embedding.dtype: head,embedding = head.float(),embedding.float()
+    head, embedding = (weights.get(k) for k in ("lm_head.weight", "model.embed_tokens.weight"))
+    if head is None or embedding is None or head.is_meta:
+        return False
+    if head.dtype != embedding.dtype:
+        head, embedding = head.float(), embedding.float()
     return not torch.equal(head, embedding)
-
 
 # %% ../nbs/05_model.ipynb #62225ab2
 class GPT(LanguageModel):
     "Token ids in, scores for the next token out."
-    def __init__(self, config:GPTConfig):
-        if not isinstance(config, GPTConfig): raise TypeError(f"config={config!r} must be a GPTConfig, such as GPTConfig.preset('tiny')")
+
+    def __init__(self, config: GPTConfig):
+        if not isinstance(config, GPTConfig):
+            raise TypeError(
+                f"config={config!r} must be a GPTConfig, such as GPTConfig.preset('tiny')"
+            )
         super().__init__()
         self.config = c = config
-        self.model = nn.ModuleDict(dict(embed_tokens=nn.Embedding(c.vocab_size, c.dim), layers=nn.ModuleList(Block(c) for _ in range(c.n_layer)), norm=RMSNorm(c.dim, c.norm_eps)))
-        if not c.tied: self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(c.vocab_size, c.dim),
+                layers=nn.ModuleList(Block(c) for _ in range(c.n_layer)),
+                norm=RMSNorm(c.dim, c.norm_eps),
+            )
+        )
+        if not c.tied:
+            self.lm_head = nn.Linear(c.dim, c.vocab_size, bias=False)
         self.drop = nn.Dropout(c.dropout)
-        for name,p in self.named_parameters():
-            if p.dim() < 2: continue                                       # gains of the norms are 1
-            out = name.endswith(('o_proj.weight','down_proj.weight'))      # these add to the stream, 2*n_layer times
-            nn.init.normal_(p, std=0.02/math.sqrt(2*c.n_layer) if out else 0.02)
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue  # gains of the norms are 1
+            out = name.endswith(
+                ("o_proj.weight", "down_proj.weight")
+            )  # these add to the stream, 2*n_layer times
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if out else 0.02)
 
     @property
-    def blocks(self)->nn.ModuleList: "What may be compiled, one by one."; return self.model.layers
-    def spare(self, name:str)->bool: return name.endswith('rotary_emb.inv_freq') or self.config.tied and name == 'lm_head.weight' # some programs store a tied layer twice
+    def blocks(self) -> nn.ModuleList:
+        "What may be compiled, one by one."
+        return self.model.layers
 
-    def load_weights(self, weights:dict[str,Tensor])->'GPT':
+    def spare(self, name: str) -> bool:
+        return (
+            name.endswith("rotary_emb.inv_freq") or self.config.tied and name == "lm_head.weight"
+        )  # some programs store a tied layer twice
+
+    def load_weights(self, weights: dict[str, Tensor]) -> "GPT":
         "See `LanguageModel`; a `ValueError` where this model would tie what the weights have apart."
-        if self.config.tied and has_own_head(weights): raise ValueError("these weights have an output layer of their own (lm_head.weight), and this model takes the embedding for it; build the model with tied=False")
+        if self.config.tied and has_own_head(weights):
+            raise ValueError(
+                "these weights have an output layer of their own (lm_head.weight), and this model"
+                " takes the embedding for it; build the model with tied=False"
+            )
         return super().load_weights(weights)
 
     @property
-    def head(self)->Tensor:
+    def head(self) -> Tensor:
         "The output layer, (V, C): the embedding if they are tied."
         return (self.model.embed_tokens if self.config.tied else self.lm_head).weight
 
-    def trunk(self,
-        x:Tensor, # (B, T, C) embeddings
-        mask:Tensor|None=None, # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
-        cache:KVCache|None=None, # Continue after its tokens, and add these
-    )->Tensor: # (B, T, C), after the last norm
+    def trunk(
+        self,
+        x: Tensor,  # (B, T, C) embeddings
+        mask: (
+            Tensor | None
+        ) = None,  # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
+        cache: KVCache | None = None,  # Continue after its tokens, and add these
+    ) -> Tensor:  # (B, T, C), after the last norm
         "All blocks."
-        B,T,_ = x.shape
+        B, T, _ = x.shape
         start = cache.length if cache else 0
         if cache:
             cache.check(B, T)
-            if mask is None and start and T > 1: mask = torch.ones(T, start+T, dtype=torch.bool, device=x.device).tril(start)[None,None]
+            if mask is None and start and T > 1:
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)[
+                    None, None
+                ]
         rope = rope_angles(start, T, self.config.head_dim, self.config.rope_theta, x.device)
         x = self.drop(x)
-        for i,block in enumerate(self.model.layers):
-            run = block if self.training else block.forward                # a block that was compiled is so for training
-            if self.training and self.recompute: x = checkpoint(run, x, rope, mask, use_reentrant=False)
-            else: x = run(x, rope, mask, cache and cache.layer(i))
-        if cache: cache.length += T
+        for i, block in enumerate(self.model.layers):
+            run = (
+                block if self.training else block.forward
+            )  # a block that was compiled is so for training
+            if self.training and self.recompute:
+                x = checkpoint(run, x, rope, mask, use_reentrant=False)
+            else:
+                x = run(x, rope, mask, cache and cache.layer(i))
+        if cache:
+            cache.length += T
         return self.model.norm(x)
 
-    def hidden(self,
-        ids:Tensor, # (B, T) int64
-        cache:KVCache|None=None,
-        rows:Tensor|None=None, # (B, T) which row of the data each position belongs to; it sees no other
-    )->Tensor: # (B, T, C)
+    def hidden(
+        self,
+        ids: Tensor,  # (B, T) int64
+        cache: KVCache | None = None,
+        rows: (
+            Tensor | None
+        ) = None,  # (B, T) which row of the data each position belongs to; it sees no other
+    ) -> Tensor:  # (B, T, C)
         "What the model knows at each position, before it is turned into scores."
-        mask = None if rows is None else (rows[:,:,None] == rows[:,None]).tril()[:,None]
-        if ids.is_cuda and mask is not None: # torch would make numbers of it in every block, and keep each for the gradient
-            dtype = torch.get_autocast_dtype('cuda') if torch.is_autocast_enabled('cuda') else self.head.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+        mask = None if rows is None else (rows[:, :, None] == rows[:, None]).tril()[:, None]
+        if (
+            ids.is_cuda and mask is not None
+        ):  # torch would make numbers of it in every block, and keep each for the gradient
+            dtype = (
+                torch.get_autocast_dtype("cuda")
+                if torch.is_autocast_enabled("cuda")
+                else self.head.dtype
+            )
+            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
+                ~mask, -math.inf
+            )
         return self.trunk(self.model.embed_tokens(ids), mask, cache)
 
-    def forward(self,
-        ids:Tensor, # (B, T) int64
-        cache:KVCache|None=None, # Continue after its tokens, and add these
-    )->Tensor: # (B, T, V) scores of the token after each position
+    def forward(
+        self,
+        ids: Tensor,  # (B, T) int64
+        cache: KVCache | None = None,  # Continue after its tokens, and add these
+    ) -> Tensor:  # (B, T, V) scores of the token after each position
         return F.linear(self.hidden(ids, cache), self.head)
 
-    def loss(self,
-        ids:Tensor, # (B, T) int64
-        labels:Tensor, # (B, T) int64: the token to predict *at* each position; -100 where there is nothing to learn
-        n_targets:int|Tensor|None=None, # Labels in the whole effective batch; default: in this one
-        rows:Tensor|None=None, # (B, T), see `hidden`
-    )->Tensor: # () cross-entropy in nats: the sum over this batch / `n_targets`
+    def loss(
+        self,
+        ids: Tensor,  # (B, T) int64
+        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100 where there is nothing to learn
+        n_targets: (
+            int | Tensor | None
+        ) = None,  # Labels in the whole effective batch; default: in this one
+        rows: Tensor | None = None,  # (B, T), see `hidden`
+    ) -> Tensor:  # () cross-entropy in nats: the sum over this batch / `n_targets`
         "How badly each position predicts its label."
-        if ids.shape != labels.shape: raise ValueError(f"labels must be {tuple(ids.shape)} as the ids are; they are {tuple(labels.shape)}")
-        if n_targets is None: n_targets = int((labels != -100).sum())
-        if isinstance(n_targets, int) and n_targets < 1: raise ValueError("nothing to learn: every label is -100; was the whole batch masked or cut off?")
-        return linear_cross_entropy(self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten(), n_targets)
+        if ids.shape != labels.shape:
+            raise ValueError(
+                f"labels must be {tuple(ids.shape)} as the ids are; they are {tuple(labels.shape)}"
+            )
+        if n_targets is None:
+            n_targets = int((labels != -100).sum())
+        if isinstance(n_targets, int) and n_targets < 1:
+            raise ValueError(
+                "nothing to learn: every label is -100; was the whole batch masked or cut off?"
+            )
+        return linear_cross_entropy(
+            self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten(), n_targets
+        )
 
-    def log_probs(self,
-        ids:Tensor, # (B, T) int64
-        labels:Tensor, # (B, T) int64: the token to predict *at* each position; -100 where there is none
-        rows:Tensor|None=None, # (B, T), see `hidden`
-    )->Tensor: # (B, T) nats, float32; 0 where there is no label
+    def log_probs(
+        self,
+        ids: Tensor,  # (B, T) int64
+        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100 where there is none
+        rows: Tensor | None = None,  # (B, T), see `hidden`
+    ) -> Tensor:  # (B, T) nats, float32; 0 where there is no label
         "How likely each label is."
-        return linear_log_probs(self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten()).view(labels.shape)
+        return linear_log_probs(
+            self.hidden(ids, rows=rows).flatten(0, 1), self.head, labels.flatten()
+        ).view(labels.shape)
 
 # %% ../nbs/05_model.ipynb #8177d3d8
-def need_gpt(model:LanguageModel, what:str):
+def need_gpt(model: LanguageModel, what: str):
     "A `TypeError` for models that do not go from left to right."
-    if not isinstance(model, LanguageModel): raise TypeError(f"{what} needs a model, and {model!r:.80} is a {type(model).__name__}; open what it names: model,tokenizer = minigpt.checkpoint.open_model('DIR')")
-    if not isinstance(model, GPT): raise TypeError(f"{what} needs a GPT, which goes from left to right, and this is a {type(model).__name__}, which fills gaps; use minigpt.diffusion (infill, denoise), or `generate` of its run")
+    if not isinstance(model, LanguageModel):
+        raise TypeError(
+            f"{what} needs a model, and {model!r:.80} is a {type(model).__name__}; open what it"
+            " names: model,tokenizer = minigpt.checkpoint.open_model('DIR')"
+        )
+    if not isinstance(model, GPT):
+        raise TypeError(
+            f"{what} needs a GPT, which goes from left to right, and this is a"
+            f" {type(model).__name__}, which fills gaps; use minigpt.diffusion (infill, denoise),"
+            " or `generate` of its run"
+        )

@@ -20,367 +20,629 @@ from .picture import figure
 # %% ../nbs/11_monitor.ipynb #85957072
 class Metrics:
     "Appends to metrics.jsonl."
-    def __init__(self,
-        path:str|Path, # The file; appended to if it exists
-        attempt:int=1, # Which start of the run this is, from 1
-        step:int=0, # Where it starts
+
+    def __init__(
+        self,
+        path: str | Path,  # The file; appended to if it exists
+        attempt: int = 1,  # Which start of the run this is, from 1
+        step: int = 0,  # Where it starts
     ):
-        if Path(path).exists(): regular(path)
-        self.file,self.attempt,self.problem = open(path, 'a+b', buffering=0),attempt,None
+        if Path(path).exists():
+            regular(path)
+        self.file, self.attempt, self.problem = open(path, "a+b", buffering=0), attempt, None
         if self.file.tell():
             self.file.seek(-1, 2)
-            self.torn = self.file.read(1) != b'\n'
-        else: self.torn = False
-        self.write(event='start', step=step)
+            self.torn = self.file.read(1) != b"\n"
+        else:
+            self.torn = False
+        self.write(event="start", step=step)
 
-    def write(self, **row)->bool:
+    def write(self, **row) -> bool:
         "Add a line. Where that fails (a full disk), `problem` says why, and nothing is raised: a line of metrics is not worth a training."
-        line = orjson.dumps({**row, 'attempt':self.attempt, 'time':round(time.time(), 3)}, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
-        if self.torn: line = b'\n'+line # a line that was cut off stays alone
-        try: self.torn = self.file.write(line) != len(line); self.problem = 'the disk is full' if self.torn else None
-        except OSError as e: self.torn,self.problem = True,str(e)
+        line = orjson.dumps(
+            {**row, "attempt": self.attempt, "time": round(time.time(), 3)},
+            option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE,
+        )
+        if self.torn:
+            line = b"\n" + line  # a line that was cut off stays alone
+        try:
+            self.torn = self.file.write(line) != len(line)
+            self.problem = "the disk is full" if self.torn else None
+        except OSError as e:
+            self.torn, self.problem = True, str(e)
         return not self.problem
 
-    def content(self)->bytes: "All lines so far."; self.file.seek(0); return self.file.read()
-    def close(self): self.file.close()
+    def content(self) -> bytes:
+        "All lines so far."
+        self.file.seek(0)
+        return self.file.read()
+
+    def close(self):
+        self.file.close()
 
 # %% ../nbs/11_monitor.ipynb #29c24c83
-def _rows(data:bytes)->Iterator[dict]:
+def _rows(data: bytes) -> Iterator[dict]:
     "The rows in lines of metrics; what is torn or foreign is passed over."
     for line in data.splitlines():
-        try: row = orjson.loads(line)
-        except orjson.JSONDecodeError: continue
-        if isinstance(row, dict) and isinstance(row.get('step'), int): yield row
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            yield row
+
 
 def read_metrics(
-    path:str|Path, # A metrics.jsonl, perhaps of a run that is going on
-)->list[dict]: # A row a logged step, in order; a row has a `loss`, an `eval_loss` or both
+    path: str | Path,  # A metrics.jsonl, perhaps of a run that is going on
+) -> list[dict]:  # A row a logged step, in order; a row has a `loss`, an `eval_loss` or both
     "The metrics of the course that counts."
     rows = {}
     for row in _rows(regular(path).read_bytes()) if Path(path).exists() else ():
-        if row.get('event') == 'start': rows = {s:r for s,r in rows.items() if s <= row['step']}
-        else: rows[row['step']] = {**rows.get(row['step'], {}), **row}
+        if row.get("event") == "start":
+            rows = {s: r for s, r in rows.items() if s <= row["step"]}
+        else:
+            rows[row["step"]] = {**rows.get(row["step"], {}), **row}
     return [rows[s] for s in sorted(rows)]
 
 # %% ../nbs/11_monitor.ipynb #64044db1
 class Curves:
     "Numbers over steps, by name: `loss`, `eval_loss`, `lr`, …"
-    def __init__(self, rows:Iterable[dict]=()):
-        self.columns,self.sample,self.start = {},None,{} # `sample`: the newest row with a text; `start`: the row with which the newest attempt begins
-        for row in rows: self.add(row)
 
-    def add(self, row:dict):
+    def __init__(self, rows: Iterable[dict] = ()):
+        self.columns, self.sample, self.start = (
+            {},
+            None,
+            {},
+        )  # `sample`: the newest row with a text; `start`: the row with which the newest attempt begins
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict):
         "Take in a row; a row that starts an attempt makes those beyond it void."
-        step = row['step']
-        if row.get('event') == 'start':
+        step = row["step"]
+        if row.get("event") == "start":
             self.start = row
-            for steps,values in self.columns.values():
+            for steps, values in self.columns.values():
                 n = bisect_right(steps, step)
                 del steps[n:], values[n:]
-            if self.sample and self.sample['step'] > step: self.sample = None
+            if self.sample and self.sample["step"] > step:
+                self.sample = None
             return
-        if row.get('sample'): self.sample = row
-        for k,v in row.items():
-            if k == 'step' or not isinstance(v, (int,float)): continue
-            steps,values = self.columns.setdefault(k, (array('q'), array('d')))
+        if row.get("sample"):
+            self.sample = row
+        for k, v in row.items():
+            if k == "step" or not isinstance(v, (int, float)):
+                continue
+            steps, values = self.columns.setdefault(k, (array("q"), array("d")))
             i = bisect_left(steps, step)
-            if i == len(steps): steps.append(step); values.append(v)
-            elif steps[i] == step: values[i] = v
-            else: steps.insert(i, step); values.insert(i, v)
+            if i == len(steps):
+                steps.append(step)
+                values.append(v)
+            elif steps[i] == step:
+                values[i] = v
+            else:
+                steps.insert(i, step)
+                values.insert(i, v)
 
-    def __call__(self, name:str, since:int=0)->tuple[np.ndarray,np.ndarray]:
+    def __call__(self, name: str, since: int = 0) -> tuple[np.ndarray, np.ndarray]:
         "Steps and values, from step `since` on."
-        steps,values = self.columns.get(name, ((), ()))
+        steps, values = self.columns.get(name, ((), ()))
         n = bisect_left(steps, since)
-        return np.array(steps[n:]),np.array(values[n:])
+        return np.array(steps[n:]), np.array(values[n:])
 
-    def last(self, name:str)->float|None: "The newest value."; return self.columns[name][1][-1] if self.columns.get(name, [()])[0] else None
+    def last(self, name: str) -> float | None:
+        "The newest value."
+        return self.columns[name][1][-1] if self.columns.get(name, [()])[0] else None
+
     @property
-    def step(self)->int: "The newest step."; return max((steps[-1] for steps,_ in self.columns.values() if steps), default=0)
+    def step(self) -> int:
+        "The newest step."
+        return max((steps[-1] for steps, _ in self.columns.values() if steps), default=0)
+
 
 class Follower:
     "A metrics.jsonl, read as it grows."
-    def __init__(self, path:str|Path): self.path = Path(path); self.forget()
-    def forget(self): self.curves,self.offset,self.tail,self.problem = Curves(),0,b'',None
 
-    def read(self)->bool:
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.forget()
+
+    def forget(self):
+        self.curves, self.offset, self.tail, self.problem = Curves(), 0, b"", None
+
+    def read(self) -> bool:
         "Take in what was appended. Is there anything new? Where the file cannot be read, `problem` says why, and what is known stays."
         try:
-            with open(regular(self.path), 'rb') as f: f.seek(self.offset-len(self.tail)); data = f.read()
-        except OSError as e: self.problem = str(e); return False
+            with open(regular(self.path), "rb") as f:
+                f.seek(self.offset - len(self.tail))
+                data = f.read()
+        except OSError as e:
+            self.problem = str(e)
+            return False
         self.problem = None
-        if not data.startswith(self.tail): self.forget(); return self.read() # another file
-        whole,newline,_ = data[len(self.tail):].rpartition(b'\n')
-        if not newline: return False
-        self.offset += len(whole)+1; self.tail = (self.tail+whole+newline)[-64:]
-        for row in _rows(whole): self.curves.add(row)
+        if not data.startswith(self.tail):
+            self.forget()
+            return self.read()  # another file
+        whole, newline, _ = data[len(self.tail) :].rpartition(b"\n")
+        if not newline:
+            return False
+        self.offset += len(whole) + 1
+        self.tail = (self.tail + whole + newline)[-64:]
+        for row in _rows(whole):
+            self.curves.add(row)
         return True
 
 # %% ../nbs/11_monitor.ipynb #30a26f12
 def decimate(
-    x:np.ndarray, # (n,) steps
-    y:np.ndarray, # (n,) values
-    width:int, # Pixels
-)->tuple[np.ndarray,np.ndarray]: # At most 2·width+2 of the points, in their order
+    x: np.ndarray,  # (n,) steps
+    y: np.ndarray,  # (n,) values
+    width: int,  # Pixels
+) -> tuple[np.ndarray, np.ndarray]:  # At most 2·width+2 of the points, in their order
     "The lowest and the highest point of each stretch, and both ends."
-    if len(y) <= 2*width: return x,y
-    m = -(-len(y)//width)
-    stretches = np.pad(y, (0, -len(y)%m), 'edge').reshape(-1, m)
-    first = np.arange(len(stretches))*m
-    keep = np.unique(np.minimum(np.concatenate([[0], first+stretches.argmin(1), first+stretches.argmax(1), [len(y)-1]]), len(y)-1))
-    return x[keep],y[keep]
+    if len(y) <= 2 * width:
+        return x, y
+    m = -(-len(y) // width)
+    stretches = np.pad(y, (0, -len(y) % m), "edge").reshape(-1, m)
+    first = np.arange(len(stretches)) * m
+    keep = np.unique(
+        np.minimum(
+            np.concatenate(
+                [[0], first + stretches.argmin(1), first + stretches.argmax(1), [len(y) - 1]]
+            ),
+            len(y) - 1,
+        )
+    )
+    return x[keep], y[keep]
+
 
 def smooth(
-    y:np.ndarray, # (n,) values
-)->np.ndarray: # (n,)
+    y: np.ndarray,  # (n,) values
+) -> np.ndarray:  # (n,)
     "The mean around each value, over a twentieth of the curve."
-    h,i,total = len(y)//40,np.arange(len(y)),np.cumsum(np.concatenate([[0.], y]))
-    low,high = np.maximum(0, i-h),np.minimum(len(y), i+h+1)
-    return (total[high]-total[low])/(high-low)
+    h, i, total = len(y) // 40, np.arange(len(y)), np.cumsum(np.concatenate([[0.0], y]))
+    low, high = np.maximum(0, i - h), np.minimum(len(y), i + h + 1)
+    return (total[high] - total[low]) / (high - low)
 
 # %% ../nbs/11_monitor.ipynb #ea93f264
-_CJK = ('Noto Sans CJK SC','Noto Sans CJK JP','Source Han Sans SC','WenQuanYi Zen Hei','WenQuanYi Micro Hei','SimHei','Microsoft YaHei','PingFang SC','Hiragino Sans GB','Droid Sans Fallback')
+_CJK = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "SimHei",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Hiragino Sans GB",
+    "Droid Sans Fallback",
+)
 
-def _written(text:str)->tuple[str,dict]:
+
+def _written(text: str) -> tuple[str, dict]:
     "A name and its font, as Matplotlib can show it: its own font has no Chinese, so one of this machine is used, or the characters are left out."
-    if all(ord(c) < 0x2e80 for c in text): return text,{}
+    if all(ord(c) < 0x2E80 for c in text):
+        return text, {}
     from matplotlib import font_manager
+
     fonts = [f for f in _CJK if f in {f.name for f in font_manager.fontManager.ttflist}]
-    return (text,dict(family=['DejaVu Sans', *fonts])) if fonts else (''.join(c if ord(c) < 0x2e80 else '?' for c in text),{})
+    return (
+        (text, dict(family=["DejaVu Sans", *fonts]))
+        if fonts
+        else ("".join(c if ord(c) < 0x2E80 else "?" for c in text), {})
+    )
+
 
 class _Panel:
     "Curves on axes: made once, given new numbers again and again."
-    def __init__(self, ax, name:str, other:str|None=None, scale:float=1., **labels):
-        self.ax,self.name,self.other,self.scale = ax,name,other,scale
-        self.raw,self.mean,self.held = (ax.plot([], [], *style, **kw)[0] for style,kw in (((), dict(lw=.6, alpha=.4, color='C0')), ((), dict(lw=1.6, color='C0')), (('o-',) if other == 'eval_loss' else (), dict(ms=3, lw=1, color='C1'))))
-        ax.set(**labels); ax.grid(alpha=.3)
 
-    def show(self, curves:Curves, since:int=0, log:bool=False, smoothed:bool=True)->tuple:
+    def __init__(self, ax, name: str, other: str | None = None, scale: float = 1.0, **labels):
+        self.ax, self.name, self.other, self.scale = ax, name, other, scale
+        self.raw, self.mean, self.held = (
+            ax.plot([], [], *style, **kw)[0]
+            for style, kw in (
+                ((), dict(lw=0.6, alpha=0.4, color="C0")),
+                ((), dict(lw=1.6, color="C0")),
+                (("o-",) if other == "eval_loss" else (), dict(ms=3, lw=1, color="C1")),
+            )
+        )
+        ax.set(**labels)
+        ax.grid(alpha=0.3)
+
+    def show(
+        self, curves: Curves, since: int = 0, log: bool = False, smoothed: bool = True
+    ) -> tuple:
         "Draw what lies beyond step `since`; returns the values of both curves."
-        x,y = curves(self.name, since); u,v = curves(self.other, since) if self.other else (x[:0], y[:0])
-        y,v = y*self.scale,v*self.scale
+        x, y = curves(self.name, since)
+        u, v = curves(self.other, since) if self.other else (x[:0], y[:0])
+        y, v = y * self.scale, v * self.scale
         width = int(self.ax.bbox.width)
-        self.raw.set_data(*decimate(x, y, width)); self.mean.set_data(*(decimate(x, smooth(y), width) if smoothed else ([], []))); self.held.set_data(*decimate(u, v, width))
-        self.raw.set(lw=.6 if smoothed else 1, alpha=.4 if smoothed else 1)
-        scale = 'log' if log and all((a > 0).all() for a in (y,v)) else 'linear'
-        if scale != self.ax.get_yscale(): self.ax.set_yscale(scale)
-        self.ax.relim(); self.ax.autoscale_view()
-        return y,v
+        self.raw.set_data(*decimate(x, y, width))
+        self.mean.set_data(*(decimate(x, smooth(y), width) if smoothed else ([], [])))
+        self.held.set_data(*decimate(u, v, width))
+        self.raw.set(lw=0.6 if smoothed else 1, alpha=0.4 if smoothed else 1)
+        scale = "log" if log and all((a > 0).all() for a in (y, v)) else "linear"
+        if scale != self.ax.get_yscale():
+            self.ax.set_yscale(scale)
+        self.ax.relim()
+        self.ax.autoscale_view()
+        return y, v
 
-def _show_loss(panel:_Panel, curves:Curves, since:int, log:bool=False, smoothed:bool=True):
-    y,v = panel.show(curves, since, log, smoothed)
-    named = [(panel.mean if smoothed else panel.raw, f'training: now {y[-1]:.3f}, lowest {y.min():.3f}, mean {y.mean():.3f}')] if len(y) else []
-    if len(v): named.append((panel.held, f'validation: now {v[-1]:.3f}, lowest {v.min():.3f}'))
-    if named: panel.ax.legend(*zip(*named), fontsize=7, loc='upper right')
 
-_LOSS = dict(xlabel='optimizer step', ylabel='loss (nats a token)')
+def _show_loss(panel: _Panel, curves: Curves, since: int, log: bool = False, smoothed: bool = True):
+    y, v = panel.show(curves, since, log, smoothed)
+    named = (
+        [
+            (
+                panel.mean if smoothed else panel.raw,
+                f"training: now {y[-1]:.3f}, lowest {y.min():.3f}, mean {y.mean():.3f}",
+            )
+        ]
+        if len(y)
+        else []
+    )
+    if len(v):
+        named.append((panel.held, f"validation: now {v[-1]:.3f}, lowest {v.min():.3f}"))
+    if named:
+        panel.ax.legend(*zip(*named), fontsize=7, loc="upper right")
+
+
+_LOSS = dict(xlabel="optimizer step", ylabel="loss (nats a token)")
+
 
 def plot_losses(
-    rows:list[dict]|Curves, # Of `read_metrics`, or of a `Follower`
-    title:str='', # Over both panels
-    last:int=1000, # Steps of the right panel
-    log:bool=False, # Logarithmic losses?
-): # A matplotlib Figure; a notebook shows it, `savefig` writes it
+    rows: list[dict] | Curves,  # Of `read_metrics`, or of a `Follower`
+    title: str = "",  # Over both panels
+    last: int = 1000,  # Steps of the right panel
+    log: bool = False,  # Logarithmic losses?
+):  # A matplotlib Figure; a notebook shows it, `savefig` writes it
     "The loss in full and for the last steps, with the current, lowest and mean value."
     curves = rows if isinstance(rows, Curves) else Curves(rows)
-    fig = figure(figsize=(9,3), dpi=80, layout='constrained')
-    for ax,since,name in zip(fig.subplots(1, 2), (0, max(0, curves.step-last)), ('whole run',f'last {last:,} steps')):
-        _show_loss(_Panel(ax, 'loss', 'eval_loss', title=name, **_LOSS), curves, since, log)
-    text,font = _written(title)
+    fig = figure(figsize=(9, 3), dpi=80, layout="constrained")
+    for ax, since, name in zip(
+        fig.subplots(1, 2), (0, max(0, curves.step - last)), ("whole run", f"last {last:,} steps")
+    ):
+        _show_loss(_Panel(ax, "loss", "eval_loss", title=name, **_LOSS), curves, since, log)
+    text, font = _written(title)
     fig.suptitle(text, **font)
     return fig
 
+
 def save_plots(
-    folder:str|Path, # `plots/` of a run
-    rows:list[dict]|Curves, # Of `read_metrics`, or of a `Follower`
-    step:int, # In the file's name
-    final:bool=False, # Is the run finished?
-    title:str='', # Over the picture
-)->Path: # The file with the step in its name
+    folder: str | Path,  # `plots/` of a run
+    rows: list[dict] | Curves,  # Of `read_metrics`, or of a `Follower`
+    step: int,  # In the file's name
+    final: bool = False,  # Is the run finished?
+    title: str = "",  # Over the picture
+) -> Path:  # The file with the step in its name
     "Write `loss_curve_step_N.png` (or `loss_curve_final_step_N.png`) and `loss_curve_latest.png`."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    plot_losses(rows, title).savefig(png := io.BytesIO(), format='png')
-    path = folder/f"loss_curve_{'final_' if final else ''}step_{step}.png"
-    for f in path, folder/'loss_curve_latest.png': write_file(f, png.getvalue())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_losses(rows, title).savefig(png := io.BytesIO(), format="png")
+    path = folder / f"loss_curve_{'final_' if final else ''}step_{step}.png"
+    for f in path, folder / "loss_curve_latest.png":
+        write_file(f, png.getvalue())
     return path
 
 # %% ../nbs/11_monitor.ipynb #55f8a3c0
 def plot_runs(
-    runs:dict[str,list[dict]|Curves], # Name → rows
-    last:int=0, # Only this many steps, counted back from the longest run's end; 0: all
-    log:bool=False, # Logarithmic losses?
-): # A matplotlib Figure
+    runs: dict[str, list[dict] | Curves],  # Name → rows
+    last: int = 0,  # Only this many steps, counted back from the longest run's end; 0: all
+    log: bool = False,  # Logarithmic losses?
+):  # A matplotlib Figure
     "The losses of several runs in one picture."
-    runs = {name:r if isinstance(r, Curves) else Curves(r) for name,r in runs.items()}
-    since = max(0, max((c.step for c in runs.values()), default=0)-last) if last else 0
-    fig = figure(figsize=(9,4), dpi=80, layout='constrained')
+    runs = {name: r if isinstance(r, Curves) else Curves(r) for name, r in runs.items()}
+    since = max(0, max((c.step for c in runs.values()), default=0) - last) if last else 0
+    fig = figure(figsize=(9, 4), dpi=80, layout="constrained")
     ax = fig.subplots()
-    for i,(name,c) in enumerate(runs.items()):
-        (x,y),held,color = c('loss', since),c('eval_loss', since),f'C{i%10}'
-        text,font = _written(name)
-        if len(y): ax.plot(*decimate(x, smooth(y), 700), lw=1.4, color=color, label=f'{text}: {y[-1]:.3f} at step {x[-1]:,}' + (f', validation {held[1].min():.3f} at its lowest' if len(held[1]) else ''))
-        ax.plot(*decimate(*held, 700), 'o', ms=4, color=color)
-    ax.set(**_LOSS, yscale='log' if log else 'linear'); ax.grid(alpha=.3)
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8, loc='upper right', prop=dict(size=8, **font))
+    for i, (name, c) in enumerate(runs.items()):
+        (x, y), held, color = c("loss", since), c("eval_loss", since), f"C{i % 10}"
+        text, font = _written(name)
+        if len(y):
+            ax.plot(
+                *decimate(x, smooth(y), 700),
+                lw=1.4,
+                color=color,
+                label=f"{text}: {y[-1]:.3f} at step {x[-1]:,}"
+                + (f", validation {held[1].min():.3f} at its lowest" if len(held[1]) else ""),
+            )
+        ax.plot(*decimate(*held, 700), "o", ms=4, color=color)
+    ax.set(**_LOSS, yscale="log" if log else "linear")
+    ax.grid(alpha=0.3)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=8, loc="upper right", prop=dict(size=8, **font))
     return fig
 
 # %% ../nbs/11_monitor.ipynb #9f6b60a7
 class LossPicture:
     "The losses of a run and what goes with them, drawn again and again on one figure."
+
     def __init__(self):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        self.figure = Figure(figsize=(9,4.4), dpi=80)
-        self.canvas,at = FigureCanvasAgg(self.figure),self.figure.add_axes
-        self.whole,self.recent = _Panel(at((.06,.47,.43,.47)), 'loss', 'eval_loss', title='whole run', **_LOSS),_Panel(at((.555,.47,.43,.47)), 'loss', 'eval_loss', xlabel='optimizer step')
-        small = dict(lr=('learning rate',None,1), grad_norm=('gradient norm',None,1), tokens_per_second=('tokens/s',None,1), memory=('memory, GiB','memory_reserved',2**-30))
-        self.small = {title:_Panel(at((.06+.2433*i,.08,.195,.22)), name, other, scale) for i,(name,(title,other,scale)) in enumerate(small.items())}
-        for p in self.small.values(): p.ax.tick_params(labelsize=6.5); p.ax.locator_params(axis='x', nbins=4); p.ax.yaxis.get_offset_text().set_size(6.5)
 
-    def png(self,
-        curves:Curves, # Of a `Follower`
-        log:bool=False, # Logarithmic losses?
-        smoothed:bool=True, # A thick line of means over the thin one?
-        last:int=1000, # Steps of the right panel; 0: none, and the left one takes its place
-    )->bytes: # A PNG of 720 × 352 pixels
+        self.figure = Figure(figsize=(9, 4.4), dpi=80)
+        self.canvas, at = FigureCanvasAgg(self.figure), self.figure.add_axes
+        self.whole, self.recent = (
+            _Panel(at((0.06, 0.47, 0.43, 0.47)), "loss", "eval_loss", title="whole run", **_LOSS),
+            _Panel(at((0.555, 0.47, 0.43, 0.47)), "loss", "eval_loss", xlabel="optimizer step"),
+        )
+        small = dict(
+            lr=("learning rate", None, 1),
+            grad_norm=("gradient norm", None, 1),
+            tokens_per_second=("tokens/s", None, 1),
+            memory=("memory, GiB", "memory_reserved", 2**-30),
+        )
+        self.small = {
+            title: _Panel(at((0.06 + 0.2433 * i, 0.08, 0.195, 0.22)), name, other, scale)
+            for i, (name, (title, other, scale)) in enumerate(small.items())
+        }
+        for p in self.small.values():
+            p.ax.tick_params(labelsize=6.5)
+            p.ax.locator_params(axis="x", nbins=4)
+            p.ax.yaxis.get_offset_text().set_size(6.5)
+
+    def png(
+        self,
+        curves: Curves,  # Of a `Follower`
+        log: bool = False,  # Logarithmic losses?
+        smoothed: bool = True,  # A thick line of means over the thin one?
+        last: int = 1000,  # Steps of the right panel; 0: none, and the left one takes its place
+    ) -> bytes:  # A PNG of 720 × 352 pixels
         "Draw."
         from PIL import Image
-        self.recent.ax.set_visible(bool(last)); self.whole.ax.set_position((.06,.47,.43 if last else .925,.47))
+
+        self.recent.ax.set_visible(bool(last))
+        self.whole.ax.set_position((0.06, 0.47, 0.43 if last else 0.925, 0.47))
         _show_loss(self.whole, curves, 0, log, smoothed)
-        if last: _show_loss(self.recent, curves, max(0, curves.step-last), log, smoothed); self.recent.ax.set_title(f'last {last:,} steps')
-        for title,p in self.small.items():
-            y,_ = p.show(curves, smoothed=smoothed and p.name not in ('lr','memory'))
-            p.ax.set_title(f'{title} {y[-1]:,.4g}' if len(y) else title, size=8); p.ax.set_visible(len(y) > 0)
+        if last:
+            _show_loss(self.recent, curves, max(0, curves.step - last), log, smoothed)
+            self.recent.ax.set_title(f"last {last:,} steps")
+        for title, p in self.small.items():
+            y, _ = p.show(curves, smoothed=smoothed and p.name not in ("lr", "memory"))
+            p.ax.set_title(f"{title} {y[-1]:,.4g}" if len(y) else title, size=8)
+            p.ax.set_visible(len(y) > 0)
         self.canvas.draw()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())[...,:3]).quantize(48, Image.Quantize.FASTOCTREE).save(f := io.BytesIO(), 'png') # a third of the bytes
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3]).quantize(
+            48, Image.Quantize.FASTOCTREE
+        ).save(f := io.BytesIO(), "png")  # a third of the bytes
         return f.getvalue()
 
 # %% ../nbs/11_monitor.ipynb #b4c14be9
 class PlotWriter:
     "Writes `plots/` of a run on a thread."
-    def __init__(self,
-        run_path:str|Path, # The run's folder
-        max_steps:int=0, # For the title
-    ):
-        self.path,self.max_steps = Path(run_path),max_steps
-        self.follower,self.lock,self.wanted,self.thread,self.problem = Follower(self.path/'metrics.jsonl'),threading.Lock(),None,None,None
 
-    def save(self,
-        step:int, # In the file's name
-        final:bool=False, # Is the run finished?
+    def __init__(
+        self,
+        run_path: str | Path,  # The run's folder
+        max_steps: int = 0,  # For the title
+    ):
+        self.path, self.max_steps = Path(run_path), max_steps
+        self.follower, self.lock, self.wanted, self.thread, self.problem = (
+            Follower(self.path / "metrics.jsonl"),
+            threading.Lock(),
+            None,
+            None,
+            None,
+        )
+
+    def save(
+        self,
+        step: int,  # In the file's name
+        final: bool = False,  # Is the run finished?
     ):
         "Ask for a picture, and return at once."
         with self.lock:
-            self.wanted = step,final
-            if not self.thread: self.thread = threading.Thread(target=self._work, name='minigpt-plot', daemon=True); self.thread.start()
+            self.wanted = step, final
+            if not self.thread:
+                self.thread = threading.Thread(target=self._work, name="minigpt-plot", daemon=True)
+                self.thread.start()
 
     def _work(self):
         while True:
             with self.lock:
-                if not self.wanted: self.thread = None; return
-                (step,final),self.wanted = self.wanted,None
+                if not self.wanted:
+                    self.thread = None
+                    return
+                (step, final), self.wanted = self.wanted, None
             try:
                 self.follower.read()
-                save_plots(self.path/'plots', self.follower.curves, step, final, f'{self.path.name}: step {step:,}' + (f' of {self.max_steps:,}' if self.max_steps else ''))
+                save_plots(
+                    self.path / "plots",
+                    self.follower.curves,
+                    step,
+                    final,
+                    f"{self.path.name}: step {step:,}"
+                    + (f" of {self.max_steps:,}" if self.max_steps else ""),
+                )
                 self.problem = None
-            except Exception as e: self.problem = f'the picture of step {step:,} could not be written: {e}' # nothing about a picture is worth a training
+            except Exception as e:
+                self.problem = (  # nothing about a picture is worth a training
+                    f"the picture of step {step:,} could not be written: {e}"
+                )
 
-    def close(self,
-        seconds:float=30., # A disk that hangs is not waited for any longer
-    )->bool: # Is the last picture written?
+    def close(
+        self,
+        seconds: float = 30.0,  # A disk that hangs is not waited for any longer
+    ) -> bool:  # Is the last picture written?
         "Wait for the last picture."
-        if thread := self.thread: thread.join(seconds)
+        if thread := self.thread:
+            thread.join(seconds)
         return not self.thread and not self.problem
 
 # %% ../nbs/11_monitor.ipynb #9869c28d
-TAGS = dict(loss='loss/training', eval_loss='loss/validation', lr='training/learning_rate', grad_norm='training/gradient_norm', tokens_per_second='speed/tokens_per_second', memory='memory/allocated_GiB', memory_reserved='memory/reserved_GiB')
+TAGS = dict(
+    loss="loss/training",
+    eval_loss="loss/validation",
+    lr="training/learning_rate",
+    grad_norm="training/gradient_norm",
+    tokens_per_second="speed/tokens_per_second",
+    memory="memory/allocated_GiB",
+    memory_reserved="memory/reserved_GiB",
+)
+
 
 class EventWriter:
     "Appends to a new event file in a run's `tensorboard/`."
-    def __init__(self,
-        folder:str|Path, # `tensorboard/` of a run
-        step:int=0, # Where this attempt starts: later ones of the attempt before no longer count
-        rows:Iterable[dict]=(), # Of `read_metrics`: written where the folder holds no event file yet
+
+    def __init__(
+        self,
+        folder: str | Path,  # `tensorboard/` of a run
+        step: int = 0,  # Where this attempt starts: later ones of the attempt before no longer count
+        rows: Iterable[
+            dict
+        ] = (),  # Of `read_metrics`: written where the folder holds no event file yet
     ):
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.summary.writer.record_writer import RecordWriter
-        except ImportError: raise ImportError("TensorBoard's event files need the package tensorboard; install it with: pip install 'minigpt-notebook[tensorboard]', or pass tensorboard=False") from None
-        self.Event,self.folder,self.file,self.end,self.problem = Event,Path(folder),None,0,None
+        except ImportError:
+            raise ImportError(
+                "TensorBoard's event files need the package tensorboard; install it with: pip"
+                " install 'minigpt-notebook[tensorboard]', or pass tensorboard=False"
+            ) from None
+        self.Event, self.folder, self.file, self.end, self.problem = (
+            Event,
+            Path(folder),
+            None,
+            0,
+            None,
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            known = any(self.folder.glob('*tfevents*'))
-            self.file = open(self.folder/f'events.out.tfevents.{time.time():017.6f}.minigpt', 'xb', buffering=0) # TensorBoard reads them in the order of their names
-        except OSError as e: self.problem = str(e); return
+            known = any(self.folder.glob("*tfevents*"))
+            self.file = open(
+                self.folder / f"events.out.tfevents.{time.time():017.6f}.minigpt", "xb", buffering=0
+            )  # TensorBoard reads them in the order of their names
+        except OSError as e:
+            self.problem = str(e)
+            return
         self.records = RecordWriter(self)
-        self.event(wall_time=time.time(), file_version='brain.Event:2')
-        if known: self.event(wall_time=time.time(), step=step+1, session_log=SessionLog(status=SessionLog.START))
+        self.event(wall_time=time.time(), file_version="brain.Event:2")
+        if known:
+            self.event(
+                wall_time=time.time(),
+                step=step + 1,
+                session_log=SessionLog(status=SessionLog.START),
+            )
         else:
             for row in rows:
-                if row['step'] <= step: self.log(row)
+                if row["step"] <= step:
+                    self.log(row)
 
-    def event(self, **facts): self.records.write(self.Event(**facts).SerializeToString())
+    def event(self, **facts):
+        self.records.write(self.Event(**facts).SerializeToString())
 
-    def log(self,
-        row:dict, # Of metrics
-    )->bool:
+    def log(
+        self,
+        row: dict,  # Of metrics
+    ) -> bool:
         "Add a row. Where that fails, `problem` says why, and nothing is raised."
-        values = [dict(tag=tag, simple_value=row[k]*(2**-30 if tag.endswith('GiB') else 1)) for k,tag in TAGS.items() if row.get(k) is not None]
-        if self.file and values: self.event(wall_time=row.get('time') or time.time(), step=row['step'], summary=dict(value=values))
+        values = [
+            dict(tag=tag, simple_value=row[k] * (2**-30 if tag.endswith("GiB") else 1))
+            for k, tag in TAGS.items()
+            if row.get(k) is not None
+        ]
+        if self.file and values:
+            self.event(
+                wall_time=row.get("time") or time.time(),
+                step=row["step"],
+                summary=dict(value=values),
+            )
         return not self.problem
 
-    def write(self, record:bytes):
+    def write(self, record: bytes):
         "Called with a whole record."
         try:
-            if self.problem: self.file.seek(self.end); self.file.truncate() # nothing may follow half a record
-            self.problem = None if self.file.write(record) == len(record) else 'the disk is full'
-        except OSError as e: self.problem = str(e)
-        if not self.problem: self.end += len(record)
+            if self.problem:
+                self.file.seek(self.end)
+                self.file.truncate()  # nothing may follow half a record
+            self.problem = None if self.file.write(record) == len(record) else "the disk is full"
+        except OSError as e:
+            self.problem = str(e)
+        if not self.problem:
+            self.end += len(record)
 
     def close(self):
-        if self.file: self.file.close()
+        if self.file:
+            self.file.close()
 
 # %% ../nbs/11_monitor.ipynb #2caddefc
 class RunLog:
     "Appends lines to run.log; as a context it notes what ended it."
-    def __init__(self, path:str|Path): # it says now if that cannot be
-        self.path,self.counts = Path(path),True # `counts`: is an error the end of a training, and not of a call that was refused?
-        if self.path.is_fifo(): regular(path)
-        open(path, 'ab').close()
-    def __call__(self, message:str):
+
+    def __init__(self, path: str | Path):  # it says now if that cannot be
+        self.path, self.counts = (
+            Path(path),
+            True,
+        )  # `counts`: is an error the end of a training, and not of a call that was refused?
+        if self.path.is_fifo():
+            regular(path)
+        open(path, "ab").close()
+
+    def __call__(self, message: str):
         "Add a line."
-        with contextlib.suppress(OSError), open(self.path, 'ab', buffering=0) as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors='replace'))
-    def __enter__(self): return self
+        with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as f:
+            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="replace"))
+
+    def __enter__(self):
+        return self
+
     def __exit__(self, kind, error, trace):
-        if kind and self.counts: self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
+        if kind and self.counts:
+            self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
+
 
 def read_log(
-    path:str|Path, # A run.log
-    n:int=8, # Lines at most, the newest
-    troubles:bool=False, # Only warnings and errors?
-)->list[str]: # With their times
+    path: str | Path,  # A run.log
+    n: int = 8,  # Lines at most, the newest
+    troubles: bool = False,  # Only warnings and errors?
+) -> list[str]:  # With their times
     "The last lines of a log; none where there is no log."
     try:
-        with open(regular(path), 'rb') as f: f.seek(max(0, f.seek(0, 2)-2**18)); lines = f.read().decode(errors='replace').splitlines()
-    except OSError: return []
+        with open(regular(path), "rb") as f:
+            f.seek(max(0, f.seek(0, 2) - 2**18))
+            lines = f.read().decode(errors="replace").splitlines()
+    except OSError:
+        return []
     return [l for l in lines if l.strip() and (not troubles or trouble(l))][-n:]
 
-def trouble(line:str)->bool: "Does a line tell of something that is wrong?"; return bool(_TROUBLE.search(line))
 
-_TROUBLE = re.compile(r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed over|damaged|refused") # what minigpt wants to be seen it writes in capitals
+def trouble(line: str) -> bool:
+    "Does a line tell of something that is wrong?"
+    return bool(_TROUBLE.search(line))
+
+
+_TROUBLE = re.compile(
+    r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed"
+    r" over|damaged|refused"
+)  # what minigpt wants to be seen it writes in capitals
 
 # %% ../nbs/11_monitor.ipynb #df1e9640
 def memory(
-    device:str='cpu', # Of the training
-)->dict[str,int]: # `memory`: bytes that its tensors have taken at most, on a CPU what the process takes; `memory_reserved`: what torch keeps for itself
+    device: str = "cpu",  # Of the training
+) -> dict[
+    str, int
+]:  # `memory`: bytes that its tensors have taken at most, on a CPU what the process takes; `memory_reserved`: what torch keeps for itself
     "What training takes of the memory."
-    kind = device.split(':')[0]
-    if kind == 'cpu': return dict(memory=psutil.Process().memory_info().rss)
+    kind = device.split(":")[0]
+    if kind == "cpu":
+        return dict(memory=psutil.Process().memory_info().rss)
     import torch
-    if kind == 'cuda': return dict(memory=torch.cuda.max_memory_allocated(device), memory_reserved=torch.cuda.memory_reserved(device))
-    return dict(memory=torch.mps.current_allocated_memory(), memory_reserved=torch.mps.driver_allocated_memory())
 
-def in_notebook()->bool:
+    if kind == "cuda":
+        return dict(
+            memory=torch.cuda.max_memory_allocated(device),
+            memory_reserved=torch.cuda.memory_reserved(device),
+        )
+    return dict(
+        memory=torch.mps.current_allocated_memory(),
+        memory_reserved=torch.mps.driver_allocated_memory(),
+    )
+
+
+def in_notebook() -> bool:
     "Does what is displayed here appear in a notebook? Not in a terminal, nor in `!minigpt …`."
-    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    return getattr(shell, 'kernel', None) is not None # Jupyter's shell, Colab's and VS Code's have one
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return (
+        getattr(shell, "kernel", None) is not None
+    )  # Jupyter's shell, Colab's and VS Code's have one

@@ -12,101 +12,161 @@ from torch import Tensor, nn
 from .config import TrainConfig
 
 # %% ../nbs/12_optim.ipynb #019e5656
-def _groups(params:list[nn.Parameter], config:TrainConfig)->list[dict]:
+def _groups(params: list[nn.Parameter], config: TrainConfig) -> list[dict]:
     "Matrices decay, norms do not."
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
-    return [g for g in groups if g['params']]
+    groups = [
+        dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay),
+        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
+    ]
+    return [g for g in groups if g["params"]]
 
-def _usual(config:TrainConfig, device:str)->dict:
-    return dict(lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), fused=not config.disable_optimizations and device.split(':')[0] in ('cuda','cpu'))
+
+def _usual(config: TrainConfig, device: str) -> dict:
+    return dict(
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=not config.disable_optimizations and device.split(":")[0] in ("cuda", "cpu"),
+    )
 
 # %% ../nbs/12_optim.ipynb #5012185c
 def adamw(
-    model:nn.Module, # On its device already
-    config:TrainConfig, # `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2`
-    device:str, # Where the model is
-)->torch.optim.AdamW:
+    model: nn.Module,  # On its device already
+    config: TrainConfig,  # `learning_rate`, `weight_decay`, `adam_beta1`, `adam_beta2`
+    device: str,  # Where the model is
+) -> torch.optim.AdamW:
     "AdamW (Loshchilov and Hutter 2019) for all that is trained."
-    return torch.optim.AdamW(_groups([p for p in model.parameters() if p.requires_grad], config), **_usual(config, device))
+    return torch.optim.AdamW(
+        _groups([p for p in model.parameters() if p.requires_grad], config),
+        **_usual(config, device),
+    )
 
 # %% ../nbs/12_optim.ipynb #b48eb099
-_A,_B,_C = 3.4445,-4.7750,2.0315 # Jordan's: steep at zero, so that small singular values rise fast
+_A, _B, _C = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # Jordan's: steep at zero, so that small singular values rise fast
+
 
 def orthogonal(
-    x:Tensor, # (n, rows, columns), float
-)->Tensor: # The same shape; singular values from .7 to 1.2, except those that were below a thousandth of the norm
+    x: Tensor,  # (n, rows, columns), float
+) -> Tensor:  # The same shape; singular values from .7 to 1.2, except those that were below a thousandth of the norm
     "The nearest matrix with equal singular values, roughly (Newton-Schulz)."
-    if wide := x.shape[-2] > x.shape[-1]: x = x.mT
-    x = x/x.norm(dim=(-2,-1), keepdim=True).clamp_min(1e-7)
+    if wide := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
-        xx = x@x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=_B, alpha=_C), x, beta=_A) # A*x + (B*xx + C*xx@xx)@x
+        xx = x @ x.mT
+        x = torch.baddbmm(
+            x, torch.baddbmm(xx, xx, xx, beta=_B, alpha=_C), x, beta=_A
+        )  # A*x + (B*xx + C*xx@xx)@x
     return x.mT if wide else x
 
 # %% ../nbs/12_optim.ipynb #1f256485
-_AT_ONCE = 1 << 24 # numbers in the matrices that are stacked for one product: enough to fill a GPU, and no second model in memory
+_AT_ONCE = (
+    1 << 24
+)  # numbers in the matrices that are stacked for one product: enough to fill a GPU, and no second model in memory
+
 
 class Muon(torch.optim.Optimizer):
     "Muon (Jordan et al. 2024) for matrices, AdamW for the rest; decoupled weight decay for both."
-    def __init__(self,
-        matrices:list[nn.Parameter], # (rows, columns) each
-        others:list[dict], # Groups for AdamW
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],  # (rows, columns) each
+        others: list[dict],  # Groups for AdamW
         *,
-        lr:float, # Of both
-        weight_decay:float, # Of the matrices
-        momentum:float=.95, # Memory of the matrices' gradients, Nesterov's
-        **adamw, # Settings of AdamW
+        lr: float,  # Of both
+        weight_decay: float,  # Of the matrices
+        momentum: float = 0.95,  # Memory of the matrices' gradients, Nesterov's
+        **adamw,  # Settings of AdamW
     ):
         self.adamw = torch.optim.AdamW(others, lr=lr, **adamw) if others else None
-        super().__init__([*(self.adamw.param_groups if others else []), *([dict(params=matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)] if matrices else [])], {})
+        super().__init__(
+            [
+                *(self.adamw.param_groups if others else []),
+                *(
+                    [dict(params=matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)]
+                    if matrices
+                    else []
+                ),
+            ],
+            {},
+        )
 
     @torch.no_grad()
     def step(self):
         "Change every parameter that has a gradient."
-        if self.adamw: # works on our state, under the groups as they are now
-            self.adamw.state,self.adamw.param_groups = self.state,[g for g in self.param_groups if 'momentum' not in g]
+        if self.adamw:  # works on our state, under the groups as they are now
+            self.adamw.state, self.adamw.param_groups = (
+                self.state,
+                [g for g in self.param_groups if "momentum" not in g],
+            )
             self.adamw.step()
         for g in self.param_groups:
-            if 'momentum' not in g: continue
+            if "momentum" not in g:
+                continue
             alike = {}
-            for p in g['params']:
-                if p.grad is not None: alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            for (a,b),params in alike.items():
-                n = max(1, _AT_ONCE//(a*b))
-                for i in range(0, len(params), n): self._step(params[i:i+n], g)
+            for p in g["params"]:
+                if p.grad is not None:
+                    alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for (a, b), params in alike.items():
+                n = max(1, _AT_ONCE // (a * b))
+                for i in range(0, len(params), n):
+                    self._step(params[i : i + n], g)
 
-    def _step(self, params:list[nn.Parameter], g:dict):
+    def _step(self, params: list[nn.Parameter], g: dict):
         "One step of matrices that have the same sides."
         for p in params:
-            if not self.state[p]: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
-        grads,average = [p.grad for p in params],[self.state[p]['momentum_buffer'] for p in params]
-        torch._foreach_lerp_(average, grads, 1-g['momentum'])
-        ahead = torch._foreach_lerp(grads, average, g['momentum'])
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        grads, average = (
+            [p.grad for p in params],
+            [self.state[p]["momentum_buffer"] for p in params],
+        )
+        torch._foreach_lerp_(average, grads, 1 - g["momentum"])
+        ahead = torch._foreach_lerp(grads, average, g["momentum"])
         tall = [p.shape[0] > p.shape[1] for p in params]
-        x = torch.stack([u.mT if t else u for u,t in zip(ahead, tall)])
-        half = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8,0)  # bf16 is good enough, where it is fast
+        x = torch.stack([u.mT if t else u for u, t in zip(ahead, tall)])
+        half = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (
+            8,
+            0,
+        )  # bf16 is good enough, where it is fast
         x = orthogonal(x.bfloat16() if half else x).to(x.dtype)
-        torch._foreach_mul_(params, 1-g['lr']*g['weight_decay'])
-        torch._foreach_add_(params, [u.mT if t else u for u,t in zip(x, tall)], alpha=-g['lr']*.2*math.sqrt(x.shape[-1]))
+        torch._foreach_mul_(params, 1 - g["lr"] * g["weight_decay"])
+        torch._foreach_add_(
+            params,
+            [u.mT if t else u for u, t in zip(x, tall)],
+            alpha=-g["lr"] * 0.2 * math.sqrt(x.shape[-1]),
+        )
 
 # %% ../nbs/12_optim.ipynb #ad50196e
 def muon(
-    model:nn.Module, # On its device already
-    config:TrainConfig, # `learning_rate`, `weight_decay`, and for AdamW's part `adam_beta1`, `adam_beta2`
-    device:str, # Where the model is
-)->Muon:
+    model: nn.Module,  # On its device already
+    config: TrainConfig,  # `learning_rate`, `weight_decay`, and for AdamW's part `adam_beta1`, `adam_beta2`
+    device: str,  # Where the model is
+) -> Muon:
     "Muon for the matrices inside the blocks of a model, AdamW for its embedding, output layer and norms."
-    outer = {id(m.weight) for name,m in model.named_modules() if isinstance(m, nn.Embedding) or isinstance(m, nn.Linear) and name.endswith('lm_head')}
+    outer = {
+        id(m.weight)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Embedding) or isinstance(m, nn.Linear) and name.endswith("lm_head")
+    }
     params = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in params if p.dim() == 2 and id(p) not in outer]
     chosen = {id(p) for p in inner}
-    return Muon(inner, _groups([p for p in params if id(p) not in chosen], config), weight_decay=config.weight_decay, **_usual(config, device))
+    return Muon(
+        inner,
+        _groups([p for p in params if id(p) not in chosen], config),
+        weight_decay=config.weight_decay,
+        **_usual(config, device),
+    )
 
 # %% ../nbs/12_optim.ipynb #e6df0de5
 def make_optimizer(
-    model:nn.Module, # On its device already
-    config:TrainConfig, # `optimizer` and what belongs to it
-    device:str, # Where the model is
-)->torch.optim.Optimizer:
+    model: nn.Module,  # On its device already
+    config: TrainConfig,  # `optimizer` and what belongs to it
+    device: str,  # Where the model is
+) -> torch.optim.Optimizer:
     "The optimizer that `config` names."
     return dict(adamw=adamw, muon=muon)[config.optimizer](model, config, device)

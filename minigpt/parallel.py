@@ -15,209 +15,358 @@ from torch import Tensor
 from .files import delete
 
 # %% ../nbs/13_parallel.ipynb #51e884f8
-_PATIENCE = datetime.timedelta(days=30) # while the first process evaluates, saves, or waits for a backup, the others wait for it
+_PATIENCE = datetime.timedelta(
+    days=30
+)  # while the first process evaluates, saves, or waits for a backup, the others wait for it
 
-def _leave(place:str):
+
+def _leave(place: str):
     "Delete the folder in which processes met."
-    with contextlib.suppress(OSError): delete(place)
+    with contextlib.suppress(OSError):
+        delete(place)
+
 
 class TeamError(RuntimeError):
     "Another process could not go on, or is gone; says what is known of it."
 
+
 class Team:
     "The processes of one training, as one of them sees it."
-    def __init__(self,
-        rank:int, # Which one this is; 0 leads
-        size:int, # How many there are
-        store:'dist.Store', # Where they meet
-        helpers:Iterable[subprocess.Popen]=(), # Those that this one has started
-        place:str|None=None, # The folder of the store, if it is to go at the end
+
+    def __init__(
+        self,
+        rank: int,  # Which one this is; 0 leads
+        size: int,  # How many there are
+        store: "dist.Store",  # Where they meet
+        helpers: Iterable[subprocess.Popen] = (),  # Those that this one has started
+        place: str | None = None,  # The folder of the store, if it is to go at the end
     ):
-        self.rank,self.size,self.helpers,self.place,self.threads = rank,size,list(helpers),place,torch.get_num_threads()
-        self.idle = True # do the others wait for a share?
-        dist.init_process_group('gloo', store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        self.rank, self.size, self.helpers, self.place, self.threads = (
+            rank,
+            size,
+            list(helpers),
+            place,
+            torch.get_num_threads(),
+        )
+        self.idle = True  # do the others wait for a share?
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
     @contextlib.contextmanager
     def _connected(self):
         "Say what it means when the other side is gone."
-        try: yield
+        try:
+            yield
         except RuntimeError as e:
-            time.sleep(.5)
-            ended = [f'process {r} of {self.size} ended with code {p.returncode}' for r,p in enumerate(self.helpers, 1) if p.poll() is not None]
-            raise TeamError(f'a process that shares the steps is gone: {", ".join(ended) or str(e).splitlines()[0][:200]}. The same call goes on from the last checkpoint') from None
+            time.sleep(0.5)
+            ended = [
+                f"process {r} of {self.size} ended with code {p.returncode}"
+                for r, p in enumerate(self.helpers, 1)
+                if p.poll() is not None
+            ]
+            raise TeamError(
+                "a process that shares the steps is gone:"
+                f" {', '.join(ended) or str(e).splitlines()[0][:200]}. The same call goes on from"
+                " the last checkpoint"
+            ) from None
 
     def _meet(self):
         "Wait until all of them are here; the first one where it hears a Ctrl-C, since the others may be compiling, or stuck."
         here = dist.all_reduce(torch.zeros(1), async_op=True)
-        while self.rank == 0 and not here.is_completed(): time.sleep(.0002)
+        while self.rank == 0 and not here.is_completed():
+            time.sleep(0.0002)
         here.wait()
 
-    def share(self,
-        orders:list|None=None, # From the first process: an object for each
+    def share(
+        self,
+        orders: list | None = None,  # From the first process: an object for each
     ):
         "What this process is to do next; None: nothing more."
-        mine,self.idle = [None],False
-        with self._connected(): self._meet(); dist.scatter_object_list(mine, orders, src=0)
+        mine, self.idle = [None], False
+        with self._connected():
+            self._meet()
+            dist.scatter_object_list(mine, orders, src=0)
         self.idle = mine[0] is None
         return mine[0]
 
-    def deal(self,
-        parts:list[dict[str,Tensor]], # The micro-batches of a step
-        *facts, # What each has to know besides
-    )->list[dict[str,Tensor]]:
+    def deal(
+        self,
+        parts: list[dict[str, Tensor]],  # The micro-batches of a step
+        *facts,  # What each has to know besides
+    ) -> list[dict[str, Tensor]]:
         "Share out a step; returned are the first process's own micro-batches."
-        mine,*others = (parts[r::self.size] for r in range(self.size))
-        self.share([True, *((*facts, [{k:t.clone() for k,t in p.items()} for p in share]) for share in others)]) # a slice that is sent would take the whole batch along
+        mine, *others = (parts[r :: self.size] for r in range(self.size))
+        self.share(
+            [
+                True,
+                *(
+                    (*facts, [{k: t.clone() for k, t in p.items()} for p in share])
+                    for share in others
+                ),
+            ]
+        )  # a slice that is sent would take the whole batch along
         return mine
 
-    def show(self,
-        package=None, # From the first process: anything that torch can save
-        device:str='cpu', # Where its tensors go
+    def show(
+        self,
+        package=None,  # From the first process: anything that torch can save
+        device: str = "cpu",  # Where its tensors go
     ):
         "The first one's package, in each process."
         data = io.BytesIO()
-        if self.rank == 0: torch.save(package, data)
+        if self.rank == 0:
+            torch.save(package, data)
         size = torch.tensor(data.tell())
         with self._connected():
             dist.broadcast(size, 0)
-            message = torch.frombuffer(data.getbuffer(), dtype=torch.uint8) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            message = (
+                torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
+                if self.rank == 0
+                else torch.empty(int(size), dtype=torch.uint8)
+            )
             dist.broadcast(message, 0)
         with self.together():
-            if self.rank: package = torch.load(io.BytesIO(message.numpy()), map_location=device, weights_only=False) # from a process of this training, not from a file
+            if self.rank:
+                package = torch.load(
+                    io.BytesIO(message.numpy()), map_location=device, weights_only=False
+                )  # from a process of this training, not from a file
         self.idle = True
         return package
 
-    def connect(self,
-        device:str, # Of this process
-        threads:int, # CPU threads of all processes together
+    def connect(
+        self,
+        device: str,  # Of this process
+        threads: int,  # CPU threads of all processes together
     ):
         "Gradients on GPUs have a way of their own; processes on a CPU share its cores."
-        if device == 'cpu': torch.set_num_threads(max(1, threads//self.size))
-        if device.startswith('cuda'): torch.cuda.set_device(device)
+        if device == "cpu":
+            torch.set_num_threads(max(1, threads // self.size))
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         with _inside_the_machine() if self.place else contextlib.nullcontext():
-            self.gradients = dist.new_group(backend='nccl' if device.startswith('cuda') and dist.is_nccl_available() else 'gloo')
+            self.gradients = dist.new_group(
+                backend="nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
+            )
 
     @contextlib.contextmanager
     def together(self):
         "What fails inside in one process fails in all of them."
-        try: yield
-        except Exception as e: self._tell(f'{type(e).__name__}: {e}'); self.idle = True; raise
-        for rank,trouble in enumerate(self._tell(None)):
-            if trouble: self.idle = True; raise TeamError(f'process {rank} of {self.size}: {trouble}')
+        try:
+            yield
+        except Exception as e:
+            self._tell(f"{type(e).__name__}: {e}")
+            self.idle = True
+            raise
+        for rank, trouble in enumerate(self._tell(None)):
+            if trouble:
+                self.idle = True
+                raise TeamError(f"process {rank} of {self.size}: {trouble}")
 
-    def _tell(self, trouble:str|None)->list[str|None]:
-        said = [None]*self.size
-        with self._connected(): self._meet(); dist.all_gather_object(said, trouble)
+    def _tell(self, trouble: str | None) -> list[str | None]:
+        said = [None] * self.size
+        with self._connected():
+            self._meet()
+            dist.all_gather_object(said, trouble)
         return said
 
-    def add_up(self,
-        tensors:Iterable[Tensor], # On the training's device: as many in every process, and in the same order
+    def add_up(
+        self,
+        tensors: Iterable[
+            Tensor
+        ],  # On the training's device: as many in every process, and in the same order
     ):
         "Each becomes the sum over all processes."
         with self._connected():
-            for work in [dist.all_reduce(t, group=self.gradients, async_op=True) for t in tensors]: work.wait()
+            for work in [dist.all_reduce(t, group=self.gradients, async_op=True) for t in tensors]:
+                work.wait()
         self.idle = True
 
-    def draw(self, seed:int, step:int):
+    def draw(self, seed: int, step: int):
         "Random numbers of a helper: they depend on the step alone, so that nothing has to be saved of them."
-        torch.manual_seed(int(np.random.SeedSequence((seed % 2**64, step, self.rank)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+        torch.manual_seed(
+            int(
+                np.random.SeedSequence((seed % 2**64, step, self.rank)).generate_state(
+                    1, np.uint64
+                )[0]
+                >> np.uint64(1)
+            )
+        )
 
     def close(self):
         "Send the others home. In the middle of a step they are not listening: what they wait for will not come, and they end too."
-        if not dist.is_initialized(): return
+        if not dist.is_initialized():
+            return
         torch.set_num_threads(self.threads)
         if self.rank == 0 and self.idle:
-            with contextlib.suppress(TeamError): self.share([None]*self.size)
+            with contextlib.suppress(TeamError):
+                self.share([None] * self.size)
         else:
-            for p in self.helpers: p.kill()
-        time.sleep(.1) # gloo's threads let go of their last tensors, for which they need the interpreter; torch 2.4 holds it while it waits for them
+            for p in self.helpers:
+                p.kill()
+        time.sleep(
+            0.1
+        )  # gloo's threads let go of their last tensors, for which they need the interpreter; torch 2.4 holds it while it waits for them
         dist.destroy_process_group()
         for p in self.helpers:
-            try: p.wait(10)
-            except subprocess.TimeoutExpired: p.kill(); p.wait()
-        if self.place: _leave(self.place)
+            try:
+                p.wait(10)
+            except subprocess.TimeoutExpired:
+                p.kill()
+                p.wait()
+        if self.place:
+            _leave(self.place)
 
 # %% ../nbs/13_parallel.ipynb #47d60cd7
-def launched()->int|None: "Which process of `torchrun` this is; None without it."; return int(os.environ['RANK']) if dist.is_available() and dist.is_torchelastic_launched() else None
+def launched() -> int | None:
+    "Which process of `torchrun` this is; None without it."
+    return (
+        int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else None
+    )
+
 
 def own_device(
-    device:str, # What was chosen: cpu, cuda
-)->str:
+    device: str,  # What was chosen: cpu, cuda
+) -> str:
     "The device of this process."
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith('cuda') else device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith("cuda") else device
 
-_meeting = cache(lambda: next(dist.rendezvous('env://', timeout=_PATIENCE))[0]) # of torchrun, for the whole script
+
+_meeting = cache(
+    lambda: next(dist.rendezvous("env://", timeout=_PATIENCE))[0]
+)  # of torchrun, for the whole script
 _trainings = itertools.count()
 
-def _torchrun_team()->Team:
+
+def _torchrun_team() -> Team:
     "Each training of a script meets under a name of its own: addresses of the one before must not be taken for it."
-    return Team(launched(), int(os.environ['WORLD_SIZE']), dist.PrefixStore(f'training {next(_trainings)}', _meeting()))
+    return Team(
+        launched(),
+        int(os.environ["WORLD_SIZE"]),
+        dist.PrefixStore(f"training {next(_trainings)}", _meeting()),
+    )
 
-_HELP = 'import os; from minigpt.train import help_out; help_out(); os._exit(0)'
 
-def _start(rank:int, size:int, place:str)->subprocess.Popen:
+_HELP = "import os; from minigpt.train import help_out; help_out(); os._exit(0)"
+
+
+def _start(rank: int, size: int, place: str) -> subprocess.Popen:
     home = str(Path(__file__).resolve().parents[1])
-    env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MINIGPT_TEAM=place, PYTHONPATH=os.pathsep.join([home, *filter(None, [os.environ.get('PYTHONPATH')])]))
-    return subprocess.Popen([sys.executable, '-c', _HELP], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True) # a Ctrl-C is for the first one
+    env = os.environ | dict(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MINIGPT_TEAM=place,
+        PYTHONPATH=os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])]),
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", _HELP],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # a Ctrl-C is for the first one
+
 
 @contextlib.contextmanager
 def _inside_the_machine():
     "Where gloo listens; processes that are started inside listen there for good."
-    name,was = {'linux':'lo', 'darwin':'lo0'}.get(sys.platform),os.environ.get('GLOO_SOCKET_IFNAME')
-    if name and not was: os.environ['GLOO_SOCKET_IFNAME'] = name
-    try: yield
+    name, was = (
+        {"linux": "lo", "darwin": "lo0"}.get(sys.platform),
+        os.environ.get("GLOO_SOCKET_IFNAME"),
+    )
+    if name and not was:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    try:
+        yield
     finally:
-        if name and not was: del os.environ['GLOO_SOCKET_IFNAME']
+        if name and not was:
+            del os.environ["GLOO_SOCKET_IFNAME"]
 
-def join()->Team:
+
+def join() -> Team:
     "For a process that was started to help."
-    if launched() is not None: return _torchrun_team()
-    rank,size,first = int(os.environ['RANK']),int(os.environ['WORLD_SIZE']),os.getppid()
-    store = dist.FileStore(os.environ['MINIGPT_TEAM'], size)
-    store.set(f'here {rank}', '')
-    while not store.check(['begin']):
-        if os.getppid() != first or not psutil.pid_exists(first): raise SystemExit(1) # it has died meanwhile
-        time.sleep(.05)
+    if launched() is not None:
+        return _torchrun_team()
+    rank, size, first = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.getppid()
+    store = dist.FileStore(os.environ["MINIGPT_TEAM"], size)
+    store.set(f"here {rank}", "")
+    while not store.check(["begin"]):
+        if os.getppid() != first or not psutil.pid_exists(first):
+            raise SystemExit(1)  # it has died meanwhile
+        time.sleep(0.05)
     return Team(rank, size, store)
 
+
 def assemble(
-    devices:int, # How many are asked for
-    device:str, # What was chosen: cpu, cuda, cuda:1, mps
-)->Team|None: # None: this process is alone
+    devices: int,  # How many are asked for
+    device: str,  # What was chosen: cpu, cuda, cuda:1, mps
+) -> Team | None:  # None: this process is alone
     "The team of the first process; a `ValueError` where there are not that many devices."
     if launched() is not None:
-        if devices not in (1, size := int(os.environ['WORLD_SIZE'])): raise ValueError(f'devices={devices}, and torchrun has started {size} processes; leave devices out, it is torchrun that decides')
+        if devices not in (1, size := int(os.environ["WORLD_SIZE"])):
+            raise ValueError(
+                f"devices={devices}, and torchrun has started {size} processes; leave devices out,"
+                " it is torchrun that decides"
+            )
         return _torchrun_team() if size > 1 else None
-    if devices == 1: return None
-    if not dist.is_available(): raise ValueError(f'devices={devices} needs torch.distributed, and this torch was built without; leave devices out')
+    if devices == 1:
+        return None
+    if not dist.is_available():
+        raise ValueError(
+            f"devices={devices} needs torch.distributed, and this torch was built without; leave"
+            " devices out"
+        )
     kind = torch.device(device)
-    if kind.type == 'mps': raise ValueError(f'devices={devices}, and an Apple GPU is one device; leave devices out')
-    if kind.index: raise ValueError(f'devices={devices} takes the first ones, and device={device!r} names another; write device={kind.type!r}, or leave it out')
-    if kind.type == 'cuda' and (there := torch.cuda.device_count()) < devices: raise ValueError(f'devices={devices}, but torch finds {there} CUDA device{"s"*(there > 1)} here; use devices={there}')
-    if dist.is_initialized(): raise ValueError(f'devices={devices} makes a process group, and this process has one; call torch.distributed.destroy_process_group() first')
-    place = tempfile.mkdtemp(prefix='minigpt-')
+    if kind.type == "mps":
+        raise ValueError(f"devices={devices}, and an Apple GPU is one device; leave devices out")
+    if kind.index:
+        raise ValueError(
+            f"devices={devices} takes the first ones, and device={device!r} names another; write"
+            f" device={kind.type!r}, or leave it out"
+        )
+    if kind.type == "cuda" and (there := torch.cuda.device_count()) < devices:
+        raise ValueError(
+            f"devices={devices}, but torch finds {there} CUDA device{'s' * (there > 1)} here; use"
+            f" devices={there}"
+        )
+    if dist.is_initialized():
+        raise ValueError(
+            f"devices={devices} makes a process group, and this process has one; call"
+            " torch.distributed.destroy_process_group() first"
+        )
+    place = tempfile.mkdtemp(prefix="minigpt-")
     with _inside_the_machine():
-        store = dist.FileStore(f'{place}/team', devices)
+        store = dist.FileStore(f"{place}/team", devices)
         helpers = []
         try:
-            for rank in range(1, devices): helpers.append(_start(rank, devices, f'{place}/team'))
-            for rank,p in enumerate(helpers, 1):
-                while not store.check([f'here {rank}']):
-                    if p.poll() is not None: raise RuntimeError(f'process {rank} of {devices} ended with code {p.returncode} before it could help; what it said stands above')
-                    time.sleep(.05)
-            store.set('begin', '')
+            for rank in range(1, devices):
+                helpers.append(_start(rank, devices, f"{place}/team"))
+            for rank, p in enumerate(helpers, 1):
+                while not store.check([f"here {rank}"]):
+                    if p.poll() is not None:
+                        raise RuntimeError(
+                            f"process {rank} of {devices} ended with code {p.returncode} before it"
+                            " could help; what it said stands above"
+                        )
+                    time.sleep(0.05)
+            store.set("begin", "")
             return Team(0, devices, store, helpers, place)
         except BaseException:
-            for p in helpers: p.kill(); p.wait()
+            for p in helpers:
+                p.kill()
+                p.wait()
             _leave(place)
             raise
 
 # %% ../nbs/13_parallel.ipynb #3264a04b
 def share_batch(
-    batch_size:int, # Sequences of a micro-batch, at most
-    effective:int, # Sequences of a step
-    size:int, # Processes
-)->int:
+    batch_size: int,  # Sequences of a micro-batch, at most
+    effective: int,  # Sequences of a step
+    size: int,  # Processes
+) -> int:
     "The largest micro-batch with which every process gets as many; a `ValueError` if there is none."
-    if effective % size: raise ValueError(f'an effective batch of {effective} sequences cannot be shared by {size} devices; make batch_size × gradient_accumulation a multiple of {size}, or leave devices out')
-    return max(b for b in range(1, batch_size+1) if effective//size % b == 0)
+    if effective % size:
+        raise ValueError(
+            f"an effective batch of {effective} sequences cannot be shared by {size} devices; make"
+            f" batch_size × gradient_accumulation a multiple of {size}, or leave devices out"
+        )
+    return max(b for b in range(1, batch_size + 1) if effective // size % b == 0)

@@ -10,14 +10,18 @@ import io
 
 # %% ../nbs/00_picture.ipynb #856b5611
 def figure(
-    **kwargs, # Of `matplotlib.figure.Figure`, such as figsize
-): # A Matplotlib Figure
+    **kwargs,  # Of `matplotlib.figure.Figure`, such as figsize
+):  # A Matplotlib Figure
     "A figure that a notebook shows as a small PNG, whatever backend is set."
     from matplotlib.figure import Figure
     from PIL import Image
+
     class Picture(Figure):
         def _repr_png_(self):
-            self.savefig(f := io.BytesIO(), format='png')
-            Image.open(f).convert('RGB').quantize(48).save(small := io.BytesIO(), format='png', optimize=True) # a third of the bytes in a saved notebook
+            self.savefig(f := io.BytesIO(), format="png")
+            Image.open(f).convert("RGB").quantize(48).save(
+                small := io.BytesIO(), format="png", optimize=True
+            )  # a third of the bytes in a saved notebook
             return small.getvalue()
+
     return Picture(**kwargs)

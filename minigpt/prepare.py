@@ -14,215 +14,502 @@ import numpy as np, orjson
 from tqdm.auto import tqdm
 from .data import check_text, count_refused, sample_texts
 from .files import at_home, fsync, hidden, open_new, spread
-from .formats import Block, DataError, Row, count_read, data_files, look_at, no_tables, parse_block, read_blocks, read_table, reading
-from .quality import N_BANDS, TERMS, Seen, analyze as _analyze, band_keys, clean, row_key, score
+from minigpt.formats import (
+    Block,
+    DataError,
+    Row,
+    count_read,
+    data_files,
+    look_at,
+    no_tables,
+    parse_block,
+    read_blocks,
+    read_table,
+    reading,
+)
+from minigpt.quality import (
+    N_BANDS,
+    TERMS,
+    Seen,
+    analyze as _analyze,
+    band_keys,
+    clean,
+    row_key,
+    score,
+)
 from .registry import data_dir, locate
 from .tokenizer import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
 
 # %% ../nbs/04_prepare.ipynb #489a879e
-_ENDS = ('\n\n',), ('\n',), ('. ','! ','? ','。','！','？','…'), (' ','，','、')
+_ENDS = ("\n\n",), ("\n",), (". ", "! ", "? ", "。", "！", "？", "…"), (" ", "，", "、")
+
 
 def split_text(
-    text:str,
-    fits:Callable[[str],bool], # Is this piece short enough?
-)->list[str]: # Joined, they are the text
+    text: str,
+    fits: Callable[[str], bool],  # Is this piece short enough?
+) -> list[str]:  # Joined, they are the text
     "Pieces that fit, as long as can be, cut at the best place of the second half of each."
-    out,rest,size = [],text,len(text)
+    out, rest, size = [], text, len(text)
     while rest:
         piece = rest[:size]
-        while not fits(piece) and len(piece) > 1: piece = piece[:int(len(piece)*.9)]
-        size = len(piece)+len(piece)//8+1 # the next one may be a little longer
+        while not fits(piece) and len(piece) > 1:
+            piece = piece[: int(len(piece) * 0.9)]
+        size = len(piece) + len(piece) // 8 + 1  # the next one may be a little longer
         if len(piece) < len(rest):
             for ends in _ENDS:
-                if (at := max(piece.rfind(e, len(piece)//2)+len(e) if piece.rfind(e, len(piece)//2) >= 0 else 0 for e in ends)): piece = piece[:at]; break
-        out.append(piece); rest = rest[len(piece):]
+                if at := max(
+                    piece.rfind(e, len(piece) // 2) + len(e)
+                    if piece.rfind(e, len(piece) // 2) >= 0
+                    else 0
+                    for e in ends
+                ):
+                    piece = piece[:at]
+                    break
+        out.append(piece)
+        rest = rest[len(piece) :]
     return out
 
+
 def cut_conversation(
-    messages:list[dict],
-    tok:Tokenizer,
-    max_seq_len:int, # Tokens at most
-)->list[dict]|None: # None where not even the first answer fits
+    messages: list[dict],
+    tok: Tokenizer,
+    max_seq_len: int,  # Tokens at most
+) -> list[dict] | None:  # None where not even the first answer fits
     "The messages up to the last answer that fits."
-    ids,learn = tok.encode_chat(messages)
-    if len(ids) <= max_seq_len: return messages
+    ids, learn = tok.encode_chat(messages)
+    if len(ids) <= max_seq_len:
+        return messages
     ends = np.flatnonzero(learn[:-1] & ~learn[1:])
     fit = int((ends < max_seq_len).sum())
-    answers = [i for i,m in enumerate(messages) if m['role'] == 'assistant']
-    return messages[:answers[fit-1]+1] if fit else None
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    return messages[: answers[fit - 1] + 1] if fit else None
 
 # %% ../nbs/04_prepare.ipynb #d456d5a2
-def _spoken(m:dict)->dict:
+def _spoken(m: dict) -> dict:
     "A message whose thoughts and calls stand in its text, with their marks."
-    thought,content = m.get('reasoning_content'),m['content']
-    text = (f'<think>\n{thought}\n</think>\n\n' if thought else '') + content
-    for c in chat_messages([m])[0][0].get('tool_calls', ()): text += ('\n' if text else '') + '<tool_call>\n' + orjson.dumps(c).decode() + '\n</tool_call>'
-    return {**{k:v for k,v in m.items() if k not in ('reasoning_content','tool_calls')}, 'content':text}
+    thought, content = m.get("reasoning_content"), m["content"]
+    text = (f"<think>\n{thought}\n</think>\n\n" if thought else "") + content
+    for c in chat_messages([m])[0][0].get("tool_calls", ()):
+        text += (
+            ("\n" if text else "") + "<tool_call>\n" + orjson.dumps(c).decode() + "\n</tool_call>"
+        )
+    return {
+        **{k: v for k, v in m.items() if k not in ("reasoning_content", "tool_calls")},
+        "content": text,
+    }
 
-def _gap(white:str)->str:
+
+def _gap(white: str) -> str:
     "What stands between two pieces of a text."
-    return '\n\n\n' if white.count('\n') > 3 else white.replace('\r\n', '\n')
+    return "\n\n\n" if white.count("\n") > 3 else white.replace("\r\n", "\n")
 
-def _cleaned(row:Row, changes:Counter, continues:bool=False)->Row:
+
+def _cleaned(row: Row, changes: Counter, continues: bool = False) -> Row:
     "The row, written properly; `continues`: the same text as the row before."
     if not row.messages:
         body = row.text.lstrip() if continues else row.text
-        head = row.text[:len(row.text)-len(body)]
+        head = row.text[: len(row.text) - len(body)]
         rest = body if row.ends else body.rstrip()
-        row.text = _gap(head) + clean(rest, changes) + _gap(body[len(rest):])
+        row.text = _gap(head) + clean(rest, changes) + _gap(body[len(rest) :])
         return row
     for m in row.messages + (row.rejected or []):
-        for k in 'content','reasoning_content':
-            if m.get(k): m[k] = clean(m[k], changes)
-    row.text = '\n'.join([x for m in row.messages for x in (m.get('reasoning_content'), m['content']) if x])
+        for k in "content", "reasoning_content":
+            if m.get(k):
+                m[k] = clean(m[k], changes)
+    row.text = "\n".join(
+        [x for m in row.messages for x in (m.get("reasoning_content"), m["content"]) if x]
+    )
     return row
 
-def _filled(pieces:list[str])->list[str]:
+
+def _filled(pieces: list[str]) -> list[str]:
     "The pieces; white space in front of one belongs to the end of the one before."
     out = []
     for p in pieces:
         body = p.lstrip() if out else p
-        if out: out[-1] += p[:len(p)-len(body)]
-        if body: out.append(body)
+        if out:
+            out[-1] += p[: len(p) - len(body)]
+        if body:
+            out.append(body)
     return out
 
-def _continued(line:bytes)->bytes:
+
+def _continued(line: bytes) -> bytes:
     "The line of a text that goes on in the next row: no end stands behind it."
     return line[:-2] + b',"ends":false}\n'
 
-def _prepare_block(block:Block, format:str|None, tok:Tokenizer|None, max_seq_len:int, marks:bool, near:bool)->dict:
+
+def _prepare_block(
+    block: Block,
+    format: str | None,
+    tok: Tokenizer | None,
+    max_seq_len: int,
+    marks: bool,
+    near: bool,
+) -> dict:
     "Worker: the rows of a block, ready to be written."
-    changes,good,bad,read,mended,kinds,goes_on = Counter(),[],[],0,[],[],False
-    def no(row, reason, detail): bad.append(Row(row.line, reason=reason, detail=detail))
+    changes, good, bad, read, mended, kinds, goes_on = Counter(), [], [], 0, [], [], False
+
+    def no(row, reason, detail):
+        bad.append(Row(row.line, reason=reason, detail=detail))
+
     for row in parse_block(block, format):
         read += 1
-        if row.reason: bad.append(row); continue
+        if row.reason:
+            bad.append(row)
+            continue
         kinds.append((row.read, row.unread))
-        if row.mended: mended.append(row)
-        row,goes_on = _cleaned(row, changes, goes_on),not row.ends
-        if not row.text.strip() and not any(m.get('tool_calls') for m in row.messages or ()): no(row, 'empty after cleaning', 'nothing but white space and control characters'); continue
-        if row.rejected and row.messages == row.rejected: no(row, 'nothing to learn', 'chosen and rejected are the same after cleaning'); continue
-        if any(m['role'] == 'assistant' and not (m['content'] or m.get('tool_calls') or m.get('reasoning_content')) for m in (row.messages or []) + (row.rejected or [])): no(row, 'empty after cleaning', 'an answer has nothing but white space and control characters'); continue
-        if tok is None: good.append((row, 0)); continue
-        if not max_seq_len: good.append((row, len(tok.encode_chat(row.messages)[0]) if row.messages else len(tok.encode_array(row.text)))); continue
+        if row.mended:
+            mended.append(row)
+        row, goes_on = _cleaned(row, changes, goes_on), not row.ends
+        if not row.text.strip() and not any(m.get("tool_calls") for m in row.messages or ()):
+            no(row, "empty after cleaning", "nothing but white space and control characters")
+            continue
+        if row.rejected and row.messages == row.rejected:
+            no(row, "nothing to learn", "chosen and rejected are the same after cleaning")
+            continue
+        if any(
+            m["role"] == "assistant"
+            and not (m["content"] or m.get("tool_calls") or m.get("reasoning_content"))
+            for m in (row.messages or []) + (row.rejected or [])
+        ):
+            no(
+                row,
+                "empty after cleaning",
+                "an answer has nothing but white space and control characters",
+            )
+            continue
+        if tok is None:
+            good.append((row, 0))
+            continue
+        if not max_seq_len:
+            good.append(
+                (
+                    row,
+                    len(tok.encode_chat(row.messages)[0])
+                    if row.messages
+                    else len(tok.encode_array(row.text)),
+                )
+            )
+            continue
         if row.rejected:
             n = max(len(tok.encode_chat(side)[0]) for side in (row.messages, row.rejected))
-            if n > max_seq_len: no(row, 'too long', f'{n:,} tokens; max_seq_len is {max_seq_len:,}')
-            else: good.append((row, n))
+            if n > max_seq_len:
+                no(row, "too long", f"{n:,} tokens; max_seq_len is {max_seq_len:,}")
+            else:
+                good.append((row, n))
         elif row.messages:
             short = cut_conversation(row.messages, tok, max_seq_len)
-            if short is None: no(row, 'too long', f'not even the first answer ends within max_seq_len={max_seq_len:,} tokens'); continue
-            if len(short) < len(row.messages): changes['cut behind an answer'] += 1; row.messages = short; row.text = '\n'.join([x for m in short for x in (m.get('reasoning_content'), m['content']) if x])
+            if short is None:
+                no(
+                    row,
+                    "too long",
+                    f"not even the first answer ends within max_seq_len={max_seq_len:,} tokens",
+                )
+                continue
+            if len(short) < len(row.messages):
+                changes["cut behind an answer"] += 1
+                row.messages = short
+                row.text = "\n".join(
+                    [x for m in short for x in (m.get("reasoning_content"), m["content"]) if x]
+                )
             good.append((row, len(tok.encode_chat(short)[0])))
         else:
             n = len(tok.encode_array(row.text))
-            pieces = ([row.text] if n <= max_seq_len else _filled(split_text(row.text,
-                lambda t: len(tok.encode_array(t)) <= max_seq_len)))
-            if len(pieces) > 1: changes['split'] += 1; changes['pieces of split texts'] += len(pieces)
-            good += [(Row(row.line, p, ends=row.ends and k == len(pieces)-1), len(tok.encode_array(p))) for k,
-                p in enumerate(pieces)]
-    rows = [r for r,_ in good]
-    lines,keys = [],np.empty(len(rows), np.uint64)
-    for i,r in enumerate(rows):
+            pieces = (
+                [row.text]
+                if n <= max_seq_len
+                else _filled(
+                    split_text(row.text, lambda t: len(tok.encode_array(t)) <= max_seq_len)
+                )
+            )
+            if len(pieces) > 1:
+                changes["split"] += 1
+                changes["pieces of split texts"] += len(pieces)
+            good += [
+                (Row(row.line, p, ends=row.ends and k == len(pieces) - 1), len(tok.encode_array(p)))
+                for k, p in enumerate(pieces)
+            ]
+    rows = [r for r, _ in good]
+    lines, keys = [], np.empty(len(rows), np.uint64)
+    for i, r in enumerate(rows):
         keys[i] = row_key(r)
         write = (lambda ms: [_spoken(m) for m in ms]) if marks else (lambda ms: ms)
-        lines.append(orjson.dumps(dict(chosen=write(r.messages), rejected=write(r.rejected)) if r.rejected else dict(conversations=write(r.messages)) if r.messages else dict(text=r.text), option=orjson.OPT_APPEND_NEWLINE))
-    return dict(read=read, kinds=kinds, ends=np.array([r.ends for r in rows], bool), bad=bad, mended=mended, changes=changes, lines=lines, numbers=[r.line for r in rows], tokens=np.array([n for _,n in good], np.int64), chars=np.array([len(r.text) for r in rows], np.int64), keys=keys,
-        terms=score(rows) if rows else np.ones((0, len(TERMS))), near=band_keys([r.text for r in rows]) if near and rows else None)
+        lines.append(
+            orjson.dumps(
+                dict(chosen=write(r.messages), rejected=write(r.rejected))
+                if r.rejected
+                else dict(conversations=write(r.messages))
+                if r.messages
+                else dict(text=r.text),
+                option=orjson.OPT_APPEND_NEWLINE,
+            )
+        )
+    return dict(
+        read=read,
+        kinds=kinds,
+        ends=np.array([r.ends for r in rows], bool),
+        bad=bad,
+        mended=mended,
+        changes=changes,
+        lines=lines,
+        numbers=[r.line for r in rows],
+        tokens=np.array([n for _, n in good], np.int64),
+        chars=np.array([len(r.text) for r in rows], np.int64),
+        keys=keys,
+        terms=score(rows) if rows else np.ones((0, len(TERMS))),
+        near=band_keys([r.text for r in rows]) if near and rows else None,
+    )
 
 # %% ../nbs/04_prepare.ipynb #4e9dacf1
 def prepare(
-    source:str|Path|Iterable[str|Path], # A file, a folder, or a list of them
-    out:str|Path|None=None, # JSONL file to appear, or a folder (no `.jsonl` behind its name) for a file each; default: data/dataset/preprocessed/
-    tokenizer:Tokenizer|str|Path|None=None, # Which counts the tokens; default: the one in data/tokenizer/, else one that is trained on the source, as `fit` would
+    source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
+    out: (
+        str | Path | None
+    ) = None,  # JSONL file to appear, or a folder (no `.jsonl` behind its name) for a file each; default: data/dataset/preprocessed/
+    tokenizer: (
+        Tokenizer | str | Path | None
+    ) = None,  # Which counts the tokens; default: the one in data/tokenizer/, else one that is trained on the source, as `fit` would
     *,
-    max_seq_len:int=512, # Tokens of a row at most: longer texts are split, conversations cut behind an answer, preferences refused; 0: any length
-    format:str|None=None, # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
-    quality_filter:bool=False, # Leave out rows whose quality is below `min_quality`, duplicates among them
-    min_quality:float=.5, # See `minigpt.quality.score`
-    near_duplicates:bool=False, # Do near-duplicates count as duplicates?
-    add_special_tokens:bool=False, # Write thoughts and calls into the texts, between <think> and <tool_call>, for programs that do not know the fields. Turn marks are never written: the chat template sets them
-    validate_only:bool=False, # Count, and write nothing
-    analyze:bool=False, # Put the `Report` on what was written (or read) under `report`; without `out` nothing is written
-    on_bad_row:str='skip', # `error` stops at the first row that is refused
-    encoding:str='', # As for `look_at`
-    columns:dict[str,str]|None=None, # As for `parse_row`
-    overwrite:bool=False, # Replace an `out` that exists, when the new one is whole
-    threads:int|None=None, # Workers; default: one a core
-    progress:bool=True, # Show a progress bar on files above 8 MB?
-)->dict: # original_samples, processed_samples, quality_score, average_length (characters), average_tokens, rejected and mended (reason → count and examples), changes, files, output
+    max_seq_len: int = 512,  # Tokens of a row at most: longer texts are split, conversations cut behind an answer, preferences refused; 0: any length
+    format: (
+        str | None
+    ) = None,  # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
+    quality_filter: bool = False,  # Leave out rows whose quality is below `min_quality`, duplicates among them
+    min_quality: float = 0.5,  # See `minigpt.quality.score`
+    near_duplicates: bool = False,  # Do near-duplicates count as duplicates?
+    add_special_tokens: bool = False,  # Write thoughts and calls into the texts, between <think> and <tool_call>, for programs that do not know the fields. Turn marks are never written: the chat template sets them
+    validate_only: bool = False,  # Count, and write nothing
+    analyze: bool = False,  # Put the `Report` on what was written (or read) under `report`; without `out` nothing is written
+    on_bad_row: str = "skip",  # `error` stops at the first row that is refused
+    encoding: str = "",  # As for `look_at`
+    columns: dict[str, str] | None = None,  # As for `parse_row`
+    overwrite: bool = False,  # Replace an `out` that exists, when the new one is whole
+    threads: int | None = None,  # Workers; default: one a core
+    progress: bool = True,  # Show a progress bar on files above 8 MB?
+) -> dict:  # original_samples, processed_samples, quality_score, average_length (characters), average_tokens, rejected and mended (reason → count and examples), changes, files, output
     "Validate, clean, bring to length, score, and save."
-    if max_seq_len < 0 or 0 < max_seq_len < 16: raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
-    if not 0 <= min_quality <= 1: raise ValueError(f"min_quality={min_quality} must be from 0 to 1")
-    if on_bad_row not in ('skip','error'): raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+    if max_seq_len < 0 or 0 < max_seq_len < 16:
+        raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
+    if not 0 <= min_quality <= 1:
+        raise ValueError(f"min_quality={min_quality} must be from 0 to 1")
+    if on_bad_row not in ("skip", "error"):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
     validate_only = validate_only or analyze and out is None
     passed = []
-    files = data_files(locate(source) if isinstance(source, (str,Path)) else source, passed.append, encoding)
+    files = data_files(
+        locate(source) if isinstance(source, (str, Path)) else source, passed.append, encoding
+    )
     no_tables(files, format)
-    stem = lambda f: f.name.removesuffix('.gz').removesuffix('.zst').rsplit('.', 1)[0]+'.jsonl'
-    out = at_home(out) if out else data_dir()/'dataset/preprocessed'
-    if out.suffix in ('.gz','.zst','.txt'): raise ValueError(f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines, not packed")
-    targets = [None]*len(files) if validate_only else [out]*len(files) if out.suffix in ('.jsonl','.json') else [out/stem(f) for f in files]
-    for f,t in zip(files, targets):
-        if t and t.exists() and t.resolve() in [x.resolve() for x in files]: raise DataError(f"{t} is one of the files that are read; name another output")
-        if t and (t.parent/'run.json').exists(): raise FileExistsError(f"{t} would be in a run's folder; name another output")
-        if t and t.exists() and not overwrite: raise FileExistsError(f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to replace it when the new one is whole")
-    if len({*targets}) < len(files) and out.suffix not in ('.jsonl','.json') and not validate_only: raise DataError(f"two of the files would be written as one: {', '.join(map(str, files))}; rename one, or prepare them one after the other")
-    how,looks = dict(encoding=encoding, columns=columns),{f:look_at(f, encoding) for f in files}
+    stem = lambda f: f.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[0] + ".jsonl"
+    out = at_home(out) if out else data_dir() / "dataset/preprocessed"
+    if out.suffix in (".gz", ".zst", ".txt"):
+        raise ValueError(
+            f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines,"
+            " not packed"
+        )
+    targets = (
+        [None] * len(files)
+        if validate_only
+        else (
+            [out] * len(files)
+            if out.suffix in (".jsonl", ".json")
+            else [out / stem(f) for f in files]
+        )
+    )
+    for f, t in zip(files, targets):
+        if t and t.exists() and t.resolve() in [x.resolve() for x in files]:
+            raise DataError(f"{t} is one of the files that are read; name another output")
+        if t and (t.parent / "run.json").exists():
+            raise FileExistsError(f"{t} would be in a run's folder; name another output")
+        if t and t.exists() and not overwrite:
+            raise FileExistsError(
+                f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to"
+                " replace it when the new one is whole"
+            )
+    if len({*targets}) < len(files) and out.suffix not in (".jsonl", ".json") and not validate_only:
+        raise DataError(
+            f"two of the files would be written as one: {', '.join(map(str, files))}; rename one,"
+            " or prepare them one after the other"
+        )
+    how, looks = dict(encoding=encoding, columns=columns), {f: look_at(f, encoding) for f in files}
     table = read_table(looks)
-    tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
-    if max_seq_len and not validate_only and tok is None: tok = load_tokenizer(data_dir()/'tokenizer') if (data_dir()/'tokenizer'/'tokenizer.json').exists() else None
+    tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if max_seq_len and not validate_only and tok is None:
+        tok = (
+            load_tokenizer(data_dir() / "tokenizer")
+            if (data_dir() / "tokenizer" / "tokenizer.json").exists()
+            else None
+        )
     if max_seq_len and not validate_only and tok is None:
         check_text(files, format, **how)
         tok = train_tokenizer(sample_texts(files, **how))
     total = sum(f.stat().st_size for f in files)
-    rejected,mended,changes,read,kept,quality,chars,tokens = {},{},Counter(),0,0,0.,0,0
-    exact,bands,opened = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)],{}
+    rejected, mended, changes, read, kept, quality, chars, tokens = (
+        {},
+        {},
+        Counter(),
+        0,
+        0,
+        0.0,
+        0,
+        0,
+    )
+    exact, bands, opened = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)], {}
     try:
-        for t in dict.fromkeys(t for t in targets if t): t.parent.mkdir(parents=True, exist_ok=True); opened[t] = open_new(hidden(t, 'tmp'), -1)
-        with tqdm(total=total, unit='B', unit_scale=True, desc='validating' if validate_only else 'preparing', disable=not progress or total < 8e6, leave=False) as bar:
-            blocks = ((t,b) for f,t in zip(files, targets) for b in read_blocks(f, look=looks[f], columns=columns))
-            for (target,block),w in spread(lambda tb: _prepare_block(tb[1], format, tok, 0 if validate_only else max_seq_len, add_special_tokens, near_duplicates), blocks, threads or os.cpu_count() or 1, total > 16e6):
-                if w['bad'] and on_bad_row == 'error': raise DataError(f"{block.path} line {w['bad'][0].line}: {w['bad'][0].reason}. {w['bad'][0].detail}. Mend the row, or pass on_bad_row='skip'")
-                again = exact.add(w['keys'])
-                if w['near'] is not None:
-                    use = w['near'].any(1)
-                    again[use] |= np.any([s.add(w['near'][use,b]) for b,s in enumerate(bands)], axis=0)
-                w['terms'][:,TERMS.index('duplication')] = np.where(again, .2, 1)
-                q = w['terms'].prod(1)
+        for t in dict.fromkeys(t for t in targets if t):
+            t.parent.mkdir(parents=True, exist_ok=True)
+            opened[t] = open_new(hidden(t, "tmp"), -1)
+        with tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            desc="validating" if validate_only else "preparing",
+            disable=not progress or total < 8e6,
+            leave=False,
+        ) as bar:
+            blocks = (
+                (t, b)
+                for f, t in zip(files, targets)
+                for b in read_blocks(f, look=looks[f], columns=columns)
+            )
+            for (target, block), w in spread(
+                lambda tb: _prepare_block(
+                    tb[1],
+                    format,
+                    tok,
+                    0 if validate_only else max_seq_len,
+                    add_special_tokens,
+                    near_duplicates,
+                ),
+                blocks,
+                threads or os.cpu_count() or 1,
+                total > 16e6,
+            ):
+                if w["bad"] and on_bad_row == "error":
+                    raise DataError(
+                        f"{block.path} line {w['bad'][0].line}: {w['bad'][0].reason}."
+                        f" {w['bad'][0].detail}. Mend the row, or pass on_bad_row='skip'"
+                    )
+                again = exact.add(w["keys"])
+                if w["near"] is not None:
+                    use = w["near"].any(1)
+                    again[use] |= np.any(
+                        [s.add(w["near"][use, b]) for b, s in enumerate(bands)], axis=0
+                    )
+                w["terms"][:, TERMS.index("duplication")] = np.where(again, 0.2, 1)
+                q = w["terms"].prod(1)
                 low = q < min_quality if quality_filter else np.zeros(len(q), bool)
-                w['bad'] += [Row(w['numbers'][i], reason='duplicate' if again[i] else f"low quality: {TERMS[int(w['terms'][i].argmin())]}", detail=f'quality {q[i]:.2f}') for i in np.flatnonzero(low)]
-                count_refused(rejected, block, w['bad'])
-                count_read(table, block.path, w['kinds'])
-                for r in w['mended']: count_refused(mended, block, [Row(r.line, reason=m) for m in r.mended])
-                read += w['read']; changes += w['changes']; kept += int((~low).sum()); quality += q[~low].sum(); chars += int(w['chars'][~low].sum()); tokens += int(w['tokens'][~low].sum())
-                goes_on = ~w['ends'] & ~np.append(low[1:], False) # not where the piece that follows is left out
+                w["bad"] += [
+                    Row(
+                        w["numbers"][i],
+                        reason=(
+                            "duplicate"
+                            if again[i]
+                            else f"low quality: {TERMS[int(w['terms'][i].argmin())]}"
+                        ),
+                        detail=f"quality {q[i]:.2f}",
+                    )
+                    for i in np.flatnonzero(low)
+                ]
+                count_refused(rejected, block, w["bad"])
+                count_read(table, block.path, w["kinds"])
+                for r in w["mended"]:
+                    count_refused(mended, block, [Row(r.line, reason=m) for m in r.mended])
+                read += w["read"]
+                changes += w["changes"]
+                kept += int((~low).sum())
+                quality += q[~low].sum()
+                chars += int(w["chars"][~low].sum())
+                tokens += int(w["tokens"][~low].sum())
+                goes_on = ~w["ends"] & ~np.append(
+                    low[1:], False
+                )  # not where the piece that follows is left out
                 if target:
-                    opened[target].write(b''.join([_continued(l) if more else l for l,no,more in zip(w['lines'], low,
-                        goes_on) if not no]))
-                bar.update(min(block.size, total-bar.n))
-        if not kept and not validate_only: raise DataError(f"nothing of {', '.join(map(str, files))} is left: " + ('; '.join(f"{v['count']:,} × {k} ({v['examples'][0]})" for k,v in rejected.items()) or 'no rows'))
+                    opened[target].write(
+                        b"".join(
+                            [
+                                _continued(l) if more else l
+                                for l, no, more in zip(w["lines"], low, goes_on)
+                                if not no
+                            ]
+                        )
+                    )
+                bar.update(min(block.size, total - bar.n))
+        if not kept and not validate_only:
+            raise DataError(
+                f"nothing of {', '.join(map(str, files))} is left: "
+                + (
+                    "; ".join(
+                        f"{v['count']:,} × {k} ({v['examples'][0]})" for k, v in rejected.items()
+                    )
+                    or "no rows"
+                )
+            )
         made = []
-        for t,f in opened.items():
-            f.flush(); os.fsync(f.fileno()); size = f.tell(); f.close()
-            if size: os.replace(hidden(t, 'tmp'), t); fsync(t.parent); made.append(str(t)) # of a file without a good row nothing is written
-    except OSError as e: raise OSError(e.errno, f'{e.strerror or e}; nothing that was there is changed', str(e.filename or out)) from None
+        for t, f in opened.items():
+            f.flush()
+            os.fsync(f.fileno())
+            size = f.tell()
+            f.close()
+            if size:
+                os.replace(hidden(t, "tmp"), t)
+                fsync(t.parent)
+                made.append(str(t))  # of a file without a good row nothing is written
+    except OSError as e:
+        raise OSError(
+            e.errno, f"{e.strerror or e}; nothing that was there is changed", str(e.filename or out)
+        ) from None
     finally:
-        for t,f in opened.items():
-            with contextlib.suppress(OSError): f.close()
-            with contextlib.suppress(OSError): hidden(t, 'tmp').unlink()
-    result = dict(original_samples=read, processed_samples=kept, quality_score=float(quality)/max(1, kept), average_length=chars/max(1, kept), average_tokens=tokens/max(1, kept) if tok else None,
-        rejected=rejected, mended=mended, changes=dict(changes), files=[str(f) for f in files], output=made[0] if len(made) == 1 else made or None, read=table, passed_over=passed)
-    return result | (dict(report=_analyze(made or files, tok, progress=progress)) if analyze else {})
+        for t, f in opened.items():
+            with contextlib.suppress(OSError):
+                f.close()
+            with contextlib.suppress(OSError):
+                hidden(t, "tmp").unlink()
+    result = dict(
+        original_samples=read,
+        processed_samples=kept,
+        quality_score=float(quality) / max(1, kept),
+        average_length=chars / max(1, kept),
+        average_tokens=tokens / max(1, kept) if tok else None,
+        rejected=rejected,
+        mended=mended,
+        changes=dict(changes),
+        files=[str(f) for f in files],
+        output=made[0] if len(made) == 1 else made or None,
+        read=table,
+        passed_over=passed,
+    )
+    return result | (
+        dict(report=_analyze(made or files, tok, progress=progress)) if analyze else {}
+    )
+
 
 def prepare_summary(
-    result:dict, # Of `prepare`
-)->str:
+    result: dict,  # Of `prepare`
+) -> str:
     "What was done, in a few lines."
-    r,lines = result,[]
-    lines.append(f"{r['processed_samples']:,} rows from {r['original_samples']:,}" + (f", in {r['output']}" if r['output'] else '; nothing was written' + '; to write them, name an output'*('report' in r)))
-    lines.append(f"quality {r['quality_score']:.3f}; {r['average_length']:,.0f} characters" + (f", {r['average_tokens']:,.0f} tokens" if r['average_tokens'] else '') + " on average")
-    lines += [*reading(r['read']), *r['passed_over']]
-    for what in 'rejected','mended': lines += [f"{what}: {v['count']:,} × {k} ({v['examples'][0]})" for k,v in sorted(r[what].items(), key=lambda kv: -kv[1]['count'])]
-    lines += [f'changed: {n:,} × {k}' for k,n in sorted(r['changes'].items(), key=lambda kv: -kv[1])]
-    return '\n'.join(lines + ([str(r['report'])] if 'report' in r else []))
+    r, lines = result, []
+    lines.append(
+        f"{r['processed_samples']:,} rows from {r['original_samples']:,}"
+        + (
+            f", in {r['output']}"
+            if r["output"]
+            else "; nothing was written" + "; to write them, name an output" * ("report" in r)
+        )
+    )
+    lines.append(
+        f"quality {r['quality_score']:.3f}; {r['average_length']:,.0f} characters"
+        + (f", {r['average_tokens']:,.0f} tokens" if r["average_tokens"] else "")
+        + " on average"
+    )
+    lines += [*reading(r["read"]), *r["passed_over"]]
+    for what in "rejected", "mended":
+        lines += [
+            f"{what}: {v['count']:,} × {k} ({v['examples'][0]})"
+            for k, v in sorted(r[what].items(), key=lambda kv: -kv[1]["count"])
+        ]
+    lines += [
+        f"changed: {n:,} × {k}" for k, n in sorted(r["changes"].items(), key=lambda kv: -kv[1])
+    ]
+    return "\n".join(lines + ([str(r["report"])] if "report" in r else []))

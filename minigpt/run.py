@@ -12,198 +12,381 @@ from functools import cached_property
 from pathlib import Path
 from .backup import Backup, BackupError, check_there
 from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
-from .files import at_home, entries, human_size, human_time, lexists, on_hub, plain, read_json, within_time
+from minigpt.files import (
+    at_home,
+    entries,
+    human_size,
+    human_time,
+    lexists,
+    on_hub,
+    plain,
+    read_json,
+    within_time,
+)
 from .generate import stream_text
 from .model import GPT
 from .monitor import plot_losses, read_metrics
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/11_run.ipynb #bd5ef333
-ANSWER = 10. # Seconds after which a backup's folder counts as hanging
+ANSWER = 10.0  # Seconds after which a backup's folder counts as hanging
+
 
 class Run:
     "What a run's folder says."
-    def __init__(self,
-        path:str|Path, # The folder
+
+    def __init__(
+        self,
+        path: str | Path,  # The folder
     ):
         self.path = at_home(path)
-        self.store,self.snapshot_store,self.best_store = stores_in(self.path)
+        self.store, self.snapshot_store, self.best_store = stores_in(self.path)
 
-    def __repr__(self): return f"Run({self.path}, {self.progress}, {len(self.checkpoints)} checkpoint{'s'*(len(self.checkpoints) != 1)})"
+    def __repr__(self):
+        return (
+            f"Run({self.path}, {self.progress}, {len(self.checkpoints)}"
+            f" checkpoint{'s' * (len(self.checkpoints) != 1)})"
+        )
 
     @property
-    def facts(self)->dict:
+    def facts(self) -> dict:
         "The content of run.json."
-        facts = read_json(self.path/'run.json')
-        if not isinstance(facts, dict) or not {'train','max_steps'} <= facts.keys(): raise ValueError(f"{self.path/'run.json'} is not one that fit writes; it was edited, or is of another program. Take it away, or name another folder")
+        facts = read_json(self.path / "run.json")
+        if not isinstance(facts, dict) or not {"train", "max_steps"} <= facts.keys():
+            raise ValueError(
+                f"{self.path / 'run.json'} is not one that fit writes; it was edited, or is of"
+                " another program. Take it away, or name another folder"
+            )
         return facts
 
     @property
-    def history(self)->list[dict]: "A row a logged step: step, loss, lr, …; with `eval_loss` where it was evaluated."; return read_metrics(self.path/'metrics.jsonl')
-    @property
-    def checkpoints(self)->list[Checkpoint]: "All checkpoints, by step; `problem` says why one cannot be used."; return self.store.all()
-    @property
-    def snapshots(self)->list[Checkpoint]: "All snapshots, by step."; return self.snapshot_store.all()
-    @property
-    def best(self)->Checkpoint|None: "The checkpoint with the lowest validation loss, weights only."; return next((c for c in reversed(self.best_store.all()) if not c.problem), None)
-    @property
-    def max_steps(self)->int: "Optimizer steps that the run is to take."; return self.facts['max_steps']
-    @property
-    def final(self)->Path: "Where the final model is, or will be: in the folder itself, in a backup's copy of it below."; return self.path/'final' if (self.path/'heartbeat.json').exists() else self.path
-    @property
-    def finished(self)->bool:
-        "Has training come to its end, and is the final model whole?"
-        if problem(self.final, hashes=False) is not None: return False
-        end = read_json(self.final/'trainer_state.json')
-        return end['global_step'] >= self.max_steps or end.get('stopped_early', False) and end['global_step'] >= self.step
+    def history(self) -> list[dict]:
+        "A row a logged step: step, loss, lr, …; with `eval_loss` where it was evaluated."
+        return read_metrics(self.path / "metrics.jsonl")
 
     @property
-    def step(self)->int:
+    def checkpoints(self) -> list[Checkpoint]:
+        "All checkpoints, by step; `problem` says why one cannot be used."
+        return self.store.all()
+
+    @property
+    def snapshots(self) -> list[Checkpoint]:
+        "All snapshots, by step."
+        return self.snapshot_store.all()
+
+    @property
+    def best(self) -> Checkpoint | None:
+        "The checkpoint with the lowest validation loss, weights only."
+        return next((c for c in reversed(self.best_store.all()) if not c.problem), None)
+
+    @property
+    def max_steps(self) -> int:
+        "Optimizer steps that the run is to take."
+        return self.facts["max_steps"]
+
+    @property
+    def final(self) -> Path:
+        "Where the final model is, or will be: in the folder itself, in a backup's copy of it below."
+        return self.path / "final" if (self.path / "heartbeat.json").exists() else self.path
+
+    @property
+    def finished(self) -> bool:
+        "Has training come to its end, and is the final model whole?"
+        if problem(self.final, hashes=False) is not None:
+            return False
+        end = read_json(self.final / "trainer_state.json")
+        return (
+            end["global_step"] >= self.max_steps
+            or end.get("stopped_early", False)
+            and end["global_step"] >= self.step
+        )
+
+    @property
+    def step(self) -> int:
         "Optimizer steps that are safe: those of the final model, or of the newest checkpoint or snapshot."
-        states = [c.step for c in self.checkpoints+self.snapshots if not c.problem]
-        if problem(self.final, hashes=False) is None: states.append(read_json(self.final/'trainer_state.json')['global_step'])
+        states = [c.step for c in self.checkpoints + self.snapshots if not c.problem]
+        if problem(self.final, hashes=False) is None:
+            states.append(read_json(self.final / "trainer_state.json")["global_step"])
         return max(states, default=0)
 
     @property
-    def backup(self)->list[Checkpoint]:
+    def backup(self) -> list[Checkpoint]:
         "What is in the backup; a `BackupError` where its folder cannot be reached, a `TimeoutError` where it does not answer."
-        folder = self.facts['train'].get('gdrive_backup_dir')
-        if not folder or (self.path/'heartbeat.json').exists(): return [] # no backup, or this is one
+        folder = self.facts["train"].get("gdrive_backup_dir")
+        if not folder or (self.path / "heartbeat.json").exists():
+            return []  # no backup, or this is one
+
         def look():
             check_there(folder)
             there = Backup(folder, self.path)
             return there.copies() + there.best_models()
+
         return within_time(look, ANSWER, folder)
 
     @property
-    def backup_said(self)->str:
+    def backup_said(self) -> str:
         "What the backup said of itself when it last did something; empty where there is none."
-        if not (self.path/'backup.json').exists(): return ''
-        b = read_json(self.path/'backup.json')
-        if not isinstance(b, dict) or not isinstance(b.get('time'), (int,float)): return 'backup.json is not one that minigpt writes; it was edited, or damaged'
-        name = lambda k: str(b[k].get('name')) if isinstance(b.get(k), dict) else ''
-        failed = b['failed'].get('reason') if isinstance(b.get('failed'), dict) else None
-        said = [f"backup, {human_time(max(0, time.time()-b['time']))} ago: {b.get('doing')}", *(f'{k} {name(k)}' for k in ('copied','confirmed') if name(k))]
-        if b.get('pending'): said.append(f"waiting for {b['pending']}")
-        if failed: said.append(f'FAILED: {failed}')
-        if b.get('stopped'): said.append(f"STOPPED: {b['stopped']}")
-        return ', '.join(said) + (' (this folder does not tell what has arrived)' if name('copied') and not b.get('server_tells') else '')
+        if not (self.path / "backup.json").exists():
+            return ""
+        b = read_json(self.path / "backup.json")
+        if not isinstance(b, dict) or not isinstance(b.get("time"), (int, float)):
+            return "backup.json is not one that minigpt writes; it was edited, or damaged"
+        name = lambda k: str(b[k].get("name")) if isinstance(b.get(k), dict) else ""
+        failed = b["failed"].get("reason") if isinstance(b.get("failed"), dict) else None
+        said = [
+            f"backup, {human_time(max(0, time.time() - b['time']))} ago: {b.get('doing')}",
+            *(f"{k} {name(k)}" for k in ("copied", "confirmed") if name(k)),
+        ]
+        if b.get("pending"):
+            said.append(f"waiting for {b['pending']}")
+        if failed:
+            said.append(f"FAILED: {failed}")
+        if b.get("stopped"):
+            said.append(f"STOPPED: {b['stopped']}")
+        return ", ".join(said) + (
+            " (this folder does not tell what has arrived)"
+            if name("copied") and not b.get("server_tells")
+            else ""
+        )
 
     @property
-    def progress(self)->str: return f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,} ({100*self.step/max(1, self.max_steps):.0f}%)"
+    def progress(self) -> str:
+        return (
+            f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,}"
+            f" ({100 * self.step / max(1, self.max_steps):.0f}%)"
+        )
 
     @cached_property
-    def tokenizer(self)->Tokenizer:
+    def tokenizer(self) -> Tokenizer:
         "The tokenizer the run was trained with."
-        tok = load_tokenizer(self.path/'tokenizer')
-        tok.rules = self.facts.get('identity', {}).get('rules', 1)
+        tok = load_tokenizer(self.path / "tokenizer")
+        tok.rules = self.facts.get("identity", {}).get("rules", 1)
         return tok
 
-    def model(self,
-        which:str|None=None, # `checkpoint-500`, `snapshot-620`, `best`; default: the final model, else the newest whole checkpoint
-        device:str='cpu', # Where it goes
-    )->GPT:
+    def model(
+        self,
+        which: (
+            str | None
+        ) = None,  # `checkpoint-500`, `snapshot-620`, `best`; default: the final model, else the newest whole checkpoint
+        device: str = "cpu",  # Where it goes
+    ) -> GPT:
         "A trained model of this run."
-        if which is None: path = self.final if self.finished else getattr(newest([self.store, self.snapshot_store]), 'path', None)
-        elif which == 'best': path = getattr(self.best, 'path', None)
-        else: path = self.path/('snapshots' if which.startswith('snapshot') else 'checkpoints')/which
+        if which is None:
+            path = (
+                self.final
+                if self.finished
+                else getattr(newest([self.store, self.snapshot_store]), "path", None)
+            )
+        elif which == "best":
+            path = getattr(self.best, "path", None)
+        else:
+            path = (
+                self.path / ("snapshots" if which.startswith("snapshot") else "checkpoints") / which
+            )
         if path is None or which and not path.is_dir():
-            saved = ', '.join(c.path.name for c in self.checkpoints+self.snapshots) or f"nothing yet; it saves every {self.facts['train'].get('save_steps')} steps"
-            raise FileNotFoundError(f"{self.path} has no {which or 'whole checkpoint'}; it has {saved}")
+            saved = (
+                ", ".join(c.path.name for c in self.checkpoints + self.snapshots)
+                or f"nothing yet; it saves every {self.facts['train'].get('save_steps')} steps"
+            )
+            raise FileNotFoundError(
+                f"{self.path} has no {which or 'whole checkpoint'}; it has {saved}"
+            )
         return load_model(path, device)
 
-    def stream(self, prompt:str|list[dict]='', which:str|None=None, **options)->Iterator[str]:
+    def stream(
+        self, prompt: str | list[dict] = "", which: str | None = None, **options
+    ) -> Iterator[str]:
         "`generate`, piece by piece as it comes."
         return stream_text(self.model(which), self.tokenizer, prompt, **options)
 
-    def generate(self,
-        prompt:str|list[dict]='', # The beginning of a text, or a conversation
-        which:str|None=None, # As for `model`
-        **options, # max_new_tokens, temperature, top_k, top_p, seed: see `minigpt.generate`
-    )->str: # The prompt, if it is a text, and what follows
+    def generate(
+        self,
+        prompt: str | list[dict] = "",  # The beginning of a text, or a conversation
+        which: str | None = None,  # As for `model`
+        **options,  # max_new_tokens, temperature, top_k, top_p, seed: see `minigpt.generate`
+    ) -> str:  # The prompt, if it is a text, and what follows
         "Text from the trained model."
-        return (prompt if isinstance(prompt, str) else '') + ''.join(self.stream(prompt, which, **options))
+        return (prompt if isinstance(prompt, str) else "") + "".join(
+            self.stream(prompt, which, **options)
+        )
 
     def plot(self):
         "The loss curve; the same picture as in plots/."
-        return plot_losses(self.history, f'{self.path.name}: {self.progress}')
+        return plot_losses(self.history, f"{self.path.name}: {self.progress}")
 
 # %% ../nbs/11_run.ipynb #7f8120ed
 def split_checkpoint(
-    path:str|Path, # RUN/checkpoints/checkpoint-500, or RUN/checkpoint-500 as the Trainer of Hugging Face has it; or a name alone
-)->tuple[Path|None,str]: # The run's folder, and the name; None: it is no such path
+    path: (
+        str | Path
+    ),  # RUN/checkpoints/checkpoint-500, or RUN/checkpoint-500 as the Trainer of Hugging Face has it; or a name alone
+) -> tuple[Path | None, str]:  # The run's folder, and the name; None: it is no such path
     "What a path of a checkpoint says."
     path = at_home(path)
-    if len(path.parts) < 2 or not re.fullmatch(r'(checkpoint|snapshot)-\d+', path.name): return None,str(path)
-    return path.parent.parent if path.parent.name in ('checkpoints','snapshots','best') else path.parent,path.name
+    if len(path.parts) < 2 or not re.fullmatch(r"(checkpoint|snapshot)-\d+", path.name):
+        return None, str(path)
+    return (
+        path.parent.parent
+        if path.parent.name
+        in (
+            "checkpoints",
+            "snapshots",
+            "best",
+        )
+        else path.parent
+    ), path.name
+
 
 def open_run(
-    path:str|Path, # Folder of a run
-)->Run:
+    path: str | Path,  # Folder of a run
+) -> Run:
     "A run, from its folder alone."
     path = at_home(path)
-    if path.is_file(): raise FileNotFoundError(f"{path} is a file, and must be the folder of a run or of a model. If another program wrote it: `minigpt export {path} my-model` (for MiniMind's .pth, with --like minimind --tokenizer DIR) makes a folder of it")
-    if not (path/'run.json').exists():
-        near = ', '.join(r.path.name for r in list_runs(path.parent)) if path.parent.is_dir() else ''
-        if around := next((p for p in [*path.absolute().parents][:2] if (p/'run.json').exists()), None):
-            raise FileNotFoundError(f"{path} is a part of a run: name the run, {around}" + (f"; to go back to this state: minigpt resume {around} --resume {path.name}" if split_checkpoint(path)[0] else ''))
-        if (path/'config.json').exists(): raise FileNotFoundError(f"{path} is not a run: it has no run.json, but a model; to train from its weights on: minigpt train DATA --config {path}")
-        raise FileNotFoundError(f"{path} is not a run: it has no run.json" + (f"; runs beside it: {near}" if near else '; a run is a folder that minigpt.train.fit made, and a directory with a model is named as `minigpt train DATA --config DIR`') + on_hub(path))
+    if path.is_file():
+        raise FileNotFoundError(
+            f"{path} is a file, and must be the folder of a run or of a model. If another program"
+            f" wrote it: `minigpt export {path} my-model` (for MiniMind's .pth, with --like"
+            " minimind --tokenizer DIR) makes a folder of it"
+        )
+    if not (path / "run.json").exists():
+        near = (
+            ", ".join(r.path.name for r in list_runs(path.parent)) if path.parent.is_dir() else ""
+        )
+        if around := next(
+            (p for p in [*path.absolute().parents][:2] if (p / "run.json").exists()), None
+        ):
+            raise FileNotFoundError(
+                f"{path} is a part of a run: name the run, {around}"
+                + (
+                    f"; to go back to this state: minigpt resume {around} --resume {path.name}"
+                    if split_checkpoint(path)[0]
+                    else ""
+                )
+            )
+        if (path / "config.json").exists():
+            raise FileNotFoundError(
+                f"{path} is not a run: it has no run.json, but a model; to train from its weights"
+                f" on: minigpt train DATA --config {path}"
+            )
+        raise FileNotFoundError(
+            f"{path} is not a run: it has no run.json"
+            + (
+                f"; runs beside it: {near}"
+                if near
+                else (
+                    "; a run is a folder that minigpt.train.fit made, and a directory with a model"
+                    " is named as `minigpt train DATA --config DIR`"
+                )
+            )
+            + on_hub(path)
+        )
     return Run(path)
 
-def _may_be_run(path:Path)->bool:
-    try: return lexists(path/'run.json')
-    except OSError: return True # nobody can look into it; `runs_table` says why
+
+def _may_be_run(path: Path) -> bool:
+    try:
+        return lexists(path / "run.json")
+    except OSError:
+        return True  # nobody can look into it; `runs_table` says why
+
 
 def list_runs(
-    folder:str|Path='runs', # Where runs are kept
-)->list[Run]:
+    folder: str | Path = "runs",  # Where runs are kept
+) -> list[Run]:
     "The runs in a folder, by name."
     return [Run(p) for p in entries(at_home(folder)) if _may_be_run(p)]
 
 # %% ../nbs/11_run.ipynb #059c8fef
-def text_table(lines:list[tuple[str,...]])->str:
+def text_table(lines: list[tuple[str, ...]]) -> str:
     "Cells in columns."
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return '\n'.join('  '.join(cell.ljust(w) for cell,w in zip(l, widths)).rstrip() for l in lines)
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(l, widths)).rstrip() for l in lines)
 
-def _last(history:list[dict], name:str)->str:
+
+def _last(history: list[dict], name: str) -> str:
     "The newest number of this name."
-    return next((f'{v:.3f}' for row in reversed(history) if isinstance(v := row.get(name), (int,float))), '–')
+    return next(
+        (f"{v:.3f}" for row in reversed(history) if isinstance(v := row.get(name), (int, float))),
+        "–",
+    )
 
-def _runs_row(r:Run)->tuple[str,...]:
-    history,end = r.history,r.max_steps
-    if type(end) is not int: raise ValueError(f"{r.path/'run.json'} says max_steps={end!r}, which is no number of steps")
-    whole = sorted((c for c in r.checkpoints+r.snapshots if not c.problem), key=lambda c: c.step)
+
+def _runs_row(r: Run) -> tuple[str, ...]:
+    history, end = r.history, r.max_steps
+    if type(end) is not int:
+        raise ValueError(
+            f"{r.path / 'run.json'} says max_steps={end!r}, which is no number of steps"
+        )
+    whole = sorted((c for c in r.checkpoints + r.snapshots if not c.problem), key=lambda c: c.step)
     c = whole[-1] if whole else None
-    age = human_time(max(0, time.time()-c.time))+' ago' if c else '–'
-    done = 'finished' if r.finished else f'{100*r.step/max(1, end):.0f}%'
-    return (r.path.name, f'{r.step:,}/{end:,}', done, _last(history, 'loss'), _last(history, 'eval_loss'), c.path.name if c else '–', age, human_size(sum(c.size for c in whole)))
+    age = human_time(max(0, time.time() - c.time)) + " ago" if c else "–"
+    done = "finished" if r.finished else f"{100 * r.step / max(1, end):.0f}%"
+    return (
+        r.path.name,
+        f"{r.step:,}/{end:,}",
+        done,
+        _last(history, "loss"),
+        _last(history, "eval_loss"),
+        c.path.name if c else "–",
+        age,
+        human_size(sum(c.size for c in whole)),
+    )
+
 
 def runs_table(
-    runs:list[Run], # Such as of `list_runs`
-)->str:
+    runs: list[Run],  # Such as of `list_runs`
+) -> str:
     "A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints. One that cannot be read, or does not answer, is named below."
-    lines,damaged = [('run','steps','done','loss','validation','newest checkpoint','age','size')],[]
+    lines, damaged = (
+        [("run", "steps", "done", "loss", "validation", "newest checkpoint", "age", "size")],
+        [],
+    )
     for r in runs:
-        try: lines.append(within_time(lambda: _runs_row(r), ANSWER, r.path))
-        except ValueError as e: damaged.append(str(e))
-        except (OSError, KeyError, TypeError) as e: damaged.append(f'{r.path} cannot be read: {e}')
-    return plain('\n'.join([text_table(lines), *damaged]))
+        try:
+            lines.append(within_time(lambda: _runs_row(r), ANSWER, r.path))
+        except ValueError as e:
+            damaged.append(str(e))
+        except (OSError, KeyError, TypeError) as e:
+            damaged.append(f"{r.path} cannot be read: {e}")
+    return plain("\n".join([text_table(lines), *damaged]))
+
 
 def run_table(
-    run:Run,
-    verify:bool=False, # Read every file and compare its hash? A file on Drive that is read is downloaded
-)->str:
+    run: Run,
+    verify: bool = False,  # Read every file and compare its hash? A file on Drive that is read is downloaded
+) -> str:
     "Every checkpoint, snapshot and backup of a run: step, age, size, kind, and whether it can be used."
-    lines = [('where','name','step','kind','age','size','state')]
+    lines = [("where", "name", "step", "kind", "age", "size", "state")]
+
     def add(where, c):
         wrong = c.problem or verify and problem(c.path)
-        lines.append((where, c.path.name, f'{c.step:,}', c.kind or '–', human_time(max(0, time.time()-c.time))+' ago' if c.time else '–', human_size(c.size), str(wrong or ('verified' if verify else 'whole'))))
-    for c in [*run.checkpoints, *run.snapshots, *run.best_store.all()]: add('run', c)
+        lines.append(
+            (
+                where,
+                c.path.name,
+                f"{c.step:,}",
+                c.kind or "–",
+                human_time(max(0, time.time() - c.time)) + " ago" if c.time else "–",
+                human_size(c.size),
+                str(wrong or ("verified" if verify else "whole")),
+            )
+        )
+
+    for c in [*run.checkpoints, *run.snapshots, *run.best_store.all()]:
+        add("run", c)
     said = []
     try:
-        for c in run.backup: add('backup', c)
-    except (BackupError, OSError) as e: said.append(f'backup: {e}') # a TimeoutError is an OSError
-    if run.backup_said: said.append(run.backup_said)
-    return plain('\n'.join([f'{run.path}: {run.progress}', text_table(lines) if lines[1:] else 'nothing is saved yet', *said]))
+        for c in run.backup:
+            add("backup", c)
+    except (BackupError, OSError) as e:
+        said.append(f"backup: {e}")  # a TimeoutError is an OSError
+    if run.backup_said:
+        said.append(run.backup_said)
+    return plain(
+        "\n".join(
+            [
+                f"{run.path}: {run.progress}",
+                text_table(lines) if lines[1:] else "nothing is saved yet",
+                *said,
+            ]
+        )
+    )

@@ -15,102 +15,190 @@ from .files import human_size, human_time
 # %% ../nbs/12_schedule.ipynb #9013f6b7
 class Schedule:
     "When to save and when to evaluate."
-    def __init__(self,
-        config:TrainConfig, # Strategies, intervals and limits
-        max_steps:int, # Steps of the whole run
-        windows:int, # Sequences of an epoch
-        clock:Callable[[], float]=time.monotonic, # In seconds
-        offset:int=0, # Sequences passed over at step 0: not 0 where a run went on with another effective batch
+
+    def __init__(
+        self,
+        config: TrainConfig,  # Strategies, intervals and limits
+        max_steps: int,  # Steps of the whole run
+        windows: int,  # Sequences of an epoch
+        clock: Callable[[], float] = time.monotonic,  # In seconds
+        offset: int = 0,  # Sequences passed over at step 0: not 0 where a run went on with another effective batch
     ):
-        self.config,self.max_steps,self.windows,self.clock,self.offset = config,max_steps,windows,clock,offset
+        self.config, self.max_steps, self.windows, self.clock, self.offset = (
+            config,
+            max_steps,
+            windows,
+            clock,
+            offset,
+        )
         self.saved_at = clock()
 
-    def due(self,
-        step:int, # Optimizer steps done
-        strategy:str, # steps, epoch or no
-        every:int, # Steps between two times
-    )->bool:
+    def due(
+        self,
+        step: int,  # Optimizer steps done
+        strategy: str,  # steps, epoch or no
+        every: int,  # Steps between two times
+    ) -> bool:
         "Does something fall after this step? The end of training always counts."
-        if step >= self.max_steps: return True
-        if strategy == 'steps': return step % every == 0
-        return strategy == 'epoch' and self.position(step)//self.windows > self.position(step-1)//self.windows
+        if step >= self.max_steps:
+            return True
+        if strategy == "steps":
+            return step % every == 0
+        return (
+            strategy == "epoch"
+            and self.position(step) // self.windows > self.position(step - 1) // self.windows
+        )
 
-    def position(self, step:int)->int: "Sequences read before this step."; return self.offset + step*self.config.effective_batch
+    def position(self, step: int) -> int:
+        "Sequences read before this step."
+        return self.offset + step * self.config.effective_batch
 
-    def save(self, step:int)->bool: "Is a checkpoint due?"; return self.due(step, self.config.save_strategy, self.config.save_steps)
-    def evaluation(self, step:int)->bool: "Is an evaluation due?"; return self.config.evaluation_strategy != 'no' and self.due(step, self.config.evaluation_strategy, self.config.eval_steps)
+    def save(self, step: int) -> bool:
+        "Is a checkpoint due?"
+        return self.due(step, self.config.save_strategy, self.config.save_steps)
 
-    def snapshot(self)->bool:
+    def evaluation(self, step: int) -> bool:
+        "Is an evaluation due?"
+        return self.config.evaluation_strategy != "no" and self.due(
+            step, self.config.evaluation_strategy, self.config.eval_steps
+        )
+
+    def snapshot(self) -> bool:
         "Has it been too long since something was saved?"
         every = self.config.time_save_interval_seconds
-        return every > 0 and self.clock()-self.saved_at >= every
+        return every > 0 and self.clock() - self.saved_at >= every
 
-    def saved(self): "A save has been made: the clock of the snapshots starts again."; self.saved_at = self.clock()
+    def saved(self):
+        "A save has been made: the clock of the snapshots starts again."
+        self.saved_at = self.clock()
 
     @property
-    def keep(self)->int|None: "Checkpoints kept; None: all."; return 1 if self.config.save_best_only else self.config.save_total_limit or None
+    def keep(self) -> int | None:
+        "Checkpoints kept; None: all."
+        return 1 if self.config.save_best_only else self.config.save_total_limit or None
 
-    def checkpoints(self, since:int=0)->Iterator[int]:
+    def checkpoints(self, since: int = 0) -> Iterator[int]:
         "The steps behind `since` at which checkpoints fall."
         cfg = self.config
-        if cfg.save_strategy == 'steps': yield from range((since//cfg.save_steps+1)*cfg.save_steps, self.max_steps, cfg.save_steps)
-        for epoch in count(self.position(since)//self.windows+1) if cfg.save_strategy == 'epoch' else ():
-            step = -(-(epoch*self.windows-self.offset)//cfg.effective_batch)
-            if step >= self.max_steps: break
-            if step > since: since = step; yield step
+        if cfg.save_strategy == "steps":
+            yield from range(
+                (since // cfg.save_steps + 1) * cfg.save_steps, self.max_steps, cfg.save_steps
+            )
+        for epoch in (
+            count(self.position(since) // self.windows + 1) if cfg.save_strategy == "epoch" else ()
+        ):
+            step = -(-(epoch * self.windows - self.offset) // cfg.effective_batch)
+            if step >= self.max_steps:
+                break
+            if step > since:
+                since = step
+                yield step
         yield self.max_steps
 
     @property
-    def n_checkpoints(self)->int: 
+    def n_checkpoints(self) -> int:
         "How many checkpoints fall in the whole run."
-        how,batch = self.config.save_strategy,self.config.effective_batch
-        if how == 'steps': return (self.max_steps-1)//self.config.save_steps+1
-        return 1 if how == 'no' else self.max_steps if batch >= self.windows else ((self.max_steps-1)*batch+self.offset)//self.windows - self.offset//self.windows + 1
+        how, batch = self.config.save_strategy, self.config.effective_batch
+        if how == "steps":
+            return (self.max_steps - 1) // self.config.save_steps + 1
+        return (
+            1
+            if how == "no"
+            else (
+                self.max_steps
+                if batch >= self.windows
+                else ((self.max_steps - 1) * batch + self.offset) // self.windows
+                - self.offset // self.windows
+                + 1
+            )
+        )
 
 # %% ../nbs/12_schedule.ipynb #bf930084
 def checkpoint_size(
-    n_params:int, # Of the model
-    light:bool=False, # Weights alone?
-)->int: # Bytes, of tensors; a tokenizer and a few small files come to it
+    n_params: int,  # Of the model
+    light: bool = False,  # Weights alone?
+) -> int:  # Bytes, of tensors; a tokenizer and a few small files come to it
     "What a checkpoint takes, for a model in fp32 trained with AdamW."
-    return n_params*(4 if light else 12)
+    return n_params * (4 if light else 12)
+
 
 def storage_plan(
-    config:TrainConfig,
-    n_params:int, # Of the model
-    saves:int, # Checkpoints that the run will make, if none were deleted
-    free:float, # Bytes free on the disk of the run; infinity: not known
-    free_backup:float|None=None, # Likewise where the backup is; None: no backup
-    there:int=0, # Bytes that checkpoints of this run take already
-    there_backup:int=0, # Likewise in the backup
-)->list[str]: # Lines to show; a warning begins with WARNING
+    config: TrainConfig,
+    n_params: int,  # Of the model
+    saves: int,  # Checkpoints that the run will make, if none were deleted
+    free: float,  # Bytes free on the disk of the run; infinity: not known
+    free_backup: float | None = None,  # Likewise where the backup is; None: no backup
+    there: int = 0,  # Bytes that checkpoints of this run take already
+    there_backup: int = 0,  # Likewise in the backup
+) -> list[str]:  # Lines to show; a warning begins with WARNING
     "What the run will take, against what is free."
-    full,light = checkpoint_size(n_params),checkpoint_size(n_params, True)
+    full, light = checkpoint_size(n_params), checkpoint_size(n_params, True)
     keep = 1 if config.save_best_only else min(saves, config.save_total_limit or saves)
-    snap = (config.snapshot_total_limit if config.time_save_interval_seconds else 0)*(light if config.snapshot_kind == 'light' else full)
-    best = light if config.evaluation_strategy != 'no' else 0
-    need = (keep+1)*full + snap + best + light      # one more while the oldest is still there; the final model
-    room = lambda n: 'free space unknown' if n == math.inf else f'{human_size(n)} free'
-    lines = [f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept, with snapshots, best and final model: {human_size(need)} at most; {room(free)}"]
+    snap = (config.snapshot_total_limit if config.time_save_interval_seconds else 0) * (
+        light if config.snapshot_kind == "light" else full
+    )
+    best = light if config.evaluation_strategy != "no" else 0
+    need = (
+        (keep + 1) * full + snap + best + light
+    )  # one more while the oldest is still there; the final model
+    room = lambda n: "free space unknown" if n == math.inf else f"{human_size(n)} free"
+    lines = [
+        f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept,"
+        f" with snapshots, best and final model: {human_size(need)} at most; {room(free)}"
+    ]
+
     def warn(what, need, free, kept, limit):
-        if need <= free: return
-        fit = max(0, kept-math.ceil((need-free)/full))
-        lines.append(f"WARNING: {what} will be full: {human_size(need)} wanted, {human_size(free)} free. " + (f"{fit} checkpoints would fit: set {limit}={fit}" if fit else "not even one fits beside the others: make room, choose another place or a smaller model, or set snapshot_kind='light'"))
-    warn('the disk', need-there, free, keep, 'save_total_limit')
+        if need <= free:
+            return
+        fit = max(0, kept - math.ceil((need - free) / full))
+        lines.append(
+            f"WARNING: {what} will be full: {human_size(need)} wanted, {human_size(free)} free. "
+            + (
+                f"{fit} checkpoints would fit: set {limit}={fit}"
+                if fit
+                else (
+                    "not even one fits beside the others: make room, choose another place or a"
+                    " smaller model, or set snapshot_kind='light'"
+                )
+            )
+        )
+
+    warn("the disk", need - there, free, keep, "save_total_limit")
     if free_backup is not None:
-        need_backup = (config.backup_keep_last+1)*full + best + light
-        lines.append(f"in the backup: {config.backup_keep_last} states, best and final model: {human_size(need_backup)} at most; {room(free_backup)}")
-        warn('the backup', need_backup-there_backup, free_backup, config.backup_keep_last, 'backup_keep_last')
+        need_backup = (config.backup_keep_last + 1) * full + best + light
+        lines.append(
+            f"in the backup: {config.backup_keep_last} states, best and final model:"
+            f" {human_size(need_backup)} at most; {room(free_backup)}"
+        )
+        warn(
+            "the backup",
+            need_backup - there_backup,
+            free_backup,
+            config.backup_keep_last,
+            "backup_keep_last",
+        )
     return lines
 
 # %% ../nbs/12_schedule.ipynb #eea12700
 def time_plan(
-    schedule:Schedule,
-    step:int, # Steps done
-    seconds:float, # Seconds a step, measured
-)->str:
+    schedule: Schedule,
+    step: int,  # Steps done
+    seconds: float,  # Seconds a step, measured
+) -> str:
     "How long the rest takes, and where its checkpoints fall."
     saves = [*islice(schedule.checkpoints(step), 5)]
-    shown = [f'{s:,} (in {human_time((s-step)*seconds)})' for s in saves[:3]] + (['…'] if len(saves) > 4 else []) + [f'{schedule.max_steps:,}']*(len(saves) > 3)
+    shown = (
+        [f"{s:,} (in {human_time((s - step) * seconds)})" for s in saves[:3]]
+        + (["…"] if len(saves) > 4 else [])
+        + [f"{schedule.max_steps:,}"] * (len(saves) > 3)
+    )
     every = schedule.config.time_save_interval_seconds
-    return f"{seconds:.2f} s a step: {schedule.max_steps-step:,} more take about {human_time((schedule.max_steps-step)*seconds)}; checkpoints at {', '.join(shown)}" + (f'; a snapshot where {human_time(every)} pass without one' if every and seconds*schedule.config.save_steps > every else '')
+    return (
+        f"{seconds:.2f} s a step: {schedule.max_steps - step:,} more take about"
+        f" {human_time((schedule.max_steps - step) * seconds)}; checkpoints at {', '.join(shown)}"
+        + (
+            f"; a snapshot where {human_time(every)} pass without one"
+            if every and seconds * schedule.config.save_steps > every
+            else ""
+        )
+    )

@@ -19,245 +19,531 @@ from .tokenizer import Tokenizer
 # %% ../nbs/08_serve.ipynb #5c15343c
 class RequestError(Exception):
     "What is wrong with a request, in OpenAI's words."
-    def __init__(self,
-        message:str, # For the user of the client
-        param:str|None=None, # Which field
-        status:int=400, # HTTP status
-        code:str|None=None, # By which programs tell errors apart
+
+    def __init__(
+        self,
+        message: str,  # For the user of the client
+        param: str | None = None,  # Which field
+        status: int = 400,  # HTTP status
+        code: str | None = None,  # By which programs tell errors apart
     ):
         super().__init__(message)
-        self.status,self.body = status,dict(error=dict(message=message, type='invalid_request_error' if status < 500 else 'server_error', param=param, code=code))
+        self.status, self.body = (
+            status,
+            dict(
+                error=dict(
+                    message=message,
+                    type="invalid_request_error" if status < 500 else "server_error",
+                    param=param,
+                    code=code,
+                )
+            ),
+        )
 
-_NEUTRAL = dict(n=(1,), best_of=(1,), logprobs=(False,), top_logprobs=(0,), echo=(False,), suffix=('',), logit_bias=({},), presence_penalty=(0,), frequency_penalty=(0,), response_format=({'type':'text'},), tool_choice=('auto','none'), functions=([],), modalities=(['text'],))
 
-def _number(body, name, low, high, default, kind=(int,float)):
+_NEUTRAL = dict(
+    n=(1,),
+    best_of=(1,),
+    logprobs=(False,),
+    top_logprobs=(0,),
+    echo=(False,),
+    suffix=("",),
+    logit_bias=({},),
+    presence_penalty=(0,),
+    frequency_penalty=(0,),
+    response_format=({"type": "text"},),
+    tool_choice=("auto", "none"),
+    functions=([],),
+    modalities=(["text"],),
+)
+
+
+def _number(body, name, low, high, default, kind=(int, float)):
     value = body.get(name)
-    if value is None: return default
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high: raise RequestError(f"{name} is {json.dumps(value)[:50]}; it must be a{' whole' if kind is int else ''} number from {low} to {high}", name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+        raise RequestError(
+            f"{name} is {json.dumps(value)[:50]}; it must be a{' whole' if kind is int else ''}"
+            f" number from {low} to {high}",
+            name,
+        )
     return value
 
+
 def read_request(
-    body, # Of the request, out of its JSON
-)->dict: # Options of `Answer`
+    body,  # Of the request, out of its JSON
+) -> dict:  # Options of `Answer`
     "How to answer; a `RequestError` where that cannot be done."
-    if not isinstance(body, dict): raise RequestError(f"the body is a JSON {type(body).__name__}; it must be an object")
-    for k,good in _NEUTRAL.items():
-        if (v := body.get(k)) is not None and v not in good: raise RequestError(f"{k} is {json.dumps(v)[:80]}; this server knows only {' and '.join(map(json.dumps, good))}; leave it out", k)
-    limit = 'max_completion_tokens' if body.get('max_completion_tokens') is not None else 'max_tokens'
-    stop = body.get('stop') or []
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is a JSON {type(body).__name__}; it must be an object")
+    for k, good in _NEUTRAL.items():
+        if (v := body.get(k)) is not None and v not in good:
+            raise RequestError(
+                f"{k} is {json.dumps(v)[:80]}; this server knows only"
+                f" {' and '.join(map(json.dumps, good))}; leave it out",
+                k,
+            )
+    limit = (
+        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    )
+    stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop): raise RequestError("stop must be a string or a list of strings", 'stop')
-    if not isinstance(body.get('stream') or False, bool): raise RequestError("stream must be true or false", 'stream')
-    return dict(temperature=_number(body, 'temperature', 0, 2, 1.), top_p=_number(body, 'top_p', 1e-6, 1, None), top_k=_number(body, 'top_k', 1, 1<<20, None, int),
-        max_new_tokens=_number(body, limit, 1, 1<<30, 1<<30, int), seed=_number(body, 'seed', -(1<<63), (1<<63)-1, None, int), stop=stop)
+    if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
+        raise RequestError("stop must be a string or a list of strings", "stop")
+    if not isinstance(body.get("stream") or False, bool):
+        raise RequestError("stream must be true or false", "stream")
+    return dict(
+        temperature=_number(body, "temperature", 0, 2, 1.0),
+        top_p=_number(body, "top_p", 1e-6, 1, None),
+        top_k=_number(body, "top_k", 1, 1 << 20, None, int),
+        max_new_tokens=_number(body, limit, 1, 1 << 30, 1 << 30, int),
+        seed=_number(body, "seed", -(1 << 63), (1 << 63) - 1, None, int),
+        stop=stop,
+    )
 
 # %% ../nbs/08_serve.ipynb #f6ddc668
 def read_messages(
-    body:dict, # Of a request
-)->tuple[list[dict],list[dict]]: # Messages and the schemas of functions, as the chat template takes them
+    body: dict,  # Of a request
+) -> tuple[
+    list[dict], list[dict]
+]:  # Messages and the schemas of functions, as the chat template takes them
     "The conversation of a request."
+
     def text(m, where):
-        parts = m.get('content')
-        if parts is None: return ''
-        if isinstance(parts, str): return parts
-        if isinstance(parts, list) and all(isinstance(p, dict) and p.get('type') == 'text' and isinstance(p.get('text'), str) for p in parts): return '\n'.join(p['text'] for p in parts)
-        raise RequestError("content must be a string, or a list of parts of the type text: this model reads nothing else", where+'.content')
+        parts = m.get("content")
+        if parts is None:
+            return ""
+        if isinstance(parts, str):
+            return parts
+        if isinstance(parts, list) and all(
+            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+            for p in parts
+        ):
+            return "\n".join(p["text"] for p in parts)
+        raise RequestError(
+            "content must be a string, or a list of parts of the type text: this model reads"
+            " nothing else",
+            where + ".content",
+        )
+
     def function(c, where, *need):
-        f = c.get('function') if isinstance(c, dict) else None
-        if not isinstance(f, dict) or not all(isinstance(f.get(k), str) for k in need): raise RequestError(f'must be {{"type": "function", "function": {{{", ".join(need)}, …}}}}', where)
+        f = c.get("function") if isinstance(c, dict) else None
+        if not isinstance(f, dict) or not all(isinstance(f.get(k), str) for k in need):
+            raise RequestError(
+                f'must be {{"type": "function", "function": {{{", ".join(need)}, …}}}}', where
+            )
         return f
-    given,out,order = body.get('messages'),[],{}
-    if not isinstance(given, list) or not given: raise RequestError("messages must be a list with at least one message", 'messages')
-    for i,m in enumerate(given):
-        where = f'messages[{i}]'
-        role = m.get('role') if isinstance(m, dict) else None
-        if role not in ('system','developer','user','assistant','tool'): raise RequestError(f"a message needs the role system, developer, user, assistant or tool; this one has {json.dumps(role)[:50]}", where)
-        made = dict(role='system' if role == 'developer' else role, content=text(m, where))
-        if role == 'assistant':
-            if isinstance(m.get('reasoning_content'), str): made['reasoning_content'] = m['reasoning_content']
-            calls = m.get('tool_calls') or []
-            if not isinstance(calls, list): raise RequestError("tool_calls must be a list", where+'.tool_calls')
+
+    given, out, order = body.get("messages"), [], {}
+    if not isinstance(given, list) or not given:
+        raise RequestError("messages must be a list with at least one message", "messages")
+    for i, m in enumerate(given):
+        where = f"messages[{i}]"
+        role = m.get("role") if isinstance(m, dict) else None
+        if role not in ("system", "developer", "user", "assistant", "tool"):
+            raise RequestError(
+                "a message needs the role system, developer, user, assistant or tool; this one has"
+                f" {json.dumps(role)[:50]}",
+                where,
+            )
+        made = dict(role="system" if role == "developer" else role, content=text(m, where))
+        if role == "assistant":
+            if isinstance(m.get("reasoning_content"), str):
+                made["reasoning_content"] = m["reasoning_content"]
+            calls = m.get("tool_calls") or []
+            if not isinstance(calls, list):
+                raise RequestError("tool_calls must be a list", where + ".tool_calls")
             made_calls = []
             for c in calls:
-                f = function(c, where+'.tool_calls', 'name', 'arguments')
-                try: arguments = json.loads(f['arguments'] or '{}')
-                except (ValueError, RecursionError): arguments = None
-                if not isinstance(arguments, dict): raise RequestError("the arguments of a call must be a JSON object, as a string", where+'.tool_calls')
-                made_calls.append(dict(name=f['name'], arguments=arguments))
-            if calls: made['tool_calls'] = made_calls
-            order = {str(c.get('id')):k for k,c in enumerate(calls)}
-        if role == 'tool': made['order'] = order.get(str(m.get('tool_call_id')), len(order))
+                f = function(c, where + ".tool_calls", "name", "arguments")
+                try:
+                    arguments = json.loads(f["arguments"] or "{}")
+                except (ValueError, RecursionError):
+                    arguments = None
+                if not isinstance(arguments, dict):
+                    raise RequestError(
+                        "the arguments of a call must be a JSON object, as a string",
+                        where + ".tool_calls",
+                    )
+                made_calls.append(dict(name=f["name"], arguments=arguments))
+            if calls:
+                made["tool_calls"] = made_calls
+            order = {str(c.get("id")): k for k, c in enumerate(calls)}
+        if role == "tool":
+            made["order"] = order.get(str(m.get("tool_call_id")), len(order))
         out.append(made)
-    out = [m for results,ms in groupby(out, lambda m: 'order' in m) for m in (sorted(ms, key=lambda m: m.pop('order')) if results else ms)] # in the order of the calls
-    tools = body.get('tools') or []
-    if not isinstance(tools, list): raise RequestError("tools must be a list", 'tools')
-    tools = [function(t, f'tools[{i}]', 'name') for i,t in enumerate(tools)]
-    return out,[] if body.get('tool_choice') == 'none' else [{k:f[k] for k in ('name','description','parameters') if k in f} for f in tools]
+    out = [
+        m
+        for results, ms in groupby(out, lambda m: "order" in m)
+        for m in (sorted(ms, key=lambda m: m.pop("order")) if results else ms)
+    ]  # in the order of the calls
+    tools = body.get("tools") or []
+    if not isinstance(tools, list):
+        raise RequestError("tools must be a list", "tools")
+    tools = [function(t, f"tools[{i}]", "name") for i, t in enumerate(tools)]
+    return out, (
+        []
+        if body.get("tool_choice") == "none"
+        else [{k: f[k] for k in ("name", "description", "parameters") if k in f} for f in tools]
+    )
 
 # %% ../nbs/08_serve.ipynb #6b642717
-_LOCAL = 'localhost','127.0.0.1','::1'
+_LOCAL = "localhost", "127.0.0.1", "::1"
 
-class _Gone(Exception): "The client has hung up."
+
+class _Gone(Exception):
+    "The client has hung up."
+
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version,timeout,server_version,sys_version = 'HTTP/1.1',60,'minigpt',''
-    def log_message(self, *_): pass
+    protocol_version, timeout, server_version, sys_version = "HTTP/1.1", 60, "minigpt", ""
 
-    def reply(self, status:int, body:dict):
-        data = json.dumps(body, ensure_ascii=False).encode('utf-8', 'replace')
-        self.send_response(status); self.send_header('Content-Type', 'application/json; charset=utf-8'); self.send_header('Content-Length', str(len(data)))
-        if status >= 400: self.close_connection = True; self.send_header('Connection', 'close') # the body may not have been read
-        self.end_headers(); self.wfile.write(data)
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status: int, body: dict):
+        data = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json; charset=utf-8")
+        self.send_header("Content-Length", str(len(data)))
+        if status >= 400:
+            self.close_connection = True
+            self.send_header("Connection", "close")  # the body may not have been read
+        self.end_headers()
+        self.wfile.write(data)
 
     def check(self):
         "Is the client there?"
-        if self.server.stopping.is_set(): raise RequestError('this server has been stopped', status=503)
-        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK): raise _Gone
+        if self.server.stopping.is_set():
+            raise RequestError("this server has been stopped", status=503)
+        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
+            1, socket.MSG_PEEK
+        ):
+            raise _Gone
 
-    def event(self, body:dict|str):
-        data = f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n".encode('utf-8', 'replace')
-        self.wfile.write(b'%x\r\n%b\r\n' % (len(data), data)); self.wfile.flush()
+    def event(self, body: dict | str):
+        data = f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n".encode(
+            "utf-8", "replace"
+        )
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.flush()
 
-    def do_GET(self): self.handle_one(self.get)
-    def do_POST(self): self.handle_one(self.post)
+    def do_GET(self):
+        self.handle_one(self.get)
+
+    def do_POST(self):
+        self.handle_one(self.post)
 
     def handle_one(self, answer):
         self.streaming = False
         try:
-            if self.server.local and self.headers.get('Host', '').rsplit(':', 1)[0].strip('[]') not in _LOCAL: raise RequestError("this server answers requests to localhost only", status=403)
-            answer(self.path.partition('?')[0].rstrip('/'))
-        except (_Gone, OSError): self.close_connection = True                       # nobody is there to tell
+            if (
+                self.server.local
+                and self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]") not in _LOCAL
+            ):
+                raise RequestError("this server answers requests to localhost only", status=403)
+            answer(self.path.partition("?")[0].rstrip("/"))
+        except (_Gone, OSError):
+            self.close_connection = True  # nobody is there to tell
         except Exception as e:
-            wrong = e if isinstance(e, RequestError) else RequestError(f'{type(e).__name__}: {e}', status=500)
+            wrong = (
+                e
+                if isinstance(e, RequestError)
+                else RequestError(f"{type(e).__name__}: {e}", status=500)
+            )
             self.close_connection = True
             try:
-                if self.streaming: self.event(wrong.body); self.wfile.write(b'0\r\n\r\n')
-                else: self.reply(wrong.status, wrong.body)
-            except OSError: pass
+                if self.streaming:
+                    self.event(wrong.body)
+                    self.wfile.write(b"0\r\n\r\n")
+                else:
+                    self.reply(wrong.status, wrong.body)
+            except OSError:
+                pass
 
-    def get(self, path:str):
-        cards = [dict(id=name, object='model', created=self.server.created, owned_by='minigpt') for name in self.server.models]
-        if path == '/health': return self.reply(200, dict(status='ok', models=[*self.server.models]))
-        if path == '/v1/models': return self.reply(200, dict(object='list', data=cards))
-        if path.startswith('/v1/models/'): name = unquote(path.removeprefix('/v1/models/')); self.model(name); return self.reply(200, next(c for c in cards if c['id'] == name))
+    def get(self, path: str):
+        cards = [
+            dict(id=name, object="model", created=self.server.created, owned_by="minigpt")
+            for name in self.server.models
+        ]
+        if path == "/health":
+            return self.reply(200, dict(status="ok", models=[*self.server.models]))
+        if path == "/v1/models":
+            return self.reply(200, dict(object="list", data=cards))
+        if path.startswith("/v1/models/"):
+            name = unquote(path.removeprefix("/v1/models/"))
+            self.model(name)
+            return self.reply(200, next(c for c in cards if c["id"] == name))
         raise RequestError(f"there is no GET {path}; there are /v1/models and /health", status=404)
 
-    def model(self, name)->tuple[GPT,Tokenizer]:
+    def model(self, name) -> tuple[GPT, Tokenizer]:
         models = self.server.models
-        if name is None and len(models) == 1: return next(iter(models.values()))
-        if name not in models if isinstance(name, str) else True: raise RequestError(f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}", 'model', 404, 'model_not_found')
+        if name is None and len(models) == 1:
+            return next(iter(models.values()))
+        if name not in models if isinstance(name, str) else True:
+            raise RequestError(
+                f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}",
+                "model",
+                404,
+                "model_not_found",
+            )
         return models[name]
 
-    def post(self, path:str):
-        try: size = int(self.headers.get('Content-Length', ''))
-        except ValueError: raise RequestError("the request needs a Content-Length", status=411) from None
-        if not 0 <= size <= 16<<20: raise RequestError("the request is larger than 16 MB", status=413)
+    def post(self, path: str):
+        try:
+            size = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            raise RequestError("the request needs a Content-Length", status=411) from None
+        if not 0 <= size <= 16 << 20:
+            raise RequestError("the request is larger than 16 MB", status=413)
         data = self.rfile.read(size)
-        if path not in ('/v1/chat/completions','/v1/completions'): raise RequestError(f"there is no POST {path}; there are /v1/chat/completions and /v1/completions", status=404)
-        if self.headers.get_content_type() != 'application/json': raise RequestError(f"the request's Content-Type is {self.headers.get_content_type()}; it must be application/json", status=415) # a foreign web page cannot send that unasked
-        try: body = json.loads(data)
-        except (ValueError, RecursionError) as e: raise RequestError(f"the body is not JSON: {str(e)[:200]}") from None
+        if path not in ("/v1/chat/completions", "/v1/completions"):
+            raise RequestError(
+                f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
+                status=404,
+            )
+        if self.headers.get_content_type() != "application/json":
+            raise RequestError(
+                f"the request's Content-Type is {self.headers.get_content_type()}; it must be"
+                " application/json",
+                status=415,
+            )  # a foreign web page cannot send that unasked
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as e:
+            raise RequestError(f"the body is not JSON: {str(e)[:200]}") from None
         options = read_request(body)
-        model,tok = self.model(body.get('model'))
-        chat = path == '/v1/chat/completions'
-        messages,schemas = read_messages(body) if chat else (body.get('prompt', ''),[])
+        model, tok = self.model(body.get("model"))
+        chat = path == "/v1/chat/completions"
+        messages, schemas = read_messages(body) if chat else (body.get("prompt", ""), [])
         if not chat:
-            if isinstance(messages, list) and len(messages) == 1: messages = messages[0]
-            if not isinstance(messages, str): raise RequestError("prompt must be one string", 'prompt')
-        asked = how if isinstance(how := body.get('chat_template_kwargs'), dict) else {}
-        thinking = next((v for k in ('enable_thinking','open_thinking','thinking') if isinstance(v := asked.get(k), bool)), None)
-        try: ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.begin(messages)
-        except ValueError as e: raise RequestError(str(e), 'messages' if chat else 'prompt') from None # the template refuses it, or it is no Unicode
-        if len(ids) >= (longest := model.config.max_len): raise RequestError(f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at most {longest-1:,}, to leave room for an answer; shorten it", 'messages' if chat else 'prompt', 400, 'context_length_exceeded')
+            if isinstance(messages, list) and len(messages) == 1:
+                messages = messages[0]
+            if not isinstance(messages, str):
+                raise RequestError("prompt must be one string", "prompt")
+        asked = how if isinstance(how := body.get("chat_template_kwargs"), dict) else {}
+        thinking = next(
+            (
+                v
+                for k in ("enable_thinking", "open_thinking", "thinking")
+                if isinstance(v := asked.get(k), bool)
+            ),
+            None,
+        )
+        try:
+            ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.begin(messages)
+        except ValueError as e:
+            raise RequestError(
+                str(e), "messages" if chat else "prompt"
+            ) from None  # the template refuses it, or it is no Unicode
+        if len(ids) >= (longest := model.config.max_len):
+            raise RequestError(
+                f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at"
+                f" most {longest - 1:,}, to leave room for an answer; shorten it",
+                "messages" if chat else "prompt",
+                400,
+                "context_length_exceeded",
+            )
         answer = Answer(model, tok, ids, **options)
-        while not self.server.lock.acquire(timeout=.2): self.check()
-        try: self.stream(body, answer, chat, bool(schemas)) if body.get('stream') else self.whole(body, answer, chat, bool(schemas))
-        finally: self.server.lock.release()
+        while not self.server.lock.acquire(timeout=0.2):
+            self.check()
+        try:
+            (
+                self.stream(body, answer, chat, bool(schemas))
+                if body.get("stream")
+                else self.whole(body, answer, chat, bool(schemas))
+            )
+        finally:
+            self.server.lock.release()
 
-    def pieces(self, answer:Answer, chat:bool)->Iterator[tuple[str,str]]:
+    def pieces(self, answer: Answer, chat: bool) -> Iterator[tuple[str, str]]:
         "(kind, piece), as long as the client is there."
+
         def watched(tokens):
-            for i in tokens: self.check(); yield i
+            for i in tokens:
+                self.check()
+                yield i
+
         answer.tokens = watched(answer.tokens)
-        if chat: yield from answer
+        if chat:
+            yield from answer
         else:
-            for piece in answer.plain(answer.ids): answer.said['text'] += piece; yield 'text',piece
+            for piece in answer.plain(answer.ids):
+                answer.said["text"] += piece
+                yield "text", piece
 
-    def end(self, answer:Answer, tools:bool)->tuple[list[dict],str,str]:
+    def end(self, answer: Answer, tools: bool) -> tuple[list[dict], str, str]:
         "The calls in OpenAI's shape, what else was written as one, and why the answer ended."
-        try: calls = answer.calls if tools else []
-        except ValueError: calls = []                                             # broken: it goes to the client as the text that it is
-        made = [dict(id=f'call_{uuid.uuid4().hex[:24]}', type='function', function=dict(name=c['name'], arguments=json.dumps(c['arguments'], ensure_ascii=False))) for c in calls]
-        return made,'' if calls else answer.said['call'],'tool_calls' if calls else 'length' if answer.cut else 'stop'
+        try:
+            calls = answer.calls if tools else []
+        except ValueError:
+            calls = []  # broken: it goes to the client as the text that it is
+        made = [
+            dict(
+                id=f"call_{uuid.uuid4().hex[:24]}",
+                type="function",
+                function=dict(
+                    name=c["name"], arguments=json.dumps(c["arguments"], ensure_ascii=False)
+                ),
+            )
+            for c in calls
+        ]
+        return (
+            made,
+            "" if calls else answer.said["call"],
+            "tool_calls" if calls else "length" if answer.cut else "stop",
+        )
 
-    def head(self, body, chat, kind)->dict:
-        return dict(id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", object=kind, created=int(time.time()), model=body.get('model') or next(iter(self.server.models)))
+    def head(self, body, chat, kind) -> dict:
+        return dict(
+            id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            object=kind,
+            created=int(time.time()),
+            model=body.get("model") or next(iter(self.server.models)),
+        )
 
-    def usage(self, answer)->dict: return dict(prompt_tokens=len(answer.ids), completion_tokens=answer.n_tokens, total_tokens=len(answer.ids)+answer.n_tokens)
+    def usage(self, answer) -> dict:
+        return dict(
+            prompt_tokens=len(answer.ids),
+            completion_tokens=answer.n_tokens,
+            total_tokens=len(answer.ids) + answer.n_tokens,
+        )
 
     def whole(self, body, answer, chat, tools):
-        for _ in self.pieces(answer, chat): pass
-        calls,rest,why = self.end(answer, tools)
+        for _ in self.pieces(answer, chat):
+            pass
+        calls, rest, why = self.end(answer, tools)
         choice = dict(index=0, finish_reason=why, logprobs=None)
-        text = answer.said['text']+rest
-        if chat: choice['message'] = dict(role='assistant', content=text or (None if calls else '')) | (dict(reasoning_content=t) if (t := answer.said['thinking']) else {}) | (dict(tool_calls=calls) if calls else {})
-        else: choice['text'] = text
-        self.reply(200, self.head(body, chat, 'chat.completion' if chat else 'text_completion') | dict(choices=[choice], usage=self.usage(answer)))
+        text = answer.said["text"] + rest
+        if chat:
+            choice["message"] = (
+                dict(role="assistant", content=text or (None if calls else ""))
+                | (dict(reasoning_content=t) if (t := answer.said["thinking"]) else {})
+                | (dict(tool_calls=calls) if calls else {})
+            )
+        else:
+            choice["text"] = text
+        self.reply(
+            200,
+            self.head(body, chat, "chat.completion" if chat else "text_completion")
+            | dict(choices=[choice], usage=self.usage(answer)),
+        )
 
     def stream(self, body, answer, chat, tools):
         self.send_response(200)
-        for k,v in dict({'Content-Type':'text/event-stream; charset=utf-8','Cache-Control':'no-cache','Transfer-Encoding':'chunked'}).items(): self.send_header(k, v)
-        self.end_headers(); self.streaming = True
-        head = self.head(body, chat, 'chat.completion.chunk' if chat else 'text_completion')
-        def chunk(delta, why=None): self.event(head | dict(choices=[dict(index=0, finish_reason=why, logprobs=None) | (dict(delta=delta) if chat else dict(text=delta.get('content', '')))]))
-        if chat: chunk(dict(role='assistant', content=''))
-        for kind,piece in self.pieces(answer, chat):
-            if piece: chunk({'content' if kind == 'text' else 'reasoning_content':piece})
-        calls,rest,why = self.end(answer, tools)
-        if rest: chunk(dict(content=rest))
-        for i,c in enumerate(calls): chunk(dict(tool_calls=[dict(index=i, **c)]))
+        for k, v in dict(
+            {
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "Transfer-Encoding": "chunked",
+            }
+        ).items():
+            self.send_header(k, v)
+        self.end_headers()
+        self.streaming = True
+        head = self.head(body, chat, "chat.completion.chunk" if chat else "text_completion")
+
+        def chunk(delta, why=None):
+            self.event(
+                head
+                | dict(
+                    choices=[
+                        dict(index=0, finish_reason=why, logprobs=None)
+                        | (dict(delta=delta) if chat else dict(text=delta.get("content", "")))
+                    ]
+                )
+            )
+
+        if chat:
+            chunk(dict(role="assistant", content=""))
+        for kind, piece in self.pieces(answer, chat):
+            if piece:
+                chunk({"content" if kind == "text" else "reasoning_content": piece})
+        calls, rest, why = self.end(answer, tools)
+        if rest:
+            chunk(dict(content=rest))
+        for i, c in enumerate(calls):
+            chunk(dict(tool_calls=[dict(index=i, **c)]))
         chunk({}, why)
-        if (body.get('stream_options') or {}).get('include_usage'): self.event(head | dict(choices=[], usage=self.usage(answer)))
-        self.event('[DONE]'); self.wfile.write(b'0\r\n\r\n')
+        if (body.get("stream_options") or {}).get("include_usage"):
+            self.event(head | dict(choices=[], usage=self.usage(answer)))
+        self.event("[DONE]")
+        self.wfile.write(b"0\r\n\r\n")
 
 # %% ../nbs/08_serve.ipynb #d5f68e08
 class Server(ThreadingHTTPServer):
     "Models by name, behind OpenAI's interface. `serve_forever()` answers, `shutdown()` ends that; `url` is for the client's `base_url`."
-    daemon_threads = True
-    def __init__(self,
-        models:dict[str,tuple[GPT,Tokenizer]], # By the names that clients ask for; several may share one base. Instead of a pair: a run, or a directory with a model
-        host:str='127.0.0.1', # Address to listen on; the default is for this machine alone
-        port:int=8000, # 0: any that is free
-    ):
-        if not models: raise ValueError("there is no model to serve; pass {'name': (model, tokenizer)}")
-        if not isinstance(models, dict): raise TypeError(f"models={models!r:.80} must say by which names clients ask: {{'name': {models!r:.80}}}")
-        models = {name:m if isinstance(m, (tuple,list)) else open_model(m) for name,m in models.items()}
-        for model,_ in models.values(): need_gpt(model, 'OpenAI\'s interface')
-        self.models,self.created,self.lock,self.local = dict(models),int(time.time()),threading.Lock(),host in _LOCAL
-        self.stopping = threading.Event() # from then on no token is written
-        if ':' in host: self.address_family = socket.AF_INET6
-        try: super().__init__((host, port), _Handler)
-        except OverflowError: raise ValueError(f"port={port} must be from 0 to 65535") from None
-        except OSError as e: raise OSError(f"cannot listen on {host}, port {port} ({e.strerror}); another program may have it: choose another port") from None
 
-    def stop(self, seconds:float=10.):
+    daemon_threads = True
+
+    def __init__(
+        self,
+        models: dict[
+            str, tuple[GPT, Tokenizer]
+        ],  # By the names that clients ask for; several may share one base. Instead of a pair: a run, or a directory with a model
+        host: str = "127.0.0.1",  # Address to listen on; the default is for this machine alone
+        port: int = 8000,  # 0: any that is free
+    ):
+        if not models:
+            raise ValueError("there is no model to serve; pass {'name': (model, tokenizer)}")
+        if not isinstance(models, dict):
+            raise TypeError(
+                f"models={models!r:.80} must say by which names clients ask: {{'name':"
+                f" {models!r:.80}}}"
+            )
+        models = {
+            name: m if isinstance(m, (tuple, list)) else open_model(m) for name, m in models.items()
+        }
+        for model, _ in models.values():
+            need_gpt(model, "OpenAI's interface")
+        self.models, self.created, self.lock, self.local = (
+            dict(models),
+            int(time.time()),
+            threading.Lock(),
+            host in _LOCAL,
+        )
+        self.stopping = threading.Event()  # from then on no token is written
+        if ":" in host:
+            self.address_family = socket.AF_INET6
+        try:
+            super().__init__((host, port), _Handler)
+        except OverflowError:
+            raise ValueError(f"port={port} must be from 0 to 65535") from None
+        except OSError as e:
+            raise OSError(
+                f"cannot listen on {host}, port {port} ({e.strerror}); another program may have it:"
+                " choose another port"
+            ) from None
+
+    def stop(self, seconds: float = 10.0):
         "End the answer that is being written. Python must not exit while a thread computes: torch would abort the process."
         self.stopping.set()
         self.lock.acquire(timeout=seconds)
 
     @property
-    def url(self)->str: "Where it listens."; return f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}:{self.server_address[1]}/v1"
+    def url(self) -> str:
+        "Where it listens."
+        return f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}:{self.server_address[1]}/v1"
+
 
 def serve(
-    models:dict[str,tuple[GPT,Tokenizer]], # By the names that clients ask for
-    host:str='127.0.0.1', # Address to listen on; 0.0.0.0 is every network that this machine is in
-    port:int=8000,
-    say=print, # Function that shows a line
+    models: dict[str, tuple[GPT, Tokenizer]],  # By the names that clients ask for
+    host: str = "127.0.0.1",  # Address to listen on; 0.0.0.0 is every network that this machine is in
+    port: int = 8000,
+    say=print,  # Function that shows a line
 ):
     "Answer requests until Ctrl-C."
     with Server(models, host, port) as server:
         say(f"{', '.join(models)} at {server.url} (Ctrl-C ends)")
-        if not server.local: say("WARNING: this is open to everyone who can reach this machine over the network, without a password")
-        try: server.serve_forever()
-        except KeyboardInterrupt: pass
-        finally: server.stop()
+        if not server.local:
+            say(
+                "WARNING: this is open to everyone who can reach this machine over the network,"
+                " without a password"
+            )
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            server.stop()

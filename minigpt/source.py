@@ -14,367 +14,880 @@ from itertools import zip_longest
 from pathlib import Path
 import orjson
 from .config import TrainConfig
-from .corpus import stdlib_text, write_calls, write_corpus, write_preferences, write_reasoning, write_talks
+from minigpt.corpus import (
+    stdlib_text,
+    write_calls,
+    write_corpus,
+    write_preferences,
+    write_reasoning,
+    write_talks,
+)
 from .checkpoint import stores_in
-from .data import Mixture, TokenSet, build_tokenset, check_text, curriculum, open_set, open_tokenset, read_again, same_rules, sample_texts, source_facts
+from minigpt.data import (
+    Mixture,
+    TokenSet,
+    build_tokenset,
+    check_text,
+    curriculum,
+    open_set,
+    open_tokenset,
+    read_again,
+    same_rules,
+    sample_texts,
+    source_facts,
+)
 from .files import at_home, in_folder, set_aside, write_file
 from .formats import DataError, data_files
-from .registry import DatasetConfig, Mix, data_dir, dataset, find_dataset, find_file, get_dataset_config, locate, mix
+from minigpt.registry import (
+    DatasetConfig,
+    Mix,
+    data_dir,
+    dataset,
+    find_dataset,
+    find_file,
+    get_dataset_config,
+    locate,
+    mix,
+)
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 # %% ../nbs/12_source.ipynb #82692e6d
-BUILT_IN:dict[str,Callable[[Path],Path]] = dict(stories=write_corpus, talks=write_talks, calls=write_calls, reasoning=write_reasoning, preferences=write_preferences,
-    stdlib=lambda path: write_file(path, b''.join(orjson.dumps({'text':t}, option=orjson.OPT_APPEND_NEWLINE) for t in stdlib_text())))
+BUILT_IN: dict[str, Callable[[Path], Path]] = dict(
+    stories=write_corpus,
+    talks=write_talks,
+    calls=write_calls,
+    reasoning=write_reasoning,
+    preferences=write_preferences,
+    stdlib=lambda path: write_file(
+        path,
+        b"".join(
+            orjson.dumps({"text": t}, option=orjson.OPT_APPEND_NEWLINE) for t in stdlib_text()
+        ),
+    ),
+)
 
-PATH,REGISTERED,CORPUS = 'path','registered data set','built-in corpus' # what a name may stand for
+PATH, REGISTERED, CORPUS = (
+    "path",
+    "registered data set",
+    "built-in corpus",
+)  # what a name may stand for
+
 
 def meaning(
-    source, # As in a call
-    decided:dict[str,str]|None=None, # What names stand for, where a run has decided it: of `meanings`
-    folder:Path|None=None, # The run's, which is no data
-)->str: # PATH, REGISTERED or CORPUS
+    source,  # As in a call
+    decided: (
+        dict[str, str] | None
+    ) = None,  # What names stand for, where a run has decided it: of `meanings`
+    folder: Path | None = None,  # The run's, which is no data
+) -> str:  # PATH, REGISTERED or CORPUS
     "What a source stands for. A registered set whose files are here goes before a built-in corpus; two things that are both here are an error."
-    if isinstance(source, DatasetConfig): return REGISTERED
-    if not isinstance(source, str): return PATH
-    if source in (decided or {}): return decided[source]
-    if '\n' in source or any(len(p.encode()) > 255 for p in Path(source).parts): raise DataError(f"{source[:40]!r}… is a text, and must be the name of one; write it into a .txt file, and name that")
+    if isinstance(source, DatasetConfig):
+        return REGISTERED
+    if not isinstance(source, str):
+        return PATH
+    if source in (decided or {}):
+        return decided[source]
+    if "\n" in source or any(len(p.encode()) > 255 for p in Path(source).parts):
+        raise DataError(
+            f"{source[:40]!r}… is a text, and must be the name of one; write it into a .txt file,"
+            " and name that"
+        )
     known = find_dataset(source)
     files = [p for f in known.files if (p := find_file(f))] if known else []
-    here = Path(source).exists() and not (folder and Path(source).resolve() == Path(folder).resolve())
-    if here and files and known.name == source and Path(source).resolve() not in [p.resolve() for p in files]:
-        raise DataError(f"{source!r} has two meanings: {'the folder' if Path(source).is_dir() else 'the file'} {source} in {Path.cwd()}, and the registered data set in {', '.join(map(str, files))}. Write './{source}' for the first, or {str(files[0])!r} for the second (in Python also get_dataset_config({source!r}))")
-    if here: return PATH
-    if files or known and source not in BUILT_IN: return REGISTERED
-    if source in BUILT_IN: return CORPUS
-    return PATH if Path(source).suffix or len(Path(source).parts) > 1 else REGISTERED # `_named` says that there is none of that name
+    here = Path(source).exists() and not (
+        folder and Path(source).resolve() == Path(folder).resolve()
+    )
+    if (
+        here
+        and files
+        and known.name == source
+        and Path(source).resolve() not in [p.resolve() for p in files]
+    ):
+        raise DataError(
+            f"{source!r} has two meanings: {'the folder' if Path(source).is_dir() else 'the file'}"
+            f" {source} in {Path.cwd()}, and the registered data set in"
+            f" {', '.join(map(str, files))}. Write './{source}' for the first, or {str(files[0])!r}"
+            f" for the second (in Python also get_dataset_config({source!r}))"
+        )
+    if here:
+        return PATH
+    if files or known and source not in BUILT_IN:
+        return REGISTERED
+    if source in BUILT_IN:
+        return CORPUS
+    return (
+        PATH if Path(source).suffix or len(Path(source).parts) > 1 else REGISTERED
+    )  # `_named` says that there is none of that name
 
-def _named(source, decided:dict[str,str]|None=None, folder:Path|None=None)->DatasetConfig|None:
+
+def _named(
+    source, decided: dict[str, str] | None = None, folder: Path | None = None
+) -> DatasetConfig | None:
     "The registered data set that is meant, if one is."
-    if isinstance(source, DatasetConfig): return source
-    if meaning(source, decided, folder) != REGISTERED: return None
-    if not find_dataset(source) and (near := difflib.get_close_matches(source, BUILT_IN, 1, .7)): raise ValueError(f"there is no data set {source!r}; did you mean the built-in corpus {near[0]!r}?")
+    if isinstance(source, DatasetConfig):
+        return source
+    if meaning(source, decided, folder) != REGISTERED:
+        return None
+    if not find_dataset(source) and (near := difflib.get_close_matches(source, BUILT_IN, 1, 0.7)):
+        raise ValueError(
+            f"there is no data set {source!r}; did you mean the built-in corpus {near[0]!r}?"
+        )
     return get_dataset_config(source)
 
-def _is_set(source)->bool: return hasattr(source, 'sequences')
 
-def usual_options(train, decided:dict[str,str]|None=None)->dict: # max_seq_len and batch_size of a registered data set
+def _is_set(source) -> bool:
+    return hasattr(source, "sequences")
+
+
+def usual_options(
+    train, decided: dict[str, str] | None = None
+) -> dict:  # max_seq_len and batch_size of a registered data set
     "What the data themselves suggest."
-    try: named = _named(train, decided)
-    except ValueError: return {} # a name that is not registered here; a run that has its tokens can go on all the same
+    try:
+        named = _named(train, decided)
+    except ValueError:
+        return {}  # a name that is not registered here; a run that has its tokens can go on all the same
     return dict(max_seq_len=named.max_seq_len, batch_size=named.batch_size) if named else {}
 
+
 def source_files(
-    source, # A path, a list of paths, the name of a registered data set, its `DatasetConfig`, or a built-in corpus
-    folder:Path, # The run's, where a built-in corpus is written
-    decided:dict[str,str]|None=None, # As for `meaning`
-    **how, # say, encoding: as for `data_files`
-)->tuple[list[Path],str|None]: # Files, and their format where it is known
+    source,  # A path, a list of paths, the name of a registered data set, its `DatasetConfig`, or a built-in corpus
+    folder: Path,  # The run's, where a built-in corpus is written
+    decided: dict[str, str] | None = None,  # As for `meaning`
+    **how,  # say, encoding: as for `data_files`
+) -> tuple[list[Path], str | None]:  # Files, and their format where it is known
     "The files to read. What a registered set lacks is fetched."
     if meaning(source, decided, folder) == CORPUS:
-        path = folder/'data-source'/f'{source}.jsonl'
-        if not path.exists(): path.parent.mkdir(parents=True, exist_ok=True); BUILT_IN[source](path)
-        return [path],None
+        path = folder / "data-source" / f"{source}.jsonl"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            BUILT_IN[source](path)
+        return [path], None
     if named := _named(source, decided, folder):
         made = dataset(named.name) if not isinstance(source, DatasetConfig) else source
-        if made.missing: made = dataset(made.name)
-        return data_files(made.data_path, **how),made.format_type
-    return data_files(_located(source), **how),None
+        if made.missing:
+            made = dataset(made.name)
+        return data_files(made.data_path, **how), made.format_type
+    return data_files(_located(source), **how), None
+
 
 def _located(source):
     "Paths, bare file names found in the data folders."
-    if isinstance(source, (str,Path)): return locate(source)
-    return [locate(s) if isinstance(s, (str,Path)) else s for s in source] if isinstance(source, (list,tuple)) else source
+    if isinstance(source, (str, Path)):
+        return locate(source)
+    return (
+        [locate(s) if isinstance(s, (str, Path)) else s for s in source]
+        if isinstance(source, (list, tuple))
+        else source
+    )
 
-def _paths(x)->list[Path]:
+
+def _paths(x) -> list[Path]:
     "What a part of a call reads."
-    if isinstance(x, Mix): return [p for s,_ in x.parts for p in _paths(s)]
-    if _is_set(x): return [d.path for d in getattr(x, 'sets', [x])]
-    if isinstance(x, (list,tuple)): return [p for y in x for p in _paths(y)]
-    return [p] if isinstance(x, (str,Path)) and (p := at_home(locate(x))).exists() else []
+    if isinstance(x, Mix):
+        return [p for s, _ in x.parts for p in _paths(s)]
+    if _is_set(x):
+        return [d.path for d in getattr(x, "sets", [x])]
+    if isinstance(x, (list, tuple)):
+        return [p for y in x for p in _paths(y)]
+    return [p] if isinstance(x, (str, Path)) and (p := at_home(locate(x))).exists() else []
+
 
 def check_before_moving(
-    folder:Path, # Of a run, which is about to be moved aside
-    data:Iterable, # What is to be read as data: as `source_files`, token sets, mixtures; None: nothing
-    others:Iterable=(), # What else may be a path: model, tokenizer
+    folder: Path,  # Of a run, which is about to be moved aside
+    data: Iterable,  # What is to be read as data: as `source_files`, token sets, mixtures; None: nothing
+    others: Iterable = (),  # What else may be a path: model, tokenizer
 ):
     "Data that are not there, and whatever would be moved along, are refused while everything stands where it is."
     for x in data:
-        for s in [s for s,_ in x.parts] if isinstance(x, Mix) else [x]:
-            if s is not None and not _is_set(s) and not _named(s, folder=folder) and meaning(s, folder=folder) == PATH: data_files(_located(s))
-    if inside := [p for x in (*data, *others) for p in _paths(x) if folder.resolve() in (q := p.resolve(), *q.parents)]: raise ValueError(f"{inside[0]} is in {folder}, which overwrite=True moves aside; move it elsewhere, or choose a new output_dir")
+        for s in [s for s, _ in x.parts] if isinstance(x, Mix) else [x]:
+            if (
+                s is not None
+                and not _is_set(s)
+                and not _named(s, folder=folder)
+                and meaning(s, folder=folder) == PATH
+            ):
+                data_files(_located(s))
+    if inside := [
+        p
+        for x in (*data, *others)
+        for p in _paths(x)
+        if folder.resolve() in (q := p.resolve(), *q.parents)
+    ]:
+        raise ValueError(
+            f"{inside[0]} is in {folder}, which overwrite=True moves aside; move it elsewhere, or"
+            " choose a new output_dir"
+        )
 
 # %% ../nbs/12_source.ipynb #73ff0eb6
 def source_to_json(source):
     "As it stands in run.json."
-    if isinstance(source, Mix): return dict(mix=[[source_to_json(p), w] for p,w in source.parts])
-    if isinstance(source, Mixture): return dict(mix=[[source_to_json(d), w] for d,w in zip(source.sets, source.weights.tolist())])
-    if isinstance(source, (list,tuple)): return [str(p) for p in source]
-    return source.name if isinstance(source, DatasetConfig) else str(source.path) if _is_set(source) else str(source)
+    if isinstance(source, Mix):
+        return dict(mix=[[source_to_json(p), w] for p, w in source.parts])
+    if isinstance(source, Mixture):
+        return dict(
+            mix=[[source_to_json(d), w] for d, w in zip(source.sets, source.weights.tolist())]
+        )
+    if isinstance(source, (list, tuple)):
+        return [str(p) for p in source]
+    return (
+        source.name
+        if isinstance(source, DatasetConfig)
+        else str(source.path)
+        if _is_set(source)
+        else str(source)
+    )
+
 
 def source_from_json(source):
     "What stands in run.json, for `fit`."
-    if isinstance(source, dict): return mix([(source_from_json(p), w) if w is not None else source_from_json(p) for p,w in source['mix']])
-    return open_set(source) if isinstance(source, str) and (Path(source)/'meta.json').exists() else source
+    if isinstance(source, dict):
+        return mix(
+            [
+                (source_from_json(p), w) if w is not None else source_from_json(p)
+                for p, w in source["mix"]
+            ]
+        )
+    return (
+        open_set(source)
+        if isinstance(source, str) and (Path(source) / "meta.json").exists()
+        else source
+    )
 
 # %% ../nbs/12_source.ipynb #305c7d43
-def _parts(x)->list: return [s for s,_ in x.parts] if isinstance(x, Mix) else [x]
+def _parts(x) -> list:
+    return [s for s, _ in x.parts] if isinstance(x, Mix) else [x]
 
-def _as_before(name:str)->str:
+
+def _as_before(name: str) -> str:
     "What versions took a name for that did not write it down."
-    return PATH if Path(name).exists() else CORPUS if name in BUILT_IN else REGISTERED if find_dataset(name) else PATH
+    return (
+        PATH
+        if Path(name).exists()
+        else CORPUS
+        if name in BUILT_IN
+        else REGISTERED
+        if find_dataset(name)
+        else PATH
+    )
 
-def _recorded(source)->list[str]:
+
+def _recorded(source) -> list[str]:
     "The names in what `source_to_json` wrote."
-    if isinstance(source, dict): return [n for p,_ in source['mix'] for n in _recorded(p)]
+    if isinstance(source, dict):
+        return [n for p, _ in source["mix"] for n in _recorded(p)]
     return [source] if isinstance(source, str) else []
 
+
 def meanings(
-    sources:Iterable, # Of a call, to train and to validate on; mixtures too
-    known:dict|None=None, # run.json of the run that goes on with them
-    folder:Path|None=None, # The run's
-)->dict[str,str]: # Name or path → PATH, REGISTERED or CORPUS
+    sources: Iterable,  # Of a call, to train and to validate on; mixtures too
+    known: dict | None = None,  # run.json of the run that goes on with them
+    folder: Path | None = None,  # The run's
+) -> dict[str, str]:  # Name or path → PATH, REGISTERED or CORPUS
     "What is meant by each source of a call."
-    data = (known or {}).get('data', {})
-    decided = data.get('named')
-    if not isinstance(decided, dict): decided = {n:_as_before(n) for s in (data.get('source'), data.get('valid')) for n in _recorded(s)}
-    return {source_to_json(s):meaning(s, decided, folder) for x in sources for s in _parts(x) if isinstance(s, (str,Path,DatasetConfig))}
+    data = (known or {}).get("data", {})
+    decided = data.get("named")
+    if not isinstance(decided, dict):
+        decided = {
+            n: _as_before(n) for s in (data.get("source"), data.get("valid")) for n in _recorded(s)
+        }
+    return {
+        source_to_json(s): meaning(s, decided, folder)
+        for x in sources
+        for s in _parts(x)
+        if isinstance(s, (str, Path, DatasetConfig))
+    }
+
 
 def what_is_read(
-    what:str, # Such as `training data`
-    source, # As in a call
-    decided:dict[str,str]|None=None, # As for `meaning`
-    folder:Path|None=None, # As for `meaning`
-)->list[str]: # A line, or none where only paths are given
+    what: str,  # Such as `training data`
+    source,  # As in a call
+    decided: dict[str, str] | None = None,  # As for `meaning`
+    folder: Path | None = None,  # As for `meaning`
+) -> list[str]:  # A line, or none where only paths are given
     "What names were taken for."
     told = [t for s in _parts(source) if (t := _told(s, decided, folder))]
     return [f"{what}: {'; '.join(told)}"] if told else []
 
-def _found(path)->str: "Of a bare file name: where the file is."; return '' if (at := locate(path)) == path else f'{path} = {at}'
 
-def _told(s, decided, folder)->str:
-    if isinstance(s, (list,tuple)): return '; '.join(t for e in s if isinstance(e, (str,Path)) and (t := _found(e)))
+def _found(path) -> str:
+    "Of a bare file name: where the file is."
+    return "" if (at := locate(path)) == path else f"{path} = {at}"
+
+
+def _told(s, decided, folder) -> str:
+    if isinstance(s, (list, tuple)):
+        return "; ".join(t for e in s if isinstance(e, (str, Path)) and (t := _found(e)))
     kind = meaning(s, decided, folder)
     if kind == REGISTERED:
-        if not (known := s if isinstance(s, DatasetConfig) else find_dataset(s)): return ''
+        if not (known := s if isinstance(s, DatasetConfig) else find_dataset(s)):
+            return ""
         name = known.name if isinstance(s, DatasetConfig) else s
-        told = f"{name} = {kind}{f' {known.name}'*(name != known.name)}, {', '.join(str(find_file(f) or known.place(f)) for f in known.files)}"
-    elif kind == CORPUS: told = f'{s} = {kind}' + (f"; the registered data set of this name is not here (minigpt data get {s})" if find_dataset(s) and find_dataset(s).missing else '')
-    elif not isinstance(s, (str,Path)): return ''
-    elif found := _found(s): told = found
-    elif isinstance(s, str) and (s in BUILT_IN or find_dataset(s)): told = f"{s} = the {'folder' if Path(s).is_dir() else 'file'} {Path(s).absolute()}"
-    else: return ''
-    return told + ', as when the run began'*(isinstance(s, str) and s in (decided or {}) and _now(s, folder) != kind)
+        told = (
+            f"{name} = {kind}{f' {known.name}' * (name != known.name)},"
+            f" {', '.join(str(find_file(f) or known.place(f)) for f in known.files)}"
+        )
+    elif kind == CORPUS:
+        told = f"{s} = {kind}" + (
+            f"; the registered data set of this name is not here (minigpt data get {s})"
+            if find_dataset(s) and find_dataset(s).missing
+            else ""
+        )
+    elif not isinstance(s, (str, Path)):
+        return ""
+    elif found := _found(s):
+        told = found
+    elif isinstance(s, str) and (s in BUILT_IN or find_dataset(s)):
+        told = f"{s} = the {'folder' if Path(s).is_dir() else 'file'} {Path(s).absolute()}"
+    else:
+        return ""
+    return told + ", as when the run began" * (
+        isinstance(s, str) and s in (decided or {}) and _now(s, folder) != kind
+    )
 
-def _now(s:str, folder)->str|None:
+
+def _now(s: str, folder) -> str | None:
     "What a name would be taken for today; None: it cannot be known."
-    try: return meaning(s, None, folder)
-    except ValueError: return None
-
+    try:
+        return meaning(s, None, folder)
+    except ValueError:
+        return None
 
 # %% ../nbs/12_source.ipynb #6a9246a9
 class ResumeError(ValueError):
     "The folder holds another run than the call describes; names the field, both values and the ways out."
 
-OVERRIDES = 'effective_batch','max_seq_len','data','validation_split','seed' # the weights fit all the same, and the place in the data is carried over in sequences
 
-def refuse(folder:Path, field:str, was, now, hint:str=''):
+OVERRIDES = (
+    "effective_batch",
+    "max_seq_len",
+    "data",
+    "validation_split",
+    "seed",
+)  # the weights fit all the same, and the place in the data is carried over in sequences
+
+
+def refuse(folder: Path, field: str, was, now, hint: str = ""):
     "Raise a `ResumeError`."
-    meant = f"; if the change is meant, pass override={field!r} (--override {field}), and it goes on at the same place in the data, counted in sequences" if field in OVERRIDES else ''
-    raise ResumeError(f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go on with that run, use {was} again{meant}; to train another, choose a new output_dir, or pass overwrite=True, which moves the old run aside")
+    meant = (
+        f"; if the change is meant, pass override={field!r} (--override {field}), and it goes on at"
+        " the same place in the data, counted in sequences"
+        if field in OVERRIDES
+        else ""
+    )
+    raise ResumeError(
+        f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go"
+        f" on with that run, use {was} again{meant}; to train another, choose a new output_dir, or"
+        " pass overwrite=True, which moves the old run aside"
+    )
 
-def _same_source(folder:Path, place:Path, source, cfg:TrainConfig, override:tuple[str,...], say, decided:dict[str,str])->tuple[TokenSet,TokenSet|None]:
+
+def _same_source(
+    folder: Path,
+    place: Path,
+    source,
+    cfg: TrainConfig,
+    override: tuple[str, ...],
+    say,
+    decided: dict[str, str],
+) -> tuple[TokenSet, TokenSet | None]:
     "The run's token set, if `source` is still what it was built from."
-    train,valid = open_tokenset(place)
+    train, valid = open_tokenset(place)
     was = train.meta
-    for k,usual in dict(data_subset=1., max_data_size=0, encoding='').items():
-        if (old := was['options'].get(k, usual)) != getattr(cfg, k): refuse(folder, k, old, getattr(cfg, k))
-    if (old := was['options'].get('columns')) != cfg.column_names: refuse(folder, 'columns', old, cfg.column_names)
-    if (old := was.get('long_rows', cfg.long_rows)) != cfg.long_rows: refuse(folder, 'long_rows', old, cfg.long_rows)
-    for line in read_again(was, cfg.on_bad_row): say(line)
-    if (old := was['options'].get('format') == 'lines') != cfg.line_by_line: refuse(folder, 'line_by_line', old, cfg.line_by_line)
-    if 'validation_split' not in override and was['options']['validation_split'] not in (0., cfg.validation_split): refuse(folder, 'validation_split', was['options']['validation_split'], cfg.validation_split)
-    if meaning(source, decided, folder) == CORPUS and was['sources'][0]['path'].replace('\\', '/').endswith(f'data-source/{source}.jsonl') and not (folder/'data-source'/f'{source}.jsonl').exists(): return train,valid # a built-in corpus may change with the package; the tokens are the run's
-    try: now = source_facts(data_files(named.data_path) if (named := _named(source, decided, folder)) else source_files(source, folder, decided, encoding=cfg.encoding)[0], was['sources'])
+    for k, usual in dict(data_subset=1.0, max_data_size=0, encoding="").items():
+        if (old := was["options"].get(k, usual)) != getattr(cfg, k):
+            refuse(folder, k, old, getattr(cfg, k))
+    if (old := was["options"].get("columns")) != cfg.column_names:
+        refuse(folder, "columns", old, cfg.column_names)
+    if (old := was.get("long_rows", cfg.long_rows)) != cfg.long_rows:
+        refuse(folder, "long_rows", old, cfg.long_rows)
+    for line in read_again(was, cfg.on_bad_row):
+        say(line)
+    if (old := was["options"].get("format") == "lines") != cfg.line_by_line:
+        refuse(folder, "line_by_line", old, cfg.line_by_line)
+    if "validation_split" not in override and was["options"]["validation_split"] not in (
+        0.0,
+        cfg.validation_split,
+    ):
+        refuse(folder, "validation_split", was["options"]["validation_split"], cfg.validation_split)
+    if (
+        meaning(source, decided, folder) == CORPUS
+        and was["sources"][0]["path"].replace("\\", "/").endswith(f"data-source/{source}.jsonl")
+        and not (folder / "data-source" / f"{source}.jsonl").exists()
+    ):
+        return (
+            train,
+            valid,
+        )  # a built-in corpus may change with the package; the tokens are the run's
+    try:
+        now = source_facts(
+            (
+                data_files(named.data_path)
+                if (named := _named(source, decided, folder))
+                else source_files(source, folder, decided, encoding=cfg.encoding)[0]
+            ),
+            was["sources"],
+        )
     except (FileNotFoundError, ValueError) as e:
-        if isinstance(e, DataError): raise
-        say(f"{getattr(source, 'name', source)} is not here any more: training goes on with the token set in {place}"); return train,valid
-    hashes = lambda facts: ' '.join(s['xxh3'][:8] for s in facts)
-    if hashes(was['sources']) != hashes(now): refuse(folder, 'data', f"{was['sources'][0]['path']} ({hashes(was['sources'])})", f"{now[0]['path']} ({hashes(now)})", ': the content is another')
-    return train,valid
+        if isinstance(e, DataError):
+            raise
+        say(
+            f"{getattr(source, 'name', source)} is not here any more: training goes on with the"
+            f" token set in {place}"
+        )
+        return train, valid
+    hashes = lambda facts: " ".join(s["xxh3"][:8] for s in facts)
+    if hashes(was["sources"]) != hashes(now):
+        refuse(
+            folder,
+            "data",
+            f"{was['sources'][0]['path']} ({hashes(was['sources'])})",
+            f"{now[0]['path']} ({hashes(now)})",
+            ": the content is another",
+        )
+    return train, valid
 
 # %% ../nbs/12_source.ipynb #b3dc7c58
-def _learn_tokenizer(files:list[Path], cfg:TrainConfig, say)->Tokenizer:
-    say(f"training a tokenizer on {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}")
+def _learn_tokenizer(files: list[Path], cfg: TrainConfig, say) -> Tokenizer:
+    say(
+        "training a tokenizer on"
+        f" {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}"
+    )
     how = dict(encoding=cfg.encoding, columns=cfg.column_names)
-    check_text(files, 'lines' if cfg.line_by_line else None, **how)
-    tok = train_tokenizer(sample_texts(files, **how), cfg.tokenizer_vocab_size or None, cfg.tokenizer_samples,
-        marks=cfg.special_tokens.split())
+    check_text(files, "lines" if cfg.line_by_line else None, **how)
+    tok = train_tokenizer(
+        sample_texts(files, **how),
+        cfg.tokenizer_vocab_size or None,
+        cfg.tokenizer_samples,
+        marks=cfg.special_tokens.split(),
+    )
     say(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
 
-def _n_parts(source)->int: return len(source['mix']) if isinstance(source, dict) else 0 # 0: no mixture
+
+def _n_parts(source) -> int:
+    return len(source["mix"]) if isinstance(source, dict) else 0  # 0: no mixture
+
 
 def token_places(
-    known:dict|None, # run.json
-)->dict: # `train`, a list with one for each part of a mixture; `valid`, of a validation set of the caller's own. None: it is a token set from elsewhere
+    known: dict | None,  # run.json
+) -> dict:  # `train`, a list with one for each part of a mixture; `valid`, of a validation set of the caller's own. None: it is a token set from elsewhere
     "Folders below the run's in which its tokens are."
-    data = (known or {}).get('data', {})
-    places = data.get('places') or dict(train=_usual(_n_parts(data.get('source'))), valid='data-valid') # not written by older versions
-    if bad := [p for p in (*places['train'], places['valid']) if p is not None and not (in_folder(p) and p.startswith('data'))]: raise ValueError(f"run.json says that the tokens are in {bad[0]!r}; they must be in a folder data… of the run's own, and nothing outside is read or renamed. It was edited, or is not from minigpt: bring back the one that fit wrote, or choose a new output_dir")
+    data = (known or {}).get("data", {})
+    places = data.get("places") or dict(
+        train=_usual(_n_parts(data.get("source"))), valid="data-valid"
+    )  # not written by older versions
+    if bad := [
+        p
+        for p in (*places["train"], places["valid"])
+        if p is not None and not (in_folder(p) and p.startswith("data"))
+    ]:
+        raise ValueError(
+            f"run.json says that the tokens are in {bad[0]!r}; they must be in a folder data… of"
+            " the run's own, and nothing outside is read or renamed. It was edited, or is not from"
+            " minigpt: bring back the one that fit wrote, or choose a new output_dir"
+        )
     return places
 
+
 def unread_tokens(
-    folder:Path, # The run's
-    sets:list[TokenSet|None], # What it reads
-    places:dict, # As `token_places`
-)->list[str]: # Folders below it
+    folder: Path,  # The run's
+    sets: list[TokenSet | None],  # What it reads
+    places: dict,  # As `token_places`
+) -> list[str]:  # Folders below it
     "Token sets that a run does not read: of a call that was refused, or from before a change."
     folder = folder.resolve()
-    used = {d.path.parent.resolve() for s in sets if s is not None for d in getattr(s, 'sets', [s])} | {folder/p for p in (*places['train'], places['valid']) if p}
-    found = {m.parent.parent for way in ('data*/train','data*/*/train') for m in folder.glob(f'{way}/meta.json')}
-    return sorted(p.relative_to(folder).as_posix() for p in found-used if not any(p in u.parents for u in used)) # what lies around another one stays
+    used = {
+        d.path.parent.resolve() for s in sets if s is not None for d in getattr(s, "sets", [s])
+    } | {folder / p for p in (*places["train"], places["valid"]) if p}
+    found = {
+        m.parent.parent
+        for way in ("data*/train", "data*/*/train")
+        for m in folder.glob(f"{way}/meta.json")
+    }
+    return sorted(
+        p.relative_to(folder).as_posix()
+        for p in found - used
+        if not any(p in u.parents for u in used)
+    )  # what lies around another one stays
 
-def _usual(n_parts:int)->list[str]: return [f'data/{i}' for i in range(n_parts)] or ['data']
 
-def _own_tokenizer(folder:Path, wanted:str, say)->Tokenizer:
+def _usual(n_parts: int) -> list[str]:
+    return [f"data/{i}" for i in range(n_parts)] or ["data"]
+
+
+def _own_tokenizer(folder: Path, wanted: str, say) -> Tokenizer:
     "The run's tokenizer, which stands in every checkpoint as well."
-    try: return load_tokenizer(folder/'tokenizer')
+    try:
+        return load_tokenizer(folder / "tokenizer")
     except (OSError, ValueError) as e:
         for c in sorted((c for s in stores_in(folder) for c in s.all()), key=lambda c: -c.step):
             with contextlib.suppress(OSError, ValueError):
-                if (tok := load_tokenizer(c.path)).hash != wanted: continue
-                tok.save(folder/'tokenizer')
-                say(f"{folder/'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}), and is written again from {c.path.name}")
+                if (tok := load_tokenizer(c.path)).hash != wanted:
+                    continue
+                tok.save(folder / "tokenizer")
+                say(
+                    f"{folder / 'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}),"
+                    f" and is written again from {c.path.name}"
+                )
                 return tok
         raise
 
-def _damage(place:Path)->str|None:
+
+def _damage(place: Path) -> str | None:
     "What is wrong with a run's token set, if there is one. What cannot be read at this moment is an error, and may be whole."
-    if not (place/'train'/'meta.json').exists(): return None
-    try: return next((f'{d.path} does not hold what it was built with' for d in open_tokenset(place) if d is not None and d.damaged()), None)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as e: return str(e).partition(';')[0]
+    if not (place / "train" / "meta.json").exists():
+        return None
+    try:
+        return next(
+            (
+                f"{d.path} does not hold what it was built with"
+                for d in open_tokenset(place)
+                if d is not None and d.damaged()
+            ),
+            None,
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
+        return str(e).partition(";")[0]
 
-def _rebuild(place:Path, wrong:str, say): say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
 
-def _how_read(known:dict|None, cfg:TrainConfig)->dict:
+def _rebuild(place: Path, wrong: str, say):
+    say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
+
+
+def _how_read(known: dict | None, cfg: TrainConfig) -> dict:
     "Options of `build_tokenset`. A run of an older version cuts long rows, and goes on doing so."
-    return dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows if not known
-        or 'long_rows' in known['train'] else None)
+    return dict(
+        encoding=cfg.encoding,
+        columns=cfg.column_names,
+        long_rows=cfg.long_rows if not known or "long_rows" in known["train"] else None,
+    )
 
-def _open_valid(folder:Path, known:dict|None, valid, tok:Tokenizer, cfg:TrainConfig, say, decided:dict[str,str])->TokenSet:
+
+def _open_valid(
+    folder: Path,
+    known: dict | None,
+    valid,
+    tok: Tokenizer,
+    cfg: TrainConfig,
+    say,
+    decided: dict[str, str],
+) -> TokenSet:
     "A validation set of the caller's own."
-    if isinstance(valid, Mix): raise ValueError("valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets")
-    place = folder/(token_places(known)['valid'] or 'data-valid')
-    try: files,form = source_files(valid, folder, decided, say=say, encoding=cfg.encoding)
+    if isinstance(valid, Mix):
+        raise ValueError(
+            "valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets"
+        )
+    place = folder / (token_places(known)["valid"] or "data-valid")
+    try:
+        files, form = source_files(valid, folder, decided, say=say, encoding=cfg.encoding)
     except (FileNotFoundError, ValueError):
-        if not known or not (place/'train'/'meta.json').exists(): raise
+        if not known or not (place / "train" / "meta.json").exists():
+            raise
         say(f"{valid} is not here any more: validation goes on with the token set in {place}")
         return open_tokenset(place)[0]
-    if known and (wrong := _damage(place)): _rebuild(place, wrong, say)
-    return build_tokenset(files, tok, folder/'data-valid', 0., cfg.on_bad_row, progress=cfg.progress, format='lines'
-        if cfg.line_by_line else form, say=say, keep=True, **_how_read(known, cfg))[0]
+    if known and (wrong := _damage(place)):
+        _rebuild(place, wrong, say)
+    return build_tokenset(
+        files,
+        tok,
+        folder / "data-valid",
+        0.0,
+        cfg.on_bad_row,
+        progress=cfg.progress,
+        format="lines" if cfg.line_by_line else form,
+        say=say,
+        keep=True,
+        **_how_read(known, cfg),
+    )[0]
 
-def _same_options(source:TokenSet|Mixture, cfg:TrainConfig):
+
+def _same_options(source: TokenSet | Mixture, cfg: TrainConfig):
     "A `ValueError` for an option that only counts where files are read, and that the token set was not built with."
-    for d in getattr(source, 'sets', [source]):
-        built = dict(encoding=d.meta['options'].get('encoding', ''), columns=d.meta['options'].get('columns'),
-            long_rows=d.meta.get('long_rows', 'cut'))
+    for d in getattr(source, "sets", [source]):
+        built = dict(
+            encoding=d.meta["options"].get("encoding", ""),
+            columns=d.meta["options"].get("columns"),
+            long_rows=d.meta.get("long_rows", "cut"),
+        )
         asked = dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows)
-        if bad := next((k for k,v in asked.items() if v and v != built[k] and getattr(cfg, k) != getattr(TrainConfig,
-                k)), None):
-            raise ValueError(f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already; pass "
-                f"{bad} to minigpt.data.build_tokenset, or name the files")
+        if bad := next(
+            (
+                k
+                for k, v in asked.items()
+                if v and v != built[k] and getattr(cfg, k) != getattr(TrainConfig, k)
+            ),
+            None,
+        ):
+            raise ValueError(
+                f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already;"
+                f" pass {bad} to minigpt.data.build_tokenset, or name the files"
+            )
 
-def _older_tokens(data:TokenSet, tok:Tokenizer, say):
+
+def _older_tokens(data: TokenSet, tok: Tokenizer, say):
     "A token set of an older version, for a new run."
-    if data.meta.get('kind', 'text') != 'text': say(f"the token set {data.path} is of an older version, which encoded some conversations in another way (see minigpt.tokenizer.RULES); minigpt.data.build_tokenset builds it again"); return
-    added = ' '.join(tok.hf.id_to_token(i) for ids in tok.adds for i in ids)
-    raise ValueError(f"the token set {data.path} is of an older version, and its texts lack what this tokenizer adds to each ({added}); build it again with minigpt.data.build_tokenset")
+    if data.meta.get("kind", "text") != "text":
+        say(
+            f"the token set {data.path} is of an older version, which encoded some conversations in"
+            " another way (see minigpt.tokenizer.RULES); minigpt.data.build_tokenset builds it"
+            " again"
+        )
+        return
+    added = " ".join(tok.hf.id_to_token(i) for ids in tok.adds for i in ids)
+    raise ValueError(
+        f"the token set {data.path} is of an older version, and its texts lack what this tokenizer"
+        f" adds to each ({added}); build it again with minigpt.data.build_tokenset"
+    )
+
 
 def open_source(
-    folder:Path, # The run's
-    known:dict|None, # Its run.json, if it is to go on
-    train, # What the caller named: as `source_files`, or a `Mix`, a token set, a `Mixture`
-    valid, # Likewise; None: a share of the training data
-    tokenizer:Tokenizer|str|Path|None, # The caller's
-    cfg:TrainConfig,
-    override:tuple[str,...]=(), # Fields that may differ from the run that goes on
-    say:Callable[[str],None]=print, # Told what is done
-    decided:dict[str,str]|None=None, # What names stand for: of `meanings`
-    of_model:bool=False, # Is the tokenizer the one that the model was trained with?
-)->tuple[Tokenizer,TokenSet,TokenSet|None,dict]: # Tokenizer, training and validation set, and where they are: as `token_places`
+    folder: Path,  # The run's
+    known: dict | None,  # Its run.json, if it is to go on
+    train,  # What the caller named: as `source_files`, or a `Mix`, a token set, a `Mixture`
+    valid,  # Likewise; None: a share of the training data
+    tokenizer: Tokenizer | str | Path | None,  # The caller's
+    cfg: TrainConfig,
+    override: tuple[str, ...] = (),  # Fields that may differ from the run that goes on
+    say: Callable[[str], None] = print,  # Told what is done
+    decided: dict[str, str] | None = None,  # What names stand for: of `meanings`
+    of_model: bool = False,  # Is the tokenizer the one that the model was trained with?
+) -> tuple[
+    Tokenizer, TokenSet, TokenSet | None, dict
+]:  # Tokenizer, training and validation set, and where they are: as `token_places`
     "Everything that `fit` reads, in the run's folder."
-    decided = meanings((train, valid), None if 'data' in override else known, folder) if decided is None else decided
-    for line in what_is_read('training data', train, decided, folder) + what_is_read('validation data', valid, decided, folder): say(line)
-    if known and not _is_set(train) and 'data' not in override and (a := _n_parts(known['data']['source'])) != (b := _n_parts(source_to_json(train))): refuse(folder, 'data', known['data']['source'], source_to_json(train), f': {a} data sets, and now {b}')
-    given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str,Path)) else tokenizer
-    if given is not None and not isinstance(given, Tokenizer): raise TypeError(f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a tokenizer.json (another library's save_pretrained writes one)")
-    tok = _own_tokenizer(folder, known['identity'].get('tokenizer'), say) if known else given
-    if known: tok.rules = known['identity'].get('rules', 1) # the run goes on as it was begun
-    if given and cfg.retrain_tokenizer: raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
-    if given and given.hash != tok.hash: refuse(folder, 'tokenizer', tok.hash, given.hash)
+    decided = (
+        meanings((train, valid), None if "data" in override else known, folder)
+        if decided is None
+        else decided
+    )
+    for line in what_is_read("training data", train, decided, folder) + what_is_read(
+        "validation data", valid, decided, folder
+    ):
+        say(line)
+    if (
+        known
+        and not _is_set(train)
+        and "data" not in override
+        and (a := _n_parts(known["data"]["source"])) != (b := _n_parts(source_to_json(train)))
+    ):
+        refuse(
+            folder,
+            "data",
+            known["data"]["source"],
+            source_to_json(train),
+            f": {a} data sets, and now {b}",
+        )
+    given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if given is not None and not isinstance(given, Tokenizer):
+        raise TypeError(
+            f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a"
+            " tokenizer.json (another library's save_pretrained writes one)"
+        )
+    tok = _own_tokenizer(folder, known["identity"].get("tokenizer"), say) if known else given
+    if known:
+        tok.rules = known["identity"].get("rules", 1)  # the run goes on as it was begun
+    if given and cfg.retrain_tokenizer:
+        raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
+    if given and given.hash != tok.hash:
+        refuse(folder, "tokenizer", tok.hash, given.hash)
     parts = train.parts if isinstance(train, Mix) else ((train, None),)
-    usual = [folder/p for p in _usual(len(parts)*isinstance(train, Mix))]
-    places = [folder/was if was else place for was,place in zip_longest(token_places(known)['train'][:len(parts)], usual)]
-    if tok is None and any(_is_set(s) for s,_ in parts): raise ValueError("train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it was built with")
-    if tok is None and any(_named(s, decided, folder) for s,_ in parts) and (ready := data_dir()/'tokenizer').exists() and not cfg.retrain_tokenizer:
-        tok = load_tokenizer(ready); say(f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True trains another")
+    usual = [folder / p for p in _usual(len(parts) * isinstance(train, Mix))]
+    places = [
+        folder / was if was else place
+        for was, place in zip_longest(token_places(known)["train"][: len(parts)], usual)
+    ]
+    if tok is None and any(_is_set(s) for s, _ in parts):
+        raise ValueError(
+            "train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it"
+            " was built with"
+        )
+    if (
+        tok is None
+        and any(_named(s, decided, folder) for s, _ in parts)
+        and (ready := data_dir() / "tokenizer").exists()
+        and not cfg.retrain_tokenizer
+    ):
+        tok = load_tokenizer(ready)
+        say(
+            f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
+            " trains another"
+        )
     wrong = [_damage(p) if known else None for p in places]
-    here,anew = [bool(known) and not w and (p/'train'/'meta.json').exists() for p,w in zip(places, wrong)],bool({'data','validation_split'} & {*override})
+    here, anew = (
+        [
+            bool(known) and not w and (p / "train" / "meta.json").exists()
+            for p, w in zip(places, wrong)
+        ],
+        bool({"data", "validation_split"} & {*override}),
+    )
     try:
-        files = [None if _is_set(s) or there and not anew else source_files(s, folder, decided, say=say, encoding=cfg.encoding)
-            for (s,_),there in zip(parts, here)]
+        files = [
+            (
+                None
+                if _is_set(s) or there and not anew
+                else source_files(s, folder, decided, say=say, encoding=cfg.encoding)
+            )
+            for (s, _), there in zip(parts, here)
+        ]
     except FileNotFoundError as e:
-        if not known or 'data' in override: raise
-        raise FileNotFoundError(f"{e}. {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'} must be built again: bring the text that it was trained on, {known['data']['source']}") from None
-    for p,w in zip(places, wrong):
-        if w: _rebuild(p, w, say)
-    if tok is None: tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
+        if not known or "data" in override:
+            raise
+        raise FileNotFoundError(
+            f"{e}."
+            f" {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'}"
+            " must be built again: bring the text that it was trained on,"
+            f" {known['data']['source']}"
+        ) from None
+    for p, w in zip(places, wrong):
+        if w:
+            _rebuild(p, w, say)
+    if tok is None:
+        tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
-        if known: raise ValueError(f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which the run keeps; leave special_tokens out, or choose a new output_dir")
-        own = 'it is the tokenizer that the model was trained with, so leave special_tokens out, or pass retrain_tokenizer=True, which trains another, for which the weights have learned nothing' if of_model else 'leave tokenizer out, and one is trained that has it' if given else 'pass retrain_tokenizer=True, and one is trained that has it'
+        if known:
+            raise ValueError(
+                f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which"
+                " the run keeps; leave special_tokens out, or choose a new output_dir"
+            )
+        own = (
+            "it is the tokenizer that the model was trained with, so leave special_tokens out, or"
+            " pass retrain_tokenizer=True, which trains another, for which the weights have learned"
+            " nothing"
+            if of_model
+            else (
+                "leave tokenizer out, and one is trained that has it"
+                if given
+                else "pass retrain_tokenizer=True, and one is trained that has it"
+            )
+        )
         raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {own}")
     opened = []
-    for (source,_),place,new,there,found in zip(parts, places, usual, here, files):
+    for (source, _), place, new, there, found in zip(parts, places, usual, here, files):
         if _is_set(source):
-            if spoilt := [d for d in getattr(source, 'sets', [source]) if d.damaged()]: raise DataError(f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged. Build it again with minigpt.data.build_tokenset")
-            if source.meta['tokenizer'] != tok.hash: raise ValueError(f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again with minigpt.data.build_tokenset")
+            if spoilt := [d for d in getattr(source, "sets", [source]) if d.damaged()]:
+                raise DataError(
+                    f"{spoilt[0].path} does not hold what it was built with: a file of it is"
+                    " damaged. Build it again with minigpt.data.build_tokenset"
+                )
+            if source.meta["tokenizer"] != tok.hash:
+                raise ValueError(
+                    f"the token set {source.path} was built with tokenizer"
+                    f" {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again"
+                    " with minigpt.data.build_tokenset"
+                )
             _same_options(source, cfg)
-            if not known and (older := [d for d in getattr(source, 'sets', [source]) if not same_rules(d.meta, tok)]): _older_tokens(older[0], tok, say)
+            if not known and (
+                older := [
+                    d for d in getattr(source, "sets", [source]) if not same_rules(d.meta, tok)
+                ]
+            ):
+                _older_tokens(older[0], tok, say)
             opened.append((source, None))
-        elif there and not anew: opened.append(_same_source(folder, place, source, cfg, override, say, decided))
+        elif there and not anew:
+            opened.append(_same_source(folder, place, source, cfg, override, say, decided))
         else:
-            if there and 'data' not in override: _same_source(folder, place, source, cfg, override, say, decided) # for another share, the texts are the same
+            if there and "data" not in override:
+                _same_source(
+                    folder, place, source, cfg, override, say, decided
+                )  # for another share, the texts are the same
             # beside the run's own, until `fit` has accepted it
-            built = build_tokenset(found[0], tok, new, cfg.validation_split if valid is None else 0., cfg.on_bad_row,
-                progress=cfg.progress, data_subset=cfg.data_subset, max_data_size=cfg.max_data_size, format='lines'
-                if cfg.line_by_line else found[1], say=say, keep=True, **_how_read(known, cfg))
+            built = build_tokenset(
+                found[0],
+                tok,
+                new,
+                cfg.validation_split if valid is None else 0.0,
+                cfg.on_bad_row,
+                progress=cfg.progress,
+                data_subset=cfg.data_subset,
+                max_data_size=cfg.max_data_size,
+                format="lines" if cfg.line_by_line else found[1],
+                say=say,
+                keep=True,
+                **_how_read(known, cfg),
+            )
             opened.append(built)
-            if known and (at := built[0].path.parent) != place: say(f'these tokens are in {at}')
+            if known and (at := built[0].path.parent) != place:
+                say(f"these tokens are in {at}")
     if isinstance(train, Mix):
-        weights = [w if w is not None else max(1, len(d)) for (_,w),(d,_) in zip(parts, opened)]
-        was = [w for _,w in known['data']['source']['mix']] if known and isinstance(known['data']['source'], dict) else [None]
-        if known and 'data' not in override and None not in was and any(abs(a/sum(was)-b/sum(weights)) > 1e-6 for a,b in zip(was, weights)): refuse(folder, 'data', f'a mixture with the weights {was}', f'one with the weights {weights}')
-        data = Mixture([(d, w) for (d,_),w in zip(opened, weights)])
-        held_out = [(v, w) for (_,v),w in zip(opened, weights) if v is not None and v.n_windows(cfg.max_seq_len)]
+        weights = [w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(parts, opened)]
+        was = (
+            [w for _, w in known["data"]["source"]["mix"]]
+            if known and isinstance(known["data"]["source"], dict)
+            else [None]
+        )
+        if (
+            known
+            and "data" not in override
+            and None not in was
+            and any(abs(a / sum(was) - b / sum(weights)) > 1e-6 for a, b in zip(was, weights))
+        ):
+            refuse(
+                folder,
+                "data",
+                f"a mixture with the weights {was}",
+                f"one with the weights {weights}",
+            )
+        data = Mixture([(d, w) for (d, _), w in zip(opened, weights)])
+        held_out = [
+            (v, w)
+            for (_, v), w in zip(opened, weights)
+            if v is not None and v.n_windows(cfg.max_seq_len)
+        ]
         held_out = Mixture(held_out) if held_out else None
-    else: data,held_out = opened[0]
-    if known and not all(here) and not _is_set(train) and 'data' not in override and data.fingerprint != (was := known['identity']['data']):
-        for p,there in zip(places, here):
-            if not there and (p/'train'/'meta.json').exists(): set_aside(p, 'refused')
-        refuse(folder, 'data', was, data.fingerprint, ' (fingerprints of the tokens)')
+    else:
+        data, held_out = opened[0]
+    if (
+        known
+        and not all(here)
+        and not _is_set(train)
+        and "data" not in override
+        and data.fingerprint != (was := known["identity"]["data"])
+    ):
+        for p, there in zip(places, here):
+            if not there and (p / "train" / "meta.json").exists():
+                set_aside(p, "refused")
+        refuse(folder, "data", was, data.fingerprint, " (fingerprints of the tokens)")
     inside = lambda d: d.path.parent.relative_to(folder).as_posix()
-    places,own = [None if _is_set(s) else inside(d) for (s,_),(d,_) in zip(parts, opened)],None
+    places, own = [None if _is_set(s) else inside(d) for (s, _), (d, _) in zip(parts, opened)], None
     if valid is None and not _is_set(train):
         valid = held_out
-        if valid is None and cfg.validation_split: say('no validation: ' + ('too few texts were held out' if all(getattr(d, 'meta', {}).get('options', {}).get('validation_split') for d in getattr(data, 'sets', [data])) else "the run's tokens were made with validation_split=0; override='validation_split' holds some out") + '; there is no validation loss')
-    elif valid is not None and not _is_set(valid): valid = _open_valid(folder, known, valid, tok, cfg, say, decided); own = inside(valid)
+        if valid is None and cfg.validation_split:
+            say(
+                "no validation: "
+                + (
+                    "too few texts were held out"
+                    if all(
+                        getattr(d, "meta", {}).get("options", {}).get("validation_split")
+                        for d in getattr(data, "sets", [data])
+                    )
+                    else (
+                        "the run's tokens were made with validation_split=0;"
+                        " override='validation_split' holds some out"
+                    )
+                )
+                + "; there is no validation loss"
+            )
+    elif valid is not None and not _is_set(valid):
+        valid = _open_valid(folder, known, valid, tok, cfg, say, decided)
+        own = inside(valid)
     if valid is not None and not valid.n_windows(cfg.max_seq_len):
-        valid = say(f'no validation: in no row held out does an answer end within max_seq_len={cfg.max_seq_len}; '
-            f'there is no validation loss')
-    if not known and (there := folder/'tokenizer').exists():
-        try: own_tokenizer = load_tokenizer(there).hash == tok.hash
-        except (OSError, ValueError): own_tokenizer = False
-        if not own_tokenizer: say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
-    if not (folder/'tokenizer'/'tokenizer.json').exists(): tok.save(folder/'tokenizer')
-    return tok,curriculum(data) if cfg.curriculum_learning else data,valid,dict(train=places, valid=own or (token_places(known)['valid'] if known else None))
+        valid = say(
+            "no validation: in no row held out does an answer end within"
+            f" max_seq_len={cfg.max_seq_len}; there is no validation loss"
+        )
+    if not known and (there := folder / "tokenizer").exists():
+        try:
+            own_tokenizer = load_tokenizer(there).hash == tok.hash
+        except (OSError, ValueError):
+            own_tokenizer = False
+        if not own_tokenizer:
+            say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
+    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        tok.save(folder / "tokenizer")
+    return (
+        tok,
+        curriculum(data) if cfg.curriculum_learning else data,
+        valid,
+        dict(train=places, valid=own or (token_places(known)["valid"] if known else None)),
+    )

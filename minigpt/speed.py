@@ -19,279 +19,519 @@ from .monitor import memory
 from .optim import make_optimizer
 
 # %% ../nbs/13_speed.ipynb #545f9e11
-def _bf16_pays(n:int=768)->bool:
+def _bf16_pays(n: int = 768) -> bool:
     "Are matrix products in bf16 at least 1.5 times as fast as in fp32, on a CPU that has units for them?"
-    try: flags = open('/proc/cpuinfo').read()
-    except OSError: return False
-    if 'amx_bf16' not in flags and 'avx512_bf16' not in flags: return False
-    a = torch.randn(n, n); b = a.bfloat16()
-    a @ a; b @ b
-    return statistics.median(_timed(lambda: a @ a)/_timed(lambda: b @ b) for _ in range(5)) > 1.5 # in turns: a moment in which the machine is busy must not decide
+    try:
+        flags = open("/proc/cpuinfo").read()
+    except OSError:
+        return False
+    if "amx_bf16" not in flags and "avx512_bf16" not in flags:
+        return False
+    a = torch.randn(n, n)
+    b = a.bfloat16()
+    a @ a
+    b @ b
+    return (
+        statistics.median(_timed(lambda: a @ a) / _timed(lambda: b @ b) for _ in range(5)) > 1.5
+    )  # in turns: a moment in which the machine is busy must not decide
 
-def _timed(f)->float: began = time.perf_counter(); f(); return time.perf_counter()-began
+
+def _timed(f) -> float:
+    began = time.perf_counter()
+    f()
+    return time.perf_counter() - began
 
 # %% ../nbs/13_speed.ipynb #9667803f
-def _mps()->bool: return torch.backends.mps.is_available() and torch.amp.is_autocast_available('mps') # torch 2.4 has no autocast for it
+def _mps() -> bool:
+    return torch.backends.mps.is_available() and torch.amp.is_autocast_available(
+        "mps"
+    )  # torch 2.4 has no autocast for it
 
-def best_device()->str: "The fastest kind of device that torch finds here."; return 'cuda' if torch.cuda.is_available() else 'mps' if _mps() else 'cpu'
+
+def best_device() -> str:
+    "The fastest kind of device that torch finds here."
+    return "cuda" if torch.cuda.is_available() else "mps" if _mps() else "cpu"
+
 
 def choose(
-    config:TrainConfig, # `device`, `precision`, `num_threads`, `disable_optimizations`
-)->dict: # device, precision, threads
+    config: TrainConfig,  # `device`, `precision`, `num_threads`, `disable_optimizations`
+) -> dict:  # device, precision, threads
     "What `auto` stands for on this machine; a `ValueError` where it has not what is asked for."
-    device,precision = config.device,config.precision
-    if device == 'auto': device = best_device()
-    try: kind = torch.device(device).type
-    except RuntimeError: raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps") from None
-    if kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device={device!r}, but torch finds no CUDA device; use device='auto', or on Colab choose a GPU under Runtime > Change runtime type")
-    if kind == 'cuda' and (torch.device(device).index or 0) >= (there := torch.cuda.device_count()): raise ValueError(f"device={device!r}, but torch finds {there} CUDA device{'s'*(there > 1)} here, counted from 0; use device='auto'")
-    if kind == 'mps' and not _mps(): raise ValueError(f"device={device!r} needs an Apple GPU and torch 2.5 or newer; use device='auto'")
-    if kind == 'mps' and precision == 'fp16' and [int(v) for v in torch.__version__.split('.')[:2]] < [2,8]: raise ValueError(f"precision='fp16' on an Apple GPU needs torch 2.8, for its gradient scaler, and this is {torch.__version__}; use precision='fp32', or a newer torch")
-    if kind not in ('cpu','cuda','mps'): raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps")
-    threads = config.num_threads or (int(n) if (n := os.environ.get('OMP_NUM_THREADS', '')).isdigit() and int(n) else os.cpu_count()) or 1
-    if precision == 'fp16' and kind == 'cpu': raise ValueError("precision='fp16' needs a GPU: on a CPU use fp32, or bf16")
-    if precision == 'auto' and not config.disable_optimizations:
-        if kind == 'cuda': precision = 'bf16' if torch.cuda.get_device_capability(device) >= (8,0) else 'fp16'
-        elif kind == 'cpu': torch.set_num_threads(threads); precision = 'bf16' if _bf16_pays() else 'fp32'
-    return dict(device=device, precision='fp32' if precision == 'auto' else precision, threads=threads)
+    device, precision = config.device, config.precision
+    if device == "auto":
+        device = best_device()
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r}, but torch finds no CUDA device; use device='auto', or on Colab"
+            " choose a GPU under Runtime > Change runtime type"
+        )
+    if kind == "cuda" and (torch.device(device).index or 0) >= (there := torch.cuda.device_count()):
+        raise ValueError(
+            f"device={device!r}, but torch finds {there} CUDA device{'s' * (there > 1)} here,"
+            " counted from 0; use device='auto'"
+        )
+    if kind == "mps" and not _mps():
+        raise ValueError(
+            f"device={device!r} needs an Apple GPU and torch 2.5 or newer; use device='auto'"
+        )
+    if (
+        kind == "mps"
+        and precision == "fp16"
+        and [int(v) for v in torch.__version__.split(".")[:2]] < [2, 8]
+    ):
+        raise ValueError(
+            "precision='fp16' on an Apple GPU needs torch 2.8, for its gradient scaler, and this"
+            f" is {torch.__version__}; use precision='fp32', or a newer torch"
+        )
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps")
+    threads = (
+        config.num_threads
+        or (
+            int(n)
+            if (n := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(n)
+            else os.cpu_count()
+        )
+        or 1
+    )
+    if precision == "fp16" and kind == "cpu":
+        raise ValueError("precision='fp16' needs a GPU: on a CPU use fp32, or bf16")
+    if precision == "auto" and not config.disable_optimizations:
+        if kind == "cuda":
+            precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        elif kind == "cpu":
+            torch.set_num_threads(threads)
+            precision = "bf16" if _bf16_pays() else "fp32"
+    return dict(
+        device=device, precision="fp32" if precision == "auto" else precision, threads=threads
+    )
+
 
 def can_keep(
-    choice:str, # device or precision, a key of `choose`
-    was:str, # What a run had, on a machine of the same kind
-    device:str, # Where it goes on
-)->bool:
+    choice: str,  # device or precision, a key of `choose`
+    was: str,  # What a run had, on a machine of the same kind
+    device: str,  # Where it goes on
+) -> bool:
     "Can a run keep this choice here? A GPU may be one of several where there is one now, or an Ampere where there is a T4."
-    if not device.startswith('cuda'): return True
-    if choice == 'device': return (torch.device(was).index or 0) < torch.cuda.device_count()
-    return not (choice == 'precision' and was == 'bf16' and torch.cuda.get_device_capability(device) < (8,0))
+    if not device.startswith("cuda"):
+        return True
+    if choice == "device":
+        return (torch.device(was).index or 0) < torch.cuda.device_count()
+    return not (
+        choice == "precision"
+        and was == "bf16"
+        and torch.cuda.get_device_capability(device) < (8, 0)
+    )
+
 
 def autocast(
-    device:str, # Where
-    precision:str, # fp32, bf16 or fp16
-): # A context
+    device: str,  # Where
+    precision: str,  # fp32, bf16 or fp16
+):  # A context
     "Matrix products in the lower precision, where there is one; weights stay fp32."
-    return torch.autocast(device.split(':')[0], dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision), enabled=precision != 'fp32')
+    return torch.autocast(
+        device.split(":")[0],
+        dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
+        enabled=precision != "fp32",
+    )
 
 # %% ../nbs/13_speed.ipynb #19b03a17
 def attention_kernel(
-    model:LanguageModel, # As it is trained
-    choices:dict, # Of `choose`
-    packed:bool=False, # Do several rows share a sequence? Then each has a mask
-)->str:
+    model: LanguageModel,  # As it is trained
+    choices: dict,  # Of `choose`
+    packed: bool = False,  # Do several rows share a sequence? Then each has a mask
+) -> str:
     "What `scaled_dot_product_attention` takes here."
-    c,T,asked = model.config,256,getattr(torch, '_fused_sdp_choice', None) # torch has no public name for the question
-    if not asked or torch.device(choices['device']).type not in ('cpu','cuda'): return "torch's"
-    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(choices['precision'], torch.float32)
-    q = torch.empty(1, c.n_head, T, getattr(c, 'head_dim', c.dim//c.n_head), device=choices['device'], dtype=half, requires_grad=True)
+    c, T, asked = (
+        model.config,
+        256,
+        getattr(torch, "_fused_sdp_choice", None),
+    )  # torch has no public name for the question
+    if not asked or torch.device(choices["device"]).type not in ("cpu", "cuda"):
+        return "torch's"
+    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(choices["precision"], torch.float32)
+    q = torch.empty(
+        1,
+        c.n_head,
+        T,
+        getattr(c, "head_dim", c.dim // c.n_head),
+        device=choices["device"],
+        dtype=half,
+        requires_grad=True,
+    )
     mask = torch.ones(1, 1, T, T, device=q.device, dtype=torch.bool) if packed else None
-    return {0:'plain', 1:'flash', 2:'memory-efficient', 3:'cuDNN'}.get(asked(q, q, q, mask, c.dropout, not packed), "torch's")
+    return {0: "plain", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(
+        asked(q, q, q, mask, c.dropout, not packed), "torch's"
+    )
 
 # %% ../nbs/13_speed.ipynb #bc51f675
 @contextlib.contextmanager
 def same_bits(
-    on:bool=True, # Otherwise nothing changes
+    on: bool = True,  # Otherwise nothing changes
 ):
     "Inside, torch takes algorithms that give the same bits each time, and raises a `RuntimeError` where it has none."
-    if not on: yield; return
-    was,filled = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),torch.utils.deterministic.fill_uninitialized_memory
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # which torch asks for
-    torch.use_deterministic_algorithms(True); torch.utils.deterministic.fill_uninitialized_memory = False
-    try: yield
-    finally: torch.use_deterministic_algorithms(was[0], warn_only=was[1]); torch.utils.deterministic.fill_uninitialized_memory = filled
+    if not on:
+        yield
+        return
+    was, filled = (
+        (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 # %% ../nbs/13_speed.ipynb #3b831c3c
 @contextlib.contextmanager
-def throw_away(model:nn.Module):
+def throw_away(model: nn.Module):
     "What is computed inside leaves no trace in the model or in the random generators."
-    device,mode = next(model.parameters()).device,model.training
-    with torch.random.fork_rng([device] if device.type != 'cpu' else [], device_type='cuda' if device.type == 'cpu' else device.type):
+    device, mode = next(model.parameters()).device, model.training
+    with torch.random.fork_rng(
+        [device] if device.type != "cpu" else [],
+        device_type="cuda" if device.type == "cpu" else device.type,
+    ):
         model.train()
-        try: yield
-        finally: model.zero_grad(); model.train(mode)
+        try:
+            yield
+        finally:
+            model.zero_grad()
+            model.train(mode)
 
-def _waiter(device:torch.device):
+
+def _waiter(device: torch.device):
     "A function that waits until a device has done what it was given."
-    return (lambda: torch.cuda.synchronize(device)) if device.type == 'cuda' else torch.mps.synchronize if device.type == 'mps' else lambda: None
+    return (
+        (lambda: torch.cuda.synchronize(device))
+        if device.type == "cuda"
+        else torch.mps.synchronize
+        if device.type == "mps"
+        else lambda: None
+    )
 
-def _plain_loss(model, batch): return model.loss(**batch)
+
+def _plain_loss(model, batch):
+    return model.loss(**batch)
+
 
 def micro_step(
-    model:LanguageModel,
-    batch:dict[str,Tensor], # ids, labels and, where rows are packed, `rows`, (B, T) int64 each, on the model's device
-    precision:str='fp32', # fp32, bf16 or fp16
-    loss_of=_plain_loss, # What is to be made small, of model and batch
-)->float: # Seconds
+    model: LanguageModel,
+    batch: dict[
+        str, Tensor
+    ],  # ids, labels and, where rows are packed, `rows`, (B, T) int64 each, on the model's device
+    precision: str = "fp32",  # fp32, bf16 or fp16
+    loss_of=_plain_loss,  # What is to be made small, of model and batch
+) -> float:  # Seconds
     "Forward and backward."
     device = next(model.parameters()).device
-    kind,wait = device.type,_waiter(device)
+    kind, wait = device.type, _waiter(device)
+
     def run():
-        with autocast(kind, precision): loss = loss_of(model, batch)
-        loss.backward(); wait()
+        with autocast(kind, precision):
+            loss = loss_of(model, batch)
+        loss.backward()
+        wait()
+
     wait()
-    seconds = _timed(run); model.zero_grad()
+    seconds = _timed(run)
+    model.zero_grad()
     return seconds
 
 # %% ../nbs/13_speed.ipynb #d7df2a29
 def set_compiled(
-    model:LanguageModel,
-    on:bool,
-    how:str='yes', # Or max-autotune
+    model: LanguageModel,
+    on: bool,
+    how: str = "yes",  # Or max-autotune
 ):
     "Compile its blocks, or have them as they were."
-    mode = {'max-autotune':'max-autotune-no-cudagraphs'}.get(how, 'default')
+    mode = {"max-autotune": "max-autotune-no-cudagraphs"}.get(how, "default")
     for block in model.blocks:
-        if on: block.compile(dynamic=False, mode=mode)
-        else: block._compiled_call_impl = None # torch has no public way back
+        if on:
+            block.compile(dynamic=False, mode=mode)
+        else:
+            block._compiled_call_impl = None  # torch has no public way back
 
 # %% ../nbs/13_speed.ipynb #8d408aff
 def decide_compile(
-    model:LanguageModel, # On its device
-    batch:dict[str,Tensor], # A micro-batch, on the same device
-    micro_steps:int, # How many of these are to come
-    precision:str='fp32', # fp32, bf16 or fp16
-    how:str='auto', # auto, yes, no or max-autotune
+    model: LanguageModel,  # On its device
+    batch: dict[str, Tensor],  # A micro-batch, on the same device
+    micro_steps: int,  # How many of these are to come
+    precision: str = "fp32",  # fp32, bf16 or fp16
+    how: str = "auto",  # auto, yes, no or max-autotune
     say=print,
-    loss_of=_plain_loss, # As for `micro_step`
-    least:float=180., # `auto` leaves a training alone that takes less than this many seconds
-)->bool: # Are its blocks compiled now?
+    loss_of=_plain_loss,  # As for `micro_step`
+    least: float = 180.0,  # `auto` leaves a training alone that takes less than this many seconds
+) -> bool:  # Are its blocks compiled now?
     "Compile a model where that saves time; where it cannot be compiled, say why and go on without."
     set_compiled(model, False)
-    if how == 'no' or not micro_steps: return False
-    if how == 'reduce-overhead': say("enable_compile='reduce-overhead' stands for CUDA graphs, with which losses were wrong here; the model is compiled without them, as with 'yes'")
-    def once(): return micro_step(model, batch, precision, loss_of)
-    def median(): once(); return statistics.median(once() for _ in range(3))
+    if how == "no" or not micro_steps:
+        return False
+    if how == "reduce-overhead":
+        say(
+            "enable_compile='reduce-overhead' stands for CUDA graphs, with which losses were wrong"
+            " here; the model is compiled without them, as with 'yes'"
+        )
+
+    def once():
+        return micro_step(model, batch, precision, loss_of)
+
+    def median():
+        once()
+        return statistics.median(once() for _ in range(3))
+
     with throw_away(model):
-        if how == 'auto':
-            if once()*micro_steps < least: return False
-            if (plain := median())*micro_steps < least: return False
-            say(f'{human_time(plain*micro_steps)} of training without torch.compile; measuring it with (enable_compile="no" skips this)')
+        if how == "auto":
+            if once() * micro_steps < least:
+                return False
+            if (plain := median()) * micro_steps < least:
+                return False
+            say(
+                f"{human_time(plain * micro_steps)} of training without torch.compile; measuring it"
+                ' with (enable_compile="no" skips this)'
+            )
         try:
             began = time.perf_counter()
             set_compiled(model, True, how)
-            compiled = median(); took = time.perf_counter()-began
-        except Exception as e: # of dynamo, of inductor, of the C++ compiler: each has its own
+            compiled = median()
+            took = time.perf_counter() - began
+        except Exception as e:  # of dynamo, of inductor, of the C++ compiler: each has its own
             set_compiled(model, False)
-            say(f'torch.compile failed, training goes on without it: {type(e).__name__}: {str(e).strip().splitlines()[0][:300] if str(e).strip() else ""}')
+            say(
+                f"torch.compile failed, training goes on without it: {type(e).__name__}:"
+                f" {str(e).strip().splitlines()[0][:300] if str(e).strip() else ''}"
+            )
             return False
-        if how == 'auto':
-            say(f'a micro-batch takes {1000*plain:.0f} ms, compiled {1000*compiled:.0f} ms; compiling took {human_time(took)}')
-            if compiled > .97*plain: set_compiled(model, False); return False
+        if how == "auto":
+            say(
+                f"a micro-batch takes {1000 * plain:.0f} ms, compiled {1000 * compiled:.0f} ms;"
+                f" compiling took {human_time(took)}"
+            )
+            if compiled > 0.97 * plain:
+                set_compiled(model, False)
+                return False
     return True
 
 # %% ../nbs/13_speed.ipynb #5872efca
 def smaller(
-    config:TrainConfig, # `batch_size` and `gradient_accumulation`
-)->tuple[int,int]|None: # Micro-batch and accumulation with the same effective batch; None: it is 1 already
+    config: TrainConfig,  # `batch_size` and `gradient_accumulation`
+) -> (
+    tuple[int, int] | None
+):  # Micro-batch and accumulation with the same effective batch; None: it is 1 already
     "The next smaller micro-batch."
     n = config.effective_batch
     b = max((b for b in range(1, config.batch_size) if n % b == 0), default=None)
-    return b and (b, n//b)
+    return b and (b, n // b)
 
-def out_of_memory(e:BaseException)->bool:
+
+def out_of_memory(e: BaseException) -> bool:
     "Is this how torch says that memory has run out?"
-    return isinstance(e, torch.cuda.OutOfMemoryError) or isinstance(e, RuntimeError) and any(t in str(e) for t in ("can't allocate memory","not enough memory","out of memory"))
+    return (
+        isinstance(e, torch.cuda.OutOfMemoryError)
+        or isinstance(e, RuntimeError)
+        and any(
+            t in str(e) for t in ("can't allocate memory", "not enough memory", "out of memory")
+        )
+    )
+
 
 def memory_advice(
-    config:TrainConfig, # What was too much
-)->str:
+    config: TrainConfig,  # What was too much
+) -> str:
     "What to change where memory has run out, so that the run can go on."
     less = smaller(config)
-    first = f"batch_size={less[0]}, gradient_accumulation={less[1]} (instead of {config.batch_size} and {config.gradient_accumulation}: the effective batch stays, and the run goes on exactly from its last checkpoint)" if less else ''
-    return ' or '.join(t for t in (first, '' if config.gradient_checkpointing else 'gradient_checkpointing=True (activations are computed twice instead of kept)') if t) or f'a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}'
+    first = (
+        f"batch_size={less[0]}, gradient_accumulation={less[1]} (instead of {config.batch_size} and"
+        f" {config.gradient_accumulation}: the effective batch stays, and the run goes on exactly"
+        " from its last checkpoint)"
+        if less
+        else ""
+    )
+    return (
+        " or ".join(
+            t
+            for t in (
+                first,
+                (
+                    ""
+                    if config.gradient_checkpointing
+                    else (
+                        "gradient_checkpointing=True (activations are computed twice instead of"
+                        " kept)"
+                    )
+                ),
+            )
+            if t
+        )
+        or f"a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}"
+    )
+
 
 def fit_batch(
-    model:LanguageModel, # On its device
-    batch:dict[str,Tensor], # The first effective batch, on the CPU
-    config:TrainConfig,
-    precision:str='fp32', # fp32, bf16 or fp16
+    model: LanguageModel,  # On its device
+    batch: dict[str, Tensor],  # The first effective batch, on the CPU
+    config: TrainConfig,
+    precision: str = "fp32",  # fp32, bf16 or fp16
     say=print,
-    loss_of=_plain_loss, # As for `micro_step`
-)->TrainConfig: # The same, with the largest micro-batch that fits
+    loss_of=_plain_loss,  # As for `micro_step`
+) -> TrainConfig:  # The same, with the largest micro-batch that fits
     "Ask a GPU how many sequences it holds; elsewhere, and where nothing fits, nothing changes."
     device = next(model.parameters()).device
-    if device.type != 'cuda': say(f'auto_batch_size asks a GPU; on {device.type} batch_size={config.batch_size} stays'); return config
+    if device.type != "cuda":
+        say(f"auto_batch_size asks a GPU; on {device.type} batch_size={config.batch_size} stays")
+        return config
     trial = replace(config, batch_size=config.effective_batch, gradient_accumulation=1)
     with throw_away(model):
-        state = torch.empty(3*sum(p.numel() for p in model.parameters() if p.requires_grad), device=device) # the two moments of AdamW, and the gradients that a second micro-batch finds
+        state = torch.empty(
+            3 * sum(p.numel() for p in model.parameters() if p.requires_grad), device=device
+        )  # the two moments of AdamW, and the gradients that a second micro-batch finds
         while True:
             try:
-                for _ in range(2): micro_step(model, {k:t[:trial.batch_size].to(device) for k,t in batch.items()}, precision, loss_of)
+                for _ in range(2):
+                    micro_step(
+                        model,
+                        {k: t[: trial.batch_size].to(device) for k, t in batch.items()},
+                        precision,
+                        loss_of,
+                    )
                 break
             except RuntimeError as e:
-                if not out_of_memory(e): raise
-            model.zero_grad(); torch.cuda.empty_cache()
-            if (less := smaller(trial)) is None: del state; return config
+                if not out_of_memory(e):
+                    raise
+            model.zero_grad()
+            torch.cuda.empty_cache()
+            if (less := smaller(trial)) is None:
+                del state
+                return config
             trial = replace(trial, batch_size=less[0], gradient_accumulation=less[1])
         del state
-    torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(device)
-    say(f'auto_batch_size: {trial.batch_size} × {trial.gradient_accumulation} sequences')
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    say(f"auto_batch_size: {trial.batch_size} × {trial.gradient_accumulation} sequences")
     return trial
 
 # %% ../nbs/13_speed.ipynb #586e99dd
 def flops_per_token(
-    config:GPTConfig,
-    seq_len:int, # Tokens of a sequence
-)->int:
+    config: GPTConfig,
+    seq_len: int,  # Tokens of a sequence
+) -> int:
     "Floating-point operations of forward and backward for a token; the embedding looks up, and counts only where it is the output layer."
-    used = config.n_params - (0 if config.tied else config.vocab_size*config.dim)
-    return 6*used + 12*config.n_layer*config.n_head*config.head_dim*seq_len
+    used = config.n_params - (0 if config.tied else config.vocab_size * config.dim)
+    return 6 * used + 12 * config.n_layer * config.n_head * config.head_dim * seq_len
+
 
 def machine_flops(
-    device:str='cpu', # Where
-    precision:str='fp32', # fp32, bf16 or fp16
-    n:int|None=None, # Rows and columns; default: by device
-)->float: # Floating-point operations a second
+    device: str = "cpu",  # Where
+    precision: str = "fp32",  # fp32, bf16 or fp16
+    n: int | None = None,  # Rows and columns; default: by device
+) -> float:  # Floating-point operations a second
     "What products of two square matrices reach."
-    kind = device.split(':')[0]
-    n = n or (2048 if kind == 'cpu' else 8192)
-    a = torch.randn(n, n, device=device).to(dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32))
+    kind = device.split(":")[0]
+    n = n or (2048 if kind == "cpu" else 8192)
+    a = torch.randn(n, n, device=device).to(
+        dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32)
+    )
     wait = _waiter(a.device)
-    def run(): a @ a; wait()
+
+    def run():
+        a @ a
+        wait()
+
     run()
-    return 2*n**3/min(_timed(run) for _ in range(5))
+    return 2 * n**3 / min(_timed(run) for _ in range(5))
+
 
 def benchmark(
-    model:str|GPTConfig='small', # A preset's name or a shape
-    config:TrainConfig|None=None, # batch_size, gradient_accumulation, max_seq_len, max_steps, precision, device, optimizer …
-    seconds:float=20., # To measure for, compiling and warm-up apart
+    model: str | GPTConfig = "small",  # A preset's name or a shape
+    config: (
+        TrainConfig | None
+    ) = None,  # batch_size, gradient_accumulation, max_seq_len, max_steps, precision, device, optimizer …
+    seconds: float = 20.0,  # To measure for, compiling and warm-up apart
     say=print,
-)->dict: # tokens_per_second, step_seconds, mfu, memory (bytes), run_seconds (of `max_steps`), and what was chosen
+) -> dict:  # tokens_per_second, step_seconds, mfu, memory (bytes), run_seconds (of `max_steps`), and what was chosen
     "Train on random tokens, and measure: tokens/s, model FLOPs utilisation, memory, and how long a run will take."
     cfg = config or TrainConfig()
-    choices = choose(cfg); torch.set_num_threads(choices['threads'])
-    device,precision = choices['device'],choices['precision']
+    choices = choose(cfg)
+    torch.set_num_threads(choices["threads"])
+    device, precision = choices["device"], choices["precision"]
     shape = GPTConfig.preset(model) if isinstance(model, str) else model
     torch.manual_seed(cfg.seed)
     net = GPT(replace(shape, max_len=max(shape.max_len, cfg.max_seq_len))).to(device).train()
     net.recompute = cfg.gradient_checkpointing
     optimizer = make_optimizer(net, cfg, device)
-    ids = torch.randint(0, shape.vocab_size, (cfg.batch_size, cfg.max_seq_len+1), device=device)
-    batch = dict(ids=ids[:,:-1].contiguous(), labels=ids[:,1:].contiguous())
+    ids = torch.randint(0, shape.vocab_size, (cfg.batch_size, cfg.max_seq_len + 1), device=device)
+    batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
     steps = cfg.max_steps or 1000
-    compiled = decide_compile(net, batch, steps*cfg.gradient_accumulation, precision, 'no' if cfg.disable_optimizations else cfg.enable_compile, say)
+    compiled = decide_compile(
+        net,
+        batch,
+        steps * cfg.gradient_accumulation,
+        precision,
+        "no" if cfg.disable_optimizations else cfg.enable_compile,
+        say,
+    )
+
     def step():
         for _ in range(cfg.gradient_accumulation):
-            with autocast(device, precision): loss = net.loss(**batch)
+            with autocast(device, precision):
+                loss = net.loss(**batch)
             loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), cfg.grad_clip or math.inf)
-        optimizer.step(); optimizer.zero_grad()
-        loss.item() # waits for the device
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+
     step()
-    if device.startswith('cuda'): torch.cuda.reset_peak_memory_stats(device)
-    times,end = [],time.perf_counter()+seconds
-    while len(times) < 3 or time.perf_counter() < end: times.append(_timed(step))
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(_timed(step))
     took = statistics.median(times)
-    n = cfg.effective_batch*cfg.max_seq_len
-    return dict(model=model if isinstance(model, str) else 'own', parameters=shape.n_params, **choices, compile=compiled, batch=f'{cfg.batch_size} × {cfg.gradient_accumulation} × {cfg.max_seq_len}',
-        tokens_per_second=n/took, step_seconds=took, mfu=flops_per_token(shape, cfg.max_seq_len)*n/took/machine_flops(device, precision),
-        memory=memory(device)['memory'], steps=steps, run_seconds=took*steps)
+    n = cfg.effective_batch * cfg.max_seq_len
+    return dict(
+        model=model if isinstance(model, str) else "own",
+        parameters=shape.n_params,
+        **choices,
+        compile=compiled,
+        batch=f"{cfg.batch_size} × {cfg.gradient_accumulation} × {cfg.max_seq_len}",
+        tokens_per_second=n / took,
+        step_seconds=took,
+        mfu=flops_per_token(shape, cfg.max_seq_len) * n / took / machine_flops(device, precision),
+        memory=memory(device)["memory"],
+        steps=steps,
+        run_seconds=took * steps,
+    )
+
 
 def benchmark_table(
-    found:dict, # Of `benchmark`
-)->str:
+    found: dict,  # Of `benchmark`
+) -> str:
     "What was measured, in words."
     f = found
-    return '\n'.join((f"{f['model']}: {f['parameters']:,} parameters on {f['device']} in {f['precision']}, {'compiled' if f['compile'] else 'not compiled'}, {f['threads']} threads, batch {f['batch']} (sequences × accumulation × tokens)",
-        f"{f['tokens_per_second']:,.0f} tokens/s, {1000*f['step_seconds']:,.0f} ms a step",
-        f"{100*f['mfu']:.0f}% of what matrix products reach on this machine (model FLOPs utilisation)",
-        f"{human_size(f['memory'])} of memory", f"{f['steps']:,} steps take {human_time(f['run_seconds'])}, evaluation and saves apart"))
+    return "\n".join(
+        (
+            (
+                f"{f['model']}: {f['parameters']:,} parameters on {f['device']} in"
+                f" {f['precision']}, {'compiled' if f['compile'] else 'not compiled'},"
+                f" {f['threads']} threads, batch {f['batch']} (sequences × accumulation × tokens)"
+            ),
+            f"{f['tokens_per_second']:,.0f} tokens/s, {1000 * f['step_seconds']:,.0f} ms a step",
+            (
+                f"{100 * f['mfu']:.0f}% of what matrix products reach on this machine (model FLOPs"
+                " utilisation)"
+            ),
+            f"{human_size(f['memory'])} of memory",
+            f"{f['steps']:,} steps take {human_time(f['run_seconds'])}, evaluation and saves apart",
+        )
+    )

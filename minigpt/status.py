@@ -20,234 +20,536 @@ from .run import Run, open_run, text_table
 from .schedule import checkpoint_size, storage_plan
 
 # %% ../nbs/12_status.ipynb #d762b318
-SILENT = 900 # Seconds without a heartbeat after which the machine of a mirrored run counts as gone
+SILENT = 900  # Seconds without a heartbeat after which the machine of a mirrored run counts as gone
+
 
 def is_held(
-    folder:str|Path, # Of a run
-)->bool:
+    folder: str | Path,  # Of a run
+) -> bool:
     "Does a process of this machine train the run?"
-    lock = Path(folder)/'.lock'
-    if not lock.exists(): return False
+    lock = Path(folder) / ".lock"
+    if not lock.exists():
+        return False
     try:
-        with FileLock(lock).acquire(timeout=0): return False
-    except Timeout: return True
-    except OSError: return False # a folder that nobody can write to
+        with FileLock(lock).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # a folder that nobody can write to
 
-def _alive(path:Path)->tuple[bool,str]:
+
+def _alive(path: Path) -> tuple[bool, str]:
     "Is it being trained, and what tells?"
-    if (beat := read_heartbeat(path)) is None: return is_held(path),''
-    age = max(0, time.time()-beat.get('time', 0))
-    if beat.get('ended'): return False,f'its process ended {human_time(age)} ago'
-    return age < SILENT,f"{'the last sign of life of its machine came' if age < SILENT else 'there has been no sign of life of its machine for'} {human_time(age)}{' ago' if age < SILENT else ''}"
+    if (beat := read_heartbeat(path)) is None:
+        return is_held(path), ""
+    age = max(0, time.time() - beat.get("time", 0))
+    if beat.get("ended"):
+        return False, f"its process ended {human_time(age)} ago"
+    return (
+        age < SILENT,
+        (
+            f"{'the last sign of life of its machine came' if age < SILENT else 'there has been no sign of life of its machine for'}"
+            f" {human_time(age)}{' ago' if age < SILENT else ''}"
+        ),
+    )
 
 # %% ../nbs/12_status.ipynb #15302a5b
 def pace(
-    curves:Curves, # Of a run
-)->float|None: # Seconds a step, lately; None: nothing is known of this attempt yet
+    curves: Curves,  # Of a run
+) -> float | None:  # Seconds a step, lately; None: nothing is known of this attempt yet
     "From the times of the last lines of this attempt; evaluations and saves are part of it."
-    first = curves.start.get('step', 0)
-    steps,times = curves('time', first+1)
-    steps,times = [first, *steps.tolist()],[curves.start.get('time', 0), *times.tolist()]
-    if len(steps) > 2 or not times[0]: steps,times = steps[1:][-20:],times[1:][-20:] # the first lines are slower than the others
-    return (times[-1]-times[0])/(steps[-1]-steps[0]) if len(steps) > 1 and times[-1] > times[0] else None
+    first = curves.start.get("step", 0)
+    steps, times = curves("time", first + 1)
+    steps, times = [first, *steps.tolist()], [curves.start.get("time", 0), *times.tolist()]
+    if len(steps) > 2 or not times[0]:
+        steps, times = (
+            steps[1:][-20:],
+            times[1:][-20:],
+        )  # the first lines are slower than the others
+    return (
+        (times[-1] - times[0]) / (steps[-1] - steps[0])
+        if len(steps) > 1 and times[-1] > times[0]
+        else None
+    )
+
 
 class Watch:
     "A run that is looked at again and again. What is cheap is read each time; the run's folders are listed twice a minute, its backup only when asked for, since a mount may be slow or hang."
-    def __init__(self,
-        path:str|Path, # A run's folder, or its copy in a backup
-        every:float=30., # Seconds between two listings
+
+    def __init__(
+        self,
+        path: str | Path,  # A run's folder, or its copy in a backup
+        every: float = 30.0,  # Seconds between two listings
     ):
         path = self.path = at_home(path)
-        self.mirror = (self.path/'heartbeat.json').exists() # the copy in a backup
-        self.run = Run(path) if self.mirror or is_held(path) else open_run(path) # a run that has just been started has no run.json yet
-        self.follower,self.every,self.listing,self.listed,self.problems = Follower(self.path/'metrics.jsonl'),every,{},-math.inf,[]
+        self.mirror = (self.path / "heartbeat.json").exists()  # the copy in a backup
+        self.run = (
+            Run(path) if self.mirror or is_held(path) else open_run(path)
+        )  # a run that has just been started has no run.json yet
+        self.follower, self.every, self.listing, self.listed, self.problems = (
+            Follower(self.path / "metrics.jsonl"),
+            every,
+            {},
+            -math.inf,
+            [],
+        )
 
-    def part(self, name:str, read, otherwise):
+    def part(self, name: str, read, otherwise):
         "A part of the whole. One that cannot be read is a problem to be shown, and not the end of the rest."
-        try: return read()
-        except (OSError, ValueError, RuntimeError) as e: # RuntimeError: BackupError, CheckpointError
-            if not (name == 'run.json' and isinstance(e, FileNotFoundError) and is_held(self.path)): self.problems.append(f'{name}: {e}')
-        except (KeyError, TypeError, AttributeError) as e: self.problems.append(f'{name} is damaged: {type(e).__name__} {e}')
+        try:
+            return read()
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+        ) as e:  # RuntimeError: BackupError, CheckpointError
+            if not (name == "run.json" and isinstance(e, FileNotFoundError) and is_held(self.path)):
+                self.problems.append(f"{name}: {e}")
+        except (KeyError, TypeError, AttributeError) as e:
+            self.problems.append(f"{name} is damaged: {type(e).__name__} {e}")
         return otherwise
 
-    def read_facts(self)->dict:
+    def read_facts(self) -> dict:
         f = self.run.facts
-        return dict(f, max_steps=int(f['max_steps']), attempts=list(f.get('attempts', ())))
+        return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
 
-    def progress(self)->dict:
+    def progress(self) -> dict:
         "Step, losses, speed and time left, from run.json and metrics.jsonl."
         self.problems = []
-        self.facts = self.part('run.json', self.read_facts, {})
+        self.facts = self.part("run.json", self.read_facts, {})
         self.follower.read()
-        if self.follower.problem and (self.follower.offset or self.follower.path.exists()): self.problems.append(f'metrics.jsonl: {self.follower.problem}')
-        c,end = self.follower.curves,self.facts.get('max_steps', 0)
-        seconds,(at,held) = pace(c),c('eval_loss')
-        return dict(path=str(self.path), mirror=self.mirror, step=c.step, max_steps=end, seconds_per_step=seconds, seconds_left=seconds*max(0, end-c.step) if seconds and end else None,
-            updated=max(c.last('time') or 0, c.start.get('time', 0)) or None, **{k:c.last(k) for k in ('epoch','loss','eval_loss','lr','grad_norm','tokens','tokens_per_second','resting','memory','memory_reserved')},
-            best_loss=float(held.min()) if len(held) else None, best_step=int(at[held.argmin()]) if len(held) else None, sample=c.sample and c.sample['sample'], attempt=len(self.facts.get('attempts', ())))
+        if self.follower.problem and (self.follower.offset or self.follower.path.exists()):
+            self.problems.append(f"metrics.jsonl: {self.follower.problem}")
+        c, end = self.follower.curves, self.facts.get("max_steps", 0)
+        seconds, (at, held) = pace(c), c("eval_loss")
+        return dict(
+            path=str(self.path),
+            mirror=self.mirror,
+            step=c.step,
+            max_steps=end,
+            seconds_per_step=seconds,
+            seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
+            updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
+            **{
+                k: c.last(k)
+                for k in (
+                    "epoch",
+                    "loss",
+                    "eval_loss",
+                    "lr",
+                    "grad_norm",
+                    "tokens",
+                    "tokens_per_second",
+                    "resting",
+                    "memory",
+                    "memory_reserved",
+                )
+            },
+            best_loss=float(held.min()) if len(held) else None,
+            best_step=int(at[held.argmin()]) if len(held) else None,
+            sample=c.sample and c.sample["sample"],
+            attempt=len(self.facts.get("attempts", ())),
+        )
 
-    def status(self, fresh:bool=False)->dict:
+    def status(self, fresh: bool = False) -> dict:
         "All of it; `fresh` lists the folders even if they were listed a moment ago, and the backup too."
         s = self.progress()
-        alive,sign = self.part('.lock', lambda: _alive(self.path), (False, ''))
-        if fresh or time.monotonic()-self.listed > self.every or alive != self.listing['training']: self.listing,self.listed = self.look(alive, fresh),time.monotonic()
-        state = 'finished' if self.listing['finished'] and not alive else 'stopped' if not alive else 'training' if s['updated'] else 'starting'
-        return dict(s, **self.listing, state=state, sign=sign, backup=self.part('backup.json', lambda: self.run.backup_said, ''), troubles=read_log(self.path/'run.log', 5, troubles=True), resume=self.resume(), problems=[*self.problems, *self.listing['unread']])
+        alive, sign = self.part(".lock", lambda: _alive(self.path), (False, ""))
+        if (
+            fresh
+            or time.monotonic() - self.listed > self.every
+            or alive != self.listing["training"]
+        ):
+            self.listing, self.listed = self.look(alive, fresh), time.monotonic()
+        state = (
+            "finished"
+            if self.listing["finished"] and not alive
+            else "stopped"
+            if not alive
+            else "training"
+            if s["updated"]
+            else "starting"
+        )
+        return dict(
+            s,
+            **self.listing,
+            state=state,
+            sign=sign,
+            backup=self.part("backup.json", lambda: self.run.backup_said, ""),
+            troubles=read_log(self.path / "run.log", 5, troubles=True),
+            resume=self.resume(),
+            problems=[*self.problems, *self.listing["unread"]],
+        )
 
-    def look(self, training:bool, backup:bool)->dict:
+    def look(self, training: bool, backup: bool) -> dict:
         "What is saved, and the space it takes."
-        before,self.problems,run = self.problems,[],self.run
-        here = [(name, store.all) for name,store in dict(checkpoints=run.store, snapshots=run.snapshot_store, best=run.best_store).items()]
-        there = [('backup', lambda: run.backup)] if backup and self.facts and not self.mirror else []
-        listed = [(name, c) for name,all in here+there for c in self.part(name, all, [])]
-        found = [dict(where='backup' if self.mirror or name == 'backup' else 'run', name=c.path.name, step=c.step, kind=c.kind, time=c.time, size=c.size, problem=c.problem and str(c.problem)) for name,c in listed]
-        out = dict(training=training, finished=bool(self.facts) and self.part('final model', lambda: run.finished, False), safe_step=self.part('checkpoints', lambda: run.step, 0), checkpoints=found,
-            size=dir_size(self.path), free=self.part('disk', lambda: free_space(self.path), 0), storage=self.part('storage', self.storage, []) if self.facts else [], **_state_sizes(self.facts, [c for name,c in listed if name in ('checkpoints','snapshots')]))
-        out['unread'],self.problems = self.problems,before
+        before, self.problems, run = self.problems, [], self.run
+        here = [
+            (name, store.all)
+            for name, store in dict(
+                checkpoints=run.store, snapshots=run.snapshot_store, best=run.best_store
+            ).items()
+        ]
+        there = (
+            [("backup", lambda: run.backup)] if backup and self.facts and not self.mirror else []
+        )
+        listed = [(name, c) for name, all in here + there for c in self.part(name, all, [])]
+        found = [
+            dict(
+                where="backup" if self.mirror or name == "backup" else "run",
+                name=c.path.name,
+                step=c.step,
+                kind=c.kind,
+                time=c.time,
+                size=c.size,
+                problem=c.problem and str(c.problem),
+            )
+            for name, c in listed
+        ]
+        out = dict(
+            training=training,
+            finished=bool(self.facts) and self.part("final model", lambda: run.finished, False),
+            safe_step=self.part("checkpoints", lambda: run.step, 0),
+            checkpoints=found,
+            size=dir_size(self.path),
+            free=self.part("disk", lambda: free_space(self.path), 0),
+            storage=self.part("storage", self.storage, []) if self.facts else [],
+            **_state_sizes(
+                self.facts, [c for name, c in listed if name in ("checkpoints", "snapshots")]
+            ),
+        )
+        out["unread"], self.problems = self.problems, before
         return out
 
-    def storage(self)->list[str]:
+    def storage(self) -> list[str]:
         "What the run takes now and will take at its end, against what is free."
-        cfg,n = TrainConfig.make({k:v for k,v in self.facts['train'].items() if k in TrainConfig.__dataclass_fields__}),self.facts.get('saved_params') or shape_from_dict(self.facts['model']).n_params
-        saves = self.facts.get('saves') or -(-self.facts['max_steps']//cfg.save_steps) # older versions did not say
-        free,there = free_space(self.path),sum(dir_size(self.path/d) for d in ('checkpoints','snapshots','best'))
-        if self.mirror: return [l.replace('in the backup:', 'here:') for l in storage_plan(cfg, n, saves, sys.maxsize, free, 0, there+dir_size(self.path/'final'))[1:]]
+        cfg, n = (
+            TrainConfig.make(
+                {
+                    k: v
+                    for k, v in self.facts["train"].items()
+                    if k in TrainConfig.__dataclass_fields__
+                }
+            ),
+            self.facts.get("saved_params") or shape_from_dict(self.facts["model"]).n_params,
+        )
+        saves = self.facts.get("saves") or -(
+            -self.facts["max_steps"] // cfg.save_steps
+        )  # older versions did not say
+        free, there = (
+            free_space(self.path),
+            sum(dir_size(self.path / d) for d in ("checkpoints", "snapshots", "best")),
+        )
+        if self.mirror:
+            return [
+                l.replace("in the backup:", "here:")
+                for l in storage_plan(
+                    cfg, n, saves, sys.maxsize, free, 0, there + dir_size(self.path / "final")
+                )[1:]
+            ]
         folder = cfg.gdrive_backup_dir
-        cache = cfg.backup_keep_last*checkpoint_size(n) if folder and drive_mount(folder) else 0 # Drive's cache is on this disk as well
-        return storage_plan(cfg, n, saves, free-cache, there=there)
+        cache = (
+            cfg.backup_keep_last * checkpoint_size(n) if folder and drive_mount(folder) else 0
+        )  # Drive's cache is on this disk as well
+        return storage_plan(cfg, n, saves, free - cache, there=there)
 
-    def resume(self)->dict:
+    def resume(self) -> dict:
         "The run and the options for `minigpt.train.resume`."
-        return dict(run=f'runs/{self.path.resolve().name}', gdrive_backup_dir=str(self.path.resolve().parent)) if self.mirror else dict(run=str(self.path))
+        return (
+            dict(
+                run=f"runs/{self.path.resolve().name}",
+                gdrive_backup_dir=str(self.path.resolve().parent),
+            )
+            if self.mirror
+            else dict(run=str(self.path))
+        )
 
-def _state_sizes(facts:dict, states:list)->dict:
+
+def _state_sizes(facts: dict, states: list) -> dict:
     "Bytes of the weights and of the optimizer, as the newest whole state has them; before there is one, what the weights will take."
     newest = max((c for c in states if not c.problem), key=lambda c: c.step, default=None)
+
     def bytes_of(*names):
         total = 0
         for n in names if newest else ():
-            with suppress(OSError): total += (newest.path/n).stat().st_size
+            with suppress(OSError):
+                total += (newest.path / n).stat().st_size
         return total or None
-    n = facts.get('saved_params')
-    return dict(model_size=bytes_of('model.safetensors', 'adapter_model.safetensors') or (4*n if isinstance(n, int) else None), optimizer_size=bytes_of('optimizer.safetensors'))
+
+    n = facts.get("saved_params")
+    return dict(
+        model_size=bytes_of("model.safetensors", "adapter_model.safetensors")
+        or (4 * n if isinstance(n, int) else None),
+        optimizer_size=bytes_of("optimizer.safetensors"),
+    )
+
 
 def run_status(
-    path:str|Path, # A run's folder, or its copy in a backup
-)->dict: # As printed below
+    path: str | Path,  # A run's folder, or its copy in a backup
+) -> dict:  # As printed below
     "All that can be said of a run without asking the process that trains it."
     return Watch(path).status(fresh=True)
 
 # %% ../nbs/12_status.ipynb #9d518a7b
 def numbers(
-    s:dict, # Of `Watch.progress` or `run_status`
-)->list[tuple[str,str]]: # Name and value, of those that are known
+    s: dict,  # Of `Watch.progress` or `run_status`
+) -> list[tuple[str, str]]:  # Name and value, of those that are known
     "The last numbers of a run, in words."
-    show = dict(loss=('loss','{:.3f}'), eval_loss=('validation','{:.3f}'), lr=('learning rate','{:.2e}'), grad_norm=('gradient norm','{:.2f}'), tokens_per_second=('tokens/s','{:,.0f}'), epoch=('epoch','{:.2f}'), tokens=('tokens','{:,.0f}'))
-    out = [(name, how.format(s[k])) for k,(name,how) in show.items() if s[k] is not None]
-    if s['best_loss'] is not None: out.insert(2, ('lowest', f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
-    if s.get('resting'): out.append(('resting', f"{s['resting']:.0%} of the time (max_cpu)"))
-    return out + [(name, human_size(s[k])) for k,name in dict(memory='memory', memory_reserved='reserved', model_size='model', optimizer_size='optimizer').items() if s.get(k) is not None]
+    show = dict(
+        loss=("loss", "{:.3f}"),
+        eval_loss=("validation", "{:.3f}"),
+        lr=("learning rate", "{:.2e}"),
+        grad_norm=("gradient norm", "{:.2f}"),
+        tokens_per_second=("tokens/s", "{:,.0f}"),
+        epoch=("epoch", "{:.2f}"),
+        tokens=("tokens", "{:,.0f}"),
+    )
+    out = [(name, how.format(s[k])) for k, (name, how) in show.items() if s[k] is not None]
+    if s["best_loss"] is not None:
+        out.insert(2, ("lowest", f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
+    if s.get("resting"):
+        out.append(("resting", f"{s['resting']:.0%} of the time (max_cpu)"))
+    return out + [
+        (name, human_size(s[k]))
+        for k, name in dict(
+            memory="memory",
+            memory_reserved="reserved",
+            model_size="model",
+            optimizer_size="optimizer",
+        ).items()
+        if s.get(k) is not None
+    ]
+
 
 def headline(
-    s:dict, # Of `Watch.progress` or `run_status`
-)->str:
+    s: dict,  # Of `Watch.progress` or `run_status`
+) -> str:
     "Step and time left."
-    state,left = s.get('state', ''),s['seconds_left']
-    return ', '.join(filter(None, [state, f"step {s['step']:,}" + (f" of {s['max_steps']:,} ({100*s['step']/s['max_steps']:.0f}%)" if s['max_steps'] else ''),
-        f"{s['seconds_per_step']:.2g} s a step" if s['seconds_per_step'] else '', f'{human_time(left)} left' if left and state != 'stopped' else '']))
+    state, left = s.get("state", ""), s["seconds_left"]
+    return ", ".join(
+        filter(
+            None,
+            [
+                state,
+                f"step {s['step']:,}"
+                + (
+                    f" of {s['max_steps']:,} ({100 * s['step'] / s['max_steps']:.0f}%)"
+                    if s["max_steps"]
+                    else ""
+                ),
+                f"{s['seconds_per_step']:.2g} s a step" if s["seconds_per_step"] else "",
+                f"{human_time(left)} left" if left and state != "stopped" else "",
+            ],
+        )
+    )
+
 
 def resume_code(
-    s:dict, # Of `run_status`
-)->tuple[str,str]: # Python, and a command line
+    s: dict,  # Of `run_status`
+) -> tuple[str, str]:  # Python, and a command line
     "What goes on with a run, or, where it is finished, uses it."
-    path,*rest = (json.dumps(v, ensure_ascii=False) for v in s['resume'].values())
-    if s['state'] == 'finished' and not s['mirror']: return f'from minigpt.run import open_run\nopen_run({path}).generate("")',f"minigpt generate {shlex.quote(s['path'])}"
-    options = ''.join(f', gdrive_backup_dir={v}' for v in rest)
-    return f'from minigpt.train import resume\nresume({path}{options})',f"minigpt resume {shlex.quote(s['resume']['run'])}" + ''.join(f' --gdrive-backup-dir {shlex.quote(v)}' for k,v in s['resume'].items() if k != 'run')
+    path, *rest = (json.dumps(v, ensure_ascii=False) for v in s["resume"].values())
+    if s["state"] == "finished" and not s["mirror"]:
+        return (
+            f'from minigpt.run import open_run\nopen_run({path}).generate("")',
+            f"minigpt generate {shlex.quote(s['path'])}",
+        )
+    options = "".join(f", gdrive_backup_dir={v}" for v in rest)
+    return (
+        f"from minigpt.train import resume\nresume({path}{options})",
+        f"minigpt resume {shlex.quote(s['resume']['run'])}"
+        + "".join(
+            f" --gdrive-backup-dir {shlex.quote(v)}" for k, v in s["resume"].items() if k != "run"
+        ),
+    )
 
-def checkpoint_rows(s:dict)->list[tuple[str,...]]:
+
+def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
     "A table of what is saved; its first row has the names of the columns."
-    return [('where','name','step','kind','age','size','state'), *((c['where'], c['name'], f"{c['step']:,}", c['kind'] or '–', human_time(max(0, time.time()-c['time']))+' ago' if c['time'] else '–', human_size(c['size']), c['problem'] or 'whole') for c in s['checkpoints'])]
+    return [
+        ("where", "name", "step", "kind", "age", "size", "state"),
+        *(
+            (
+                c["where"],
+                c["name"],
+                f"{c['step']:,}",
+                c["kind"] or "–",
+                human_time(max(0, time.time() - c["time"])) + " ago" if c["time"] else "–",
+                human_size(c["size"]),
+                c["problem"] or "whole",
+            )
+            for c in s["checkpoints"]
+        ),
+    ]
 
-def notes(s:dict)->list[str]:
+
+def notes(s: dict) -> list[str]:
     "What else there is to say: signs of life, storage, backup, problems, troubles that the log has."
-    age = f"the last line of metrics is {human_time(max(0, time.time()-s['updated']))} old" if s['updated'] else 'no metrics yet'
-    return ['; '.join(filter(None, [s['sign'], age, f"step {s['safe_step']:,} is safe" if s['safe_step'] else 'nothing is saved yet'])), f"storage: {human_size(s['size'])} now, {human_size(s['free'])} free", *s['storage'],
-        *([s['backup']] if s['backup'] else []), *(f'CANNOT BE READ: {p}' for p in s['problems']), *s['troubles']]
+    age = (
+        f"the last line of metrics is {human_time(max(0, time.time() - s['updated']))} old"
+        if s["updated"]
+        else "no metrics yet"
+    )
+    return [
+        "; ".join(
+            filter(
+                None,
+                [
+                    s["sign"],
+                    age,
+                    (
+                        f"step {s['safe_step']:,} is safe"
+                        if s["safe_step"]
+                        else "nothing is saved yet"
+                    ),
+                ],
+            )
+        ),
+        f"storage: {human_size(s['size'])} now, {human_size(s['free'])} free",
+        *s["storage"],
+        *([s["backup"]] if s["backup"] else []),
+        *(f"CANNOT BE READ: {p}" for p in s["problems"]),
+        *s["troubles"],
+    ]
+
 
 def status_text(
-    path:str|Path|dict, # A run's folder, or its copy in a backup; or what `run_status` said
-)->str:
+    path: str | Path | dict,  # A run's folder, or its copy in a backup; or what `run_status` said
+) -> str:
     "How a run is doing, in plain text."
     s = path if isinstance(path, dict) else run_status(path)
-    rows,(code,command) = checkpoint_rows(s),resume_code(s)
-    return plain('\n'.join([f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}", ' · '.join(f'{k} {v}' for k,v in numbers(s)) or 'nothing is logged yet', *([f"it writes: {s['sample']}"] if s['sample'] else []),
-        text_table(rows) if rows[1:] else 'nothing is saved yet', *notes(s), f"{'once it has stopped' if s['training'] else 'to use it' if s['state'] == 'finished' else 'to go on'}: {code.splitlines()[-1]}, or {command}"]))
+    rows, (code, command) = checkpoint_rows(s), resume_code(s)
+    return plain(
+        "\n".join(
+            [
+                f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}",
+                " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
+                *([f"it writes: {s['sample']}"] if s["sample"] else []),
+                text_table(rows) if rows[1:] else "nothing is saved yet",
+                *notes(s),
+                (
+                    f"{'once it has stopped' if s['training'] else 'to use it' if s['state'] == 'finished' else 'to go on'}:"
+                    f" {code.splitlines()[-1]}, or {command}"
+                ),
+            ]
+        )
+    )
 
 # %% ../nbs/12_status.ipynb #de3b0ca9
 def sparkline(
-    values, # (n,) numbers
-    width:int=60, # Characters
-)->str:
+    values,  # (n,) numbers
+    width: int = 60,  # Characters
+) -> str:
     "A curve in a line of text."
-    if len(values) == 0: return ''
+    if len(values) == 0:
+        return ""
     import numpy as np
-    means = np.array([part.mean() for part in np.array_split(np.asarray(values, float), min(width, len(values)))])
-    low,high = means.min(),means.max()
-    return ''.join('▁▂▃▄▅▆▇█'[int(7*(v-low)/(high-low)+.5) if high > low else 0] for v in means)
 
-def _dashboard(s:dict, curves:Curves):
+    means = np.array(
+        [part.mean() for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
+    )
+    low, high = means.min(), means.max()
+    return "".join(
+        "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5) if high > low else 0] for v in means
+    )
+
+
+def _dashboard(s: dict, curves: Curves):
     "What rich shows of a status. Nothing in a file's name or a sample is markup."
     from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
-    written = lambda text, style='': Text(plain(text), style)
-    head,*rows = checkpoint_rows(s)
+
+    written = lambda text, style="": Text(plain(text), style)
+    head, *rows = checkpoint_rows(s)
     table = Table(*head, box=None, pad_edge=False)
-    for r in rows[-8:]: table.add_row(*map(written, r))
-    shown = [written(headline(s), 'bold'), ProgressBar(s['max_steps'] or 1, s['step'], width=70), written(''), written(' · '.join(f'{k} {v}' for k,v in numbers(s))), written(f"loss {sparkline(curves('loss')[1])}", 'cyan'),
-        *([written(f"it writes: {s['sample'][:300]}", 'italic')] if s['sample'] else []), written(''), *([table, written('')] if rows else []), *(written(n, 'yellow' if n in s['troubles'] or n.startswith(('WARNING','CANNOT')) else '') for n in notes(s))]
-    return Panel(Group(*shown), title=written(s['path']), subtitle='Ctrl-C ends the watching, not the run')
+    for r in rows[-8:]:
+        table.add_row(*map(written, r))
+    shown = [
+        written(headline(s), "bold"),
+        ProgressBar(s["max_steps"] or 1, s["step"], width=70),
+        written(""),
+        written(" · ".join(f"{k} {v}" for k, v in numbers(s))),
+        written(f"loss {sparkline(curves('loss')[1])}", "cyan"),
+        *([written(f"it writes: {s['sample'][:300]}", "italic")] if s["sample"] else []),
+        written(""),
+        *([table, written("")] if rows else []),
+        *(
+            written(
+                n, "yellow" if n in s["troubles"] or n.startswith(("WARNING", "CANNOT")) else ""
+            )
+            for n in notes(s)
+        ),
+    ]
+    return Panel(
+        Group(*shown), title=written(s["path"]), subtitle="Ctrl-C ends the watching, not the run"
+    )
+
 
 @contextmanager
-def _shown(watch:Watch, s:dict):
+def _shown(watch: Watch, s: dict):
     "Somewhere to show a status again and again: a notebook's cell, a terminal, or lines."
     if in_notebook():
         from IPython.display import Image, display
-        picture,drawn = LossPicture(),time.monotonic()
-        bundle = lambda s: {'text/plain':status_text(s)}
-        image,text = display(Image(picture.png(watch.follower.curves)), display_id=True),display(bundle(s), raw=True, display_id=True)
+
+        picture, drawn = LossPicture(), time.monotonic()
+        bundle = lambda s: {"text/plain": status_text(s)}
+        image, text = (
+            display(Image(picture.png(watch.follower.curves)), display_id=True),
+            display(bundle(s), raw=True, display_id=True),
+        )
+
         def show(s):
             nonlocal drawn
             text.update(bundle(s), raw=True)
-            if time.monotonic()-drawn > 10 or not s['training']: image.update(Image(picture.png(watch.follower.curves))); drawn = time.monotonic()
+            if time.monotonic() - drawn > 10 or not s["training"]:
+                image.update(Image(picture.png(watch.follower.curves)))
+                drawn = time.monotonic()
+
         yield show
     elif sys.stdout.isatty():
         from rich.live import Live
-        with Live(_dashboard(s, watch.follower.curves), auto_refresh=False) as live: yield lambda s: live.update(_dashboard(s, watch.follower.curves), refresh=True)
+
+        with Live(_dashboard(s, watch.follower.curves), auto_refresh=False) as live:
+            yield lambda s: live.update(_dashboard(s, watch.follower.curves), refresh=True)
     else:
         print(status_text(s), flush=True)
-        told = s['step']
+        told = s["step"]
+
         def show(s):
             nonlocal told
-            if not s['training']: print(status_text(s), flush=True)
-            elif s['step'] != told: print(' · '.join([headline(s), *(f'{k} {v}' for k,v in numbers(s))]), flush=True)
-            told = s['step']
+            if not s["training"]:
+                print(status_text(s), flush=True)
+            elif s["step"] != told:
+                print(" · ".join([headline(s), *(f"{k} {v}" for k, v in numbers(s))]), flush=True)
+            told = s["step"]
+
         yield show
 
+
 def monitor(
-    path:str|Path, # A run's folder, or its copy in a backup
-    every:float=2., # Seconds between two looks
-    once:bool=False, # Show it, and do not follow it
+    path: str | Path,  # A run's folder, or its copy in a backup
+    every: float = 2.0,  # Seconds between two looks
+    once: bool = False,  # Show it, and do not follow it
 ):
     "Follow a run until it ends. One that nobody trains is shown once."
     watch = Watch(path)
     s = watch.status(fresh=once)
     try:
-        if once: print(status_text(s), flush=True); return
+        if once:
+            print(status_text(s), flush=True)
+            return
         with _shown(watch, s) as show:
-            while s['training']: time.sleep(every); s = watch.status(); show(s)
-    except KeyboardInterrupt: pass
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # who read us has seen enough
+            while s["training"]:
+                time.sleep(every)
+                s = watch.status()
+                show(s)
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # who read us has seen enough

@@ -20,305 +20,546 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 # %% ../nbs/00_template.ipynb #f85ebcf1
-SECONDS = 10. # of computing that a template may take for one conversation
-_FREE,_TIMES = 1<<26,50 # characters that it may make, and how many more for each that it is given
-_LONGEST = 1<<17 # characters of a template; the longest in use have a fifth of it
-_SMALL = 1<<12 # characters of a text that is not worth counting, unless it is kept
-_PART = 64 # bytes that a piece of a text takes, beside its own
-_ITEM = 256 # characters that a value in a list counts for, beside its own
+SECONDS = 10.0  # of computing that a template may take for one conversation
+_FREE, _TIMES = (
+    1 << 26,
+    50,
+)  # characters that it may make, and how many more for each that it is given
+_LONGEST = 1 << 17  # characters of a template; the longest in use have a fifth of it
+_SMALL = 1 << 12  # characters of a text that is not worth counting, unless it is kept
+_PART = 64  # bytes that a piece of a text takes, beside its own
+_ITEM = 256  # characters that a value in a list counts for, beside its own
 
-class TemplateLimit(ValueError): "A chat template that does not come to an end, or makes too much."
+
+class TemplateLimit(ValueError):
+    "A chat template that does not come to an end, or makes too much."
+
 
 def _size(
-    x, # A text, a number, or lists and dicts of them; one may be in another many times
-    most:float, # Enough to be known
-)->int: # What is in it many times counts many times
+    x,  # A text, a number, or lists and dicts of them; one may be in another many times
+    most: float,  # Enough to be known
+) -> int:  # What is in it many times counts many times
     "Characters that it takes, written out, about."
-    n,todo = 0,[x]
+    n, todo = 0, [x]
     while todo and n <= most:
         x = todo.pop()
-        n += _ITEM + (len(x) if isinstance(x, (str,bytes)) else 0)
-        if isinstance(x, dict): todo += [*x, *x.values()]
-        elif isinstance(x, (list,tuple,set,frozenset)): todo += x
+        n += _ITEM + (len(x) if isinstance(x, (str, bytes)) else 0)
+        if isinstance(x, dict):
+            todo += [*x, *x.values()]
+        elif isinstance(x, (list, tuple, set, frozenset)):
+            todo += x
     return n
+
 
 class _Budget:
     "What a template has used, and may use."
-    def __init__(self, given): # What the template is given
-        self.given,self.made,self.room,self.steps,self.pause,self.end = given,0,_FREE,0,256,None
 
-    def step(self, n:int=1):
+    def __init__(self, given):  # What the template is given
+        self.given, self.made, self.room, self.steps, self.pause, self.end = (
+            given,
+            0,
+            _FREE,
+            0,
+            256,
+            None,
+        )
+
+    def step(self, n: int = 1):
         self.steps += n
-        if self.steps < self.pause: return
-        self.pause,now = self.steps+256,time.thread_time()
-        if self.end is None: self.end = now+SECONDS
-        if now > self.end: raise TemplateLimit(f"it has computed for {SECONDS:g} seconds and is not done; there may be a loop in it that has no end")
+        if self.steps < self.pause:
+            return
+        self.pause, now = self.steps + 256, time.thread_time()
+        if self.end is None:
+            self.end = now + SECONDS
+        if now > self.end:
+            raise TemplateLimit(
+                f"it has computed for {SECONDS:g} seconds and is not done; there may be a loop in"
+                " it that has no end"
+            )
 
-    def fits(self, n:int)->bool:
+    def fits(self, n: int) -> bool:
         "Is there room for `n` characters?"
         return n <= self.room or n <= self.largest()
-    def largest(self)->int:
+
+    def largest(self) -> int:
         "How much room there is; looked at only when it matters, since what is given may be long."
-        if self.given is not None: self.room,self.given = self.room+_TIMES*_size(self.given, 1<<32),None
+        if self.given is not None:
+            self.room, self.given = self.room + _TIMES * _size(self.given, 1 << 32), None
         return self.room
 
-    def take(self, n:int, now:bool=True): # Not now: they will be taken when they are there
+    def take(self, n: int, now: bool = True):  # Not now: they will be taken when they are there
         "Make `n` characters."
-        if not self.fits(self.made+n): raise TemplateLimit(f"it makes more than {self.room:,} characters out of this conversation")
-        if now: self.made += n
+        if not self.fits(self.made + n):
+            raise TemplateLimit(
+                f"it makes more than {self.room:,} characters out of this conversation"
+            )
+        if now:
+            self.made += n
 
-    def weigh(self, x)->int:
+    def weigh(self, x) -> int:
         "The size of a list, which must not be too much to be written out."
-        if (n := _size(x, self.room)) <= self.room: return n
-        if (n := _size(x, self.largest())) <= self.room: return n
+        if (n := _size(x, self.room)) <= self.room:
+            return n
+        if (n := _size(x, self.largest())) <= self.room:
+            return n
         raise TemplateLimit("it builds lists within lists that hold too much")
 
-_running = threading.local() # its `budget` is that of the template which this thread renders
+
+_running = threading.local()  # its `budget` is that of the template which this thread renders
 
 # %% ../nbs/00_template.ipynb #4f487e04
-_WIDTHS = 'ljust','rjust','center','zfill','to_bytes','expandtabs','indent','batch','slice','tojson'
-_SPLITS = 'split','rsplit','splitlines'
-_SLOW = 'urlize','striptags','wordwrap','wordcount','title','xmlattr','pprint' # filters that take long over a character
-_OWN_WIDTH = re.compile(r'\d{6}|%[^a-zA-Z%]*\*|:[^{}]*\{') # a format that asks for a large width, or takes it from its arguments
+_WIDTHS = (
+    "ljust",
+    "rjust",
+    "center",
+    "zfill",
+    "to_bytes",
+    "expandtabs",
+    "indent",
+    "batch",
+    "slice",
+    "tojson",
+)
+_SPLITS = "split", "rsplit", "splitlines"
+_SLOW = (
+    "urlize",
+    "striptags",
+    "wordwrap",
+    "wordcount",
+    "title",
+    "xmlattr",
+    "pprint",
+)  # filters that take long over a character
+_OWN_WIDTH = re.compile(
+    r"\d{6}|%[^a-zA-Z%]*\*|:[^{}]*\{"
+)  # a format that asks for a large width, or takes it from its arguments
 
-def _formatted(form, sign, args)->int:
+
+def _formatted(form, sign, args) -> int:
     "Characters that a format may give; `sign` begins a field."
-    if isinstance(form, str) and (m := _OWN_WIDTH.search(form)): raise TemplateLimit(f"it formats a text to a width of its own, {m[0]!r:.40}")
-    return len(form) + form.count(sign)*_size(args, _FREE)
+    if isinstance(form, str) and (m := _OWN_WIDTH.search(form)):
+        raise TemplateLimit(f"it formats a text to a width of its own, {m[0]!r:.40}")
+    return len(form) + form.count(sign) * _size(args, _FREE)
 
-def _between(value, given:tuple)->int:
+
+def _between(value, given: tuple) -> int:
     "Characters of `sep.join(items)`, or of `items|join(sep)`."
-    items = next((a for a in (value, *given) if isinstance(a, (list,tuple))), None)
-    if items is None: return math.prod(len(a) for a in (value, *given) if isinstance(a, (str,bytes)))
-    sep = max((len(a) for a in (value, *given) if isinstance(a, (str,bytes))), default=0)
-    return sum(len(a) if isinstance(a, str) else sep+_size(a, _FREE) for a in items) + sep*len(items)
+    items = next((a for a in (value, *given) if isinstance(a, (list, tuple))), None)
+    if items is None:
+        return math.prod(len(a) for a in (value, *given) if isinstance(a, (str, bytes)))
+    sep = max((len(a) for a in (value, *given) if isinstance(a, (str, bytes))), default=0)
+    return sum(len(a) if isinstance(a, str) else sep + _size(a, _FREE) for a in items) + sep * len(
+        items
+    )
+
 
 def _grown(
-    name:str, # Of a method of a text, or of a filter
-    value, # The text, or what is filtered
-    given:tuple, # What else it is given
-)->int: # 0: no more than there was
+    name: str,  # Of a method of a text, or of a filter
+    value,  # The text, or what is filtered
+    given: tuple,  # What else it is given
+) -> int:  # 0: no more than there was
     "Characters that it may add."
-    text = value if isinstance(value, (str,bytes)) else None
-    if not given and name in ('tojson','list','sort','unique') and text is None: return 0
-    numbers,texts = [abs(a) for a in given if type(a) is int],[a for a in given if isinstance(a, (str,bytes))]
-    count = lambda *marks: sum(text.count(m if isinstance(text, str) else m.encode()) for m in marks)
+    text = value if isinstance(value, (str, bytes)) else None
+    if not given and name in ("tojson", "list", "sort", "unique") and text is None:
+        return 0
+    numbers, texts = (
+        [abs(a) for a in given if type(a) is int],
+        [a for a in given if isinstance(a, (str, bytes))],
+    )
+    count = lambda *marks: sum(
+        text.count(m if isinstance(text, str) else m.encode()) for m in marks
+    )
     if name in _WIDTHS:
-        width = max([8 if name == 'expandtabs' else 0, *numbers, *(len(t) for t in texts if name == 'indent')])
-        if width < 9: return 0 if text is None else 8*len(text) # as wide as anybody has it
-        places = 1+count('\n', '\t') if text is not None else _size(value, _FREE)//_ITEM
-        return width*places
-    if name in _SLOW and text and len(text) > 1<<20: raise TemplateLimit(f"it has {name!r} read {len(text):,} characters, which takes too long")
-    if name == 'replace' and text and len(texts) > 1: return len(texts[1])*(text.count(texts[0]) if len(text)*len(texts[1]) > 1<<16 else len(text)+1)
-    if name == 'join': return _between(value, given)
-    if name == 'format' and text: return _formatted(text, '%', given)
-    if name == 'translate' and text: return len(text)*max((len(v) for d in given if isinstance(d, dict) for v in d.values() if isinstance(v, str)), default=0)
-    if name in _SPLITS and text: return _PART*(text.count(texts[0]) if texts and texts[0] else len(text)//2)
-    if name in ('list','sort','unique') and text: return _PART*len(text)//4
+        width = max(
+            [
+                8 if name == "expandtabs" else 0,
+                *numbers,
+                *(len(t) for t in texts if name == "indent"),
+            ]
+        )
+        if width < 9:
+            return 0 if text is None else 8 * len(text)  # as wide as anybody has it
+        places = 1 + count("\n", "\t") if text is not None else _size(value, _FREE) // _ITEM
+        return width * places
+    if name in _SLOW and text and len(text) > 1 << 20:
+        raise TemplateLimit(f"it has {name!r} read {len(text):,} characters, which takes too long")
+    if name == "replace" and text and len(texts) > 1:
+        return len(texts[1]) * (
+            text.count(texts[0]) if len(text) * len(texts[1]) > 1 << 16 else len(text) + 1
+        )
+    if name == "join":
+        return _between(value, given)
+    if name == "format" and text:
+        return _formatted(text, "%", given)
+    if name == "translate" and text:
+        return len(text) * max(
+            (
+                len(v)
+                for d in given
+                if isinstance(d, dict)
+                for v in d.values()
+                if isinstance(v, str)
+            ),
+            default=0,
+        )
+    if name in _SPLITS and text:
+        return _PART * (text.count(texts[0]) if texts and texts[0] else len(text) // 2)
+    if name in ("list", "sort", "unique") and text:
+        return _PART * len(text) // 4
     return 0
 
-_GROW = {*_WIDTHS, *_SLOW, *_SPLITS, 'replace', 'join', 'format', 'translate', 'list', 'sort', 'unique'} # the others make no more than they read
 
-def _made(name:str, value, given:tuple, f, *args, **kwargs):
+_GROW = {
+    *_WIDTHS,
+    *_SLOW,
+    *_SPLITS,
+    "replace",
+    "join",
+    "format",
+    "translate",
+    "list",
+    "sort",
+    "unique",
+}  # the others make no more than they read
+
+
+def _made(name: str, value, given: tuple, f, *args, **kwargs):
     "What `f` gives: a method of a text, or a filter."
-    budget,length = _running.budget,len(value) if isinstance(value, (str,bytes)) else 0
-    budget.step(256 if name in _SLOW else 1+(length>>14))
-    if name in _GROW: budget.take(_grown(name, value, given), now=False)
+    budget, length = _running.budget, len(value) if isinstance(value, (str, bytes)) else 0
+    budget.step(256 if name in _SLOW else 1 + (length >> 14))
+    if name in _GROW:
+        budget.take(_grown(name, value, given), now=False)
     made = f(*args, **kwargs)
-    if isinstance(made, (str,bytes)) and len(made) > _SMALL and made is not value: budget.take(len(made))
-    if isinstance(made, list): budget.step(len(made)>>6)
+    if isinstance(made, (str, bytes)) and len(made) > _SMALL and made is not value:
+        budget.take(len(made))
+    if isinstance(made, list):
+        budget.step(len(made) >> 6)
     return made
 
 # %% ../nbs/00_template.ipynb #a0352642
-_SIGNS = {'*':operator.mul, '**':operator.pow, '%':operator.mod}
+_SIGNS = {"*": operator.mul, "**": operator.pow, "%": operator.mod}
 
-def _added(parts:tuple):
+
+def _added(parts: tuple):
     "`a+b+…`."
     for p in parts:
-        if type(p) is not str: break
-    else: return _joined(parts)
+        if type(p) is not str:
+            break
+    else:
+        return _joined(parts)
     made = parts[0]
     for p in parts[1:]:
-        if isinstance(made, (str,bytes,list,tuple)) and isinstance(p, (str,bytes,list,tuple)): _running.budget.take(len(made)+len(p))
-        made = made+p
-    return _weighed(made) if isinstance(made, (list,tuple)) else made
+        if isinstance(made, (str, bytes, list, tuple)) and isinstance(p, (str, bytes, list, tuple)):
+            _running.budget.take(len(made) + len(p))
+        made = made + p
+    return _weighed(made) if isinstance(made, (list, tuple)) else made
 
-def _combined(sign:str, a, b):
+
+def _combined(sign: str, a, b):
     "`a*b`, `a**b` or `a%b`."
-    budget,texts = _running.budget,(str,bytes)
-    if sign == '%':
-        if isinstance(a, texts): budget.take(_formatted(a, '%' if isinstance(a, str) else b'%', b))
+    budget, texts = _running.budget, (str, bytes)
+    if sign == "%":
+        if isinstance(a, texts):
+            budget.take(_formatted(a, "%" if isinstance(a, str) else b"%", b))
     elif isinstance(a, int) and isinstance(b, int):
-        if (a.bit_length()*abs(b) if sign == '**' else a.bit_length()+b.bit_length()) > 1<<14: raise TemplateLimit("it computes with numbers of thousands of digits")
-    elif sign == '*':
-        for x,n in (a, b),(b, a):
-            if isinstance(n, int) and isinstance(x, (str,bytes,list,tuple)): budget.take((len(x) if isinstance(x, texts) else _size(x, _FREE))*max(0, n))
+        if (a.bit_length() * abs(b) if sign == "**" else a.bit_length() + b.bit_length()) > 1 << 14:
+            raise TemplateLimit("it computes with numbers of thousands of digits")
+    elif sign == "*":
+        for x, n in (a, b), (b, a):
+            if isinstance(n, int) and isinstance(x, (str, bytes, list, tuple)):
+                budget.take((len(x) if isinstance(x, texts) else _size(x, _FREE)) * max(0, n))
     made = _SIGNS[sign](a, b)
-    return made if not isinstance(made, (list,tuple)) else _weighed(made)
+    return made if not isinstance(made, (list, tuple)) else _weighed(made)
 
-def _joined(parts:Iterable)->str:
+
+def _joined(parts: Iterable) -> str:
     "`a~b`, and the pieces of what is written."
     parts = [p if type(p) is str else str(_written(p)) for p in parts]
-    if (n := sum(map(len, parts))) > _SMALL: _running.budget.take(n)
-    return ''.join(parts)
+    if (n := sum(map(len, parts))) > _SMALL:
+        _running.budget.take(n)
+    return "".join(parts)
 
-def _all(pieces:Iterable[str])->str:
+
+def _all(pieces: Iterable[str]) -> str:
     "What was written, in a macro, in a block, or in all."
-    pieces,kept = iter(pieces),[]
+    pieces, kept = iter(pieces), []
     while some := [*islice(pieces, 16)]:
-        if (n := sum(map(len, some))) > _SMALL: _running.budget.take(n)
+        if (n := sum(map(len, some))) > _SMALL:
+            _running.budget.take(n)
         kept += some
-    return ''.join(kept)
+    return "".join(kept)
+
 
 def _written(x):
     "A value that is about to be written out."
     budget = _running.budget
-    budget.take(len(x) if isinstance(x, str) else budget.weigh(x) if isinstance(x, (list,tuple,dict)) else 1)
+    budget.take(
+        len(x)
+        if isinstance(x, str)
+        else budget.weigh(x)
+        if isinstance(x, (list, tuple, dict))
+        else 1
+    )
     return x
+
 
 def _cut(x):
     "A slice of a text or a list."
-    if isinstance(x, (str,bytes,list,tuple)): _running.budget.take(len(x))
+    if isinstance(x, (str, bytes, list, tuple)):
+        _running.budget.take(len(x))
     return x
+
 
 def _weighed(x):
     "A list, a tuple or a dict that was built, unless it holds itself so often that it could not be written out."
-    for v in (x.values() if isinstance(x, dict) else x):
-        if type(v) not in _FLAT: _running.budget.weigh(x); break
+    for v in x.values() if isinstance(x, dict) else x:
+        if type(v) not in _FLAT:
+            _running.budget.weigh(x)
+            break
     return x
+
 
 _FLAT = {str, int, float, bool, type(None)}
 
+
 class _Watched:
     "What a loop goes over: each turn is a step."
-    def __init__(self, items): self.items = items
-    def __len__(self): return len(self.items)
-    def __iter__(self)->Iterator:
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self) -> Iterator:
         step = _running.budget.step
-        for x in self.items: step(); yield x
+        for x in self.items:
+            step()
+            yield x
+
 
 def _watched(items):
     "Of a short list, all turns at once."
-    if type(items) not in (list,tuple) or len(items) > 64: return _Watched(items)
-    _running.budget.step(len(items)+1)
+    if type(items) not in (list, tuple) or len(items) > 64:
+        return _Watched(items)
+    _running.budget.step(len(items) + 1)
     return items
 
 # %% ../nbs/00_template.ipynb #a55e9ce6
 class _Code(CodeGenerator):
     "Loops, lists, slices and `~`, within the budget."
-    def within(self, name:str, visit, node, frame): self.write(f'environment.{name}('); visit(node, frame); self.write(')')
-    def visit_For(self, node, frame):
-        node.iter = nodes.Tuple([node.iter], 'watched') # no kind of node for it can be added
-        super().visit_For(node, frame)
-    def visit_List(self, node, frame): self.within('weighed', super().visit_List, node, frame)
-    def visit_Dict(self, node, frame): self.within('weighed', super().visit_Dict, node, frame)
-    def visit_Tuple(self, node, frame):
-        if node.ctx == 'watched': self.within('watched', self.visit, node.items[0], frame)
-        elif node.ctx == 'load': self.within('weighed', super().visit_Tuple, node, frame)
-        else: super().visit_Tuple(node, frame)
-    def visit_Getitem(self, node, frame):
-        if isinstance(node.arg, nodes.Slice): self.within('cut', super().visit_Getitem, node, frame)
-        else: super().visit_Getitem(node, frame)
-    def visit_Add(self, node, frame):
-        parts,written = [],node is self.written
-        while isinstance(node, nodes.Add): parts.insert(0, node.right); node = node.left
-        parts.insert(0, node)
-        if not written or len(parts) > 16: return self.within('added', super().visit_Tuple, nodes.Tuple(parts, 'load'), frame)
-        for i,p in enumerate(parts): self.write(' + ' if i else '('); self.visit(p, frame) # what is written at once is counted there
-        self.write(')')
-    def visit_Concat(self, node, frame): self.within('joined', super().visit_Tuple, nodes.Tuple(node.nodes, 'load'), frame)
-    written = None # the expression that is written as it is
-    def _output_child_pre(self, node, frame, finalize): self.written = node; super()._output_child_pre(node, frame, self.counted(frame, finalize))
-    def _output_child_post(self, node, frame, finalize): super()._output_child_post(node, frame, self.counted(frame, finalize))
-    def counted(self, frame, finalize): "What a macro or a block writes is kept, and counted one by one."; return finalize if frame.buffer else finalize._replace(src=None)
-    def visit_ScopedEvalContextModifier(self, node, frame): raise TemplateLimit("it switches autoescape on or off, which is for web pages")
 
-def _given(args:tuple, kwargs:dict)->tuple: "Jinja passes variables of its own as well."; return args if not kwargs else (*args, *(v for k,v in kwargs.items() if k[:1] != '_'))
+    def within(self, name: str, visit, node, frame):
+        self.write(f"environment.{name}(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_For(self, node, frame):
+        node.iter = nodes.Tuple([node.iter], "watched")  # no kind of node for it can be added
+        super().visit_For(node, frame)
+
+    def visit_List(self, node, frame):
+        self.within("weighed", super().visit_List, node, frame)
+
+    def visit_Dict(self, node, frame):
+        self.within("weighed", super().visit_Dict, node, frame)
+
+    def visit_Tuple(self, node, frame):
+        if node.ctx == "watched":
+            self.within("watched", self.visit, node.items[0], frame)
+        elif node.ctx == "load":
+            self.within("weighed", super().visit_Tuple, node, frame)
+        else:
+            super().visit_Tuple(node, frame)
+
+    def visit_Getitem(self, node, frame):
+        if isinstance(node.arg, nodes.Slice):
+            self.within("cut", super().visit_Getitem, node, frame)
+        else:
+            super().visit_Getitem(node, frame)
+
+    def visit_Add(self, node, frame):
+        parts, written = [], node is self.written
+        while isinstance(node, nodes.Add):
+            parts.insert(0, node.right)
+            node = node.left
+        parts.insert(0, node)
+        if not written or len(parts) > 16:
+            return self.within("added", super().visit_Tuple, nodes.Tuple(parts, "load"), frame)
+        for i, p in enumerate(parts):
+            self.write(" + " if i else "(")
+            self.visit(p, frame)  # what is written at once is counted there
+        self.write(")")
+
+    def visit_Concat(self, node, frame):
+        self.within("joined", super().visit_Tuple, nodes.Tuple(node.nodes, "load"), frame)
+
+    written = None  # the expression that is written as it is
+
+    def _output_child_pre(self, node, frame, finalize):
+        self.written = node
+        super()._output_child_pre(node, frame, self.counted(frame, finalize))
+
+    def _output_child_post(self, node, frame, finalize):
+        super()._output_child_post(node, frame, self.counted(frame, finalize))
+
+    def counted(self, frame, finalize):
+        "What a macro or a block writes is kept, and counted one by one."
+        return finalize if frame.buffer else finalize._replace(src=None)
+
+    def visit_ScopedEvalContextModifier(self, node, frame):
+        raise TemplateLimit("it switches autoescape on or off, which is for web pages")
+
+
+def _given(args: tuple, kwargs: dict) -> tuple:
+    "Jinja passes variables of its own as well."
+    return args if not kwargs else (*args, *(v for k, v in kwargs.items() if k[:1] != "_"))
+
 
 class _Name(Namespace):
-    def __repr__(self): return '<Namespace>' # with its values, which may be itself, it could be endless
+    def __repr__(self):
+        return "<Namespace>"  # with its values, which may be itself, it could be endless
+
 
 class _Generation(Extension):
     "`{% generation %}` … `{% endgeneration %}`, around what an assistant says: it writes what stands in it."
-    tags = {'generation'}
+
+    tags = {"generation"}
+
     def parse(self, parser):
         line = next(parser.stream).lineno
-        body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
-        return nodes.CallBlock(self.call_method('_write'), [], [], body).set_lineno(line)
-    def _write(self, caller): return caller()
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_write"), [], [], body).set_lineno(line)
+
+    def _write(self, caller):
+        return caller()
+
 
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     intercepted_binops = frozenset(_SIGNS)
-    watched,weighed,cut,added,joined,concat = map(staticmethod, (_watched, _weighed, _cut, _added, _joined, _all))
+    watched, weighed, cut, added, joined, concat = map(
+        staticmethod, (_watched, _weighed, _cut, _added, _joined, _all)
+    )
 
     def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols', _Generation], finalize=_written)
-        self.filters['tojson'] = _tojson
-        self.filters = {name:_filter(name, f) for name,f in self.filters.items()}
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
+            finalize=_written,
+        )
+        self.filters["tojson"] = _tojson
+        self.filters = {name: _filter(name, f) for name, f in self.filters.items()}
         self.globals.update(namespace=_Name, raise_exception=_refuse, strftime_now=_now)
-        del self.globals['lipsum'] # random words, as many as are asked for
+        del self.globals["lipsum"]  # random words, as many as are asked for
 
-    def call_binop(self, context, operator, left, right): return _combined(operator, left, right)
+    def call_binop(self, context, operator, left, right):
+        return _combined(operator, left, right)
 
     def call(__self, __context, __obj, *args, **kwargs):
-        value = getattr(__obj, '__self__', None)
-        if isinstance(value, (str,bytes,int)):
+        value = getattr(__obj, "__self__", None)
+        if isinstance(value, (str, bytes, int)):
             name = __obj.__name__
-            if type(value) is str and len(value) <= _SMALL and (name not in _GROW or name in _SPLITS): return __context.call(__obj, *args, **kwargs)
-            return _made(name, value, _given(args, kwargs), super().call, __context, __obj, *args, **kwargs)
+            if (
+                type(value) is str
+                and len(value) <= _SMALL
+                and (name not in _GROW or name in _SPLITS)
+            ):
+                return __context.call(__obj, *args, **kwargs)
+            return _made(
+                name, value, _given(args, kwargs), super().call, __context, __obj, *args, **kwargs
+            )
         _running.budget.step()
-        if isinstance(__obj, Macro): _weighed(_given(args, kwargs))
+        if isinstance(__obj, Macro):
+            _weighed(_given(args, kwargs))
         made = super().call(__context, __obj, *args, **kwargs)
-        return _weighed(made) if isinstance(made, (list,tuple,dict)) else made
+        return _weighed(made) if isinstance(made, (list, tuple, dict)) else made
 
     def wrap_str_format(self, value):
         made = super().wrap_str_format(value)
-        if made is None: return None
+        if made is None:
+            return None
+
         @wraps(made)
         def call(*args, **kwargs):
-            _running.budget.take(_formatted(value.__self__, '{', _given(args, kwargs)))
+            _running.budget.take(_formatted(value.__self__, "{", _given(args, kwargs)))
             return made(*args, **kwargs)
+
         return call
 
-def _filter(name:str, f):
+
+def _filter(name: str, f):
     "A filter, within the budget."
-    at = int(hasattr(f, 'jinja_pass_arg')) # before the value may stand what Jinja passes
-    if name not in _GROW and name != 'sum':
+    at = int(hasattr(f, "jinja_pass_arg"))  # before the value may stand what Jinja passes
+    if name not in _GROW and name != "sum":
+
         @wraps(f)
         def read(*args, **kwargs):
             made = f(*args, **kwargs)
-            if type(made) is str and len(made) > _SMALL: _running.budget.take(len(made))
+            if type(made) is str and len(made) > _SMALL:
+                _running.budget.take(len(made))
             return made
+
         return read
-    if name in ('batch','slice'): whole = lambda *args, **kwargs: _weighed([*f(*args, **kwargs)])
-    elif name == 'sum': whole = lambda *args, **kwargs: _added((f(*args, **kwargs),)) # perhaps of lists
-    else: whole = f
-    @wraps(f) # so Jinja finds its marks on it
+    if name in ("batch", "slice"):
+        whole = lambda *args, **kwargs: _weighed([*f(*args, **kwargs)])
+    elif name == "sum":
+        whole = lambda *args, **kwargs: _added((f(*args, **kwargs),))  # perhaps of lists
+    else:
+        whole = f
+
+    @wraps(f)  # so Jinja finds its marks on it
     def call(*args, **kwargs):
-        if name == 'join': args = tuple(_made('list', None, (), list, a) if isinstance(a, GeneratorType) else a for a in args)
-        return _made(name, args[at] if len(args) > at else None, _given(args[at+1:], kwargs), whole, *args, **kwargs)
+        if name == "join":
+            args = tuple(
+                _made("list", None, (), list, a) if isinstance(a, GeneratorType) else a
+                for a in args
+            )
+        return _made(
+            name,
+            args[at] if len(args) > at else None,
+            _given(args[at + 1 :], kwargs),
+            whole,
+            *args,
+            **kwargs,
+        )
+
     return call
 
-def _refuse(message): raise ValueError(f'the chat template refuses this conversation: {message}')
 
-def _now(format:str)->str:
-    if len(format) > 200 or re.search(r'\d{3}', format): raise TemplateLimit(f"it asks for the time in a format of its own width, {format!r:.40}")
+def _refuse(message):
+    raise ValueError(f"the chat template refuses this conversation: {message}")
+
+
+def _now(format: str) -> str:
+    if len(format) > 200 or re.search(r"\d{3}", format):
+        raise TemplateLimit(f"it asks for the time in a format of its own width, {format!r:.40}")
     return datetime.now().strftime(format)
 
-def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False): return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(
+        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 # %% ../nbs/00_template.ipynb #104c6fa7
 @lru_cache(8)
-def _compiled(template:str):
-    if len(template) > _LONGEST: raise TemplateLimit(f"it has {len(template):,} characters; it may have {_LONGEST:,}")
+def _compiled(template: str):
+    if len(template) > _LONGEST:
+        raise TemplateLimit(f"it has {len(template):,} characters; it may have {_LONGEST:,}")
     return _Environment().from_string(template)
 
+
 def render_template(
-    template:str, # In Jinja, from anywhere
-    **given, # `messages`, `tools` and what else templates know
-)->str:
+    template: str,  # In Jinja, from anywhere
+    **given,  # `messages`, `tools` and what else templates know
+) -> str:
     "The text that a chat template makes of a conversation."
     _running.budget = _Budget([*given.values()])
-    try: return _compiled(template).render(**given)
-    except TemplateLimit as e: raise TemplateLimit(f"the chat template is not used: {e}. Take another one, or mend it") from None
+    try:
+        return _compiled(template).render(**given)
+    except TemplateLimit as e:
+        raise TemplateLimit(
+            f"the chat template is not used: {e}. Take another one, or mend it"
+        ) from None

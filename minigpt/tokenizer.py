@@ -12,24 +12,54 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 import numpy as np, orjson, tiktoken
-from tokenizers import AddedToken, Regex, Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
-from .files import at_home, hash_bytes, human_size, read_json, regular, write_file, write_json
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer as HFTokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
+from minigpt.files import (
+    at_home,
+    hash_bytes,
+    human_size,
+    read_json,
+    regular,
+    write_file,
+    write_json,
+)
 from .template import render_template
 
 # %% ../nbs/01_tokenizer.ipynb #c54cc17e
-_UNSPACED = r'\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}'
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _CUTS = [
-    r"'(?:[sdmt]|ll|ve|re)",                                  # English endings: 's 'll
-    r'[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^' + _UNSPACED + r']]+', # a word, with the space or sign before it
-    r'[' + _UNSPACED + r']{1,2}',                             # scripts without spaces: two characters
-    r'\p{N}{1,3}',                                            # digits by threes
-    r' ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*',                        # punctuation
-    r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+']                      # line ends; white space, but for the space that the next word takes
-PATTERN = '|'.join(_CUTS)
+    r"'(?:[sdmt]|ll|ve|re)",  # English endings: 's 'll
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^"
+    + _UNSPACED
+    + r"]]+",  # a word, with the space or sign before it
+    r"[" + _UNSPACED + r"]{1,2}",  # scripts without spaces: two characters
+    r"\p{N}{1,3}",  # digits by threes
+    r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+]  # line ends; white space, but for the space that the next word takes
+PATTERN = "|".join(_CUTS)
 
 # %% ../nbs/01_tokenizer.ipynb #e9467a97
-EOS,IM_START,IM_END = SPECIALS = ('<|endoftext|>', '<|im_start|>', '<|im_end|>')
-MARKS = ('<think>', '</think>', '<tool_call>', '</tool_call>', '<tool_response>', '</tool_response>', '<ultra_think>', '</ultra_think>')
+EOS, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MARKS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<ultra_think>",
+    "</ultra_think>",
+)
 
 # %% ../nbs/01_tokenizer.ipynb #6f980994
 _AS_JSON = r"""
@@ -94,199 +124,349 @@ CALL
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
-CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace('CALL', _CALL)
-_OWN_TEMPLATES = CHAT_TEMPLATE,_TEMPLATE.replace('CALL', _CALL_BEFORE) # the second is of older versions; what `chat_messages` gives is rendered alike
+CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace("CALL", _CALL)
+_OWN_TEMPLATES = (
+    CHAT_TEMPLATE,
+    _TEMPLATE.replace("CALL", _CALL_BEFORE),
+)  # the second is of older versions; what `chat_messages` gives is rendered alike
 
 # %% ../nbs/01_tokenizer.ipynb #f2fc8313
 def chat_messages(
-    conversation:list[dict], # Messages with `role` and `content`, in any of the dialects of SPEC §3.1
-)->tuple[list[dict],list[dict]|None]: # Messages and tools as every chat template takes them
+    conversation: list[
+        dict
+    ],  # Messages with `role` and `content`, in any of the dialects of SPEC §3.1
+) -> tuple[list[dict], list[dict] | None]:  # Messages and tools as every chat template takes them
     "One spelling for `tools`, `tool_calls` and their arguments."
     parse = lambda x: json.loads(x) if isinstance(x, str) else x
-    messages,tools = [],None
+    messages, tools = [], None
     for m in conversation:
-        if len(m) == 2 and m.get('role') and isinstance(m.get('content'), str): messages.append(m); continue # most are like this
-        m = {k:v for k,v in m.items() if v is not None}
-        if 'role' not in m: raise ValueError(f"a message needs a \"role\"; this one has {sorted(m)}")
-        if 'tools' in m: tools = parse(m.pop('tools') or 'null') or tools
-        if 'tool_calls' in m and (calls := parse(m.pop('tool_calls') or '[]')):
-            calls = [c.get('function', c) for c in calls]
-            m['tool_calls'] = [{'name':c['name'], 'arguments':parse(c.get('arguments') or '{}')} for c in calls]
-        m.setdefault('content', '')
+        if len(m) == 2 and m.get("role") and isinstance(m.get("content"), str):
+            messages.append(m)
+            continue  # most are like this
+        m = {k: v for k, v in m.items() if v is not None}
+        if "role" not in m:
+            raise ValueError(f'a message needs a "role"; this one has {sorted(m)}')
+        if "tools" in m:
+            tools = parse(m.pop("tools") or "null") or tools
+        if "tool_calls" in m and (calls := parse(m.pop("tool_calls") or "[]")):
+            calls = [c.get("function", c) for c in calls]
+            m["tool_calls"] = [
+                {"name": c["name"], "arguments": parse(c.get("arguments") or "{}")} for c in calls
+            ]
+        m.setdefault("content", "")
         messages.append(m)
-    return messages,tools
+    return messages, tools
 
 # %% ../nbs/01_tokenizer.ipynb #3a93e0ac
 def chat_pieces(
-    messages:list[dict], # Of `chat_messages`
-    tools:list[dict]|None, # Of `chat_messages`
-    add_generation_prompt:bool=False, # End with the opening of an assistant turn
-)->list[str]: # An odd number
+    messages: list[dict],  # Of `chat_messages`
+    tools: list[dict] | None,  # Of `chat_messages`
+    add_generation_prompt: bool = False,  # End with the opening of an assistant turn
+) -> list[str]:  # An odd number
     "What CHAT_TEMPLATE renders, cut where an assistant's words begin and end: others' text, an assistant's, others', …"
     tojson = lambda x: json.dumps(x, ensure_ascii=False)
-    system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else ''
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     head = [system] if system else []
-    if tools: head.append('Functions at hand, a JSON schema a line:\n<tools>\n' + ''.join(tojson(t)+'\n' for t in tools) + '</tools>\nA call is written <tool_call>{"name": name, "arguments": object}</tool_call>.')
-    pieces,text = [],f'{IM_START}system\n' + '\n\n'.join(head) + f'{IM_END}\n' if head else ''
-    for i,m in enumerate(messages):
-        role,content = m['role'],m['content']
-        if role == 'tool':
-            if not i or messages[i-1]['role'] != 'tool': text += f'{IM_START}user'
-            text += f'\n<tool_response>\n{content}\n</tool_response>'
-            if i+1 == len(messages) or messages[i+1]['role'] != 'tool': text += f'{IM_END}\n'
-        elif role == 'assistant':
-            said = f'<think>\n{thought}\n</think>\n\n{content}' if (thought := m.get('reasoning_content')) else content
-            for k,c in enumerate(m.get('tool_calls') or ()): said += ('\n' if content or k else '') + f'<tool_call>\n{{"name": "{c["name"]}", "arguments": {tojson(c["arguments"])}}}\n</tool_call>'
-            pieces += [text+f'{IM_START}assistant\n', said+IM_END]; text = '\n'
-        elif i or role != 'system': text += f'{IM_START}{role}\n{content}{IM_END}\n'
-    return pieces + [text + f'{IM_START}assistant\n'*add_generation_prompt]
+    if tools:
+        head.append(
+            "Functions at hand, a JSON schema a line:\n<tools>\n"
+            + "".join(tojson(t) + "\n" for t in tools)
+            + '</tools>\nA call is written <tool_call>{"name": name, "arguments":'
+            " object}</tool_call>."
+        )
+    pieces, text = [], f"{IM_START}system\n" + "\n\n".join(head) + f"{IM_END}\n" if head else ""
+    for i, m in enumerate(messages):
+        role, content = m["role"], m["content"]
+        if role == "tool":
+            if not i or messages[i - 1]["role"] != "tool":
+                text += f"{IM_START}user"
+            text += f"\n<tool_response>\n{content}\n</tool_response>"
+            if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
+                text += f"{IM_END}\n"
+        elif role == "assistant":
+            said = (
+                f"<think>\n{thought}\n</think>\n\n{content}"
+                if (thought := m.get("reasoning_content"))
+                else content
+            )
+            for k, c in enumerate(m.get("tool_calls") or ()):
+                said += (
+                    ("\n" if content or k else "")
+                    + f'<tool_call>\n{{"name": "{c["name"]}", "arguments":'
+                    f" {tojson(c['arguments'])}}}\n</tool_call>"
+                )
+            pieces += [text + f"{IM_START}assistant\n", said + IM_END]
+            text = "\n"
+        elif i or role != "system":
+            text += f"{IM_START}{role}\n{content}{IM_END}\n"
+    return pieces + [text + f"{IM_START}assistant\n" * add_generation_prompt]
 
 # %% ../nbs/01_tokenizer.ipynb #cab38a56
-def _blank()->HFTokenizer:
+def _blank() -> HFTokenizer:
     "A byte-level BPE tokenizer that has learned nothing yet."
     tok = HFTokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
     return tok
 
-def _byte_of()->dict[str,int]:
+
+def _byte_of() -> dict[str, int]:
     "The printable character that stands for each byte in a byte-level tokenizer.json (GPT-2's table), and the byte."
-    plain = [*range(33,127), *range(161,173), *range(174,256)]
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
-    return {**{chr(b):b for b in plain}, **{chr(256+i):b for i,b in enumerate(rest)}}
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
 
-_WHITE = '\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000' # Unicode's white space, but for line ends
-_CUT,_GAP = '\ue000cut\ue001','\ue000gap\ue001' # tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space that belongs to the next word
 
-def _is_word(token:dict)->bool: "Is an added token neither a control token nor a mark, but a word that counts wherever it stands?"; return not token['special'] and token['normalized']
+_WHITE = (  # Unicode's white space, but for line ends
+    "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+_CUT, _GAP = (
+    "\ue000cut\ue001",
+    "\ue000gap\ue001",
+)  # tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space that belongs to the next word
+
+
+def _is_word(token: dict) -> bool:
+    "Is an added token neither a control token nor a mark, but a word that counts wherever it stands?"
+    return not token["special"] and token["normalized"]
+
 
 def _tiktoken(
-    tok:dict, # Content of a tokenizer.json
-)->tiktoken.Encoding|None: # None where its merges are not of our making
+    tok: dict,  # Content of a tokenizer.json
+) -> tiktoken.Encoding | None:  # None where its merges are not of our making
     "The same tokenizer for tiktoken, which takes the order of the ids for the order of the merges."
-    blank,model = json.loads(_blank().to_str()),tok['model']
-    if model['type'] != 'BPE' or any(tok[k] != blank[k] for k in ('normalizer','pre_tokenizer','post_processor','decoder')): return None
-    if any(re.search(f'[{_WHITE}]{{2}}', t['content']) for t in tok['added_tokens']): return None # a gap could fall into it
-    if any(map(_is_word, tok['added_tokens'])): return None # of words that begin alike, `tokenizers` takes the longest, and tiktoken any
-    added,byte_of = {t['content']:t['id'] for t in tok['added_tokens']},_byte_of()
-    made = [model['vocab'][a+b] for a,b in (m if isinstance(m, list) else m.split(' ') for m in model['merges'])]
-    if made != sorted(made): return None
-    ranks = {bytes(byte_of[c] for c in t):i for t,i in model['vocab'].items() if t not in added}
-    unused = max(*ranks.values(), *added.values())+1
-    return tiktoken.Encoding('minigpt', pat_str='|'.join(c for c in _CUTS if '(?!' not in c), mergeable_ranks=ranks, special_tokens={**added, _CUT:unused, _GAP:unused+1})
+    blank, model = json.loads(_blank().to_str()), tok["model"]
+    if model["type"] != "BPE" or any(
+        tok[k] != blank[k] for k in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    ):
+        return None
+    if any(re.search(f"[{_WHITE}]{{2}}", t["content"]) for t in tok["added_tokens"]):
+        return None  # a gap could fall into it
+    if any(map(_is_word, tok["added_tokens"])):
+        return None  # of words that begin alike, `tokenizers` takes the longest, and tiktoken any
+    added, byte_of = {t["content"]: t["id"] for t in tok["added_tokens"]}, _byte_of()
+    made = [
+        model["vocab"][a + b]
+        for a, b in (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
+    ]
+    if made != sorted(made):
+        return None
+    ranks = {bytes(byte_of[c] for c in t): i for t, i in model["vocab"].items() if t not in added}
+    unused = max(*ranks.values(), *added.values()) + 1
+    return tiktoken.Encoding(
+        "minigpt",
+        pat_str="|".join(c for c in _CUTS if "(?!" not in c),
+        mergeable_ranks=ranks,
+        special_tokens={**added, _CUT: unused, _GAP: unused + 1},
+    )
 
 # %% ../nbs/01_tokenizer.ipynb #14d69489
-RULES = 2 # of encoding: 1 dropped what a post-processor adds, and let tokens cross from a question into its answer
-_ANSWER = re.compile(f'{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})', re.S)
+RULES = 2  # of encoding: 1 dropped what a post-processor adds, and let tokens cross from a question into its answer
+_ANSWER = re.compile(f"{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})", re.S)
 
-def _any_of(names:Iterable[str])->re.Pattern: "One of them, the first that fits; of none, nothing fits."; return re.compile('|'.join(map(re.escape, names)) or '(?!)')
 
-def _strings(x)->Iterator[str]:
+def _any_of(names: Iterable[str]) -> re.Pattern:
+    "One of them, the first that fits; of none, nothing fits."
+    return re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+
+def _strings(x) -> Iterator[str]:
     "All texts in lists and dictionaries."
-    if isinstance(x, str): yield x
-    elif isinstance(x, (list,tuple)):
-        for v in x: yield from _strings(v)
+    if isinstance(x, str):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for v in x:
+            yield from _strings(v)
     elif isinstance(x, dict):
-        for k,v in x.items():
+        for k, v in x.items():
             yield from _strings(k)
             yield from _strings(v)
 
-def _words(messages:list[dict], tools:list[dict]|None)->str:
-    "All that people and programs say in a conversation."
-    plain = [m['content'] for m in messages if len(m) == 2]
-    if len(plain) < len(messages) or tools: plain += _strings([m for m in messages if len(m) != 2] + (tools or []))
-    return '\n'.join(map(str, plain))
 
-def _cut_answers(text:str)->list[str]: # An odd number; every second one is an answer
+def _words(messages: list[dict], tools: list[dict] | None) -> str:
+    "All that people and programs say in a conversation."
+    plain = [m["content"] for m in messages if len(m) == 2]
+    if len(plain) < len(messages) or tools:
+        plain += _strings([m for m in messages if len(m) != 2] + (tools or []))
+    return "\n".join(map(str, plain))
+
+
+def _cut_answers(text: str) -> list[str]:  # An odd number; every second one is an answer
     "A rendered conversation, cut where an assistant's words begin and end."
     cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
-    return [text[a:b] for a,b in zip(cuts, cuts[1:])]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
-def _no_panic(f:Callable, *args, **kwargs):
+
+def _no_panic(f: Callable, *args, **kwargs):
     "What `f`, of `tokenizers`, gives. Where an expression of a tokenizer.json takes too many steps, it panics, with no kind of `Exception`."
-    try: return f(*args, **kwargs)
+    try:
+        return f(*args, **kwargs)
     except BaseException as e:
-        if type(e).__name__ != 'PanicException': raise
-        raise ValueError(f"the tokenizer gives up on {str(args[0])[:40]!r}: {e}. A regular expression in its tokenizer.json takes too many steps; take another tokenizer, or leave this text out") from None
+        if type(e).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizer gives up on {str(args[0])[:40]!r}: {e}. A regular expression in its"
+            " tokenizer.json takes too many steps; take another tokenizer, or leave this text out"
+        ) from None
 
-def _encoded(hf:HFTokenizer, text:str): "Tokens of `text` alone."; return _no_panic(hf.encode, text, add_special_tokens=False)
 
-_LETTER,_BEFORE = 'x',['x','.','\n'] # what most answers begin with; what a token hardly ever joins to what follows
+def _encoded(hf: HFTokenizer, text: str):
+    "Tokens of `text` alone."
+    return _no_panic(hf.encode, text, add_special_tokens=False)
 
-def _clean(made, cuts:Iterable[int])->bool: "Does no token cross one of these places?"; return not any(a < c < b for c in cuts for a,b in made.offsets)
+
+_LETTER, _BEFORE = (
+    "x",
+    ["x", ".", "\n"],
+)  # what most answers begin with; what a token hardly ever joins to what follows
+
+
+def _clean(made, cuts: Iterable[int]) -> bool:
+    "Does no token cross one of these places?"
+    return not any(a < c < b for c in cuts for a, b in made.offsets)
+
 
 def _between(
-    hf:HFTokenizer,
-    leads:list[str], # What may stand before it; the first that no token joins to it
-    text:str,
-    followed:bool, # Is it encoded as in front of a letter, if no token joins that to it?
-)->list[int]:
+    hf: HFTokenizer,
+    leads: list[str],  # What may stand before it; the first that no token joins to it
+    text: str,
+    followed: bool,  # Is it encoded as in front of a letter, if no token joins that to it?
+) -> list[int]:
     "Ids of a text that stands between others."
-    for end in (_LETTER,'') if followed else ('',):
+    for end in (_LETTER, "") if followed else ("",):
         for lead in leads:
-            made = _encoded(hf, lead+text+end)
-            a,b = len(lead),len(lead)+len(text)
-            if _clean(made, (a,b)): return [i for i,(at,_) in zip(made.ids, made.offsets) if a <= at < b]
+            made = _encoded(hf, lead + text + end)
+            a, b = len(lead), len(lead) + len(text)
+            if _clean(made, (a, b)):
+                return [i for i, (at, _) in zip(made.ids, made.offsets) if a <= at < b]
     return _encoded(hf, text).ids
 
+
 def _without_names(
-    made:dict, # Content of a tokenizer.json
-)->dict:
+    made: dict,  # Content of a tokenizer.json
+) -> dict:
     "The same, whose vocabulary spells no control token: Unigram and WordPiece would take it for one of its pieces."
-    model = made['model']
-    unk = model['vocab'][model['unk_id']][0] if model['type'] == 'Unigram' and model['unk_id'] is not None else model.get('unk_token')
-    if model['type'] == 'BPE' and not model.get('ignore_merges'): return made # it would have to be merged
-    joined = {''.join(m) if isinstance(m, list) else m.replace(' ', '') for m in model.get('merges', ())}
-    names = {t['content']:f"\ue000{t['id']}\ue000" for t in made['added_tokens'] if t['content'] != unk and t['content'] not in joined and not _is_word(t)}
-    vocab = model['vocab']
-    vocab = [[names.get(t, t), p] for t,p in vocab] if isinstance(vocab, list) else {names.get(t, t):i for t,i in vocab.items()}
-    return {**made, 'model':{**model, 'vocab':vocab}, 'added_tokens':[{**t, 'content':names.get(t['content'], t['content'])} for t in made['added_tokens']]}
+    model = made["model"]
+    unk = (
+        model["vocab"][model["unk_id"]][0]
+        if model["type"] == "Unigram" and model["unk_id"] is not None
+        else model.get("unk_token")
+    )
+    if model["type"] == "BPE" and not model.get("ignore_merges"):
+        return made  # it would have to be merged
+    joined = {
+        "".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model.get("merges", ())
+    }
+    names = {
+        t["content"]: f"\ue000{t['id']}\ue000"
+        for t in made["added_tokens"]
+        if t["content"] != unk and t["content"] not in joined and not _is_word(t)
+    }
+    vocab = model["vocab"]
+    vocab = (
+        [[names.get(t, t), p] for t, p in vocab]
+        if isinstance(vocab, list)
+        else {names.get(t, t): i for t, i in vocab.items()}
+    )
+    return {
+        **made,
+        "model": {**model, "vocab": vocab},
+        "added_tokens": [
+            {**t, "content": names.get(t["content"], t["content"])} for t in made["added_tokens"]
+        ],
+    }
 
-_LARGEST = 1<<24 # ids; the largest vocabularies have 256,000 tokens
 
-def _growth(part:dict|None)->float:
+_LARGEST = 1 << 24  # ids; the largest vocabularies have 256,000 tokens
+
+
+def _growth(part: dict | None) -> float:
     "How many times as long a normalizer or a decoder can make a text, at most."
-    kind = (part or {}).get('type')
-    if kind == 'Sequence': return math.prod(map(_growth, part.get('normalizers', part.get('decoders', ()))))
-    if kind == 'Replace': return max(1, len(part['content'])/max(1, len(part['pattern'].get('String', ''))))
+    kind = (part or {}).get("type")
+    if kind == "Sequence":
+        return math.prod(map(_growth, part.get("normalizers", part.get("decoders", ()))))
+    if kind == "Replace":
+        return max(1, len(part["content"]) / max(1, len(part["pattern"].get("String", ""))))
     return 1
 
-def _check_growth(tok:dict): # Content of a tokenizer.json
-    "A `ValueError` where a text would become too long."
-    for k in 'normalizer','decoder':
-        if (n := _growth(tok[k])) > 1000: raise ValueError(f"the tokenizer's {k} can make a text {n:,.0f} times as long; it may be 1,000 times")
 
-def _check_ids(tok): # Content of a tokenizer.json
+def _check_growth(tok: dict):  # Content of a tokenizer.json
+    "A `ValueError` where a text would become too long."
+    for k in "normalizer", "decoder":
+        if (n := _growth(tok[k])) > 1000:
+            raise ValueError(
+                f"the tokenizer's {k} can make a text {n:,.0f} times as long; it may be 1,000 times"
+            )
+
+
+def _check_ids(tok):  # Content of a tokenizer.json
     "A `ValueError` for an id up to which everything that lists a vocabulary would count."
-    model = tok.get('model') if isinstance(tok, dict) else None
-    vocab = model.get('vocab') if isinstance(model, dict) else None
-    largest = max((i for i in vocab.values() if isinstance(i, int)), default=0) if isinstance(vocab, dict) else 0
-    if largest >= _LARGEST: raise ValueError(f"it has a token with the id {largest:,}; ids may go up to {_LARGEST-1:,}")
+    model = tok.get("model") if isinstance(tok, dict) else None
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    largest = (
+        max((i for i in vocab.values() if isinstance(i, int)), default=0)
+        if isinstance(vocab, dict)
+        else 0
+    )
+    if largest >= _LARGEST:
+        raise ValueError(
+            f"it has a token with the id {largest:,}; ids may go up to {_LARGEST - 1:,}"
+        )
+
 
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
-    def __init__(self,
-        hf:HFTokenizer, # The `tokenizers` object
-        config:dict|None=None, # Content of tokenizer_config.json; default: ours, with our chat template
-        rules:int=RULES, # 1: encode as older versions did, for a run that was begun with them
+
+    def __init__(
+        self,
+        hf: HFTokenizer,  # The `tokenizers` object
+        config: (
+            dict | None
+        ) = None,  # Content of tokenizer_config.json; default: ours, with our chat template
+        rules: int = RULES,  # 1: encode as older versions did, for a run that was begun with them
     ):
-        self.hf,self.json,self.rules = hf,json.loads(hf.to_str()),rules
-        self.config = config if config is not None else dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=EOS, pad_token=EOS,
-            model_max_length=1_000_000, clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
+        self.hf, self.json, self.rules = hf, json.loads(hf.to_str()), rules
+        self.config = (
+            config
+            if config is not None
+            else dict(
+                tokenizer_class="PreTrainedTokenizerFast",
+                eos_token=EOS,
+                pad_token=EOS,
+                model_max_length=1_000_000,
+                clean_up_tokenization_spaces=False,
+                chat_template=CHAT_TEMPLATE,
+            )
+        )
         _check_growth(self.json)
         self.fast = _tiktoken(self.json)
-        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values())+1
-        self.dtype = np.uint16 if self.vocab_size <= 1<<16 else np.uint32 # of a token on disk
-        self.hash = hash_bytes(json.dumps(self.json, sort_keys=True).encode()) # the same hash, the same ids
+        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # of a token on disk
+        self.hash = hash_bytes(
+            json.dumps(self.json, sort_keys=True).encode()
+        )  # the same hash, the same ids
 
-    def __repr__(self): return f'Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})'
-    def id(self, token:str)->int|None: "The id of one token, or None."; return self.hf.token_to_id(token)
+    def __repr__(self):
+        return f"Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})"
+
+    def id(self, token: str) -> int | None:
+        "The id of one token, or None."
+        return self.hf.token_to_id(token)
 
     @cached_property
-    def _ordinary(self)->HFTokenizer:
+    def _ordinary(self) -> HFTokenizer:
         "The tokenizer, for which every added token but words is only its letters."
-        made = {**self.json, 'added_tokens':[{**t, 'special':not _is_word(t)} for t in self.json['added_tokens']]}
-        if self.rules > 1: made = _without_names(made)
+        made = {
+            **self.json,
+            "added_tokens": [{**t, "special": not _is_word(t)} for t in self.json["added_tokens"]],
+        }
+        if self.rules > 1:
+            made = _without_names(made)
         hf = HFTokenizer.from_str(json.dumps(made))
         hf.encode_special_tokens = True
         hf.no_truncation()
@@ -294,423 +474,728 @@ class Tokenizer:
         return hf
 
     @cached_property
-    def _whole(self)->HFTokenizer:
+    def _whole(self) -> HFTokenizer:
         "The tokenizer, without the length that a tokenizer.json may cut or fill texts to."
-        if not (self.hf.truncation or self.hf.padding): return self.hf
+        if not (self.hf.truncation or self.hf.padding):
+            return self.hf
         hf = HFTokenizer.from_str(self.hf.to_str())
         hf.no_truncation()
         hf.no_padding()
         return hf
 
-    def token(self,
-        name:str, # Such as `eos_token`
-    )->str|None: # None where there is none
+    def token(
+        self,
+        name: str,  # Such as `eos_token`
+    ) -> str | None:  # None where there is none
         "A token that tokenizer_config.json names: as a text, or as an object that has it as its `content`."
         found = self.config.get(name)
-        token = found.get('content') if isinstance(found, dict) else getattr(found, 'content', found)
-        if token is None and found is None or isinstance(token, str): return token
-        raise ValueError(f"{name} is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or an object with a text as its \"content\"")
+        token = (
+            found.get("content") if isinstance(found, dict) else getattr(found, "content", found)
+        )
+        if token is None and found is None or isinstance(token, str):
+            return token
+        raise ValueError(
+            f"{name} is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or an"
+            ' object with a text as its "content"'
+        )
 
     @cached_property
-    def adds(self)->tuple[list[int],list[int]]: # Both are empty for our own tokenizers
+    def adds(self) -> tuple[list[int], list[int]]:  # Both are empty for our own tokenizers
         "The control tokens that the post-processor puts in front of a text and behind it."
-        if self.rules < 2 or self.hf.post_processor is None: return [],[]
-        made = _no_panic(self._whole.encode, 'a')
+        if self.rules < 2 or self.hf.post_processor is None:
+            return [], []
+        made = _no_panic(self._whole.encode, "a")
         added = [i for i in range(len(made)) if made.special_tokens_mask[i]]
-        front = [i for k,i in enumerate(added) if k == i]
-        return [made.ids[i] for i in front],[made.ids[i] for i in added[len(front):]]
+        front = [i for k, i in enumerate(added) if k == i]
+        return [made.ids[i] for i in front], [made.ids[i] for i in added[len(front) :]]
 
     @cached_property
-    def eos_id(self)->int:
+    def eos_id(self) -> int:
         "The token after each document."
-        token = self.token('eos_token')
-        if token is None or self.id(token) is None: raise ValueError(f"eos_token is {token!r} in tokenizer_config.json; it must be one of the tokenizer's tokens, for a document to end with")
+        token = self.token("eos_token")
+        if token is None or self.id(token) is None:
+            raise ValueError(
+                f"eos_token is {token!r} in tokenizer_config.json; it must be one of the"
+                " tokenizer's tokens, for a document to end with"
+            )
         return self.id(token)
 
     @cached_property
-    def stop_ids(self)->tuple[int,...]:
+    def stop_ids(self) -> tuple[int, ...]:
         "The tokens that end an answer."
-        return tuple(sorted({self.eos_id, *(i for t in (EOS,IM_END) if (i := self.id(t)) is not None)}))
+        return tuple(
+            sorted({self.eos_id, *(i for t in (EOS, IM_END) if (i := self.id(t)) is not None)})
+        )
 
-    def encode(self,
-        text:str,
-        special:bool=False, # Do special tokens and marks written out in `text` count as such?
-    )->list[int]:
+    def encode(
+        self,
+        text: str,
+        special: bool = False,  # Do special tokens and marks written out in `text` count as such?
+    ) -> list[int]:
         "Token ids of `text`."
         return self.encode_array(text, special).tolist()
 
-    def begin(self,
-        text:str, # Of a document; may be empty
-    )->list[int]: # At least one
+    def begin(
+        self,
+        text: str,  # Of a document; may be empty
+    ) -> list[int]:  # At least one
         "Token ids of the beginning of a document, for a model to continue."
         return [*self.adds[0], *self.encode(text)] or [self.eos_id]
 
-    def encode_documents(self,
-        texts:Sequence[str], # Documents, or pieces of them in their order
-        begins:Sequence[bool], # Does a document begin with this one?
-        ends:Sequence[bool], # Does one end with it?
-    )->tuple[np.ndarray,np.ndarray]: # As `encode_batch`
+    def encode_documents(
+        self,
+        texts: Sequence[str],  # Documents, or pieces of them in their order
+        begins: Sequence[bool],  # Does a document begin with this one?
+        ends: Sequence[bool],  # Does one end with it?
+    ) -> tuple[np.ndarray, np.ndarray]:  # As `encode_batch`
         "Texts to be learned: with what the tokenizer adds to each document, and one end."
-        ids,lengths = self.encode_batch(texts)
-        begins,ends = np.array(begins, bool),np.array(ends, bool)
-        front,back = self.adds
+        ids, lengths = self.encode_batch(texts)
+        begins, ends = np.array(begins, bool), np.array(ends, bool)
+        front, back = self.adds
         back = back if self.eos_id in back else [*back, self.eos_id]
-        ids = np.insert(ids, np.repeat(lengths.cumsum()[ends], len(back)), np.tile(back, ends.sum()))
-        lengths = lengths + len(back)*ends
-        ids = np.insert(ids, np.repeat((lengths.cumsum()-lengths)[begins], len(front)), np.tile(front, begins.sum()))
-        return ids,lengths + len(front)*begins
+        ids = np.insert(
+            ids, np.repeat(lengths.cumsum()[ends], len(back)), np.tile(back, ends.sum())
+        )
+        lengths = lengths + len(back) * ends
+        ids = np.insert(
+            ids,
+            np.repeat((lengths.cumsum() - lengths)[begins], len(front)),
+            np.tile(front, begins.sum()),
+        )
+        return ids, lengths + len(front) * begins
 
-    def encode_array(self, text:str, special:bool=False)->np.ndarray: # (n,) of `dtype`
+    def encode_array(self, text: str, special: bool = False) -> np.ndarray:  # (n,) of `dtype`
         "`encode` without the list."
         return self.encode_batch([text], special)[0]
 
-    def encode_batch(self,
-        texts:Sequence[str],
-        special:bool=False, # As for `encode`
-    )->tuple[np.ndarray,np.ndarray]: # (n,) ids of all texts, one behind another, of `dtype`; (len(texts),) how many tokens each has
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        special: bool = False,  # As for `encode`
+    ) -> tuple[
+        np.ndarray, np.ndarray
+    ]:  # (n,) ids of all texts, one behind another, of `dtype`; (len(texts),) how many tokens each has
         "`encode` for many texts at once: tiktoken reads them as one, while other threads run."
         joined = _CUT.join(texts)
         if not self.fast or _GAP in joined or joined.count(_CUT) >= max(1, len(texts)):
-            made = [np.array(_encoded(self._whole if special else self._ordinary, t).ids, self.dtype) for t in texts]
-            return np.concatenate([np.empty(0, self.dtype), *made]),np.array([len(i) for i in made], np.int64)
-        ids = self.fast.encode_to_numpy(self._gaps[special].sub(rf'\g<0>{_GAP}', joined), allowed_special='all' if special else {_CUT,_GAP}, disallowed_special=())
-        cut,gap = (self.fast.encode_single_token(t) for t in (_CUT,_GAP))
+            made = [
+                np.array(_encoded(self._whole if special else self._ordinary, t).ids, self.dtype)
+                for t in texts
+            ]
+            return np.concatenate([np.empty(0, self.dtype), *made]), np.array(
+                [len(i) for i in made], np.int64
+            )
+        ids = self.fast.encode_to_numpy(
+            self._gaps[special].sub(rf"\g<0>{_GAP}", joined),
+            allowed_special="all" if special else {_CUT, _GAP},
+            disallowed_special=(),
+        )
+        cut, gap = (self.fast.encode_single_token(t) for t in (_CUT, _GAP))
         ids = ids[ids != gap]
-        lengths = np.diff(np.flatnonzero(ids == cut), prepend=-1, append=len(ids))-1
-        return ids[ids != cut].astype(self.dtype),lengths[:len(texts)]
+        lengths = np.diff(np.flatnonzero(ids == cut), prepend=-1, append=len(ids)) - 1
+        return ids[ids != cut].astype(self.dtype), lengths[: len(texts)]
 
     @cached_property
-    def _gaps(self)->tuple[re.Pattern,re.Pattern]:
+    def _gaps(self) -> tuple[re.Pattern, re.Pattern]:
         "The white space in front of another one that belongs to the next word; what stands next is no word if it is the end of a text or, in the second pattern, an added token."
-        names = [re.escape(_CUT), *(re.escape(t['content']) for t in self.json['added_tokens'])]
-        return tuple(re.compile(f'[{_WHITE}](?=[{_WHITE}](?!{"|".join(n)})[^\r\n{_WHITE}])') for n in (names[:1], names))
+        names = [re.escape(_CUT), *(re.escape(t["content"]) for t in self.json["added_tokens"])]
+        return tuple(
+            re.compile(f"[{_WHITE}](?=[{_WHITE}](?!{'|'.join(n)})[^\r\n{_WHITE}])")
+            for n in (names[:1], names)
+        )
 
-    def decode(self,
-        ids, # A list or array of token ids
-        skip_special:bool=False, # Leave out the end of text and the turn marks
-    )->str:
+    def decode(
+        self,
+        ids,  # A list or array of token ids
+        skip_special: bool = False,  # Leave out the end of text and the turn marks
+    ) -> str:
         "The text of `ids`; bytes that are no UTF-8 become �."
         return _no_panic(self.hf.decode, [int(i) for i in ids], skip_special_tokens=skip_special)
 
-    def shown(self, ids:Iterable[int])->list[int]:
+    def shown(self, ids: Iterable[int]) -> list[int]:
         "Those that `decode` writes out with `skip_special`."
-        return [i for i in map(int, ids) if i not in self.control_ids and self.hf.id_to_token(i) is not None]
+        return [
+            i
+            for i in map(int, ids)
+            if i not in self.control_ids and self.hf.id_to_token(i) is not None
+        ]
 
     @cached_property
-    def control_ids(self)->frozenset[int]: "The special tokens."; return frozenset(t['id'] for t in self.json['added_tokens'] if t['special'])
+    def control_ids(self) -> frozenset[int]:
+        "The special tokens."
+        return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
     @cached_property
-    def byte_ids(self)->frozenset[int]: # Empty for a byte-level tokenizer, whose tokens are any number of bytes
+    def byte_ids(
+        self,
+    ) -> frozenset[int]:  # Empty for a byte-level tokenizer, whose tokens are any number of bytes
         "The tokens that stand for a single byte, where the decoder reads a row of them as one piece of UTF-8."
-        if 'ByteFallback' not in self._decoders: return frozenset()
-        return frozenset(i for t,i in self.hf.get_vocab().items() if re.fullmatch('<0x[0-9A-Fa-f]{2}>', t))
+        if "ByteFallback" not in self._decoders:
+            return frozenset()
+        return frozenset(
+            i for t, i in self.hf.get_vocab().items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", t)
+        )
 
     @cached_property
-    def grows(self)->bool:
+    def grows(self) -> bool:
         "Does a token leave the text in front of it as it is? Not where the decoder replaces letters in the joined text."
-        joined = max((i+1 for i,d in enumerate(self._decoders) if d in ('Fuse','ByteLevel')), default=len(self._decoders))
-        return all(d == 'Strip' for d in self._decoders[joined:])
+        joined = max(
+            (i + 1 for i, d in enumerate(self._decoders) if d in ("Fuse", "ByteLevel")),
+            default=len(self._decoders),
+        )
+        return all(d == "Strip" for d in self._decoders[joined:])
 
     @cached_property
-    def _decoders(self)->list[str]:
+    def _decoders(self) -> list[str]:
         "Kinds of the decoder's steps."
-        decoder = self.json['decoder'] or {}
-        return [d['type'] for d in decoder.get('decoders', [decoder]) if d]
+        decoder = self.json["decoder"] or {}
+        return [d["type"] for d in decoder.get("decoders", [decoder]) if d]
 
-    def render(self,
-        messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
-        tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
-        add_generation_prompt:bool=False, # End with the opening of an assistant turn
-        thinking:bool|None=None, # Should the answer begin with thoughts? For a template that asks, as MiniMind's (`open_thinking`) and Qwen3's (`enable_thinking`) do; None: its own default
-    )->str:
+    def render(
+        self,
+        messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
+        tools: (
+            list[dict] | None
+        ) = None,  # JSON schemas of functions; default: those on the system message
+        add_generation_prompt: bool = False,  # End with the opening of an assistant turn
+        thinking: (
+            bool | None
+        ) = None,  # Should the answer begin with thoughts? For a template that asks, as MiniMind's (`open_thinking`) and Qwen3's (`enable_thinking`) do; None: its own default
+    ) -> str:
         "The conversation as the model reads it."
-        messages,own = chat_messages(messages)
+        messages, own = chat_messages(messages)
         tools = tools or own
         template = self.chat_template(bool(tools))
-        if not template: raise ValueError("this tokenizer has no chat template; put one under \"chat_template\" into its tokenizer_config.json")
-        thinking = {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
-        names = {'eos_token', 'bos_token', *(k for k in self.config if k.endswith('_token') and not k.startswith('add_'))}
-        tokens = {k:self.token(k) or '' for k in names}
-        try: return render_template(template, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **thinking, **tokens)
-        except ValueError: raise # among them what the template refuses
+        if not template:
+            raise ValueError(
+                'this tokenizer has no chat template; put one under "chat_template" into its'
+                " tokenizer_config.json"
+            )
+        thinking = (
+            {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
+        )
+        names = {
+            "eos_token",
+            "bos_token",
+            *(k for k in self.config if k.endswith("_token") and not k.startswith("add_")),
+        }
+        tokens = {k: self.token(k) or "" for k in names}
+        try:
+            return render_template(
+                template,
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **thinking,
+                **tokens,
+            )
+        except ValueError:
+            raise  # among them what the template refuses
         except Exception as e:
-            where = f', line {e.lineno}' if getattr(e, 'lineno', None) else ''
-            raise ValueError(f"the tokenizer's chat template{where}: {type(e).__name__}: {e}; mend it in tokenizer_config.json or chat_template.jinja, or check the conversation") from None
+            where = f", line {e.lineno}" if getattr(e, "lineno", None) else ""
+            raise ValueError(
+                f"the tokenizer's chat template{where}: {type(e).__name__}: {e}; mend it in"
+                " tokenizer_config.json or chat_template.jinja, or check the conversation"
+            ) from None
 
-    def chat_template(self,
-        tools:bool=False, # Is it for a conversation with functions?
-    )->str|None: # None where there is none
+    def chat_template(
+        self,
+        tools: bool = False,  # Is it for a conversation with functions?
+    ) -> str | None:  # None where there is none
         "The template in Jinja. Of several with names, `tool_use` is for functions and `default` for the rest."
-        found = self.config.get('chat_template')
-        wrong = lambda: ValueError(f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or a list of objects with \"name\" and \"template\"")
+        found = self.config.get("chat_template")
+        wrong = lambda: ValueError(
+            f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or"
+            ' a list of objects with "name" and "template"'
+        )
         if isinstance(found, list):
-            if not all(isinstance(t, dict) and isinstance(t.get('name'), str) for t in found): raise wrong()
-            named = {t['name']:t.get('template') for t in found}
-        elif isinstance(found, dict): named = found
-        else: named = dict(default=found)
-        template = named.get('tool_use') if tools and 'tool_use' in named else named.get('default')
-        if template is None and named and found is not None: raise ValueError(f"tokenizer_config.json has chat templates for {', '.join(map(str, named))}, and none is the \"default\"; give one that name")
-        if template is not None and not isinstance(template, str): raise wrong()
+            if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in found):
+                raise wrong()
+            named = {t["name"]: t.get("template") for t in found}
+        elif isinstance(found, dict):
+            named = found
+        else:
+            named = dict(default=found)
+        template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
+        if template is None and named and found is not None:
+            raise ValueError(
+                f"tokenizer_config.json has chat templates for {', '.join(map(str, named))}, and"
+                ' none is the "default"; give one that name'
+            )
+        if template is not None and not isinstance(template, str):
+            raise wrong()
         return template
 
     @cached_property
-    def _lengths(self)->np.ndarray|None: # (vocab_size,) bytes of each token, where tiktoken knows them
-        if not self.fast: return None
+    def _lengths(
+        self,
+    ) -> np.ndarray | None:  # (vocab_size,) bytes of each token, where tiktoken knows them
+        if not self.fast:
+            return None
         size = np.zeros(self.vocab_size, np.int64)
         for i in range(self.vocab_size):
-            try: size[i] = len(self.fast.decode_single_token_bytes(i))
-            except KeyError: pass
+            try:
+                size[i] = len(self.fast.decode_single_token_bytes(i))
+            except KeyError:
+                pass
         return size
 
-    def _chat_pieces(self, messages:list[dict], tools:list[dict]|None)->list[str]:
+    def _chat_pieces(self, messages: list[dict], tools: list[dict] | None) -> list[str]:
         "The rendered conversation, cut where an assistant's words begin and end."
-        messages,own = chat_messages(messages)
+        messages, own = chat_messages(messages)
         tools = tools or own
-        if self.rules > 1 and self._steering.search(_words(messages, tools)): messages,tools = self._hide(messages, self._steering),self._hide(tools, self._steering)
-        if self.config.get('chat_template') in _OWN_TEMPLATES:
+        if self.rules > 1 and self._steering.search(_words(messages, tools)):
+            messages, tools = (
+                self._hide(messages, self._steering),
+                self._hide(tools, self._steering),
+            )
+        if self.config.get("chat_template") in _OWN_TEMPLATES:
             pieces = chat_pieces(messages, tools)
-        else: pieces = _cut_answers(self.render(messages, tools))
-        if len(pieces) < 2: raise ValueError(f"no assistant turn is found in the rendered conversation: the chat template must write {IM_START}assistant, a line end, the answer, {IM_END}; it gives {pieces[0][:80]!r}")
+        else:
+            pieces = _cut_answers(self.render(messages, tools))
+        if len(pieces) < 2:
+            raise ValueError(
+                "no assistant turn is found in the rendered conversation: the chat template must"
+                f" write {IM_START}assistant, a line end, the answer, {IM_END}; it gives"
+                f" {pieces[0][:80]!r}"
+            )
         return pieces
 
-    def encode_prompt(self,
-        messages:list[dict], # A conversation, in any dialect that `chat_messages` reads
-        tools:list[dict]|None=None, # JSON schemas of functions; default: those on the system message
-        thinking:bool|None=None, # As for `render`
-    )->list[int]: # Token ids, up to the opening of the assistant's turn
+    def encode_prompt(
+        self,
+        messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
+        tools: (
+            list[dict] | None
+        ) = None,  # JSON schemas of functions; default: those on the system message
+        thinking: bool | None = None,  # As for `render`
+    ) -> list[int]:  # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
-        messages,own = chat_messages(messages)
+        messages, own = chat_messages(messages)
         tools = tools or own
-        messages = [self._hide(m, self._names if m['role'] in ('user','tool') else self._steering) for m in messages]
-        if tools and self.config.get('chat_template') not in _OWN_TEMPLATES: tools = [t if 'function' in t else dict(type='function', function=t) for t in tools] # as transformers hands them to a template
-        text = self.render(messages, self._hide(tools, self._names) or None, add_generation_prompt=True, thinking=thinking)
+        messages = [
+            self._hide(m, self._names if m["role"] in ("user", "tool") else self._steering)
+            for m in messages
+        ]
+        if tools and self.config.get("chat_template") not in _OWN_TEMPLATES:
+            tools = [
+                t if "function" in t else dict(type="function", function=t) for t in tools
+            ]  # as transformers hands them to a template
+        text = self.render(
+            messages,
+            self._hide(tools, self._names) or None,
+            add_generation_prompt=True,
+            thinking=thinking,
+        )
         pieces = _cut_answers(text)
         if not self._needs_parts(pieces):
-            made = _encoded(self._whole, text+_LETTER)
+            made = _encoded(self._whole, text + _LETTER)
             starts = [*np.cumsum([*map(len, pieces)])[::2].tolist()]
-            if _clean(made, starts): return [i for i,(at,_) in zip(made.ids, made.offsets) if at < len(text)]
+            if _clean(made, starts):
+                return [i for i, (at, _) in zip(made.ids, made.offsets) if at < len(text)]
         return [i for part in self._encode_parts(pieces, open_end=True) for i in part]
 
     @cached_property
-    def _added(self)->dict[str,int]:
+    def _added(self) -> dict[str, int]:
         "What counts as one token in a rendered text, the longest first, and its id."
-        added = [t for t in self.json['added_tokens'] if t['content'].strip() and not _is_word(t)]
-        return {t['content']:t['id'] for t in sorted(added, key=lambda t: -len(t['content']))}
+        added = [t for t in self.json["added_tokens"] if t["content"].strip() and not _is_word(t)]
+        return {t["content"]: t["id"] for t in sorted(added, key=lambda t: -len(t["content"]))}
 
     @cached_property
-    def _names(self)->re.Pattern: "All of these."; return _any_of(self._added)
+    def _names(self) -> re.Pattern:
+        "All of these."
+        return _any_of(self._added)
 
     @cached_property
-    def _steering(self)->re.Pattern: "Those that nobody's words may hold; what an assistant wrote may hold marks."; return _any_of(t for t,i in self._added.items() if i in self.control_ids and t not in MARKS)
+    def _steering(self) -> re.Pattern:
+        "Those that nobody's words may hold; what an assistant wrote may hold marks."
+        return _any_of(
+            t for t, i in self._added.items() if i in self.control_ids and t not in MARKS
+        )
 
     @cached_property
-    def _nonce(self)->str: "What nobody can have written."; return secrets.token_hex(8)
+    def _nonce(self) -> str:
+        "What nobody can have written."
+        return secrets.token_hex(8)
 
     @cached_property
-    def _hidden(self)->re.Pattern: "What `_hide` leaves; a template may have escaped it."; return re.compile(rf'(?:\ue000|\\ue000){self._nonce}:(\d+)(?:\ue000|\\ue000)')
+    def _hidden(self) -> re.Pattern:
+        "What `_hide` leaves; a template may have escaped it."
+        return re.compile(rf"(?:\ue000|\\ue000){self._nonce}:(\d+)(?:\ue000|\\ue000)")
 
-    def _hide(self, x, names:re.Pattern):
+    def _hide(self, x, names: re.Pattern):
         "Somebody's words, without the names of tokens that they hold."
-        if isinstance(x, str): return names.sub(lambda m: f'\ue000{self._nonce}:{self._added[m[0]]}\ue000', x)
-        if isinstance(x, dict): return {self._hide(k, names):self._hide(v, names) for k,v in x.items()}
+        if isinstance(x, str):
+            return names.sub(lambda m: f"\ue000{self._nonce}:{self._added[m[0]]}\ue000", x)
+        if isinstance(x, dict):
+            return {self._hide(k, names): self._hide(v, names) for k, v in x.items()}
         return [self._hide(v, names) for v in x] if isinstance(x, list) else x
 
-    def _needs_parts(self, pieces:list[str])->bool:
+    def _needs_parts(self, pieces: list[str]) -> bool:
         "Must these be encoded part by part? Otherwise all at once gives the same, unless a token crosses a cut."
-        if self._nonce in ''.join(pieces): return True
-        for before,said in zip(pieces[::2], pieces[1::2]):
-            if self._unclear(before, said): return True
-            if not self._openings or not (opened := self._opened(said)): continue
-            if not opened.endswith(('\n', *self._starts)) or self._unclear(opened, said[len(opened):]): return True
+        if self._nonce in "".join(pieces):
+            return True
+        for before, said in zip(pieces[::2], pieces[1::2]):
+            if self._unclear(before, said):
+                return True
+            if not self._openings or not (opened := self._opened(said)):
+                continue
+            if not opened.endswith(("\n", *self._starts)) or self._unclear(
+                opened, said[len(opened) :]
+            ):
+                return True
         return False
 
-    def _opened(self, said:str)->str: "What a prompt writes of this answer, such as empty thoughts."; return next((o for o in self._openings if said.startswith(o)), '')
+    def _opened(self, said: str) -> str:
+        "What a prompt writes of this answer, such as empty thoughts."
+        return next((o for o in self._openings if said.startswith(o)), "")
 
     @cached_property
-    def _openings(self)->list[str]:
+    def _openings(self) -> list[str]:
         "What the template writes behind the opening of an assistant's turn, the longest first; nothing, as a rule."
         found = set()
-        for thinking in None,True,False:
-            try: text = self.render([dict(role='user', content='')], add_generation_prompt=True, thinking=thinking)
-            except ValueError: continue # it wants another conversation
-            found.add(text.rpartition(f'{IM_START}assistant\n')[2] if f'{IM_START}assistant\n' in text else '')
+        for thinking in None, True, False:
+            try:
+                text = self.render(
+                    [dict(role="user", content="")], add_generation_prompt=True, thinking=thinking
+                )
+            except ValueError:
+                continue  # it wants another conversation
+            found.add(
+                text.rpartition(f"{IM_START}assistant\n")[2]
+                if f"{IM_START}assistant\n" in text
+                else ""
+            )
         return sorted(filter(None, found), key=len, reverse=True)
 
-    def _unclear(self, before:str, said:str)->bool:
+    def _unclear(self, before: str, said: str) -> bool:
         "May the end of `before` be other tokens in front of this answer than in front of a letter?"
-        return said[:1].isspace() or said.startswith(self._starts) and not self._settled(before[-64:])
+        return (
+            said[:1].isspace() or said.startswith(self._starts) and not self._settled(before[-64:])
+        )
 
     @cached_property
-    def _starts(self)->tuple[str,...]: return tuple(self._added)
+    def _starts(self) -> tuple[str, ...]:
+        return tuple(self._added)
 
     @cached_property
     def _settled(self):
         "Is the end of a text the same tokens in front of a letter as at the end of everything?"
-        return lru_cache(1000)(lambda text: _between(self._whole, [''], text, True) == _encoded(self._whole, text).ids)
+        return lru_cache(1000)(
+            lambda text: _between(self._whole, [""], text, True) == _encoded(self._whole, text).ids
+        )
 
-    def _encode_parts(self,
-        pieces:list[str], # Of a rendered text; every second one is an answer
-        open_end:bool=False, # Is an answer to come behind the last one?
-    )->list[list[int]]: # Ids of each
+    def _encode_parts(
+        self,
+        pieces: list[str],  # Of a rendered text; every second one is an answer
+        open_end: bool = False,  # Is an answer to come behind the last one?
+    ) -> list[list[int]]:  # Ids of each
         "Tokens that do not cross from a question into its answer, and what was hidden as letters."
-        out,before = [],''
-        for k,text in enumerate(pieces):
-            opened = self._opened(text) if k%2 else ''
+        out, before = [], ""
+        for k, text in enumerate(pieces):
+            opened = self._opened(text) if k % 2 else ""
             out.append([])
-            for part,followed in (opened, True),(text[len(opened):], k%2 == 0 and (open_end or k+1 < len(pieces))):
-                if self._hidden.search(part): out[-1] += self._spell(part, before, followed)
-                elif part: out[-1] += _between(self._whole, self._leads(before), part, followed)
+            for part, followed in (
+                (opened, True),
+                (text[len(opened) :], k % 2 == 0 and (open_end or k + 1 < len(pieces))),
+            ):
+                if self._hidden.search(part):
+                    out[-1] += self._spell(part, before, followed)
+                elif part:
+                    out[-1] += _between(self._whole, self._leads(before), part, followed)
                 before = part or before
         return out
 
-    def _leads(self, before:str)->list[str]:
+    def _leads(self, before: str) -> list[str]:
         "What to encode in front of a text that begins behind `before`: some tokenizers treat a beginning in another way."
-        if not before: return ['']
-        return [next((t for t in self._added if before.endswith(t)), '')] if before.endswith(self._starts) else _BEFORE
+        if not before:
+            return [""]
+        return (
+            [next((t for t in self._added if before.endswith(t)), "")]
+            if before.endswith(self._starts)
+            else _BEFORE
+        )
 
-    def _spell(self, text:str, before:str, followed:bool)->list[int]:
+    def _spell(self, text: str, before: str, followed: bool) -> list[int]:
         "Ids of a text in which something is hidden."
         out = []
-        bits = re.split(f'({self._names.pattern})', text)
-        for k,bit in enumerate(bits):
+        bits = re.split(f"({self._names.pattern})", text)
+        for k, bit in enumerate(bits):
             letters = self._hidden.sub(lambda m: self.hf.id_to_token(int(m[1])), bit)
-            if k%2: out.append(self._added[bit])
-            elif letters: out += _between(self._ordinary, self._leads_of_letters(before), letters, followed and k+1 == len(bits))
+            if k % 2:
+                out.append(self._added[bit])
+            elif letters:
+                out += _between(
+                    self._ordinary,
+                    self._leads_of_letters(before),
+                    letters,
+                    followed and k + 1 == len(bits),
+                )
             before = bit or before
         return out
 
-    def _leads_of_letters(self, before:str)->list[str]:
+    def _leads_of_letters(self, before: str) -> list[str]:
         "As `_leads`, for `_ordinary`, which knows no names."
-        if not before: return ['']
-        if not before.endswith(self._starts): return _BEFORE
+        if not before:
+            return [""]
+        if not before.endswith(self._starts):
+            return _BEFORE
         alone = _encoded(self._ordinary, _LETTER).ids
-        return [''] if _encoded(self._whole, self._starts[0]+_LETTER).ids[1:] == alone else _BEFORE
+        return (
+            [""] if _encoded(self._whole, self._starts[0] + _LETTER).ids[1:] == alone else _BEFORE
+        )
 
-    def encode_chat(self,
-        messages:list[dict], # A conversation; control tokens in its texts are letters
-        tools:list[dict]|None=None, # As for `render`
-    )->tuple[np.ndarray,np.ndarray]: # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
+    def encode_chat(
+        self,
+        messages: list[dict],  # A conversation; control tokens in its texts are letters
+        tools: list[dict] | None = None,  # As for `render`
+    ) -> tuple[
+        np.ndarray, np.ndarray
+    ]:  # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
         "A conversation as token ids. What an assistant says is learned, through the end of its turn; nothing else is."
         return self.encode_chats([(messages, tools)])[:2]
 
-    def encode_chats(self,
-        chats:Sequence[tuple[list[dict],list[dict]|None]], # Messages and tools of each
-    )->tuple[np.ndarray,np.ndarray,np.ndarray]: # ids and what is learned, of all conversations one behind another; (len(chats),) how many tokens each has
+    def encode_chats(
+        self,
+        chats: Sequence[tuple[list[dict], list[dict] | None]],  # Messages and tools of each
+    ) -> tuple[
+        np.ndarray, np.ndarray, np.ndarray
+    ]:  # ids and what is learned, of all conversations one behind another; (len(chats),) how many tokens each has
         "Conversations as token ids; many at once take half the time."
-        pieces = [self._chat_pieces(messages, tools) for messages,tools in chats]
-        size = (lambda p: len(p) if p.isascii() else len(p.encode('utf-8', 'replace'))) if self.fast else len
-        edges,at = [],0
+        pieces = [self._chat_pieces(messages, tools) for messages, tools in chats]
+        size = (
+            (lambda p: len(p) if p.isascii() else len(p.encode("utf-8", "replace")))
+            if self.fast
+            else len
+        )
+        edges, at = [], 0
         for p in pieces:
-            for n in map(size, p): at += n; edges.append(at)
+            for n in map(size, p):
+                at += n
+                edges.append(at)
             edges.pop()
-        texts = [*map(''.join, pieces)]
+        texts = [*map("".join, pieces)]
         if self.fast:
-            ids,lengths = self.encode_batch(texts, special=True)
-            sizes = self._lengths[ids]; start = sizes.cumsum()-sizes # bytes in front of each token
+            ids, lengths = self.encode_batch(texts, special=True)
+            sizes = self._lengths[ids]
+            start = sizes.cumsum() - sizes  # bytes in front of each token
         else:
             made = [_encoded(self._whole, t) for t in texts]
-            ids,lengths = np.array([i for m in made for i in m.ids], self.dtype),np.array([len(m.ids) for m in made], np.int64)
+            ids, lengths = (
+                np.array([i for m in made for i in m.ids], self.dtype),
+                np.array([len(m.ids) for m in made], np.int64),
+            )
             before = np.cumsum([0, *map(len, texts)])[:-1]
-            start = np.array([o[0] for m in made for o in m.offsets], np.int64) + np.repeat(before, lengths) # characters in front of each token
-        turns = np.zeros(len(ids)+1, np.int8)
-        cuts = np.searchsorted(start, edges, 'left') # a token belongs to the piece in which it begins
-        turns[cuts[::2]] = 1; turns[cuts[1::2]] = -1
+            start = np.array([o[0] for m in made for o in m.offsets], np.int64) + np.repeat(
+                before, lengths
+            )  # characters in front of each token
+        turns = np.zeros(len(ids) + 1, np.int8)
+        cuts = np.searchsorted(
+            start, edges, "left"
+        )  # a token belongs to the piece in which it begins
+        turns[cuts[::2]] = 1
+        turns[cuts[1::2]] = -1
         learn = turns[:-1].cumsum(dtype=np.int8).view(bool)
-        if self.rules < 2: return ids,learn,lengths
+        if self.rules < 2:
+            return ids, learn, lengths
         crossed = np.append(start, -1)[cuts[::2]] != edges[::2]
-        again = {int(r) for r in np.repeat(np.arange(len(pieces)), [len(p)//2 for p in pieces])[crossed]}
-        again |= {r for r,p in enumerate(pieces) if r not in again and self._needs_parts(p)}
-        if not again: return ids,learn,lengths
+        again = {
+            int(r)
+            for r in np.repeat(np.arange(len(pieces)), [len(p) // 2 for p in pieces])[crossed]
+        }
+        again |= {r for r, p in enumerate(pieces) if r not in again and self._needs_parts(p)}
+        if not again:
+            return ids, learn, lengths
         rows = [*zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (ids, learn)))]
         for r in again:
             parts = self._encode_parts(pieces[r])
-            rows[r] = np.array([i for p in parts for i in p], self.dtype),np.repeat(np.arange(len(parts))%2 == 1, [len(p) for p in parts])
-        ids,learn = (np.concatenate(x) for x in zip(*rows))
-        return ids,learn,np.array([len(i) for i,_ in rows], np.int64)
+            rows[r] = (
+                np.array([i for p in parts for i in p], self.dtype),
+                np.repeat(np.arange(len(parts)) % 2 == 1, [len(p) for p in parts]),
+            )
+        ids, learn = (np.concatenate(x) for x in zip(*rows))
+        return ids, learn, np.array([len(i) for i, _ in rows], np.int64)
 
-    def extend(self,
-        words:Iterable[str], # Names, terms, identifiers
-    )->'Tokenizer': # Its new ids stand behind the old ones
+    def extend(
+        self,
+        words: Iterable[str],  # Names, terms, identifiers
+    ) -> "Tokenizer":  # Its new ids stand behind the old ones
         "The same tokenizer, for which each of these words is one token wherever it stands."
         hf = HFTokenizer.from_str(self.hf.to_str())
-        hf.add_tokens([AddedToken(w, normalized=True, special=False) for w in dict.fromkeys(words) if w.strip() and self.id(w) is None])
+        hf.add_tokens(
+            [
+                AddedToken(w, normalized=True, special=False)
+                for w in dict.fromkeys(words)
+                if w.strip() and self.id(w) is None
+            ]
+        )
         return Tokenizer(hf, self.config, self.rules)
 
-    def save(self, folder:str|Path)->Path:
+    def save(self, folder: str | Path) -> Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, for us and for `transformers`."
-        folder = at_home(folder); folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder/'tokenizer.json', self.hf.to_str(pretty=True))
-        write_json(folder/'tokenizer_config.json', self.config)
+        folder = at_home(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "tokenizer.json", self.hf.to_str(pretty=True))
+        write_json(folder / "tokenizer_config.json", self.config)
         return folder
 
 # %% ../nbs/01_tokenizer.ipynb #47994030
-_LONG = re.compile(r'(?<!\S)\S{4000,}|(?<!\s)\s{4000,}')
+_LONG = re.compile(r"(?<!\S)\S{4000,}|(?<!\s)\s{4000,}")
 
-def _cut_long(text:str)->list[str]:
+
+def _cut_long(text: str) -> list[str]:
     "The text, cut where no white space, or nothing else, comes for so long that it is no word: the trainer's time grows with the square of the longest."
-    if len(text) < 4000: return [text]
-    cuts = [0, *(i for m in _LONG.finditer(text) for i in range(m.start()+4000, m.end(), 4000)), len(text)]
-    return [text[a:b] for a,b in zip(cuts, cuts[1:])]
+    if len(text) < 4000:
+        return [text]
+    cuts = [
+        0,
+        *(i for m in _LONG.finditer(text) for i in range(m.start() + 4000, m.end(), 4000)),
+        len(text),
+    ]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+
 
 def train_tokenizer(
-    texts:Iterable[str], # Texts to learn from; read until `max_rows` or `max_bytes`
-    vocab_size:int|None=None, # Tokens, special ones and 256 bytes included; default: 15,000, or fewer where the sample is small
-    max_rows:int=100_000, # Texts to use at most
-    max_bytes:int=32<<20, # Bytes of UTF-8 to use at most
-    verbose:bool=False, # Show the trainer's progress bar and say which size was chosen
-    marks:Iterable[str]=(), # Tokens of your own, beside those in MARKS: each is always one token
-)->Tokenizer:
+    texts: Iterable[str],  # Texts to learn from; read until `max_rows` or `max_bytes`
+    vocab_size: (
+        int | None
+    ) = None,  # Tokens, special ones and 256 bytes included; default: 15,000, or fewer where the sample is small
+    max_rows: int = 100_000,  # Texts to use at most
+    max_bytes: int = 32 << 20,  # Bytes of UTF-8 to use at most
+    verbose: bool = False,  # Show the trainer's progress bar and say which size was chosen
+    marks: Iterable[
+        str
+    ] = (),  # Tokens of your own, beside those in MARKS: each is always one token
+) -> Tokenizer:
     "Train byte-level BPE (Sennrich et al. 2016) with Hugging Face `tokenizers`."
-    marks = (*MARKS, *(m for m in dict.fromkeys(marks) if m not in SPECIALS+MARKS))
-    smallest,size,sample = 256+len(SPECIALS)+len(marks),0,[]
-    if vocab_size is not None and vocab_size < smallest: raise ValueError(f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes, {len(SPECIALS)} special tokens and {len(marks)} marks")
-    if isinstance(texts, str): raise TypeError(f"texts={texts[:60]!r} is one text, and must be a list of texts; of a file: [Path('my.txt').read_text('utf-8')]")
+    marks = (*MARKS, *(m for m in dict.fromkeys(marks) if m not in SPECIALS + MARKS))
+    smallest, size, sample = 256 + len(SPECIALS) + len(marks), 0, []
+    if vocab_size is not None and vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {smallest}: 256 bytes, {len(SPECIALS)}"
+            f" special tokens and {len(marks)} marks"
+        )
+    if isinstance(texts, str):
+        raise TypeError(
+            f"texts={texts[:60]!r} is one text, and must be a list of texts; of a file:"
+            " [Path('my.txt').read_text('utf-8')]"
+        )
     for text in texts:
-        sample.append(text); size += len(text.encode('utf-8', 'replace'))
-        if len(sample) >= max_rows or size >= max_bytes: break
-    if not size: raise ValueError("there is no text to learn a vocabulary from: every text was empty")
-    want = vocab_size or min(15_000, max(smallest+256, size//300))
+        sample.append(text)
+        size += len(text.encode("utf-8", "replace"))
+        if len(sample) >= max_rows or size >= max_bytes:
+            break
+    if not size:
+        raise ValueError("there is no text to learn a vocabulary from: every text was empty")
+    want = vocab_size or min(15_000, max(smallest + 256, size // 300))
     tok = _blank()
-    tok.train_from_iterator((piece for text in sample for piece in _cut_long(text)), trainers.BpeTrainer(vocab_size=want, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=verbose,
-        special_tokens=[AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS+marks]))
+    tok.train_from_iterator(
+        (piece for text in sample for piece in _cut_long(text)),
+        trainers.BpeTrainer(
+            vocab_size=want,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=verbose,
+            special_tokens=[
+                AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS + marks
+            ],
+        ),
+    )
     made = json.loads(tok.to_str())
-    for t in made['added_tokens']: t['special'] = t['content'] in SPECIALS  # the trainer marks them all as special; a mark is output that people see
+    for t in made["added_tokens"]:
+        t["special"] = (
+            t["content"] in SPECIALS
+        )  # the trainer marks them all as special; a mark is output that people see
     tok = Tokenizer(HFTokenizer.from_str(json.dumps(made)))
-    if verbose and tok.vocab_size < (vocab_size or 15_000): print(f"vocabulary: {tok.vocab_size:,} tokens, fewer than {vocab_size or 15_000:,} because the sample is {human_size(size)}")
+    if verbose and tok.vocab_size < (vocab_size or 15_000):
+        print(
+            f"vocabulary: {tok.vocab_size:,} tokens, fewer than {vocab_size or 15_000:,} because"
+            f" the sample is {human_size(size)}"
+        )
     return tok
 
 # %% ../nbs/01_tokenizer.ipynb #4e8a3d2b
 def characters(
-    texts:Iterable[str], # All there is to be read: a character that does not occur in them is read as the end of a text
-)->Tokenizer:
+    texts: Iterable[
+        str
+    ],  # All there is to be read: a character that does not occur in them is read as the end of a text
+) -> Tokenizer:
     "A tokenizer with a token for each character."
-    if isinstance(texts, str): texts = [texts]
-    hf = HFTokenizer(models.WordLevel({c:i for i,c in enumerate([EOS, *sorted(set().union(*texts))])}, unk_token=EOS))
-    hf.pre_tokenizer,hf.decoder = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated'),decoders.Fuse()
+    if isinstance(texts, str):
+        texts = [texts]
+    hf = HFTokenizer(
+        models.WordLevel(
+            {c: i for i, c in enumerate([EOS, *sorted(set().union(*texts))])}, unk_token=EOS
+        )
+    )
+    hf.pre_tokenizer, hf.decoder = (
+        pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
+        decoders.Fuse(),
+    )
     hf.add_special_tokens([AddedToken(EOS, normalized=False)])
     return Tokenizer(hf)
 
 # %% ../nbs/01_tokenizer.ipynb #4ef7e30c
 def load_tokenizer(
-    folder:str|Path, # A directory with tokenizer.json, or that file: ours, MiniMind's, any Hugging Face model's
-)->Tokenizer:
+    folder: (
+        str | Path
+    ),  # A directory with tokenizer.json, or that file: ours, MiniMind's, any Hugging Face model's
+) -> Tokenizer:
     "Read a tokenizer. No code of the directory is run."
     folder = at_home(folder)
-    file = folder if folder.suffix == '.json' else folder/'tokenizer.json'
-    if folder.is_file() and folder.suffix != '.json': raise ValueError(f"{folder} is not a tokenizer: " + ('a pickle can run code when it is opened, so it is not read; ' if folder.suffix == '.pkl' else '') + "name a directory with a tokenizer.json, or train one: minigpt.tokenizer.train_tokenizer, or characters for one token a character")
+    file = folder if folder.suffix == ".json" else folder / "tokenizer.json"
+    if folder.is_file() and folder.suffix != ".json":
+        raise ValueError(
+            f"{folder} is not a tokenizer: "
+            + (
+                "a pickle can run code when it is opened, so it is not read; "
+                if folder.suffix == ".pkl"
+                else ""
+            )
+            + "name a directory with a tokenizer.json, or train one:"
+            " minigpt.tokenizer.train_tokenizer, or characters for one token a character"
+        )
     if not file.exists():
-        if (old := file.with_name('tokenizer.pkl')).exists(): raise ValueError(f"{old} is a pickle, which can run code when it is opened, so it is not read; train a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its author for one")
-        raise FileNotFoundError(f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'} {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers' save_pretrained")
+        if (old := file.with_name("tokenizer.pkl")).exists():
+            raise ValueError(
+                f"{old} is a pickle, which can run code when it is opened, so it is not read; train"
+                " a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its"
+                " author for one"
+            )
+        raise FileNotFoundError(
+            f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'}"
+            f" {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers'"
+            " save_pretrained"
+        )
     data = regular(file).read_bytes()
-    try: _check_ids(orjson.loads(data))
-    except orjson.JSONDecodeError: pass # the next one says what is wrong with it
-    except ValueError as e: raise ValueError(f"{file} is not used: {e}") from None
-    try: hf = HFTokenizer.from_buffer(data)
-    except Exception as e: raise ValueError(f"{file} is not a tokenizer that this version of tokenizers reads ({e})") from None
-    config = read_json(f) if (f := file.with_name('tokenizer_config.json')).exists() else None
-    if config is not None and (f := file.with_name('chat_template.jinja')).exists(): config = {**config, 'chat_template':regular(f).read_text('utf-8')}
-    if config is not None and (more := sorted(file.parent.glob('additional_chat_templates/*.jinja'))):
-        default = config.get('chat_template')
-        named = default if isinstance(default, list) else [dict(name='default', template=default)] if default else []
-        config = {**config, 'chat_template':named + [dict(name=f.stem, template=f.read_text('utf-8')) for f in more]}
+    try:
+        _check_ids(orjson.loads(data))
+    except orjson.JSONDecodeError:
+        pass  # the next one says what is wrong with it
+    except ValueError as e:
+        raise ValueError(f"{file} is not used: {e}") from None
+    try:
+        hf = HFTokenizer.from_buffer(data)
+    except Exception as e:
+        raise ValueError(
+            f"{file} is not a tokenizer that this version of tokenizers reads ({e})"
+        ) from None
+    config = read_json(f) if (f := file.with_name("tokenizer_config.json")).exists() else None
+    if config is not None and (f := file.with_name("chat_template.jinja")).exists():
+        config = {**config, "chat_template": regular(f).read_text("utf-8")}
+    if config is not None and (
+        more := sorted(file.parent.glob("additional_chat_templates/*.jinja"))
+    ):
+        default = config.get("chat_template")
+        named = (
+            default
+            if isinstance(default, list)
+            else [dict(name="default", template=default)]
+            if default
+            else []
+        )
+        config = {
+            **config,
+            "chat_template": (
+                named + [dict(name=f.stem, template=f.read_text("utf-8")) for f in more]
+            ),
+        }
     return Tokenizer(hf, config)

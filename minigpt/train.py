@@ -16,1061 +16,2391 @@ import numpy as np, torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 import minigpt
-from .backup import Backup, BackupError, check_there, drive_mount, fetch, given_up, made_later, read_run_id, restore_run, wait_for_others
-from .checkpoint import Checkpoint, CheckpointError, CheckpointStore, Defect, State, Writer, find_base, home_of, load_model, newest, pack_optimizer, pack_rng, problem, read_checkpoint, refuse_links, stores_in, unpack_optimizer, unpack_rng, write_final
+from minigpt.backup import (
+    Backup,
+    BackupError,
+    check_there,
+    drive_mount,
+    fetch,
+    given_up,
+    made_later,
+    read_run_id,
+    restore_run,
+    wait_for_others,
+)
+from minigpt.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    Defect,
+    State,
+    Writer,
+    find_base,
+    home_of,
+    load_model,
+    newest,
+    pack_optimizer,
+    pack_rng,
+    problem,
+    read_checkpoint,
+    refuse_links,
+    stores_in,
+    unpack_optimizer,
+    unpack_rng,
+    write_final,
+)
 from .config import TrainConfig, lr_at
-from .data import ChatSet, LineSet, Mixture, PairSet, TokenSet, check_size, loader, spread_over
+from minigpt.data import (
+    ChatSet,
+    LineSet,
+    Mixture,
+    PairSet,
+    TokenSet,
+    check_size,
+    loader,
+    spread_over,
+)
 from .dpo import Preference, add_reference
-from .files import at_home, can_lock, dir_size, entries, free_space, human_size, human_time, lexists, may_pass, on_hub, only_one, plain, read_json, set_aside, sweep, write_file, write_json
+from minigpt.files import (
+    at_home,
+    can_lock,
+    dir_size,
+    entries,
+    free_space,
+    human_size,
+    human_time,
+    lexists,
+    may_pass,
+    on_hub,
+    only_one,
+    plain,
+    read_json,
+    set_aside,
+    sweep,
+    write_file,
+    write_json,
+)
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
 from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
-from .monitor import EventWriter, Metrics, PlotWriter, RunLog, in_notebook, memory, read_metrics, trouble
+from minigpt.monitor import (
+    EventWriter,
+    Metrics,
+    PlotWriter,
+    RunLog,
+    in_notebook,
+    memory,
+    read_metrics,
+    trouble,
+)
 from .optim import make_optimizer
 from .parallel import Team, TeamError, assemble, join, launched, own_device, share_batch
 from .run import Run, open_run, split_checkpoint
 from .schedule import Schedule, checkpoint_size, storage_plan, time_plan
-from .source import OVERRIDES, check_before_moving, meanings, open_source, refuse, source_from_json, source_to_json, unread_tokens, usual_options
-from .speed import attention_kernel, autocast, can_keep, choose, decide_compile, fit_batch, memory_advice, out_of_memory, same_bits, set_compiled
+from minigpt.source import (
+    OVERRIDES,
+    check_before_moving,
+    meanings,
+    open_source,
+    refuse,
+    source_from_json,
+    source_to_json,
+    unread_tokens,
+    usual_options,
+)
+from minigpt.speed import (
+    attention_kernel,
+    autocast,
+    can_keep,
+    choose,
+    decide_compile,
+    fit_batch,
+    memory_advice,
+    out_of_memory,
+    same_bits,
+    set_compiled,
+)
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
 class Callback:
     "What happens around the loop; every method may be left out. Of several devices the first one alone calls them: there they must not change the model."
-    def on_start(self, t:'Trainer'): "Before the first step."
-    def on_step(self, t:'Trainer'): "After each optimizer step; `t.step` counts it."
-    def on_log(self, t:'Trainer', row:dict): "After a row of metrics was written."
-    def on_save(self, t:'Trainer', path:Path): "After a checkpoint, snapshot or best model was written and verified: some steps later than its own."
-    def on_end(self, t:'Trainer'): "After the last step, or after a stop between two steps."
+
+    def on_start(self, t: "Trainer"):
+        "Before the first step."
+
+    def on_step(self, t: "Trainer"):
+        "After each optimizer step; `t.step` counts it."
+
+    def on_log(self, t: "Trainer", row: dict):
+        "After a row of metrics was written."
+
+    def on_save(self, t: "Trainer", path: Path):
+        "After a checkpoint, snapshot or best model was written and verified: some steps later than its own."
+
+    def on_end(self, t: "Trainer"):
+        "After the last step, or after a stop between two steps."
+
 
 class TrainingError(RuntimeError):
     "Training cannot go on; says at which step, why, and where the last good checkpoint is."
 
+
 class NextToken:
     "What is learned from texts and conversations: at each position, the token that follows. (`minigpt.dpo.Preference` is the same for preferences.)"
-    def prepare(self, batch:dict[str,Tensor], key:tuple[int,int])->dict[str,Tensor]: "A batch as it is learned from; what is drawn for it depends on `key`, (seed, step), alone."; return batch
-    def count(self, batch:dict[str,Tensor])->int: "What the loss of a batch is divided by."; return int((batch['labels'] != -100).sum())
-    def __call__(self, model:nn.Module, batch:dict[str,Tensor], n_targets:int=1)->tuple[Tensor,dict[str,Tensor]]: "The loss, and what else is logged; both divided by `n_targets`."; return model.loss(**batch, n_targets=n_targets),{}
+
+    def prepare(self, batch: dict[str, Tensor], key: tuple[int, int]) -> dict[str, Tensor]:
+        "A batch as it is learned from; what is drawn for it depends on `key`, (seed, step), alone."
+        return batch
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        "What the loss of a batch is divided by."
+        return int((batch["labels"] != -100).sum())
+
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], n_targets: int = 1
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        "The loss, and what else is logged; both divided by `n_targets`."
+        return model.loss(**batch, n_targets=n_targets), {}
+
 
 class Learner:
     "A model and its optimizer."
-    def __init__(self, model:nn.Module, config:TrainConfig, choices:dict, objective=None):
-        self.model,self.config,self.objective = model,config,objective or NextToken()
-        self.device,self.precision = choices['device'],choices['precision']
-        self.optimizer = make_optimizer(model, config, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.split(':')[0], enabled=self.precision == 'fp16')
-        self.team:Team|None = None   # of the processes that share the steps, where there are several
-        self.grad_norm = 0. # of the last step, before clipping
 
-    def learn(self,
-        parts:list[dict[str,Tensor]], # Micro-batches: ids, labels and, where rows are packed, `rows`, (B, T) int64 each
-        n_targets:int, # What the loss is divided by: the targets of the whole effective batch
-        lr:float, # Learning rate
-    )->dict[str,Tensor]: # The loss, and what else is logged, as tensors on the device
+    def __init__(self, model: nn.Module, config: TrainConfig, choices: dict, objective=None):
+        self.model, self.config, self.objective = model, config, objective or NextToken()
+        self.device, self.precision = choices["device"], choices["precision"]
+        self.optimizer = make_optimizer(model, config, self.device)
+        self.scaler = torch.amp.GradScaler(
+            self.device.split(":")[0], enabled=self.precision == "fp16"
+        )
+        self.team: Team | None = (
+            None  # of the processes that share the steps, where there are several
+        )
+        self.grad_norm = 0.0  # of the last step, before clipping
+
+    def learn(
+        self,
+        parts: list[
+            dict[str, Tensor]
+        ],  # Micro-batches: ids, labels and, where rows are packed, `rows`, (B, T) int64 each
+        n_targets: int,  # What the loss is divided by: the targets of the whole effective batch
+        lr: float,  # Learning rate
+    ) -> dict[str, Tensor]:  # The loss, and what else is logged, as tensors on the device
         "One optimizer step."
-        for group in self.optimizer.param_groups: group['lr'] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         total = {}
-        torch.set_flush_denormal(False) # torch 2.4 compiles libraries that switch it on when they are loaded, and a run that goes on may load none
+        torch.set_flush_denormal(
+            False
+        )  # torch 2.4 compiles libraries that switch it on when they are loaded, and a run that goes on may load none
         with self.team.together() if self.team else contextlib.nullcontext():
             for part in parts:
-                micro = {k:t.to(self.device, non_blocking=True) for k,t in part.items()}
-                with autocast(self.device, self.precision): loss,facts = self.objective(self.model, micro, n_targets)
+                micro = {k: t.to(self.device, non_blocking=True) for k, t in part.items()}
+                with autocast(self.device, self.precision):
+                    loss, facts = self.objective(self.model, micro, n_targets)
                 self.scaler.scale(loss).backward()
-                for k,v in dict(loss=loss.detach(), **facts).items(): total[k] = total.get(k, 0.) + v
-        if self.team: self.team.add_up([*(p.grad for p in self.model.parameters() if p.grad is not None), *total.values()])
+                for k, v in dict(loss=loss.detach(), **facts).items():
+                    total[k] = total.get(k, 0.0) + v
+        if self.team:
+            self.team.add_up(
+                [*(p.grad for p in self.model.parameters() if p.grad is not None), *total.values()]
+            )
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer); self.scaler.update()
+        self.grad_norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.grad_clip or math.inf
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         return total
 
+
 class Trainer(Learner):
     "The state of a training and its loop."
-    def __init__(self, model:nn.Module, data, config:TrainConfig, max_steps:int, choices:dict, callbacks:Iterable[Callback]=(), objective=None):
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data,
+        config: TrainConfig,
+        max_steps: int,
+        choices: dict,
+        callbacks: Iterable[Callback] = (),
+        objective=None,
+    ):
         super().__init__(model, config, choices, objective)
-        self.data,self.callbacks = data,list(callbacks)
+        self.data, self.callbacks = data, list(callbacks)
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
-        self.step,self.stop = 0,None # optimizer steps done; what asks for an end: a signal, or in words
-        self.lr_start:tuple[int,float]|None = None # step and rate from which the schedule goes down, where the run went on with another end
-        self.resting = None # says what share of the time was rested lately, where max_cpu asks for pauses
-        self.stopped_early = False   # because the validation loss has ceased to fall
-        self.losses,self.tokens = [],0 # of the steps since the last log, by name, as tensors on the device; target tokens so far
+        self.step, self.stop = (
+            0,
+            None,
+        )  # optimizer steps done; what asks for an end: a signal, or in words
+        self.lr_start: tuple[int, float] | None = (
+            None  # step and rate from which the schedule goes down, where the run went on with another end
+        )
+        self.resting = (
+            None  # says what share of the time was rested lately, where max_cpu asks for pauses
+        )
+        self.stopped_early = False  # because the validation loss has ceased to fall
+        self.losses, self.tokens = (
+            [],
+            0,
+        )  # of the steps since the last log, by name, as tensors on the device; target tokens so far
 
     def run(self):
         "Train from `step` to `max_steps`."
         cfg = self.config
-        self.call('on_start')
+        self.call("on_start")
         self.model.train()
         for batch in self.batches(self.max_steps, cfg.dataloader_workers):
             self.train_step(batch)
             self.step += 1
-            self.call('on_step')
-            if self.stop or self.stopped_early: break
-        self.call('on_end')
+            self.call("on_step")
+            if self.stop or self.stopped_early:
+                break
+        self.call("on_end")
 
-    def batches(self,
-        until:int, # The step before which they end
-        workers:int=0, # Processes that read ahead
-    )->Iterable[dict[str,Tensor]]:
+    def batches(
+        self,
+        until: int,  # The step before which they end
+        workers: int = 0,  # Processes that read ahead
+    ) -> Iterable[dict[str, Tensor]]:
         "The effective batches from this step on, on the CPU."
-        cfg,steps = self.config,range(self.step, 0 if self.complete else until)
-        batches = loader(self.data, steps, cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers, self.device.startswith('cuda'), self.schedule.offset)
-        return (self.objective.prepare(batch, (cfg.seed, step)) for step,batch in zip(steps, batches))
+        cfg, steps = self.config, range(self.step, 0 if self.complete else until)
+        batches = loader(
+            self.data,
+            steps,
+            cfg.effective_batch,
+            cfg.max_seq_len,
+            cfg.seed,
+            workers,
+            self.device.startswith("cuda"),
+            self.schedule.offset,
+        )
+        return (
+            self.objective.prepare(batch, (cfg.seed, step)) for step, batch in zip(steps, batches)
+        )
 
-    def train_step(self, batch:dict[str,Tensor]):
+    def train_step(self, batch: dict[str, Tensor]):
         "One optimizer step on an effective batch, in micro-batches."
         cfg = self.config
-        n_targets,lr = max(1, self.objective.count(batch)),lr_at(self.step, cfg, self.max_steps, self.lr_start)
-        parts = [dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))]
-        if self.team: parts = self.team.deal(parts, self.step, n_targets, lr)
-        self.losses.append(self.learn(parts, n_targets, lr)); self.tokens += sum(int((t != -100).sum()) for k,t in batch.items() if k.endswith('labels'))
+        n_targets, lr = (
+            max(1, self.objective.count(batch)),
+            lr_at(self.step, cfg, self.max_steps, self.lr_start),
+        )
+        parts = [
+            dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))
+        ]
+        if self.team:
+            parts = self.team.deal(parts, self.step, n_targets, lr)
+        self.losses.append(self.learn(parts, n_targets, lr))
+        self.tokens += sum(int((t != -100).sum()) for k, t in batch.items() if k.endswith("labels"))
 
-    def call(self, event:str, *args):
-        for c in self.callbacks: getattr(c, event)(self, *args)
+    def call(self, event: str, *args):
+        for c in self.callbacks:
+            getattr(c, event)(self, *args)
 
     @property
-    def max_steps(self)->int: "Optimizer steps of the whole run."; return self.schedule.max_steps
+    def max_steps(self) -> int:
+        "Optimizer steps of the whole run."
+        return self.schedule.max_steps
+
     @property
-    def epoch(self)->float: "Passes over the data, as a fraction."; return self.schedule.position(self.step)/self.schedule.windows
+    def epoch(self) -> float:
+        "Passes over the data, as a fraction."
+        return self.schedule.position(self.step) / self.schedule.windows
+
     @property
-    def complete(self)->bool: "Has training come to its end?"; return self.step >= self.max_steps or self.stopped_early
+    def complete(self) -> bool:
+        "Has training come to its end?"
+        return self.step >= self.max_steps or self.stopped_early
 
 # %% ../nbs/13_train.ipynb #df50b9ce
-def _last_good(t:Trainer)->tuple[bool,str]:
+def _last_good(t: Trainer) -> tuple[bool, str]:
     "Is there a checkpoint from which training can go on? And which, in words."
     t.writer.wait()
     good = newest(t.stores)
-    return bool(good),f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet"
+    return bool(good), (
+        f"The last good checkpoint is {good.path}" if good else "No checkpoint had been saved yet"
+    )
 
-def _check_losses(t:Trainer)->list[dict[str,float]]:
+
+def _check_losses(t: Trainer) -> list[dict[str, float]]:
     "The losses since the last log as numbers; a `TrainingError` if one is not finite."
-    numbers = iter(torch.stack([torch.as_tensor(v, device=t.device) for l in t.losses for v in l.values()]).tolist() if t.losses else [])
+    numbers = iter(
+        torch.stack(
+            [torch.as_tensor(v, device=t.device) for l in t.losses for v in l.values()]
+        ).tolist()
+        if t.losses
+        else []
+    )
     t.losses = losses = [dict(zip(l, numbers)) for l in t.losses]
-    first = t.step-len(losses)+1
-    bad = [(f'loss of step {first+i}', l['loss']) for i,l in enumerate(losses) if not math.isfinite(l['loss'])]
-    if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)): bad.append((f'gradient of step {t.step}', g)) # a scaler skips such steps
+    first = t.step - len(losses) + 1
+    bad = [
+        (f"loss of step {first + i}", l["loss"])
+        for i, l in enumerate(losses)
+        if not math.isfinite(l["loss"])
+    ]
+    if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)):
+        bad.append((f"gradient of step {t.step}", g))  # a scaler skips such steps
     if bad:
-        what,value = bad[0]
-        good,told = _last_good(t)
-        raise TrainingError(f"the {what} is {value}: training has diverged. {told}. Run again with a lower learning_rate (it was {t.config.learning_rate:g})" + (", and training goes on from there" if good else " and overwrite=True"))
-    if t.scaler.is_enabled() and (scale := t.scaler.get_scale()) < 1e-3: raise TrainingError(f"fp16 has not been enough for the gradients of many steps up to {t.step}: they overflowed at every scale down to {scale:g}, and such steps change nothing. {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it")
+        what, value = bad[0]
+        good, told = _last_good(t)
+        raise TrainingError(
+            f"the {what} is {value}: training has diverged. {told}. Run again with a lower"
+            f" learning_rate (it was {t.config.learning_rate:g})"
+            + (", and training goes on from there" if good else " and overwrite=True")
+        )
+    if t.scaler.is_enabled() and (scale := t.scaler.get_scale()) < 1e-3:
+        raise TrainingError(
+            f"fp16 has not been enough for the gradients of many steps up to {t.step}: they"
+            f" overflowed at every scale down to {scale:g}, and such steps change nothing."
+            f" {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it"
+        )
     return losses
 
 # %% ../nbs/13_train.ipynb #154a0c00
 class _Log(Callback):
     "Rows in metrics.jsonl."
-    def on_start(self, t): self.since,self.tokens = time.perf_counter(),t.tokens
+
+    def on_start(self, t):
+        self.since, self.tokens = time.perf_counter(), t.tokens
+
     def on_step(self, t):
-        if t.device == 'cpu' or t.step % t.config.logging_steps == 0 or t.step == t.max_steps: losses = _check_losses(t)
-        if t.step % t.config.logging_steps and t.step != t.max_steps: return
+        if t.device == "cpu" or t.step % t.config.logging_steps == 0 or t.step == t.max_steps:
+            losses = _check_losses(t)
+        if t.step % t.config.logging_steps and t.step != t.max_steps:
+            return
         now = time.perf_counter()
-        row = dict(step=t.step, epoch=round(t.epoch, 4), **{k:sum(l[k] for l in losses)/len(losses) for k in losses[0]}, lr=t.optimizer.param_groups[0]['lr'], grad_norm=float(t.grad_norm),
-            tokens=t.tokens, tokens_per_second=round((t.tokens-self.tokens)/(now-self.since), 1), **memory(t.device))
-        if t.resting: row['resting'] = round(t.resting(), 3)
-        if t.writer.stall: row['save_stall_seconds'],t.writer.stall = round(t.writer.stall, 4),0.
-        self.since,self.tokens,t.losses,t.last_loss = now,t.tokens,[],row['loss']
+        row = dict(
+            step=t.step,
+            epoch=round(t.epoch, 4),
+            **{k: sum(l[k] for l in losses) / len(losses) for k in losses[0]},
+            lr=t.optimizer.param_groups[0]["lr"],
+            grad_norm=float(t.grad_norm),
+            tokens=t.tokens,
+            tokens_per_second=round((t.tokens - self.tokens) / (now - self.since), 1),
+            **memory(t.device),
+        )
+        if t.resting:
+            row["resting"] = round(t.resting(), 3)
+        if t.writer.stall:
+            row["save_stall_seconds"], t.writer.stall = round(t.writer.stall, 4), 0.0
+        self.since, self.tokens, t.losses, t.last_loss = now, t.tokens, [], row["loss"]
         t.log(row)
+
 
 class _Save(Callback):
     "Checkpoints, snapshots, and what remains of a run at its end."
+
     def on_start(self, t):
-        self.saved,self.failed,self.compared = t.step,None,False
+        self.saved, self.failed, self.compared = t.step, None, False
         t.schedule.saved()
+
     def on_step(self, t):
         self.collect(t)
-        if t.schedule.save(t.step): self.save(t, t.store)
-        elif t.schedule.snapshot() and not t.writer.busy: self.save(t, t.snapshots)
+        if t.schedule.save(t.step):
+            self.save(t, t.store)
+        elif t.schedule.snapshot() and not t.writer.busy:
+            self.save(t, t.snapshots)
+
     def save(self, t, store):
-        if not os.path.exists(t.run_path/'run.json'):
-            with contextlib.suppress(OSError): # where that cannot be, nor can the save, which says so
+        if not os.path.exists(t.run_path / "run.json"):
+            with contextlib.suppress(
+                OSError
+            ):  # where that cannot be, nor can the save, which says so
                 t.say(t.settle_anew())
         t.schedule.saved()
-        if store.kind != 'light': self.saved = t.step # what a resume can go on from
+        if store.kind != "light":
+            self.saved = t.step  # what a resume can go on from
         state = t.state()
-        t.writer.save(store, state if store.kind != 'light' else replace(state, optimizer=None, rng=None))
+        t.writer.save(
+            store, state if store.kind != "light" else replace(state, optimizer=None, rng=None)
+        )
+
     def collect(self, t):
         "What has become of earlier saves?"
         for s in t.writer.results():
-            if s.error: self.trouble(t, s)
+            if s.error:
+                self.trouble(t, s)
             else:
-                if self.failed and (self.failed.store is t.best) == (s.store is t.best): # a best model, being small, may fit where a state does not
-                    t.say(f'saved again: {s.path.name}'); self.failed = None
-                if s.store in t.stores: t.last_saved = s.path
-                if s.store is t.store: self.compare(t, s)
-                t.call('on_save', s.path)
+                if self.failed and (self.failed.store is t.best) == (
+                    s.store is t.best
+                ):  # a best model, being small, may fit where a state does not
+                    t.say(f"saved again: {s.path.name}")
+                    self.failed = None
+                if s.store in t.stores:
+                    t.last_saved = s.path
+                if s.store is t.store:
+                    self.compare(t, s)
+                t.call("on_save", s.path)
+
     def trouble(self, t, s):
-        if s.store is t.best: t.best_loss = None # the next one is the best of those that could be kept
-        if not self.failed: t.say(f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}: {s.error}. Training goes on, and every later save is tried; this is said once")
+        if s.store is t.best:
+            t.best_loss = None  # the next one is the best of those that could be kept
+        if not self.failed:
+            t.say(
+                f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}:"
+                f" {s.error}. Training goes on, and every later save is tried; this is said once"
+            )
         self.failed = s
-        if s.store in t.stores and s.step == self.saved: self.saved = -1
+        if s.store in t.stores and s.step == self.saved:
+            self.saved = -1
+
     def compare(self, t, s):
-        if self.compared: return
-        self.compared,planned = True,checkpoint_size(_n_saved(t.model))
-        t.say(f'{s.path.name} takes {human_size(s.size)}' + (f': MORE than the {human_size(planned)} of the plan' if s.size > 1.1*planned+2**24 else ''))
+        if self.compared:
+            return
+        self.compared, planned = True, checkpoint_size(_n_saved(t.model))
+        t.say(
+            f"{s.path.name} takes {human_size(s.size)}"
+            + (
+                f": MORE than the {human_size(planned)} of the plan"
+                if s.size > 1.1 * planned + 2**24
+                else ""
+            )
+        )
+
     def on_end(self, t):
-        t.writer.wait(); self.collect(t)
+        t.writer.wait()
+        self.collect(t)
         if (t.stop or t.complete) and self.saved != t.step:
-            if t.stop: t.say('saving; another Ctrl-C stops at once, without saving')
-            self.save(t, t.store); t.writer.wait(); self.collect(t)
-        if self.saved != t.step: raise self.failed.error
-        if t.complete: write_final(t.run_path, t.state())
+            if t.stop:
+                t.say("saving; another Ctrl-C stops at once, without saving")
+            self.save(t, t.store)
+            t.writer.wait()
+            self.collect(t)
+        if self.saved != t.step:
+            raise self.failed.error
+        if t.complete:
+            write_final(t.run_path, t.state())
+
 
 class _Evaluate(Callback):
     "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
-    def __init__(self, valid): self.valid = valid
+
+    def __init__(self, valid):
+        self.valid = valid
+
     def on_start(self, t):
-        if n := t.config.early_stopping: t.say(f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''} without a better validation loss")
-        if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step): self.evaluate(t) # stopped between a save and the evaluation behind it
+        if n := t.config.early_stopping:
+            t.say(
+                f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''}"
+                " without a better validation loss"
+            )
+        if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step):
+            self.evaluate(t)  # stopped between a save and the evaluation behind it
+
     def on_step(self, t):
-        if t.schedule.evaluation(t.step): self.evaluate(t)
+        if t.schedule.evaluation(t.step):
+            self.evaluate(t)
+
     def evaluate(self, t):
         _check_losses(t)
-        with autocast(t.device, t.precision): found = measure(t.model, self.valid, t.config.max_seq_len, t.config.eval_batch_size or t.config.batch_size, t.config.eval_sequences, t.objective)
-        loss = found['loss']
+        with autocast(t.device, t.precision):
+            found = measure(
+                t.model,
+                self.valid,
+                t.config.max_seq_len,
+                t.config.eval_batch_size or t.config.batch_size,
+                t.config.eval_sequences,
+                t.objective,
+            )
+        loss = found["loss"]
         t.evaluated = t.step
-        sample = dict(sample=complete(t.model, t.tokenizer, '', max_new_tokens=40, seed=t.step)) if t.config.progress else {}
-        t.log(dict(step=t.step, epoch=round(t.epoch, 4), **{f'eval_{k}':v for k,v in found.items()}, **sample))
+        sample = (
+            dict(sample=complete(t.model, t.tokenizer, "", max_new_tokens=40, seed=t.step))
+            if t.config.progress
+            else {}
+        )
+        t.log(
+            dict(
+                step=t.step,
+                epoch=round(t.epoch, 4),
+                **{f"eval_{k}": v for k, v in found.items()},
+                **sample,
+            )
+        )
         if t.best_loss is None or loss < t.best_loss:
-            t.best_loss,t.best_step,t.worse = loss,t.step,0
+            t.best_loss, t.best_step, t.worse = loss, t.step, 0
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
-        elif t.step != t.best_step: t.worse += 1 # it is, where the evaluation of a step is done again
+        elif t.step != t.best_step:
+            t.worse += 1  # it is, where the evaluation of a step is done again
         if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
             t.stopped_early = True
-            t.say(f'stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with early_stopping=0 or a larger number')
+            t.say(
+                f"stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below"
+                f" {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with"
+                " early_stopping=0 or a larger number"
+            )
+
 
 class _Backup(Callback):
     "Hands every save to the backup, and passes on what it has to say."
-    def __init__(self, backup:Backup): self.backup = backup
+
+    def __init__(self, backup: Backup):
+        self.backup = backup
+
     def on_step(self, t):
-        while self.backup.messages: t.say(self.backup.messages.popleft())
-    def on_save(self, t, path): self.backup.submit(path, {s.folder:s for s in (t.store, t.snapshots, t.best)}[path.parent])
+        while self.backup.messages:
+            t.say(self.backup.messages.popleft())
+
+    def on_save(self, t, path):
+        self.backup.submit(path, {s.folder: s for s in (t.store, t.snapshots, t.best)}[path.parent])
+
     def on_end(self, t):
         self.on_step(t)
-        if t.complete: self.backup.submit(t.run_path)
+        if t.complete:
+            self.backup.submit(t.run_path)
+
 
 class _Estimate(Callback):
     "How long it will take, once a few steps have shown it."
-    def on_start(self, t): self.first,self.began,self.told = t.step,time.perf_counter(),False
+
+    def on_start(self, t):
+        self.first, self.began, self.told = t.step, time.perf_counter(), False
+
     def on_step(self, t):
-        n,seconds = t.step-self.first,time.perf_counter()-self.began
-        if n == 1: self.first,self.began = t.step,time.perf_counter() # the first step is slower than the others
-        elif not self.told and n >= 5 and seconds > 10: self.told = True; t.say(time_plan(t.schedule, t.step, seconds/n))
+        n, seconds = t.step - self.first, time.perf_counter() - self.began
+        if n == 1:
+            self.first, self.began = (
+                t.step,
+                time.perf_counter(),
+            )  # the first step is slower than the others
+        elif not self.told and n >= 5 and seconds > 10:
+            self.told = True
+            t.say(time_plan(t.schedule, t.step, seconds / n))
+
 
 class _LossLines(Callback):
     "Losses in run.log, to be read without this library: the first, the last, one a minute between them, and every evaluation."
-    def __init__(self, log:RunLog): self.log,self.told = log,-math.inf
+
+    def __init__(self, log: RunLog):
+        self.log, self.told = log, -math.inf
+
     def on_log(self, t, row):
         where = f"step {row['step']:,} of {t.max_steps:,}: "
-        if 'eval_loss' in row: self.log(where+f"validation loss {row['eval_loss']:.4f}")
-        if 'loss' not in row or time.monotonic()-self.told < 60 and row['step'] < t.max_steps: return
+        if "eval_loss" in row:
+            self.log(where + f"validation loss {row['eval_loss']:.4f}")
+        if "loss" not in row or time.monotonic() - self.told < 60 and row["step"] < t.max_steps:
+            return
         self.told = time.monotonic()
-        self.log(where+f"loss {row['loss']:.4f}, learning rate {row['lr']:.2e}, {row['tokens_per_second']:,.0f} tokens/s")
+        self.log(
+            where + f"loss {row['loss']:.4f}, learning rate {row['lr']:.2e},"
+            f" {row['tokens_per_second']:,.0f} tokens/s"
+        )
+
 
 class _Guard(Callback):
     "Rests, or ends the training, before the machine has no room left."
+
     def on_start(self, t):
-        self.guard,self.told = Guard(t.config.max_cpu, t.config.max_memory),False
-        if t.config.max_cpu < 100: t.resting = self.guard.resting
-        if self.guard.warning: t.say(self.guard.warning)
+        self.guard, self.told = Guard(t.config.max_cpu, t.config.max_memory), False
+        if t.config.max_cpu < 100:
+            t.resting = self.guard.resting
+        if self.guard.warning:
+            t.say(self.guard.warning)
+
     def on_step(self, t):
-        if self.guard.slow and not self.told: self.told = True; t.say(self.guard.slow)
-        if why := self.guard.check(): t.stop = t.stop or f'{why} (close other programs first, or train with less memory: {memory_advice(t.config)})'
+        if self.guard.slow and not self.told:
+            self.told = True
+            t.say(self.guard.slow)
+        if why := self.guard.check():
+            t.stop = (
+                t.stop
+                or f"{why} (close other programs first, or train with less memory: {memory_advice(t.config)})"
+            )
+
 
 class _Plot(Callback):
     "The loss curve as PNG, on a thread."
-    def __init__(self, plots:PlotWriter): self.plots,self.told = plots,None
+
+    def __init__(self, plots: PlotWriter):
+        self.plots, self.told = plots, None
+
     def on_save(self, t, path):
-        if path.parent != t.best.folder: self.plots.save(int(path.name.rpartition('-')[2]))
+        if path.parent != t.best.folder:
+            self.plots.save(int(path.name.rpartition("-")[2]))
         self.tell(t)
+
     def on_end(self, t):
-        if t.complete: self.plots.save(t.step, final=True)
-        self.plots.close(); self.tell(t)
+        if t.complete:
+            self.plots.save(t.step, final=True)
+        self.plots.close()
+        self.tell(t)
+
     def tell(self, t):
-        if self.plots.problem and not self.told: t.say(f'{self.plots.problem}. Training goes on')
+        if self.plots.problem and not self.told:
+            t.say(f"{self.plots.problem}. Training goes on")
         self.told = self.plots.problem
+
 
 class _TensorBoard(Callback):
     "The rows as event files."
-    def __init__(self, events:EventWriter): self.events,self.told = events,None
+
+    def __init__(self, events: EventWriter):
+        self.events, self.told = events, None
+
     def on_log(self, t, row):
-        if not self.events.log(row) and not self.told: self.told = self.events.problem; t.say(f'tensorboard/ cannot be written from step {t.step} on: {self.told}. Training goes on')
+        if not self.events.log(row) and not self.told:
+            self.told = self.events.problem
+            t.say(
+                f"tensorboard/ cannot be written from step {t.step} on: {self.told}. Training"
+                " goes on"
+            )
+
 
 class _Live(Callback):
     "The losses in a notebook, while they fall."
-    def __init__(self, live): self.live = live
-    def on_start(self, t): self.live.show()
+
+    def __init__(self, live):
+        self.live = live
+
+    def on_start(self, t):
+        self.live.show()
+
     def on_log(self, t, row):
-        try: self.live.update()
-        except Exception as e: # a view is not worth a training
+        try:
+            self.live.update()
+        except Exception as e:  # a view is not worth a training
             self.on_log = lambda t, row: None
-            t.say(f'the live view stops here: {type(e).__name__}: {e}. Training goes on')
+            t.say(f"the live view stops here: {type(e).__name__}: {e}. Training goes on")
+
 
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
+
     def on_start(self, t):
-        self.shown,self.bar = {},tqdm(disable=True)
-        with self.no_terminal(): self.bar = tqdm(total=t.max_steps, initial=t.step, desc=t.run_path.name, unit='step', dynamic_ncols=True)
+        self.shown, self.bar = {}, tqdm(disable=True)
+        with self.no_terminal():
+            self.bar = tqdm(
+                total=t.max_steps,
+                initial=t.step,
+                desc=t.run_path.name,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
     def on_step(self, t):
-        with self.no_terminal(): self.bar.update()
+        with self.no_terminal():
+            self.bar.update()
+
     @contextlib.contextmanager
     def no_terminal(self):
         "One that is closed is not the end of a training."
-        try: yield
-        except (OSError, ValueError): self.bar.disable = True
+        try:
+            yield
+        except (OSError, ValueError):
+            self.bar.disable = True
+
     def on_log(self, t, row):
-        self.shown |= {k:f'{row[r]:.3f}' for k,r in dict(loss='loss', validation='eval_loss').items() if r in row} | ({'tokens/s':f"{row['tokens_per_second']:,.0f}"} if 'tokens_per_second' in row else {})
+        self.shown |= {
+            k: f"{row[r]:.3f}"
+            for k, r in dict(loss="loss", validation="eval_loss").items()
+            if r in row
+        } | ({"tokens/s": f"{row['tokens_per_second']:,.0f}"} if "tokens_per_second" in row else {})
         self.bar.set_postfix(self.shown, refresh=False)
+
     def on_end(self, t):
-        with self.no_terminal(): self.bar.close()
+        with self.no_terminal():
+            self.bar.close()
 
 # %% ../nbs/13_train.ipynb #5a7da85b
 @torch.inference_mode()
 def measure(
-    model:GPT, # On its device; its mode is put back afterwards
-    data:TokenSet, # Validation set
-    seq_len:int, # Tokens of a sequence
-    batch_size:int=8, # Sequences at once
-    max_sequences:int=0, # Spread evenly over the set; 0: all
-    objective=None, # `NextToken` or `Preference`; default: the first
-)->dict[str,float]: # `loss`, and what else the objective logs
+    model: GPT,  # On its device; its mode is put back afterwards
+    data: TokenSet,  # Validation set
+    seq_len: int,  # Tokens of a sequence
+    batch_size: int = 8,  # Sequences at once
+    max_sequences: int = 0,  # Spread evenly over the set; 0: all
+    objective=None,  # `NextToken` or `Preference`; default: the first
+) -> dict[str, float]:  # `loss`, and what else the objective logs
     "Means over a set, without dropout, in the order of the text. An objective that draws does so once for `batch_size` sequences."
-    index,objective = spread_over(data.n_windows(seq_len), max_sequences),objective or NextToken()
-    device,mode = next(model.parameters()).device,model.training
+    index, objective = spread_over(data.n_windows(seq_len), max_sequences), objective or NextToken()
+    device, mode = next(model.parameters()).device, model.training
     model.eval()
-    total,count = {},0
+    total, count = {}, 0
     for i in range(0, len(index), batch_size):
-        batch = objective.prepare({k:torch.from_numpy(v) for k,v in data.windows(index[i:i+batch_size], seq_len).items()}, (0, i))
-        loss,facts = objective(model, {k:t.to(device) for k,t in batch.items()})
-        for k,v in dict(loss=loss, **facts).items(): total[k] = total.get(k, 0.) + v.item()
+        batch = objective.prepare(
+            {
+                k: torch.from_numpy(v)
+                for k, v in data.windows(index[i : i + batch_size], seq_len).items()
+            },
+            (0, i),
+        )
+        loss, facts = objective(model, {k: t.to(device) for k, t in batch.items()})
+        for k, v in dict(loss=loss, **facts).items():
+            total[k] = total.get(k, 0.0) + v.item()
         count += objective.count(batch)
     model.train(mode)
-    return {k:v/max(1, count) for k,v in total.items()}
+    return {k: v / max(1, count) for k, v in total.items()}
+
 
 def evaluate(
-    model:GPT, # On its device; its mode is put back afterwards
-    data:TokenSet, # Validation set
-    seq_len:int, # Tokens of a sequence
-    batch_size:int=8, # Sequences at once
-    max_sequences:int=0, # Spread evenly over the set; 0: all
-)->float: # Nats a token
+    model: GPT,  # On its device; its mode is put back afterwards
+    data: TokenSet,  # Validation set
+    seq_len: int,  # Tokens of a sequence
+    batch_size: int = 8,  # Sequences at once
+    max_sequences: int = 0,  # Spread evenly over the set; 0: all
+) -> float:  # Nats a token
     "Mean cross-entropy over a set."
-    return measure(model, data, seq_len, batch_size, max_sequences).get('loss', 0.)
+    return measure(model, data, seq_len, batch_size, max_sequences).get("loss", 0.0)
 
 # %% ../nbs/13_train.ipynb #723c087e
-def _leaving_nothing(f:Callable)->Callable:
+def _leaving_nothing(f: Callable) -> Callable:
     "A notebook keeps the last error, and with it whatever its frames hold: of a training that was stopped, the model and the optimizer."
+
     @wraps(f)
     def g(*args, **kwargs):
-        seen = [sys.exc_info()[1], None] # what the caller deals with is his
-        try: return f(*args, **kwargs)
+        seen = [sys.exc_info()[1], None]  # what the caller deals with is his
+        try:
+            return f(*args, **kwargs)
         except (KeyboardInterrupt, SystemExit, TrainingError, CheckpointError, BackupError) as e:
-            while e not in seen: seen.append(e); traceback.clear_frames(e.__traceback__); e = e.__context__
-            gc.collect(); raise
+            while e not in seen:
+                seen.append(e)
+                traceback.clear_frames(e.__traceback__)
+                e = e.__context__
+            gc.collect()
+            raise
+
     return g
 
+
 @contextlib.contextmanager
-def _signals(t:Trainer):
+def _signals(t: Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    t = weakref.proxy(t) # the frame of a handler keeps what it refers to
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    t = weakref.proxy(t)  # the frame of a handler keeps what it refers to
+
     def handler(number, frame):
-        if t.stop and number in (signal.SIGINT, signal.SIGTERM): restore(); raise KeyboardInterrupt('stopped at once, without saving') # a terminal that is gone may say so more than once
-        t.stop = t.stop or signal.Signals(number) # and not a word: the signal may have come in the middle of a print
-    asked = [signal.SIGINT, signal.SIGTERM] + [s for n in ['SIGHUP'] if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN] # the terminal is gone; nohup ignores that
-    old = {s:signal.signal(s, handler) for s in asked}
-    restore = lambda: [signal.signal(s, h) for s,h in old.items()]
-    try: yield
-    finally: restore()
+        if t.stop and number in (signal.SIGINT, signal.SIGTERM):
+            restore()
+            raise KeyboardInterrupt(
+                "stopped at once, without saving"
+            )  # a terminal that is gone may say so more than once
+        t.stop = t.stop or signal.Signals(
+            number
+        )  # and not a word: the signal may have come in the middle of a print
 
-_TRAINING = threading.Lock() # held while a training goes on in this process
-_trains = {} # of that training: its folder and its thread
+    asked = [signal.SIGINT, signal.SIGTERM] + [
+        s
+        for n in ["SIGHUP"]
+        if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN
+    ]  # the terminal is gone; nohup ignores that
+    old = {s: signal.signal(s, handler) for s in asked}
+    restore = lambda: [signal.signal(s, h) for s, h in old.items()]
+    try:
+        yield
+    finally:
+        restore()
 
-def _one_at_a_time(f:Callable)->Callable:
+
+_TRAINING = threading.Lock()  # held while a training goes on in this process
+_trains = {}  # of that training: its folder and its thread
+
+
+def _one_at_a_time(f: Callable) -> Callable:
     "Random generators, the number of threads and the handlers of signals belong to the process: two trainings in it would change each other's losses."
+
     @wraps(f)
-    def g(*args, output_dir='runs/demo', **kwargs):
+    def g(*args, output_dir="runs/demo", **kwargs):
         if not _TRAINING.acquire(blocking=False):
-            where = 'This call comes from inside of it, as from a callback: call fit when it has ended' if _trains.get('thread') == threading.get_ident() else 'Wait until it has ended'
-            raise RuntimeError(f"output_dir={str(output_dir)!r} is not trained: this process trains {_trains.get('folder', 'another run')} already, and two trainings would draw from the same random numbers. {where}, or train in another process (`minigpt train`)")
+            where = (
+                "This call comes from inside of it, as from a callback: call fit when it has ended"
+                if _trains.get("thread") == threading.get_ident()
+                else "Wait until it has ended"
+            )
+            raise RuntimeError(
+                f"output_dir={str(output_dir)!r} is not trained: this process trains"
+                f" {_trains.get('folder', 'another run')} already, and two trainings would draw"
+                f" from the same random numbers. {where}, or train in another process (`minigpt"
+                " train`)"
+            )
         try:
             _trains.update(folder=str(output_dir), thread=threading.get_ident())
             return f(*args, output_dir=output_dir, **kwargs)
-        finally: _trains.clear(); _TRAINING.release()
+        finally:
+            _trains.clear()
+            _TRAINING.release()
+
     return g
 
-
 # %% ../nbs/13_train.ipynb #76abb57d
-def _identity(model:GPT, tok:Tokenizer, data, config:TrainConfig)->dict:
-    shape = {f'model.{k}':v for k,v in model.config.to_dict().items() if k not in model.config.free} | ({f'lora.{k}':v for k,v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
-    shape |= dict(rules=tok.rules) if tok.rules > 1 else {} # of encoding; not written by older versions
-    return dict(**shape, tokenizer=tok.hash, data=data.fingerprint, curriculum=data.curriculum_id, max_seq_len=config.max_seq_len, effective_batch=config.effective_batch, seed=config.seed)
+def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
+    shape = {
+        f"model.{k}": v for k, v in model.config.to_dict().items() if k not in model.config.free
+    } | ({f"lora.{k}": v for k, v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
+    shape |= (
+        dict(rules=tok.rules) if tok.rules > 1 else {}
+    )  # of encoding; not written by older versions
+    return dict(
+        **shape,
+        tokenizer=tok.hash,
+        data=data.fingerprint,
+        curriculum=data.curriculum_id,
+        max_seq_len=config.max_seq_len,
+        effective_batch=config.effective_batch,
+        seed=config.seed,
+    )
 
-def _check_same(folder:Path, was:dict, now:dict, override:tuple[str,...], say):
+
+def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...], say):
     for k in {**was, **now}:
-        if was.get(k) == now.get(k): continue
-        if k == 'curriculum' and bool(was[k]) != bool(now.get(k)): refuse(folder, 'curriculum_learning', bool(was[k]), bool(now.get(k)))
-        if {'curriculum':'data'}.get(k, k) in override: say(f'overridden: {k} {was[k]} → {now.get(k)}'); continue
-        hint = {'lora.base':' (fingerprints of the weights that the adapter adapts: they are another model)', 'effective_batch':' (batch_size × gradient_accumulation: change both so that their product stays)', 'data':' (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)'}.get(k, '')
+        if was.get(k) == now.get(k):
+            continue
+        if k == "curriculum" and bool(was[k]) != bool(now.get(k)):
+            refuse(folder, "curriculum_learning", bool(was[k]), bool(now.get(k)))
+        if {"curriculum": "data"}.get(k, k) in override:
+            say(f"overridden: {k} {was[k]} → {now.get(k)}")
+            continue
+        hint = {
+            "lora.base": (
+                " (fingerprints of the weights that the adapter adapts: they are another model)"
+            ),
+            "effective_batch": (
+                " (batch_size × gradient_accumulation: change both so that their product stays)"
+            ),
+            "data": (
+                " (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)"
+            ),
+        }.get(k, "")
         refuse(folder, k, was.get(k), now.get(k), hint)
 
 # %% ../nbs/13_train.ipynb #461000d6
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
-    def __init__(self, *args, folder:Path, run_id:str, tokenizer:Tokenizer, attempt:int, valid, say, **kwargs):
+
+    def __init__(
+        self,
+        *args,
+        folder: Path,
+        run_id: str,
+        tokenizer: Tokenizer,
+        attempt: int,
+        valid,
+        say,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         cfg = self.config
-        self.run_path,self.run_id,self.tokenizer,self.attempt,self.say = folder,run_id,tokenizer,attempt,say
-        self.measured_on = None if valid is None else f'{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}' + f', eval_batch_size={cfg.eval_batch_size or cfg.batch_size}'*getattr(self.objective, 'draws', False) # two validation losses are of the same measure if this is
-        self.store = CheckpointStore(folder/'checkpoints', self.schedule.keep)
-        self.snapshots = CheckpointStore(folder/'snapshots', cfg.snapshot_total_limit, 'snapshot', 'light' if cfg.snapshot_kind == 'light' else 'snapshot')
-        self.best = CheckpointStore(folder/'best', 1, kind='best')
-        self.stores,self.writer = [self.store, self.snapshots],Writer(say)
+        self.run_path, self.run_id, self.tokenizer, self.attempt, self.say = (
+            folder,
+            run_id,
+            tokenizer,
+            attempt,
+            say,
+        )
+        self.measured_on = (
+            None
+            if valid is None
+            else (
+                f"{valid.fingerprint}, max_seq_len={cfg.max_seq_len},"
+                f" eval_sequences={cfg.eval_sequences}"
+            )
+            + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
+            * getattr(self.objective, "draws", False)
+        )  # two validation losses are of the same measure if this is
+        self.store = CheckpointStore(folder / "checkpoints", self.schedule.keep)
+        self.snapshots = CheckpointStore(
+            folder / "snapshots",
+            cfg.snapshot_total_limit,
+            "snapshot",
+            "light" if cfg.snapshot_kind == "light" else "snapshot",
+        )
+        self.best = CheckpointStore(folder / "best", 1, kind="best")
+        self.stores, self.writer = [self.store, self.snapshots], Writer(say)
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
-        self.evaluated = self.worse = 0 # the step of the last evaluation; evaluations since the best one
+        self.evaluated = self.worse = (
+            0  # the step of the last evaluation; evaluations since the best one
+        )
 
     def settle(self):
         "Write what makes a folder this run's."
-        write_json(self.run_path/'run.json', self.facts)
-        if not (self.run_path/'tokenizer'/'tokenizer.json').exists(): self.tokenizer.save(self.run_path/'tokenizer')
-        self.metrics = Metrics(self.run_path/'metrics.jsonl', self.attempt, self.step)
+        write_json(self.run_path / "run.json", self.facts)
+        if not (self.run_path / "tokenizer" / "tokenizer.json").exists():
+            self.tokenizer.save(self.run_path / "tokenizer")
+        self.metrics = Metrics(self.run_path / "metrics.jsonl", self.attempt, self.step)
 
-    def settle_anew(self)->str: # What had happened, for the user
+    def settle_anew(self) -> str:  # What had happened, for the user
         "Likewise where run.json or the whole folder has disappeared; a `RuntimeError` if another process has taken its place."
-        whole = self.lock.is_there() # is it the folder that was locked?
+        whole = self.lock.is_there()  # is it the folder that was locked?
         if not whole:
             self.run_path.mkdir(parents=True, exist_ok=True)
             self.lock = self.at_end.enter_context(only_one(self.run_path))
-        if not lexists(self.run_path/'metrics.jsonl'): write_file(self.run_path/'metrics.jsonl', self.metrics.content()) # an open file outlives its name
+        if not lexists(self.run_path / "metrics.jsonl"):
+            write_file(
+                self.run_path / "metrics.jsonl", self.metrics.content()
+            )  # an open file outlives its name
         self.metrics.close()
         self.settle()
-        if whole: return f"{self.run_path/'run.json'} has been deleted while its training goes on, and is written again"
-        return f'{self.run_path} has been deleted, moved or renamed while its training goes on. From here on it is saved there anew; the checkpoints that were in it are not there any more'
+        if whole:
+            return (
+                f"{self.run_path / 'run.json'} has been deleted while its training goes on, and is"
+                " written again"
+            )
+        return (
+            f"{self.run_path} has been deleted, moved or renamed while its training goes on. From"
+            " here on it is saved there anew; the checkpoints that were in it are not there any"
+            " more"
+        )
 
-    def log(self, row:dict):
+    def log(self, row: dict):
         "Write a row of metrics, and tell every callback."
         problem = self.metrics.problem
-        if not self.metrics.write(**row) and not problem: self.say(f'metrics.jsonl cannot be written from step {self.step} on: {self.metrics.problem}. Training goes on')
-        self.call('on_log', row)
+        if not self.metrics.write(**row) and not problem:
+            self.say(
+                f"metrics.jsonl cannot be written from step {self.step} on: {self.metrics.problem}."
+                " Training goes on"
+            )
+        self.call("on_log", row)
 
-    def state(self)->State:
+    def state(self) -> State:
         "Everything that a checkpoint holds."
-        trainer = dict(global_step=self.step, max_steps=self.max_steps, progress=f'{100*self.step/self.max_steps:.1f}%', epoch=self.epoch, tokens=self.tokens,
-            data_position=self.schedule.position(self.step), last_loss=self.last_loss, recent_losses=_check_losses(self), best_loss=self.best_loss, best_step=self.best_step,
-            evaluated=self.evaluated, worse=self.worse, stopped_early=self.stopped_early, learning_rate=self.optimizer.param_groups[0]['lr'], lr_schedule=self.config.lr_schedule, grad_scaler=self.scaler.state_dict(),
+        trainer = dict(
+            global_step=self.step,
+            max_steps=self.max_steps,
+            progress=f"{100 * self.step / self.max_steps:.1f}%",
+            epoch=self.epoch,
+            tokens=self.tokens,
+            data_position=self.schedule.position(self.step),
+            last_loss=self.last_loss,
+            recent_losses=_check_losses(self),
+            best_loss=self.best_loss,
+            best_step=self.best_step,
+            evaluated=self.evaluated,
+            worse=self.worse,
+            stopped_early=self.stopped_early,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            lr_schedule=self.config.lr_schedule,
+            grad_scaler=self.scaler.state_dict(),
             measured_on=self.measured_on,
-            seed=self.config.seed, device=self.device, precision=self.precision, run=self.run_id, attempt=self.attempt, **(dict(lr_start=self.lr_start) if self.lr_start else {}))
+            seed=self.config.seed,
+            device=self.device,
+            precision=self.precision,
+            run=self.run_id,
+            attempt=self.attempt,
+            **(dict(lr_start=self.lr_start) if self.lr_start else {}),
+        )
         adapter = None
-        if isinstance(m := self.model, LoRAGPT): adapter,trainer['base'] = m.lora.to_peft(m.base_path),m.base_hash
-        return State(m.config, m.weights(), self.tokenizer, trainer, self.config.to_dict(), pack_optimizer(self.optimizer, m), pack_rng(), adapter)
+        if isinstance(m := self.model, LoRAGPT):
+            adapter, trainer["base"] = m.lora.to_peft(m.base_path), m.base_hash
+        return State(
+            m.config,
+            m.weights(),
+            self.tokenizer,
+            trainer,
+            self.config.to_dict(),
+            pack_optimizer(self.optimizer, m),
+            pack_rng(),
+            adapter,
+        )
 
-    def restore(self, state:State):
+    def restore(self, state: State):
         "Become what was saved; random generators last, so that nothing draws from them before the first step does."
         s = state.trainer
         self.model.load_weights(state.weights)
-        if state.optimizer: unpack_optimizer(self.optimizer, self.model, state.optimizer)
-        else: self.say("these are weights alone: the optimizer's moments and the random generators start anew, so the losses will not be those of the uninterrupted run")
-        if self.scaler.is_enabled() and s['grad_scaler']: self.scaler.load_state_dict(s['grad_scaler'])
-        self.step,self.tokens,self.losses = s['global_step'],s['tokens'],s['recent_losses']
-        self.last_loss,self.best_loss,self.best_step,self.evaluated,self.worse = (s[k] for k in ('last_loss','best_loss','best_step','evaluated','worse'))
-        was = s.get('measured_on')
+        if state.optimizer:
+            unpack_optimizer(self.optimizer, self.model, state.optimizer)
+        else:
+            self.say(
+                "these are weights alone: the optimizer's moments and the random generators start"
+                " anew, so the losses will not be those of the uninterrupted run"
+            )
+        if self.scaler.is_enabled() and s["grad_scaler"]:
+            self.scaler.load_state_dict(s["grad_scaler"])
+        self.step, self.tokens, self.losses = s["global_step"], s["tokens"], s["recent_losses"]
+        self.last_loss, self.best_loss, self.best_step, self.evaluated, self.worse = (
+            s[k] for k in ("last_loss", "best_loss", "best_step", "evaluated", "worse")
+        )
+        was = s.get("measured_on")
         if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
-            self.say(f'what validation measures is not what it was: the best validation loss so far, {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one takes its place in best/')
-            self.best_loss,self.best_step,self.worse = None,None,0
+            self.say(
+                "what validation measures is not what it was: the best validation loss so far,"
+                f" {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one"
+                " takes its place in best/"
+            )
+            self.best_loss, self.best_step, self.worse = None, None, 0
         self.measured_on = self.measured_on or was
-        for c in self.best.all(): # a save comes before the evaluation of its step, and does not know it yet
-            if c.step > self.step or problem(c.path): continue
-            b = read_json(c.path/'trainer_state.json')
-            if b.get('measured_on') == self.measured_on and (self.best_loss is None or b['best_loss'] < self.best_loss): self.best_loss,self.best_step,self.worse = b['best_loss'],b['best_step'],0
+        for c in (
+            self.best.all()
+        ):  # a save comes before the evaluation of its step, and does not know it yet
+            if c.step > self.step or problem(c.path):
+                continue
+            b = read_json(c.path / "trainer_state.json")
+            if b.get("measured_on") == self.measured_on and (
+                self.best_loss is None or b["best_loss"] < self.best_loss
+            ):
+                self.best_loss, self.best_step, self.worse = b["best_loss"], b["best_step"], 0
         self.stopped_early = 0 < self.config.early_stopping <= self.worse
-        self.lr_start = s['lr_start'] and tuple(s['lr_start']) if 'lr_start' in s else None
-        if state.rng and (missing := [g for g in unpack_rng(state.rng) if g.partition('.')[0] == s['device'].partition(':')[0]]): self.say(f"this machine does not have the generators {', '.join(missing)}: dropout will differ from the uninterrupted run")
+        self.lr_start = s["lr_start"] and tuple(s["lr_start"]) if "lr_start" in s else None
+        if state.rng and (
+            missing := [
+                g
+                for g in unpack_rng(state.rng)
+                if g.partition(".")[0] == s["device"].partition(":")[0]
+            ]
+        ):
+            self.say(
+                f"this machine does not have the generators {', '.join(missing)}: dropout will"
+                " differ from the uninterrupted run"
+            )
 
 # %% ../nbs/13_train.ipynb #bf24d7f8
-_OBJECTIVES = dict(next_token_prediction='text', conversation_modeling='conversation', tool_use_optimization='conversation', preference_alignment='preference')
+_OBJECTIVES = dict(
+    next_token_prediction="text",
+    conversation_modeling="conversation",
+    tool_use_optimization="conversation",
+    preference_alignment="preference",
+)
 
-def _objective(model:LanguageModel, data, cfg:TrainConfig):
+
+def _objective(model: LanguageModel, data, cfg: TrainConfig):
     "What is learned from the data; a `ValueError` where they are not of the kind that is asked for."
-    if hasattr(model, 'objective'): return model.objective(data, cfg)
-    for d in getattr(data, 'sets', [data]):
-        kind = 'preference' if isinstance(d, PairSet) else 'conversation' if isinstance(d, ChatSet) else 'text'
-        if cfg.objective and (want := _OBJECTIVES[cfg.objective]) != kind: raise ValueError(f"objective={cfg.objective!r} learns from rows of the kind {want}, and {d.path} holds rows of the kind {kind}; name another data set, or another objective")
-    return Preference(cfg) if kind == 'preference' else NextToken()
+    if hasattr(model, "objective"):
+        return model.objective(data, cfg)
+    for d in getattr(data, "sets", [data]):
+        kind = (
+            "preference"
+            if isinstance(d, PairSet)
+            else "conversation"
+            if isinstance(d, ChatSet)
+            else "text"
+        )
+        if cfg.objective and (want := _OBJECTIVES[cfg.objective]) != kind:
+            raise ValueError(
+                f"objective={cfg.objective!r} learns from rows of the kind {want}, and {d.path}"
+                f" holds rows of the kind {kind}; name another data set, or another objective"
+            )
+    return Preference(cfg) if kind == "preference" else NextToken()
 
-def _add_references(sets:list, t:_RunTrainer, begun:dict):
+
+def _add_references(sets: list, t: _RunTrainer, begun: dict):
     "What DPO compares with: of the model that the run began with, not of what it has become."
-    for data in (d for s in sets if s is not None for d in getattr(s, 'sets', [s])):
-        known = dict(data=data, seq_len=t.config.max_seq_len, name=f"{t.precision}-{begun['hash']}", batch_size=t.config.batch_size, progress=t.config.progress)
-        if add_reference(**known): continue
-        if weights_hash(t.model) != begun['hash']:
-            raise CheckpointError(f"{data.path} has lost the reference of the preferences, and this call gives another model (fingerprint {weights_hash(t.model)[:12]}…) than the run began with ({begun['hash'][:12]}…). Pass the model that it began with{', '+begun['path'] if begun['path'] else ''}")
-        t.say(f"computing what the model says of {data.meta['n_docs']:,} answers before it is trained (kept in {data.path})")
-        with autocast(t.device, t.precision): add_reference(**known, model=t.model)
+    for data in (d for s in sets if s is not None for d in getattr(s, "sets", [s])):
+        known = dict(
+            data=data,
+            seq_len=t.config.max_seq_len,
+            name=f"{t.precision}-{begun['hash']}",
+            batch_size=t.config.batch_size,
+            progress=t.config.progress,
+        )
+        if add_reference(**known):
+            continue
+        if weights_hash(t.model) != begun["hash"]:
+            raise CheckpointError(
+                f"{data.path} has lost the reference of the preferences, and this call gives"
+                f" another model (fingerprint {weights_hash(t.model)[:12]}…) than the run began"
+                f" with ({begun['hash'][:12]}…). Pass the model that it began"
+                f" with{', ' + begun['path'] if begun['path'] else ''}"
+            )
+        t.say(
+            f"computing what the model says of {data.meta['n_docs']:,} answers before it is trained"
+            f" (kept in {data.path})"
+        )
+        with autocast(t.device, t.precision):
+            add_reference(**known, model=t.model)
 
-def _describe(data, seq_len:int)->list[str]:
+
+def _describe(data, seq_len: int) -> list[str]:
     "How rows come into sequences, a line each."
-    if isinstance(data, Mixture): return [f"mixture: {w:.0%} of {Path(d.meta['sources'][0]['path']).name}, {p:.2f} passes an epoch" for d,w,p in zip(data.sets, data.weights, data.passes(seq_len))] + [l for d in data.sets for l in _describe(d, seq_len)]
+    if isinstance(data, Mixture):
+        return [
+            f"mixture: {w:.0%} of {Path(d.meta['sources'][0]['path']).name}, {p:.2f} passes an"
+            " epoch"
+            for d, w, p in zip(data.sets, data.weights, data.passes(seq_len))
+        ] + [l for d in data.sets for l in _describe(d, seq_len)]
     if isinstance(data, LineSet):
-        lengths = np.diff(data.starts); cut = int((lengths > seq_len).sum())
-        return [f"{len(lengths):,} lines, a sequence each, {1-np.minimum(lengths, seq_len).sum()/(seq_len*len(lengths)):.1%} padding" + (f'; {cut:,} are longer than max_seq_len={seq_len} and are cut' if cut else '')]
-    if not isinstance(data, ChatSet): return []
+        lengths = np.diff(data.starts)
+        cut = int((lengths > seq_len).sum())
+        return [
+            f"{len(lengths):,} lines, a sequence each,"
+            f" {1 - np.minimum(lengths, seq_len).sum() / (seq_len * len(lengths)):.1%} padding"
+            + (f"; {cut:,} are longer than max_seq_len={seq_len} and are cut" if cut else "")
+        ]
+    if not isinstance(data, ChatSet):
+        return []
     lost = data.too_long(seq_len)[1]
-    return [f"{len(data.lengths())-lost:,} {'pairs' if isinstance(data, PairSet) else 'conversations'} share "
-        f"{data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding" + _long_rows(data, seq_len)]
+    return [
+        f"{len(data.lengths()) - lost:,}"
+        f" {'pairs' if isinstance(data, PairSet) else 'conversations'} share"
+        f" {data.n_windows(seq_len):,} sequences, {data.padding(seq_len):.1%} padding"
+        + _long_rows(data, seq_len)
+    ]
 
-def _long_rows(data:ChatSet, seq_len:int)->str:
+
+def _long_rows(data: ChatSet, seq_len: int) -> str:
     "What becomes of rows that are longer than a sequence."
-    (longer,lost),inside = data.too_long(seq_len),data.cut_inside(seq_len)
-    kept = max(0, longer-lost)
-    said = f'; {kept-inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer' if kept > inside else ''
-    if inside: said += f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
+    (longer, lost), inside = data.too_long(seq_len), data.cut_inside(seq_len)
+    kept = max(0, longer - lost)
+    said = (
+        f"; {kept - inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer"
+        if kept > inside
+        else ""
+    )
+    if inside:
+        said += (
+            f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
+        )
     if lost and data.skips:
-        return said + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut' keeps their beginning"
-    return said + (f'; {lost:,} are left out, because max_seq_len ends before their first answer' if lost else '')
+        return (
+            said
+            + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut'"
+            " keeps their beginning"
+        )
+    return said + (
+        f"; {lost:,} are left out, because max_seq_len ends before their first answer"
+        if lost
+        else ""
+    )
 
-def _shape(d:dict, known:dict|None):
+
+def _shape(d: dict, known: dict | None):
     "A shape in a configuration file: its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."
-    if d.get('vocab_size') is not None: return shape_from_dict(d)
-    of_size = lambda n: shape_from_dict({**d, 'vocab_size':n})
-    of_size(20_000) # what is wrong in it is said before a tokenizer is trained
-    return of_size(known['model']['vocab_size']) if known else lambda tok: of_size(tok.vocab_size)
+    if d.get("vocab_size") is not None:
+        return shape_from_dict(d)
+    of_size = lambda n: shape_from_dict({**d, "vocab_size": n})
+    of_size(20_000)  # what is wrong in it is said before a tokenizer is trained
+    return of_size(known["model"]["vocab_size"]) if known else lambda tok: of_size(tok.vocab_size)
 
-def _given(model, known:dict|None=None):
+
+def _given(model, known: dict | None = None):
     "The model of a call; opened, if a directory is named."
-    model = getattr(model, '_orig_mod', model) # of torch.compile; whether to compile is decided here
-    if isinstance(model, nn.Module) and not isinstance(model, LanguageModel) or hasattr(model, 'to_json_string'): raise TypeError(f"model is a {type(model).__name__} of another library; write it with save_pretrained('DIR') and pass model='DIR' (a shape alone: minigpt.model.from_hf(config.to_dict()))")
-    if isinstance(model, dict): return _shape(model, known)
-    if not (isinstance(model, (str,Path)) or callable(model) or hasattr(model, 'vocab_size')): raise TypeError(f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model, or a directory with one")
-    if not isinstance(model, (str,Path)) or model in PRESETS: return model
+    model = getattr(
+        model, "_orig_mod", model
+    )  # of torch.compile; whether to compile is decided here
+    if (
+        isinstance(model, nn.Module)
+        and not isinstance(model, LanguageModel)
+        or hasattr(model, "to_json_string")
+    ):
+        raise TypeError(
+            f"model is a {type(model).__name__} of another library; write it with"
+            " save_pretrained('DIR') and pass model='DIR' (a shape alone:"
+            " minigpt.model.from_hf(config.to_dict()))"
+        )
+    if isinstance(model, dict):
+        return _shape(model, known)
+    if not (isinstance(model, (str, Path)) or callable(model) or hasattr(model, "vocab_size")):
+        raise TypeError(
+            f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model,"
+            " or a directory with one"
+        )
+    if not isinstance(model, (str, Path)) or model in PRESETS:
+        return model
     model = at_home(model)
-    if any((Path(model)/n).exists() for n in ('config.json','adapter_config.json')): return load_model(model)
-    if Path(model).is_file(): load_model(model) # says what becomes of a file
-    if Path(model).exists() or len(Path(model).parts) > 1: raise FileNotFoundError(f"model={str(model)!r} is not a directory with a model: there is no config.json in it. Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets {', '.join(PRESETS)}{on_hub(model)}")
-    return GPTConfig.preset(str(model)) # there is none of that name: it says so now, before anything is built
+    if any((Path(model) / n).exists() for n in ("config.json", "adapter_config.json")):
+        return load_model(model)
+    if Path(model).is_file():
+        load_model(model)  # says what becomes of a file
+    if Path(model).exists() or len(Path(model).parts) > 1:
+        raise FileNotFoundError(
+            f"model={str(model)!r} is not a directory with a model: there is no config.json in it."
+            " Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets"
+            f" {', '.join(PRESETS)}{on_hub(model)}"
+        )
+    return GPTConfig.preset(
+        str(model)
+    )  # there is none of that name: it says so now, before anything is built
 
-def _model(model, tok:Tokenizer, cfg:TrainConfig)->LanguageModel:
+
+def _model(model, tok: Tokenizer, cfg: TrainConfig) -> LanguageModel:
     "The model of a call, with weights decided by the seed."
-    random.seed(cfg.seed); np.random.seed(cfg.seed % 2**32); torch.manual_seed(cfg.seed)
-    if isinstance(model, str): model = GPTConfig.preset(model, vocab_size=tok.vocab_size)
-    elif not isinstance(model, nn.Module) and callable(model): model = model(tok)
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed % 2**32)
+    torch.manual_seed(cfg.seed)
+    if isinstance(model, str):
+        model = GPTConfig.preset(model, vocab_size=tok.vocab_size)
+    elif not isinstance(model, nn.Module) and callable(model):
+        model = model(tok)
     shape = model.config if isinstance(model, nn.Module) else model
-    if shape.vocab_size < tok.vocab_size: raise ValueError(f"the model has vocab_size={shape.vocab_size} and the tokenizer {tok.vocab_size} tokens; give the model at least as many")
-    return model if isinstance(model, nn.Module) else replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
+    if shape.vocab_size < tok.vocab_size:
+        raise ValueError(
+            f"the model has vocab_size={shape.vocab_size} and the tokenizer {tok.vocab_size}"
+            " tokens; give the model at least as many"
+        )
+    return (
+        model
+        if isinstance(model, nn.Module)
+        else replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
+    )
 
 # %% ../nbs/13_train.ipynb #3e8b2007
-def _ownerless(folder:Path)->list[str]:
+def _ownerless(folder: Path) -> list[str]:
     "Checkpoints, or files of a model, in a folder that has no run.json: nobody knows what they belong to."
     saved = [c.path for s in stores_in(folder) for c in s.all()]
-    models = [f for n in ('MANIFEST.json','config.json','adapter_config.json','model.safetensors','tokenizer.json','tokenizer_config.json','trainer_state.json','training_args.json','generation_config.json') if (f := folder/n).exists()]
-    others = sorted(p for pattern in ('checkpoint-*','ckpt.pt','*.pth') for p in folder.glob(pattern)) # of Trainer, nanoGPT, MiniMind
-    return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]] if not (folder/'run.json').exists() else []
+    models = [
+        f
+        for n in (
+            "MANIFEST.json",
+            "config.json",
+            "adapter_config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "trainer_state.json",
+            "training_args.json",
+            "generation_config.json",
+        )
+        if (f := folder / n).exists()
+    ]
+    others = sorted(
+        p for pattern in ("checkpoint-*", "ckpt.pt", "*.pth") for p in folder.glob(pattern)
+    )  # of Trainer, nanoGPT, MiniMind
+    return (
+        [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]]
+        if not (folder / "run.json").exists()
+        else []
+    )
 
-def _folder(output_dir, resume, overwrite:bool, data, others)->tuple[Path,Path|None]:
+
+def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Path | None]:
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
-    if not isinstance(output_dir, (str,Path)): raise TypeError(f"output_dir={output_dir!r} must be the path of a folder: a run is always saved")
+    if not isinstance(output_dir, (str, Path)):
+        raise TypeError(
+            f"output_dir={output_dir!r} must be the path of a folder: a run is always saved"
+        )
     folder = at_home(output_dir)
-    try: refuse_links(folder); folder.mkdir(parents=True, exist_ok=True); can_lock(folder)
-    except OSError as e: raise OSError(f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of your own, such as runs/{folder.name or 'demo'}") from None
-    if overwrite and ((folder/'run.json').exists() or _ownerless(folder)):
-        if folder.resolve() in (here := Path.cwd().resolve(), *here.parents): raise ValueError(f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True cannot move it aside; choose a folder of the run's own, such as runs/demo")
-        with only_one(folder): pass
+    try:
+        refuse_links(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        can_lock(folder)
+    except OSError as e:
+        raise OSError(
+            f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of"
+            f" your own, such as runs/{folder.name or 'demo'}"
+        ) from None
+    if overwrite and ((folder / "run.json").exists() or _ownerless(folder)):
+        if folder.resolve() in (here := Path.cwd().resolve(), *here.parents):
+            raise ValueError(
+                f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True"
+                " cannot move it aside; choose a folder of the run's own, such as runs/demo"
+            )
+        with only_one(folder):
+            pass
         check_before_moving(folder, data, others)
-        aside = set_aside(folder, 'old'); folder.mkdir()
-        return folder,aside
-    if resume is False and (folder/'run.json').exists():
-        raise FileExistsError(f"{folder} holds a run already, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
-    return folder,None
+        aside = set_aside(folder, "old")
+        folder.mkdir()
+        return folder, aside
+    if resume is False and (folder / "run.json").exists():
+        raise FileExistsError(
+            f"{folder} holds a run already, and resume=False; choose a new output_dir, or"
+            " resume='auto' to go on with it, or overwrite=True to move it aside"
+        )
+    return folder, None
 
-_WAITS = .5,1.,2.,4. # Seconds between tries to read what cannot be read: a mount may stutter
 
-def _unwanted(c:Checkpoint, t:_RunTrainer, attempts:list[dict])->Defect|None:
+_WAITS = (
+    0.5,
+    1.0,
+    2.0,
+    4.0,
+)  # Seconds between tries to read what cannot be read: a mount may stutter
+
+
+def _unwanted(c: Checkpoint, t: _RunTrainer, attempts: list[dict]) -> Defect | None:
     "Why a whole state is not one to go on from."
-    try: own = read_json(c.path/'trainer_state.json')
-    except (OSError, ValueError): return None # that it cannot be read is said where it is verified
-    if own.get('run', t.run_id) != t.run_id: return Defect('unwanted', 'it belongs to another run')
-    if given_up(own, attempts): return Defect('unwanted', 'training went back behind it later, so it belongs to a course that was given up')
+    try:
+        own = read_json(c.path / "trainer_state.json")
+    except (OSError, ValueError):
+        return None  # that it cannot be read is said where it is verified
+    if own.get("run", t.run_id) != t.run_id:
+        return Defect("unwanted", "it belongs to another run")
+    if given_up(own, attempts):
+        return Defect(
+            "unwanted",
+            "training went back behind it later, so it belongs to a course that was given up",
+        )
     return None
+
 
 class _Choice:
     "The search for the newest state that is whole, here or in the backup."
-    def __init__(self, t:_RunTrainer, backup:Backup|None, attempts:list[dict]):
-        self.t,self.backup,self.attempts = t,backup,attempts
+
+    def __init__(self, t: _RunTrainer, backup: Backup | None, attempts: list[dict]):
+        self.t, self.backup, self.attempts = t, backup, attempts
         self.stores = [*t.stores, *(backup.state_stores() if backup else [])]
-        self.failed,self.told,self.unreadable = {},set(),{} # damaged copies by path; what was said; step and reason of what cannot be read, by path
+        self.failed, self.told, self.unreadable = (
+            {},
+            set(),
+            {},
+        )  # damaged copies by path; what was said; step and reason of what cannot be read, by path
 
-    def in_backup(self, c:Checkpoint)->bool: return self.backup is not None and self.backup.path in c.path.parents
+    def in_backup(self, c: Checkpoint) -> bool:
+        return self.backup is not None and self.backup.path in c.path.parents
 
-    def passed_over(self, c:Checkpoint, why:Defect):
-        if why.kind == 'unreadable': self.unreadable[c.path] = c.step,why
+    def passed_over(self, c: Checkpoint, why: Defect):
+        if why.kind == "unreadable":
+            self.unreadable[c.path] = c.step, why
         elif c.path not in self.told:
             self.told.add(c.path)
-            self.t.say(f"{c.path.parent.name}/{c.path.name}{' of the backup' if self.in_backup(c) else ''} is passed over: {why}")
-            if self.in_backup(c) and c.path not in self.failed: self.backup.rejected.add(c.path)
+            self.t.say(
+                f"{c.path.parent.name}/{c.path.name}{' of the backup' if self.in_backup(c) else ''}"
+                f" is passed over: {why}"
+            )
+            if self.in_backup(c) and c.path not in self.failed:
+                self.backup.rejected.add(c.path)
 
-    def look(self)->Checkpoint|None:
+    def look(self) -> Checkpoint | None:
         "The newest state; what may be newer, and cannot be read, is in `unreadable`."
         self.unreadable = {}
-        try: c = newest(self.stores, self.passed_over, lambda c: self.failed.get(c.path) or _unwanted(c, self.t, self.attempts))
-        except OSError as e: self.unreadable[Path(e.filename or self.t.run_path)] = math.inf,Defect('unreadable', f'it cannot be listed: {e}'); return None
-        self.unreadable = {p:x for p,x in self.unreadable.items() if not c or x[0] > c.step}
-        if not c or self.unreadable or not self.in_backup(c): return c
-        try: here = fetch(self.backup, c)
-        except CheckpointError as e: self.failed[c.path] = Defect('damaged', f'it could not be copied: {e}'); return self.look()
-        except OSError as e: self.unreadable[c.path] = c.step,Defect('unreadable', f'it could not be copied: {e}'); return None
-        self.t.say(f'{c.path.name} comes from the backup')
+        try:
+            c = newest(
+                self.stores,
+                self.passed_over,
+                lambda c: self.failed.get(c.path) or _unwanted(c, self.t, self.attempts),
+            )
+        except OSError as e:
+            self.unreadable[Path(e.filename or self.t.run_path)] = (
+                math.inf,
+                Defect("unreadable", f"it cannot be listed: {e}"),
+            )
+            return None
+        self.unreadable = {p: x for p, x in self.unreadable.items() if not c or x[0] > c.step}
+        if not c or self.unreadable or not self.in_backup(c):
+            return c
+        try:
+            here = fetch(self.backup, c)
+        except CheckpointError as e:
+            self.failed[c.path] = Defect("damaged", f"it could not be copied: {e}")
+            return self.look()
+        except OSError as e:
+            self.unreadable[c.path] = c.step, Defect("unreadable", f"it could not be copied: {e}")
+            return None
+        self.t.say(f"{c.path.name} comes from the backup")
         return replace(c, path=here)
 
-    def __call__(self)->Checkpoint|None:
+    def __call__(self) -> Checkpoint | None:
         "The state to go on from. An error where one that may be newer cannot be read: to go on from an older one would give it up."
-        for wait in *_WAITS,None:
+        for wait in *_WAITS, None:
             c = self.look()
-            if not self.unreadable: return c
-            if wait: time.sleep(wait)
-        path,(_,why) = next(iter(self.unreadable.items()))
-        back = f", or go back on purpose, to an older state: resume={c.path.name!r}" if c else ''
+            if not self.unreadable:
+                return c
+            if wait:
+                time.sleep(wait)
+        path, (_, why) = next(iter(self.unreadable.items()))
+        back = f", or go back on purpose, to an older state: resume={c.path.name!r}" if c else ""
         ours = not (self.backup and (path == self.backup.path or self.backup.path in path.parents))
-        raise (CheckpointError if ours else BackupError)(f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give it up. Make it readable (a mount may have to be mounted again, a folder may lack a permission, a disk may be full), and call again{back}{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}")
+        raise (CheckpointError if ours else BackupError)(
+            f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give"
+            " it up. Make it readable (a mount may have to be mounted again, a folder may lack a"
+            " permission, a disk may be full), and call"
+            f" again{back}{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}"
+        )
+
 
 @contextlib.contextmanager
-def _as_it_was(output_dir)->Iterator[list]:
+def _as_it_was(output_dir) -> Iterator[list]:
     "A call that is refused before there is a run leaves no trace of itself: neither folders, nor a lock or a log; what was moved aside (the list is told) comes back. Tokens that it has made stay, for the next call."
-    folder,moved = at_home(output_dir) if isinstance(output_dir, (str,Path)) else None,[]
+    folder, moved = at_home(output_dir) if isinstance(output_dir, (str, Path)) else None, []
     made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)] if folder else []
-    traces = [folder/n for n in ('run.log','.lock') if folder and not os.path.lexists(folder/n)]
-    try: yield moved
+    traces = [
+        folder / n for n in ("run.log", ".lock") if folder and not os.path.lexists(folder / n)
+    ]
+    try:
+        yield moved
     except BaseException:
-        with contextlib.suppress(OSError, RuntimeError): # RuntimeError: another process has the folder meanwhile
-            if folder and folder.is_dir() and not (folder/'run.json').exists(): _tidy(folder, made, traces, next(filter(None, moved), None))
+        with contextlib.suppress(
+            OSError, RuntimeError
+        ):  # RuntimeError: another process has the folder meanwhile
+            if folder and folder.is_dir() and not (folder / "run.json").exists():
+                _tidy(folder, made, traces, next(filter(None, moved), None))
         raise
 
-def _tidy(folder:Path, made:list[Path], traces:list[Path], aside:Path|None):
-    if aside: made = [folder, *made]
+
+def _tidy(folder: Path, made: list[Path], traces: list[Path], aside: Path | None):
+    if aside:
+        made = [folder, *made]
     with only_one(folder):
-        for p in [folder/'run.log', folder/'.lock'] if aside else traces: p.unlink(missing_ok=True)
+        for p in [folder / "run.log", folder / ".lock"] if aside else traces:
+            p.unlink(missing_ok=True)
         for p in [p for p in folder.iterdir() if folder in made] + made:
-            with contextlib.suppress(OSError): p.rmdir() # of those that are empty
+            with contextlib.suppress(OSError):
+                p.rmdir()  # of those that are empty
     if aside and not folder.exists():
         os.rename(aside, folder)
-        for p in traces: p.unlink(missing_ok=True) # those from before it was moved
-        tqdm.write(f'nothing is trained, and {folder} is as it was')
+        for p in traces:
+            p.unlink(missing_ok=True)  # those from before it was moved
+        tqdm.write(f"nothing is trained, and {folder} is as it was")
 
-def _pick(t:_RunTrainer, resume, backup:Backup|None, attempts:list[dict])->Checkpoint|None:
+
+def _pick(t: _RunTrainer, resume, backup: Backup | None, attempts: list[dict]) -> Checkpoint | None:
     "The state to go on from, in the run's own folder."
-    if resume is False: return None
-    if resume in ('auto', True): return _Choice(t, backup, attempts)()
-    mirrored,path = backup.state_stores() if backup else [],Path(resume)
-    around,name = split_checkpoint(resume)
-    if around and around.resolve() != t.run_path.resolve(): name = str(resume)
-    found = [c for s in (*t.stores, t.best, *mirrored) for c in s.all() if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == name)]
-    if not found: raise CheckpointError(f"resume={str(resume)!r} is not a checkpoint of this run; it has {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}. To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model")
+    if resume is False:
+        return None
+    if resume in ("auto", True):
+        return _Choice(t, backup, attempts)()
+    mirrored, path = backup.state_stores() if backup else [], Path(resume)
+    around, name = split_checkpoint(resume)
+    if around and around.resolve() != t.run_path.resolve():
+        name = str(resume)
+    found = [
+        c
+        for s in (*t.stores, t.best, *mirrored)
+        for c in s.all()
+        if (c.path.resolve() == path.resolve() if path.is_dir() else c.path.name == name)
+    ]
+    if not found:
+        raise CheckpointError(
+            f"resume={str(resume)!r} is not a checkpoint of this run; it has"
+            f" {', '.join(c.path.name for s in (*t.stores, *mirrored) for c in s.all()) or 'none'}."
+            " To begin from weights elsewhere, pass minigpt.checkpoint.load_model(…) as the model"
+        )
     whole = next((c for c in found if not problem(c.path)), None)
-    if not whole: raise CheckpointError(f'{found[0].path} cannot be resumed from: {problem(found[0].path)}')
-    return replace(whole, path=fetch(backup, whole)) if backup and backup.path in whole.path.parents else whole
+    if not whole:
+        raise CheckpointError(f"{found[0].path} cannot be resumed from: {problem(found[0].path)}")
+    return (
+        replace(whole, path=fetch(backup, whole))
+        if backup and backup.path in whole.path.parents
+        else whole
+    )
 
-def _check_readable(folder:Path):
+
+def _check_readable(folder: Path):
     "A `CheckpointError` if the states that a run has saved cannot be seen, or no others could be saved beside them."
     try:
-        if lexists(folder/'run.json'): open(folder/'run.json', 'rb').close()
-    except OSError as e: raise CheckpointError(f"{folder/'run.json'} cannot be read: {e.strerror or e}. It says what the checkpoints beside it belong to, so nothing is trained; make it readable, and call again") from None
+        if lexists(folder / "run.json"):
+            open(folder / "run.json", "rb").close()
+    except OSError as e:
+        raise CheckpointError(
+            f"{folder / 'run.json'} cannot be read: {e.strerror or e}. It says what the checkpoints"
+            " beside it belong to, so nothing is trained; make it readable, and call again"
+        ) from None
     for store in stores_in(folder):
         try:
             entries(store.folder)
-            if lexists(store.folder) and not os.access(store.folder, os.W_OK | os.X_OK): raise PermissionError(errno.EACCES, 'nothing can be saved in it')
-        except OSError as e: raise CheckpointError(f"{store.folder} cannot be used: {e.strerror or e}. Nothing is trained while its states cannot be read and saved. Give yourself the permission, or mount the disk again, and call again") from None
-    if (wrong := problem(folder, hashes=False)) and wrong.kind == 'unreadable': raise CheckpointError(f"the final model in {folder} may be whole, and {wrong}. Nothing is trained meanwhile; make it readable, and call again")
+            if lexists(store.folder) and not os.access(store.folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "nothing can be saved in it")
+        except OSError as e:
+            raise CheckpointError(
+                f"{store.folder} cannot be used: {e.strerror or e}. Nothing is trained while its"
+                " states cannot be read and saved. Give yourself the permission, or mount the disk"
+                " again, and call again"
+            ) from None
+    if (wrong := problem(folder, hashes=False)) and wrong.kind == "unreadable":
+        raise CheckpointError(
+            f"the final model in {folder} may be whole, and {wrong}. Nothing is trained meanwhile;"
+            " make it readable, and call again"
+        )
 
-def _strangers_aside(t:_RunTrainer):
+
+def _strangers_aside(t: _RunTrainer):
     "What another run has saved is neither gone on from nor overwritten, should it have come into this folder."
     for s in *t.stores, t.best:
         for c in s.all():
             with contextlib.suppress(OSError, ValueError):
-                if read_json(c.path/'trainer_state.json').get('run', t.run_id) != t.run_id: t.say(f"{c.path.parent.name}/{c.path.name} belongs to another run and is set aside as {set_aside(c.path, 'other-run')}")
+                if read_json(c.path / "trainer_state.json").get("run", t.run_id) != t.run_id:
+                    t.say(
+                        f"{c.path.parent.name}/{c.path.name} belongs to another run and is set"
+                        f" aside as {set_aside(c.path, 'other-run')}"
+                    )
 
-def _give_up(t:_RunTrainer, step:int):
+
+def _give_up(t: _RunTrainer, step: int):
     "What lies beyond `step` belongs to a course that is given up: it is set aside, and counts no more."
     for s in *t.stores, t.best:
-        for p in s.supersede(step): t.say(f'training goes back to step {step}: {p.stem} is set aside as {p}')
-    t.say(f'going back to step {step} once: to go on after an interruption, leave resume out of the call')
+        for p in s.supersede(step):
+            t.say(f"training goes back to step {step}: {p.stem} is set aside as {p}")
+    t.say(
+        f"going back to step {step} once: to go on after an interruption, leave resume out of the"
+        " call"
+    )
     root = t.run_path
-    if (root/'MANIFEST.json').exists() and read_json(root/'trainer_state.json')['global_step'] > step: set_aside(root/'MANIFEST.json', 'superseded') # the final model of that course
+    if (root / "MANIFEST.json").exists() and read_json(root / "trainer_state.json")[
+        "global_step"
+    ] > step:
+        set_aside(root / "MANIFEST.json", "superseded")  # the final model of that course
 
-def _mirror(folder:Path, cfg:TrainConfig, resume, overwrite:bool, say)->Backup|None:
+
+def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool, say) -> Backup | None:
     "The backup, if one is wanted; and the run from it, where this machine does not have it."
-    if not cfg.gdrive_backup_dir: return None
+    if not cfg.gdrive_backup_dir:
+        return None
     check_there(cfg.gdrive_backup_dir)
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
     _patiently(lambda: wait_for_others(backup, say), backup)
     fresh = read_run_id(folder) is None
-    if fresh and overwrite and backup.path.exists(): say(f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with this run later, leave overwrite out of the call")
-    if fresh and resume is False and read_run_id(backup.path): raise FileExistsError(f"{backup.path} holds a backup of such a run, and resume=False; choose a new output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside")
+    if fresh and overwrite and backup.path.exists():
+        say(
+            f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with"
+            " this run later, leave overwrite out of the call"
+        )
+    if fresh and resume is False and read_run_id(backup.path):
+        raise FileExistsError(
+            f"{backup.path} holds a backup of such a run, and resume=False; choose a new"
+            " output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside"
+        )
     _patiently(lambda: restore_run(backup, say), backup)
     return backup
 
-def _patiently(ask:Callable, backup:Backup):
+
+def _patiently(ask: Callable, backup: Backup):
     "Ask a backup again and again for a while; a `BackupError` if it cannot be read then either."
-    for wait in *_WAITS,None:
-        try: return ask()
+    for wait in *_WAITS, None:
+        try:
+            return ask()
         except OSError as e:
-            if not may_pass(e) or wait is None: raise BackupError(f"{backup.path} cannot be read now: {e}. Nothing is trained meanwhile. Mount it again and call again; or, to go on without it, leave gdrive_backup_dir out") from None
+            if not may_pass(e) or wait is None:
+                raise BackupError(
+                    f"{backup.path} cannot be read now: {e}. Nothing is trained meanwhile. Mount it"
+                    " again and call again; or, to go on without it, leave gdrive_backup_dir out"
+                ) from None
             time.sleep(wait)
 
-def _finish_backup(backup:Backup, cfg:TrainConfig, say, seconds:float, confirm:bool=True):
+
+def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confirm: bool = True):
     "Wait for the backup, and say what is and what is not there."
-    end = time.monotonic()+seconds
-    with tqdm(desc='backup', bar_format='{desc}: {postfix}', disable=not cfg.progress, leave=False) as bar:
-        whole = backup.finish(seconds, confirm, lambda s: bar.set_postfix_str(f"{s['doing']}; {human_time(max(0, end-time.monotonic()))} left"))
-    while backup.messages: say(backup.messages.popleft())
+    end = time.monotonic() + seconds
+    with tqdm(
+        desc="backup", bar_format="{desc}: {postfix}", disable=not cfg.progress, leave=False
+    ) as bar:
+        whole = backup.finish(
+            seconds,
+            confirm,
+            lambda s: bar.set_postfix_str(
+                f"{s['doing']}; {human_time(max(0, end - time.monotonic()))} left"
+            ),
+        )
+    while backup.messages:
+        say(backup.messages.popleft())
     s = backup.status()
-    if whole and s['waiting']: say(f"copied to {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}; NOT YET UPLOADED: {', '.join(s['waiting'])}. Keep this machine running for a while")
-    elif whole: say(f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}" + (', and Google has it' if s['server_tells'] and s['confirmed'] == s['copied'] else ''))
-    elif s['waiting'] and not s['pending'] and not s['failed']: say(f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for Google's server. Keep the machine running and run this cell again, which only waits; or call google.colab.drive.flush_and_unmount()")
-    else: say(f"NOT BACKED UP: {s['pending'] or 'the last save'} ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'}); the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in {backup.run_path}: run this cell again to copy it, or copy that folder yourself")
+    if whole and s["waiting"]:
+        say(
+            f"copied to {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'};"
+            f" NOT YET UPLOADED: {', '.join(s['waiting'])}. Keep this machine running for a while"
+        )
+    elif whole:
+        say(
+            f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}"
+            + (", and Google has it" if s["server_tells"] and s["confirmed"] == s["copied"] else "")
+        )
+    elif s["waiting"] and not s["pending"] and not s["failed"]:
+        say(
+            f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for"
+            " Google's server. Keep the machine running and run this cell again, which only waits;"
+            " or call google.colab.drive.flush_and_unmount()"
+        )
+    else:
+        say(
+            f"NOT BACKED UP: {s['pending'] or 'the last save'}"
+            f" ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'});"
+            f" the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in"
+            f" {backup.run_path}: run this cell again to copy it, or copy that folder yourself"
+        )
 
-def _need_validation(cfg:TrainConfig, there:bool, why:str):
+
+def _need_validation(cfg: TrainConfig, there: bool, why: str):
     "A `ValueError` where an option waits for a validation loss that never comes."
-    if there: return
-    asked = [f'{k}={v}' for k in ('early_stopping','save_best_only') if (v := getattr(cfg, k))]
-    if asked: raise ValueError(f"{' and '.join(asked)} need{'s' if len(asked) == 1 else ''} a validation loss, and {why}. Pass a validation set (valid=…), or hold more texts out (validation_split=.05), or leave {' and '.join(a.partition('=')[0] for a in asked)} out")
+    if there:
+        return
+    asked = [f"{k}={v}" for k in ("early_stopping", "save_best_only") if (v := getattr(cfg, k))]
+    if asked:
+        raise ValueError(
+            f"{' and '.join(asked)} need{'s' if len(asked) == 1 else ''} a validation loss, and"
+            f" {why}. Pass a validation set (valid=…), or hold more texts out"
+            " (validation_split=.05), or leave"
+            f" {' and '.join(a.partition('=')[0] for a in asked)} out"
+        )
 
-def _n_saved(model:GPT)->int: "Numbers that a checkpoint of weights holds."; return sum(t.numel() for t in model.weights().values())
 
-def _plan(t:_RunTrainer, backup:Backup|None):
+def _n_saved(model: GPT) -> int:
+    "Numbers that a checkpoint of weights holds."
+    return sum(t.numel() for t in model.weights().values())
+
+
+def _plan(t: _RunTrainer, backup: Backup | None):
     "Say what the run will take, before it takes it."
-    there = sum(dir_size(t.run_path/n) for n in ('checkpoints','snapshots','best'))
+    there = sum(dir_size(t.run_path / n) for n in ("checkpoints", "snapshots", "best"))
     free = _space(t, t.run_path)
-    if backup and drive_mount(backup.folder): free -= t.config.backup_keep_last*checkpoint_size(_n_saved(t.model)) # Drive's cache is on this disk as well
-    for line in storage_plan(t.config, _n_saved(t.model), t.schedule.n_checkpoints, free, _space(t, backup.folder) if backup else None, there, dir_size(backup.path) if backup else 0): t.say(line)
+    if backup and drive_mount(backup.folder):
+        free -= t.config.backup_keep_last * checkpoint_size(
+            _n_saved(t.model)
+        )  # Drive's cache is on this disk as well
+    for line in storage_plan(
+        t.config,
+        _n_saved(t.model),
+        t.schedule.n_checkpoints,
+        free,
+        _space(t, backup.folder) if backup else None,
+        there,
+        dir_size(backup.path) if backup else 0,
+    ):
+        t.say(line)
 
-def _space(t:_RunTrainer, folder:Path)->float:
+
+def _space(t: _RunTrainer, folder: Path) -> float:
     "Free bytes; infinity, where the file system does not tell."
-    try: return free_space(folder)
-    except OSError as e: t.say(f'the free space of {folder} is not known ({e.strerror or e}), so whether the run fits there is not known either'); return math.inf
+    try:
+        return free_space(folder)
+    except OSError as e:
+        t.say(
+            f"the free space of {folder} is not known ({e.strerror or e}), so whether the run fits"
+            " there is not known either"
+        )
+        return math.inf
 
-def _versions()->dict: return dict(minigpt=minigpt.__version__, torch=torch.__version__, numpy=np.__version__, python=platform.python_version())
 
-def _speaker(log:RunLog, aloud:bool):
+def _versions() -> dict:
+    return dict(
+        minigpt=minigpt.__version__,
+        torch=torch.__version__,
+        numpy=np.__version__,
+        python=platform.python_version(),
+    )
+
+
+def _speaker(log: RunLog, aloud: bool):
     "Says a line to run.log and to the user; to one who wants it quiet, only what is wrong."
-    def say(message:str):
+
+    def say(message: str):
         log(message)
-        with contextlib.suppress(OSError, ValueError): # a terminal that is gone, or cannot write ×
-            if aloud or trouble(message): tqdm.write(plain(message))
+        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, or cannot write ×
+            if aloud or trouble(message):
+                tqdm.write(plain(message))
+
     return say
 
-def _views(t:_RunTrainer, at_end:contextlib.ExitStack, widget:bool|None)->list[Callback]:
+
+def _views(t: _RunTrainer, at_end: contextlib.ExitStack, widget: bool | None) -> list[Callback]:
     "What shows the run: pictures, TensorBoard's files, and a live view in a notebook or a bar elsewhere."
-    cfg,views = t.config,[]
-    if cfg.plot_loss: views.append(_Plot(PlotWriter(t.run_path, t.max_steps)))
-    if cfg.tensorboard and find_spec('tensorboard'):
-        events = EventWriter(t.run_path/'tensorboard', t.step, read_metrics(t.run_path/'metrics.jsonl')); at_end.callback(events.close)
+    cfg, views = t.config, []
+    if cfg.plot_loss:
+        views.append(_Plot(PlotWriter(t.run_path, t.max_steps)))
+    if cfg.tensorboard and find_spec("tensorboard"):
+        events = EventWriter(
+            t.run_path / "tensorboard", t.step, read_metrics(t.run_path / "metrics.jsonl")
+        )
+        at_end.callback(events.close)
         views.append(_TensorBoard(events))
-    if widget or widget is None and cfg.progress and in_notebook() and find_spec('ipywidgets'):
+    if widget or widget is None and cfg.progress and in_notebook() and find_spec("ipywidgets"):
         from minigpt.widgets import LiveLoss
-        live = LiveLoss(t.run_path); at_end.callback(_quietly, live.finish)
+
+        live = LiveLoss(t.run_path)
+        at_end.callback(_quietly, live.finish)
         views.append(_Live(live))
-    elif cfg.progress: views.append(_Progress())
+    elif cfg.progress:
+        views.append(_Progress())
     return views
 
+
 def _quietly(f):
-    with contextlib.suppress(Exception): f()
+    with contextlib.suppress(Exception):
+        f()
 
 # %% ../nbs/13_train.ipynb #1d7edf1b
 @_leaving_nothing
 @_one_at_a_time
 def fit(
-    model:str|Path|GPTConfig|LanguageModel, # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
-    train, # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
-    valid=None, # Likewise; default: a share of `train` is held out
+    model: (
+        str | Path | GPTConfig | LanguageModel
+    ),  # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
+    train,  # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
+    valid=None,  # Likewise; default: a share of `train` is held out
     *,
-    tokenizer:Tokenizer|str|Path|None=None, # Default: the run's own, or one trained on `train`
-    output_dir:str|Path='runs/demo', # The run's folder
-    resume:str|Path|bool='auto', # 'auto': the newest whole checkpoint; the name or path of one; False: refuse a folder that holds a run
-    callbacks:Iterable[Callback]=(), # Called after each step's log and save, before an evaluation
-    config:TrainConfig|dict|None=None, # A whole configuration; `options` go before it
-    overwrite:bool=False, # Move a run that stands in `output_dir` aside
-    override:str|Iterable[str]=(), # What may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed
-    resume_from_checkpoint:str|Path|None=None, # Another name for `resume`
-    widget:bool|None=None, # A live view of the losses; default: in a notebook, where ipywidgets is installed
-    **options, # Fields of `TrainConfig`
-)->Run: # The finished run
+    tokenizer: (
+        Tokenizer | str | Path | None
+    ) = None,  # Default: the run's own, or one trained on `train`
+    output_dir: str | Path = "runs/demo",  # The run's folder
+    resume: (
+        str | Path | bool
+    ) = "auto",  # 'auto': the newest whole checkpoint; the name or path of one; False: refuse a folder that holds a run
+    callbacks: Iterable[
+        Callback
+    ] = (),  # Called after each step's log and save, before an evaluation
+    config: TrainConfig | dict | None = None,  # A whole configuration; `options` go before it
+    overwrite: bool = False,  # Move a run that stands in `output_dir` aside
+    override: (
+        str | Iterable[str]
+    ) = (),  # What may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed
+    resume_from_checkpoint: str | Path | None = None,  # Another name for `resume`
+    widget: (
+        bool | None
+    ) = None,  # A live view of the losses; default: in a notebook, where ipywidgets is installed
+    **options,  # Fields of `TrainConfig`
+) -> Run:  # The finished run
     "Train a model, or go on training it, or return it if it is trained."
-    if not isinstance(config, (TrainConfig,dict,type(None))): raise TypeError(f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file: config=minigpt.config.read_options(path)")
+    if not isinstance(config, (TrainConfig, dict, type(None))):
+        raise TypeError(
+            f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file:"
+            " config=minigpt.config.read_options(path)"
+        )
     callbacks = [*callbacks]
-    if bad := [c for c in callbacks if not isinstance(c, Callback)]: raise TypeError(f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback, and pass an object of it")
-    configured = lambda decided: TrainConfig.make(config if isinstance(config, TrainConfig) else usual_options(train, decided) | (config or {}), **options)
+    if bad := [c for c in callbacks if not isinstance(c, Callback)]:
+        raise TypeError(
+            f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback,"
+            " and pass an object of it"
+        )
+    configured = lambda decided: TrainConfig.make(
+        (
+            config
+            if isinstance(config, TrainConfig)
+            else usual_options(train, decided) | (config or {})
+        ),
+        **options,
+    )
     cfg = configured(None)
-    if resume_from_checkpoint is not None: resume = resume_from_checkpoint
-    if not isinstance(resume, (str,Path,bool)): raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
+    if resume_from_checkpoint is not None:
+        resume = resume_from_checkpoint
+    if not isinstance(resume, (str, Path, bool)):
+        raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
     override = (override,) if isinstance(override, str) else tuple(override)
-    if bad := [o for o in override if o not in OVERRIDES]: raise ValueError(f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the weights would not fit; start a new run")
-    if launched(): help_out(); return Run(output_dir)
-    train,valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid)) # it is read more than once
-    is_set = hasattr(train, 'sequences')
-    _need_validation(cfg, valid is not None or cfg.validation_split > 0 and not is_set, 'train is a token set, of which nothing is held out' if is_set else 'validation_split=0 holds no text out')
+    if bad := [o for o in override if o not in OVERRIDES]:
+        raise ValueError(
+            f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the"
+            " weights would not fit; start a new run"
+        )
+    if launched():
+        help_out()
+        return Run(output_dir)
+    train, valid = (
+        [*x] if isinstance(x, Iterator) else x for x in (train, valid)
+    )  # it is read more than once
+    is_set = hasattr(train, "sequences")
+    _need_validation(
+        cfg,
+        valid is not None or cfg.validation_split > 0 and not is_set,
+        (
+            "train is a token set, of which nothing is held out"
+            if is_set
+            else "validation_split=0 holds no text out"
+        ),
+    )
     with _as_it_was(output_dir) as moved, contextlib.ExitStack() as at_end:
-        folder,aside = _folder(output_dir, resume, overwrite, (train, valid), (model, tokenizer, getattr(model, 'base_path', None)))
+        folder, aside = _folder(
+            output_dir,
+            resume,
+            overwrite,
+            (train, valid),
+            (model, tokenizer, getattr(model, "base_path", None)),
+        )
         moved.append(aside)
         lock = at_end.enter_context(only_one(folder))
-        log = at_end.enter_context(RunLog(folder/'run.log'))
-        say,log.counts = _speaker(log, cfg.progress),False # until the call is accepted
+        log = at_end.enter_context(RunLog(folder / "run.log"))
+        say, log.counts = _speaker(log, cfg.progress), False  # until the call is accepted
         _check_readable(folder)
-        for f in folder, *(folder/n for n in ('checkpoints','snapshots','best','tokenizer')), *(p for p in entries(folder) if p.name.startswith('data')): sweep(f)
-        if not lock.works: say(f'WARNING: the file system of {folder} has no locks, so nothing keeps a second process from training this run at the same time; see to it yourself')
-        if aside: say(f'what stood in {folder} is kept as {aside}')
+        for f in (
+            folder,
+            *(folder / n for n in ("checkpoints", "snapshots", "best", "tokenizer")),
+            *(p for p in entries(folder) if p.name.startswith("data")),
+        ):
+            sweep(f)
+        if not lock.works:
+            say(
+                f"WARNING: the file system of {folder} has no locks, so nothing keeps a second"
+                " process from training this run at the same time; see to it yourself"
+            )
+        if aside:
+            say(f"what stood in {folder} is kept as {aside}")
         backup = _mirror(folder, cfg, resume, overwrite, say)
-        known = Run(folder).facts if (folder/'run.json').exists() else None
-        if known and (gone := {'id','identity','data','choices','attempts'} - known.keys()): raise ValueError(f"{folder/'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of another program. Bring back the one that fit wrote (a backup has one), or name another folder")
-        if not known and (found := _ownerless(folder)): raise FileExistsError(f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json, so it cannot be known what they belong to, and nothing is trained over them. To go on with that run, bring its run.json back (its backup has one: pass gdrive_backup_dir); to begin with their weights, pass one of them as the model and choose a new output_dir; to train anew here, pass overwrite=True, which moves the folder aside")
-        if not known and resume not in ('auto', True, False): raise CheckpointError(f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that run's folder as output_dir, or leave resume out to train anew" + (f"; to begin with the weights in {resume}, pass it as the model (--config {resume})" if (Path(resume)/'config.json').exists() else ''))
-        decided = meanings((train, valid), None if 'data' in override else known, folder)
-        cfg = configured(decided) # a name is what the run took it for, so its usual options are
+        known = Run(folder).facts if (folder / "run.json").exists() else None
+        if known and (gone := {"id", "identity", "data", "choices", "attempts"} - known.keys()):
+            raise ValueError(
+                f"{folder / 'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of"
+                " another program. Bring back the one that fit wrote (a backup has one), or name"
+                " another folder"
+            )
+        if not known and (found := _ownerless(folder)):
+            raise FileExistsError(
+                f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json,"
+                " so it cannot be known what they belong to, and nothing is trained over them. To"
+                " go on with that run, bring its run.json back (its backup has one: pass"
+                " gdrive_backup_dir); to begin with their weights, pass one of them as the model"
+                " and choose a new output_dir; to train anew here, pass overwrite=True, which"
+                " moves the folder aside"
+            )
+        if not known and resume not in ("auto", True, False):
+            raise CheckpointError(
+                f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that"
+                " run's folder as output_dir, or leave resume out to train anew"
+                + (
+                    f"; to begin with the weights in {resume}, pass it as the model (--config"
+                    f" {resume})"
+                    if (Path(resume) / "config.json").exists()
+                    else ""
+                )
+            )
+        decided = meanings((train, valid), None if "data" in override else known, folder)
+        cfg = configured(decided)  # a name is what the run took it for, so its usual options are
         choices = choose(cfg)
-        if known and (old := known['choices'])['device'].split(':')[0] == choices['device'].split(':')[0]:
-            choices = {k:old[k] if getattr(cfg, o) in ('auto',0) and can_keep(k, old[k], choices['device']) else v for (k,v),o in zip(choices.items(), ('device','precision','num_threads'))}
-        if cfg.devices > 1 and cfg.device == 'auto': choices['device'] = torch.device(choices['device']).type # and not the one that it had alone
-        share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices) # refused now, if it cannot be
-        team = assemble(cfg.devices, choices['device'])
-        if team: at_end.callback(team.close); choices['device'] = own_device(choices['device'])
-        torch.set_num_threads(choices['threads'])
+        if (
+            known
+            and (old := known["choices"])["device"].split(":")[0] == choices["device"].split(":")[0]
+        ):
+            choices = {
+                k: (
+                    old[k]
+                    if getattr(cfg, o) in ("auto", 0) and can_keep(k, old[k], choices["device"])
+                    else v
+                )
+                for (k, v), o in zip(choices.items(), ("device", "precision", "num_threads"))
+            }
+        if cfg.devices > 1 and cfg.device == "auto":
+            choices["device"] = torch.device(
+                choices["device"]
+            ).type  # and not the one that it had alone
+        share_batch(
+            cfg.batch_size, cfg.effective_batch, cfg.devices
+        )  # refused now, if it cannot be
+        team = assemble(cfg.devices, choices["device"])
+        if team:
+            at_end.callback(team.close)
+            choices["device"] = own_device(choices["device"])
+        torch.set_num_threads(choices["threads"])
         at_end.enter_context(same_bits(cfg.deterministic))
 
         given_valid = source_to_json(valid) if valid is not None else None
         model = _given(model, known)
-        if (home := home_of(model)) and tokenizer is None and not known and not cfg.retrain_tokenizer:
-            if not (home/'tokenizer.json').exists(): raise ValueError(f"{home} has no tokenizer.json, and its weights know tokens by their numbers, which another tokenizer gives to other texts. Pass the one that it was trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains another, for which the weights have learned nothing")
+        if (
+            (home := home_of(model))
+            and tokenizer is None
+            and not known
+            and not cfg.retrain_tokenizer
+        ):
+            if not (home / "tokenizer.json").exists():
+                raise ValueError(
+                    f"{home} has no tokenizer.json, and its weights know tokens by their numbers,"
+                    " which another tokenizer gives to other texts. Pass the one that it was"
+                    " trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains"
+                    " another, for which the weights have learned nothing"
+                )
             tokenizer = home
-        tok,data,valid,places = open_source(folder, known, train, valid, tokenizer, cfg, override, say, decided, of_model=home is not None and tokenizer is home)
-        _need_validation(cfg, valid is not None, 'no row that could be measured was held out')
-        if not known and home and (home/'tokenizer.json').exists() and load_tokenizer(home).hash != tok.hash:
-            say(f"WARNING: {home} was trained with another tokenizer, so its weights know none of these tokens; to use its own, leave tokenizer and retrain_tokenizer out")
+        tok, data, valid, places = open_source(
+            folder,
+            known,
+            train,
+            valid,
+            tokenizer,
+            cfg,
+            override,
+            say,
+            decided,
+            of_model=home is not None and tokenizer is home,
+        )
+        _need_validation(cfg, valid is not None, "no row that could be measured was held out")
+        if (
+            not known
+            and home
+            and (home / "tokenizer.json").exists()
+            and load_tokenizer(home).hash != tok.hash
+        ):
+            say(
+                f"WARNING: {home} was trained with another tokenizer, so its weights know none of"
+                " these tokens; to use its own, leave tokenizer and retrain_tokenizer out"
+            )
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
         objective = _objective(net, data, cfg)
-        begun = (known or {}).get('began') or dict(hash=weights_hash(net), path=net.origin or getattr(net, 'base_path', None), given=isinstance(model, nn.Module)) # the weights of step 0
-        net = _moved(net, choices['device'])
+        begun = (known or {}).get("began") or dict(
+            hash=weights_hash(net),
+            path=net.origin or getattr(net, "base_path", None),
+            given=isinstance(model, nn.Module),
+        )  # the weights of step 0
+        net = _moved(net, choices["device"])
         net.recompute = cfg.gradient_checkpointing
-        if net.recompute and net.config.dropout and choices['device'].startswith('mps'): raise ValueError(f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other on an Apple GPU: torch draws other numbers there when it computes a block again; leave one out")
+        if net.recompute and net.config.dropout and choices["device"].startswith("mps"):
+            raise ValueError(
+                f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other"
+                " on an Apple GPU: torch draws other numbers there when it computes a block again;"
+                " leave one out"
+            )
         identity = _identity(net, tok, data, cfg)
-        if known: _check_same(folder, known['identity'], identity, override + ('data',)*('validation_split' in override and not hasattr(train, 'sequences')), say) # the texts are the same, or open_source had refused them
+        if known:
+            _check_same(
+                folder,
+                known["identity"],
+                identity,
+                override
+                + ("data",) * ("validation_split" in override and not hasattr(train, "sequences")),
+                say,
+            )  # the texts are the same, or open_source had refused them
 
         run = Run(folder)
-        attempts,id = (known['attempts'],known['id']) if known else ([],uuid.uuid4().hex)
+        attempts, id = (known["attempts"], known["id"]) if known else ([], uuid.uuid4().hex)
         windows = data.n_windows(cfg.max_seq_len)
-        t = _RunTrainer(net, data, cfg, _course(cfg, windows)[0], choices, folder=folder, run_id=id, tokenizer=tok, attempt=len(attempts)+1, valid=valid, say=say, objective=objective)
-        t.team,t.at_end,t.lock = team,at_end,lock
+        t = _RunTrainer(
+            net,
+            data,
+            cfg,
+            _course(cfg, windows)[0],
+            choices,
+            folder=folder,
+            run_id=id,
+            tokenizer=tok,
+            attempt=len(attempts) + 1,
+            valid=valid,
+            say=say,
+            objective=objective,
+        )
+        t.team, t.at_end, t.lock = team, at_end, lock
         _strangers_aside(t)
-        if known and resume in ('auto', True) and problem(folder) is None and _is_done(done := read_json(folder/'trainer_state.json'), t, _course(cfg, windows, done, read_json(folder/'training_args.json'))[0]):
-            say(f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to train on, raise epochs or max_steps" + (', or set early_stopping=0' if done.get('stopped_early') else ''))
+        if (
+            known
+            and resume in ("auto", True)
+            and problem(folder) is None
+            and _is_done(
+                done := read_json(folder / "trainer_state.json"),
+                t,
+                _course(cfg, windows, done, read_json(folder / "training_args.json"))[0],
+            )
+        ):
+            say(
+                f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to"
+                " train on, raise epochs or max_steps"
+                + (", or set early_stopping=0" if done.get("stopped_early") else "")
+            )
             net.load_weights(read_checkpoint(folder).weights)
-            if backup: _catch_up(backup, t, id, newest(t.stores)); backup.submit(folder); _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+            if backup:
+                _catch_up(backup, t, id, newest(t.stores))
+                backup.submit(folder)
+                _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
             return run
         if isinstance(objective, Preference):
-            with _enough_memory(t, 'before the first step'): _add_references([data, valid], t, begun)
+            with _enough_memory(t, "before the first step"):
+                _add_references([data, valid], t, begun)
         start = _pick(t, resume, backup, attempts) if known else None
-        if known and not start and begun['given'] and weights_hash(net) != begun['hash']: raise CheckpointError(f"{folder} has no checkpoint yet, and began with weights that this call does not give: pass the model that it began with{', '+begun['path'] if begun['path'] else ''}")
+        if known and not start and begun["given"] and weights_hash(net) != begun["hash"]:
+            raise CheckpointError(
+                f"{folder} has no checkpoint yet, and began with weights that this call does not"
+                " give: pass the model that it began"
+                f" with{', ' + begun['path'] if begun['path'] else ''}"
+            )
         if start:
             state = read_checkpoint(start.path)
-            max_steps,offset = _course(cfg, windows, state.trainer, state.arguments)
-            if start.step > max_steps: raise ValueError(f'{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or resume from an earlier checkpoint')
+            max_steps, offset = _course(cfg, windows, state.trainer, state.arguments)
+            if start.step > max_steps:
+                raise ValueError(
+                    f"{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or"
+                    " resume from an earlier checkpoint"
+                )
             t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
             t.restore(state)
             _settle_rate(t, state.trainer, state.arguments)
-            del state # as large as the training itself
-        attempts = attempts + [dict(started=time.time(), step=t.step, device=choices['device'], versions=_versions())]
-        if start and resume not in ('auto', True):
-            write_json(folder/'run.json', known | dict(attempts=attempts)) # first: should it be killed from here on, what lies beyond is known to be given up, in the backup too
+            del state  # as large as the training itself
+        attempts = attempts + [
+            dict(started=time.time(), step=t.step, device=choices["device"], versions=_versions())
+        ]
+        if start and resume not in ("auto", True):
+            write_json(
+                folder / "run.json", known | dict(attempts=attempts)
+            )  # first: should it be killed from here on, what lies beyond is known to be given up, in the backup too
             _give_up(t, start.step)
-        with _enough_memory(t): cfg = t.config = _tune(t, choices, known['choices'] if known else {}, say)
-        if known: _say_changes(known, cfg, choices, start, say)
-        t.facts = dict(format='minigpt run', version=1, id=id, identity=identity, model=net.config.to_dict(), lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None, began=begun, saved_params=_n_saved(net), train=cfg.to_dict(),
-            max_steps=t.max_steps, saves=t.schedule.n_checkpoints, data=dict(source=source_to_json(train), valid=given_valid, named=decided, tokens=len(data), places=places), choices=choices, attempts=attempts)
-        t.settle(); log.counts = True; at_end.callback(lambda: t.metrics.close())
-        if unread := unread_tokens(folder, [data, valid], places): say(f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing else needs them")
+        with _enough_memory(t):
+            cfg = t.config = _tune(t, choices, known["choices"] if known else {}, say)
+        if known:
+            _say_changes(known, cfg, choices, start, say)
+        t.facts = dict(
+            format="minigpt run",
+            version=1,
+            id=id,
+            identity=identity,
+            model=net.config.to_dict(),
+            lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None,
+            began=begun,
+            saved_params=_n_saved(net),
+            train=cfg.to_dict(),
+            max_steps=t.max_steps,
+            saves=t.schedule.n_checkpoints,
+            data=dict(
+                source=source_to_json(train),
+                valid=given_valid,
+                named=decided,
+                tokens=len(data),
+                places=places,
+            ),
+            choices=choices,
+            attempts=attempts,
+        )
+        t.settle()
+        log.counts = True
+        at_end.callback(lambda: t.metrics.close())
+        if unread := unread_tokens(folder, [data, valid], places):
+            say(
+                f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing"
+                " else needs them"
+            )
 
-        t.callbacks = [_Log(), _Save(), _LossLines(log), _Estimate(), *([_Backup(backup)] if backup else []), *_views(t, at_end, widget), *([] if cfg.disable_monitoring else [_Guard()]), *callbacks,
-            *([_Evaluate(valid)] if valid is not None else [])]
+        t.callbacks = [
+            _Log(),
+            _Save(),
+            _LossLines(log),
+            _Estimate(),
+            *([_Backup(backup)] if backup else []),
+            *_views(t, at_end, widget),
+            *([] if cfg.disable_monitoring else [_Guard()]),
+            *callbacks,
+            *([_Evaluate(valid)] if valid is not None else []),
+        ]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        say(f"{net.config.n_params:,} parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''} on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']}, {'compiled' if choices['compile'] != 'no' else 'not compiled'}, {attention_kernel(net, choices, any(isinstance(d, (ChatSet,LineSet)) for d in getattr(data, 'sets', [data])))} attention, "
-            f"{choices['threads']} threads, {cfg.dataloader_workers} workers; {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} × {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}")
-        for line in _describe(data, cfg.max_seq_len): say(line)
+        say(
+            f"{net.config.n_params:,}"
+            f" parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
+            f" on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']},"
+            f" {'compiled' if choices['compile'] != 'no' else 'not compiled'},"
+            f" {attention_kernel(net, choices, any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, 'sets', [data])))}"
+            f" attention, {choices['threads']} threads, {cfg.dataloader_workers} workers;"
+            f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
+            f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
+        )
+        for line in _describe(data, cfg.max_seq_len):
+            say(line)
         _plan(t, backup)
         at_end.callback(_prune, t)
-        if backup: _catch_up(backup, t, id, start, t.step if start and resume not in ('auto', True) else None); at_end.callback(backup.finish, 5, False)
+        if backup:
+            _catch_up(
+                backup, t, id, start, t.step if start and resume not in ("auto", True) else None
+            )
+            at_end.callback(backup.finish, 5, False)
         at_end.callback(t.writer.close)
         began = time.perf_counter()
         if team:
-            if choices['device'] == 'cpu': say(f'{team.size} processes share the cores of this CPU, which saves no time: devices is for GPUs')
-            with _enough_memory(t): _begin(t, choices)
-        elif (more := torch.cuda.device_count()) > 1 and choices['device'] == 'cuda': say(f'there are {more} GPUs here; devices={more} trains on all of them')
-        with _enough_memory(t), _signals(t): t.run()
-        if team: team.close()
+            if choices["device"] == "cpu":
+                say(
+                    f"{team.size} processes share the cores of this CPU, which saves no time:"
+                    " devices is for GPUs"
+                )
+            with _enough_memory(t):
+                _begin(t, choices)
+        elif (more := torch.cuda.device_count()) > 1 and choices["device"] == "cuda":
+            say(f"there are {more} GPUs here; devices={more} trains on all of them")
+        with _enough_memory(t), _signals(t):
+            t.run()
+        if team:
+            team.close()
         if t.stop:
-            if backup: _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
-            say(message := f'stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there')
-            if isinstance(t.stop, str): raise TrainingError(f'{t.stop}: {message}')
-            raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128+t.stop)
+            if backup:
+                _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
+            say(
+                message
+                := f"stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there"
+            )
+            if isinstance(t.stop, str):
+                raise TrainingError(f"{t.stop}: {message}")
+            raise (
+                KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128 + t.stop)
+            )
         net.eval()
-        say(f'finished {t.step:,} steps in {human_time(time.perf_counter()-began)}' + (f', validation loss {t.best_loss:.4f} at best (step {t.best_step:,})' if t.best_loss is not None else '') + f'; the model is in {folder}')
-        if backup: _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+        say(
+            f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}"
+            + (
+                f", validation loss {t.best_loss:.4f} at best (step {t.best_step:,})"
+                if t.best_loss is not None
+                else ""
+            )
+            + f"; the model is in {folder}"
+        )
+        if backup:
+            _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
         return run
 
 # %% ../nbs/13_train.ipynb #e9d5a2f3
-def _course(cfg:TrainConfig, windows:int, state:dict|None=None, was:dict|None=None)->tuple[int,int]:
+def _course(
+    cfg: TrainConfig, windows: int, state: dict | None = None, was: dict | None = None
+) -> tuple[int, int]:
     "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
-    offset = state['data_position']*was['max_seq_len']//cfg.max_seq_len - state['global_step']*cfg.effective_batch if state else 0
-    return cfg.max_steps or max(1, math.ceil((cfg.epochs*windows-offset)/cfg.effective_batch)),offset
+    offset = (
+        state["data_position"] * was["max_seq_len"] // cfg.max_seq_len
+        - state["global_step"] * cfg.effective_batch
+        if state
+        else 0
+    )
+    return (
+        cfg.max_steps or max(1, math.ceil((cfg.epochs * windows - offset) / cfg.effective_batch)),
+        offset,
+    )
 
-def _settle_rate(t:_RunTrainer, state:dict, was:dict):
+
+def _settle_rate(t: _RunTrainer, state: dict, was: dict):
     "Where a run goes on with another number of steps: decide how the learning rate goes on, and say where it jumps."
-    cfg,longer = t.config,state['max_steps'] != t.max_steps
-    if cfg.lr_extend == 'stretch': t.lr_start = None
-    elif longer: t.lr_start = t.step,state['learning_rate']
-    if t.step >= t.max_steps or not (longer or cfg.lr_extend != was.get('lr_extend', 'stretch')): return
-    last,now = state['learning_rate'],lr_at(t.step, cfg, t.max_steps, t.lr_start)
-    said = f"the learning rate of step {t.step:,} was {last:.3g}, of {state['max_steps']:,} steps; of {t.max_steps:,} steps it goes on with {now:.3g}"
-    if now <= 1.1*last: t.say(said)
-    else: t.say(f"WARNING: {said}, so the loss may rise for a while. To go on from {last:.3g}, and only down, stop now and pass lr_extend='continue'")
+    cfg, longer = t.config, state["max_steps"] != t.max_steps
+    if cfg.lr_extend == "stretch":
+        t.lr_start = None
+    elif longer:
+        t.lr_start = t.step, state["learning_rate"]
+    if t.step >= t.max_steps or not (longer or cfg.lr_extend != was.get("lr_extend", "stretch")):
+        return
+    last, now = state["learning_rate"], lr_at(t.step, cfg, t.max_steps, t.lr_start)
+    said = (
+        f"the learning rate of step {t.step:,} was {last:.3g}, of {state['max_steps']:,} steps; of"
+        f" {t.max_steps:,} steps it goes on with {now:.3g}"
+    )
+    if now <= 1.1 * last:
+        t.say(said)
+    else:
+        t.say(
+            f"WARNING: {said}, so the loss may rise for a while. To go on from {last:.3g}, and only"
+            " down, stop now and pass lr_extend='continue'"
+        )
 
-def _tune(t:_RunTrainer, choices:dict, old:dict, say)->TrainConfig:
+
+def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
     "The choices for which the model must be asked: its micro-batch, and whether it is compiled. A run that goes on on the same kind of device takes them over."
     cfg = t.config
-    if old and old['device'].split(':')[0] != choices['device'].split(':')[0]: old = {}
-    if cfg.auto_batch_size and (b := old.get('batch_size')) and cfg.effective_batch % b == 0: cfg = replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch//b)
+    if old and old["device"].split(":")[0] != choices["device"].split(":")[0]:
+        old = {}
+    if cfg.auto_batch_size and (b := old.get("batch_size")) and cfg.effective_batch % b == 0:
+        cfg = replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
     size = t.team.size if t.team else 1
-    how = 'no' if cfg.disable_optimizations else cfg.enable_compile
-    if how == 'auto' and old: how = old.get('compile', 'no')
-    if not t.complete and (how != 'no' or cfg.auto_batch_size and not old.get('batch_size')):
-        batch = next(iter(t.batches(t.step+1)))
-        loss_of = lambda model,batch: t.objective(model, batch, max(1, t.objective.count(batch)))[0]
-        if cfg.auto_batch_size and not old.get('batch_size'): cfg = fit_batch(t.model, batch, cfg, t.precision, say, loss_of)
+    how = "no" if cfg.disable_optimizations else cfg.enable_compile
+    if how == "auto" and old:
+        how = old.get("compile", "no")
+    if not t.complete and (how != "no" or cfg.auto_batch_size and not old.get("batch_size")):
+        batch = next(iter(t.batches(t.step + 1)))
+        loss_of = lambda model, batch: t.objective(model, batch, max(1, t.objective.count(batch)))[
+            0
+        ]
+        if cfg.auto_batch_size and not old.get("batch_size"):
+            cfg = fit_batch(t.model, batch, cfg, t.precision, say, loss_of)
         cfg = _shared(cfg, size)
-        if not decide_compile(t.model, {k:v[:cfg.batch_size].to(t.device) for k,v in batch.items()}, (t.max_steps-t.step)*cfg.gradient_accumulation//size, t.precision, how, say, loss_of): how = 'no'
+        if not decide_compile(
+            t.model,
+            {k: v[: cfg.batch_size].to(t.device) for k, v in batch.items()},
+            (t.max_steps - t.step) * cfg.gradient_accumulation // size,
+            t.precision,
+            how,
+            say,
+            loss_of,
+        ):
+            how = "no"
     cfg = _shared(cfg, size)
-    if size > 1 and cfg.batch_size < t.config.batch_size: say(f'micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that each of {size} devices gets as many')
-    choices.update(compile='yes' if how == 'auto' and not t.complete else how, # nothing is measured where nothing is trained
-        batch_size=cfg.batch_size, devices=size)
+    if size > 1 and cfg.batch_size < t.config.batch_size:
+        say(
+            f"micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that"
+            f" each of {size} devices gets as many"
+        )
+    choices.update(
+        compile=(
+            "yes" if how == "auto" and not t.complete else how
+        ),  # nothing is measured where nothing is trained
+        batch_size=cfg.batch_size,
+        devices=size,
+    )
     return cfg
 
-def _shared(cfg:TrainConfig, size:int)->TrainConfig:
+
+def _shared(cfg: TrainConfig, size: int) -> TrainConfig:
     "Micro-batches of which every process gets as many."
     b = share_batch(cfg.batch_size, cfg.effective_batch, size)
-    return cfg if b == cfg.batch_size else replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch//b)
+    return (
+        cfg
+        if b == cfg.batch_size
+        else replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
+    )
+
 
 @contextlib.contextmanager
-def _enough_memory(t:_RunTrainer, when:str=''):
+def _enough_memory(t: _RunTrainer, when: str = ""):
     "Where memory runs out, say what to change."
-    try: yield
+    try:
+        yield
     except RuntimeError as e:
-        if not out_of_memory(e): raise
+        if not out_of_memory(e):
+            raise
         said = str(e).splitlines()[0][:200]
-        traceback.clear_frames(e.__traceback__); e.__traceback__ = None # a notebook keeps the error, and it would keep the activations
+        traceback.clear_frames(e.__traceback__)
+        e.__traceback__ = None  # a notebook keeps the error, and it would keep the activations
         t.optimizer.zero_grad()
-        if t.device.startswith('cuda'): torch.cuda.empty_cache()
-        raise TrainingError(f"memory ran out {when or f'in step {t.step+1:,}'} ({said}). {_last_good(t)[1]}. Call again with {memory_advice(t.config)}") from None
+        if t.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        raise TrainingError(
+            f"memory ran out {when or f'in step {t.step + 1:,}'} ({said}). {_last_good(t)[1]}. Call"
+            f" again with {memory_advice(t.config)}"
+        ) from None
 
-def _moved(net:LanguageModel, device:str)->LanguageModel:
+
+def _moved(net: LanguageModel, device: str) -> LanguageModel:
     "The model on its device."
-    try: return net.to(device)
+    try:
+        return net.to(device)
     except RuntimeError as e:
-        if not out_of_memory(e): raise
-        raise TrainingError(f"the model, {human_size(sum(p.numel()*p.element_size() for p in net.parameters()))}, does not fit on {device} ({str(e).splitlines()[0][:200]}). If another notebook, or an earlier cell, holds that memory, restart its kernel; otherwise choose a smaller model") from None
+        if not out_of_memory(e):
+            raise
+        raise TrainingError(
+            f"the model, {human_size(sum(p.numel() * p.element_size() for p in net.parameters()))},"
+            f" does not fit on {device} ({str(e).splitlines()[0][:200]}). If another notebook, or"
+            " an earlier cell, holds that memory, restart its kernel; otherwise choose a smaller"
+            " model"
+        ) from None
 
-def _begin(t:_RunTrainer, choices:dict):
+
+def _begin(t: _RunTrainer, choices: dict):
     "Show the others what they help with."
-    t.team.share([t.device]*t.team.size)
-    t.team.show(dict(model=t.model, config=t.config, choices=choices, objective=t.objective, optimizer=pack_optimizer(t.optimizer, t.model), scaler=t.scaler.state_dict()))
-    t.team.connect(t.device, choices['threads'])
+    t.team.share([t.device] * t.team.size)
+    t.team.show(
+        dict(
+            model=t.model,
+            config=t.config,
+            choices=choices,
+            objective=t.objective,
+            optimizer=pack_optimizer(t.optimizer, t.model),
+            scaler=t.scaler.state_dict(),
+        )
+    )
+    t.team.connect(t.device, choices["threads"])
+
 
 @contextlib.contextmanager
 def _undisturbed():
     "Signals are for the process that leads."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    old = {s:signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
-    finally: [signal.signal(s, h) for s,h in old.items()]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        [signal.signal(s, h) for s, h in old.items()]
+
 
 @contextlib.contextmanager
 def _reported_by_the_first():
     "A process that `fit` has started need not say again what the first one says."
-    try: yield
+    try:
+        yield
     except TeamError:
-        if launched() is None: raise SystemExit(1) from None
+        if launched() is None:
+            raise SystemExit(1) from None
         raise
+
 
 def help_out():
     "What a process does that does not lead: its share of each step, until there are no more."
     team = join()
     with contextlib.closing(team), _undisturbed(), _reported_by_the_first():
-        if (device := team.share()) is None: return
+        if (device := team.share()) is None:
+            return
         device = own_device(device)
         p = team.show(device=device)
-        learner = Learner(p['model'], p['config'], p['choices'] | dict(device=device), p['objective'])
-        unpack_optimizer(learner.optimizer, learner.model, p.pop('optimizer'))
-        learner.scaler.load_state_dict(p['scaler'])
+        learner = Learner(
+            p["model"], p["config"], p["choices"] | dict(device=device), p["objective"]
+        )
+        unpack_optimizer(learner.optimizer, learner.model, p.pop("optimizer"))
+        learner.scaler.load_state_dict(p["scaler"])
         learner.team = team
-        team.connect(device, p['choices']['threads'])
-        set_compiled(learner.model, p['choices']['compile'] != 'no', p['choices']['compile'])
+        team.connect(device, p["choices"]["threads"])
+        set_compiled(learner.model, p["choices"]["compile"] != "no", p["choices"]["compile"])
         learner.model.train()
-        with same_bits(p['config'].deterministic):
+        with same_bits(p["config"].deterministic):
             while (order := team.share()) is not None:
-                step,n_targets,lr,parts = order
-                team.draw(p['config'].seed, step)
+                step, n_targets, lr, parts = order
+                team.draw(p["config"].seed, step)
                 learner.learn(parts, n_targets, lr)
 
-def _is_done(state:dict, t:_RunTrainer, max_steps:int)->bool:
-    "Is there nothing left to train? Not where a run that was stopped early is given more patience, or another measure."
-    return state['global_step'] >= max_steps or state.get('stopped_early', False) and 0 < t.config.early_stopping <= state['worse'] and state.get('measured_on', t.measured_on) == t.measured_on
 
-def _catch_up(backup:Backup, t:_RunTrainer, run_id:str, state:Checkpoint|None, superseded:int|None=None):
+def _is_done(state: dict, t: _RunTrainer, max_steps: int) -> bool:
+    "Is there nothing left to train? Not where a run that was stopped early is given more patience, or another measure."
+    return (
+        state["global_step"] >= max_steps
+        or state.get("stopped_early", False)
+        and 0 < t.config.early_stopping <= state["worse"]
+        and state.get("measured_on", t.measured_on) == t.measured_on
+    )
+
+
+def _catch_up(
+    backup: Backup,
+    t: _RunTrainer,
+    run_id: str,
+    state: Checkpoint | None,
+    superseded: int | None = None,
+):
     "Begin to mirror, with what the backup may not have got yet."
     backup.start(run_id, superseded)
-    if state: backup.submit(state.path, {s.folder:s for s in t.stores}.get(state.path.parent))
-    if best := [c for c in t.best.all() if not c.problem]: backup.submit(max(best, key=made_later).path, t.best)
+    if state:
+        backup.submit(state.path, {s.folder: s for s in t.stores}.get(state.path.parent))
+    if best := [c for c in t.best.all() if not c.problem]:
+        backup.submit(max(best, key=made_later).path, t.best)
 
-def _prune(t:_RunTrainer):
+
+def _prune(t: _RunTrainer):
     "Delete what could not be deleted while it was copied to the backup."
-    for store in *t.stores,t.best:
-        with contextlib.suppress(OSError): store.prune()
+    for store in *t.stores, t.best:
+        with contextlib.suppress(OSError):
+            store.prune()
 
-def _say_changes(known:dict, cfg:TrainConfig, choices:dict, start:Checkpoint|None, say):
+
+def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint | None, say):
     "What goes on, from where, and what is not as it was."
-    say(f"resuming from {start.path.name}" if start else 'no checkpoint that could be used: starting again with the same seed')
-    for k,v in cfg.to_dict().items():
-        if known['train'].get(k, v) == v or k in ('progress','plot_loss'): continue
-        if 'tokenizer' in k: say(f"{k} {known['train'][k]} → {v} changes nothing: the run keeps its tokenizer; for another, choose a new output_dir")
-        else: say(f"changed at this resume: {k} {known['train'][k]} → {v}")
-    for k,v in {**choices, **{f'{k} version':v for k,v in _versions().items()}}.items():
-        was = {**known['choices'], **{f'{k} version':v for k,v in known['attempts'][-1]['versions'].items()}}.get(k, v)
-        if was != v: say(f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the interruption")
+    say(
+        f"resuming from {start.path.name}"
+        if start
+        else "no checkpoint that could be used: starting again with the same seed"
+    )
+    for k, v in cfg.to_dict().items():
+        if known["train"].get(k, v) == v or k in ("progress", "plot_loss"):
+            continue
+        if "tokenizer" in k:
+            say(
+                f"{k} {known['train'][k]} → {v} changes nothing: the run keeps its tokenizer; for"
+                " another, choose a new output_dir"
+            )
+        else:
+            say(f"changed at this resume: {k} {known['train'][k]} → {v}")
+    for k, v in {**choices, **{f"{k} version": v for k, v in _versions().items()}}.items():
+        was = {
+            **known["choices"],
+            **{f"{k} version": v for k, v in known["attempts"][-1]["versions"].items()},
+        }.get(k, v)
+        if was != v:
+            say(
+                f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the"
+                " interruption"
+            )
 
 # %% ../nbs/13_train.ipynb #63220462
-def _first_model(run:Run):
+def _first_model(run: Run):
     "What to pass to `fit` for a run to go on: its shape, or the model that it began with where its checkpoints need that one."
     facts = run.facts
-    began = facts.get('began') or {}
-    path = find_base(began.get('path'), run.path)
-    if facts.get('lora'):
-        if not path: raise CheckpointError(f"the run trains an adapter of {began['path'] or 'a model that was in memory'}, which is not here; bring it, or call fit with lora(load_model(…)) as its model")
-        return load_model(path) if (path/'adapter_config.json').exists() else LoRAGPT(load_model(path), LoRAConfig(**facts['lora']))
-    if began.get('given') and path:
+    began = facts.get("began") or {}
+    path = find_base(began.get("path"), run.path)
+    if facts.get("lora"):
+        if not path:
+            raise CheckpointError(
+                f"the run trains an adapter of {began['path'] or 'a model that was in memory'},"
+                " which is not here; bring it, or call fit with lora(load_model(…)) as its model"
+            )
+        return (
+            load_model(path)
+            if (path / "adapter_config.json").exists()
+            else LoRAGPT(load_model(path), LoRAConfig(**facts["lora"]))
+        )
+    if began.get("given") and path:
         model = load_model(path)
-        if weights_hash(model) == began['hash']: return model
-    return shape_from_dict(facts['model'])
+        if weights_hash(model) == began["hash"]:
+            return model
+    return shape_from_dict(facts["model"])
 
 # %% ../nbs/13_train.ipynb #31e40fcf
 def resume(
-    run:str|Path, # A run's folder
-    checkpoint:str|Path='auto', # The newest whole one, or the name or path of one
+    run: str | Path,  # A run's folder
+    checkpoint: str | Path = "auto",  # The newest whole one, or the name or path of one
     *,
-    model=None, # Default: the shape or the model that the run began with
-    **options, # Fields of `TrainConfig` to change; `callbacks` too
-)->Run:
+    model=None,  # Default: the shape or the model that the run began with
+    **options,  # Fields of `TrainConfig` to change; `callbacks` too
+) -> Run:
     "Go on with a run; on another machine, name the `gdrive_backup_dir` that has it."
     run = at_home(run)
-    if launched(): help_out(); return Run(run)
+    if launched():
+        help_out()
+        return Run(run)
     with _as_it_was(run):
-        if folder := options.get('gdrive_backup_dir', Run(run).facts['train'].get('gdrive_backup_dir') if (Path(run)/'run.json').exists() else ''):
+        if folder := options.get(
+            "gdrive_backup_dir",
+            Run(run).facts["train"].get("gdrive_backup_dir")
+            if (Path(run) / "run.json").exists()
+            else "",
+        ):
             check_there(folder)
-            with only_one(run): restore_run(Backup(folder, run))
+            with only_one(run):
+                restore_run(Backup(folder, run))
         facts = open_run(run).facts
-    return fit(_first_model(Run(run)) if model is None else model, source_from_json(facts['data']['source']), source_from_json(facts['data']['valid']),
-        output_dir=run, resume=checkpoint, config=facts['train'], **options)
+    return fit(
+        _first_model(Run(run)) if model is None else model,
+        source_from_json(facts["data"]["source"]),
+        source_from_json(facts["data"]["valid"]),
+        output_dir=run,
+        resume=checkpoint,
+        config=facts["train"],
+        **options,
+    )

@@ -13,67 +13,159 @@ from .quality import Report, analyze
 from .tokenizer import Tokenizer, chat_messages, chat_pieces
 
 # %% ../nbs/12_widgets.ipynb #6af2c5aa
-_LEARNED = 'background:#cdeccd;color:#000'
-_STYLE = 'white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px;overflow:auto;border:1px solid #bbb;padding:8px;line-height:1.45;font-family:monospace'
+_LEARNED = "background:#cdeccd;color:#000"
+_STYLE = (
+    "white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px;overflow:auto;border:1px solid"
+    " #bbb;padding:8px;line-height:1.45;font-family:monospace"
+)
 
-def _pieces(pieces:list[str], limit:int=20_000)->str:
-    out,left = [],limit
-    for i,p in enumerate(pieces):
-        shown = escape(p[:max(0, left)]); left -= len(p)
+
+def _pieces(pieces: list[str], limit: int = 20_000) -> str:
+    out, left = [], limit
+    for i, p in enumerate(pieces):
+        shown = escape(p[: max(0, left)])
+        left -= len(p)
         out.append(f'<span style="{_LEARNED}">{shown}</span>' if i % 2 else shown)
-    return ''.join(out) + (f'\n… {-left:,} characters more' if left < 0 else '')
+    return "".join(out) + (f"\n… {-left:,} characters more" if left < 0 else "")
+
 
 def row_html(
-    row:Row, # Of a report
-    raw:str='', # The line as it stands in the file, of a row that was refused
-)->str: # HTML; nothing of the row is more than text in it
+    row: Row,  # Of a report
+    raw: str = "",  # The line as it stands in the file, of a row that was refused
+) -> str:  # HTML; nothing of the row is more than text in it
     "A row as the model reads it: what is learned stands on green."
     box = lambda inside: f'<div style="{_STYLE}">{inside}</div>'
-    if row.reason: return f'<b>refused: {escape(row.reason)}</b> {escape(row.detail)}' + (box(escape(raw)) if raw else '')
-    mended = f'<div>read with a blind eye: {escape(", ".join(row.mended))}</div>' if row.mended else ''
-    if row.rejected: return mended + '<table style="width:100%;table-layout:fixed"><tr>' + ''.join(f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{box(_pieces(chat_pieces(*chat_messages(side))))}</td>' for name,side in (('chosen', row.messages), ('rejected', row.rejected))) + '</tr></table>'
-    return mended + box(_pieces(chat_pieces(*chat_messages(row.messages)) if row.messages else ['', row.text]))
+    if row.reason:
+        return f"<b>refused: {escape(row.reason)}</b> {escape(row.detail)}" + (
+            box(escape(raw)) if raw else ""
+        )
+    mended = (
+        f"<div>read with a blind eye: {escape(', '.join(row.mended))}</div>" if row.mended else ""
+    )
+    if row.rejected:
+        return (
+            mended
+            + '<table style="width:100%;table-layout:fixed"><tr>'
+            + "".join(
+                f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{box(_pieces(chat_pieces(*chat_messages(side))))}</td>'
+                for name, side in (("chosen", row.messages), ("rejected", row.rejected))
+            )
+            + "</tr></table>"
+        )
+    return mended + box(
+        _pieces(chat_pieces(*chat_messages(row.messages)) if row.messages else ["", row.text])
+    )
 
 # %% ../nbs/12_widgets.ipynb #7e080c4a
-_KINDS = {'every kind of row':lambda r: True, 'with a system text':lambda r: any(m['role'] == 'system' and m['content'] for m in r.messages or ()), 'with a tool\'s answer':lambda r: any(m['role'] == 'tool' for m in r.messages or ()), 'with a call':lambda r: any(m.get('tool_calls') for m in r.messages or ()) or '<tool_call>' in r.text,
-    'with thoughts':lambda r: any(m.get('reasoning_content') for m in r.messages or ()) or '<think>' in r.text, 'of several answers':lambda r: sum(m['role'] == 'assistant' for m in r.messages or ()) > 1, 'of one answer':lambda r: sum(m['role'] == 'assistant' for m in r.messages or ()) == 1}
+_KINDS = {
+    "every kind of row": lambda r: True,
+    "with a system text": lambda r: any(
+        m["role"] == "system" and m["content"] for m in r.messages or ()
+    ),
+    "with a tool's answer": lambda r: any(m["role"] == "tool" for m in r.messages or ()),
+    "with a call": lambda r: (
+        any(m.get("tool_calls") for m in r.messages or ()) or "<tool_call>" in r.text
+    ),
+    "with thoughts": lambda r: (
+        any(m.get("reasoning_content") for m in r.messages or ()) or "<think>" in r.text
+    ),
+    "of several answers": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) > 1,
+    "of one answer": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) == 1,
+}
+
 
 def data_explorer(
-    source:str|Path|Report, # A data set, which is analysed first, or the report on it
-    tokenizer:Tokenizer|None=None, # Lengths in tokens as well
-): # A widget
+    source: str | Path | Report,  # A data set, which is analysed first, or the report on it
+    tokenizer: Tokenizer | None = None,  # Lengths in tokens as well
+):  # A widget
     "Look through a data set."
     import ipywidgets as w
+
     report = source if isinstance(source, Report) else analyze(source, tokenizer)
-    found = {'all good rows of the sample':[dict(where=name, row=r) for name,r in report['samples']]}
-    for table in 'troubles','format_errors','encoding_issues','mended': found |= {f"{k} ({v['count']:,})":v['examples'] for k,v in sorted(report[table].items(), key=lambda kv: -kv[1]['count'])}
-    longest = max([1, *(len(e['row'].text) for es in found.values() for e in es)])
-    wide = w.Layout(width='auto', flex='1 1 auto')
-    trouble = w.Dropdown(options=[(k, k) for k in found], description='show', layout=wide)
-    kind = w.Dropdown(options=[(k, k) for k in _KINDS], description='rows', layout=wide)
-    length = w.IntRangeSlider(value=(0, longest), min=0, max=longest, description='characters', continuous_update=False, layout=wide)
-    back,on,place,view = w.Button(description='◀ before', layout=w.Layout(width='100px')),w.Button(description='next ▶', layout=w.Layout(width='100px')),w.HTML(),w.HTML()
+    found = {
+        "all good rows of the sample": [dict(where=name, row=r) for name, r in report["samples"]]
+    }
+    for table in "troubles", "format_errors", "encoding_issues", "mended":
+        found |= {
+            f"{k} ({v['count']:,})": v["examples"]
+            for k, v in sorted(report[table].items(), key=lambda kv: -kv[1]["count"])
+        }
+    longest = max([1, *(len(e["row"].text) for es in found.values() for e in es)])
+    wide = w.Layout(width="auto", flex="1 1 auto")
+    trouble = w.Dropdown(options=[(k, k) for k in found], description="show", layout=wide)
+    kind = w.Dropdown(options=[(k, k) for k in _KINDS], description="rows", layout=wide)
+    length = w.IntRangeSlider(
+        value=(0, longest),
+        min=0,
+        max=longest,
+        description="characters",
+        continuous_update=False,
+        layout=wide,
+    )
+    back, on, place, view = (
+        w.Button(description="◀ before", layout=w.Layout(width="100px")),
+        w.Button(description="next ▶", layout=w.Layout(width="100px")),
+        w.HTML(),
+        w.HTML(),
+    )
     state = dict(rows=[], at=0)
+
     def show():
-        rows = state['rows']
-        back.disabled,on.disabled = state['at'] == 0,state['at'] >= len(rows)-1
-        if not rows: place.value,view.value = '0 rows: choose other kinds, or another length',''; return
-        e = rows[state['at']]
-        r = e['row']
-        n = '' if r.reason else f" · {len(r.text):,} characters" + (f" · {len(tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)):,} tokens" if tokenizer else '')
-        place.value = f"{state['at']+1} of {len(rows)} · {escape(e['where'])} · line {r.line:,}{n}" if ' line ' not in e['where'] else f"{state['at']+1} of {len(rows)} · {escape(e['where'][:200])}{n}"
-        view.value = row_html(r, e.get('raw', ''))
+        rows = state["rows"]
+        back.disabled, on.disabled = state["at"] == 0, state["at"] >= len(rows) - 1
+        if not rows:
+            place.value, view.value = "0 rows: choose other kinds, or another length", ""
+            return
+        e = rows[state["at"]]
+        r = e["row"]
+        n = (
+            ""
+            if r.reason
+            else f" · {len(r.text):,} characters"
+            + (
+                f" · {len(tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)):,}"
+                " tokens"
+                if tokenizer
+                else ""
+            )
+        )
+        place.value = (
+            f"{state['at'] + 1} of {len(rows)} · {escape(e['where'])} · line {r.line:,}{n}"
+            if " line " not in e["where"]
+            else f"{state['at'] + 1} of {len(rows)} · {escape(e['where'][:200])}{n}"
+        )
+        view.value = row_html(r, e.get("raw", ""))
+
     def choose(_=None):
-        low,high = length.value
-        state['rows'] = [e for e in found[trouble.value] if e['row'].reason or low <= len(e['row'].text) <= high and _KINDS[kind.value](e['row'])]
-        state['at'] = 0; show()
-    def go(step): state['at'] = min(max(0, state['at']+step), len(state['rows'])-1); show()
-    for c in trouble, kind, length: c.observe(choose, 'value')
-    back.on_click(lambda _: go(-1)); on.on_click(lambda _: go(1))
+        low, high = length.value
+        state["rows"] = [
+            e
+            for e in found[trouble.value]
+            if e["row"].reason or low <= len(e["row"].text) <= high and _KINDS[kind.value](e["row"])
+        ]
+        state["at"] = 0
+        show()
+
+    def go(step):
+        state["at"] = min(max(0, state["at"] + step), len(state["rows"]) - 1)
+        show()
+
+    for c in trouble, kind, length:
+        c.observe(choose, "value")
+    back.on_click(lambda _: go(-1))
+    on.on_click(lambda _: go(1))
     choose()
-    note = w.HTML(f'<span style="{_LEARNED}">on green</span>: what the model learns to say. Everything else it only reads.')
-    summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None); summary.set_title(0, 'the whole report')
-    made = w.VBox([w.HBox([trouble, kind]), length, w.HBox([back, on, place]), view, note, summary], layout=w.Layout(width='100%')); made.add_class('minigpt-data-explorer')
+    note = w.HTML(
+        f'<span style="{_LEARNED}">on green</span>: what the model learns to say. Everything else'
+        " it only reads."
+    )
+    summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None)
+    summary.set_title(0, "the whole report")
+    made = w.VBox(
+        [w.HBox([trouble, kind]), length, w.HBox([back, on, place]), view, note, summary],
+        layout=w.Layout(width="100%"),
+    )
+    made.add_class("minigpt-data-explorer")
     return made
 
 # %% ../nbs/12_widgets.ipynb #680c3b5c
@@ -81,111 +173,230 @@ import base64, time
 from functools import cached_property
 from importlib import import_module
 from .monitor import LossPicture, in_notebook
-from .status import Watch, checkpoint_rows, headline, notes, numbers, resume_code, status_text
+from minigpt.status import (
+    Watch,
+    checkpoint_rows,
+    headline,
+    notes,
+    numbers,
+    resume_code,
+    status_text,
+)
 
 # %% ../nbs/12_widgets.ipynb #f1197fb6
-def _table(rows:list[tuple[str,...]])->str:
-    cells = lambda r, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left;padding:1px 14px 1px 0">{escape(c)}</{tag}>' for c in r) + '</tr>'
-    return '<table style="line-height:1.5">' + cells(rows[0], 'th') + ''.join(cells(r, 'td') for r in rows[1:]) + '</table>'
+def _table(rows: list[tuple[str, ...]]) -> str:
+    cells = lambda r, tag: (
+        "<tr>"
+        + "".join(
+            f'<{tag} style="text-align:left;padding:1px 14px 1px 0">{escape(c)}</{tag}>' for c in r
+        )
+        + "</tr>"
+    )
+    return (
+        '<table style="line-height:1.5">'
+        + cells(rows[0], "th")
+        + "".join(cells(r, "td") for r in rows[1:])
+        + "</table>"
+    )
 
-def _numbers(s:dict)->str:
+
+def _numbers(s: dict) -> str:
     "The head of both widgets: step, bar, numbers, a sample."
-    done = 100*s['step']/max(1, s['max_steps'])
-    bar = f'<div style="background:#ddd;height:8px;margin:4px 0;max-width:720px"><div style="background:#1f77b4;height:8px;width:{min(100, done):.1f}%"></div></div>'
-    return f"<b>{escape(s['path'])}: {escape(headline(s))}</b>{bar}" + (' · '.join(f'{escape(k)} <b>{escape(v)}</b>' for k,v in numbers(s)) or 'nothing is logged yet') \
-        + (f'<div style="{_STYLE};max-height:120px">{escape(s["sample"])}</div>' if s['sample'] else '')
+    done = 100 * s["step"] / max(1, s["max_steps"])
+    bar = (
+        '<div style="background:#ddd;height:8px;margin:4px 0;max-width:720px"><div'
+        f' style="background:#1f77b4;height:8px;width:{min(100, done):.1f}%"></div></div>'
+    )
+    return (
+        f"<b>{escape(s['path'])}: {escape(headline(s))}</b>{bar}"
+        + (
+            " · ".join(f"{escape(k)} <b>{escape(v)}</b>" for k, v in numbers(s))
+            or "nothing is logged yet"
+        )
+        + (
+            f'<div style="{_STYLE};max-height:120px">{escape(s["sample"])}</div>'
+            if s["sample"]
+            else ""
+        )
+    )
 
-def _display(widget, text:str, **more):
+
+def _display(widget, text: str, **more):
     "Show a widget, or, where the notebook is read without a kernel, a text; returns the handle of the place."
     from IPython.display import display
-    return display({'application/vnd.jupyter.widget-view+json':dict(version_major=2, version_minor=0, model_id=widget.model_id), 'text/plain':text, **more}, raw=True, display_id=True) # ipywidgets 7 has no display_id of its own
+
+    return display(
+        {
+            "application/vnd.jupyter.widget-view+json": dict(
+                version_major=2, version_minor=0, model_id=widget.model_id
+            ),
+            "text/plain": text,
+            **more,
+        },
+        raw=True,
+        display_id=True,
+    )  # ipywidgets 7 has no display_id of its own
+
 
 class LiveLoss:
     "The losses and numbers of a run, from its folder: a widget in a notebook, elsewhere text and a PNG."
-    def __init__(self,
-        path:str|Path, # A run's folder, or its copy in a backup
-        clock=time.monotonic, # In seconds
-    ):
-        self.watch,self.picture,self.clock = Watch(path),LossPicture(),clock
-        self.log,self.smoothed,self.last = False,True,1000 # what the switches say
-        self.began,self.due,self.view = clock(),0.,None
 
-    def __repr__(self): return status_text(self.watch.status())
-    def _ipython_display_(self): self.show() if in_notebook() else print(self)
-    def png(self)->bytes: "The picture as it is now."; self.watch.follower.read(); return self.picture.png(self.watch.follower.curves, self.log, self.smoothed, self.last)
+    def __init__(
+        self,
+        path: str | Path,  # A run's folder, or its copy in a backup
+        clock=time.monotonic,  # In seconds
+    ):
+        self.watch, self.picture, self.clock = Watch(path), LossPicture(), clock
+        self.log, self.smoothed, self.last = False, True, 1000  # what the switches say
+        self.began, self.due, self.view = clock(), 0.0, None
+
+    def __repr__(self):
+        return status_text(self.watch.status())
+
+    def _ipython_display_(self):
+        self.show() if in_notebook() else print(self)
+
+    def png(self) -> bytes:
+        "The picture as it is now."
+        self.watch.follower.read()
+        return self.picture.png(self.watch.follower.curves, self.log, self.smoothed, self.last)
 
     @cached_property
     def widget(self):
         "An ipywidgets VBox."
         import ipywidgets as w
-        self.image,self.html = w.Image(format='png', layout=w.Layout(max_width='720px')),w.HTML()
-        switches = [w.ToggleButton(value=on, description=name, layout=w.Layout(width='130px')) for name,on in (('log scale', self.log), ('smoothed', self.smoothed), ('last 1,000 steps', bool(self.last)))]
-        def switch(_): self.log,self.smoothed,self.last = switches[0].value,switches[1].value,1000*switches[2].value; self.draw()
-        for s in switches: s.observe(switch, 'value')
-        again = w.Button(description='refresh', layout=w.Layout(width='90px')); again.on_click(lambda _: self.draw())
-        made = w.VBox([self.html, self.image, w.HBox([*switches, again])], layout=w.Layout(width='100%')); made.add_class('minigpt-live-loss')
+
+        self.image, self.html = w.Image(format="png", layout=w.Layout(max_width="720px")), w.HTML()
+        switches = [
+            w.ToggleButton(value=on, description=name, layout=w.Layout(width="130px"))
+            for name, on in (
+                ("log scale", self.log),
+                ("smoothed", self.smoothed),
+                ("last 1,000 steps", bool(self.last)),
+            )
+        ]
+
+        def switch(_):
+            self.log, self.smoothed, self.last = (
+                switches[0].value,
+                switches[1].value,
+                1000 * switches[2].value,
+            )
+            self.draw()
+
+        for s in switches:
+            s.observe(switch, "value")
+        again = w.Button(description="refresh", layout=w.Layout(width="90px"))
+        again.on_click(lambda _: self.draw())
+        made = w.VBox(
+            [self.html, self.image, w.HBox([*switches, again])], layout=w.Layout(width="100%")
+        )
+        made.add_class("minigpt-live-loss")
         self.draw()
         return made
 
     def draw(self):
         "Give the widget the numbers and the picture of now."
         began = self.clock()
-        self.html.value = _numbers(self.watch.progress()); self.image.value = self.png()
+        self.html.value = _numbers(self.watch.progress())
+        self.image.value = self.png()
         now = self.clock()
-        self.due = now+max(1. if now-self.began < 60 else 10., 49*(now-began))
+        self.due = now + max(1.0 if now - self.began < 60 else 10.0, 49 * (now - began))
 
-    def update(self)->bool:
+    def update(self) -> bool:
         "Redraw, if it is time. Call it from the main thread."
-        if self.clock() < self.due: return False
-        self.widget; self.draw()
+        if self.clock() < self.due:
+            return False
+        self.widget
+        self.draw()
         return True
 
-    def show(self): "Display it in a notebook."; self.view = _display(self.widget, headline(self.watch.progress()))
+    def show(self):
+        "Display it in a notebook."
+        self.view = _display(self.widget, headline(self.watch.progress()))
 
     def finish(self):
         "Put a still picture in the widget's place, and close it."
-        if not self.view: return
-        self.view.update({'image/png':base64.b64encode(self.png()).decode(), 'text/plain':headline(self.watch.progress())}, raw=True)
-        self.widget.close(); self.view = None
+        if not self.view:
+            return
+        self.view.update(
+            {
+                "image/png": base64.b64encode(self.png()).decode(),
+                "text/plain": headline(self.watch.progress()),
+            },
+            raw=True,
+        )
+        self.widget.close()
+        self.view = None
         del self.widget
 
 # %% ../nbs/12_widgets.ipynb #635c8d80
 class RunDashboard:
     "Progress, storage, checkpoints, backup and troubles of a run, and how to go on with it."
-    def __init__(self,
-        path:str|Path, # A run's folder, or its copy in a backup
+
+    def __init__(
+        self,
+        path: str | Path,  # A run's folder, or its copy in a backup
     ):
         self.watch = Watch(path)
 
-    def __repr__(self): return status_text(self.watch.status(fresh=True))
-    def _ipython_display_(self): _display(self.widget, repr(self)) if in_notebook() else print(self)
+    def __repr__(self):
+        return status_text(self.watch.status(fresh=True))
+
+    def _ipython_display_(self):
+        _display(self.widget, repr(self)) if in_notebook() else print(self)
 
     @cached_property
     def widget(self):
         "An ipywidgets VBox."
         import ipywidgets as w
-        self.html,self.out = w.HTML(),w.Output()
-        self.look,self.go = (w.Button(description=name, layout=w.Layout(width='110px')) for name in ('refresh','resume'))
-        self.look.on_click(lambda _: self.refresh()); self.go.on_click(self.resume)
-        made = w.VBox([self.html, w.HBox([self.look, self.go]), self.out], layout=w.Layout(width='100%')); made.add_class('minigpt-run-dashboard')
+
+        self.html, self.out = w.HTML(), w.Output()
+        self.look, self.go = (
+            w.Button(description=name, layout=w.Layout(width="110px"))
+            for name in ("refresh", "resume")
+        )
+        self.look.on_click(lambda _: self.refresh())
+        self.go.on_click(self.resume)
+        made = w.VBox(
+            [self.html, w.HBox([self.look, self.go]), self.out], layout=w.Layout(width="100%")
+        )
+        made.add_class("minigpt-run-dashboard")
         self.refresh()
         return made
 
-    def refresh(self)->dict:
+    def refresh(self) -> dict:
         "Look again; returns what `run_status` says."
         s = self.watch.status(fresh=True)
-        rows,(code,command),seen = checkpoint_rows(s),resume_code(s),s['problems']+s['troubles']
-        note = lambda n: f'<div style="{"color:#b00020" if n.startswith(("WARNING","CANNOT")) or n in seen else ""}">{escape(n)}</div>'
-        self.html.value = _numbers(s) + (_table(rows) if rows[1:] else '<div>nothing is saved yet</div>') + f'<div style="line-height:1.5">{"".join(map(note, notes(s)))}</div><pre style="border:1px solid #bbb;padding:6px;white-space:pre-wrap">{escape(code)}\n\n# in a terminal\n{escape(command)}</pre>'
-        self.go.disabled = s['state'] != 'stopped'
+        rows, (code, command), seen = (
+            checkpoint_rows(s),
+            resume_code(s),
+            s["problems"] + s["troubles"],
+        )
+        note = lambda n: (
+            "<div"
+            f' style="{"color:#b00020" if n.startswith(("WARNING", "CANNOT")) or n in seen else ""}">{escape(n)}</div>'
+        )
+        self.html.value = (
+            _numbers(s)
+            + (_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")
+            + f'<div style="line-height:1.5">{"".join(map(note, notes(s)))}</div><pre'
+            f' style="border:1px solid #bbb;padding:6px;white-space:pre-wrap">{escape(code)}\n\n#'
+            f" in a terminal\n{escape(command)}</pre>"
+        )
+        self.go.disabled = s["state"] != "stopped"
         return s
 
     def resume(self, _=None):
         "Go on with the run."
         self.go.disabled = True
         with self.out:
-            try: import_module('minigpt.train').resume(**self.refresh()['resume']) # a room further down, which only a click enters
-            except (Exception, KeyboardInterrupt) as e: print(f'{type(e).__name__}: {e}')
+            try:
+                import_module("minigpt.train").resume(
+                    **self.refresh()["resume"]
+                )  # a room further down, which only a click enters
+            except (Exception, KeyboardInterrupt) as e:
+                print(f"{type(e).__name__}: {e}")
         self.refresh()
 
 # %% ../nbs/12_widgets.ipynb #ac4cb02a
@@ -193,187 +404,403 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from .analyze import Analysis, Table
-from .compare import PRECISIONS, Comparison, compare, difference, precision_table, suggestions
+from minigpt.compare import (
+    PRECISIONS,
+    Comparison,
+    compare,
+    difference,
+    precision_table,
+    suggestions,
+)
 from .files import dir_size, human_size
 
 # %% ../nbs/12_widgets.ipynb #dfb3d59f
 def _bars(
-    table:Table, # Shown as text, cell by cell
-    lengths:Iterable[float]=(), # Of each row's bar; the longest fills the first column
-    chosen:int|None=None, # A row to point out
-    limit:int=40, # Rows that are shown
-)->str: # HTML
-    if not table: return 'nothing'
-    head,*rows = table.cells()
-    right = [all(isinstance(r[k], (int,float,type(None))) for r in table) for k in table.keys()]
+    table: Table,  # Shown as text, cell by cell
+    lengths: Iterable[float] = (),  # Of each row's bar; the longest fills the first column
+    chosen: int | None = None,  # A row to point out
+    limit: int = 40,  # Rows that are shown
+) -> str:  # HTML
+    if not table:
+        return "nothing"
+    head, *rows = table.cells()
+    right = [all(isinstance(r[k], (int, float, type(None))) for r in table) for k in table.keys()]
     lengths = list(lengths)
     longest = max((n for n in lengths if n < math.inf), default=0) or 1
-    def line(cells, tag, bar=None, row=''):
-        cell = lambda i,c: f'<{tag} style="padding:1px 10px;white-space:nowrap;text-align:{"right" if right[i] else "left"}' + (f';min-width:200px;background:linear-gradient(90deg,rgba(76,120,168,.4) {100*min(1, max(0, bar/longest)):.1f}%,transparent 0)' if i == 0 and bar is not None else '') + f'">{escape(c)}</{tag}>'
-        return f'<tr style="{row}">{"".join(cell(i, c) for i,c in enumerate(cells))}</tr>'
-    body = ''.join(line(r, 'td', lengths[i] if lengths else None, 'outline:2px solid #4c78a8' if i == chosen else '') for i,r in enumerate(rows[:limit]))
-    return f'<div style="overflow:auto"><table style="line-height:1.5">{line(head, "th")}{body}</table></div>' + (f'and {len(rows)-limit:,} more' if len(rows) > limit else '')
 
-def _lines(lines:Iterable[str], wrong:Iterable[str]=())->str:
+    def line(cells, tag, bar=None, row=""):
+        cell = lambda i, c: (
+            f'<{tag} style="padding:1px'
+            f" 10px;white-space:nowrap;text-align:{'right' if right[i] else 'left'}"
+            + (
+                ";min-width:200px;background:linear-gradient(90deg,rgba(76,120,168,.4)"
+                f" {100 * min(1, max(0, bar / longest)):.1f}%,transparent 0)"
+                if i == 0 and bar is not None
+                else ""
+            )
+            + f'">{escape(c)}</{tag}>'
+        )
+        return f'<tr style="{row}">{"".join(cell(i, c) for i, c in enumerate(cells))}</tr>'
+
+    body = "".join(
+        line(
+            r,
+            "td",
+            lengths[i] if lengths else None,
+            "outline:2px solid #4c78a8" if i == chosen else "",
+        )
+        for i, r in enumerate(rows[:limit])
+    )
+    return (
+        '<div style="overflow:auto"><table'
+        f' style="line-height:1.5">{line(head, "th")}{body}</table></div>'
+        + (f"and {len(rows) - limit:,} more" if len(rows) > limit else "")
+    )
+
+
+def _lines(lines: Iterable[str], wrong: Iterable[str] = ()) -> str:
     "Lines of text, and what is wrong, in red."
-    return f'<div style="line-height:1.5">{"<br>".join(map(escape, lines))}' + ''.join(f'<div style="color:#b00">! {escape(l)}</div>' for l in wrong) + '</div>'
+    return (
+        f'<div style="line-height:1.5">{"<br>".join(map(escape, lines))}'
+        + "".join(f'<div style="color:#b00">! {escape(l)}</div>' for l in wrong)
+        + "</div>"
+    )
 
-def _offer(c, options:list[tuple]): c.options = options; c.index = 0 # ipywidgets 8 chooses nothing by itself
+
+def _offer(c, options: list[tuple]):
+    c.options = options
+    c.index = 0  # ipywidgets 8 chooses nothing by itself
 
 # %% ../nbs/12_widgets.ipynb #723abd74
-_BY = dict(component='component', layer='layer', type='dtype', tensor='name')
+_BY = dict(component="component", layer="layer", type="dtype", tensor="name")
+
 
 def _cut(
-    a:Analysis,
-    by:str, # `component`, `layer`, `type` or `tensor`
-    component:str='', # Only of this one
-    layer:str='', # Only of this one
-)->Table: # The largest first
-    tensors = [t for t in a.tensors if component in ('', t.component) and layer in ('', t.layer)]
-    groups,rest = {},Counter({k:n for k,n in a.components.items() if component in ('', k) and not layer})
-    for i,t in enumerate(tensors):
-        groups.setdefault(i if by == 'tensor' else getattr(t, _BY[by]), []).append(t)
-        if not layer: rest[t.component] -= t.bytes
-    more = (lambda ts: dict(component=ts[0].component, shape=ts[0].shape, type=ts[0].dtype)) if by == 'tensor' else lambda ts: dict(tensors=len(ts), values=sum(t.numel for t in ts))
-    rows = [{by:getattr(ts[0], _BY[by]), **more(ts), 'size':sum(t.bytes for t in ts)} for ts in groups.values()]
-    if by == 'component': rows = [{**r, 'size':r['size']+rest.pop(r[by], 0)} for r in rows]
-    none = dict.fromkeys(('component','shape','type') if by == 'tensor' else ('tensors','values'))
+    a: Analysis,
+    by: str,  # `component`, `layer`, `type` or `tensor`
+    component: str = "",  # Only of this one
+    layer: str = "",  # Only of this one
+) -> Table:  # The largest first
+    tensors = [t for t in a.tensors if component in ("", t.component) and layer in ("", t.layer)]
+    groups, rest = (
+        {},
+        Counter({k: n for k, n in a.components.items() if component in ("", k) and not layer}),
+    )
+    for i, t in enumerate(tensors):
+        groups.setdefault(i if by == "tensor" else getattr(t, _BY[by]), []).append(t)
+        if not layer:
+            rest[t.component] -= t.bytes
+    more = (
+        (lambda ts: dict(component=ts[0].component, shape=ts[0].shape, type=ts[0].dtype))
+        if by == "tensor"
+        else lambda ts: dict(tensors=len(ts), values=sum(t.numel for t in ts))
+    )
+    rows = [
+        {by: getattr(ts[0], _BY[by]), **more(ts), "size": sum(t.bytes for t in ts)}
+        for ts in groups.values()
+    ]
+    if by == "component":
+        rows = [{**r, "size": r["size"] + rest.pop(r[by], 0)} for r in rows]
+    none = dict.fromkeys(
+        ("component", "shape", "type") if by == "tensor" else ("tensors", "values")
+    )
     others = sum(rest.values())
-    rows += [{by:k, **none, 'size':n} for k,n in (rest if by == 'component' else {'no tensors' if others > 0 else 'saved by compression':others}).items() if n]
-    whole = sum(r['size'] for r in rows) or 1
-    return Table(({**r, 'share':r['size']/whole} for r in sorted(rows, key=lambda r: -r['size'])), size=human_size, share='{:.1%}'.format, values='{:,}'.format, shape=lambda s: '×'.join(map(str, s)))
+    rows += [
+        {by: k, **none, "size": n}
+        for k, n in (
+            rest
+            if by == "component"
+            else {"no tensors" if others > 0 else "saved by compression": others}
+        ).items()
+        if n
+    ]
+    whole = sum(r["size"] for r in rows) or 1
+    return Table(
+        ({**r, "share": r["size"] / whole} for r in sorted(rows, key=lambda r: -r["size"])),
+        size=human_size,
+        share="{:.1%}".format,
+        values="{:,}".format,
+        shape=lambda s: "×".join(map(str, s)),
+    )
+
 
 class _Bytes:
     "A page of the explorer, for one checkpoint at a time."
-    title = 'what takes the bytes'
+
+    title = "what takes the bytes"
+
     def __init__(self):
         import ipywidgets as w
-        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width='100px'))
-        self.component,self.layer = (w.Dropdown(description=k, layout=w.Layout(width='48%')) for k in ('component','layer'))
-        self.picture,self.table = w.Image(layout=w.Layout(max_width='720px')),w.HTML()
-        self.box = w.VBox([self.picture, self.by, w.HBox([self.component, self.layer]), self.table])
-        for c in self.by, self.component, self.layer: c.observe(self.show, 'value')
 
-    def open(self, a:Analysis, others:Comparison):
+        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="100px"))
+        self.component, self.layer = (
+            w.Dropdown(description=k, layout=w.Layout(width="48%")) for k in ("component", "layer")
+        )
+        self.picture, self.table = w.Image(layout=w.Layout(max_width="720px")), w.HTML()
+        self.box = w.VBox([self.picture, self.by, w.HBox([self.component, self.layer]), self.table])
+        for c in self.by, self.component, self.layer:
+            c.observe(self.show, "value")
+
+    def open(self, a: Analysis, others: Comparison):
         self.analysis = a
         self.picture.value = a.figure()._repr_png_()
-        for c,names in (self.component, a.components), (self.layer, dict.fromkeys(t.layer for t in a.tensors)): _offer(c, [(f'every {c.description}', ''), *((n, n) for n in names)])
+        for c, names in (
+            (self.component, a.components),
+            (self.layer, dict.fromkeys(t.layer for t in a.tensors)),
+        ):
+            _offer(c, [(f"every {c.description}", ""), *((n, n) for n in names)])
         self.show()
 
     def show(self, _=None):
         table = _cut(self.analysis, self.by.value, self.component.value, self.layer.value)
-        self.table.value = _bars(table, [r['size'] for r in table])
+        self.table.value = _bars(table, [r["size"] for r in table])
 
 # %% ../nbs/12_widgets.ipynb #1d1717a3
 class _Changes:
     "A page: how far the weights have come since another checkpoint."
-    title = 'what changed'
+
+    title = "what changed"
+
     def __init__(self):
         import ipywidgets as w
-        self.all,self.since,self.said,self.table = w.HTML(),w.Dropdown(description='since', layout=w.Layout(width='48%')),w.HTML(),w.HTML()
-        self.box = w.VBox([self.all, self.since, self.said, self.table])
-        self.since.observe(self.show, 'value')
 
-    def open(self, a:Analysis, others:Comparison):
+        self.all, self.since, self.said, self.table = (
+            w.HTML(),
+            w.Dropdown(description="since", layout=w.Layout(width="48%")),
+            w.HTML(),
+            w.HTML(),
+        )
+        self.box = w.VBox([self.all, self.since, self.said, self.table])
+        self.since.observe(self.show, "value")
+
+    def open(self, a: Analysis, others: Comparison):
         self.analysis = a
         rows = others.rows()
         unknown = tuple(k for k in rows.keys() if all(r[k] is None for r in rows))
-        self.all.value = _bars(Table(rows, unknown, **rows.show), [r['size'] for r in rows], others.index(a))
-        _offer(self.since, [('choose a checkpoint', ''), *((r['checkpoint'], o) for r,o in zip(rows, others) if o is not a)])
+        self.all.value = _bars(
+            Table(rows, unknown, **rows.show), [r["size"] for r in rows], others.index(a)
+        )
+        _offer(
+            self.since,
+            [
+                ("choose a checkpoint", ""),
+                *((r["checkpoint"], o) for r, o in zip(rows, others) if o is not a),
+            ],
+        )
 
     def show(self, _=None):
-        self.said.value,self.table.value = 'the weights of both are read' if self.since.value else '',''
-        if not self.since.value: return
-        try: d = difference(self.since.value, self.analysis, lambda done,of: setattr(self.said, 'value', f'{done} of {of} tensors are compared') if done % 50 == 0 else None)
-        except (OSError, ValueError) as e: self.said.value = _lines([], [str(e)]); return
+        self.said.value, self.table.value = (
+            "the weights of both are read" if self.since.value else "",
+            "",
+        )
+        if not self.since.value:
+            return
+        try:
+            d = difference(
+                self.since.value,
+                self.analysis,
+                lambda done, of: (
+                    setattr(self.said, "value", f"{done} of {of} tensors are compared")
+                    if done % 50 == 0
+                    else None
+                ),
+            )
+        except (OSError, ValueError) as e:
+            self.said.value = _lines([], [str(e)])
+            return
         self.said.value = _lines(d.lines())
-        self.table.value = _bars(d['layers'], [r['distance'] for r in d['layers']])
+        self.table.value = _bars(d["layers"], [r["distance"] for r in d["layers"]])
 
 # %% ../nbs/12_widgets.ipynb #b62aa146
 class _Precisions:
     "A page: what if, and the button that does it."
-    title = 'in fewer bits'
+
+    title = "in fewer bits"
+
     def __init__(self):
         import ipywidgets as w
-        self.precision,self.sizes = w.SelectionSlider(options=[(k.upper(), k) for k in PRECISIONS], description='precision', layout=w.Layout(width='420px')),w.HTML()
-        self.weights_only,self.compress = (w.Checkbox(on, description=k, indent=False, layout=w.Layout(width='130px')) for k,on in (('weights only', True), ('compress', False)))
-        self.button,self.done,self.said = w.Button(description='export', button_style='primary'),w.FloatProgress(max=1., layout=w.Layout(width='300px', visibility='hidden')),w.HTML()
-        self.box = w.VBox([self.precision, self.sizes, w.HBox([self.weights_only, self.compress, self.button, self.done]), self.said])
-        self.precision.observe(self.show, 'value'); self.button.on_click(self.write)
 
-    def open(self, a:Analysis, others:Comparison):
-        self.analysis,self.exported,self.said.value = a,{},''
-        self.done.layout.visibility = 'hidden'
+        self.precision, self.sizes = (
+            w.SelectionSlider(
+                options=[(k.upper(), k) for k in PRECISIONS],
+                description="precision",
+                layout=w.Layout(width="420px"),
+            ),
+            w.HTML(),
+        )
+        self.weights_only, self.compress = (
+            w.Checkbox(on, description=k, indent=False, layout=w.Layout(width="130px"))
+            for k, on in (("weights only", True), ("compress", False))
+        )
+        self.button, self.done, self.said = (
+            w.Button(description="export", button_style="primary"),
+            w.FloatProgress(max=1.0, layout=w.Layout(width="300px", visibility="hidden")),
+            w.HTML(),
+        )
+        self.box = w.VBox(
+            [
+                self.precision,
+                self.sizes,
+                w.HBox([self.weights_only, self.compress, self.button, self.done]),
+                self.said,
+            ]
+        )
+        self.precision.observe(self.show, "value")
+        self.button.on_click(self.write)
+
+    def open(self, a: Analysis, others: Comparison):
+        self.analysis, self.exported, self.said.value = a, {}, ""
+        self.done.layout.visibility = "hidden"
         self.show()
 
     def show(self, _=None):
         rows = precision_table(self.analysis)
         i = self.precision.index
-        table = Table([dict(precision=r['precision'], weights=r['MiB']*2**20, saves=r['saves'], **(dict(exported=self.exported.get(k)) if self.exported else {})) for k,r in zip(PRECISIONS, rows)], weights=human_size, saves='{:.0%}'.format, exported=human_size)
-        self.sizes.value = _bars(table, [r['MiB'] for r in rows], i) + f"in {rows[i]['precision']}: <b>{human_size(table[i]['weights'])}</b> of weights; as they are stored now: {human_size(sum(t.bytes for t in self.analysis.weights()))}"
+        table = Table(
+            [
+                dict(
+                    precision=r["precision"],
+                    weights=r["MiB"] * 2**20,
+                    saves=r["saves"],
+                    **(dict(exported=self.exported.get(k)) if self.exported else {}),
+                )
+                for k, r in zip(PRECISIONS, rows)
+            ],
+            weights=human_size,
+            saves="{:.0%}".format,
+            exported=human_size,
+        )
+        self.sizes.value = (
+            _bars(table, [r["MiB"] for r in rows], i)
+            + f"in {rows[i]['precision']}: <b>{human_size(table[i]['weights'])}</b> of weights; as"
+            f" they are stored now: {human_size(sum(t.bytes for t in self.analysis.weights()))}"
+        )
 
     def write(self, _=None):
         "Export, with a bar that moves; where it goes is said."
         from minigpt.export import export
-        path,precision = self.analysis.path,self.precision.value
-        self.button.disabled,self.done.layout.visibility,self.said.value = True,'visible',''
+
+        path, precision = self.analysis.path, self.precision.value
+        self.button.disabled, self.done.layout.visibility, self.said.value = True, "visible", ""
         try:
-            out = export(path, precision=precision, weights_only=self.weights_only.value, compress=self.compress.value, progress=lambda done,total: setattr(self.done, 'value', done/max(1, total)))
-            self.exported[precision] = sum(f.stat().st_size for f in out.glob('model.safetensors*'))
-            self.show(); self.said.value = _lines([f'{out}: {human_size(dir_size(out))}'])
-        except Exception as e: self.said.value = _lines([], [str(e)]) # said where the button was pressed, whatever it is
-        finally: self.button.disabled = False
+            out = export(
+                path,
+                precision=precision,
+                weights_only=self.weights_only.value,
+                compress=self.compress.value,
+                progress=lambda done, total: setattr(self.done, "value", done / max(1, total)),
+            )
+            self.exported[precision] = sum(f.stat().st_size for f in out.glob("model.safetensors*"))
+            self.show()
+            self.said.value = _lines([f"{out}: {human_size(dir_size(out))}"])
+        except Exception as e:
+            self.said.value = _lines(
+                [], [str(e)]
+            )  # said where the button was pressed, whatever it is
+        finally:
+            self.button.disabled = False
 
 # %% ../nbs/12_widgets.ipynb #810e683b
 class _Advice:
     "A page of suggestions."
-    title = 'what would help'
+
+    title = "what would help"
+
     def __init__(self):
         import ipywidgets as w
-        self.target,self.hours,self.table = w.Dropdown(options=[('anywhere', ''), *((k, k) for k in ('mobile','edge','server'))], description='is to run'),w.BoundedFloatText(0, min=0, max=1e5, description='hours of training', style=dict(description_width='initial')),w.HTML()
-        self.box = w.VBox([w.HBox([self.target, self.hours]), self.table])
-        for c in self.target, self.hours: c.observe(self.show, 'value')
 
-    def open(self, a:Analysis, others:Comparison): self.analysis = a; self.show()
+        self.target, self.hours, self.table = (
+            w.Dropdown(
+                options=[("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))],
+                description="is to run",
+            ),
+            w.BoundedFloatText(
+                0,
+                min=0,
+                max=1e5,
+                description="hours of training",
+                style=dict(description_width="initial"),
+            ),
+            w.HTML(),
+        )
+        self.box = w.VBox([w.HBox([self.target, self.hours]), self.table])
+        for c in self.target, self.hours:
+            c.observe(self.show, "value")
+
+    def open(self, a: Analysis, others: Comparison):
+        self.analysis = a
+        self.show()
+
     def show(self, _=None):
         rows = suggestions(self.analysis, self.hours.value or None, self.target.value or None)
-        self.table.value = f'<div style="line-height:1.4">{rows._repr_html_()}</div>' if rows else 'nothing: there are no weights in it'
+        self.table.value = (
+            f'<div style="line-height:1.4">{rows._repr_html_()}</div>'
+            if rows
+            else "nothing: there are no weights in it"
+        )
 
 # %% ../nbs/12_widgets.ipynb #ba3a015c
 class CheckpointExplorer:
     "What takes the bytes of checkpoints, what changed between two, what one takes in fewer bits, and what would help."
-    def __init__(self,
-        path:str|Path, # A run, a folder of checkpoints, or one checkpoint
+
+    def __init__(
+        self,
+        path: str | Path,  # A run, a folder of checkpoints, or one checkpoint
     ):
         import ipywidgets as w
+
         self.path = Path(path)
-        self.checkpoint,again,self.facts = w.Dropdown(description='checkpoint', layout=w.Layout(width='60%')),w.Button(description='look again', layout=w.Layout(width='110px')),w.HTML()
-        self.pages = self.bytes,self.changes,self.precisions,self.advice = _Bytes(),_Changes(),_Precisions(),_Advice()
+        self.checkpoint, again, self.facts = (
+            w.Dropdown(description="checkpoint", layout=w.Layout(width="60%")),
+            w.Button(description="look again", layout=w.Layout(width="110px")),
+            w.HTML(),
+        )
+        self.pages = self.bytes, self.changes, self.precisions, self.advice = (
+            _Bytes(),
+            _Changes(),
+            _Precisions(),
+            _Advice(),
+        )
         tabs = w.Tab(children=[p.box for p in self.pages])
-        for i,p in enumerate(self.pages): tabs.set_title(i, p.title)
-        self.box = w.VBox([w.HBox([self.checkpoint, again]), self.facts, tabs]); self.box.add_class('minigpt-checkpoint-explorer')
-        self.checkpoint.observe(self.open, 'value'); again.on_click(self.look)
+        for i, p in enumerate(self.pages):
+            tabs.set_title(i, p.title)
+        self.box = w.VBox([w.HBox([self.checkpoint, again]), self.facts, tabs])
+        self.box.add_class("minigpt-checkpoint-explorer")
+        self.checkpoint.observe(self.open, "value")
+        again.on_click(self.look)
         self.look()
 
     def look(self, _=None):
         "Read the folder; what was chosen stays chosen, at first it is the newest."
-        before,self.found = self.checkpoint.label,compare(self.path if self.path.is_dir() else [self.path])
-        if not self.found: raise ValueError('; '.join(self.found.failed.values()))
-        names = [r['checkpoint'] for r in self.found.rows()]
-        self.checkpoint.unobserve(self.open, 'value')
-        self.checkpoint.options = [(n, i) for i,n in enumerate(names)]
-        self.checkpoint.value = names.index(before) if before in names else len(names)-1
-        self.checkpoint.observe(self.open, 'value')
+        before, self.found = (
+            self.checkpoint.label,
+            compare(self.path if self.path.is_dir() else [self.path]),
+        )
+        if not self.found:
+            raise ValueError("; ".join(self.found.failed.values()))
+        names = [r["checkpoint"] for r in self.found.rows()]
+        self.checkpoint.unobserve(self.open, "value")
+        self.checkpoint.options = [(n, i) for i, n in enumerate(names)]
+        self.checkpoint.value = names.index(before) if before in names else len(names) - 1
+        self.checkpoint.observe(self.open, "value")
         self.open()
 
     def open(self, _=None):
         "Show the chosen checkpoint."
         a = self.found[self.checkpoint.value]
         self.facts.value = _lines(a.facts(), [*self.found.failed.values(), *a.problems])
-        for p in self.pages: p.open(a, self.found)
+        for p in self.pages:
+            p.open(a, self.found)
 
-    def __repr__(self): return str(self.found if len(self.found) > 1 else self.found[0])
-    def _ipython_display_(self): _display(self.box, repr(self), **{'text/html':f'<pre>{escape(repr(self))}</pre>'}) if in_notebook() else print(self)
+    def __repr__(self):
+        return str(self.found if len(self.found) > 1 else self.found[0])
+
+    def _ipython_display_(self):
+        (
+            _display(self.box, repr(self), **{"text/html": f"<pre>{escape(repr(self))}</pre>"})
+            if in_notebook()
+            else print(self)
+        )
 
 # %% ../nbs/12_widgets.ipynb #35ada0a1
 import threading
@@ -382,97 +809,198 @@ from .chat import Chat
 from .run import Run, open_run
 
 # %% ../nbs/12_widgets.ipynb #9d4aa861
-_SAYS = dict(user=('you','font-weight:bold'), text=('',''), call=('→','font-family:monospace;color:#777'), result=('←','font-family:monospace;color:#777'), note=('','color:#b00020'))
+_SAYS = dict(
+    user=("you", "font-weight:bold"),
+    text=("", ""),
+    call=("→", "font-family:monospace;color:#777"),
+    result=("←", "font-family:monospace;color:#777"),
+    note=("", "color:#b00020"),
+)
+
 
 def events_html(
-    events:list[tuple[str,str]], # (kind, piece), of `Chat.send`; `user` is what was asked
-    open:bool=False, # Show thoughts unfolded
-)->str: # HTML; nothing that was said is more than text in it
+    events: list[tuple[str, str]],  # (kind, piece), of `Chat.send`; `user` is what was asked
+    open: bool = False,  # Show thoughts unfolded
+) -> str:  # HTML; nothing that was said is more than text in it
     "A conversation to look at; thoughts fold."
-    out,texts = [],[]
-    for kind,piece in events: # pieces of one kind are one text; a call and a result each stand alone
-        if texts and texts[-1][0] == kind and kind not in ('call','result'): texts[-1][1].append(piece)
-        else: texts.append((kind, [piece]))
-    for kind,pieces in texts:
-        text = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{escape("".join(pieces))}</div>'
-        if kind == 'thinking': out.append(f'<details style="color:#777;margin:6px 0"{" open" if open else ""}><summary>thoughts</summary>{text}</details>')
-        else: out.append(f'<div style="display:flex;gap:8px;margin:6px 0;line-height:1.45;{_SAYS[kind][1]}"><span>{_SAYS[kind][0]}</span>{text}</div>')
-    return ''.join(out)
+    out, texts = [], []
+    for (
+        kind,
+        piece,
+    ) in events:  # pieces of one kind are one text; a call and a result each stand alone
+        if texts and texts[-1][0] == kind and kind not in ("call", "result"):
+            texts[-1][1].append(piece)
+        else:
+            texts.append((kind, [piece]))
+    for kind, pieces in texts:
+        text = (
+            "<div"
+            f' style="white-space:pre-wrap;overflow-wrap:anywhere">{escape("".join(pieces))}</div>'
+        )
+        if kind == "thinking":
+            out.append(
+                '<details style="color:#777;margin:6px'
+                f' 0"{" open" if open else ""}><summary>thoughts</summary>{text}</details>'
+            )
+        else:
+            out.append(
+                '<div style="display:flex;gap:8px;margin:6px'
+                f' 0;line-height:1.45;{_SAYS[kind][1]}"><span>{_SAYS[kind][0]}</span>{text}</div>'
+            )
+    return "".join(out)
+
 
 class ChatBox:
     "Talk to a model in a notebook."
-    def __init__(self,
-        chat:Chat|Run|str|Path|tuple, # A `Chat`, a run or its folder, or (model, tokenizer)
-        which:str|None=None, # Of a run: `checkpoint-500`, `best`; default: the final model, else the newest
-        slice:float=.2, # Seconds of writing between two looks at the buttons
-        clock=time.monotonic, # In seconds
-        **options, # system, tools, temperature, …: see `Chat`
-    ):
-        if not isinstance(chat, (Chat,tuple)): run = chat if isinstance(chat, Run) else open_run(chat); chat = run.model(which),run.tokenizer
-        self.chat = chat if isinstance(chat, Chat) else Chat(*chat, **options)
-        self.slice,self.clock,self.events,self.talk = slice,clock,[],None # `talk`: the answer that is being written
-        self.one = threading.RLock() # a first click may be handled in another thread than those after it
 
-    def __repr__(self): return '\n'.join(f"{kind}: {''.join(p for _,p in pieces)}" for kind,pieces in groupby(self.events, lambda e: e[0])) or repr(self.chat)
-    def _ipython_display_(self): _display(self.widget, repr(self.chat)) if in_notebook() else print(self)
+    def __init__(
+        self,
+        chat: (
+            Chat | Run | str | Path | tuple
+        ),  # A `Chat`, a run or its folder, or (model, tokenizer)
+        which: (
+            str | None
+        ) = None,  # Of a run: `checkpoint-500`, `best`; default: the final model, else the newest
+        slice: float = 0.2,  # Seconds of writing between two looks at the buttons
+        clock=time.monotonic,  # In seconds
+        **options,  # system, tools, temperature, …: see `Chat`
+    ):
+        if not isinstance(chat, (Chat, tuple)):
+            run = chat if isinstance(chat, Run) else open_run(chat)
+            chat = run.model(which), run.tokenizer
+        self.chat = chat if isinstance(chat, Chat) else Chat(*chat, **options)
+        self.slice, self.clock, self.events, self.talk = (
+            slice,
+            clock,
+            [],
+            None,
+        )  # `talk`: the answer that is being written
+        self.one = (
+            threading.RLock()
+        )  # a first click may be handled in another thread than those after it
+
+    def __repr__(self):
+        return "\n".join(
+            f"{kind}: {''.join(p for _, p in pieces)}"
+            for kind, pieces in groupby(self.events, lambda e: e[0])
+        ) or repr(self.chat)
+
+    def _ipython_display_(self):
+        _display(self.widget, repr(self.chat)) if in_notebook() else print(self)
 
     @cached_property
     def widget(self):
         "An ipywidgets VBox."
         import warnings
         import ipywidgets as w
-        button = lambda name, f: (b := w.Button(description=name, layout=w.Layout(width='80px')), b.on_click(lambda _: f()))[0]
-        hidden = w.Layout(display='none')
-        self.past,self.now,self.asked = w.HTML(),w.HTML(),w.Text(placeholder='ask, and press Enter', layout=w.Layout(flex='1 1 auto', width='auto'))
-        self.go,self.halt,self.clear = button('send', self.send),button('stop', self.stop),button('reset', self.reset)
-        self.system = w.Textarea(value=self.chat.system or '', description='system', layout=w.Layout(width='100%'))
-        self.temperature = w.FloatSlider(value=self.chat.temperature, min=0, max=2, step=.05, description='temperature')
-        self.there,self.back = w.IntText(layout=hidden),w.IntText(layout=hidden)
-        link = w.jsdlink((self.there, 'value'), (self.back, 'value'))
-        self.back.observe(lambda _: self.work(), 'value')
-        with warnings.catch_warnings(): # on_submit: the only way that both 7 and 8 have to hear Enter alone
-            warnings.simplefilter('ignore'); self.asked.on_submit(lambda _: self.send())
-        settings = w.Accordion(children=[w.VBox([self.system, self.temperature])], selected_index=None); settings.set_title(0, 'system prompt and temperature')
-        made = w.VBox([self.past, self.now, w.HBox([self.asked, self.go, self.halt, self.clear]), settings, self.there, self.back], layout=w.Layout(width='100%')); made.add_class('minigpt-chat')
-        made.link = link # lives as long as the box
+
+        button = lambda name, f: (
+            b := w.Button(description=name, layout=w.Layout(width="80px")),
+            b.on_click(lambda _: f()),
+        )[0]
+        hidden = w.Layout(display="none")
+        self.past, self.now, self.asked = (
+            w.HTML(),
+            w.HTML(),
+            w.Text(
+                placeholder="ask, and press Enter", layout=w.Layout(flex="1 1 auto", width="auto")
+            ),
+        )
+        self.go, self.halt, self.clear = (
+            button("send", self.send),
+            button("stop", self.stop),
+            button("reset", self.reset),
+        )
+        self.system = w.Textarea(
+            value=self.chat.system or "", description="system", layout=w.Layout(width="100%")
+        )
+        self.temperature = w.FloatSlider(
+            value=self.chat.temperature, min=0, max=2, step=0.05, description="temperature"
+        )
+        self.there, self.back = w.IntText(layout=hidden), w.IntText(layout=hidden)
+        link = w.jsdlink((self.there, "value"), (self.back, "value"))
+        self.back.observe(lambda _: self.work(), "value")
+        with (
+            warnings.catch_warnings()
+        ):  # on_submit: the only way that both 7 and 8 have to hear Enter alone
+            warnings.simplefilter("ignore")
+            self.asked.on_submit(lambda _: self.send())
+        settings = w.Accordion(
+            children=[w.VBox([self.system, self.temperature])], selected_index=None
+        )
+        settings.set_title(0, "system prompt and temperature")
+        made = w.VBox(
+            [
+                self.past,
+                self.now,
+                w.HBox([self.asked, self.go, self.halt, self.clear]),
+                settings,
+                self.there,
+                self.back,
+            ],
+            layout=w.Layout(width="100%"),
+        )
+        made.add_class("minigpt-chat")
+        made.link = link  # lives as long as the box
         self.draw()
         return made
 
-    def draw(self, done:bool=True):
+    def draw(self, done: bool = True):
         "Show what has been said; while an answer is written, its question and itself alone."
-        first = 0 if done else max(i for i,e in enumerate(self.events) if e[0] == 'user')
-        if done or self.begun != first: self.past.value = events_html(self.events[:None if done else first])
-        self.now.value = '' if done else events_html(self.events[first:], open=True)
+        first = 0 if done else max(i for i, e in enumerate(self.events) if e[0] == "user")
+        if done or self.begun != first:
+            self.past.value = events_html(self.events[: None if done else first])
+        self.now.value = "" if done else events_html(self.events[first:], open=True)
         self.begun = first
-        self.go.disabled = self.clear.disabled = not done; self.halt.disabled = done
+        self.go.disabled = self.clear.disabled = not done
+        self.halt.disabled = done
 
     def send(self):
         "Ask what stands in the field."
-        if self.talk or not (text := self.asked.value.strip()): return
-        self.chat.system,self.chat.temperature = self.system.value.strip() or None,self.temperature.value
-        self.asked.value,self.talk = '',self.chat.send(text)
-        self.events.append(('user', text)); self.begun = None
+        if self.talk or not (text := self.asked.value.strip()):
+            return
+        self.chat.system, self.chat.temperature = (
+            self.system.value.strip() or None,
+            self.temperature.value,
+        )
+        self.asked.value, self.talk = "", self.chat.send(text)
+        self.events.append(("user", text))
+        self.begun = None
         self.work()
 
     def work(self):
         "Write for a fifth of a second; the browser asks for more."
         with self.one:
-            if not self.talk: return
-            end = self.clock()+self.slice
+            if not self.talk:
+                return
+            end = self.clock() + self.slice
             try:
                 for event in self.talk:
-                    if event[1]: self.events.append(event)
-                    if self.clock() >= end: break
-                else: self.talk = None
+                    if event[1]:
+                        self.events.append(event)
+                    if self.clock() >= end:
+                        break
+                else:
+                    self.talk = None
                 self.draw(not self.talk)
-            except (Exception, KeyboardInterrupt) as e: self.stop(str(e) or 'interrupted')
-            if self.talk: self.there.value += 1
+            except (Exception, KeyboardInterrupt) as e:
+                self.stop(str(e) or "interrupted")
+            if self.talk:
+                self.there.value += 1
 
-    def stop(self, why:str='stopped'):
+    def stop(self, why: str = "stopped"):
         "End the answer; what has been said stays in the conversation."
         with self.one:
-            if not self.talk: return
-            self.talk.close(); self.talk = None
-            self.events.append(('note', why)); self.draw()
+            if not self.talk:
+                return
+            self.talk.close()
+            self.talk = None
+            self.events.append(("note", why))
+            self.draw()
 
-    def reset(self): "Begin a new conversation."; self.stop(); self.chat.reset(); self.events = []; self.draw()
+    def reset(self):
+        "Begin a new conversation."
+        self.stop()
+        self.chat.reset()
+        self.events = []
+        self.draw()

@@ -1,4 +1,5 @@
 "Shared by all tests: the repository's root, its tools on the path, and settings that keep results the same from run to run."
+
 import os
 import signal
 import sys
@@ -7,19 +8,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/"tools"))
+sys.path.insert(0, str(ROOT / "tools"))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")     # no test reaches for the network
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")   # tests compare with what a CPU computes, on a machine with a GPU too; bench/train_gpu.py checks the GPU
-signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's background job ignores Ctrl-C, and so would every process that a test starts
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
+os.environ.setdefault(
+    "CUDA_VISIBLE_DEVICES", ""
+)  # tests compare with what a CPU computes, on a machine with a GPU too; bench/train_gpu.py checks the GPU
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job ignores Ctrl-C, and so would every process that a test starts
 
-try: import hypothesis
-except ImportError: pass
+try:
+    import hypothesis
+except ImportError:
+    pass
 else:
-    hypothesis.settings.register_profile("minigpt", deadline=None, derandomize=bool(os.environ.get("CI")))
+    hypothesis.settings.register_profile(
+        "minigpt", deadline=None, derandomize=bool(os.environ.get("CI"))
+    )
     hypothesis.settings.load_profile("minigpt")
 
 
 @pytest.fixture
-def root(): return ROOT
+def root():
+    return ROOT

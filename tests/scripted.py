@@ -1,4 +1,5 @@
 "A model that says what a test wants it to say."
+
 import time
 
 import torch
@@ -7,17 +8,25 @@ from minigpt.model import GPT
 
 class Scripted(GPT):
     "Its answers are given; what it reads changes nothing"
+
     def script(self, tok, *answers, pause=0):
-        self.answers, self.pause, self.steps = [[*tok.encode(a, special=True), tok.id("<|im_end|>")] for a in answers], pause, 0
+        self.answers, self.pause, self.steps = (
+            [[*tok.encode(a, special=True), tok.id("<|im_end|>")] for a in answers],
+            pause,
+            0,
+        )
         return self
 
     @property
-    def head(self): return torch.eye(self.config.vocab_size)
+    def head(self):
+        return torch.eye(self.config.vocab_size)
 
     def trunk(self, x, mask=None, cache=None):
-        if x.shape[1] > 1 or not cache.length: self.now = [*self.answers.pop(0)]     # a prompt
-        cache.length += x.shape[1]; self.steps += 1
+        if x.shape[1] > 1 or not cache.length:
+            self.now = [*self.answers.pop(0)]  # a prompt
+        cache.length += x.shape[1]
+        self.steps += 1
         time.sleep(self.pause)
         out = torch.zeros(*x.shape[:2], self.config.vocab_size)
-        out[:, -1, self.now.pop(0)] = 100.
+        out[:, -1, self.now.pop(0)] = 100.0
         return out

@@ -1,4 +1,5 @@
 "Widgets in a real browser: what a user sees and clicks. `make compat-widgets` runs the same with ipywidgets 7.7, which is Colab's."
+
 import os
 import re
 from importlib.util import find_spec
@@ -7,8 +8,11 @@ from pathlib import Path
 import pytest
 from browser import CHROMIUM, Lab
 
-missing = [o for o in ("jupyterlab", "playwright") if not find_spec(o)] + ["Chromium (or one named in CHROMIUM)"]*(not CHROMIUM)
-if missing and not os.environ.get("MINIGPT_REQUIRE_BROWSER"): pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
+missing = [o for o in ("jupyterlab", "playwright") if not find_spec(o)] + [
+    "Chromium (or one named in CHROMIUM)"
+] * (not CHROMIUM)
+if missing and not os.environ.get("MINIGPT_REQUIRE_BROWSER"):
+    pytest.skip(f"needs {', '.join(missing)}", allow_module_level=True)
 
 from playwright.sync_api import expect
 
@@ -25,20 +29,25 @@ def lab(tmp_path_factory):
 
 def shot(page, name):
     "Where MINIGPT_SHOTS names a folder, a picture of the page is kept there"
-    if shots := os.environ.get("MINIGPT_SHOTS"): page.screenshot(path=Path(shots)/f"{name}.png")
+    if shots := os.environ.get("MINIGPT_SHOTS"):
+        page.screenshot(path=Path(shots) / f"{name}.png")
 
 
 @pytest.fixture
 def show(lab, request):
     "Runs cells in a notebook, and gives the page"
     pages = []
+
     def run(*cells, **kwargs):
         pages.append(lab.open(*cells, **kwargs))
         return pages[-1]
+
     yield run
     for page in pages:
         shot(page, request.node.name)
-        page.evaluate("() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }")     # not awaited
+        page.evaluate(
+            "() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }"
+        )  # not awaited
         page.close()
 
 
@@ -104,12 +113,15 @@ def test_checkpoint_explorer(show, lab):
 
     tab(2)
     explorer.locator(".widget-slider .ui-slider-handle, .widget-slider .noUi-handle").focus()
-    for _ in range(4): page.keyboard.press("ArrowRight")
+    for _ in range(4):
+        page.keyboard.press("ArrowRight")
     seen("in INT4")
     explorer.get_by_text("export", exact=True).click()
     seen(re.compile(r"steps/checkpoint-30-int4: [\d.]+ KiB"))
-    made = lab.folder/"nbs/steps/checkpoint-30-int4"
-    assert (made/"MANIFEST.json").exists() and (made/"model.safetensors").stat().st_size < 100_000
+    made = lab.folder / "nbs/steps/checkpoint-30-int4"
+    assert (made / "MANIFEST.json").exists() and (
+        made / "model.safetensors"
+    ).stat().st_size < 100_000
     shot(page, "explorer-export")
     explorer.get_by_text("export", exact=True).click()
     seen("already")
@@ -142,11 +154,14 @@ except OSError: live.live.finish()
 def test_a_run_live_and_resumed(show, lab):
     page = show(TRAINING, "RunDashboard('runs/hill')", wait=False)
     picture = page.locator(".minigpt-live-loss img")
-    for _ in range(3): expect(picture).not_to_have_attribute("src", picture.get_attribute("src"))     # drawn anew while the cell is at work
+    for _ in range(3):
+        expect(picture).not_to_have_attribute(
+            "src", picture.get_attribute("src")
+        )  # drawn anew while the cell is at work
     shot(page, "live-loss")
     lab.ran(page)
     expect(page.locator(".minigpt-live-loss")).to_have_count(0)
-    page.locator(".jp-RenderedImage img").wait_for()      # what stays in the notebook
+    page.locator(".jp-RenderedImage img").wait_for()  # what stays in the notebook
 
     dashboard = page.locator(".minigpt-run-dashboard")
     dashboard.get_by_text("checkpoint-20").first.wait_for()

@@ -1,9 +1,15 @@
 "The chat widget in a real browser: an answer that appears while it is written, Stop, an interrupted kernel, settings."
+
 import re
 from pathlib import Path
 
-from test_browser import expect, lab, shot, show  # noqa: F401 fixtures, and the same reasons to skip
-import ipykernel     # after the reasons to skip
+from test_browser import (
+    expect,
+    lab,
+    shot,
+    show,
+)  # noqa: F401 fixtures, and the same reasons to skip
+import ipykernel  # after the reasons to skip
 
 CHAT = r"""
 import sys, time
@@ -24,14 +30,18 @@ chat"""
 def test_chat(show):
     page = show(CHAT % str(Path(__file__).parent))
     box = page.locator(".minigpt-chat")
-    field, seen = box.locator("input[type=text]").first, lambda text: box.get_by_text(text).first.wait_for()
+    field, seen = (
+        box.locator("input[type=text]").first,
+        lambda text: box.get_by_text(text).first.wait_for(),
+    )
     ask = lambda text: (field.fill(text), field.press("Enter"))
     box.get_by_text("system prompt and temperature").click()
-    box.locator("textarea").fill("Be brief."); box.locator("textarea").blur()
+    box.locator("textarea").fill("Be brief.")
+    box.locator("textarea").blur()
     ask("Will it rain <b>today</b>?")
     seen("Will it rain <b>today</b>?")
     seen("Is there a <b>cloud</b>?")
-    seen(re.compile("Be brief"))     # in the result of the call
+    seen(re.compile("Be brief"))  # in the result of the call
     growing = box.get_by_text(re.compile(r"^(no )+")).last
     lengths = {len(growing.inner_text()) for _ in range(40) if page.wait_for_timeout(50) is None}
     assert len(lengths) >= 3, f"the answer did not appear bit by bit: {lengths}"
@@ -47,12 +57,17 @@ def test_chat(show):
     expect(box.get_by_text("send", exact=True)).to_be_enabled()
     ask("Interrupt?")
     seen(re.compile("interrupt interrupt"))
-    for _ in range(9):     # one that comes between two bits of the answer finds nothing to interrupt
-        page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()")
+    for _ in range(9):  # one that comes between two bits of the answer finds nothing to interrupt
+        page.evaluate(
+            "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()"
+        )
         page.wait_for_timeout(100)
-        if box.get_by_text("interrupted").count(): break
+        if box.get_by_text("interrupted").count():
+            break
     else:
-        assert ipykernel.version_info[0] >= 7     # there, JupyterLab has widgets handled in a thread, which no interrupt reaches
+        assert (
+            ipykernel.version_info[0] >= 7
+        )  # there, JupyterLab has widgets handled in a thread, which no interrupt reaches
         box.get_by_text("stop", exact=True).click()
     expect(box.get_by_text("send", exact=True)).to_be_enabled()
     ask("Again?")

@@ -1,4 +1,5 @@
 """The Colab notebooks, in a real kernel, on a stand-in for Colab: train until the machine is killed, then go on on an emptied one where only Drive is left."""
+
 import json
 import os
 import shutil
@@ -15,15 +16,18 @@ from project import ROOT
 STUB = {
     "google/colab/__init__.py": "",
     # what Colab's own does, as far as minigpt can see: a mount point with MyDrive in it
-    "google/colab/drive.py": """
+    "google/colab/drive.py": (
+        """
 import os
 def mount(where, force_remount=False, timeout_ms=120000):
     if os.environ.get('STUB_REFUSES'): raise ValueError('mount failed')
     os.makedirs(os.path.join(where, 'MyDrive'), exist_ok=True)
     open(os.path.join(where, '.mounted-'+os.environ['STUB_MACHINE']), 'w').close()
-""",
+"""
+    ),
     # Colab has loaded its package before the first cell; its mount is at a path that only root could make here
-    "sitecustomize.py": """
+    "sitecustomize.py": (
+        """
 import os, sys
 if any('ipykernel_launcher' in a for a in sys.orig_argv):
     import google.colab, minigpt.backup, minigpt.colab
@@ -31,62 +35,132 @@ if any('ipykernel_launcher' in a for a in sys.orig_argv):
     minigpt.backup.BEAT = 1.
     real = os.path.ismount
     os.path.ismount = lambda p: os.path.exists(os.path.join(p, '.mounted-'+os.environ['STUB_MACHINE'])) if str(p) == minigpt.colab.MOUNT else real(p)
-"""}
+"""
+    ),
+}
 
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stub")
-    for name, text in STUB.items(): (folder/name).parent.mkdir(parents=True, exist_ok=True); (folder/name).write_text(text)
+    for name, text in STUB.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
     return folder
 
 
 def execute(name, machine, stub, drive, **env):
     "`jupyter execute` on a machine of its own"
-    machine.mkdir(exist_ok=True); shutil.copy(ROOT/"nbs"/"tutorials"/f"{name}.ipynb", machine)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(stub), str(ROOT)]), "STUB_DRIVE": str(drive), "STUB_MACHINE": machine.name, "OMP_WAIT_POLICY": "PASSIVE", "MPLBACKEND": "agg", **env}
-    return subprocess.Popen([str(Path(sys.executable).parent/"jupyter-execute"), f"{name}.ipynb", "--output", f"{name}.out.ipynb", "--timeout", "300"], cwd=machine, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    machine.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "nbs" / "tutorials" / f"{name}.ipynb", machine)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(stub), str(ROOT)]),
+        "STUB_DRIVE": str(drive),
+        "STUB_MACHINE": machine.name,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "MPLBACKEND": "agg",
+        **env,
+    }
+    return subprocess.Popen(
+        [
+            str(Path(sys.executable).parent / "jupyter-execute"),
+            f"{name}.ipynb",
+            "--output",
+            f"{name}.out.ipynb",
+            "--timeout",
+            "300",
+        ],
+        cwd=machine,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def said(machine, name):
-    nb = nbformat.read(machine/f"{name}.out.ipynb", 4)
-    return "\n".join(o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    nb = nbformat.read(machine / f"{name}.out.ipynb", 4)
+    return "\n".join(
+        o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs
+    )
 
 
 def test_a_disconnect_and_the_day_after(stub, tmp_path):
-    drive, first, second = tmp_path/"drive", tmp_path/"first", tmp_path/"second"
+    drive, first, second = tmp_path / "drive", tmp_path / "first", tmp_path / "second"
     drive.mkdir()
     p = execute("train_with_drive", first, stub, drive)
-    whole = lambda: [m for m in (drive/"MyDrive"/"minigpt"/"stories"/"checkpoints").glob("checkpoint-*/MANIFEST.json") if int(m.parent.name[11:]) >= 100]
-    end = time.time()+200
-    while p.poll() is None and not whole() and time.time() < end: time.sleep(.05)
-    for child in psutil.Process(p.pid).children(recursive=True)+[psutil.Process(p.pid)] if p.poll() is None else []: child.kill()   # the runtime is reset
+    whole = lambda: [
+        m
+        for m in (drive / "MyDrive" / "minigpt" / "stories" / "checkpoints").glob(
+            "checkpoint-*/MANIFEST.json"
+        )
+        if int(m.parent.name[11:]) >= 100
+    ]
+    end = time.time() + 200
+    while p.poll() is None and not whole() and time.time() < end:
+        time.sleep(0.05)
+    for child in (
+        psutil.Process(p.pid).children(recursive=True) + [psutil.Process(p.pid)]
+        if p.poll() is None
+        else []
+    ):
+        child.kill()  # the runtime is reset
     out = p.communicate()[0]
     assert whole(), out
-    assert not (first/"train_with_drive.out.ipynb").exists(), "it was faster than the disconnect"
+    assert not (first / "train_with_drive.out.ipynb").exists(), "it was faster than the disconnect"
     shutil.rmtree(first)
     p = execute("resume_after_disconnect", second, stub, drive)
     out = p.communicate(timeout=300)[0]
     assert p.returncode == 0, out
-    run = json.loads((second/"runs"/"stories"/"run.json").read_text())
+    run = json.loads((second / "runs" / "stories" / "run.json").read_text())
     assert [a["step"] for a in run["attempts"]][0] == 0 and run["attempts"][-1]["step"] >= 100
     text = said(second, "resume_after_disconnect")
-    assert "restoring stories from" in text and "comes from the backup" in text and "backed up in" in text
+    assert (
+        "restoring stories from" in text
+        and "comes from the backup" in text
+        and "backed up in" in text
+    )
     assert "training a tokenizer" not in text, "nothing may be trained anew"
-    assert (drive/"MyDrive"/"minigpt"/"stories"/"final"/"MANIFEST.json").exists()
+    assert (drive / "MyDrive" / "minigpt" / "stories" / "final" / "MANIFEST.json").exists()
 
 
 def test_a_refused_mount(stub, tmp_path):
     "The notebook says what it means and goes on, and nothing is written where Drive would be"
-    code = "import sys; sys.orig_argv.append('ipykernel_launcher'); exec(open(sys.argv[1]).read()); from minigpt.colab import setup; print(repr(setup('x', model='tiny')))"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(stub), str(ROOT)]), "STUB_DRIVE": str(tmp_path/"drive"), "STUB_MACHINE": "m", "STUB_REFUSES": "1"}
-    r = subprocess.run([sys.executable, "-c", code, str(stub/"sitecustomize.py")], env=env, capture_output=True, text=True)
+    code = (
+        "import sys; sys.orig_argv.append('ipykernel_launcher'); exec(open(sys.argv[1]).read());"
+        " from minigpt.colab import setup; print(repr(setup('x', model='tiny')))"
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(stub), str(ROOT)]),
+        "STUB_DRIVE": str(tmp_path / "drive"),
+        "STUB_MACHINE": "m",
+        "STUB_REFUSES": "1",
+    }
+    r = subprocess.run(
+        [sys.executable, "-c", code, str(stub / "sitecustomize.py")],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert r.returncode == 0, r.stderr
-    assert "Drive was not mounted: ValueError: mount failed" in r.stdout and "WITHOUT BACKUP" in r.stdout and r.stdout.splitlines()[-1] == "''"
-    assert not (tmp_path/"drive").exists()
+    assert (
+        "Drive was not mounted: ValueError: mount failed" in r.stdout
+        and "WITHOUT BACKUP" in r.stdout
+        and r.stdout.splitlines()[-1] == "''"
+    )
+    assert not (tmp_path / "drive").exists()
 
 
 def test_in_a_subprocess_colab_is_known_by_its_environment(stub, tmp_path):
     code = "from minigpt.colab import in_colab, setup; assert in_colab(); print(repr(setup('x')))"
-    r = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT), "COLAB_RELEASE_TAG": "release-colab"}, capture_output=True, text=True)
-    assert "in a cell of the notebook first" in r.stdout and r.stdout.splitlines()[-1] == "''", r.stderr
+    r = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "COLAB_RELEASE_TAG": "release-colab"},
+        capture_output=True,
+        text=True,
+    )
+    assert "in a cell of the notebook first" in r.stdout and r.stdout.splitlines()[-1] == "''", (
+        r.stderr
+    )

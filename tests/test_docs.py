@@ -1,4 +1,5 @@
 "The documentation site builds, strictly, and shows what it should."
+
 import re
 import subprocess
 import sys
@@ -11,26 +12,49 @@ pytest.importorskip("material", reason="pip install mkdocs-material, to build th
 
 @pytest.fixture(scope="module")
 def site():
-    done = subprocess.run([sys.executable, ROOT/"tools"/"docs.py"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-1500:]+done.stderr[-1500:]
-    return ROOT/"_docs"/"site"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "docs.py"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    return ROOT / "_docs" / "site"
 
 
-def words(path): return re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
+def words(path):
+    return re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
 
 
 def test_pages(site):
     from docs import MODULES, TUTORIALS, WRITTEN
-    for page in [*(f"reference/{m}" for m in MODULES), *(f"tutorials/{t}" for t in TUTORIALS), *(p.removesuffix("index") for p in WRITTEN), ""]: assert (site/page/"index.html").exists(), page
-    assert {p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*.md")} <= {*WRITTEN.values()}
-    assert {p.stem for p in (ROOT/"nbs"/"tutorials").glob("*.ipynb")} == {*TUTORIALS}
-    assert (site/"search"/"search_index.json").stat().st_size > 100_000
+
+    for page in [
+        *(f"reference/{m}" for m in MODULES),
+        *(f"tutorials/{t}" for t in TUTORIALS),
+        *(p.removesuffix("index") for p in WRITTEN),
+        "",
+    ]:
+        assert (site / page / "index.html").exists(), page
+    assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md")} <= {
+        *WRITTEN.values()
+    }
+    assert {p.stem for p in (ROOT / "nbs" / "tutorials").glob("*.ipynb")} == {*TUTORIALS}
+    assert (site / "search" / "search_index.json").stat().st_size > 100_000
 
 
 def test_a_symbol_has_its_signature_comments_and_source(site):
-    text = words(site/"reference"/"lora"/"index.html")
-    assert "r:int=8, # Rank" in text and "Freeze a model, and add an adapter that can be trained." in text
-    assert "how many sequences at once: measured where it can be, then written down" in words(site/"reference"/"speed"/"index.html")
-    assert re.search(r'href="[^"]+/blob/main/minigpt/lora.py#L\d+"', (site/"reference"/"lora"/"index.html").read_text(encoding="utf-8"))
-    picture = re.search(r'<img[^>]* src="([^"]*dpo-1\.png)"', (site/"tutorials"/"dpo"/"index.html").read_text(encoding="utf-8"))[1]
-    assert (site/"tutorials"/"dpo"/picture).exists()
+    text = words(site / "reference" / "lora" / "index.html")
+    assert (
+        "r:int=8, # Rank" in text
+        and "Freeze a model, and add an adapter that can be trained." in text
+    )
+    assert "how many sequences at once: measured where it can be, then written down" in words(
+        site / "reference" / "speed" / "index.html"
+    )
+    assert re.search(
+        r'href="[^"]+/blob/main/minigpt/lora.py#L\d+"',
+        (site / "reference" / "lora" / "index.html").read_text(encoding="utf-8"),
+    )
+    picture = re.search(
+        r'<img[^>]* src="([^"]*dpo-1\.png)"',
+        (site / "tutorials" / "dpo" / "index.html").read_text(encoding="utf-8"),
+    )[1]
+    assert (site / "tutorials" / "dpo" / picture).exists()

@@ -1,4 +1,5 @@
 "What stands for a model, a run, a folder or an option: a run's folder for its model and tokenizer, `~`, the names of runs, other programs' options, any locale."
+
 import os
 import subprocess
 import sys
@@ -27,91 +28,222 @@ TINY = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
 def home(tmp_path_factory):
     "A user's folder with a text, a run and a model"
     home = tmp_path_factory.mktemp("home")
-    (home/"text.txt").write_text("The boat came home late.\n\nThe lamp was lit at dusk.\n\n"*20)
-    fit(lambda tok: GPTConfig(vocab_size=tok.vocab_size, **TINY), home/"text.txt", output_dir=home/"run", max_steps=1, max_seq_len=16, batch_size=1, tokenizer_vocab_size=270, progress=False, plot_loss=False, tensorboard=False)
-    tok = load_tokenizer(home/"run"/"tokenizer")
-    write_checkpoint(home/"model", State(GPTConfig(vocab_size=tok.vocab_size, **TINY), GPT(GPTConfig(vocab_size=tok.vocab_size, **TINY)).weights(), tok, dict(global_step=0)), "best")
+    (home / "text.txt").write_text("The boat came home late.\n\nThe lamp was lit at dusk.\n\n" * 20)
+    fit(
+        lambda tok: GPTConfig(vocab_size=tok.vocab_size, **TINY),
+        home / "text.txt",
+        output_dir=home / "run",
+        max_steps=1,
+        max_seq_len=16,
+        batch_size=1,
+        tokenizer_vocab_size=270,
+        progress=False,
+        plot_loss=False,
+        tensorboard=False,
+    )
+    tok = load_tokenizer(home / "run" / "tokenizer")
+    write_checkpoint(
+        home / "model",
+        State(
+            GPTConfig(vocab_size=tok.vocab_size, **TINY),
+            GPT(GPTConfig(vocab_size=tok.vocab_size, **TINY)).weights(),
+            tok,
+            dict(global_step=0),
+        ),
+        "best",
+    )
     return home
 
 
 @pytest.fixture
 def at_home(home, monkeypatch, tmp_path):
     "There, and somewhere else: a folder named ~ shows"
-    monkeypatch.setenv("HOME", str(home)); monkeypatch.setenv("USERPROFILE", str(home)); monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(tmp_path)
     yield home
-    assert not os.path.lexists(tmp_path/"~")
+    assert not os.path.lexists(tmp_path / "~")
 
 
 @pytest.mark.parametrize("named", ["~/run", "~/model", "run", "memory"])
 def test_a_run_or_a_directory_stands_for_model_and_tokenizer(at_home, named):
-    source = dict(run=Run(at_home/"run"), memory=load_model(at_home/"model")).get(named, named)
+    source = dict(run=Run(at_home / "run"), memory=load_model(at_home / "model")).get(named, named)
     chat = Chat(source, max_new_tokens=2, seed=0)
-    assert isinstance(chat.ask("Hello"), str) and chat.tokenizer.hash == load_tokenizer(at_home/"run"/"tokenizer").hash
+    assert (
+        isinstance(chat.ask("Hello"), str)
+        and chat.tokenizer.hash == load_tokenizer(at_home / "run" / "tokenizer").hash
+    )
     assert Chat(source, "~/model").tokenizer.hash == chat.tokenizer.hash
     if named != "memory":
-        with Server(dict(m=source), port=0) as s: assert isinstance(s.models["m"][0], GPT)
+        with Server(dict(m=source), port=0) as s:
+            assert isinstance(s.models["m"][0], GPT)
     evaluate_on(source, "~/text.txt", cache="~/cache", progress=False)
-    assert (at_home/"cache").is_dir()
+    assert (at_home / "cache").is_dir()
 
 
 def test_what_stands_for_no_model(at_home):
     model = GPT(GPTConfig(vocab_size=9, **TINY))
-    with pytest.raises(ValueError, match="in memory, so its tokenizer is not known"): Chat(model)
-    with pytest.raises(TypeError, match=r"'runs/x' is a str; open what it names: model,tokenizer = minigpt.checkpoint.open_model"): generate("runs/x", [1])
-    with pytest.raises(TypeError, match="by which names clients ask"): Server("~/run")
-    with pytest.raises(TypeError, match="3 must be the path of a directory with a model"): open_model(3)
-    with pytest.raises(Exception, match="there is no directory"): Chat("runs/no")
+    with pytest.raises(ValueError, match="in memory, so its tokenizer is not known"):
+        Chat(model)
+    with pytest.raises(
+        TypeError,
+        match=(
+            r"'runs/x' is a str; open what it names: model,tokenizer ="
+            r" minigpt.checkpoint.open_model"
+        ),
+    ):
+        generate("runs/x", [1])
+    with pytest.raises(TypeError, match="by which names clients ask"):
+        Server("~/run")
+    with pytest.raises(TypeError, match="3 must be the path of a directory with a model"):
+        open_model(3)
+    with pytest.raises(Exception, match="there is no directory"):
+        Chat("runs/no")
 
 
 def test_the_users_folder(at_home):
     "`~` names it wherever a folder is written or read"
-    assert export(open_run("~/run"), "~/out/a") == at_home/"out"/"a" and export("~/model", "~/out/b") == at_home/"out"/"b"
-    assert load_tokenizer("~/model").save("~/tok") == at_home/"tok" and (at_home/"tok"/"tokenizer.json").exists()
+    assert (
+        export(open_run("~/run"), "~/out/a") == at_home / "out" / "a"
+        and export("~/model", "~/out/b") == at_home / "out" / "b"
+    )
+    assert (
+        load_tokenizer("~/model").save("~/tok") == at_home / "tok"
+        and (at_home / "tok" / "tokenizer.json").exists()
+    )
     create_demo("~/demo", GPTConfig(vocab_size=50, **TINY), progress=False)
-    assert (at_home/"demo").is_dir() and Watch("~/run").status()["step"] == 1
+    assert (at_home / "demo").is_dir() and Watch("~/run").status()["step"] == 1
 
 
 def test_the_users_folder_on_the_command_line(at_home, monkeypatch, capsys):
-    for words in (["tokenizer", "train", "~/text.txt", "--output=~/tok2", "--vocab-size=270"], ["export", "~/model", "~/out/c"], ["plot", "~/run", "--output=~/p.png"], ["runs", "~/run"]):
+    for words in (
+        ["tokenizer", "train", "~/text.txt", "--output=~/tok2", "--vocab-size=270"],
+        ["export", "~/model", "~/out/c"],
+        ["plot", "~/run", "--output=~/p.png"],
+        ["runs", "~/run"],
+    ):
         monkeypatch.setattr(sys, "argv", ["minigpt", *words])
-        with pytest.raises(SystemExit) as e: cli.main()
+        with pytest.raises(SystemExit) as e:
+            cli.main()
         assert not e.value.code, words
-    assert (at_home/"tok2"/"tokenizer.json").exists() and (at_home/"out"/"c"/"config.json").exists() and (at_home/"p.png").exists() and "step 1 of 1" in capsys.readouterr().out
+    assert (
+        (at_home / "tok2" / "tokenizer.json").exists()
+        and (at_home / "out" / "c" / "config.json").exists()
+        and (at_home / "p.png").exists()
+        and "step 1 of 1" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("data, name", [("books/tales.txt", "tales"), ("books/*.txt", "books"), ("books/part-*.jsonl", "part"), (".hidden.txt", "hidden"), (".", "here"), ("..", "above"), ("x/..", "here"), ("*", "here"), ("stories", "stories"),
-    ("a.b.jsonl", "a"), ("...", "here"), ("real[1].txt", "real[1]"), (["one.txt", "two.txt"], "one"), ("/", "demo")])
+@pytest.mark.parametrize(
+    "data, name",
+    [
+        ("books/tales.txt", "tales"),
+        ("books/*.txt", "books"),
+        ("books/part-*.jsonl", "part"),
+        (".hidden.txt", "hidden"),
+        (".", "here"),
+        ("..", "above"),
+        ("x/..", "here"),
+        ("*", "here"),
+        ("stories", "stories"),
+        ("a.b.jsonl", "a"),
+        ("...", "here"),
+        ("real[1].txt", "real[1]"),
+        (["one.txt", "two.txt"], "one"),
+        ("/", "demo"),
+    ],
+)
 def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, data, name):
     "Never `runs` itself, nothing above it, no pattern"
-    (tmp_path/"above"/"here").mkdir(parents=True); monkeypatch.chdir(tmp_path/"above"/"here")
-    (tmp_path/"above"/"here"/"real[1].txt").write_text("x")
+    (tmp_path / "above" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above" / "here")
+    (tmp_path / "above" / "here" / "real[1].txt").write_text("x")
     assert cli.run_name(data) == name
 
 
-@pytest.mark.parametrize("option", ["use_rslora", "adam_epsilon", "dataset_text_field", "assistant_only_loss", "hub_model_id", "use_dora", "completion_only_loss", "deepspeed", "logging_strategy"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "use_rslora",
+        "adam_epsilon",
+        "dataset_text_field",
+        "assistant_only_loss",
+        "hub_model_id",
+        "use_dora",
+        "completion_only_loss",
+        "deepspeed",
+        "logging_strategy",
+    ],
+)
 def test_options_of_other_programs_are_answered(option, monkeypatch):
     for word in (f"--{option}", f"--{option.replace('_', '-')}=1"):
         monkeypatch.setattr(sys, "argv", ["minigpt", "train", "stories", word, "1"])
-        with pytest.raises(SystemExit, match=f"there is no option {word.partition('=')[0]}: "): cli.main()
-    with pytest.raises(TypeError, match=f"there is no option '{option}': "): TrainConfig.make(**{option: 1})
+        with pytest.raises(SystemExit, match=f"there is no option {word.partition('=')[0]}: "):
+            cli.main()
+    with pytest.raises(TypeError, match=f"there is no option '{option}': "):
+        TrainConfig.make(**{option: 1})
 
 
 def test_advice_about_special_tokens_applies(home, tmp_path):
     "To the tokenizer that is meant"
-    call = lambda tok, **o: open_source(tmp_path/"r", None, home/"text.txt", None, tok, TrainConfig(special_tokens="<mine>"), say=lambda s: None, **o)
-    with pytest.raises(ValueError, match="leave tokenizer out, and one is trained that has it"): call(home/"model")
-    with pytest.raises(ValueError, match="that the model was trained with, so leave special_tokens out"): call(home/"model", of_model=True)
-    with pytest.raises(ValueError, match="that the model was trained with, so leave special_tokens out"): fit(home/"model", home/"text.txt", output_dir=tmp_path/"run", special_tokens="<mine>", progress=False)
+    call = lambda tok, **o: open_source(
+        tmp_path / "r",
+        None,
+        home / "text.txt",
+        None,
+        tok,
+        TrainConfig(special_tokens="<mine>"),
+        say=lambda s: None,
+        **o,
+    )
+    with pytest.raises(ValueError, match="leave tokenizer out, and one is trained that has it"):
+        call(home / "model")
+    with pytest.raises(
+        ValueError, match="that the model was trained with, so leave special_tokens out"
+    ):
+        call(home / "model", of_model=True)
+    with pytest.raises(
+        ValueError, match="that the model was trained with, so leave special_tokens out"
+    ):
+        fit(
+            home / "model",
+            home / "text.txt",
+            output_dir=tmp_path / "run",
+            special_tokens="<mine>",
+            progress=False,
+        )
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a Windows command line is UTF-16 whatever the locale, so no argument arrives in another encoding")
-@pytest.mark.parametrize("locale", [dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")], ids=["C", "ascii"])
+@pytest.mark.skipif(
+    os.name == "nt",
+    reason=(
+        "a Windows command line is UTF-16 whatever the locale, so no argument arrives in another"
+        " encoding"
+    ),
+)
+@pytest.mark.parametrize(
+    "locale",
+    [dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")],
+    ids=["C", "ascii"],
+)
 def test_any_locale(locale, tmp_path):
     "Chinese paths and prompts are read as they are, whatever the locale says"
-    (tmp_path/"中文.jsonl").write_text('{"text": "小船"}\n', encoding="utf-8")
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONUTF8", "PYTHONIOENCODING", "LANG")} | locale
+    (tmp_path / "中文.jsonl").write_text('{"text": "小船"}\n', encoding="utf-8")
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONUTF8", "PYTHONIOENCODING", "LANG")
+    } | locale
     words = ["data", "analyze", "中文.jsonl", "--json=报告.json"]
-    p = subprocess.run([sys.executable, "-m", "minigpt", *words], cwd=tmp_path, env=env, capture_output=True)
-    assert p.returncode == 0 and (tmp_path/"报告.json").exists(), p.stderr
-    p = subprocess.run([sys.executable, "-m", "minigpt", "data", "analyze", b"\xd6\xd0.jsonl"], cwd=tmp_path, env=env, capture_output=True)
-    assert p.returncode == 1 and b"is not UTF-8; set the terminal to UTF-8, or rename the file" in p.stderr, p.stderr
+    p = subprocess.run(
+        [sys.executable, "-m", "minigpt", *words], cwd=tmp_path, env=env, capture_output=True
+    )
+    assert p.returncode == 0 and (tmp_path / "报告.json").exists(), p.stderr
+    p = subprocess.run(
+        [sys.executable, "-m", "minigpt", "data", "analyze", b"\xd6\xd0.jsonl"],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+    )
+    assert (
+        p.returncode == 1
+        and b"is not UTF-8; set the terminal to UTF-8, or rename the file" in p.stderr
+    ), p.stderr

@@ -1,4 +1,5 @@
 """A call that does not describe the run in its folder: what is refused has changed nothing, and what `override` lets through goes on with what it names."""
+
 import hashlib
 import json
 import random
@@ -15,7 +16,19 @@ from minigpt.source import ResumeError
 from minigpt.train import Callback, fit, resume
 
 SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
-OPTIONS = dict(validation_split=.2, tokenizer_vocab_size=300, max_seq_len=16, batch_size=4, max_steps=10, save_steps=5, eval_steps=5, num_threads=1, learning_rate=1e-3, progress=False, plot_loss=False)
+OPTIONS = dict(
+    validation_split=0.2,
+    tokenizer_vocab_size=300,
+    max_seq_len=16,
+    batch_size=4,
+    max_steps=10,
+    save_steps=5,
+    eval_steps=5,
+    num_threads=1,
+    learning_rate=1e-3,
+    progress=False,
+    plot_loss=False,
+)
 
 
 def text(path, words, seed):
@@ -26,29 +39,47 @@ def text(path, words, seed):
 
 @pytest.fixture
 def work(tmp_path):
-    text(tmp_path/"a.txt", ["mill", "wheel", "river", "stone", "night"], 1)
-    text(tmp_path/"b.txt", ["lamp", "street", "window", "rain", "night"], 2)
+    text(tmp_path / "a.txt", ["mill", "wheel", "river", "stone", "night"], 1)
+    text(tmp_path / "b.txt", ["lamp", "street", "window", "rain", "night"], 2)
     return tmp_path
 
 
 def go(work, name="a.txt", to="run", *callbacks, **options):
     override = options.pop("override", ())
-    return fit(SHAPE, options.pop("train", work/name), options.pop("valid", None), output_dir=work/to, override=override, callbacks=callbacks, **{**OPTIONS, **options})
+    return fit(
+        SHAPE,
+        options.pop("train", work / name),
+        options.pop("valid", None),
+        output_dir=work / to,
+        override=override,
+        callbacks=callbacks,
+        **{**OPTIONS, **options},
+    )
 
 
 def contents(folder, of="**/*"):
     "Every file that is not a log: name → hash"
-    return {p.relative_to(folder).as_posix():hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(folder.glob(of)) if p.is_file() and p.name not in ("run.log", ".lock")}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest()
+        for p in sorted(folder.glob(of))
+        if p.is_file() and p.name not in ("run.log", ".lock")
+    }
 
 
-def said(run): return (run.path/"run.log").read_text("utf-8")
+def said(run):
+    return (run.path / "run.log").read_text("utf-8")
 
 
 class Stop(Callback):
     "Break off without saving"
-    def __init__(self, at): self.at = at
+
+    def __init__(self, at):
+        self.at = at
+
     def on_step(self, t):
-        if t.step == self.at: t.writer.wait(); raise RuntimeError("unplugged")
+        if t.step == self.at:
+            t.writer.wait()
+            raise RuntimeError("unplugged")
 
 
 # --- checkpoints that are nobody's, or another's ---
@@ -56,85 +87,146 @@ class Stop(Callback):
 def test_saved_work_without_run_json_is_not_trained_over(work, left):
     "Once run.json is lost, nothing says whose checkpoints they are: a new training would prune and overwrite them"
     a = go(work, max_steps=10)
-    lone = work/"lone"; lone.mkdir()
+    lone = work / "lone"
+    lone.mkdir()
     if left == "final":
-        for f in [*json.loads((a.path/"MANIFEST.json").read_text())["files"], "MANIFEST.json"]: shutil.copy(a.path/f, lone/f)
-    elif left == "snapshots": shutil.copytree(a.path/"checkpoints/checkpoint-5", lone/"snapshots/snapshot-5")
-    else: shutil.copytree(a.path/left, lone/left)
+        for f in [*json.loads((a.path / "MANIFEST.json").read_text())["files"], "MANIFEST.json"]:
+            shutil.copy(a.path / f, lone / f)
+    elif left == "snapshots":
+        shutil.copytree(a.path / "checkpoints/checkpoint-5", lone / "snapshots/snapshot-5")
+    else:
+        shutil.copytree(a.path / left, lone / left)
     before = contents(lone)
-    with pytest.raises(FileExistsError) as e: go(work, to="lone", max_steps=20)
-    assert all(part in str(e.value) for part in ("lone holds", "no run.json", "overwrite=True", "output_dir", "pass one of them as the model"))
+    with pytest.raises(FileExistsError) as e:
+        go(work, to="lone", max_steps=20)
+    assert all(
+        part in str(e.value)
+        for part in (
+            "lone holds",
+            "no run.json",
+            "overwrite=True",
+            "output_dir",
+            "pass one of them as the model",
+        )
+    )
     assert contents(lone) == before
-    fresh = go(work, to="lone", max_steps=5, overwrite=True)          # and the way out that the message names
-    assert fresh.step == 5 and contents(work/"lone.old-1") == before
+    fresh = go(
+        work, to="lone", max_steps=5, overwrite=True
+    )  # and the way out that the message names
+    assert fresh.step == 5 and contents(work / "lone.old-1") == before
     if left in ("checkpoints", "final"):
-        saved = work/"lone.old-1"/("checkpoints/checkpoint-10" if left == "checkpoints" else ".")
-        assert fit(load_model(saved), work/"a.txt", output_dir=work/"next", **OPTIONS).finished
+        saved = (
+            work / "lone.old-1" / ("checkpoints/checkpoint-10" if left == "checkpoints" else ".")
+        )
+        assert fit(load_model(saved), work / "a.txt", output_dir=work / "next", **OPTIONS).finished
 
 
 def test_a_checkpoint_of_another_run_is_set_aside(work):
     "A folder copied into another one: its checkpoints are neither resumed from nor overwritten"
-    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Stop(6), max_steps=20)
-    a,b = open_run(work/"run"),go(work, "a.txt", "other", max_steps=20, seed=3)
-    shutil.copytree(b.path/"checkpoints/checkpoint-20", a.path/"checkpoints/checkpoint-20")
-    shutil.copytree(b.path/"checkpoints/checkpoint-15", a.path/"checkpoints/checkpoint-10")
-    theirs = contents(b.path/"checkpoints/checkpoint-20")
+    with pytest.raises(RuntimeError):
+        go(work, "a.txt", "run", Stop(6), max_steps=20)
+    a, b = open_run(work / "run"), go(work, "a.txt", "other", max_steps=20, seed=3)
+    shutil.copytree(b.path / "checkpoints/checkpoint-20", a.path / "checkpoints/checkpoint-20")
+    shutil.copytree(b.path / "checkpoints/checkpoint-15", a.path / "checkpoints/checkpoint-10")
+    theirs = contents(b.path / "checkpoints/checkpoint-20")
     a = go(work, max_steps=20)
-    assert "resuming from checkpoint-5" in said(a) and "belongs to another run and is set aside" in said(a)
-    assert contents(a.path/"checkpoints/checkpoint-20.other-run-1") == theirs
+    assert "resuming from checkpoint-5" in said(
+        a
+    ) and "belongs to another run and is set aside" in said(a)
+    assert contents(a.path / "checkpoints/checkpoint-20.other-run-1") == theirs
     assert go(work, to="straight", max_steps=20).history[-1]["loss"] == a.history[-1]["loss"]
 
 
 # --- the tokens ---
-@pytest.mark.parametrize("change", [dict(batch_size=2), dict(max_seq_len=32), dict(seed=1), dict(max_seq_len=1000), dict(valid="missing.txt")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(batch_size=2),
+        dict(max_seq_len=32),
+        dict(seed=1),
+        dict(max_seq_len=1000),
+        dict(valid="missing.txt"),
+    ],
+)
 @pytest.mark.parametrize("override", ["data", "validation_split"])
 def test_a_refused_override_leaves_the_tokens(work, change, override):
     "One change is meant, another is not: the call is refused, and the run goes on as if it had not been made"
     run = go(work)
     before = contents(run.path)
     name = "b.txt" if override == "data" else "a.txt"
-    with pytest.raises((ValueError, FileNotFoundError)): go(work, name, override=override, **{**dict(max_steps=20), **({"validation_split":.3} if override == "validation_split" else {}), **change})
+    with pytest.raises((ValueError, FileNotFoundError)):
+        go(
+            work,
+            name,
+            override=override,
+            **{
+                **dict(max_steps=20),
+                **({"validation_split": 0.3} if override == "validation_split" else {}),
+                **change,
+            },
+        )
     after = contents(run.path)
-    assert {k:after.get(k) for k in before} == before and all(k.startswith("data-2/") for k in {*after}-{*before})
-    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"]["train"] == ["data"]
-    assert ("does not read the tokens in data-2; delete them" in said(run)) == (run.path/"data-2").exists()
+    assert {k: after.get(k) for k in before} == before and all(
+        k.startswith("data-2/") for k in {*after} - {*before}
+    )
+    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
+        "train"
+    ] == ["data"]
+    assert ("does not read the tokens in data-2; delete them" in said(run)) == (
+        run.path / "data-2"
+    ).exists()
 
 
 def test_override_data_and_back(work):
     "The tokens change once, and are found again by the same call; those before them stay, until somebody deletes them"
     run = go(work)
-    a = contents(run.path/"data")
+    a = contents(run.path / "data")
     run = go(work, "b.txt", max_steps=15, override="data")
     assert run.facts["data"]["places"] == dict(train=["data-2"], valid=None)
-    assert "does not read the tokens in data; delete them" in said(run) and contents(run.path/"data") == a
-    kept = (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns
+    assert (
+        "does not read the tokens in data; delete them" in said(run)
+        and contents(run.path / "data") == a
+    )
+    kept = (run.path / "data-2/train/tokens.bin").stat().st_mtime_ns
     assert resume(run.path, max_steps=16).step == 16
     assert go(work, "b.txt", max_steps=17, override="data").step == 17
-    assert go(work, "b.txt", max_steps=18).step == 18 and (run.path/"data-2/train/tokens.bin").stat().st_mtime_ns == kept
-    with pytest.raises(ResumeError, match="the content is another"): go(work, max_steps=20)
+    assert (
+        go(work, "b.txt", max_steps=18).step == 18
+        and (run.path / "data-2/train/tokens.bin").stat().st_mtime_ns == kept
+    )
+    with pytest.raises(ResumeError, match="the content is another"):
+        go(work, max_steps=20)
     run = go(work, max_steps=20, override="data")
-    assert run.facts["data"]["places"]["train"] == ["data"] and contents(run.path/"data") == a
+    assert run.facts["data"]["places"]["train"] == ["data"] and contents(run.path / "data") == a
 
 
 def test_override_data_between_a_file_and_a_mixture(work):
     run = go(work)
-    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
-    with pytest.raises(ResumeError, match="data sets"): go(work, train=both, max_steps=15)
+    both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
+    with pytest.raises(ResumeError, match="data sets"):
+        go(work, train=both, max_steps=15)
     run = go(work, train=both, max_steps=15, override="data")
     assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"]
-    assert go(work, train=both, max_steps=16).step == 16 and "delete them" not in said(run), "they lie around those that are read"
+    assert go(work, train=both, max_steps=16).step == 16 and "delete them" not in said(run), (
+        "they lie around those that are read"
+    )
     run = go(work, "b.txt", max_steps=18, override="data")
-    assert run.facts["data"]["places"]["train"] == ["data-2"] and go(work, "b.txt", max_steps=19).step == 19
+    assert (
+        run.facts["data"]["places"]["train"] == ["data-2"]
+        and go(work, "b.txt", max_steps=19).step == 19
+    )
 
 
-@pytest.mark.parametrize("was,now", [(.1, .3), (0., .2), (.2, 0.)])
+@pytest.mark.parametrize("was,now", [(0.1, 0.3), (0.0, 0.2), (0.2, 0.0)])
 def test_override_validation_split(work, was, now):
     "The way out that the refusal names"
     run = go(work, validation_split=was)
     if was:
-        with pytest.raises(ResumeError, match="override='validation_split'"): go(work, validation_split=now, max_steps=15)
+        with pytest.raises(ResumeError, match="override='validation_split'"):
+            go(work, validation_split=now, max_steps=15)
     n = run.facts["data"]["tokens"]
-    with pytest.raises(ResumeError, match="the content is another"): go(work, "b.txt", validation_split=now, max_steps=15, override="validation_split")
+    with pytest.raises(ResumeError, match="the content is another"):
+        go(work, "b.txt", validation_split=now, max_steps=15, override="validation_split")
     run = go(work, validation_split=now, max_steps=15, override="validation_split")
     assert run.step == 15 and (run.facts["data"]["tokens"] < n) == (now > was)
     assert ("eval_loss" in run.history[-1]) == (now > 0)
@@ -144,194 +236,324 @@ def test_override_validation_split(work, was, now):
 def test_a_token_set_in_the_runs_own_folder_stays(work):
     "The caller may name the run's tokens themselves, by another path than the run does"
     from minigpt.data import open_set
+
     run = go(work)
-    tokens = open_set((work/"run").resolve()/"data/train")
+    tokens = open_set((work / "run").resolve() / "data/train")
     assert go(work, train=tokens, tokenizer=run.tokenizer, max_steps=12).step == 12
-    assert (run.path/"data/train/tokens.bin").exists()
-    mine,_ = build_tokenset(work/"b.txt", run.tokenizer, run.path/"data-mine", 0.)
+    assert (run.path / "data/train/tokens.bin").exists()
+    mine, _ = build_tokenset(work / "b.txt", run.tokenizer, run.path / "data-mine", 0.0)
     assert go(work, train=mine, tokenizer=run.tokenizer, max_steps=14, override="data").step == 14
-    assert (mine.path/"tokens.bin").exists()
+    assert (mine.path / "tokens.bin").exists()
 
 
 # --- what validation measures ---
-@pytest.mark.parametrize("change,override", [(dict(name="b.txt"), "data"), (dict(valid="b.txt"), ()), (dict(validation_split=.3), "validation_split"), (dict(max_seq_len=8), "max_seq_len"), (dict(eval_sequences=3), ())])
+@pytest.mark.parametrize(
+    "change,override",
+    [
+        (dict(name="b.txt"), "data"),
+        (dict(valid="b.txt"), ()),
+        (dict(validation_split=0.3), "validation_split"),
+        (dict(max_seq_len=8), "max_seq_len"),
+        (dict(eval_sequences=3), ()),
+    ],
+)
 def test_the_best_loss_is_of_one_validation_set(work, change, override):
     "A lower loss on another set says nothing: it counts from the first evaluation on"
     run = go(work, learning_rate=1e-2, early_stopping=2)
     old = run.best
     assert old.step == 10
-    if "valid" in change: change = dict(change, valid=work/change["valid"])
+    if "valid" in change:
+        change = dict(change, valid=work / change["valid"])
     run = go(work, **change, learning_rate=1e-9, max_steps=15, early_stopping=2, override=override)
     assert "counts no more" in said(run)
-    losses = {h["step"]:h["eval_loss"] for h in run.history if "eval_loss" in h} # of step 10, where it was saved and not yet evaluated, there are two
-    assert run.best.step == json.loads((run.path/"trainer_state.json").read_text())["best_step"] == min((10, 15), key=losses.get)
+    losses = {
+        h["step"]: h["eval_loss"] for h in run.history if "eval_loss" in h
+    }  # of step 10, where it was saved and not yet evaluated, there are two
+    assert (
+        run.best.step
+        == json.loads((run.path / "trainer_state.json").read_text())["best_step"]
+        == min((10, 15), key=losses.get)
+    )
     again = go(work, **change, learning_rate=1e-9, max_steps=20, early_stopping=2)
-    assert said(again).count("counts no more") == 1 # the same call again measures the same
+    assert said(again).count("counts no more") == 1  # the same call again measures the same
 
 
 def test_a_run_that_was_stopped_early_goes_on_with_another_validation_set(work):
-    run = go(work, learning_rate=3., grad_clip=0., max_steps=100, early_stopping=1)
+    run = go(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1)
     assert run.step < 100 and run.finished
     stopped = run.step
-    assert go(work, learning_rate=3., grad_clip=0., max_steps=100, early_stopping=1).step == stopped
-    assert go(work, valid=work/"b.txt", learning_rate=1e-3, max_steps=stopped+5, early_stopping=1).step == stopped+5
+    assert (
+        go(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1).step == stopped
+    )
+    assert (
+        go(
+            work, valid=work / "b.txt", learning_rate=1e-3, max_steps=stopped + 5, early_stopping=1
+        ).step
+        == stopped + 5
+    )
 
 
 def test_open_run_sees_a_run_made_before_places_were_written(work):
     "A run.json of an older version: the tokens are in data/"
     run = go(work)
-    facts = run.facts; del facts["data"]["places"]
-    (run.path/"run.json").write_text(json.dumps(facts))
+    facts = run.facts
+    del facts["data"]["places"]
+    (run.path / "run.json").write_text(json.dumps(facts))
     for c in run.checkpoints:
-        s = json.loads((c.path/"trainer_state.json").read_text())
+        s = json.loads((c.path / "trainer_state.json").read_text())
         assert s["run"] == facts["id"]
-    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"]["train"] == ["data"]
+    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
+        "train"
+    ] == ["data"]
 
 
 def test_the_backup_has_the_tokens_of_now(work):
     "On another machine, where neither the texts nor the run are, it goes on with the data that it was changed to"
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     go(work, gdrive_backup_dir=str(drive))
     run = go(work, "b.txt", max_steps=15, override="data", gdrive_backup_dir=str(drive))
-    tokens = contents(run.path/"data-2")
-    names = {p.relative_to(drive/"run").parts[0] for p in (drive/"run").rglob("*.bin")}
+    tokens = contents(run.path / "data-2")
+    names = {p.relative_to(drive / "run").parts[0] for p in (drive / "run").rglob("*.bin")}
     assert "data-2" in names and "data" not in names
-    shutil.rmtree(run.path); (work/"a.txt").unlink(); (work/"b.txt").unlink()
-    run = resume(work/"run", max_steps=20, gdrive_backup_dir=str(drive))
-    assert run.step == 20 and contents(run.path/"data-2") == tokens
+    shutil.rmtree(run.path)
+    (work / "a.txt").unlink()
+    (work / "b.txt").unlink()
+    run = resume(work / "run", max_steps=20, gdrive_backup_dir=str(drive))
+    assert run.step == 20 and contents(run.path / "data-2") == tokens
 
 
 def test_the_command_lets_through_what_it_names(work, monkeypatch):
     "`--override`, which the refusal advises, for both ways of going on"
     from minigpt import cli
+
     go(work)
     monkeypatch.chdir(work)
+
     def command(*words):
-        monkeypatch.setattr("sys.argv", ["minigpt", *words, "--num-threads", "1", "--no-progress", "--no-plot-loss"])
-        try: cli.main()
-        except SystemExit as e: return e.code
-    (work/"shape.json").write_text(json.dumps(dict(config=SHAPE.to_dict(), **{k:v for k,v in OPTIONS.items() if k != "max_steps"})))
-    call = ["train", "b.txt", "--config-file", "shape.json", "--output-dir", "run", "--max-steps", "12"]
+        monkeypatch.setattr(
+            "sys.argv", ["minigpt", *words, "--num-threads", "1", "--no-progress", "--no-plot-loss"]
+        )
+        try:
+            cli.main()
+        except SystemExit as e:
+            return e.code
+
+    (work / "shape.json").write_text(
+        json.dumps(
+            dict(config=SHAPE.to_dict(), **{k: v for k, v in OPTIONS.items() if k != "max_steps"})
+        )
+    )
+    call = [
+        "train",
+        "b.txt",
+        "--config-file",
+        "shape.json",
+        "--output-dir",
+        "run",
+        "--max-steps",
+        "12",
+    ]
     assert "--override data" in command(*call)
     assert not command(*call, "--override", "data") and open_run("run").step == 12
-    assert "--override effective_batch" in command("resume", "run", "--max-steps", "14", "--batch-size", "2")
-    assert not command("resume", "run", "--max-steps", "14", "--batch-size", "2", "--override", "effective_batch") and open_run("run").step == 14
+    assert "--override effective_batch" in command(
+        "resume", "run", "--max-steps", "14", "--batch-size", "2"
+    )
+    assert (
+        not command(
+            "resume",
+            "run",
+            "--max-steps",
+            "14",
+            "--batch-size",
+            "2",
+            "--override",
+            "effective_batch",
+        )
+        and open_run("run").step == 14
+    )
 
 
 # --- what is not the run's ---
-@pytest.mark.parametrize("path", ["data/a.txt", "data/train/a.txt", "data/train/meta.json", "data-valid/a.txt", "data-2/a.txt", "data/.git/HEAD", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data/a.txt",
+        "data/train/a.txt",
+        "data/train/meta.json",
+        "data-valid/a.txt",
+        "data-2/a.txt",
+        "data/.git/HEAD",
+        "tokenizer/tokenizer.json",
+    ],
+)
 def test_what_others_keep_in_the_folder_stays(work, path):
     "A run in a folder with files of its user, such as `output_dir='.'` beside `data/`"
-    home = work/"home"; (home/path).parent.mkdir(parents=True)
-    mine = home/path; shutil.copy(work/"a.txt", mine)
-    if mine.name == "tokenizer.json": build_tokenizer(work).save(mine.parent)
+    home = work / "home"
+    (home / path).parent.mkdir(parents=True)
+    mine = home / path
+    shutil.copy(work / "a.txt", mine)
+    if mine.name == "tokenizer.json":
+        build_tokenizer(work).save(mine.parent)
     before = mine.read_bytes()
-    kept = lambda: before in [p.read_bytes() for p in (mine, home/"tokenizer.old-1/tokenizer.json") if p.exists()]
-    with pytest.raises(ValueError): go(work, to="home", max_seq_len=10**6)
+    kept = lambda: (
+        before
+        in [p.read_bytes() for p in (mine, home / "tokenizer.old-1/tokenizer.json") if p.exists()]
+    )
+    with pytest.raises(ValueError):
+        go(work, to="home", max_seq_len=10**6)
     assert kept()
-    run = go(work, to="home", valid=work/"b.txt")
-    assert kept() and go(work, to="home", valid=work/"b.txt", max_steps=12).step == 12
-    run = go(work, "b.txt", "home", valid=work/"b.txt", max_steps=14, override="data")
+    run = go(work, to="home", valid=work / "b.txt")
+    assert kept() and go(work, to="home", valid=work / "b.txt", max_steps=12).step == 12
+    run = go(work, "b.txt", "home", valid=work / "b.txt", max_steps=14, override="data")
     assert kept() and run.step == 14
     if path == "data/a.txt":
         assert run.facts["data"]["places"]["train"][0].startswith("data-")
-        with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"): build_tokenset(work/"b.txt", run.tokenizer, home/"data")
+        with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"):
+            build_tokenset(work / "b.txt", run.tokenizer, home / "data")
 
 
 def test_tokens_that_a_run_reads_are_not_called_unread(work, monkeypatch):
     "Nor those that it would fall back on: a validation set that a call leaves out"
-    run = go(work, valid=work/"b.txt")
+    run = go(work, valid=work / "b.txt")
     assert go(work, max_steps=12).step == 12 and "does not read" not in said(run)
     monkeypatch.chdir(work)
-    own = TokenSet(build_tokenset("a.txt", run.tokenizer, work/"own/data", 0.)[0].path.resolve())
-    own = fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **OPTIONS) and fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **{**OPTIONS, "max_steps":12})
+    own = TokenSet(build_tokenset("a.txt", run.tokenizer, work / "own/data", 0.0)[0].path.resolve())
+    own = fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **OPTIONS) and fit(
+        SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **{**OPTIONS, "max_steps": 12}
+    )
     assert own.step == 12 and "does not read" not in said(own)
 
 
 def test_what_a_file_manager_leaves_is_nobodys(work):
     run = go(work)
-    for name in (".DS_Store", "Thumbs.db"): (run.path/"data"/name).write_bytes(b"x")
+    for name in (".DS_Store", "Thumbs.db"):
+        (run.path / "data" / name).write_bytes(b"x")
     assert go(work, max_steps=12).step == 12 and go(work, to="again").step == 10
-    train, _ = build_tokenset(work/"b.txt", run.tokenizer, run.path/"data", 0.)         # replaces the set
-    assert train.path == run.path/"data/train" and not (run.path/"data/.DS_Store").exists()
+    train, _ = build_tokenset(
+        work / "b.txt", run.tokenizer, run.path / "data", 0.0
+    )  # replaces the set
+    assert train.path == run.path / "data/train" and not (run.path / "data/.DS_Store").exists()
 
 
 def test_no_folder_where_tokens_are_to_appear(work):
-    (work/"home").mkdir(); (work/"home/data").write_text("mine")
-    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
-    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"): go(work, to="home", train=both)
-    (work/"home/data").unlink(); (work/"home/data").symlink_to(work/"nowhere")
-    for train in both, work/"a.txt":
-        with pytest.raises(CheckpointError, match="data is a link to .*nowhere, and a run writes and deletes only in its own folder"): go(work, to="home", train=train)
-    assert (work/"home/data").is_symlink() and not (work/"nowhere").exists()
+    (work / "home").mkdir()
+    (work / "home/data").write_text("mine")
+    both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
+    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"):
+        go(work, to="home", train=both)
+    (work / "home/data").unlink()
+    (work / "home/data").symlink_to(work / "nowhere")
+    for train in both, work / "a.txt":
+        with pytest.raises(
+            CheckpointError,
+            match=(
+                "data is a link to .*nowhere, and a run writes and deletes only in its own folder"
+            ),
+        ):
+            go(work, to="home", train=train)
+    assert (work / "home/data").is_symlink() and not (work / "nowhere").exists()
 
 
 def build_tokenizer(work):
     from minigpt.tokenizer import train_tokenizer
-    return train_tokenizer([(work/"b.txt").read_text()], 280)
+
+    return train_tokenizer([(work / "b.txt").read_text()], 280)
 
 
 def test_token_sets_of_the_caller_stay(work):
     tok = build_tokenizer(work)
-    one,two = (build_tokenset(work/f"{n}.txt", tok, work/"home"/d, .3)[0] for n,d in (("a", "data"), ("b", "data-2")))
-    before = contents(work/"home")
+    one, two = (
+        build_tokenset(work / f"{n}.txt", tok, work / "home" / d, 0.3)[0]
+        for n, d in (("a", "data"), ("b", "data-2"))
+    )
+    before = contents(work / "home")
     go(work, to="home", train=one, tokenizer=tok)
     go(work, to="home", train=two, tokenizer=tok, max_steps=12, override="data")
     go(work, to="home", max_steps=14, override="data")
-    assert {k:v for k,v in contents(work/"home").items() if k in before} == before
+    assert {k: v for k, v in contents(work / "home").items() if k in before} == before
 
 
 def test_a_mixture_with_a_token_set_of_the_caller(work):
     "Its other part is found again, without its text too"
     tok = build_tokenizer(work)
-    one,_ = build_tokenset(work/"a.txt", tok, work/"sets", 0.)
-    both = lambda: mix([(one, 1), (str(work/"b.txt"), 1)])
+    one, _ = build_tokenset(work / "a.txt", tok, work / "sets", 0.0)
+    both = lambda: mix([(one, 1), (str(work / "b.txt"), 1)])
     run = go(work, train=both(), tokenizer=tok)
     assert run.facts["data"]["places"]["train"] == [None, "data/1"]
-    built = (run.path/"data/1/train/tokens.bin").stat().st_mtime_ns
-    (work/"b.txt").unlink()
-    assert go(work, train=both(), tokenizer=tok, max_steps=12).step == 12 and (run.path/"data/1/train/tokens.bin").stat().st_mtime_ns == built
+    built = (run.path / "data/1/train/tokens.bin").stat().st_mtime_ns
+    (work / "b.txt").unlink()
+    assert (
+        go(work, train=both(), tokenizer=tok, max_steps=12).step == 12
+        and (run.path / "data/1/train/tokens.bin").stat().st_mtime_ns == built
+    )
 
 
 def test_a_built_in_corpus_is_not_any_text(work):
     "stories were taken for whatever the run had"
-    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Stop(7), max_steps=20)
-    with pytest.raises(ResumeError, match="the content is another"): go(work, train="stories", max_steps=20)
+    with pytest.raises(RuntimeError):
+        go(work, "a.txt", "run", Stop(7), max_steps=20)
+    with pytest.raises(ResumeError, match="the content is another"):
+        go(work, train="stories", max_steps=20)
     assert go(work, max_steps=20).step == 20
 
 
 def test_a_call_that_comes_to_nothing_leaves_the_best_model(work):
     "Another validation set, and an end before it was looked at"
     run = go(work, learning_rate=1e-2)
-    best = contents(run.path/"best")
+    best = contents(run.path / "best")
+
     class Never(Callback):
-        def on_start(self, t): raise RuntimeError("unplugged")
-    with pytest.raises(RuntimeError): go(work, "a.txt", "run", Never(), valid=work/"b.txt", max_steps=20)
-    assert contents(run.path/"best") == best and run.best
+        def on_start(self, t):
+            raise RuntimeError("unplugged")
+
+    with pytest.raises(RuntimeError):
+        go(work, "a.txt", "run", Never(), valid=work / "b.txt", max_steps=20)
+    assert contents(run.path / "best") == best and run.best
 
 
 def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
     go(work, to=".")
     monkeypatch.chdir(work)
-    with pytest.raises(ValueError, match="is the working folder"): fit(SHAPE, "a.txt", output_dir=".", overwrite=True, **OPTIONS)
+    with pytest.raises(ValueError, match="is the working folder"):
+        fit(SHAPE, "a.txt", output_dir=".", overwrite=True, **OPTIONS)
 
 
-@pytest.mark.parametrize("content,words", [("[1]", "is not one that fit writes"), ('{"train": {}, "max_steps": 5}', "lacks attempts, choices")])
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        ("[1]", "is not one that fit writes"),
+        ('{"train": {}, "max_steps": 5}', "lacks attempts, choices"),
+    ],
+)
 def test_run_json_of_another_program(work, content, words):
-    (work/"drive").mkdir(); (work/"run").mkdir()
-    (work/"run/run.json").write_text(content)
-    with pytest.raises(ValueError, match=words): go(work, gdrive_backup_dir=str(work/"drive"))
+    (work / "drive").mkdir()
+    (work / "run").mkdir()
+    (work / "run/run.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        go(work, gdrive_backup_dir=str(work / "drive"))
 
 
 # --- the backup ---
 def two_machines(work):
-    drive = work/"drive"; drive.mkdir()
-    for m in "one", "two": (work/m).mkdir(); shutil.copy(work/"a.txt", work/m); shutil.copy(work/"b.txt", work/m)
-    return lambda m, name, steps, drive=str(drive), **o: fit(SHAPE, work/m/name, output_dir=work/m/"run", gdrive_backup_dir=drive, **{**OPTIONS, "logging_steps":1, "max_steps":steps, **o})
+    drive = work / "drive"
+    drive.mkdir()
+    for m in "one", "two":
+        (work / m).mkdir()
+        shutil.copy(work / "a.txt", work / m)
+        shutil.copy(work / "b.txt", work / m)
+    return lambda m, name, steps, drive=str(drive), **o: fit(
+        SHAPE,
+        work / m / name,
+        output_dir=work / m / "run",
+        gdrive_backup_dir=drive,
+        **{**OPTIONS, "logging_steps": 1, "max_steps": steps, **o},
+    )
 
 
 def test_a_restored_run_has_its_best_model(work):
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
     best = contents(run.best.path)
     shutil.rmtree(run.path)
@@ -342,97 +564,152 @@ def test_a_restored_run_has_its_best_model(work):
 def test_a_run_that_went_on_elsewhere(work):
     "Two machines, one after the other: the first one takes over what the second one has done, its history and its data"
     on = two_machines(work)
-    on("one", "a.txt", 5); on("two", "a.txt", 8); on("two", "b.txt", 11, override="data")
-    with pytest.raises(ResumeError, match="the content is another"): on("one", "a.txt", 14)
+    on("one", "a.txt", 5)
+    on("two", "a.txt", 8)
+    on("two", "b.txt", 11, override="data")
+    with pytest.raises(ResumeError, match="the content is another"):
+        on("one", "a.txt", 14)
     run = on("one", "b.txt", 14)
-    assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 15)] and len(run.facts["attempts"]) == 4
+    assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 15)] and len(
+        run.facts["attempts"]
+    ) == 4
 
 
 def test_a_newer_history_is_not_replaced_by_an_older_one(work):
     "run.json is lost, and the backup's is from before"
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=5)
     run = go(work, logging_steps=1, max_steps=10)
-    (run.path/"run.json").unlink()
+    (run.path / "run.json").unlink()
     run = go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=12)
     assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 13)]
 
 
 def test_a_backup_that_was_cut_off_in_a_change_has_the_tokens_of_before(work, monkeypatch):
     "Its run.json is still the old one: what that names is there"
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
-    old,real = contents(run.path/"data"),Backup._replace
+    old, real = contents(run.path / "data"), Backup._replace
+
     def cut_off(self, name, data):
-        if name == "run.json": raise OSError(5, "unplugged")
+        if name == "run.json":
+            raise OSError(5, "unplugged")
         real(self, name, data)
+
     monkeypatch.setattr(Backup, "_replace", cut_off)
-    run = go(work, "b.txt", max_steps=12, override="data", gdrive_backup_dir=str(drive), backup_wait_seconds=3)
+    run = go(
+        work,
+        "b.txt",
+        max_steps=12,
+        override="data",
+        gdrive_backup_dir=str(drive),
+        backup_wait_seconds=3,
+    )
     monkeypatch.undo()
-    assert {"data", "data-2"} <= {p.name for p in (drive/"run").iterdir()}
-    shutil.rmtree(run.path); (work/"b.txt").unlink(); (drive/"run/heartbeat.json").unlink(missing_ok=True)   # or it would wait for the machine that wrote there
-    (work/"a.txt").unlink()
-    run = resume(work/"run", max_steps=14, gdrive_backup_dir=str(drive))
-    assert run.step == 14 and contents(run.path/"data") == old
+    assert {"data", "data-2"} <= {p.name for p in (drive / "run").iterdir()}
+    shutil.rmtree(run.path)
+    (work / "b.txt").unlink()
+    (drive / "run/heartbeat.json").unlink(
+        missing_ok=True
+    )  # or it would wait for the machine that wrote there
+    (work / "a.txt").unlink()
+    run = resume(work / "run", max_steps=14, gdrive_backup_dir=str(drive))
+    assert run.step == 14 and contents(run.path / "data") == old
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "trainer_state.json", "generation_config.json"])
 def test_files_of_a_model_that_is_not_ours_stay(work, name):
     "The final model would take their place"
-    (work/"home").mkdir(); (work/"home"/name).write_text("{}")
-    with pytest.raises(FileExistsError, match=f"holds {name} and no run.json"): go(work, to="home")
-    assert (work/"home"/name).read_text() == "{}"
+    (work / "home").mkdir()
+    (work / "home" / name).write_text("{}")
+    with pytest.raises(FileExistsError, match=f"holds {name} and no run.json"):
+        go(work, to="home")
+    assert (work / "home" / name).read_text() == "{}"
 
 
 def test_a_restore_keeps_what_stands_in_the_folder(work):
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
-    shutil.rmtree(run.path); run.path.mkdir(); (run.path/"model.safetensors").write_text("mine"); (run.path/"tokenizer").mkdir(); (run.path/"tokenizer/notes.txt").write_text("mine")
+    shutil.rmtree(run.path)
+    run.path.mkdir()
+    (run.path / "model.safetensors").write_text("mine")
+    (run.path / "tokenizer").mkdir()
+    (run.path / "tokenizer/notes.txt").write_text("mine")
     run = go(work, gdrive_backup_dir=str(drive))
-    assert run.finished and (run.path/"model.safetensors.old-1").read_text() == (run.path/"tokenizer.old-1/notes.txt").read_text() == "mine"
+    assert (
+        run.finished
+        and (run.path / "model.safetensors.old-1").read_text()
+        == (run.path / "tokenizer.old-1/notes.txt").read_text()
+        == "mine"
+    )
 
 
 def test_a_backup_onto_itself_is_refused(work):
     run = go(work)
     before = contents(run.path)
     for folder in work, run.path:
-        with pytest.raises(BackupError, match="choose a folder somewhere else"): go(work, gdrive_backup_dir=str(folder), max_steps=20)
+        with pytest.raises(BackupError, match="choose a folder somewhere else"):
+            go(work, gdrive_backup_dir=str(folder), max_steps=20)
     assert contents(run.path) == before
 
 
 def test_a_message_never_says_to_delete_what_is_in_use(work):
     go(work)
-    run = go(work, train=mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)]), max_steps=15, override="data")
-    assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"] and "stay in data;" not in said(run)
+    run = go(
+        work,
+        train=mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)]),
+        max_steps=15,
+        override="data",
+    )
+    assert run.facts["data"]["places"]["train"] == [
+        "data/0",
+        "data/1",
+    ] and "stay in data;" not in said(run)
 
 
 def test_a_course_that_another_machine_gave_up_counts_no_more(work):
     on = two_machines(work)
     on("one", "a.txt", 20, backup_keep_last=9)
-    for p in [*(work/"drive/run").glob("*/checkpoint-[12]*"), work/"drive/run/final"]: shutil.rmtree(p)      # had not arrived
+    for p in [*(work / "drive/run").glob("*/checkpoint-[12]*"), work / "drive/run/final"]:
+        shutil.rmtree(p)  # had not arrived
     on("two", "a.txt", 8)
     run = on("one", "a.txt", 11)
-    assert run.step == 11 and [c.step for c in run.checkpoints if not c.problem][-1] == 11 and (run.path/"checkpoints/checkpoint-20.superseded-1").exists()
+    assert (
+        run.step == 11
+        and [c.step for c in run.checkpoints if not c.problem][-1] == 11
+        and (run.path / "checkpoints/checkpoint-20.superseded-1").exists()
+    )
     assert all(c.step <= 11 for c in run.best_store.all()) and run.finished
 
 
 def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
     on = two_machines(work)
-    on("one", "a.txt", 5); on("two", "a.txt", 8)
+    on("one", "a.txt", 5)
+    on("two", "a.txt", 8)
     on("one", "a.txt", 7, drive="")
-    before = contents(work/"drive")
-    with pytest.raises(BackupError, match="cannot be joined"): on("one", "a.txt", 11)
-    assert {k:v for k,v in contents(work/"drive").items() if "heartbeat" not in k} == {k:v for k,v in before.items() if "heartbeat" not in k}
+    before = contents(work / "drive")
+    with pytest.raises(BackupError, match="cannot be joined"):
+        on("one", "a.txt", 11)
+    assert {k: v for k, v in contents(work / "drive").items() if "heartbeat" not in k} == {
+        k: v for k, v in before.items() if "heartbeat" not in k
+    }
     assert on("one", "a.txt", 11, drive="").step == 11
 
 
 def test_a_call_that_saved_nothing_does_not_part_two_machines(work):
     "Machine one is cut off before its backup knows of the call, and before it has saved a step; machine two goes on"
     on = two_machines(work)
+
     class Out(Callback):
-        def on_step(self, t): raise RuntimeError("cut off")
+        def on_step(self, t):
+            raise RuntimeError("cut off")
+
     on("one", "a.txt", 5)
-    with pytest.raises(RuntimeError, match="cut off"): on("one", "a.txt", 20, drive="", callbacks=[Out()], save_steps=50)
+    with pytest.raises(RuntimeError, match="cut off"):
+        on("one", "a.txt", 20, drive="", callbacks=[Out()], save_steps=50)
     on("two", "a.txt", 8)
     run = on("one", "a.txt", 11)
     assert run.step == 11 and [h["step"] for h in run.history if "loss" in h] == [*range(1, 12)]
@@ -442,44 +719,59 @@ def test_a_call_that_saved_nothing_does_not_part_two_machines(work):
 def test_what_has_not_arrived_in_the_backup_may_have_been_saved(work):
     "Machine two has gone on, and only its run.json is there yet: what machine one has done since is not joined to it"
     on = two_machines(work)
-    on("one", "a.txt", 5); on("two", "a.txt", 8); on("one", "a.txt", 7, drive="")
-    for p in [*(work/"drive/run").glob("*/checkpoint-8"), work/"drive/run/final"]: shutil.rmtree(p)
-    with pytest.raises(BackupError, match="cannot be joined"): on("one", "a.txt", 11)
+    on("one", "a.txt", 5)
+    on("two", "a.txt", 8)
+    on("one", "a.txt", 7, drive="")
+    for p in [*(work / "drive/run").glob("*/checkpoint-8"), work / "drive/run/final"]:
+        shutil.rmtree(p)
+    with pytest.raises(BackupError, match="cannot be joined"):
+        on("one", "a.txt", 11)
 
 
 def test_the_log_does_not_grow_with_hand_offs(work):
     on = two_machines(work)
-    sizes = [len(said(on(m, "a.txt", n))) for n,m in enumerate(("one", "two")*4, 5)]
-    assert sizes[-1] < 6*sizes[1] # a share for each, and not all of it again each time
-    history = open_run(work/"two/run").history
+    sizes = [len(said(on(m, "a.txt", n))) for n, m in enumerate(("one", "two") * 4, 5)]
+    assert sizes[-1] < 6 * sizes[1]  # a share for each, and not all of it again each time
+    history = open_run(work / "two/run").history
     assert [h["step"] for h in history if "loss" in h] == [*range(1, 13)]
 
 
 def test_resume_knows_that_it_went_on_elsewhere(work):
     on = two_machines(work)
-    on("one", "a.txt", 5); on("two", "a.txt", 8); on("two", "b.txt", 11, override="data")
-    assert resume(work/"one/run", max_steps=13).step == 13
+    on("one", "a.txt", 5)
+    on("two", "a.txt", 8)
+    on("two", "b.txt", 11, override="data")
+    assert resume(work / "one/run", max_steps=13).step == 13
 
 
 def test_a_damaged_backup_takes_nothing_away(work):
     "What cannot be copied whole does not take the place of what is here"
-    drive = work/"drive"; drive.mkdir()
+    drive = work / "drive"
+    drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
-    tokens = drive/"run/data/train/tokens.bin"
+    tokens = drive / "run/data/train/tokens.bin"
     tokens.write_bytes(bytes(tokens.stat().st_size))
-    (run.path/"run.json").unlink(); (run.path/"data/valid/docs.npy").unlink()
-    before = contents(run.path/"data")
+    (run.path / "run.json").unlink()
+    (run.path / "data/valid/docs.npy").unlink()
+    before = contents(run.path / "data")
     run = go(work, gdrive_backup_dir=str(drive), max_steps=12)
-    assert "data/ is not restored" in said(run) and run.step == 12 and before.items() <= contents(run.path/"data").items()
+    assert (
+        "data/ is not restored" in said(run)
+        and run.step == 12
+        and before.items() <= contents(run.path / "data").items()
+    )
 
 
 def test_the_backup_of_a_mixture_from_before_places_were_written(work):
     "An older version's run.json names none: nothing of its tokens is taken for left over"
-    drive = work/"drive"; drive.mkdir()
-    both = mix([(str(work/"a.txt"), 2), (str(work/"b.txt"), 1)])
+    drive = work / "drive"
+    drive.mkdir()
+    both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
     run = go(work, train=both, gdrive_backup_dir=str(drive))
-    facts = run.facts; del facts["data"]["places"]; (run.path/"run.json").write_text(json.dumps(facts))
-    tokens = contents(drive/"run/data", "*/*/*.bin")
+    facts = run.facts
+    del facts["data"]["places"]
+    (run.path / "run.json").write_text(json.dumps(facts))
+    tokens = contents(drive / "run/data", "*/*/*.bin")
     assert len(tokens) >= 4
     go(work, train=both, gdrive_backup_dir=str(drive))
-    assert contents(drive/"run/data", "*/*/*.bin") == tokens
+    assert contents(drive / "run/data", "*/*/*.bin") == tokens

@@ -1,4 +1,5 @@
 "The package as a whole: one version and address, light imports, rooms in order, a wheel that holds what it should, notebooks in order."
+
 import ast
 import json
 import re
@@ -12,48 +13,70 @@ import pytest
 import readme
 from project import ROOT, directives, joined, notebooks, settings
 
-numbered = sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+numbered = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 every = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 
 
-def load(path): return json.loads(path.read_text(encoding="utf-8"))
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def code_cells(path):
     "The directives and the source of each code cell"
-    return [directives(joined(c["source"])) for c in load(path)["cells"] if c["cell_type"] == "code"]
+    return [
+        directives(joined(c["source"])) for c in load(path)["cells"] if c["cell_type"] == "code"
+    ]
 
 
 def rooms():
     "The modules that notebooks export, in the order of the notebooks"
-    return [flags["default_exp"] for path in numbered for flags, _ in code_cells(path) if "default_exp" in flags]
+    return [
+        flags["default_exp"]
+        for path in numbered
+        for flags, _ in code_cells(path)
+        if "default_exp" in flags
+    ]
 
 
 def tracked():
     "Files that are or would be in the repository"
-    out = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if out.returncode: pytest.skip("not a git checkout: which files belong to the repository is not known")
-    return [p for o in out.stdout.split("\0") if o and (p := ROOT/o).is_file()]
+    out = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if out.returncode:
+        pytest.skip("not a git checkout: which files belong to the repository is not known")
+    return [p for o in out.stdout.split("\0") if o and (p := ROOT / o).is_file()]
 
 
 def texts():
     "Text files of the repository: path relative to the root, and contents"
     for p in tracked():
-        try: yield p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")
-        except UnicodeDecodeError: pass
+        try:
+            yield p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            pass
 
 
 # --- version and address --------------------------------------------------------------------------------------------------------
 def test_version():
     import minigpt
+
     assert minigpt.__version__ == settings()["version"]
 
 
 def test_pyproject_agrees_with_settings():
-    cfg, text = settings(), (ROOT/"pyproject.toml").read_text(encoding="utf-8")
-    for line in [f'name = "{cfg["lib_name"]}"', f'lib_path = "{cfg["lib_path"]}"', f'branch = "{cfg["branch"]}"',
-                 f'tst_flags = "{cfg["tst_flags"]}"', f'Repository = "{cfg["git_url"]}"',
-                 f'allowed_metadata_keys = {json.dumps(cfg["allowed_metadata_keys"].split())}']:
+    cfg, text = settings(), (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for line in [
+        f'name = "{cfg["lib_name"]}"',
+        f'lib_path = "{cfg["lib_path"]}"',
+        f'branch = "{cfg["branch"]}"',
+        f'tst_flags = "{cfg["tst_flags"]}"',
+        f'Repository = "{cfg["git_url"]}"',
+        f"allowed_metadata_keys = {json.dumps(cfg['allowed_metadata_keys'].split())}",
+    ]:
         assert line in text.splitlines(), line
 
 
@@ -63,14 +86,20 @@ def test_one_address():
 
 def test_a_new_address_reaches_every_form():
     old = "https://github.com/someone/minigpt"
-    text = ("https://colab.research.google.com/github/someone/minigpt/blob/main/nbs/a.ipynb pip install git+https://github.com/someone/minigpt\\n"
-            "git+https://github.com/someone/minigpt.git@v1 (https://github.com/someone/minigpt). https://github.com/someone/minigpt-other "
-            "https://github.com/other/nanoGPT")
+    text = (
+        "https://colab.research.google.com/github/someone/minigpt/blob/main/nbs/a.ipynb pip install"
+        " git+https://github.com/someone/minigpt\\ngit+https://github.com/someone/minigpt.git@v1"
+        " (https://github.com/someone/minigpt). https://github.com/someone/minigpt-other"
+        " https://github.com/other/nanoGPT"
+    )
     cfg = dict(user="new", repo="gpt.x", branch="dev")
-    assert address.rewritten(text, cfg, old) == (
-        "https://colab.research.google.com/github/new/gpt.x/blob/dev/nbs/a.ipynb pip install git+https://github.com/new/gpt.x\\n"
-        "git+https://github.com/new/gpt.x.git@v1 (https://github.com/new/gpt.x). https://github.com/someone/minigpt-other "
-        "https://github.com/other/nanoGPT")
+    assert (
+        address.rewritten(text, cfg, old)
+        == "https://colab.research.google.com/github/new/gpt.x/blob/dev/nbs/a.ipynb pip install"
+        " git+https://github.com/new/gpt.x\\ngit+https://github.com/new/gpt.x.git@v1"
+        " (https://github.com/new/gpt.x). https://github.com/someone/minigpt-other"
+        " https://github.com/other/nanoGPT"
+    )
     moved = address.rewritten(text, cfg, old)
     assert address.rewritten(moved, cfg, "https://github.com/new/gpt.x") == moved
 
@@ -78,8 +107,11 @@ def test_a_new_address_reaches_every_form():
 @every
 def test_badges_open_a_notebook_that_exists(path):
     branch = settings()["branch"]
-    for target in re.findall(rf"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/{branch}/([^)\s\"'\\]+)", path.read_text(encoding="utf-8")):
-        assert (ROOT/target).is_file(), target
+    for target in re.findall(
+        rf"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/{branch}/([^)\s\"'\\]+)",
+        path.read_text(encoding="utf-8"),
+    ):
+        assert (ROOT / target).is_file(), target
 
 
 def test_readme_is_fresh():
@@ -89,21 +121,51 @@ def test_readme_is_fresh():
 def test_readme_rendering():
     png = "iVBORw0KGgo="
     cell = lambda source, outputs=(): dict(cell_type="code", source=source, outputs=list(outputs))
-    text, pictures = readme.render(dict(cells=[
-        dict(cell_type="markdown", source="# t\n[a](tutorials/a.ipynb#x) [b](../LICENSE) [c](https://x.y) `[d](e)`"),
-        cell("#| hide\nsecret()"), cell("#| echo: false\nsilent()", [dict(output_type="stream", name="stdout", text=["\x1b[31mred\x1b[0m\n"])]),
-        cell("#| export\n#| eval: false\n\nf()", [dict(output_type="display_data", data={"image/png": png, "text/plain": "<Figure>"})])]))
-    assert text == (readme.head + "\n# t\n[a](nbs/tutorials/a.ipynb#x) [b](LICENSE) [c](https://x.y) `[d](e)`\n\n"
-                    "```\nred\n```\n\n```python\nf()\n```\n\n![](nbs/images/index-1.png)\n")
+    text, pictures = readme.render(
+        dict(
+            cells=[
+                dict(
+                    cell_type="markdown",
+                    source=(
+                        "# t\n[a](tutorials/a.ipynb#x) [b](../LICENSE) [c](https://x.y) `[d](e)`"
+                    ),
+                ),
+                cell("#| hide\nsecret()"),
+                cell(
+                    "#| echo: false\nsilent()",
+                    [dict(output_type="stream", name="stdout", text=["\x1b[31mred\x1b[0m\n"])],
+                ),
+                cell(
+                    "#| export\n#| eval: false\n\nf()",
+                    [
+                        dict(
+                            output_type="display_data",
+                            data={"image/png": png, "text/plain": "<Figure>"},
+                        )
+                    ],
+                ),
+            ]
+        )
+    )
+    assert text == (
+        readme.head
+        + "\n# t\n[a](nbs/tutorials/a.ipynb#x) [b](LICENSE) [c](https://x.y) `[d](e)`\n\n"
+        "```\nred\n```\n\n```python\nf()\n```\n\n![](nbs/images/index-1.png)\n"
+    )
     assert list(pictures) == ["nbs/images/index-1.png"]
 
 
 # --- imports ------------------------------------------------------------------------------------------------------------------------
 def test_import_is_light():
-    code = ("import sys, time; t = time.perf_counter(); import minigpt; t = time.perf_counter() - t\n"
-            "print(t, *[o for o in ('torch', 'ipywidgets', 'matplotlib', 'IPython', 'nbdev') if o in sys.modules])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    print(f"import minigpt: {float(out[0])*1000:.1f} ms (the rule: under 200)")
+    code = (
+        "import sys, time; t = time.perf_counter(); import minigpt; t = time.perf_counter() -"
+        " t\nprint(t, *[o for o in ('torch', 'ipywidgets', 'matplotlib', 'IPython', 'nbdev') if o"
+        " in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    print(f"import minigpt: {float(out[0]) * 1000:.1f} ms (the rule: under 200)")
     assert not out[1:], f"import minigpt pulls in {out[1:]}"
     assert float(out[0]) < 2
 
@@ -112,32 +174,53 @@ def imported_rooms(text):
     "The modules of minigpt that this code imports, anywhere in it"
     res = set()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import): names = [o.name for o in node.names]
+        if isinstance(node, ast.Import):
+            names = [o.name for o in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "minigpt" if node.level == 1 and not node.module else f"minigpt.{node.module}" if node.level == 1 else node.module or ""
+            base = (
+                "minigpt"
+                if node.level == 1 and not node.module
+                else f"minigpt.{node.module}"
+                if node.level == 1
+                else node.module or ""
+            )
             names = [f"minigpt.{o.name}" for o in node.names] if base == "minigpt" else [base]
-        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func): names = [o.value for o in node.args if isinstance(o, ast.Constant)]
-        else: continue
+        elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+            names = [o.value for o in node.args if isinstance(o, ast.Constant)]
+        else:
+            continue
         res |= {o.split(".")[1] for o in names if str(o).startswith("minigpt.")}
     return res
 
 
 def test_imported_rooms():
-    assert imported_rooms("import minigpt.a, numpy\nfrom minigpt.b import x\ndef f():\n  from .c import y\n  from . import d\nfrom minigpt import e\nimport_module('minigpt.f')") == set("abcdef")
+    assert imported_rooms(
+        "import minigpt.a, numpy\nfrom minigpt.b import x\ndef f():\n  from .c import y\n  from ."
+        " import d\nfrom minigpt import e\nimport_module('minigpt.f')"
+    ) == set("abcdef")
 
 
 def test_every_module_has_its_notebook():
-    assert sorted(rooms()) == sorted(p.stem for p in (ROOT/"minigpt").glob("*.py") if not p.name.startswith("_"))
+    assert sorted(rooms()) == sorted(
+        p.stem for p in (ROOT / "minigpt").glob("*.py") if not p.name.startswith("_")
+    )
 
 
-BY_A_CLICK = {"widgets": {"train"}} # the button that goes on with a run: a name that is looked up when it is pressed
+BY_A_CLICK = {
+    "widgets": {"train"}
+}  # the button that goes on with a run: a name that is looked up when it is pressed
 
 
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_imports_only_rooms_above(room):
-    above = rooms()[:rooms().index(room)]
-    found = imported_rooms((ROOT/"minigpt"/f"{room}.py").read_text(encoding="utf-8")) & set(rooms())
-    assert found <= {*above, *BY_A_CLICK.get(room, ())}, f"{room} imports {sorted(found - set(above))}, which come after it"
+    above = rooms()[: rooms().index(room)]
+    found = imported_rooms((ROOT / "minigpt" / f"{room}.py").read_text(encoding="utf-8")) & set(
+        rooms()
+    )
+    assert found <= {
+        *above,
+        *BY_A_CLICK.get(room, ()),
+    }, f"{room} imports {sorted(found - set(above))}, which come after it"
 
 
 # --- the wheel ----------------------------------------------------------------------------------------------------------------------
@@ -146,14 +229,32 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy, so that an old build/ here cannot leak into it"
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for p in tracked():
-        to = tree/p.relative_to(ROOT)
+        to = tree / p.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, to)
-    r = subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, "."],
-                       cwd=tree, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "-w",
+            out,
+            ".",
+        ],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
     assert r.returncode == 0, r.stdout + r.stderr
     [path] = out.glob("*.whl")
-    with zipfile.ZipFile(path) as z: return path.name, {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(path) as z:
+        return path.name, {n: z.read(n) for n in z.namelist()}
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
@@ -169,48 +270,70 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_metadata(wheel):
     _, files = wheel
     cfg = settings()
-    read = lambda name: next(raw.decode() for n, raw in files.items() if n.endswith(f".dist-info/{name}"))
+    read = lambda name: next(
+        raw.decode() for n, raw in files.items() if n.endswith(f".dist-info/{name}")
+    )
     meta = read("METADATA")
     points = read("entry_points.txt").replace(" ", "")
     assert cfg["console_scripts"] in points.splitlines()
-    assert "License-Expression: Apache-2.0" in meta and f"Requires-Python: >={cfg['min_python']}" in meta
+    assert (
+        "License-Expression: Apache-2.0" in meta
+        and f"Requires-Python: >={cfg['min_python']}" in meta
+    )
     assert f"Project-URL: Repository, {cfg['git_url']}" in meta
     needed = [o for o in re.findall(r"^Requires-Dist: (.*)$", meta, re.M) if "extra ==" not in o]
     assert len(needed) == len(cfg["requirements"].split()) and "torch>=2.4" in needed
-    assert not [o for o in needed if re.match(r"nbdev|transformers|fastcore", o)], "a development requirement at run time"
+    assert not [o for o in needed if re.match(r"nbdev|transformers|fastcore", o)], (
+        "a development requirement at run time"
+    )
 
 
 # --- what stands in the files ------------------------------------------------------------------------------------------------------
 def test_no_file_names_a_package_index_or_a_place_on_this_machine():
-    hosts = ["pypi" + ".org", "files.python" + "hosted", "download.pytorch" + ".org", "registry.npm" + "js", "deb.deb" + "ian"]
+    hosts = [
+        "pypi" + ".org",
+        "files.python" + "hosted",
+        "download.pytorch" + ".org",
+        "registry.npm" + "js",
+        "deb.deb" + "ian",
+    ]
     place = re.compile(r"(?<![\w.$}~-])/(?:" + "|".join(["work", "farm", "root", "opt"]) + r")/")
     for path, text in texts():
         for n, line in enumerate(text.splitlines(), 1):
-            assert not any(h in line for h in hosts) and not place.search(line), f"{path}:{n}: {line[:160]}"
+            assert not any(h in line for h in hosts) and not place.search(line), (
+                f"{path}:{n}: {line[:160]}"
+            )
 
 
 def test_no_one_is_told_to_install_somebody_elses_package():
     wrong = re.compile(r"pip3?\s+install[^\n]*?[\s\"'=](?<![\w/-])" + "minigpt" + r"(?![\w/.-])")
     install = "pip " + "install"
     assert wrong.search(f"{install} -U minigpt") and wrong.search(f"{install} 'minigpt[data]'")
-    assert not wrong.search(f"{install} 'minigpt-notebook[data] @ git+https://github.com/a/minigpt'")
+    assert not wrong.search(
+        f"{install} 'minigpt-notebook[data] @ git+https://github.com/a/minigpt'"
+    )
     for path, text in texts():
-        for n, line in enumerate(text.splitlines(), 1): assert not wrong.search(line), f"{path}:{n}: {line[:160]}"
+        for n, line in enumerate(text.splitlines(), 1):
+            assert not wrong.search(line), f"{path}:{n}: {line[:160]}"
 
 
 # --- notebooks ----------------------------------------------------------------------------------------------------------------------
 @every
 def test_outputs_are_small(path):
-    assert path.stat().st_size < 500_000, f"{path.stat().st_size/1000:.0f} kB in all"
+    assert path.stat().st_size < 500_000, f"{path.stat().st_size / 1000:.0f} kB in all"
     for i, cell in enumerate(load(path)["cells"]):
         size = len(json.dumps(cell.get("outputs", [])))
-        assert size < 50_000, f"cell {i}: {size/1000:.0f} kB of output"
+        assert size < 50_000, f"cell {i}: {size / 1000:.0f} kB of output"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT/"nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
 def test_ends_in_the_hidden_export_cell(path):
     flags, source = code_cells(path)[-1]
-    assert load(path)["cells"][-1]["cell_type"] == "code" and "hide" in flags and source.endswith("nbdev_export()")
+    assert (
+        load(path)["cells"][-1]["cell_type"] == "code"
+        and "hide" in flags
+        and source.endswith("nbdev_export()")
+    )
 
 
 @every
@@ -222,10 +345,27 @@ def test_clean(path):
 def test_cleaning_keeps_the_accelerator_and_drops_widgets():
     clean = pytest.importorskip("clean", reason="needs nbdev 3")
     view = {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": ["HBox()"]}
-    outputs = [dict(output_type="display_data", metadata={}, data=view),
-               dict(output_type="display_data", metadata={}, data={**view, "text/html": ["<b>"]})]
-    nb = dict(nbformat=4, nbformat_minor=5, cells=[dict(cell_type="code", id="a", execution_count=3, metadata={"x": 1}, source=["f()"], outputs=outputs)],
-              metadata=dict(accelerator="GPU", colab={"gpuType": "T4"}, widgets={"state": {}}, language_info={}))
+    outputs = [
+        dict(output_type="display_data", metadata={}, data=view),
+        dict(output_type="display_data", metadata={}, data={**view, "text/html": ["<b>"]}),
+    ]
+    nb = dict(
+        nbformat=4,
+        nbformat_minor=5,
+        cells=[
+            dict(
+                cell_type="code",
+                id="a",
+                execution_count=3,
+                metadata={"x": 1},
+                source=["f()"],
+                outputs=outputs,
+            )
+        ],
+        metadata=dict(
+            accelerator="GPU", colab={"gpuType": "T4"}, widgets={"state": {}}, language_info={}
+        ),
+    )
     res = json.loads(clean.cleaned(json.dumps(nb)))
     assert res["metadata"] == dict(accelerator="GPU", colab={"gpuType": "T4"})
     [cell] = res["cells"]

@@ -1,5 +1,6 @@
 """Several processes that train one model: their losses are those of one, they go on exactly, and none of them waits for one that is gone.
 On the CPU, over gloo; on GPUs only the way of the gradients is another."""
+
 import os
 import pickle
 import signal
@@ -20,25 +21,52 @@ from minigpt.run import Run
 from minigpt.train import Callback, fit
 
 SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32)
-OPTIONS = dict(tokenizer_vocab_size=300, max_seq_len=16, long_rows="cut", batch_size=2, gradient_accumulation=4, max_steps=10, save_steps=4, eval_steps=5, logging_steps=1, num_threads=2, learning_rate=3e-3, progress=False, plot_loss=False, tensorboard=False)
+OPTIONS = dict(
+    tokenizer_vocab_size=300,
+    max_seq_len=16,
+    long_rows="cut",
+    batch_size=2,
+    gradient_accumulation=4,
+    max_steps=10,
+    save_steps=4,
+    eval_steps=5,
+    logging_steps=1,
+    num_threads=2,
+    learning_rate=3e-3,
+    progress=False,
+    plot_loss=False,
+    tensorboard=False,
+)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text")/"a.txt"
-    path.write_text("\n\n".join(f"The mill stands by the river, and stone {i} lies in it." for i in range(300)))
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_text(
+        "\n\n".join(f"The mill stands by the river, and stone {i} lies in it." for i in range(300))
+    )
     return path
 
 
 class At(Callback):
-    def __init__(self, step, do): self.step, self.do = step, do
+    def __init__(self, step, do):
+        self.step, self.do = step, do
+
     def on_step(self, t):
-        if t.step == self.step: self.do(t)
+        if t.step == self.step:
+            self.do(t)
 
 
-def losses(run): return [h["loss"] for h in run.history if "loss" in h]
-def weights(run): return read_checkpoint(run.path).weights
-def helpers(): return [p for p in psutil.Process().children() if "help_out" in " ".join(p.cmdline())]
+def losses(run):
+    return [h["loss"] for h in run.history if "loss" in h]
+
+
+def weights(run):
+    return read_checkpoint(run.path).weights
+
+
+def helpers():
+    return [p for p in psutil.Process().children() if "help_out" in " ".join(p.cmdline())]
 
 
 def gone(processes):
@@ -47,20 +75,38 @@ def gone(processes):
     return not alive
 
 
-def train(text, folder, *callbacks, model=SHAPE, **options): return fit(model, text, output_dir=folder, callbacks=callbacks, **{**OPTIONS, **options})
+def train(text, folder, *callbacks, model=SHAPE, **options):
+    return fit(model, text, output_dir=folder, callbacks=callbacks, **{**OPTIONS, **options})
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory): return train(text, tmp_path_factory.mktemp("alone")/"run")
+def alone(text, tmp_path_factory):
+    return train(text, tmp_path_factory.mktemp("alone") / "run")
 
 
-@pytest.mark.parametrize("options", [{}, dict(optimizer="muon"), dict(batch_size=8, gradient_accumulation=1), dict(precision="bf16"), dict(enable_compile="yes", max_steps=4)], ids=lambda o: next(iter(o), "plain"))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(optimizer="muon"),
+        dict(batch_size=8, gradient_accumulation=1),
+        dict(precision="bf16"),
+        dict(enable_compile="yes", max_steps=4),
+    ],
+    ids=lambda o: next(iter(o), "plain"),
+)
 def test_two_compute_what_one_computes(text, alone, tmp_path, options):
-    one = train(text, tmp_path/"one", **options) if set(options) - {"batch_size", "gradient_accumulation"} else alone
+    one = (
+        train(text, tmp_path / "one", **options)
+        if set(options) - {"batch_size", "gradient_accumulation"}
+        else alone
+    )
     seen = []
-    two = train(text, tmp_path/"two", At(2, lambda t: seen.extend(helpers())), devices=2, **options)
+    two = train(
+        text, tmp_path / "two", At(2, lambda t: seen.extend(helpers())), devices=2, **options
+    )
     assert len(seen) == 1 and gone(seen)
-    close = dict(rtol=.02) if options.get("precision") == "bf16" else dict(rtol=1e-4)
+    close = dict(rtol=0.02) if options.get("precision") == "bf16" else dict(rtol=1e-4)
     assert torch.allclose(torch.tensor(losses(two)), torch.tensor(losses(one)), **close)
     assert two.facts["choices"]["devices"] == 2 and two.facts["identity"] == one.facts["identity"]
     tokens = [[h["tokens"] for h in r.history if "loss" in h] for r in (one, two)]
@@ -74,52 +120,98 @@ def test_preferences_and_adapters(tmp_path):
         for devices in 1, 2:
             torch.manual_seed(0)
             made = model or lora(SHAPE.build(), r=2)
-            runs.append(fit(made, data, output_dir=tmp_path/f"{name}{devices}", **{**OPTIONS, "max_seq_len": 64, "max_steps": 4, "data_subset": .05, "devices": devices}))
+            runs.append(
+                fit(
+                    made,
+                    data,
+                    output_dir=tmp_path / f"{name}{devices}",
+                    **{
+                        **OPTIONS,
+                        "max_seq_len": 64,
+                        "max_steps": 4,
+                        "data_subset": 0.05,
+                        "devices": devices,
+                    },
+                )
+            )
         assert torch.allclose(*(torch.tensor(losses(r)) for r in runs), rtol=1e-3), name
 
 
 def test_goes_on_exactly(text, tmp_path):
     "With dropout: a run of two that was stopped between two saves, against one that was left alone"
     from dataclasses import replace
-    model = replace(SHAPE, dropout=.1)
-    whole = train(text, tmp_path/"whole", model=model, devices=2)
-    class Off(Exception): pass
-    def off(t): raise Off
-    with pytest.raises(Off): train(text, tmp_path/"cut", At(6, off), model=model, devices=2)
-    cut = train(text, tmp_path/"cut", model=model, devices=2)
-    assert losses(cut) == losses(whole) and all(torch.equal(v, weights(whole)[k]) for k, v in weights(cut).items())
+
+    model = replace(SHAPE, dropout=0.1)
+    whole = train(text, tmp_path / "whole", model=model, devices=2)
+
+    class Off(Exception):
+        pass
+
+    def off(t):
+        raise Off
+
+    with pytest.raises(Off):
+        train(text, tmp_path / "cut", At(6, off), model=model, devices=2)
+    cut = train(text, tmp_path / "cut", model=model, devices=2)
+    assert losses(cut) == losses(whole) and all(
+        torch.equal(v, weights(whole)[k]) for k, v in weights(cut).items()
+    )
 
 
 def test_another_number_of_devices(text, alone, tmp_path, capfd):
-    run = train(text, tmp_path/"run", max_steps=5, devices=2, lr_schedule="constant", progress=True)
-    run = train(text, tmp_path/"run", max_steps=10, lr_schedule="constant", progress=True)
-    assert run.finished and "devices was 2 and is 1" in capfd.readouterr().out + (run.path/"run.log").read_text()
+    run = train(
+        text, tmp_path / "run", max_steps=5, devices=2, lr_schedule="constant", progress=True
+    )
+    run = train(text, tmp_path / "run", max_steps=10, lr_schedule="constant", progress=True)
+    assert (
+        run.finished
+        and "devices was 2 and is 1" in capfd.readouterr().out + (run.path / "run.log").read_text()
+    )
 
 
 def test_what_cannot_be_shared_is_refused(text, tmp_path):
-    with pytest.raises(ValueError, match="cannot be shared by 3 devices"): train(text, tmp_path/"run", devices=3)
+    with pytest.raises(ValueError, match="cannot be shared by 3 devices"):
+        train(text, tmp_path / "run", devices=3)
     assert not helpers() or gone(helpers())
-    with pytest.raises(ValueError, match="devices=0 must be at least 1"): train(text, tmp_path/"run", devices=0)
+    with pytest.raises(ValueError, match="devices=0 must be at least 1"):
+        train(text, tmp_path / "run", devices=0)
 
 
 def test_a_helper_that_dies(text, alone, tmp_path):
     "The first one says so instead of waiting, and the same call goes on"
+
     def kill(t):
-        for p in helpers(): p.kill()
-    with pytest.raises(RuntimeError, match="gone: process 1 of 2 ended with code -9. The same call goes on from the last checkpoint"): train(text, tmp_path/"run", At(6, kill), devices=2)
+        for p in helpers():
+            p.kill()
+
+    with pytest.raises(
+        RuntimeError,
+        match=(
+            "gone: process 1 of 2 ended with code -9. The same call goes on from the last"
+            " checkpoint"
+        ),
+    ):
+        train(text, tmp_path / "run", At(6, kill), devices=2)
     assert not helpers()
-    run = train(text, tmp_path/"run", devices=2)
-    assert run.finished and torch.allclose(torch.tensor(losses(run)), torch.tensor(losses(alone)), rtol=1e-4)
+    run = train(text, tmp_path / "run", devices=2)
+    assert run.finished and torch.allclose(
+        torch.tensor(losses(run)), torch.tensor(losses(alone)), rtol=1e-4
+    )
 
 
 def test_a_helper_that_cannot_be_started(monkeypatch):
     "The other one does not stay"
     started, real = [], parallel._start
+
     def start(rank, size, place):
-        if rank == 2: raise OSError(12, "Cannot allocate memory")
-        started.append((real(rank, size, place), Path(place).parent)); return started[-1][0]
+        if rank == 2:
+            raise OSError(12, "Cannot allocate memory")
+        started.append((real(rank, size, place), Path(place).parent))
+        return started[-1][0]
+
     monkeypatch.setattr("minigpt.parallel._start", start)
-    with pytest.raises(OSError, match="allocate"): parallel.assemble(3, "cpu")
+    with pytest.raises(OSError, match="allocate"):
+        parallel.assemble(3, "cpu")
     helper, place = started[0]
     assert helper.poll() is not None and not place.exists()
 
@@ -127,30 +219,63 @@ def test_a_helper_that_cannot_be_started(monkeypatch):
 def test_ctrl_c_while_a_helper_is_stuck(text, tmp_path):
     "The second one stops at once"
     stuck = []
+
     def stop(t):
         stuck.extend(helpers())
-        for p in stuck: p.suspend()
-        for after in 1, 2: threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt, match="stopped at once"): train(text, tmp_path/"run", At(6, stop), devices=2)
+        for p in stuck:
+            p.suspend()
+        for after in 1, 2:
+            threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"):
+        train(text, tmp_path / "run", At(6, stop), devices=2)
     assert stuck and gone(stuck)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="where gloo listens elsewhere is not ours to say")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="where gloo listens elsewhere is not ours to say"
+)
 def test_nobody_outside_the_machine_can_connect(text, tmp_path):
     seen = []
-    def look(t): seen.extend(c.laddr.ip for p in (psutil.Process(), *helpers()) for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN and c.laddr.port not in before)
-    before = {c.laddr.port for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    train(text, tmp_path/"run", At(2, look), devices=2, max_steps=3)
+
+    def look(t):
+        seen.extend(
+            c.laddr.ip
+            for p in (psutil.Process(), *helpers())
+            for c in p.net_connections("inet")
+            if c.status == psutil.CONN_LISTEN and c.laddr.port not in before
+        )
+
+    before = {
+        c.laddr.port
+        for c in psutil.Process().net_connections("inet")
+        if c.status == psutil.CONN_LISTEN
+    }
+    train(text, tmp_path / "run", At(2, look), devices=2, max_steps=3)
     assert seen and {*seen} <= {"127.0.0.1", "::1"}, seen
 
 
 def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
     "And not the whole batch with each"
     sent, real = [], parallel.dist.scatter_object_list
-    def count(out, orders, src): sent.append([len(pickle.dumps(o)) for o in orders]); return real(out, orders, src=src)
+
+    def count(out, orders, src):
+        sent.append([len(pickle.dumps(o)) for o in orders])
+        return real(out, orders, src=src)
+
     monkeypatch.setattr(parallel.dist, "scatter_object_list", count)
-    train(text, tmp_path/"run", devices=2, batch_size=8, gradient_accumulation=8, max_seq_len=32, max_steps=2)
-    assert max(b for _, b in sent) < 2*(64*32*8*2)//2, "twice the ids and labels, int64, of half the batch"
+    train(
+        text,
+        tmp_path / "run",
+        devices=2,
+        batch_size=8,
+        gradient_accumulation=8,
+        max_seq_len=32,
+        max_steps=2,
+    )
+    assert max(b for _, b in sent) < 2 * (64 * 32 * 8 * 2) // 2, (
+        "twice the ids and labels, int64, of half the batch"
+    )
 
 
 SCRIPT = textwrap.dedent("""
@@ -167,48 +292,104 @@ SCRIPT = textwrap.dedent("""
 
 @pytest.fixture
 def script(tmp_path):
-    path = tmp_path/"train.py"
-    path.write_text(SCRIPT.replace("{shape}", repr(SHAPE.to_dict())).replace("{options}", repr(OPTIONS)))
+    path = tmp_path / "train.py"
+    path.write_text(
+        SCRIPT.replace("{shape}", repr(SHAPE.to_dict())).replace("{options}", repr(OPTIONS))
+    )
     return path
 
 
 def test_torchrun(text, alone, script, tmp_path):
     "The same script in every process, with two trainings in it, one after the other; then once more, where both are finished"
     for _ in range(2):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(text), str(tmp_path/"a"), str(tmp_path/"b")], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0 and done.stdout.count("finished True") == 2, done.stdout + done.stderr
-    for name in "ab": assert torch.allclose(torch.tensor(losses(Run(tmp_path/name))), torch.tensor(losses(alone)), rtol=1e-4)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                "2",
+                str(script),
+                str(text),
+                str(tmp_path / "a"),
+                str(tmp_path / "b"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0 and done.stdout.count("finished True") == 2, (
+            done.stdout + done.stderr
+        )
+    for name in "ab":
+        assert torch.allclose(
+            torch.tensor(losses(Run(tmp_path / name))), torch.tensor(losses(alone)), rtol=1e-4
+        )
 
 
 def test_a_model_that_the_others_cannot_make(text, script, tmp_path):
     "Its class stands in the script"
-    script.write_text(script.read_text().replace("class Say", "from minigpt.model import GPT\nclass Mine(GPT): pass\nclass Say").replace("fit(GPTConfig", "fit(Mine(GPTConfig").replace("sys.argv[1], output_dir", "sys.argv[1], devices=2, output_dir").replace("}), sys", "})), sys"))
-    done = subprocess.run([sys.executable, str(script), str(text), str(tmp_path/"a")], capture_output=True, text=True, timeout=120)
-    assert done.returncode and "process 1 of 2: AttributeError: Can't get attribute 'Mine'" in done.stderr, done.stderr
+    script.write_text(
+        script.read_text()
+        .replace("class Say", "from minigpt.model import GPT\nclass Mine(GPT): pass\nclass Say")
+        .replace("fit(GPTConfig", "fit(Mine(GPTConfig")
+        .replace("sys.argv[1], output_dir", "sys.argv[1], devices=2, output_dir")
+        .replace("}), sys", "})), sys")
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(text), str(tmp_path / "a")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode
+        and "process 1 of 2: AttributeError: Can't get attribute 'Mine'" in done.stderr
+    ), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_the_first_one_is_killed(text, script, tmp_path):
     "Nobody is left behind, and the run goes on"
-    script.write_text(script.read_text().replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,"))
-    p = subprocess.Popen([sys.executable, str(script), str(text), str(tmp_path/"a")], stdout=subprocess.PIPE, text=True)
+    script.write_text(
+        script.read_text().replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,")
+    )
+    p = subprocess.Popen(
+        [sys.executable, str(script), str(text), str(tmp_path / "a")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in p.stdout:
-        if line.startswith("step 6"): break
+        if line.startswith("step 6"):
+            break
     others = psutil.Process(p.pid).children(recursive=True)
     assert others
-    p.kill(); p.wait()
+    p.kill()
+    p.wait()
     assert gone(others)
-    assert train(text, tmp_path/"a", devices=2).finished
+    assert train(text, tmp_path / "a", devices=2).finished
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no Ctrl-C for one process there")
 def test_ctrl_c_stops_between_two_steps(text, script, tmp_path):
-    script.write_text(script.read_text().replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,").replace("'max_steps': 10", "'max_steps': 100000"))
-    p = subprocess.Popen([sys.executable, str(script), str(text), str(tmp_path/"a")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    script.write_text(
+        script.read_text()
+        .replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,")
+        .replace("'max_steps': 10", "'max_steps': 100000")
+    )
+    p = subprocess.Popen(
+        [sys.executable, str(script), str(text), str(tmp_path / "a")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in p.stdout:
-        if line.startswith("step 6"): break
+        if line.startswith("step 6"):
+            break
     others = psutil.Process(p.pid).children(recursive=True)
     os.killpg(p.pid, signal.SIGINT)
     _, said = p.communicate(timeout=60)
     assert "KeyboardInterrupt: stopped after step" in said and gone(others)
-    assert [c for c in Run(tmp_path/"a").checkpoints if not c.problem]
+    assert [c for c in Run(tmp_path / "a").checkpoints if not c.problem]

@@ -1,4 +1,5 @@
 "A config that ties the output layer to the embedding, and a file that holds an output layer of its own: what transformers makes of it."
+
 import json
 
 import pytest
@@ -18,63 +19,100 @@ IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 def tensors(tmp_path_factory):
     "Weights of a small tied model, with an output layer of its own"
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
     path = tmp_path_factory.mktemp("tied")
     transformers.LlamaForCausalLM(config).save_pretrained(path)
-    weights = load_file(path/"model.safetensors")
-    return (path/"config.json").read_text(), weights | {EMBEDDING: 10*weights[EMBEDDING], HEAD: torch.randn(64, 16)}
+    weights = load_file(path / "model.safetensors")
+    return (path / "config.json").read_text(), weights | {
+        EMBEDDING: 10 * weights[EMBEDDING],
+        HEAD: torch.randn(64, 16),
+    }
 
 
 def written(path, tensors, how, **changes):
     "A model directory with these tensors: a file, several files, or what torch.save writes"
     config, weights = tensors
     path.mkdir()
-    (path/"config.json").write_text(config)
+    (path / "config.json").write_text(config)
     weights = weights | changes
-    suffix, first, write = (".bin", "pytorch_model", torch.save) if how == "bin" else (".safetensors", "model", lambda d, f: save_file(d, f, {"format": "pt"}))
-    if how != "sharded": write({k: t.clone() for k, t in weights.items()}, path/f"{first}{suffix}")
+    suffix, first, write = (
+        (".bin", "pytorch_model", torch.save)
+        if how == "bin"
+        else (".safetensors", "model", lambda d, f: save_file(d, f, {"format": "pt"}))
+    )
+    if how != "sharded":
+        write({k: t.clone() for k, t in weights.items()}, path / f"{first}{suffix}")
     else:
-        parts = {f"model-0000{i+1}-of-00003.safetensors": names for i, names in enumerate(([EMBEDDING], [k for k in weights if k not in (EMBEDDING, HEAD)], [HEAD]))}
-        for f, names in parts.items(): write({k: weights[k].clone() for k in names}, path/f)
-        (path/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map={k: f for f, names in parts.items() for k in names})))
+        parts = {
+            f"model-0000{i + 1}-of-00003.safetensors": names
+            for i, names in enumerate(
+                ([EMBEDDING], [k for k in weights if k not in (EMBEDDING, HEAD)], [HEAD])
+            )
+        }
+        for f, names in parts.items():
+            write({k: weights[k].clone() for k in names}, path / f)
+        (path / "model.safetensors.index.json").write_text(
+            json.dumps(
+                dict(metadata={}, weight_map={k: f for f, names in parts.items() for k in names})
+            )
+        )
     return path
 
 
 def scores(model):
-    with torch.no_grad(): out = model.eval()(IDS)
+    with torch.no_grad():
+        out = model.eval()(IDS)
     return getattr(out, "logits", out)
 
 
 @pytest.mark.parametrize("how", ["one", "sharded", "bin"])
 def test_another_output_layer_is_used(tensors, tmp_path, how):
     "As in transformers; in an export too, and under an adapter"
-    path = written(tmp_path/"m", tensors, how)
+    path = written(tmp_path / "m", tensors, how)
     ours, theirs = load_model(path), transformers.AutoModelForCausalLM.from_pretrained(path)
-    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)          # otherwise this shows nothing
+    assert not torch.equal(
+        theirs.lm_head.weight, theirs.model.embed_tokens.weight
+    )  # otherwise this shows nothing
     assert not ours.config.tied
     torch.testing.assert_close(scores(ours), scores(theirs), atol=1e-4, rtol=1e-4)
-    again = export(path, tmp_path/"out")
-    assert json.loads((again/"config.json").read_text())["tie_word_embeddings"] is False
-    assert torch.equal(scores(load_model(again)), scores(ours)) and torch.equal(scores(lora(ours, r=1)), scores(ours))
+    again = export(path, tmp_path / "out")
+    assert json.loads((again / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(scores(load_model(again)), scores(ours)) and torch.equal(
+        scores(lora(ours, r=1)), scores(ours)
+    )
 
 
 @pytest.mark.parametrize("how", ["one", "sharded", "bin"])
 def test_the_embedding_stored_twice_is_tied(tensors, tmp_path, how):
-    path = written(tmp_path/"m", tensors, how, **{HEAD: tensors[1][EMBEDDING]})
+    path = written(tmp_path / "m", tensors, how, **{HEAD: tensors[1][EMBEDDING]})
     ours = load_model(path)
     assert ours.config.tied and HEAD not in ours.weights()
-    torch.testing.assert_close(scores(ours), scores(transformers.AutoModelForCausalLM.from_pretrained(path)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        scores(ours),
+        scores(transformers.AutoModelForCausalLM.from_pretrained(path)),
+        atol=1e-4,
+        rtol=1e-4,
+    )
 
 
 def test_an_output_layer_of_another_shape_is_refused(tensors, tmp_path):
-    with pytest.raises(CheckpointError, match=r"lm_head.weight is \(60, 16\) in the weights"): load_model(written(tmp_path/"m", tensors, "one", **{HEAD: torch.zeros(60, 16)}))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight is \(60, 16\) in the weights"):
+        load_model(written(tmp_path / "m", tensors, "one", **{HEAD: torch.zeros(60, 16)}))
 
 
 def test_weights_in_memory(tensors, tmp_path):
     "A tied model does not take them over, and an export of a `.pth` file uses them"
     config, weights = tensors
     shape = from_hf(json.loads(config))
-    with pytest.raises(ValueError, match="output layer of their own"): GPT(shape).load_weights(weights)
+    with pytest.raises(ValueError, match="output layer of their own"):
+        GPT(shape).load_weights(weights)
     GPT(shape).load_weights(weights | {HEAD: weights[EMBEDDING]})
-    torch.save(weights, tmp_path/"w.pth")
-    assert not load_model(export(tmp_path/"w.pth", tmp_path/"out", config=shape)).config.tied
+    torch.save(weights, tmp_path / "w.pth")
+    assert not load_model(export(tmp_path / "w.pth", tmp_path / "out", config=shape)).config.tied

@@ -1,5 +1,6 @@
 """What a commit must satisfy before anything runs: the modules are what the notebooks export, notebooks are clean, README.md and the
 addresses are fresh. Works on a copy, so it changes nothing here: `python tools/check.py`."""
+
 import sys
 import tempfile
 from pathlib import Path
@@ -10,27 +11,44 @@ import readme
 from project import ROOT, copy_tree, export, exported, notebooks, settings
 
 
-def files(root): return {str(p.relative_to(root)): p.read_text(encoding="utf-8") for o in exported for p in root.glob(o)}
+def files(root):
+    return {
+        str(p.relative_to(root)): p.read_text(encoding="utf-8")
+        for o in exported
+        for p in root.glob(o)
+    }
 
 
 def check_export():
     "Problems of minigpt/: the copy starts without the exported modules, so one whose notebook is gone shows as well"
     with tempfile.TemporaryDirectory() as d:
-        tree = Path(d)/settings()["repo"]
+        tree = Path(d) / settings()["repo"]
         copy_tree(tree)
         for p in tree.glob("minigpt/**/*.py"):
-            if p.name not in ("__init__.py", "__main__.py"): p.unlink()      # written by hand
+            if p.name not in ("__init__.py", "__main__.py"):
+                p.unlink()  # written by hand
         export(tree)
         here, there = files(ROOT), files(tree)
-    return [f"{f} differs from what the notebooks export: run `make export`"
-            for f in sorted(here.keys() | there.keys()) if here.get(f) != there.get(f)]
+    return [
+        f"{f} differs from what the notebooks export: run `make export`"
+        for f in sorted(here.keys() | there.keys())
+        if here.get(f) != there.get(f)
+    ]
 
 
 if __name__ == "__main__":
     problems = check_export()
-    problems += [f"{p.relative_to(ROOT)} is not clean: run `make clean-notebooks`" for p in clean.unclean(notebooks())]
-    problems += [f"{p.relative_to(ROOT)} names another address than settings.ini: run `make address`" for p in address.changes()]
+    problems += [
+        f"{p.relative_to(ROOT)} is not clean: run `make clean-notebooks`"
+        for p in clean.unclean(notebooks())
+    ]
+    problems += [
+        f"{p.relative_to(ROOT)} names another address than settings.ini: run `make address`"
+        for p in address.changes()
+    ]
     problems += [f"{p.relative_to(ROOT)} is stale: run `make readme`" for p in readme.stale()]
-    for o in problems: print(o, file=sys.stderr)
-    if problems: sys.exit(1)
+    for o in problems:
+        print(o, file=sys.stderr)
+    if problems:
+        sys.exit(1)
     print(f"{len(notebooks())} notebooks: clean, exported; README and addresses fresh")

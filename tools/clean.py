@@ -2,6 +2,7 @@
 
 What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a GPU notebook opens on a GPU), and
 without the state of widgets, which is large and dead once the kernel is gone."""
+
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ def without_widgets(outputs):
     res = []
     for o in outputs:
         data = o.get("data", {})
-        if view in data and not set(data) - {view, "text/plain"}: continue
+        if view in data and not set(data) - {view, "text/plain"}:
+            continue
         data.pop(view, None)
         res.append(o)
     return res
@@ -32,7 +34,8 @@ def cleaned(text):
     clean_nb(nb, allowed_metadata_keys=cfg.get("allowed_metadata_keys"), clean_ids=cfg.clean_ids)
     nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
-        if "outputs" in cell: cell["outputs"] = without_widgets(cell["outputs"])
+        if "outputs" in cell:
+            cell["outputs"] = without_widgets(cell["outputs"])
     return nb2str(nb)
 
 
@@ -46,8 +49,10 @@ if __name__ == "__main__":
     paths = [Path(o) for o in sys.argv[1:] if o != "--check"] or notebooks()
     found = unclean(paths)
     for path, text in found.items():
-        if "--check" in sys.argv: print(f"{path} is not clean: run `make clean-notebooks`")
+        if "--check" in sys.argv:
+            print(f"{path} is not clean: run `make clean-notebooks`")
         else:
             path.write_text(text, encoding="utf-8")
             print(f"cleaned {path}")
-    if "--check" in sys.argv: sys.exit(bool(found))
+    if "--check" in sys.argv:
+        sys.exit(bool(found))

@@ -1,7 +1,9 @@
 """The tree under the nbdev that this Python has (`make compat-nbdev`: 2.4): on a copy, exporting gives the same code, and notebooks pass.
 
 The same code: nbdev 2.4 writes only the first `> ` line as a module's docstring, nbdev 3 the exported Markdown cells as well; the docstring
-of a module is left out of the comparison, the rest must be equal. `python tools/compat_nbdev.py [notebook ...]`."""
+of a module is left out of the comparison, the rest must be equal. `python tools/compat_nbdev.py [notebook ...]`.
+"""
+
 import ast
 import os
 import subprocess
@@ -15,24 +17,49 @@ from project import ROOT, copy_tree, export, settings
 def code(text):
     "A module as a syntax tree, without its docstring"
     tree = ast.parse(text)
-    if ast.get_docstring(tree) is not None: tree.body.pop(0)
+    if ast.get_docstring(tree) is not None:
+        tree.body.pop(0)
     return ast.dump(tree)
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [f"nbs/{p.name}" for p in sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))[:2]]
+    chosen = sys.argv[1:] or [
+        f"nbs/{p.name}" for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))[:2]
+    ]
     with tempfile.TemporaryDirectory() as d:
-        tree = Path(d)/settings()["repo"]
+        tree = Path(d) / settings()["repo"]
         copy_tree(tree)
         for p in tree.glob("minigpt/*.py"):
-            if not p.name.startswith("_"): p.unlink()
+            if not p.name.startswith("_"):
+                p.unlink()
         export(tree, "nbdev_export")
-        modules = [p.relative_to(ROOT) for p in sorted((ROOT/"minigpt").glob("*.py")) if p.name != "_modidx.py"]
-        wrong = [str(m) for m in modules if not (tree/m).exists() or code((tree/m).read_text()) != code((ROOT/m).read_text())]
-        if wrong: sys.exit("nbdev 2.4 exports other code than minigpt/ holds: " + ", ".join(wrong))
+        modules = [
+            p.relative_to(ROOT)
+            for p in sorted((ROOT / "minigpt").glob("*.py"))
+            if p.name != "_modidx.py"
+        ]
+        wrong = [
+            str(m)
+            for m in modules
+            if not (tree / m).exists()
+            or code((tree / m).read_text()) != code((ROOT / m).read_text())
+        ]
+        if wrong:
+            sys.exit("nbdev 2.4 exports other code than minigpt/ holds: " + ", ".join(wrong))
         print(f"nbdev 2.4 exports the same code: {len(modules)} modules")
         env = {**os.environ, "PYTHONPATH": str(tree)}
         for nb in chosen:
-            r = subprocess.run([Path(sys.executable).parent/"nbdev_test", "--path", nb, "--do_print", "--timing"], cwd=tree, env=env,
-                               stdin=subprocess.DEVNULL)
-            if r.returncode: sys.exit(r.returncode)
+            r = subprocess.run(
+                [
+                    Path(sys.executable).parent / "nbdev_test",
+                    "--path",
+                    nb,
+                    "--do_print",
+                    "--timing",
+                ],
+                cwd=tree,
+                env=env,
+                stdin=subprocess.DEVNULL,
+            )
+            if r.returncode:
+                sys.exit(r.returncode)

@@ -1,7 +1,9 @@
 """The documentation site, from the notebooks: `python tools/docs.py [--serve]` writes it to _docs/site.
 
 nbdev-proc-nbs turns each room into a page (a signature with the comments of its parameters for every public symbol); tutorials, README and changelog
-are taken as they are; the pages in docs/ are written by hand. mkdocs-material makes the site, strictly: a broken link or anchor is an error."""
+are taken as they are; the pages in docs/ are written by hand. mkdocs-material makes the site, strictly: a broken link or anchor is an error.
+"""
+
 import base64
 import json
 import os
@@ -16,65 +18,133 @@ import yaml
 from project import ROOT, directives, joined, settings
 from readme import ansi, block
 
-PROC, OUT = ROOT/"_proc", ROOT/"_docs"
-SRC = OUT/"src"
-GUIDES = {"coming": "Coming from elsewhere", "commands": "Commands of other documents", "fast": "Make it fast", "formats": "Formats", "troubleshooting": "Troubleshooting", "compare": "How it compares"}
-CHINESE = {"zh/index": ("简介", "README.zh.md"), "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"), "zh/drive": ("用 Drive 训练", "docs/zh/drive.md"), "zh/coming": ("从其他项目转过来", "docs/zh/coming.md")}
-WRITTEN = {**{g: f"docs/{g}.md" for g in GUIDES}, **{page: source for page, (_, source) in CHINESE.items()}, "changelog": "CHANGELOG.md"}      # by hand: page to source
+PROC, OUT = ROOT / "_proc", ROOT / "_docs"
+SRC = OUT / "src"
+GUIDES = {
+    "coming": "Coming from elsewhere",
+    "commands": "Commands of other documents",
+    "fast": "Make it fast",
+    "formats": "Formats",
+    "troubleshooting": "Troubleshooting",
+    "compare": "How it compares",
+}
+CHINESE = {
+    "zh/index": ("简介", "README.zh.md"),
+    "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"),
+    "zh/drive": ("用 Drive 训练", "docs/zh/drive.md"),
+    "zh/coming": ("从其他项目转过来", "docs/zh/coming.md"),
+}
+WRITTEN = {
+    **{g: f"docs/{g}.md" for g in GUIDES},
+    **{page: source for page, (_, source) in CHINESE.items()},
+    "changelog": "CHANGELOG.md",
+}  # by hand: page to source
 # Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
-SEARCH = {"separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""", "pipeline": ["stemmer", "stopWordFilter"]}
-CSS = ".md-grid {max-width: 76rem} .md-typeset pre > code {font-size: .78em} .md-typeset td code {white-space: nowrap}\n"      # long lines of code, names in tables
-TUTORIALS = ["quickstart", "train_with_drive", "resume_after_disconnect", "prepare_and_inspect_data", "from_zero_to_chat", "sft", "tool_calling", "lora", "dpo", "diffusion", "inspect_checkpoints"]
+SEARCH = {
+    "separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""",
+    "pipeline": ["stemmer", "stopWordFilter"],
+}
+CSS = (  # long lines of code, names in tables
+    ".md-grid {max-width: 76rem} .md-typeset pre > code {font-size: .78em} .md-typeset td code"
+    " {white-space: nowrap}\n"
+)
+TUTORIALS = [
+    "quickstart",
+    "train_with_drive",
+    "resume_after_disconnect",
+    "prepare_and_inspect_data",
+    "from_zero_to_chat",
+    "sft",
+    "tool_calling",
+    "lora",
+    "dpo",
+    "diffusion",
+    "inspect_checkpoints",
+]
 
 
-def load(path): return json.loads(path.read_text(encoding="utf-8"))
+def load(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def rooms():
     "Module name to notebook, in reading order"
     found = {}
-    for p in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
+    for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
         for c in load(p)["cells"]:
-            if c["cell_type"] == "code" and (name := directives(joined(c["source"]))[0].get("default_exp")): found[name] = p.name
+            if c["cell_type"] == "code" and (
+                name := directives(joined(c["source"]))[0].get("default_exp")
+            ):
+                found[name] = p.name
     return found
 
 
 def page_of(target):
     "The page for a file of nbs/ or of the root, seen from the site's root; None: it has none"
-    if target.startswith("nbs/tutorials/"): return f"tutorials/{Path(target).stem}.md"
-    if target == "nbs/index.ipynb" or target == "README.md": return "index.md"
-    if target.startswith("nbs/images/"): return Path(target).name                  # README's; its page has them beside it
-    if page := next((p for p, source in WRITTEN.items() if target == source), None): return f"{page}.md"
+    if target.startswith("nbs/tutorials/"):
+        return f"tutorials/{Path(target).stem}.md"
+    if target == "nbs/index.ipynb" or target == "README.md":
+        return "index.md"
+    if target.startswith("nbs/images/"):
+        return Path(target).name  # README's; its page has them beside it
+    if page := next((p for p, source in WRITTEN.items() if target == source), None):
+        return f"{page}.md"
     name = next((n for n, p in MODULES.items() if target == f"nbs/{p}"), None)
     return name and f"reference/{name}.md"
 
 
 def linked(text, source, page):
     "Markdown with the links of `source`, a path in the repository, as they must read on `page`"
+
     def to(link):
-        if m := re.fullmatch(r"/(\w+)\.html(#.*)?", link):                       # of nbdev: a symbol
-            if m[1] in MODULES: return posixpath.relpath(f"reference/{m[1]}.md", posixpath.dirname(page)) + (m[2] or "").lower()
-        if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link): return link
+        if m := re.fullmatch(r"/(\w+)\.html(#.*)?", link):  # of nbdev: a symbol
+            if m[1] in MODULES:
+                return (
+                    posixpath.relpath(f"reference/{m[1]}.md", posixpath.dirname(page))
+                    + (m[2] or "").lower()
+                )
+        if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link):
+            return link
         path, mark, rest = re.match(r"([^#?]*)([#?]?)(.*)", link, re.S).groups()
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        if found := page_of(target): return posixpath.relpath(found, posixpath.dirname(page)) + mark + rest
+        if found := page_of(target):
+            return posixpath.relpath(found, posixpath.dirname(page)) + mark + rest
         return f"{settings()['git_url']}/blob/{settings()['branch']}/{target}"
+
     parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", text, flags=re.M | re.S)
-    for i in range(0, len(parts), 2): parts[i] = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1]+to(m[2]), parts[i])
+    for i in range(0, len(parts), 2):
+        parts[i] = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + to(m[2]), parts[i])
     return "".join(parts)
 
 
 def shown(o, source, page, pictures):
     "An output as Markdown; a picture goes into `pictures`, path to bytes"
-    if o["output_type"] == "stream": return "" if o.get("name") == "stderr" else block(ansi.sub("", joined(o["text"])).strip("\n"), "text")
+    if o["output_type"] == "stream":
+        return (
+            ""
+            if o.get("name") == "stderr"
+            else block(ansi.sub("", joined(o["text"])).strip("\n"), "text")
+        )
     data = o.get("data", {})
     if "image/png" in data:
-        name = f"{Path(page).stem}-{len(pictures)+1}.png"
-        pictures[f"{posixpath.dirname(page)}/{name}".lstrip("/")] = base64.b64decode(joined(data["image/png"]))
+        name = f"{Path(page).stem}-{len(pictures) + 1}.png"
+        pictures[f"{posixpath.dirname(page)}/{name}".lstrip("/")] = base64.b64decode(
+            joined(data["image/png"])
+        )
         return f"![]({name})"
-    if "text/html" in data: return "<div class=\"output\">\n" + re.sub(r"\n\s*\n", "\n", joined(data["text/html"])) + "\n</div>"
-    if "text/markdown" in data: return linked(joined(data["text/markdown"]).removeprefix("---\n").strip(), source, page)
-    return block(ansi.sub("", joined(data["text/plain"])).strip("\n"), "text") if "text/plain" in data else ""
+    if "text/html" in data:
+        return (
+            '<div class="output">\n'
+            + re.sub(r"\n\s*\n", "\n", joined(data["text/html"]))
+            + "\n</div>"
+        )
+    if "text/markdown" in data:
+        return linked(joined(data["text/markdown"]).removeprefix("---\n").strip(), source, page)
+    return (
+        block(ansi.sub("", joined(data["text/plain"])).strip("\n"), "text")
+        if "text/plain" in data
+        else ""
+    )
 
 
 def convert(notebook, source, page):
@@ -82,60 +152,169 @@ def convert(notebook, source, page):
     parts, pictures = [], {}
     for cell in load(notebook)["cells"]:
         flags, text = directives(joined(cell["source"]))
-        if cell["cell_type"] == "raw":                                            # nbdev's front matter
+        if cell["cell_type"] == "raw":  # nbdev's front matter
             facts = yaml.safe_load(text.strip().strip("-"))
             parts += [f"# {facts['title']}", f"> {facts['description']}"]
-            parts.append(f"*This page is the notebook [{source}]({settings()['git_url']}/blob/{settings()['branch']}/{source}).*")
-        elif "hide" in flags or text.startswith("<!-- WARNING"): continue
-        elif cell["cell_type"] == "markdown": parts.append(linked(text, source, page).strip())
+            parts.append(
+                "*This page is the notebook"
+                f" [{source}]({settings()['git_url']}/blob/{settings()['branch']}/{source}).*"
+            )
+        elif "hide" in flags or text.startswith("<!-- WARNING"):
+            continue
+        elif cell["cell_type"] == "markdown":
+            parts.append(linked(text, source, page).strip())
         else:
-            if flags.get("echo") != "false" and text: parts.append(block(text, "python"))
-            if flags.get("output") != "false": parts += [shown(o, source, page, pictures) for o in cell.get("outputs", [])]
+            if flags.get("echo") != "false" and text:
+                parts.append(block(text, "python"))
+            if flags.get("output") != "false":
+                parts += [shown(o, source, page, pictures) for o in cell.get("outputs", [])]
     write(page, "\n\n".join(o for o in parts if o) + "\n")
-    for name, raw in pictures.items(): (SRC/name).write_bytes(raw)
+    for name, raw in pictures.items():
+        (SRC / name).write_bytes(raw)
 
 
 def settle():
     "Links to symbols that show no heading of their own lead to their page"
-    text = {p.stem: p.read_text(encoding="utf-8") for p in (SRC/"reference").glob("*.md")}
+    text = {p.stem: p.read_text(encoding="utf-8") for p in (SRC / "reference").glob("*.md")}
     has = {name: {h.lower() for h in re.findall(r"^#+ (\w+)", t, re.M)} for name, t in text.items()}
-    for name, t in text.items(): write(f"reference/{name}.md", re.sub(r"\((\w+)\.md#([\w.]+)\)", lambda m: m[0] if m[2] in has.get(m[1], ()) else f"({m[1]}.md)", t))
+    for name, t in text.items():
+        write(
+            f"reference/{name}.md",
+            re.sub(
+                r"\((\w+)\.md#([\w.]+)\)",
+                lambda m: m[0] if m[2] in has.get(m[1], ()) else f"({m[1]}.md)",
+                t,
+            ),
+        )
 
 
 def write(page, text):
-    (SRC/page).parent.mkdir(parents=True, exist_ok=True)
-    (SRC/page).write_text(text, encoding="utf-8")
+    (SRC / page).parent.mkdir(parents=True, exist_ok=True)
+    (SRC / page).write_text(text, encoding="utf-8")
 
 
-def title(path): return next(l[2:] for c in load(path)["cells"] if c["cell_type"] == "markdown" for l in joined(c["source"]).splitlines() if l.startswith("# "))
+def title(path):
+    return next(
+        l[2:]
+        for c in load(path)["cells"]
+        if c["cell_type"] == "markdown"
+        for l in joined(c["source"]).splitlines()
+        if l.startswith("# ")
+    )
 
 
 def configuration():
     cfg = settings()
-    nav = [{"Home": "index.md"}, {"Guides": [{title(ROOT/f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS]},
-           {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]}, *({t: f"{g}.md"} for g, t in GUIDES.items()), {"Changelog": "changelog.md"},
-           {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]}]
-    palette = [{"media": f"(prefers-color-scheme: {s})", "scheme": c, "toggle": {"icon": f"material/weather-{i}", "name": f"to the {o} scheme"}} for s, c, i, o in (("light", "default", "sunny", "dark"), ("dark", "slate", "night", "light"))]
-    return {"site_name": "minigpt", "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"], "repo_url": cfg["git_url"], "docs_dir": "src", "site_dir": "site", "nav": nav, "strict": True, "plugins": [{"search": SEARCH}], "extra_css": ["extra.css"], "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
-            "validation": {"nav": {"omitted_files": "warn"}, "links": {"not_found": "warn", "anchors": "warn", "absolute_links": "warn"}},
-            "theme": {"name": "material", "font": False, "features": ["content.code.copy", "navigation.instant", "navigation.top", "search.highlight", "toc.follow"], "palette": palette},
-            "markdown_extensions": ["attr_list", "md_in_html", "tables", "admonition", {"toc": {"permalink": True, "toc_depth": 3}}, "pymdownx.superfences", {"pymdownx.highlight": {"use_pygments": True}}, {"pymdownx.arithmatex": {"generic": True}}]}
+    nav = [
+        {"Home": "index.md"},
+        {
+            "Guides": [
+                {title(ROOT / f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS
+            ]
+        },
+        {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]},
+        *({t: f"{g}.md"} for g, t in GUIDES.items()),
+        {"Changelog": "changelog.md"},
+        {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]},
+    ]
+    palette = [
+        {
+            "media": f"(prefers-color-scheme: {s})",
+            "scheme": c,
+            "toggle": {"icon": f"material/weather-{i}", "name": f"to the {o} scheme"},
+        }
+        for s, c, i, o in (
+            ("light", "default", "sunny", "dark"),
+            ("dark", "slate", "night", "light"),
+        )
+    ]
+    return {
+        "site_name": "minigpt",
+        "site_url": cfg["doc_host"] + cfg["doc_baseurl"] if "doc_host" in cfg else cfg["git_url"],
+        "repo_url": cfg["git_url"],
+        "docs_dir": "src",
+        "site_dir": "site",
+        "nav": nav,
+        "strict": True,
+        "plugins": [{"search": SEARCH}],
+        "extra_css": ["extra.css"],
+        "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"],
+        "validation": {
+            "nav": {"omitted_files": "warn"},
+            "links": {"not_found": "warn", "anchors": "warn", "absolute_links": "warn"},
+        },
+        "theme": {
+            "name": "material",
+            "font": False,
+            "features": [
+                "content.code.copy",
+                "navigation.instant",
+                "navigation.top",
+                "search.highlight",
+                "toc.follow",
+            ],
+            "palette": palette,
+        },
+        "markdown_extensions": [
+            "attr_list",
+            "md_in_html",
+            "tables",
+            "admonition",
+            {"toc": {"permalink": True, "toc_depth": 3}},
+            "pymdownx.superfences",
+            {"pymdownx.highlight": {"use_pygments": True}},
+            {"pymdownx.arithmatex": {"generic": True}},
+        ],
+    }
 
 
 def main():
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([Path(sys.executable).parent/"nbdev-proc-nbs", "--skip-folder-re", r"^[_.]|tutorials", "--skip-file-re", r"^[_.]|index"], cwd=ROOT, env=env, text=True, capture_output=True)
-    if done.returncode: sys.exit(f"nbdev-proc-nbs failed:\n{done.stderr[-3000:]}")
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "nbdev-proc-nbs",
+            "--skip-folder-re",
+            r"^[_.]|tutorials",
+            "--skip-file-re",
+            r"^[_.]|index",
+        ],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        capture_output=True,
+    )
+    if done.returncode:
+        sys.exit(f"nbdev-proc-nbs failed:\n{done.stderr[-3000:]}")
     shutil.rmtree(OUT, ignore_errors=True)
-    for name, notebook in MODULES.items(): convert(PROC/notebook, f"nbs/{notebook}", f"reference/{name}.md")
+    for name, notebook in MODULES.items():
+        convert(PROC / notebook, f"nbs/{notebook}", f"reference/{name}.md")
     settle()
-    for t in TUTORIALS: convert(ROOT/f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")
-    convert(ROOT/"nbs/index.ipynb", "nbs/index.ipynb", "index.md")
-    for page, source in WRITTEN.items(): write(f"{page}.md", linked((ROOT/source).read_text(encoding="utf-8"), source, f"{page}.md"))
+    for t in TUTORIALS:
+        convert(ROOT / f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")
+    convert(ROOT / "nbs/index.ipynb", "nbs/index.ipynb", "index.md")
+    for page, source in WRITTEN.items():
+        write(
+            f"{page}.md", linked((ROOT / source).read_text(encoding="utf-8"), source, f"{page}.md")
+        )
     write("extra.css", CSS)
-    (OUT/"mkdocs.yml").write_text(json.dumps(configuration(), indent=1), encoding="utf-8")    # JSON is YAML
-    sys.exit(subprocess.run([sys.executable, "-m", "mkdocs", "serve" if "--serve" in sys.argv else "build", "-f", OUT/"mkdocs.yml"], cwd=OUT).returncode)
+    (OUT / "mkdocs.yml").write_text(
+        json.dumps(configuration(), indent=1), encoding="utf-8"
+    )  # JSON is YAML
+    sys.exit(
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "mkdocs",
+                "serve" if "--serve" in sys.argv else "build",
+                "-f",
+                OUT / "mkdocs.yml",
+            ],
+            cwd=OUT,
+        ).returncode
+    )
 
 
 MODULES = rooms()
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

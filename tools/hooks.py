@@ -2,29 +2,34 @@
 
 Instead of nbdev-install-hooks, which also writes to Jupyter's configuration in the home folder and needs nbdev on PATH for every git
 command. Undo: `git config --remove-section merge.jupyternotebook` and remove the hook."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 from project import ROOT
 
-hook = '''#!/bin/sh
+hook = """#!/bin/sh
 # Written by `make hooks`: refuses a commit with a notebook that is not clean.
 names=$(git diff --cached --name-only --diff-filter=ACM -- '*.ipynb')
 [ -z "$names" ] && exit 0
 echo "$names" | tr '\\n' '\\0' | xargs -0 "{python}" tools/clean.py --check
-'''
+"""
 
 
-def git(*args): return subprocess.run(["git", *args], cwd=ROOT, check=True, text=True, capture_output=True).stdout.strip()
+def git(*args):
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, check=True, text=True, capture_output=True
+    ).stdout.strip()
 
 
 if __name__ == "__main__":
     python = Path(sys.executable)
     git("config", "merge.jupyternotebook.name", "merge notebooks by nbdev")
-    git("config", "merge.jupyternotebook.driver", f'"{python.parent/"nbdev-merge"}" %O %A %B %P')
-    path = ROOT/git("rev-parse", "--git-path", "hooks")/"pre-commit"
-    if path.exists() and "make hooks" not in path.read_text(): sys.exit(f"{path} is not ours: left as it is. Add to it:\n{hook.format(python=python)}")
+    git("config", "merge.jupyternotebook.driver", f'"{python.parent / "nbdev-merge"}" %O %A %B %P')
+    path = ROOT / git("rev-parse", "--git-path", "hooks") / "pre-commit"
+    if path.exists() and "make hooks" not in path.read_text():
+        sys.exit(f"{path} is not ours: left as it is. Add to it:\n{hook.format(python=python)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(hook.format(python=python))
     path.chmod(0o755)

@@ -1,4 +1,5 @@
 "What the tools here and tests/test_package.py share: where things are, and what settings.ini says."
+
 import os
 import re
 import shutil
@@ -8,21 +9,24 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-INIT = ROOT/"minigpt"/"__init__.py"
-exported = ["minigpt/**/*.py", "nbs/llms.txt"]     # what nbdev-export writes
+INIT = ROOT / "minigpt" / "__init__.py"
+exported = ["minigpt/**/*.py", "nbs/llms.txt"]  # what nbdev-export writes
 
 
 def settings(root=ROOT):
     "settings.ini as a mapping"
     ini = ConfigParser(delimiters=["="])
-    ini.read(root/"settings.ini", encoding="utf-8")
+    ini.read(root / "settings.ini", encoding="utf-8")
     return ini["DEFAULT"]
 
 
 def notebooks(root=ROOT):
     "Every notebook of the project, in reading order"
-    return sorted(p for p in (root/"nbs").rglob("*.ipynb")
-                  if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts))
+    return sorted(
+        p
+        for p in (root / "nbs").rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)
+    )
 
 
 def joined(o):
@@ -42,9 +46,11 @@ def directives(source):
 def copy_tree(dest, root=ROOT):
     "What exporting needs, copied to `dest`: configuration, notebooks, modules"
     names = ["settings.ini", "pyproject.toml", "setup.py"]
-    files = [root/o for o in names] + notebooks(root) + [p for o in exported for p in root.glob(o)]
+    files = (
+        [root / o for o in names] + notebooks(root) + [p for o in exported for p in root.glob(o)]
+    )
     for f in files:
-        to = dest/f.relative_to(root)
+        to = dest / f.relative_to(root)
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(f, to)
 
@@ -52,5 +58,13 @@ def copy_tree(dest, root=ROOT):
 def export(root, command="nbdev-export"):
     "Run `command`, of the environment of this Python, in `root`"
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    r = subprocess.run([Path(sys.executable).parent/command], cwd=root, env=env, stdin=subprocess.DEVNULL, text=True, capture_output=True)
-    if r.returncode: sys.exit(f"{command} failed:\n{r.stdout}{r.stderr}")
+    r = subprocess.run(
+        [Path(sys.executable).parent / command],
+        cwd=root,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        capture_output=True,
+    )
+    if r.returncode:
+        sys.exit(f"{command} failed:\n{r.stdout}{r.stderr}")

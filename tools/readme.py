@@ -1,7 +1,9 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py [--check]`.
 
 Markdown cells as they are, with links made relative to the root; code cells as code blocks, followed by their stored outputs: text as a
-block, pictures as files in nbs/images/. `#| hide` drops a cell, `#| echo: false` its code, `#| output: false` its outputs."""
+block, pictures as files in nbs/images/. `#| hide` drops a cell, `#| echo: false` its code, `#| output: false` its outputs.
+"""
+
 import base64
 import json
 import posixpath
@@ -16,7 +18,8 @@ ansi = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 def from_root(link):
     "A link in nbs/index.ipynb as it must read in README.md"
-    if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link): return link
+    if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link):
+        return link
     path, mark, rest = re.match(r"([^#?]*)([#?]?)(.*)", link, re.S).groups()
     return posixpath.normpath(posixpath.join("nbs", path)) + mark + rest
 
@@ -25,30 +28,35 @@ def relinked(text):
     "Markdown with its links seen from the root; code is left alone"
     parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
-        p = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1]+from_root(m[2]), parts[i])
-        p = re.sub(r"((?:src|href)=\")([^\"]+)", lambda m: m[1]+from_root(m[2]), p)
-        parts[i] = re.sub(r"(?m)^(\[[^\]]+\]:\s*)(\S+)", lambda m: m[1]+from_root(m[2]), p)
+        p = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_root(m[2]), parts[i])
+        p = re.sub(r"((?:src|href)=\")([^\"]+)", lambda m: m[1] + from_root(m[2]), p)
+        parts[i] = re.sub(r"(?m)^(\[[^\]]+\]:\s*)(\S+)", lambda m: m[1] + from_root(m[2]), p)
     return "".join(parts)
 
 
 def block(text, lang=""):
     "A fenced block, with a fence longer than any inside"
-    fence = "`" * max([3] + [len(o)+1 for o in re.findall(r"^`{3,}", text, re.M)])
+    fence = "`" * max([3] + [len(o) + 1 for o in re.findall(r"^`{3,}", text, re.M)])
     return f"{fence}{lang}\n{text}\n{fence}"
 
 
 def output(o, pictures):
     "One stored output as Markdown; a picture goes into `pictures`, name to bytes"
-    if o["output_type"] == "stream": return "" if o.get("name") == "stderr" else block(ansi.sub("", joined(o["text"])).strip("\n"))
+    if o["output_type"] == "stream":
+        return (
+            "" if o.get("name") == "stderr" else block(ansi.sub("", joined(o["text"])).strip("\n"))
+        )
     data = o.get("data", {})
     for kind, ext in [("image/svg+xml", "svg"), ("image/png", "png"), ("image/jpeg", "jpg")]:
         if kind in data:
-            name = f"nbs/images/index-{len(pictures)+1}.{ext}"
+            name = f"nbs/images/index-{len(pictures) + 1}.{ext}"
             raw = joined(data[kind])
             pictures[name] = raw.encode() if ext == "svg" else base64.b64decode(raw)
             return f"![]({name})"
-    if "text/markdown" in data: return relinked(joined(data["text/markdown"])).strip()
-    if "text/plain" in data: return block(ansi.sub("", joined(data["text/plain"])).strip("\n"))
+    if "text/markdown" in data:
+        return relinked(joined(data["text/markdown"])).strip()
+    if "text/plain" in data:
+        return block(ansi.sub("", joined(data["text/plain"])).strip("\n"))
     return ""
 
 
@@ -57,34 +65,45 @@ def render(nb):
     parts, pictures = [], {}
     for cell in nb["cells"]:
         flags, source = directives(joined(cell["source"]))
-        if cell["cell_type"] == "raw" or "hide" in flags: continue
-        if cell["cell_type"] == "markdown": parts.append(relinked(source).strip())
+        if cell["cell_type"] == "raw" or "hide" in flags:
+            continue
+        if cell["cell_type"] == "markdown":
+            parts.append(relinked(source).strip())
         else:
-            if flags.get("echo", "") != "false" and source: parts.append(block(source, "python"))
-            if flags.get("output", "") != "false": parts += [output(o, pictures) for o in cell.get("outputs", [])]
+            if flags.get("echo", "") != "false" and source:
+                parts.append(block(source, "python"))
+            if flags.get("output", "") != "false":
+                parts += [output(o, pictures) for o in cell.get("outputs", [])]
     return head + "\n" + "\n\n".join(o for o in parts if o) + "\n", pictures
 
 
 def wanted(root=ROOT):
     "The files that nbs/index.ipynb asks for: path to bytes. None while there is no index"
-    index = root/"nbs"/"index.ipynb"
-    if not index.exists(): return {}
+    index = root / "nbs" / "index.ipynb"
+    if not index.exists():
+        return {}
     text, pictures = render(json.loads(index.read_text(encoding="utf-8")))
-    return {root/"README.md": text.encode(), **{root/name: raw for name, raw in pictures.items()}}
+    return {
+        root / "README.md": text.encode(),
+        **{root / name: raw for name, raw in pictures.items()},
+    }
 
 
-def stale(root=ROOT): return [p for p, raw in wanted(root).items() if not p.exists() or p.read_bytes() != raw]
+def stale(root=ROOT):
+    return [p for p, raw in wanted(root).items() if not p.exists() or p.read_bytes() != raw]
 
 
 if __name__ == "__main__":
     found = stale()
     if "--check" in sys.argv:
-        for path in found: print(f"{path.relative_to(ROOT)} is stale: run `make readme`")
+        for path in found:
+            print(f"{path.relative_to(ROOT)} is stale: run `make readme`")
         sys.exit(bool(found))
     files = wanted()
     for path in found:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[path])
         print(f"wrote {path.relative_to(ROOT)}")
-    for path in (ROOT/"nbs"/"images").glob("index-*.*"):
-        if path not in files: path.unlink()
+    for path in (ROOT / "nbs" / "images").glob("index-*.*"):
+        if path not in files:
+            path.unlink()

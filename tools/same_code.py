@@ -1,0 +1,127 @@
+"""Is the code here that of another revision, but for its layout? `python tools/same_code.py REVISION`.
+
+Formatting, cells that are cut in two, and files that move change no syntax tree: every statement of a notebook or
+module is compared with REVISION by its tree. `--moved FILE` is a JSON object of renamed files
+("nbs/old.ipynb": "nbs/new.ipynb") and modules ("minigpt.old": "minigpt.new"); `--docstrings` compares all but the
+docstrings. What differs is listed, for a reader to review."""
+
+import argparse
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import PurePosixPath
+
+from project import ROOT, joined
+
+FOLDERS = ("nbs", "tests", "tools", "bench", "examples")
+
+
+class Layout(ast.NodeTransformer):
+    "Take away what a formatter may change and a tree still shows; give moved modules their new names"
+
+    def __init__(self, moved, docstrings):
+        self.moved, self.docstrings = moved, docstrings
+
+    def visit_ImportFrom(self, node):
+        node.module = self.moved.get(node.module, node.module)
+        return node
+
+    def visit_Expr(self, node):
+        value = node.value
+        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            value.value = "" if self.docstrings else inspect.cleandoc(value.value)
+        return self.generic_visit(node)
+
+    def visit_JoinedStr(self, node):
+        "f-strings cut into adjacent literals keep their parts apart in some versions of Python"
+        self.generic_visit(node)
+        parts = []
+        for part in node.values:
+            if isinstance(part, ast.Constant) and parts and isinstance(parts[-1], ast.Constant):
+                part = ast.Constant(parts.pop().value + part.value)
+            parts.append(part)
+        node.values = parts
+        return node
+
+
+def without_magics(source):
+    "A cell's Python: lines for IPython (`%time`, `!pip`) become comments"
+    lines = source.splitlines()
+    if lines and lines[0].startswith("%%"):
+        return ""
+    return "\n".join("pass" if o.lstrip().startswith(("%", "!")) else o for o in lines)
+
+
+def sources(path, text):
+    "The pieces of Python in a file: the cells of a notebook, or all of a module"
+    if not path.endswith(".ipynb"):
+        return [text]
+    cells = json.loads(text)["cells"]
+    return [without_magics(joined(o["source"])) for o in cells if o["cell_type"] == "code"]
+
+
+def statements(path, text, layout):
+    "Every statement at the top of a file: (its path, its name, its tree, how often it stands there)"
+    found = Counter()
+    for source in sources(path, text):
+        for node in ast.parse(source).body:
+            name = getattr(node, "name", None) or ast.unparse(node)[:60]
+            found[name, ast.dump(layout.visit(node))] += 1
+    return {(path, name, tree, n) for (name, tree), n in found.items()}
+
+
+def git(*args):
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def wanted(path):
+    return path.endswith((".py", ".ipynb")) and PurePosixPath(path).parts[0] in FOLDERS
+
+
+def here():
+    "Path and text of every file of the working tree"
+    for path in git("ls-files", "--cached", "--others", "--exclude-standard").splitlines():
+        if wanted(path) and (ROOT / path).exists():
+            yield path, (ROOT / path).read_text(encoding="utf-8")
+
+
+def there(revision):
+    "Path and text of every file of `revision`"
+    for path in git("ls-tree", "-r", "--name-only", revision).splitlines():
+        if wanted(path):
+            yield path, git("show", f"{revision}:{path}")
+
+
+def differences(revision, layout):
+    "One line for each statement that is in one tree only"
+    moved = layout.moved
+    old = {o for p, text in there(revision) for o in statements(moved.get(p, p), text, layout)}
+    new = {o for p, text in here() for o in statements(p, text, layout)}
+    for sign, found in ("-", old - new), ("+", new - old):
+        for path, name, _, n in sorted(found):
+            yield f"{sign} {path}: {name}" + (f" ({n} times)" if n > 1 else "")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("revision", help="what to compare with, as git names it")
+    parser.add_argument("--moved", help="JSON file of old to new names of files and modules")
+    parser.add_argument("--docstrings", action="store_true", help="docstrings may differ")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    args = arguments()
+    moved = {}
+    if args.moved:
+        with open(args.moved, encoding="utf-8") as f:
+            moved = json.load(f)
+    found = list(differences(args.revision, Layout(moved, args.docstrings)))
+    print(*found, sep="\n")
+    print(f"{len(found)} statements differ" if found else f"the same code as {args.revision}")
+    sys.exit(bool(found))
