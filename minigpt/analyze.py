@@ -47,7 +47,7 @@ class TensorInfo:
     file: str = ""  # Relative to the checkpoint's directory
     offset: int = -1  # Of its first byte in that file; -1: not stored plainly
     stride: tuple[int, ...] | None = None  # In values; None: row after row
-    buffer: bool = False  # No parameter: a mask or table that was saved along, or the scales of quantized weights
+    buffer: bool = False  # No parameter: a saved mask or table, or scales of quantized weights
 
 
 def layer_of(name: str) -> str:
@@ -66,8 +66,11 @@ class Table(list):
     "Rows, each a dict with the same keys; a text or a notebook's table where it is shown."
 
     def __init__(
-        self, rows: Iterable[dict] = (), hide: tuple[str, ...] = (), **show
-    ):  # Columns that are not shown; how to write a column, such as size=human_size
+        self,
+        rows: Iterable[dict] = (),
+        hide: tuple[str, ...] = (),  # Columns that are not shown
+        **show,  # How to write a column, such as `size=human_size`
+    ):
         super().__init__(rows)
         self.hide, self.show = hide, show
 
@@ -124,19 +127,19 @@ def _summed(pairs: Iterable[tuple[str, int]]) -> Counter:
         c[k] += n
     return c
 
-
+# %% ../nbs/09_analyze.ipynb #1ae40f80
 @dataclass(repr=False, eq=False)
 class Analysis:
-    "What is in a checkpoint."
+    """What is in a checkpoint.
+
+    The `components` are model, optimizer, scheduler, rng, tokenizer, metadata, format …; together
+    they take `size`. The classes and functions in `code` were neither imported nor run.
+    """
 
     path: Path
-    kind: str = (
-        ""  # `minigpt checkpoint`, `Hugging Face checkpoint`, `nanoGPT checkpoint`, `state dict` …
-    )
+    kind: str = ""  # `minigpt checkpoint (step)`, `nanoGPT checkpoint`, `state dict` …
     size: int = 0  # Bytes on disk
-    components: dict[str, int] = field(
-        default_factory=dict
-    )  # model, optimizer, scheduler, rng, tokenizer, metadata, format … → bytes on disk; together `size`
+    components: dict[str, int] = field(default_factory=dict)  # model, optimizer … → bytes on disk
     tensors: list[TensorInfo] = field(default_factory=list)
     step: int | None = None  # Optimizer steps
     epoch: float | None = None
@@ -146,9 +149,7 @@ class Analysis:
     metadata: dict = field(default_factory=dict)  # Everything else that was said
     files: dict[str, int] = field(default_factory=dict)  # Name → bytes
     problems: list[str] = field(default_factory=list)  # What is wrong, or not to be trusted
-    code: list[str] = field(
-        default_factory=list
-    )  # Classes and functions that its pickles would import and may run. Nothing was
+    code: list[str] = field(default_factory=list)  # What its pickles would import, and may run
     trainable: int | None = None  # Parameters that were trained, where that is known
     time: float = 0.0  # When the newest file was written, seconds since 1970
 
@@ -162,9 +163,10 @@ class Analysis:
         return [t for t in self._each() if not t.tied]
 
     def _each(self):
+        # some directories hold the weights twice, as safetensors and as pickle
         return list({t.name: t for t in reversed(self.tensors) if t.component == "model"}.values())[
             ::-1
-        ]  # some directories hold the weights twice, as safetensors and as pickle
+        ]
 
     @property
     def params(self) -> int:
@@ -317,8 +319,8 @@ class Analysis:
             f'<div style="background:#4c78a8;height:0.8em;width:{100 * share:.1f}%"></div>'
         )
         rows = "".join(
-            f"<tr><td>{escape(printable(r['component']))}</td><td>{human_size(r['size'])}</td><td>{r['share']:.1%}</td><td"
-            f' style="width:16em">{bar(r["share"])}</td></tr>'
+            f"<tr><td>{escape(printable(r['component']))}</td><td>{human_size(r['size'])}</td>"
+            f'<td>{r["share"]:.1%}</td><td style="width:16em">{bar(r["share"])}</td></tr>'
             for r in self.by_component()
         )
         return (
@@ -330,8 +332,8 @@ class Analysis:
                 for p in self.problems
             )
             + f"<details><summary>{len(self.layers)}"
-            f" layers</summary>{self.by_layer()._repr_html_()}</details><details><summary>{min(50, len(self.tensors))}"
-            f" largest of {len(self.tensors)}"
+            f" layers</summary>{self.by_layer()._repr_html_()}</details>"
+            f"<details><summary>{min(50, len(self.tensors))} largest of {len(self.tensors)}"
             f" tensors</summary>{self.by_tensor().top(50)._repr_html_()}</details>"
         )
 
@@ -356,7 +358,8 @@ class Analysis:
                 b.text(
                     x + w / 2,
                     y + h / 2,
-                    f"{printable(name, 60).removeprefix('model.').removeprefix('transformer.')}\n{human_size(size)}",
+                    f"{printable(name, 60).removeprefix('model.').removeprefix('transformer.')}"
+                    f"\n{human_size(size)}",
                     ha="center",
                     va="center",
                     fontsize=6 if w > 0.12 else 5,
@@ -441,7 +444,8 @@ def _component(name: str) -> str | None:
 
 # %% ../nbs/09_analyze.ipynb #86fa90f9
 _BUFFERS = re.compile(
-    r"(^|\.)(freqs_c(i|o)s|freqs_sin|inv_freq|masked_bias|running_mean|running_var|num_batches_tracked|position_ids)$"
+    r"(^|\.)(freqs_c(i|o)s|freqs_sin|inv_freq|masked_bias|running_mean|running_var"
+    r"|num_batches_tracked|position_ids)$"
 )
 
 
@@ -450,9 +454,8 @@ def _take(a: Analysis, component: str, n: int):
 
 
 def _add(a: Analysis, name, component, shape, dtype, size, file, offset, tied="", stride=None):
-    buffer = (
-        bool(_BUFFERS.search(name)) or name.endswith(".attn.bias") and len(shape) == 4
-    )  # nanoGPT's causal mask
+    # an `.attn.bias` of four dimensions is nanoGPT's causal mask
+    buffer = bool(_BUFFERS.search(name)) or name.endswith(".attn.bias") and len(shape) == 4
     a.tensors.append(
         TensorInfo(
             name,
@@ -470,7 +473,7 @@ def _add(a: Analysis, name, component, shape, dtype, size, file, offset, tied=""
         )
     )
 
-
+# %% ../nbs/09_analyze.ipynb #09bcaec4
 def _read_safetensors(a: Analysis, path: Path, size: int, part: str):
     with Reader(path) as f:
         packed = (
@@ -494,7 +497,7 @@ def _read_safetensors(a: Analysis, path: Path, size: int, part: str):
 
 
 def _quantized(a: Analysis, facts: str):
-    "Give our quantized matrices the shape that they stand for; `minigpt.quantize` describes the format."
+    "Give our quantized matrices the shape that they stand for; see `minigpt.quantize`."
     try:
         facts = orjson.loads(facts)
         bits, widths = int(facts["bits"]), dict(facts["widths"])
@@ -542,13 +545,12 @@ def _roles(t: TorchFile, part: str | None) -> tuple[dict, dict]:
             return known
         if k not in holds or isinstance(v, StoredTensor) and not v.shape:
             return "metadata"
-        return (
-            str(k)[:100] if k != "model" else "second model"
-        )  # an average of the weights, a teacher …
+        # an average of the weights, a teacher …
+        return str(k)[:100] if k != "model" else "second model"
 
     return {k: role(k, v) for k, v in entries.items()}, entries
 
-
+# %% ../nbs/09_analyze.ipynb #92a92c9c
 def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
     t, name = torch_file(path, names := Counter()), path.name
     if t.problem:
@@ -566,9 +568,8 @@ def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
                 a.problems.append(f"{name}: {printable(n)} {why}")
                 continue
             taken = math.prod(x.shape) * BITS[x.dtype] // 8
-            tied = (
-                places.setdefault((x.storage.key, x.offset, taken), n) if taken else n
-            )  # an empty tensor shares nothing
+            # an empty tensor shares nothing
+            tied = places.setdefault((x.storage.key, x.offset, taken), n) if taken else n
             if tied != n:
                 taken = 0
             owners.setdefault(x.storage.key, roles[k])
@@ -605,7 +606,7 @@ def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
     elif roles[""] == "model":
         a.kind = a.kind or "state dict"
 
-
+# %% ../nbs/09_analyze.ipynb #3a264156
 def _by_rows(x: StoredTensor) -> bool:
     return all(
         n == 1 or s == math.prod(x.shape[i + 1 :])
@@ -638,7 +639,7 @@ def _name_code(a: Analysis, name: str, names: Counter):
         " run. Open it so only if you trust who made it"
     )
 
-
+# %% ../nbs/09_analyze.ipynb #2cdde17c
 def _number(*found):
     "The first of them that is a number."
     return next((x for x in found if isinstance(x, (int, float)) and not isinstance(x, bool)), None)
@@ -765,7 +766,7 @@ def _read_folder(a: Analysis):
             a.problems.append(f"{p.name}: {e}")
             _take(a, "unreadable", a.files.get(p.name, 0))
 
-
+# %% ../nbs/09_analyze.ipynb #0bc01a52
 def _read_said(a: Analysis) -> dict[str, dict]:
     "The JSON files of a directory that are known by name."
     said = {}
@@ -820,7 +821,7 @@ def _manifest(a: Analysis, manifest: dict):
     except (KeyError, TypeError, ValueError, AttributeError):
         a.problems.append("MANIFEST.json is damaged")
 
-
+# %% ../nbs/09_analyze.ipynb #9bc0e03f
 def _read_directory(a: Analysis):
     _read_folder(a)
     said = _read_said(a)
@@ -866,6 +867,7 @@ def _read_directory(a: Analysis):
     )
 
 # %% ../nbs/09_analyze.ipynb #64dda5b2
+# a directory with one of these is one checkpoint, however many files it has
 _ONE = (
     "config.json",
     "adapter_config.json",
@@ -873,7 +875,7 @@ _ONE = (
     "run.json",
     "model.safetensors.index.json",
     "pytorch_model.bin.index.json",
-)  # a directory with one of these is one checkpoint, however many files it has
+)
 
 
 def _is_one(folder: Path) -> bool:
@@ -903,7 +905,7 @@ def _is_checkpoint(folder: Path) -> bool:
         and (len(found) == 1 or _is_one(folder))
     )
 
-
+# %% ../nbs/09_analyze.ipynb #0575144e
 def checkpoints_in(
     folder: str | Path,  # A run, an output_dir, a folder of .pt files
 ) -> list[Path]:  # By name; the folder itself, if it is one as well
@@ -924,11 +926,11 @@ def checkpoints_in(
         else sorted(_alone(folder), key=lambda p: natural(p.name))
     )
 
-
+# %% ../nbs/09_analyze.ipynb #dbf9e5cb
 def analyze(
     path: str | Path,  # A checkpoint: a file, or a directory
 ) -> Analysis:
-    "What is in a checkpoint of any of the usual programs. Only headers are read, and nothing in them is run."
+    "What is in a checkpoint of any usual program; only headers are read, and nothing is run."
     a = Analysis(path := Path(path))
     if path.is_dir():
         if not _is_one(path) and (
@@ -984,21 +986,23 @@ def analyze(
         a.trainable = _trained(a)
     return a
 
-
+# %% ../nbs/09_analyze.ipynb #3042b436
 def _trained(a: Analysis) -> int | None:
     "Parameters that the optimizer keeps a moment for."
     sizes = {}
     for t in a.tensors:
-        moment, _, owner = (
-            t.name.partition("/") if "/" in t.name else t.name.rpartition(".")[::-1]
-        )  # ours: exp_avg/NAME; torch's: state.0.exp_avg
+        # ours: exp_avg/NAME; torch's: state.0.exp_avg
+        moment, _, owner = t.name.partition("/") if "/" in t.name else t.name.rpartition(".")[::-1]
         if t.component == "optimizer" and moment in ("exp_avg", "momentum_buffer"):
             sizes[owner] = t.numel
     return sum(sizes.values()) or None
 
 
 def _find_copies(a: Analysis):
-    "A tied head that was stored once more is no parameter: `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell."
+    """Find heads that were stored once more as a copy of the embedding: they are no parameters.
+
+    `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell.
+    """
 
     def sample(t):
         n = min(t.bytes, 1 << 14)
@@ -1040,7 +1044,7 @@ class _Counted:
     def flush(self):
         self.f.flush()
 
-
+# %% ../nbs/09_analyze.ipynb #29d9b984
 def create_demo(
     folder: str | Path,  # Where it goes; made if missing
     config="medium",  # A preset's name, or a `GPTConfig`

@@ -61,7 +61,7 @@ class Taken(BackupError):
 class _Stop(Exception):
     "The training has ended, and waits no longer."
 
-
+# %% ../nbs/10_backup.ipynb #20af34d8
 COLAB_MOUNT = "/content/drive"  # Where Drive goes on Colab
 
 
@@ -73,7 +73,11 @@ def on_colab() -> bool:
 def drive_mount(
     folder: str | Path,  # Such as `/content/drive/MyDrive/my_run`
 ) -> Path | None:  # Such as `/content/drive`; None for a folder that is not on Google Drive
-    "Where Google Drive would have to be mounted for this folder. Elsewhere than on Colab, a `MyDrive` that stands on the machine's own disk is a folder like others."
+    """Where Google Drive would have to be mounted for this folder.
+
+    Elsewhere than on Colab, a `MyDrive` that stands on the machine's own disk is a folder like
+    others.
+    """
     p = Path(folder).absolute()
     mark = next(
         (
@@ -94,11 +98,14 @@ def drive_mount(
     )
     return None if own else mark.parent
 
-
+# %% ../nbs/10_backup.ipynb #63dc20fa
 def check_there(
     folder: str | Path,  # `gdrive_backup_dir`
 ):
-    "A `BackupError` unless the folder is there or can be made without making up its parents. (On macOS and Windows, Drive is a folder like others.)"
+    """A `BackupError` unless the folder is there, or can be made without making its parents.
+
+    On macOS and Windows, Drive is a folder like others.
+    """
     folder = Path(folder).absolute()
     without = "or go on without a backup: leave gdrive_backup_dir out"
     try:
@@ -122,7 +129,11 @@ def check_there(
 
 # %% ../nbs/10_backup.ipynb #9758332e
 def _json_or(path: Path, otherwise):
-    "The object in a small file; something else where it is absent, torn (files of a mount are not written in one step) or no object. An `OSError` where it cannot be read at the moment."
+    """The object in a small file; `otherwise` where the file is absent, torn or holds no object.
+
+    A mount does not write a file in one step, so it may be torn. An `OSError` says that it cannot
+    be read at the moment.
+    """
     try:
         found = orjson.loads(regular(path).read_bytes())
     except orjson.JSONDecodeError:
@@ -171,7 +182,7 @@ class Progress:
 
 
 def _continued(target: Path, progress: Progress):
-    "The file to write to, at the place where the copy stopped; from the beginning where that part is not there any more."
+    "The file to write to, where the copy stopped; from its beginning where that part is gone."
     if progress.size and lexists(target) and os.stat(no_link(target)).st_size >= progress.size:
         f = open(target, "r+b", buffering=0)
         f.truncate(progress.size)
@@ -199,9 +210,12 @@ def copy_file(
     fsync(target)
     return progress.xxh.hexdigest(), progress.md5.hexdigest()
 
-
+# %% ../nbs/10_backup.ipynb #f5883f66
 class CheckpointCopy:
-    "Copies a checkpoint directory, manifest last. After an error `run` goes on where it was: in the same file, at the same piece."
+    """Copies a checkpoint directory, manifest last.
+
+    After an error `run` goes on where it was: in the same file, at the same piece.
+    """
 
     def __init__(
         self,
@@ -224,9 +238,8 @@ class CheckpointCopy:
 
     def _copy(self, name: str) -> str:
         target = self.target / name
-        if name not in self.done or not lexists(
-            target
-        ):  # what was copied may have vanished with a mount
+        # what was copied may have vanished with a mount
+        if name not in self.done or not lexists(target):
             progress = self.progress.setdefault(name, Progress())
             self.done[name] = copy_file(self.source / name, target, progress)
         return self.done[name][0]
@@ -241,7 +254,10 @@ def copy_checkpoint(
     source: Path,  # Whole
     target: Path,  # Does not exist
 ) -> dict[str, str]:  # Name of each file → md5
-    "Copy a checkpoint directory, manifest last; a `CheckpointError` if the source is not what its manifest says."
+    """Copy a checkpoint directory, manifest last.
+
+    A `CheckpointError` if the source is not what its manifest says.
+    """
     return CheckpointCopy(source, target).run()
 
 # %% ../nbs/10_backup.ipynb #b54f175b
@@ -258,9 +274,7 @@ def _attribute(path: Path, name: str) -> str | None:
 
 def arrived(
     path: Path,  # A file in the backup
-    md5: (
-        str | None
-    ) = None,  # What its content should have; None: computed from the file if the server gives one
+    md5: str | None = None,  # Of its content; None: computed, if the server gives one
 ) -> bool | None:  # None: this folder does not tell
     "Has the server got this file?"
     waiting = _attribute(path, "user.drive.uncommitted")
@@ -294,7 +308,10 @@ def discard(
 def made_later(
     c: Checkpoint,  # Of a run that may have been trained on several machines
 ) -> tuple[int, int]:  # To sort by
-    "Which of two checkpoints was made later? That of the later attempt, then that of the later step. The clocks of two machines do not tell."
+    """Sorts checkpoints by when they were made: by attempt, then by step.
+
+    The clocks of two machines do not tell.
+    """
     try:
         attempt = (_json_or(c.path / "trainer_state.json", None) or {}).get("attempt")
     except OSError:
@@ -313,12 +330,12 @@ def _may_be_whole(c: Checkpoint) -> bool:
 
 # %% ../nbs/10_backup.ipynb #c14d7c03
 BEAT, RETRY, POLL = 30.0, 0.5, 5.0  # Seconds, see `Backup`
-QUIET = 60.0  # Seconds that a second failure must last before it is said, too: a mount may stutter for hours
-DATA_LIMIT = (
-    256 * 2**20
-)  # A token set above this many bytes is not mirrored, but built again from its source
+# Seconds that a second failure must last before it is said, too: a mount may stutter for hours
+QUIET = 60.0
+# A token set above this many bytes is not mirrored, but built again from its source
+DATA_LIMIT = 256 * 2**20
 
-
+# %% ../nbs/10_backup.ipynb #27c44daa
 class Backup:
     "Mirrors a run; `submit` saves to it, `finish` waits for it, `status` tells the truth about it."
 
@@ -329,9 +346,7 @@ class Backup:
         keep: int = 3,  # `backup_keep_last`: states kept
         *,
         beat: float | None = None,  # Seconds between signs of life
-        retry: (
-            float | None
-        ) = None,  # Seconds before the first repetition after an error; doubled each time, up to `beat`
+        retry: float | None = None,  # Seconds before the first retry; doubled up to `beat`
         poll: float | None = None,  # Seconds between questions whether files have arrived
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -351,29 +366,18 @@ class Backup:
             clock,
         )
         self.session, self.run_id = uuid.uuid4().hex, None
-        self.messages = (
-            deque()
-        )  # for the user, from the main thread: Colab does not show what others print
-        self.pending, self.stores = (
-            {},
-            {},
-        )  # group → (source, target); the stores whose directories are being copied
-        self.md5s, self.mirrored, self.copy = (
-            {},
-            {},
-            None,
-        )  # of copied files; size and time of mirrored ones; the copy that an error interrupted
-        self.seen, self.confirmed, self.asked = (
-            {},
-            set(),
-            False,
-        )  # whole directories in the backup, when last looked at; those that have arrived; is that so now?
+        # for the user, from the main thread: Colab does not show what others print
+        self.messages = deque()
+        # group → (source, target); the stores whose directories are being copied
+        self.pending, self.stores = {}, {}
+        # of copied files; size and time of mirrored ones; the copy that an error interrupted
+        self.md5s, self.mirrored, self.copy = {}, {}, None
+        # whole directories in the backup, when last looked at; those that have arrived;
+        # is that so now?
+        self.seen, self.confirmed, self.asked = {}, set(), False
         self.skipped, self.failures, self.failed, self.lost = 0, 0, None, None
-        self.copied_at, self.announced, self.ever = (
-            0,
-            False,
-            False,
-        )  # bytes of `copy` at the last error; has the user been told of this failure? Of any?
+        # bytes of `copy` at the last error; has the user been told of this failure? Of any?
+        self.copied_at, self.announced, self.ever = 0, False, False
         self.doing, self.confirms, self.last_beat, self.beats = "idle", None, None, 0
         self.wake, self.thread, self.closing, self.in_round = (
             threading.Condition(),
@@ -382,10 +386,8 @@ class Backup:
             False,
         )
         self.pace, self.copying = Pace(self._alive), None  # the job that is being copied
-        self.superseded, self.rejected = (
-            None,
-            set(),
-        )  # states beyond this step belong to a course that was given up; copies that did not verify
+        # states beyond this step belong to a course that was given up; copies that did not verify
+        self.superseded, self.rejected = None, set()
 
     # --- what the training calls ---
     def start(self, run_id: str, superseded: int | None = None):
@@ -427,9 +429,8 @@ class Backup:
             old = self.pending.get(group)
             self.pending[group], self.asked = (source, target, store), False
             self._pin()
-            if not (
-                source / "MANIFEST.json"
-            ).exists():  # deleted already, so something newer is on its way
+            # deleted already, so something newer is on its way
+            if not (source / "MANIFEST.json").exists():
                 del self.pending[group]
                 self._pin()
                 self.skipped += 1
@@ -441,7 +442,7 @@ class Backup:
     def finish(
         self,
         seconds: float,  # How long to wait at most
-        confirm: bool = True,  # Wait until the server has everything, or only until everything is copied?
+        confirm: bool = True,  # Until the server has everything? Else until it is copied
         tell: Callable[[dict], None] = lambda status: None,  # Called twice a second
     ) -> bool:  # Is all of it there?
         "Wait for what is under way, and stop."
@@ -513,7 +514,10 @@ class Backup:
         return self.poll if self.confirms and self._unconfirmed() else self.beat
 
     def step(self):
-        "One round: sign of life, small files, the newest save, questions to the server, old copies. An error ends the round and is in the status."
+        """One round: sign of life, small files, newest save, questions to the server, old copies.
+
+        An error ends the round and is in the status.
+        """
         if self.lost:
             return
         self.in_round = True
@@ -552,9 +556,8 @@ class Backup:
         "Note an error. The user is told of the first one at once, of later ones if they last."
         came_on = self.copy is not None and self.copy.size > self.copied_at
         self.copied_at = self.copy.size if self.copy else 0
-        self.failures = (
-            1 if came_on else self.failures + 1
-        )  # where a copy comes on between the errors, the next try is soon
+        # where a copy comes on between the errors, the next try is soon
+        self.failures = 1 if came_on else self.failures + 1
         self.doing = "failing"
         since = self.failed["since"] if self.failed else time.time()
         self.failed = dict(
@@ -581,7 +584,7 @@ class Backup:
         return f"{e}{hint}"
 
     def _heartbeat(self, ended: bool = False):
-        "Is the folder there, is it this run's, and does nobody else write to it? Then leave a sign of life."
+        "Leave a sign of life, if the folder is there, is this run's, and nobody else writes to it."
         now = self.clock()
         if self.last_beat is not None and now - self.last_beat < self.beat and not ended:
             return
@@ -589,9 +592,8 @@ class Backup:
             check_there(self.folder)
             no_link(self.path).mkdir(exist_ok=True)
         elif not self.path.is_dir():
-            raise OSError(
-                errno.ENOTCONN, "the backup folder has vanished", str(self.path)
-            )  # never made anew: it would not be on Drive
+            # never made anew: it would not be on Drive
+            raise OSError(errno.ENOTCONN, "the backup folder has vanished", str(self.path))
         if (there := read_run_id(self.path)) not in (None, self.run_id):
             raise Taken(
                 f"{self.path} belongs to another run (id {there[:8]}, this one has"
@@ -639,13 +641,17 @@ class Backup:
         self.superseded = None
 
     def _mirror(self):
-        "run.json, tokenizer, data, metrics and the like: whatever has changed. What never changes is listed in mirror.json, last, with its hashes."
+        """Copy run.json, tokenizer, data, metrics and the like: whatever has changed.
+
+        What never changes is listed in mirror.json, last, with its hashes.
+        """
         small = [
             f
             for n in ("run.json", "metrics.jsonl", "run.log", "plots/loss_curve_latest.png")
             if _is_plain(f := self.run_path / n)
         ] + sorted(f for f in (self.run_path / "tensorboard").glob("**/*") if _is_plain(f))
         told = (_json_or(self.run_path / "run.json", None) or {}).get("data", {}).get("places")
+        # not told by older versions
         places = [
             "tokenizer",
             *(
@@ -661,7 +667,7 @@ class Backup:
                 if told
                 else ("data", "data-valid")
             ),
-        ]  # not told by older versions
+        ]
         fixed = [
             f
             for n in places
@@ -685,9 +691,10 @@ class Backup:
                 if there.get(name) != entries[name]:
                     self._place(f, name)
             here = {p for p in places if (self.run_path / p).exists()}
+            # what this machine lacks, and what run.json names until it is replaced
             entries = {
                 k: v for k, v in there.items() if not here & {p.as_posix() for p in Path(k).parents}
-            } | entries  # what this machine lacks, and what run.json names until it is replaced
+            } | entries
             self._replace(
                 "mirror.json",
                 orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2),
@@ -707,9 +714,8 @@ class Backup:
                 )
             self.mirrored[name] = s.st_size, s.st_mtime_ns
         entries = self.mirrored["mirror.json"]
-        if gone := [
-            k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}
-        ]:  # tokens from before a change, which run.json names no more
+        # tokens from before a change, which run.json names no more
+        if gone := [k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}]:
             self.mirrored["mirror.json"] = entries = {
                 k: v for k, v in entries.items() if k not in gone
             }
@@ -779,10 +785,12 @@ class Backup:
         if old and group != "state":
             discard(old, self.path)
 
-    def _make_way(
-        self, source: Path, target: Path
-    ) -> Path | None:  # Where a whole one that stood there is now
-        "Decide what becomes of what stands where a copy is to go: the same copy stays or is continued, another whole one is set aside, what never became whole is deleted."
+    def _make_way(self, source: Path, target: Path) -> Path | None:
+        """Decide what becomes of what stands where a copy is to go.
+
+        The same copy stays or is continued, what never became whole is deleted, and another whole
+        one is set aside: the place where it is then is returned.
+        """
         if not lexists(target):
             return None
         if os.path.islink(target):
@@ -796,9 +804,8 @@ class Backup:
             self.copy = None
         wrong = problem(target) if not same or self.failures > 2 else None
         if not same and wrong is None:
-            return set_aside(
-                target, "superseded", self.path
-            )  # of a course that was given up, or an earlier end
+            # of a course that was given up, or an earlier end
+            return set_aside(target, "superseded", self.path)
         if wrong and wrong.kind == "unreadable":
             raise OSError(errno.EIO, f"{target} {wrong}")
         if wrong:
@@ -825,7 +832,10 @@ class Backup:
         return sorted((c for s in self.state_stores() for c in s.all()), key=lambda c: c.step)
 
     def _whole(self) -> dict[Path, Checkpoint | None]:
-        "Whole directories; of those that training can go on from, the step. The last one stands for run.json, tokenizer and data."
+        """Whole directories, with the checkpoint of those that training can go on from.
+
+        The last one stands for run.json, tokenizer and data.
+        """
         states = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
         best = {c.path: None for c in self.best_models() if not c.problem}
         return (
@@ -883,9 +893,8 @@ class Backup:
             for folder in ("checkpoints", "snapshots", "best"):
                 for p in entries(self.path / folder):
                     if ".damaged-" in p.name:
-                        discard(
-                            p, self.path
-                        )  # a copy that did not verify, set aside until another one did
+                        # a copy that did not verify, set aside until another one did
+                        discard(p, self.path)
         for c in [c for c in copies if c.kind == "light"][: -self.keep]:
             discard(c.path, self.path)
         models = self.best_models()
@@ -902,7 +911,7 @@ class Backup:
 
     # --- the status ---
     def status(self) -> dict:
-        "What is and what is not backed up, at this moment, as far as is known without asking the folder."
+        "What is backed up, and what is not: as far as is known now, without asking the folder."
         states = {p: c.step for p, c in [*self.seen.items()] if c}
         last = lambda ps: (
             dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
@@ -946,16 +955,18 @@ def wait_for_others(
     backup: Backup,
     say: Callable[[str], None] = print,
 ):
-    "A `BackupError` if another process writes to this backup. A heart that does not beat for two and a half intervals is that of a machine that is gone; no clock of another machine is believed."
+    """A `BackupError` if another process writes to this backup.
+
+    A heart that does not beat for two and a half intervals is that of a machine that is gone; no
+    clock of another machine is believed.
+    """
     if not (backup.path / "heartbeat.json").exists():
         return
-    own = (_json_or(backup.run_path / "backup.json", None) or {}).get(
-        "session"
-    )  # of the process before this one in the run's own folder: its lock is ours now, so it is dead
+    # of the process before this one in the run's own folder: its lock is ours now, so it is dead
+    own = (_json_or(backup.run_path / "backup.json", None) or {}).get("session")
     gone = lambda heart: heart.get("ended") is True or own and heart.get("session") == own
-    first = (
-        read_heartbeat(backup.path) or {}
-    )  # torn: it is being written, or was when its machine died
+    # torn: it is being written, or was when its machine died
+    first = read_heartbeat(backup.path) or {}
     if gone(first):
         return
     interval = _interval(first)
@@ -977,12 +988,12 @@ def wait_for_others(
                 " its folder in the backup"
             )
 
-
+# %% ../nbs/10_backup.ipynb #ee4bdec6
 def given_up(
     state: dict,  # A checkpoint's trainer_state.json
     attempts: list[dict],  # Of the run
 ) -> bool:
-    "Has training gone back behind this state later, so that it belongs to a course that counts no more?"
+    "Did training go back behind this state later? Then it belongs to a course that was given up."
     return any(
         a["step"] < state["global_step"] for a in attempts[state.get("attempt", len(attempts)) :]
     )
@@ -1001,9 +1012,13 @@ def _went_on(
         for s in states
     )
 
-
+# %% ../nbs/10_backup.ipynb #a657c16b
 def _restored(there: Path, made: Path, group: str, files: dict[str, dict]) -> Path:  # `made`
-    "Copy some files that mirror.json lists; a `CheckpointError` if one is damaged or has not arrived, an `OSError` if one cannot be read at the moment."
+    """Copy some files that mirror.json lists.
+
+    A `CheckpointError` if one is damaged or has not arrived, a `BackupError` if one cannot be read
+    at the moment.
+    """
     try:
         with new_dir(made, replace=True) as d:
             for name, want in files.items():
@@ -1025,12 +1040,16 @@ def _content(path: Path) -> bytes:
     "Of a file of a run, which is neither a link nor a pipe."
     return regular(no_link(path)).read_bytes()
 
-
+# %% ../nbs/10_backup.ipynb #e3521b4c
 def restore_run(
     backup: Backup,
     say: Callable[[str], None] = print,
 ) -> bool:  # Was there anything to restore?
-    "Bring a run's own files from its backup into a folder that does not have them, or not the newest, `run.json` last. What stands in their place is set aside."
+    """Bring a run's own files from its backup to its folder, `run.json` last.
+
+    For a folder that does not have them, or not the newest. What stands in their place is set
+    aside.
+    """
     there, here = backup.path, backup.run_path
     refuse_links(here)
     if os.path.islink(there):
@@ -1040,7 +1059,9 @@ def restore_run(
         )
     id, mine = read_run_id(there), read_run_id(here)
     if mine is None and not (_json_or(there / "run.json", None) or {}).get("id"):
-        if not backup.copies():  # a process that was killed before it had copied anything: nothing is lost, and its signs must not stand for another run
+        # a process that was killed before it had copied anything: nothing is lost, and its signs
+        # must not stand for another run
+        if not backup.copies():
             for name in ("heartbeat.json", "mirror.json"):
                 delete(there / name, backup.folder)
             return False
@@ -1113,9 +1134,8 @@ def restore_run(
         if lexists(here / group):
             say(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
         os.rename(made, here / group)
-    if not (
-        here / "tokenizer" / "tokenizer.json"
-    ).exists():  # every checkpoint has it as well; and the data can be built again
+    # every checkpoint has it as well; and the data can be built again
+    if not (here / "tokenizer" / "tokenizer.json").exists():
         if not (c := newest(backup.state_stores())):
             raise BackupError(
                 f"{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is"
@@ -1171,12 +1191,15 @@ def restore_run(
         write_file(here / name, copied)
     return True
 
-
+# %% ../nbs/10_backup.ipynb #b44d92a4
 def fetch(
     backup: Backup,
     c: Checkpoint,  # One of its copies
 ) -> Path:  # In the run's folder
-    "Copy a state from the backup to where the run keeps its own; a `CheckpointError` or `OSError` if it is not whole."
+    """Copy a state from the backup to where the run keeps its own.
+
+    A `CheckpointError` or `OSError` if it is not whole.
+    """
     target = backup.run_path / c.path.parent.name / c.path.name
     stay_inside(target, backup.run_path)
     if lexists(target):

@@ -18,15 +18,18 @@ from .tokenizer import Tokenizer
 
 # %% ../nbs/08_chat.ipynb #fcb2fab9
 def _described(f) -> tuple[str, dict[str, str]]:
-    'What a function does, and what is said of each parameter: in comments behind them, or under "Args:" in the docstring.'
+    """What a function does, and what is said of each parameter.
+
+    That is a comment behind the parameter, or stands under "Args:" in the docstring."""
     about, _, args = (inspect.getdoc(f) or "").partition("\nArgs:\n")
     try:
         source = inspect.getsource(f)
     except (OSError, TypeError):
         source = ""
+    # Up to the colon that ends the signature
     head = (
         m[0] if (m := re.match(r"(?s).*?^[^#\n]*\)[^#\n]*:[ \t]*(#[^\n]*)?$", source, re.M)) else ""
-    )  # up to the colon that ends the signature
+    )
     found = {}
     for name in inspect.signature(f).parameters:
         if m := re.search(rf"^[ \t]*{name}\b[^:\n]*:[ \t]*(.+)", args, re.M) or re.search(
@@ -35,7 +38,7 @@ def _described(f) -> tuple[str, dict[str, str]]:
             found[name] = m[1].strip()
     return re.split(r"\n\s*\n", about.strip())[0].replace("\n", " "), found
 
-
+# %% ../nbs/08_chat.ipynb #8c7cd20c
 def _arguments(f):
     "The schema of a function's arguments, and the pydantic adapter that checks them."
     from pydantic import ConfigDict, Field, TypeAdapter
@@ -105,9 +108,9 @@ class Tools:
 
     def add(
         self,
-        f: Callable,  # Its parameters need type hints; what it returns must be JSON. Docstring and comments become the schema
+        f: Callable,  # Its parameters need type hints; what it returns must be JSON
     ) -> Callable:  # `f`, unchanged
-        "Let the model call a function."
+        "Let the model call a function. Docstring and comments become its schema."
         if not callable(f):
             raise TypeError(f"{f!r} must be a function")
         name = f.__name__
@@ -204,7 +207,7 @@ def _parts(pieces: Iterable[str], kind: str = "text") -> Iterator[tuple[str, str
             fresh = False
             yield kind, ready
 
-
+# %% ../nbs/08_chat.ipynb #bd8ba1dc
 def _until(pieces: Iterable[str], stop: Iterable[str]) -> Iterator[str]:
     "The text up to the first of these strings."
     rest = ""
@@ -220,7 +223,9 @@ def _until(pieces: Iterable[str], stop: Iterable[str]) -> Iterator[str]:
 
 # %% ../nbs/08_chat.ipynb #63f2e47e
 class Answer:
-    "What a model says next: iterate over it, (`thinking` or `text`, piece), and then look at the whole."
+    """What a model says next.
+
+    Iterate over it, (`thinking` or `text`, piece), and then look at the whole."""
 
     def __init__(
         self,
@@ -232,12 +237,8 @@ class Answer:
         max_new_tokens: int = 500,  # At most
         **options,  # temperature, top_k, top_p, seed: see `generate`
     ):
-        self.tokenizer, self.stop, self.ids, self.n_tokens = (
-            tokenizer,
-            [*stop],
-            ids,
-            0,
-        )  # `n_tokens`: written so far
+        # `n_tokens`: written so far
+        self.tokenizer, self.stop, self.ids, self.n_tokens = tokenizer, [*stop], ids, 0
         self.room = min(max_new_tokens, model.config.max_len - len(ids))
         self.tokens = generate(
             model, ids, max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, **options
@@ -261,9 +262,8 @@ class Answer:
         opened = self.tokenizer.decode(self.ids[-4:]).rstrip().endswith("<think>")
         for kind, piece in _parts(self.plain(), "thinking" if opened else "text"):
             self.said[kind] += piece
-            yield (
-                (kind, piece) if kind != "call" else ("text", "")
-            )  # nothing to show yet, but a moment at which a listener may stop
+            # Of a call nothing is shown yet, but it is a moment at which a listener may stop
+            yield (kind, piece) if kind != "call" else ("text", "")
 
     @property
     def cut(self) -> bool:
@@ -297,12 +297,8 @@ class Chat:
 
     def __init__(
         self,
-        model: (
-            GPT | str | Path
-        ),  # With an adapter or without; or a run, its folder, or a directory with a model
-        tokenizer: (
-            Tokenizer | str | Path | None
-        ) = None,  # With a chat template; default: the one that is the model's own
+        model: GPT | str | Path,  # With an adapter or without; or a run, or a model's directory
+        tokenizer: Tokenizer | str | Path | None = None,  # Default: the model's own
         system: str | None = None,  # What stands before everything
         tools: Tools | Iterable[Callable] | None = None,  # Functions that it may call
         *,
@@ -323,14 +319,7 @@ class Chat:
             self.max_new_tokens,
             self.max_rounds,
             self.thinking,
-        ) = (
-            model,
-            tokenizer,
-            system,
-            max_new_tokens,
-            max_rounds,
-            thinking,
-        )
+        ) = (model, tokenizer, system, max_new_tokens, max_rounds, thinking)
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
         self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
         self.reset()
@@ -478,10 +467,10 @@ _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /reset             begin a new conversation
 /exit              end (also Ctrl-D); Ctrl-C stops an answer"""
 
-
+# %% ../nbs/08_chat.ipynb #fe626cec
 def chat_in_terminal(
     chat: Chat,
-    read=None,  # Function that returns a line and raises EOFError at the end; default: Python's, with a prompt where someone types
+    read=None,  # Returns a line, or raises EOFError; default: `input`, with a prompt for a person
     out=None,  # Where to write; default: the standard output
 ):
     "Talk until the input ends."
@@ -580,9 +569,8 @@ def tools_from_file(
     spec = spec_from_file_location(f"tools_{path.stem}", path)
     if spec is None:
         raise ValueError(f"{path} must be a Python file, with a name that ends in .py")
-    sys.modules[spec.name] = module = module_from_spec(
-        spec
-    )  # type hints and sources are looked up there
+    # Type hints and sources are looked up in `sys.modules`
+    sys.modules[spec.name] = module = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as e:

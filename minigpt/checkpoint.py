@@ -61,15 +61,11 @@ class State:
     "All that a checkpoint holds, in memory. Tensors may still be those of the live model."
 
     config: GPTConfig | None  # Shape of the model; None, when read back, for an adapter
-    weights: dict[
-        str, Tensor
-    ]  # Parameter name → tensor, tied ones once; of an adapter, its own alone
+    weights: dict[str, Tensor]  # By parameter name, tied ones once; of an adapter, its own alone
     tokenizer: Tokenizer  # Travels in every checkpoint
     trainer: dict  # Becomes trainer_state.json; holds `global_step`
     arguments: dict = field(default_factory=dict)  # Becomes training_args.json
-    optimizer: tuple[dict, dict] | None = (
-        None  # Tensors and facts, of `pack_optimizer`; None: weights only
-    )
+    optimizer: tuple[dict, dict] | None = None  # Of `pack_optimizer`; None: weights only
     rng: tuple[dict, dict] | None = None  # Tensors and facts, of `pack_rng`
     adapter: dict | None = None  # Becomes adapter_config.json; None: a whole model
 
@@ -96,11 +92,11 @@ def pack_optimizer(
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer,  # A fresh one over the same parameters; keeps its own learning rate and other settings
+    optimizer: torch.optim.Optimizer,  # A fresh one over the same parameters
     model: torch.nn.Module,
     packed: tuple[dict[str, Tensor], dict],  # Of `pack_optimizer`
 ):
-    "Put the stored moments back."
+    "Put the stored moments back; the optimizer keeps its own learning rate and other settings."
     tensors, facts = packed
     if facts["optimizer"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -118,9 +114,8 @@ def unpack_optimizer(
                 f"the optimizer state has {n}, which this model does not train; go on with the"
                 " model that the run began with (an adapter, or the whole)"
             )
-        state.setdefault(names.index(n), {})[k] = (
-            v.clone() if isinstance(v, Tensor) else v
-        )  # the file may be mapped into memory, and must not be held
+        # the file may be mapped into memory, and must not be held
+        state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v
     optimizer.load_state_dict(
         dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
     )
@@ -192,12 +187,13 @@ def write_safetensors(
     path: str | Path,  # File to write
     tensors: dict[str, Tensor],  # Name → tensor on any device
     metadata: dict[str, str] | None = None,  # Goes into the header
-    values: (
-        Iterable[Tensor] | None
-    ) = None,  # The tensors, one at a time; then `tensors` need only have their dtypes and shapes (device `meta`)
+    values: Iterable[Tensor] | None = None,  # The tensors, one at a time; default: `tensors`
     compress: bool = False,  # Through zstd, for a file named `.safetensors.zst`
 ) -> str:  # xxh3-128 of the file
-    "Write a safetensors file, 4 MiB at a time."
+    """Write a safetensors file, 4 MiB at a time.
+
+    With `values`, `tensors` need only have the dtypes and shapes (device `meta`).
+    """
     header, end = ({"__metadata__": metadata} if metadata else {}), 0
     for k, t in tensors.items():
         begin, end = end, end + t.numel() * t.element_size()
@@ -294,19 +290,21 @@ def write_manifest(
     )
 
 # %% ../nbs/07_checkpoint.ipynb #1797d61d
-EXPORTED = (
-    "weights",
-    "quantized",
-    "compressed",
-    "onnx",
-)  # kinds that `minigpt.export` writes: to be used, not to be trained on
+# kinds that `minigpt.export` writes: to be used, not to be trained on
+EXPORTED = ("weights", "quantized", "compressed", "onnx")
 
 # %% ../nbs/07_checkpoint.ipynb #1404f9c0
 @dataclass(frozen=True)
 class Defect:
-    "Why a checkpoint is not used; as a text, the detail."
+    """Why a checkpoint is not used; as a text, the detail.
 
-    kind: str  # `unfinished`: no manifest, so it was not written to its end; `damaged`: it is not what its manifest says; `unreadable`: it cannot be read at the moment, and may be whole; `unwanted`: it may be whole, and belongs elsewhere
+    `unfinished`: it has no manifest, so it was not written to its end.
+    `damaged`: it is not what its manifest says.
+    `unreadable`: it cannot be read at the moment, and may be whole.
+    `unwanted`: it may be whole, and belongs elsewhere.
+    """
+
+    kind: str  # `unfinished`, `damaged`, `unreadable` or `unwanted`
     detail: str  # In words
 
     def __str__(self):
@@ -315,7 +313,7 @@ class Defect:
 
 def problem(
     path: str | Path,  # A checkpoint directory
-    hashes: bool = True,  # Read every file and compare its hash? Without, only names and sizes are compared
+    hashes: bool = True,  # Compare hashes, reading every file? False: only names and sizes
 ) -> Defect | None:  # What is wrong with it; None if it is whole
     "Check a checkpoint against its manifest."
     try:
@@ -323,7 +321,7 @@ def problem(
     except OSError as e:
         return Defect("unreadable" if may_pass(e) else "damaged", f"it cannot be read: {e}")
 
-
+# %% ../nbs/07_checkpoint.ipynb #f9fe6ece
 class _BadManifest(Exception):
     "What is wrong with it."
 
@@ -352,7 +350,7 @@ def _listed_files(manifest) -> list[tuple[str, int, str]]:
     int(manifest["step"]), float(manifest["time"])
     return files
 
-
+# %% ../nbs/07_checkpoint.ipynb #b4ad5234
 def _compare(path: Path, hashes: bool) -> Defect | None:
     try:
         files = _listed_files(read_json(path / "MANIFEST.json"))
@@ -381,13 +379,14 @@ def _compare(path: Path, hashes: bool) -> Defect | None:
 
 # %% ../nbs/07_checkpoint.ipynb #b2560926
 def write_checkpoint(
-    path: (
-        str | Path
-    ),  # Directory to appear; one that stands there is replaced when the new one is whole
+    path: str | Path,  # Directory to appear; may replace one, as soon as the new one is whole
     state: State,  # What to write
     kind: str = "step",  # `step`, `snapshot`, `light`, `best`, `final`
 ) -> Path:  # `path`
-    "Write a checkpoint and read it back, in one step; a `CheckpointError` if there is no room or the disk fails, and then nothing has changed."
+    """Write a checkpoint and read it back, in one step.
+
+    A `CheckpointError` if there is no room or the disk fails; then nothing has changed.
+    """
     path = Path(path)
     try:
         with new_dir(path, replace=True) as d:
@@ -467,13 +466,12 @@ def read_checkpoint(
 # %% ../nbs/07_checkpoint.ipynb #09d68c53
 _NAMES = {v: k for k, v in _DTYPES.items()}
 _HEADER = 100_000_000  # bytes that a header may have, as in the format's own library
-_TENSORS = (
-    50_000  # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
-)
+# that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
+_TENSORS = 50_000
 
 # %% ../nbs/07_checkpoint.ipynb #b38cda44
 class SafeTensors:
-    "A safetensors file, plain or compressed (`.zst`): what is in it, and its tensors one after another."
+    "A safetensors file, plain or compressed (`.zst`): its header, then tensor after tensor."
 
     def __init__(
         self,
@@ -522,9 +520,8 @@ class SafeTensors:
             at = end
         if packed and at > 100 * size + _HEADER or not packed and at != size - 8 - n:
             self._refuse(f"its header tells of {at:,} bytes of tensors, and the file has {size:,}")
-        self.header = {
-            k: (dtype, shape) for _, _, k, dtype, shape in entries
-        }  # in the order of the file
+        # in the order of the file
+        self.header = {k: (dtype, shape) for _, _, k, dtype, shape in entries}
 
     def _refuse(self, why: str):
         raise CheckpointError(
@@ -555,13 +552,12 @@ class SafeTensors:
                 self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
                 yield k, t
             if self.path.suffix == ".zst" and self._some(memoryview(bytearray(1))):
-                self._refuse(
-                    "more comes after the last tensor"
-                )  # and at the end zstd compares its checksum
+                # and at the end zstd compares its checksum
+                self._refuse("more comes after the last tensor")
 
 # %% ../nbs/07_checkpoint.ipynb #5bb02067
 def _endless(path: Path) -> str | None:
-    "Why torch would take too long, or too much memory, to read a file; what else is wrong with it, torch says."
+    "Why torch would take too long, or too much memory, to read a file; other faults torch tells."
     try:
         found = torch_file(path, Counter(), to_load=True)
     except Refused as e:
@@ -665,9 +661,9 @@ def weight_files(
         )
     return [path / n for n in names]
 
-
+# %% ../nbs/07_checkpoint.ipynb #7b3c103d
 class Weights:
-    "The weights that a model takes, one after another, whatever they are stored as; quantized ones in float32."
+    "The weights that a model takes, one by one, however stored; quantized ones in float32."
 
     def __init__(
         self,
@@ -675,12 +671,8 @@ class Weights:
         config: GPTConfig,  # Of the model; a `CheckpointError` if they do not fit it
         name: str | Path,  # Where they come from, for errors
     ):
-        self.parts, self.name, self.widths, self.config = (
-            parts,
-            name,
-            {},
-            config,
-        )  # `config`: as given, but not tied where the weights are not
+        # `config`: as given, but not tied where the weights are not
+        self.parts, self.name, self.widths, self.config = parts, name, {}, config
         for p in parts:
             if (
                 not isinstance(p, (SafeTensors, dict))
@@ -737,9 +729,8 @@ class Weights:
                 )
             except (ValueError, RuntimeError) as e:
                 raise CheckpointError(f"{name} is not used: {e}") from None
-        self.header = {
-            k: x for k, x in found.items() if k in want
-        }  # name → dtype and shape, in the order of the tensors
+        # name → dtype and shape, in the order of the tensors
+        self.header = {k: x for k, x in found.items() if k in want}
         views = (
             k
             for p in parts
@@ -758,9 +749,10 @@ class Weights:
         names = lambda p: {*pair} & {*(p.header if isinstance(p, SafeTensors) else p)}
         if not any(pair[1] in names(p) for p in self.parts):
             return False
+        # a file can be read once only, so it is opened anew
         again = [
             SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in self.parts if names(p)
-        ]  # each file is read once
+        ]
         return has_own_head(
             {
                 k: t
@@ -866,20 +858,17 @@ def open_weights(
         path,
     )
 
-
+# %% ../nbs/07_checkpoint.ipynb #aabd6e27
 def load_model(
-    path: (
-        str | Path
-    ),  # A checkpoint of ours, the root of a finished run, an export, or a Llama, Qwen3 or RoBERTa directory
+    path: str | Path,  # A checkpoint, finished run, export, or Llama, Qwen3 or RoBERTa directory
     device: str = "cpu",  # Where the model goes
-    dtype: (
-        torch.dtype | None
-    ) = None,  # Of the model in memory; default: float32 whatever the file has, so that it can be trained
-    base: (
-        GPT | None
-    ) = None,  # For an adapter: the model that it adapts, whose memory and device it shares; default: the one it names
+    dtype: torch.dtype | None = None,  # In memory; default: float32, whatever the file has
+    base: GPT | None = None,  # The model that an adapter adapts; default: the one that it names
 ) -> LanguageModel:  # In eval mode
-    "The model of a directory."
+    """The model of a directory.
+
+    In float32 it can be trained. An adapter shares the memory and the device of its base.
+    """
     if isinstance(path, (str, Path)):
         path = at_home(path)
     if isinstance(path, Path) and (path / "adapter_config.json").exists():
@@ -891,9 +880,9 @@ def load_model(
     model.origin = str(path)
     return model
 
-
+# %% ../nbs/07_checkpoint.ipynb #cc47f10d
 def _models(where, beside: Path) -> list[Path]:
-    "The directories with a model that a name can mean: as it stands, or below a folder around `beside`."
+    "The model directories that a name can mean: as it stands, or below a folder around `beside`."
     if not isinstance(where, str) or not where:
         return []
     places = [folder / where for folder in (Path(), *beside.absolute().parents)]
@@ -908,15 +897,17 @@ def find_base(
     where,  # What an adapter names as the directory of its base
     beside: Path,  # The adapter
 ) -> Path | None:
-    "That directory: as it stands, or below a folder around the adapter, should the working folder be another than in training."
-    adapter = os.path.exists(
-        beside / "adapter_config.json"
-    )  # which cannot be its own base, however its name is spelled
+    """That directory: as it stands, or below a folder around the adapter.
+
+    The second helps where the working folder is another than in training.
+    """
+    # an adapter cannot be its own base, however its name is spelled
+    adapter = os.path.exists(beside / "adapter_config.json")
     return next(
         (p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None
     )
 
-
+# %% ../nbs/07_checkpoint.ipynb #90606ba0
 def _values(weights) -> int:
     "How many values are stored, in a file or in a dict of tensors."
     if isinstance(weights, SafeTensors):
@@ -926,7 +917,7 @@ def _values(weights) -> int:
     )
     return sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors)
 
-
+# %% ../nbs/07_checkpoint.ipynb #88eb8ca1
 def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT | None) -> LoRAGPT:
     if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
         raise CheckpointError(f"{path} is not used: {wrong}")
@@ -1003,11 +994,14 @@ def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT 
     model.origin = str(path)
     return model.eval()
 
-
+# %% ../nbs/07_checkpoint.ipynb #a57ed8b8
 def home_of(
     model,  # Any object; of one that was loaded from nowhere: None
 ) -> Path | None:
-    "The directory that a model, or what its adapter adapts, was loaded from; that with the tokenizer, if one has it."
+    """The directory that a model, or what its adapter adapts, was loaded from.
+
+    The one with the tokenizer, if one of them has it.
+    """
     origin = Path(p) if (p := getattr(model, "origin", None)) else None
     places = [
         p for p in (origin, find_base(getattr(model, "base_path", None), origin or Path())) if p
@@ -1023,14 +1017,12 @@ class Checkpoint:
 
     path: Path  # Its directory
     step: int  # Optimizer steps done
-    kind: str = (
-        ""  # `step`, `snapshot` (time-triggered), `light` (a snapshot of the weights alone), `best`
-    )
+    kind: str = ""  # `step`, `snapshot` (by time), `light` (its weights alone), `best`
     size: int = 0  # Bytes
     time: float = 0.0  # When it was written, seconds since 1970
     problem: Defect | None = None  # Why it cannot be used, as far as names and sizes tell
 
-
+# %% ../nbs/07_checkpoint.ipynb #28a0a209
 def _is_file(path: Path) -> bool:
     try:
         return not stat.S_ISDIR(os.stat(path).st_mode)
@@ -1063,7 +1055,7 @@ def _listed(path: Path, step: int) -> Checkpoint | None:
         wrong,
     )
 
-
+# %% ../nbs/07_checkpoint.ipynb #e4e50062
 class CheckpointStore:
     "The checkpoints in a folder, `NAME-STEP` each."
 
@@ -1083,7 +1075,10 @@ class CheckpointStore:
         self.folder, self.keep, self.name, self.kind = Path(folder), keep, name, kind
 
     def all(self) -> list[Checkpoint]:
-        "All checkpoints, by step, also those that are not whole or cannot be read. An `OSError` if their folder cannot be listed."
+        """All checkpoints, by step, also those that are not whole or cannot be read.
+
+        An `OSError` if their folder cannot be listed.
+        """
         found = [
             (int(n), p)
             for p in entries(self.folder)
@@ -1096,11 +1091,9 @@ class CheckpointStore:
 
     def newest(
         self,
-        passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: (
-            None
-        ),  # Told of each that is skipped
+        passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: None,
     ) -> Checkpoint | None:
-        "The newest checkpoint whose every file verifies."
+        "The newest checkpoint whose every file verifies; `passed_over` is told of those skipped."
         return newest([self], passed_over)
 
     def save(self, state: State) -> Path:
@@ -1119,7 +1112,10 @@ class CheckpointStore:
         self,
         newest: Path | None = None,  # Just written: kept whatever its step
     ):
-        "Delete the oldest whole checkpoints beyond `keep`; one that is not whole counts for nothing and is left alone, and weights alone do not take the place of a state."
+        """Delete the oldest whole checkpoints beyond `keep`.
+
+        One that is not whole is neither counted nor deleted. Weights alone do not count as a state.
+        """
         if not self.keep:
             return
         whole = [
@@ -1132,12 +1128,12 @@ class CheckpointStore:
                 remove_dir(stay_inside(c.path, self.folder.parent))
 
     def supersede(self, step: int) -> list[Path]:
-        "Move checkpoints beyond `step` aside: training goes on from `step`, and they belong to a course that was given up."
+        "Move checkpoints beyond `step` aside: they belong to a course that was given up."
         return [
             set_aside(c.path, "superseded", self.folder.parent) for c in self.all() if c.step > step
         ]
 
-
+# %% ../nbs/07_checkpoint.ipynb #965d12a0
 def stores_in(
     folder: str | Path,  # Of a run, or of its copy in a backup
 ) -> tuple[CheckpointStore, CheckpointStore, CheckpointStore]:
@@ -1149,7 +1145,8 @@ def stores_in(
         CheckpointStore(folder / "best", kind="best"),
     )
 
-
+# %% ../nbs/07_checkpoint.ipynb #4c1b6d84
+# by a run, in its folder
 _WRITTEN = (
     "run.json",
     "metrics.jsonl",
@@ -1163,7 +1160,7 @@ _WRITTEN = (
     "plots",
     "tensorboard",
     "data-source",
-)  # by a run, in its folder
+)
 
 
 def refuse_links(
@@ -1171,13 +1168,14 @@ def refuse_links(
 ):
     "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
     written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith("data")]
+    # token sets keep more than their tokens there
     inside = [
         Path(d) / n
         for p in written
         if p.name.startswith("data") and not p.is_symlink()
         for d, folders, _ in os.walk(p)
         for n in folders
-    ]  # token sets keep more than their tokens there
+    ]
     found = [p for p in written + inside if p.is_symlink()]
     if found:
         raise CheckpointError(
@@ -1188,17 +1186,14 @@ def refuse_links(
 
 # %% ../nbs/07_checkpoint.ipynb #41588281
 def newest(
-    stores: list[
-        CheckpointStore
-    ],  # Where to look; of equal steps, the one in the earlier store counts
-    passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: (
-        None
-    ),  # Told of each that is skipped
-    unfit: Callable[[Checkpoint], Defect | None] = lambda checkpoint: (
-        None
-    ),  # Why a whole one is not wanted; None: it is
+    stores: list[CheckpointStore],  # Where to look; of equal steps, the earlier store's counts
+    passed_over: Callable[[Checkpoint, Defect], None] = lambda checkpoint, why: None,
+    unfit: Callable[[Checkpoint], Defect | None] = lambda checkpoint: None,  # Why it is unwanted
 ) -> Checkpoint | None:
-    "The newest state in several places that training can go on from, and whose every file verifies."
+    """The newest whole state in several places that training can go on from.
+
+    `passed_over` is told of each that is skipped, and why.
+    """
     found = sorted(
         ((c, -i) for i, s in enumerate(stores) for c in s.all()),
         key=lambda x: (x[0].step, x[1]),
@@ -1273,22 +1268,18 @@ class Saved:
 
 
 def _room(t: Tensor) -> int:
-    "Bytes that a copy of a tensor takes in the memory of the machine: of pinned memory, which a GPU is copied to, torch takes powers of two."
+    "Bytes that a copy of a tensor takes in memory; of pinned memory torch takes powers of two."
     n = t.numel() * t.element_size()
     return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
 
-
+# %% ../nbs/07_checkpoint.ipynb #2a5489aa
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
 
     def __init__(self, say: Callable[[str], None] = print):
         self.pace, self.told = Pace(), False
-        self.say, self.buffers, self.held, self.stall = (
-            say,
-            {},
-            None,
-            0.0,
-        )  # `stall`: seconds that the caller was held up in all
+        # `stall`: seconds that the caller was held up in all
+        self.say, self.buffers, self.held, self.stall = say, {}, None, 0.0
         self.pool, self.jobs = ThreadPoolExecutor(1, "minigpt-save", self.pace.begin), []
 
     @property
@@ -1299,7 +1290,7 @@ class Writer:
     def save(
         self,
         store: CheckpointStore,  # Where to
-        state: State,  # May hold the tensors of the live model: they are copied before this returns
+        state: State,  # May hold the live model's tensors: they are copied before this returns
     ):
         "Start to save; what came of it is in `results`."
         began = time.perf_counter()
@@ -1318,9 +1309,8 @@ class Writer:
                 try:
                     self.copy(state)
                     self.held = step
-                except (
-                    RuntimeError
-                ) as e:  # of the allocator of pinned memory, which can have less than there is
+                except RuntimeError as e:
+                    # of the allocator of pinned memory, which can have less than there is
                     if "out of memory" not in str(e):
                         raise
                     self.buffers = {}

@@ -34,9 +34,9 @@ def _spelled(name: str) -> str:
 
 _TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))
 
-
+# %% ../nbs/18_cli.ipynb #1cd87a7a
 def _home(value):
-    "A path of the command line, with `~` as the user's folder: a shell leaves it in `--output=~/x`."
+    "Paths with `~` as the user's folder: a shell leaves it in `--output=~/x`."
     return (
         at_home(value)
         if isinstance(value, Path)
@@ -71,11 +71,11 @@ app = _App(
     help="Train your own small GPT, without ever losing the work.",
 )
 
-
+# %% ../nbs/18_cli.ipynb #772b8fbd
 def with_training_options(
     command,  # Function that ends in **options
-):  # The same command, with an option for each field of TrainConfig; those left out are not passed on
-    "Spell out `**options` for typer."
+):  # The same command, with an option for each field of TrainConfig
+    "Spell out `**options` for typer; those that are left out are not passed on."
     given = [
         p.replace(kind=p.KEYWORD_ONLY)
         for p in inspect.signature(command).parameters.values()
@@ -161,25 +161,30 @@ def training_data(
 
 FULL_DATA = "pretrain", "sft_long", "sft_full", "reasoning"  # of `--use-full-data`
 
-
+# %% ../nbs/18_cli.ipynb #0c4926cd
 def full_data(
     folder: Path,  # The run's
     backup: str,  # gdrive_backup_dir
     anew: bool,  # Is a run that is there moved aside, or does it get other data?
 ) -> Mix:
-    "All of MiniMind's texts and conversations. A run that is there goes on with its own tokens; for a new one, every file must be here."
+    """All of MiniMind's texts and conversations.
+
+    A run that is there goes on with its own tokens; for a new one, every file must be here."""
     there = not anew and any(
         (p / "run.json").exists()
         for p in [folder, *([Path(backup) / folder.name] if backup else [])]
     )
     return mix(FULL_DATA if there else all_here(FULL_DATA))
 
-
+# %% ../nbs/18_cli.ipynb #61b56234
 def where_to_resume(
     resume,  # auto, no, or the name or path of a checkpoint; or a run's folder
     output_dir: Path | None,  # Where one is named
 ) -> tuple:  # `resume` and `output_dir` as `fit` takes them; does `resume` tell the run?
-    "Documents write it in several ways: --resume auto, checkpoint-500, RUN/checkpoint-500, RUN/checkpoints/checkpoint-500, RUN."
+    """Where a training goes on, in any of the ways that documents write it.
+
+    These are --resume auto, checkpoint-500, RUN/checkpoint-500, RUN/checkpoints/checkpoint-500 and
+    RUN."""
     from minigpt.run import split_checkpoint
 
     if resume in ("no", False):
@@ -198,9 +203,11 @@ def where_to_resume(
         )
     return name, run, True
 
-
+# %% ../nbs/18_cli.ipynb #911dbbab
 def run_name(data) -> str:
-    "What a run is called after its data: as the file, or the folder around it where that has no name of its own (`*.txt`, `..`)."
+    """What a run is called after its data.
+
+    As the file, or the folder around it where that has no name of its own (`*.txt`, `..`)."""
     first = (
         data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
     )
@@ -454,7 +461,9 @@ def resume_(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
     **options,
 ):
-    "Show what a run has saved, and go on with it, from its folder alone (or its backup: --gdrive-backup-dir)."
+    """Show what a run has saved, and go on with it.
+
+    It takes no more than the run's folder, or its backup: --gdrive-backup-dir."""
     from minigpt.run import open_run, run_table
     from minigpt.train import resume as go_on
 
@@ -540,7 +549,7 @@ def chat(
         )
     )
 
-
+# %% ../nbs/18_cli.ipynb #b80f7f88
 @app.command("serve")
 def serve_(
     runs: Annotated[
@@ -555,7 +564,9 @@ def serve_(
         ),
     ] = "127.0.0.1",
 ):
-    "Serve models at an OpenAI-compatible address: /v1/chat/completions, /v1/completions, /v1/models."
+    """Serve models at an OpenAI-compatible address.
+
+    It answers /v1/chat/completions, /v1/completions and /v1/models."""
     from minigpt.serve import serve
 
     if len({r.resolve().name for r in runs}) < len(runs):
@@ -565,7 +576,7 @@ def serve_(
         )
     serve({r.resolve().name: _model_of(r) for r in runs}, host, port, typer.echo)
 
-
+# %% ../nbs/18_cli.ipynb #d2a6aab2
 @app.command("evaluate")
 def evaluate_(
     models: Annotated[
@@ -647,7 +658,7 @@ def runs(
         runs_table(found) if found else f"no runs in {folder}/; `minigpt train FILE` makes one"
     )
 
-
+# %% ../nbs/18_cli.ipynb #a7ca8133
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
@@ -682,7 +693,7 @@ def generate(
         typer.echo(plain(piece), nl=False)
     typer.echo()
 
-
+# %% ../nbs/18_cli.ipynb #2afe8a67
 @app.command()
 def mlm(
     config: Annotated[
@@ -736,7 +747,7 @@ def infill(
         )
     )
 
-
+# %% ../nbs/18_cli.ipynb #50e2f071
 @app.command(**_TRAINS)
 @with_training_options
 def bench(
@@ -744,7 +755,9 @@ def bench(
     seconds: Annotated[float, typer.Option(help="to measure for, compiling apart")] = 20.0,
     **options,
 ):
-    "This machine: tokens/s, utilisation and memory with these options, and how long `--max-steps` would take."
+    """This machine: tokens/s, utilisation and memory with these options.
+
+    It also says how long `--max-steps` would take."""
     from minigpt.speed import benchmark, benchmark_table
 
     typer.echo(benchmark_table(benchmark(config, TrainConfig.make(**options), seconds, typer.echo)))
@@ -756,12 +769,14 @@ def monitor(
     every: Annotated[float, typer.Option(help="seconds between two looks")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="show it, and do not follow it")] = False,
 ):
-    "Follow a run that trains in another terminal or notebook: progress, losses, saves, backup, what went wrong."
+    """Follow a run that trains in another terminal or notebook.
+
+    It shows progress, losses, saves, backup, and what went wrong."""
     from minigpt.status import monitor as follow
 
     follow(run, every, once)
 
-
+# %% ../nbs/18_cli.ipynb #418405c1
 def _writable(*files: Optional[Path]):
     "Said before anything is computed."
     for f in files:
@@ -800,11 +815,11 @@ def plot(
     plot_runs({str(r): open_run(r).history for r in runs}, last, log).savefig(output)
     typer.echo(output)
 
-
+# %% ../nbs/18_cli.ipynb #1aa1431b
 checkpoint_app = _App(no_args_is_help=True, help="Look into checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
-
+# %% ../nbs/18_cli.ipynb #eb6a723b
 @checkpoint_app.command("analyze")
 def analyze_checkpoint(
     checkpoint: Annotated[
@@ -853,7 +868,9 @@ def analyze_checkpoint(
     figure: Annotated[Optional[Path], typer.Option(help="write the figure as PNG")] = None,
     json: Annotated[Optional[Path], typer.Option(help="write all figures as JSON")] = None,
 ):
-    "What takes the bytes of a checkpoint, what is known of its training, and what could be smaller. Reads headers; runs no code that is in it."
+    """What takes the bytes of a checkpoint, what is known of its training, what could be smaller.
+
+    It reads headers, and runs no code that is in a checkpoint."""
     from minigpt.analyze import analyze, checkpoints_in, create_demo as make_demo
     from minigpt.compare import compare as side_by_side, precision_table, suggestions
     from minigpt.files import write_json
@@ -890,7 +907,7 @@ def analyze_checkpoint(
     if json:
         write_json(json, a.summary())
 
-
+# %% ../nbs/18_cli.ipynb #7e88eb07
 @app.command()
 def export(
     source: Annotated[
@@ -958,7 +975,7 @@ def export(
 data_app = _App(no_args_is_help=True, help="Look at data, prepare it, get it.")
 app.add_typer(data_app, name="data")
 
-
+# %% ../nbs/18_cli.ipynb #df402874
 @data_app.command()
 def prepare(
     input: Annotated[str, typer.Option(help="a file, or a folder")],
@@ -1057,7 +1074,7 @@ def prepare(
         )
     )
 
-
+# %% ../nbs/18_cli.ipynb #6a18d3b9
 @data_app.command("analyze")
 def analyze_(
     source: Annotated[list[str], typer.Argument(help="files, or folders")],
@@ -1082,7 +1099,9 @@ def analyze_(
         ),
     ] = "",
 ):
-    "What is in a data set: lengths, quality, duplicates, languages, topics, troubles with line numbers."
+    """What is in a data set.
+
+    Lengths, quality, duplicates, languages, topics, and troubles with their line numbers."""
     from minigpt.files import write_json
     from minigpt.quality import analyze
     from minigpt.tokenizer import load_tokenizer
@@ -1102,7 +1121,7 @@ def analyze_(
     if json:
         write_json(json, report.summary())
 
-
+# %% ../nbs/18_cli.ipynb #4b80ec67
 @data_app.command("list")
 def list_():
     "Registered data sets, and whether they are here."
@@ -1123,7 +1142,7 @@ def get(name: Annotated[str, typer.Argument(help="of a registered data set")]):
 
     typer.echo(dataset(name).data_path)
 
-
+# %% ../nbs/18_cli.ipynb #9aeb8967
 tokenizer_app = _App(no_args_is_help=True, help="Train a tokenizer, and look at one.")
 app.add_typer(tokenizer_app, name="tokenizer")
 
@@ -1169,7 +1188,7 @@ def train_(
         )
     typer.echo(f"{tok.vocab_size:,} tokens, in {tok.save(output)}")
 
-
+# %% ../nbs/18_cli.ipynb #b1b2843a
 @tokenizer_app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="with a tokenizer.json")] = Path("data/tokenizer"),
@@ -1184,7 +1203,8 @@ def show(
     ids = tok.encode(text, special=True)
     typer.echo(
         f"{tok}\nspecial tokens:"
-        f" {' '.join(t['content'] for t in tok.json['added_tokens'])}\n{'chat template: yes' if tok.config.get('chat_template') else 'chat template: none'}"
+        f" {' '.join(t['content'] for t in tok.json['added_tokens'])}\n"
+        f"{'chat template: yes' if tok.config.get('chat_template') else 'chat template: none'}"
     )
     typer.echo(
         f"{len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes each: "
@@ -1192,12 +1212,10 @@ def show(
     )
 
 # %% ../nbs/18_cli.ipynb #6ed9f59b
-_AS_FLAGS = {
-    "enable-compile": "yes",
-    "early-stopping": PATIENCE,
-}  # options that other programs have as flags, and what they then mean
+# Options that other programs have as flags, and what they then mean
+_AS_FLAGS = {"enable-compile": "yes", "early-stopping": PATIENCE}
 
-
+# %% ../nbs/18_cli.ipynb #5ac0bf12
 def _is_utf8(word: str) -> bool:
     try:
         os.fsencode(word).decode("utf-8")
@@ -1207,7 +1225,9 @@ def _is_utf8(word: str) -> bool:
 
 
 def _speak_utf8(words: list[str]):
-    "Begin again in Python's UTF-8 mode where the locale would misread names of files and prompts; a word that is not UTF-8 ends the command."
+    """Begin again in Python's UTF-8 mode where the locale would misread file names and prompts.
+
+    A word that is not UTF-8 ends the command."""
     if os.name == "nt":
         return  # there, they come as UTF-16
     if bad := [w for w in words if not _is_utf8(w)]:
@@ -1222,15 +1242,14 @@ def _speak_utf8(words: list[str]):
         sys.executable, [sys.executable, "-m", "minigpt", *words], {**os.environ, "PYTHONUTF8": "1"}
     )
 
-
+# %% ../nbs/18_cli.ipynb #584407b7
 def main():
     "The `minigpt` command."
     _speak_utf8(sys.argv[1:])
     for stream in sys.stdin, sys.stdout, sys.stderr:
+        # A model may write what the terminal cannot show; a terminal may send what is no text
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="replace"
-            )  # a model may write what the terminal cannot show, and a terminal may send what is no text
+            stream.reconfigure(errors="replace")
     for i, (word, after) in enumerate(zip(sys.argv, [*sys.argv[1:], "-"])):
         if (
             word[:2] == "--"

@@ -44,14 +44,12 @@ def _mount(say) -> bool:
         return False
     return True
 
-
+# %% ../nbs/17_colab.ipynb #3b646f80
 def setup(
-    name: str = "minigpt",  # Folder in `MyDrive` that your runs share; each run gets one of its own in it
+    name: str = "minigpt",  # Folder in `MyDrive`, in which each run gets a folder of its own
     *,
     model=None,  # A preset's name or a `GPTConfig`: how many of its checkpoints fit?
-    instead: (
-        str | Path | None
-    ) = None,  # Where there is no Colab: a folder in place of Drive (an external disk, a network share)
+    instead: str | Path | None = None,  # Folder in place of Drive, where there is no Colab
     config: TrainConfig | dict | None = None,  # How many checkpoints are kept
     folder: str | Path = ".",  # Where the run will be, to ask for its free space
     say=print,
@@ -85,7 +83,7 @@ def setup(
         _say_gpu(say)
     return backup
 
-
+# %% ../nbs/17_colab.ipynb #e4c07775
 def _say_space(model, config: TrainConfig, folder, backup: str, say):
     try:
         free, there = free_space(folder), free_space(backup) if backup else None
@@ -108,9 +106,10 @@ def _say_space(model, config: TrainConfig, folder, backup: str, say):
         config,
         n,
         10**6,
+        # Drive's cache is on this disk as well
         free - (config.backup_keep_last * size if in_colab() and backup else 0),
         there,
-    ):  # Drive's cache is on this disk as well
+    ):
         if line.startswith("WARNING"):
             say(line)
 

@@ -68,14 +68,10 @@ def precision_table(
     )
 
 # %% ../nbs/09_compare.ipynb #4ad3dbe6
-_FLOPS, _HALF_FLOPS, _MOVED = (
-    6e12,
-    20e12,
-    250e9,
-)  # what a T4 reaches: operations a second in fp32 and in fp16; bytes a second
-_TARGETS = dict(
-    mobile=64 << 20, edge=256 << 20, server=None
-)  # bytes of weights that one likes to ship there
+# what a T4 reaches: operations a second in fp32 and in fp16; bytes a second
+_FLOPS, _HALF_FLOPS, _MOVED = 6e12, 20e12, 250e9
+# bytes of weights that one likes to ship there
+_TARGETS = dict(mobile=64 << 20, edge=256 << 20, server=None)
 _FIRST = dict(
     mobile=("quantization", "distillation", "save weights", "ONNX", "pruning"),
     edge=("quantization", "save weights", "ONNX", "pruning", "distillation"),
@@ -86,7 +82,7 @@ _FIRST = dict(
 def _whole(d: dict, *keys: str) -> int | None:
     return next((d[k] for k in keys if isinstance(d.get(k), int) and d[k] > 0), None)
 
-
+# %% ../nbs/09_compare.ipynb #fcf56bfe
 class _Cost:
     "What a checkpoint's model costs: to keep, and to train."
 
@@ -142,13 +138,13 @@ class _Cost:
         self.busy = compute / (compute + self.update)  # share of a step that is computing
 
     def at(self, bits: int) -> float:
-        "Bytes of the weights in another precision: below 16 bits with a scale of 16 for 64 values, and vectors left in 16."
+        "Bytes of the weights in another precision, scales included; vectors are left in 16 bits."
         return (
             self.in_matrices * (bits + (0.25 if bits < 16 else 0)) / 8
             + (self.P - self.in_matrices) * 2
         )
 
-
+# %% ../nbs/09_compare.ipynb #2a9a99bd
 def _installed(program: str) -> int:
     "Bytes of an installed program, by its own list of files."
     from importlib.metadata import PackageNotFoundError, files
@@ -158,15 +154,16 @@ def _installed(program: str) -> int:
     except PackageNotFoundError:
         return 0
 
-
+# %% ../nbs/09_compare.ipynb #cdbb26e9
 def suggestions(
     a: Analysis,
-    training_hours: (
-        float | None
-    ) = None,  # What the training took, or will take: savings in hours are given as well
+    training_hours: float | None = None,  # Of all its training: hours that are saved are given too
     target: str | None = None,  # `mobile`, `edge` or `server`: where the model is to run
-) -> Table:  # The most useful first: what it is, what it saves, its share of what there was, how. Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target)
-    "What would make a checkpoint or its training smaller or faster, and by how much."
+) -> Table:  # The most useful first: what, what it saves, its share of what there was, how
+    """What would make a checkpoint or its training smaller or faster, and by how much.
+
+    Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target).
+    """
     if target not in (None, *_TARGETS):
         raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
     if training_hours is not None and not training_hours > 0:
@@ -178,9 +175,8 @@ def suggestions(
     c, rows, limit, total = _Cost(a), [], _TARGETS.get(target), training_hours or 0
     P, W = c.P, c.weights
 
-    def add(
-        what, how, saved=0.0, of="file", whole=a.size, time=0.0, left=None
-    ):  # `time`: share of the training's; `left`: bytes of weights
+    # `time`: share of the training's; `left`: bytes of weights
+    def add(what, how, saved=0.0, of="file", whole=a.size, time=0.0, left=None):
         if saved < 1 and time <= 0:
             return
         gains = [f"{human_size(saved)} of {of}"] * (saved >= 1) + (
@@ -220,9 +216,9 @@ def suggestions(
         )
     store = (
         "export with precision"
-        if a.config.get("model_type") in ("llama", "qwen3")
+        if a.config.get("model_type") in ("llama", "qwen3")  # export reads these two
         else "store the weights as"
-    )  # export reads these two
+    )
     if a.precision in ("float64", "float32"):
         add("half precision", f"{store} fp16", W - c.at(16), left=c.at(16))
     if a.precision in ("float64", "float32", "float16", "bfloat16"):
@@ -327,9 +323,13 @@ def _distance(a: Analysis, b: Analysis, s: TensorInfo, t: TensorInfo) -> tuple[b
         moved += float(y @ y)
     return changed, moved, length
 
-
+# %% ../nbs/09_compare.ipynb #1f744153
 class Difference(dict):
-    "What lies between two checkpoints: `size_change`, `params_change`, `steps`, `only_first`, `only_second`, `reshaped`, `retyped`, `unread`, `changed`, `same`, `distance`, `layers`, `tensors`."
+    """What lies between two checkpoints.
+
+    Keys: `first`, `second`, `size_change`, `params_change`, `steps`, `only_first`, `only_second`,
+    `reshaped`, `retyped`, `unread`, `changed`, `same`, `distance`, `layers`, `tensors`.
+    """
 
     def lines(self) -> list[str]:
         few = lambda names: (
@@ -372,13 +372,11 @@ class Difference(dict):
             + self["layers"]._repr_html_()
         )
 
-
+# %% ../nbs/09_compare.ipynb #6a877f3c
 def difference(
     a: Analysis | str | Path,  # The first
     b: Analysis | str | Path,  # The second
-    progress: Callable[[int, int], None] = lambda done, of: (
-        None
-    ),  # Called after each tensor: how many are done, of how many
+    progress: Callable[[int, int], None] = lambda done, of: None,  # Told how many are done, of all
 ) -> Difference:
     "What changed between two checkpoints. The weights are read; nothing else is."
     a, b = (x if isinstance(x, Analysis) else analyze(x) for x in (a, b))
@@ -431,7 +429,7 @@ def difference(
 def _ratio(moved: float, length: float) -> float:
     return math.sqrt(moved / length) if length else math.inf if moved else 0.0
 
-
+# %% ../nbs/09_compare.ipynb #2963303f
 class Comparison(list):
     "Analyses in the order of their steps. `failed` says what could not be read."
 
@@ -520,11 +518,9 @@ class Comparison(list):
         ax.legend(fontsize=7)
         return fig
 
-
+# %% ../nbs/09_compare.ipynb #790e0aac
 def compare(
-    paths: (
-        str | Path | list
-    ),  # A folder with checkpoints in it; or a list of checkpoints, or of analyses
+    paths: str | Path | list,  # A folder with checkpoints; or a list of checkpoints or analyses
 ) -> Comparison:  # Ordered by step, then time
     "Analyse several checkpoints, side by side."
     folder = isinstance(paths, (str, Path))

@@ -17,8 +17,9 @@ from .files import at_home
 def _option(default, help: str):
     return field(default=default, metadata=dict(help=help))
 
-
+# %% ../nbs/12_config.ipynb #8e3e7c60
 _ALIASES = dict(
+    # Hugging Face's Trainer and example scripts
     lr="learning_rate",
     num_epochs="epochs",
     num_train_epochs="epochs",
@@ -35,7 +36,8 @@ _ALIASES = dict(
     max_eval_samples="eval_sequences",
     max_train_steps="max_steps",
     num_warmup_steps="warmup_steps",
-    checkpointing_steps="save_steps",  # of its scripts
+    checkpointing_steps="save_steps",
+    # nanoGPT
     block_size="max_seq_len",
     max_length="max_seq_len",
     max_iters="max_steps",
@@ -43,7 +45,8 @@ _ALIASES = dict(
     eval_interval="eval_steps",
     log_interval="logging_steps",
     beta1="adam_beta1",
-    beta2="adam_beta2",  # nanoGPT
+    beta2="adam_beta2",
+    # MiniMind and others
     compile="enable_compile",
     use_compile="enable_compile",
     torch_compile="enable_compile",
@@ -52,14 +55,17 @@ _ALIASES = dict(
     save_interval="save_steps",
     num_workers="dataloader_workers",
     map="columns",
-)  # MiniMind
+)
 
+# %% ../nbs/12_config.ipynb #bb495429
 _SHAPE = (
     "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size,"
     " n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head,"
     " ffn_dim, dropout}, whose vocabulary is the tokenizer's"
 )
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
+
+# %% ../nbs/12_config.ipynb #ccffbb56
 _ELSEWHERE = {  # name of another program → how it is done here
     **dict.fromkeys(
         (
@@ -220,7 +226,10 @@ _ELSEWHERE = {  # name of another program → how it is done here
     ),
 }
 
-_IDLE = {  # key of other programs' configurations → the values with which it asks for nothing that is not done anyway; None: any
+# %% ../nbs/12_config.ipynb #764685fc
+# key of other programs' configurations → the values with which it asks for nothing that is not
+# done anyway; None: any value
+_IDLE = {
     **dict.fromkeys(
         (
             "do_train",
@@ -269,7 +278,7 @@ _IDLE = {  # key of other programs' configurations → the values with which it 
     ),
 }
 
-
+# %% ../nbs/12_config.ipynb #82bd1a7f
 def without_idle(
     options: dict,  # Of a configuration file that was written for another program
     say: Callable[[str], None] = print,  # Told what is left out
@@ -287,7 +296,7 @@ def without_idle(
         )
     return {k: v for k, v in options.items() if k not in idle}
 
-
+# %% ../nbs/12_config.ipynb #ea081118
 def elsewhere(
     name: str,  # Of an option in another program, also with `no` before it
 ) -> str | None:
@@ -295,7 +304,7 @@ def elsewhere(
     name = name.replace("-", "_")
     return _ELSEWHERE.get(name) or _ELSEWHERE.get(name.removeprefix("no_"))
 
-
+# %% ../nbs/12_config.ipynb #f56fac9d
 PATIENCE = 3  # evaluations, of `early_stopping: true`
 
 # %% ../nbs/12_config.ipynb #7ff71f02
@@ -630,13 +639,11 @@ class TrainConfig:
 
     @classmethod
     def make(cls, base: "TrainConfig|dict|None" = None, **options) -> "TrainConfig":
-        "From a whole configuration and single options, by their names or the names they have elsewhere."
+        "From a whole configuration and single options; names used elsewhere are known too."
         base = base.to_dict() if isinstance(base, cls) else dict(base or {})
         known, out = cls.names(), {}
-        for k, v in [
-            *base.items(),
-            *options.items(),
-        ]:  # an option goes before the base, whichever of its names is used
+        # an option goes before the base, whichever of its names is used
+        for k, v in [*base.items(), *options.items()]:
             name = _ALIASES.get(k, k)
             if name not in known:
                 near = difflib.get_close_matches(k, known, 1, 0.7)
@@ -681,9 +688,7 @@ def lr_at(
     step: int,  # Optimizer step, from 0
     config: TrainConfig,  # `learning_rate`, `lr_schedule`, `min_lr_ratio`, `warmup_steps`
     max_steps: int,  # Steps of the whole run
-    start: (
-        tuple[int, float] | None
-    ) = None,  # Step and rate from which it goes down: of a run that goes on with `lr_extend='continue'`
+    start: tuple[int, float] | None = None,  # Step and rate to go down from: `lr_extend='continue'`
 ) -> float:  # Learning rate of this step
     "Up in a line, then down as the schedule says."
     if start and step >= start[0]:

@@ -175,7 +175,7 @@ def article(noun: str) -> str:
     "`noun` with a or an before it."
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
-
+# %% ../nbs/04_corpus.ipynb #05b9aaf9
 def facts_en(r: Random) -> dict[str, str]:
     "Everything that holds in one English story."
     d = {}
@@ -240,7 +240,10 @@ def facts_en(r: Random) -> dict[str, str]:
 
 # %% ../nbs/04_corpus.ipynb #2f309eb8
 def numbers(r: Random, word) -> dict[str, str]:
-    "Numbers that agree: n+m=sum, big-m=less, n*m=times; as digits and (with a w) as words. Prices, change, hours."
+    """Numbers that agree, as digits and (with a w) as words.
+
+    n+m=sum, big-m=less, n*m=times; prices, change, hours.
+    """
     n, m = between(r, 3, 10), between(r, 2, 9)
     big, k = between(r, 11, 20), between(r, 2, 4)
     price, price2 = between(r, 2, 9), between(r, 2, 9)
@@ -269,7 +272,10 @@ def numbers(r: Random, word) -> dict[str, str]:
 
 
 def asked(r: Random, d: dict) -> dict[str, str]:
-    "One of the first three rows of the facts, for a question at the end: Q had thing qt, brought qf, hid qs."
+    """One of the first three rows of the facts, for a question at the end.
+
+    Q had thing qt, brought qf, hid qs.
+    """
     i = between(r, 1, 3)
     j = i % 3 + 1
     return {"Q": d["ABC"[i - 1]], "Q2": d["ABC"[j - 1]]} | {
@@ -510,7 +516,7 @@ def number_zh(n: int, counting: bool = True) -> str:
         return ZH["number"][n]
     return (ZH["number"][tens] if tens > 1 else "") + "十" + (ZH["number"][one] if one else "")
 
-
+# %% ../nbs/04_corpus.ipynb #867e9666
 def facts_zh(r: Random) -> dict[str, str]:
     "Everything that holds in one Chinese story."
     d = {}
@@ -782,9 +788,13 @@ _NAMES_ZH, _THINGS_ZH = (
     "风筝 台灯 小鼓 地图 杯子 小船".split(),
 )
 
-
+# %% ../nbs/04_corpus.ipynb #51c3c29d
 def exchange(r: Random, zh: bool, kind: int | None = None) -> tuple[str, str]:
-    "A question and its answer: a sum, which is more, an opposite, a colour, who has it, what one has; `kind` 0 to 5, or the dice decide."
+    """A question and its answer.
+
+    `kind` is 0 to 5: a sum, which is more, an opposite, a colour, who has it, what one has; or the
+    dice decide.
+    """
     kind, a, b = between(r, 0, 5) if kind is None else kind, between(r, 1, 20), between(r, 1, 20)
     if kind == 0:
         return (
@@ -833,7 +843,7 @@ def exchange(r: Random, zh: bool, kind: int | None = None) -> tuple[str, str]:
         )
     )
 
-
+# %% ../nbs/04_corpus.ipynb #60c93c3e
 def talk(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
@@ -876,7 +886,7 @@ def _within(name: str, x: int, lo: int, hi: int):
     if not lo <= x <= hi:
         raise ValueError(f"{name}={x} must be from {lo} to {hi}")
 
-
+# %% ../nbs/04_corpus.ipynb #47da2390
 def add(a: int, b: int) -> dict:
     "The sum of two numbers"
     return dict(sum=a + b)
@@ -892,7 +902,7 @@ def change(price: int, paid: int) -> dict:
     _within("paid", paid, price, 10**6)
     return dict(coins=paid - price)
 
-
+# %% ../nbs/04_corpus.ipynb #412d8beb
 def count_letter(word: str, letter: str) -> dict:
     "How often a letter is in a word"
     return dict(count=word.count(letter))
@@ -902,7 +912,7 @@ def reverse(word: str) -> dict:
     "A word backwards"
     return dict(text=word[::-1])
 
-
+# %% ../nbs/04_corpus.ipynb #ce7f34ca
 def price(thing: str, number: int) -> dict:
     "What some things cost, in coins"
     return dict(coins=(2 + _of(thing, 19)) * number)
@@ -915,7 +925,7 @@ def weather(town: str, date: str) -> dict:
         degrees=8 + _of(town, 20) + _of(date, 5),
     )
 
-
+# %% ../nbs/04_corpus.ipynb #664122bf
 def alarm(time: str) -> dict:
     "Set an alarm"
     if not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d", time):
@@ -932,9 +942,12 @@ def book(name: str, time: str) -> dict:
     "Book a table"
     return dict(table=1 + _of(name + time, 40))
 
-
+# %% ../nbs/04_corpus.ipynb #1cfbb844
 def schema(f) -> dict:  # JSON schema of its arguments, with name and description
-    "What a model is told of the function `f`; its arguments are annotated with `int` or `str`, its docstring is one line."
+    """What a model is told of the function `f`.
+
+    Its arguments are annotated with `int` or `str`, its docstring is one line.
+    """
     args = {
         k: dict(type={int: "integer", str: "string"}[p.annotation])
         for k, p in inspect.signature(f).parameters.items()
@@ -946,10 +959,11 @@ def schema(f) -> dict:  # JSON schema of its arguments, with name and descriptio
     )
 
 
+# name → function, schema
 TOOLS = {
     f.__name__: (f, schema(f))
     for f in (add, multiply, change, count_letter, reverse, price, weather, alarm, phone, book)
-}  # name → function, schema
+}
 
 # %% ../nbs/04_corpus.ipynb #6547c418
 def _word(r: Random) -> str:
@@ -976,7 +990,7 @@ def _town(r: Random, zh: bool) -> str:
         else _word(r).capitalize() + pick(r, ["ton", "field", "burg", "ford"])
     )
 
-
+# %% ../nbs/04_corpus.ipynb #ed632710
 def _thing(r: Random, zh: bool) -> str:
     if zh:
         return pick(r, "红蓝绿黄黑白大小新旧") + pick(
@@ -1004,7 +1018,7 @@ def _date(r: Random, zh: bool) -> str:
 def _time(r: Random) -> str:
     return f"{between(r, 0, 23)}:{between(r, 0, 59):02}"
 
-
+# %% ../nbs/04_corpus.ipynb #1e443768
 _REQUESTS = (
     dict(  # a function's arguments; six ways to ask, and the answer, in English and in Chinese
         add=(
@@ -1219,6 +1233,9 @@ _REQUESTS = (
         ),
     )
 )
+
+# %% ../nbs/04_corpus.ipynb #5f9fe095
+# Before a question
 _HELLO = (
     (
         "",
@@ -1231,11 +1248,9 @@ _HELLO = (
         "Can you help me? ",
     ),
     ("", "", "", "你好！", "请告诉我，", "有个问题：", "早上好！", "能帮我吗？"),
-)  # before a question
-NO_TOOL = (
-    "No function at hand can tell me that.",
-    "这些函数都帮不上忙。",
-)  # the answer where the right function is not on offer
+)
+# The answer where the right function is not on offer
+NO_TOOL = ("No function at hand can tell me that.", "这些函数都帮不上忙。")
 
 
 def kept_back(value: int | str) -> bool:
@@ -1247,10 +1262,8 @@ def request(
     r: Random,  # The dice
     name: str,  # A function of `TOOLS`
     zh: bool,  # In Chinese?
-    held_out: bool = False,  # A way to ask, and values, that no conversation has; otherwise, those that they have
-) -> tuple[
-    str, dict, dict, str
-]:  # The question, the arguments of the call, what it returns, and the answer
+    held_out: bool = False,  # Asked in a way, and with values, that no conversation has?
+) -> tuple[str, dict, dict, str]:  # Question, arguments of the call, its result, answer
     "A question for one function."
     draw, *says = _REQUESTS[name]
     *asks, says = says[zh]
@@ -1266,14 +1279,17 @@ def request(
     ask = pick(r, _HELLO[zh]) + pick(r, asks[-2:] if held_out else asks[:-2])
     return ask.format(**args), args, result, says.format(**args, **result)
 
-
+# %% ../nbs/04_corpus.ipynb #47c427f4
 def call(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
-) -> list[
-    dict
-]:  # Messages: one to three functions on offer; one to four questions, each with the calls, their results and the answer
-    "Conversation `i` about functions. A few questions need two calls, a few none, and for a few the right function is not on offer."
+) -> list[dict]:  # Messages
+    """Conversation `i` about functions.
+
+    One to three functions are on offer. One to four questions follow, each with the calls, their
+    results and the answer. A few questions need two calls, a few none, and for a few the right
+    function is not on offer.
+    """
     r = Random(f"call {seed}:{i}")
     zh, offer = r.random() < 0.5, take(r, [*TOOLS], between(r, 1, 3))
     messages, join = (
@@ -1314,7 +1330,10 @@ def _write_rows(path, rows):
 
 
 def turns(messages: list[dict]) -> list[list[dict]]:
-    "The questions of a conversation, each with all that follows it until the next; without a system message."
+    """The questions of a conversation, each with all that follows it until the next.
+
+    A system message is left out.
+    """
     at = [i for i, m in enumerate(messages) if m["role"] == "user"] + [len(messages)]
     return [messages[a:b] for a, b in zip(at, at[1:])]
 
@@ -1325,7 +1344,10 @@ def write_calls(
     seed: int = 0,
     short: bool = False,  # Each question by itself, and without the schemas: an easier first lesson
 ) -> Path:  # `path`
-    "Write conversations with calls. In every third row `tool_calls` is a JSON string, as MiniMind writes it."
+    """Write conversations with calls.
+
+    In every third row `tool_calls` is a JSON string, as MiniMind writes it.
+    """
     said = (call(i, seed) for i in range(n))
     if short:
         said = (t for messages in said for t in turns(messages) if t[-1]["content"] not in NO_TOOL)
@@ -1343,10 +1365,12 @@ def write_calls(
 def call_prompts(
     n: int = 100,  # Questions; each function has as many as the others
     seed: int = 0,
-) -> list[
-    tuple[list[dict], dict]
-]:  # Messages, three functions on offer and a question; and the call that is right
-    "Questions for one function each, asked in ways and with values that no conversation of `call` has."
+) -> list[tuple[list[dict], dict]]:  # Messages, and the call that is right
+    """Questions for one function each, and the right call.
+
+    They are asked in ways and with values that no conversation of `call` has; three functions are
+    on offer.
+    """
     r, found, names = Random(f"call prompts {seed}"), {}, [*TOOLS]
     while len(found) < n:
         name = names[len(found) % len(names)]
@@ -1390,14 +1414,16 @@ def _wrong(r: Random, zh: bool, kind: int, answer: str) -> str:
         if wrong != answer:
             return wrong
 
-
+# %% ../nbs/04_corpus.ipynb #bdf77ce2
 def preference(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
-) -> (
-    dict
-):  # `chosen` and `rejected`, conversations; or `prompt`, `chosen` and `rejected`, one message each
-    "Row `i` of a corpus of choices that has no end, in English or Chinese."
+) -> dict:  # `chosen` and `rejected`; one row in three has a `prompt`, too
+    """Row `i` of a corpus of choices that has no end, in English or Chinese.
+
+    `chosen` and `rejected` are conversations; or there is a `prompt`, and all three are one message
+    each.
+    """
     r = Random(f"preference {seed}:{i}")
     zh, kind, case = r.random() < 0.5, pick(r, [0, 2, 3, 4, 5]), between(r, 0, 2)
     before, (question, answer) = [exchange(r, zh)] * between(r, 0, 1), exchange(r, zh, kind)
@@ -1492,7 +1518,7 @@ _SUMS = [  # the task, the steps, a check, the answer; in English and in Chinese
     ),
 ]
 
-
+# %% ../nbs/04_corpus.ipynb #ca35fc1f
 def reasoning(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
@@ -1537,7 +1563,10 @@ def write_reasoning(
 def stdlib_text(
     max_bytes: int = 20_000_000,  # Stop before the file that would pass this many bytes
 ) -> Iterator[str]:  # One source file at a time
-    "The standard library's own source files, sorted by name. What it yields depends on the Python version."
+    """The standard library's own source files, sorted by name.
+
+    What it yields depends on the Python version.
+    """
     root, left = Path(sysconfig.get_path("stdlib")), max_bytes
     skip = {
         "test",
@@ -1567,7 +1596,10 @@ def kn_probs(
     grams: np.ndarray,  # (M, n) n-grams; asked is the last token, given those before
     vocab_size: int,  # V; ids are below it, and V**n must fit into 63 bits
 ) -> np.ndarray:  # (M,) probabilities; over all V last tokens they sum to 1
-    "Interpolated Kneser-Ney with one discount per order (Chen & Goodman 1998, An Empirical Study of Smoothing Techniques, section 2.7)."
+    """Interpolated Kneser-Ney with one discount per order.
+
+    Chen & Goodman 1998, An Empirical Study of Smoothing Techniques, section 2.7.
+    """
     V, n = vocab_size, grams.shape[1]
     if V**n >= 2**63:
         raise ValueError(
@@ -1579,16 +1611,14 @@ def kn_probs(
             f"train_ids has {len(train_ids)} tokens; an n-gram of {n} needs at least as many"
         )
     ids = np.asarray(train_ids, np.int64)
-    code = lambda cols: sum(
-        c * V ** (len(cols) - 1 - j) for j, c in enumerate(cols)
-    )  # an n-gram as one number, its context in front
+    # an n-gram as one number, its context in front
+    code = lambda cols: sum(c * V ** (len(cols) - 1 - j) for j, c in enumerate(cols))
     keys, counts = np.unique(
         code([ids[j : len(ids) - n + 1 + j] for j in range(n)]), return_counts=True
     )
     orders = [(keys, counts)]
-    for k in range(
-        n - 1, 0, -1
-    ):  # drop the oldest token: a lower order counts the different tokens in front
+    # drop the oldest token: a lower order counts the different tokens in front
+    for k in range(n - 1, 0, -1):
         keys, counts = np.unique(keys % V**k, return_counts=True)
         orders.append((keys, counts))
     p = np.full(len(grams), 1 / V)
@@ -1596,7 +1626,7 @@ def kn_probs(
         p = discounted(keys, counts, code([c.astype(np.int64) for c in grams[:, n - k :].T]), p, V)
     return p
 
-
+# %% ../nbs/04_corpus.ipynb #24d22088
 def discounted(keys, counts, asked, lower, V):
     "One order: take a discount off each count, and hand what was taken to `lower`."
     D = (1 + (counts == 1).sum()) / (2 + (counts == 1).sum() + 2 * (counts == 2).sum())
@@ -1620,7 +1650,10 @@ def trigram_loss(
     valid_ids: np.ndarray,  # (M,) token ids to predict; the first two only serve as context
     vocab_size: int,  # V, all ids are below it
 ) -> float:  # Mean cross-entropy in nats per token
-    "Loss of a trigram model with interpolated Kneser-Ney smoothing (see `kn_probs`): what a language model must beat."
+    """Loss of a trigram model with interpolated Kneser-Ney smoothing (see `kn_probs`).
+
+    This is what a language model must beat.
+    """
     valid = np.asarray(valid_ids)
     if len(valid) < 3:
         raise ValueError(f"valid_ids has {len(valid)} tokens; a trigram needs at least 3")

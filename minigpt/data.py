@@ -61,7 +61,7 @@ def read_rows(
 
 # %% ../nbs/04_data.ipynb #43427a10
 def _learned_from(row: Row) -> str:
-    "What a vocabulary is learned from: the text, and the functions and calls that the chat template writes out."
+    "What a vocabulary is learned from: the text, and the functions and calls in its messages."
     return "\n".join(
         [
             row.text,
@@ -171,7 +171,7 @@ class TokenSet:
         )
 
     def row_starts(self) -> np.ndarray:  # (rows+1,) int64
-        "Where each row begins in the tokens, and where the last one ends; a `DataError` if the file does not tell."
+        "Where each row begins, and where the last one ends; a `DataError` if docs.npy is damaged."
         file = self.path / "docs.npy"
         try:
             starts = np.load(file)
@@ -213,10 +213,11 @@ class TokenSet:
         index: np.ndarray,  # (n,) which windows, from 0
         seq_len: int,  # Tokens of a window
         shift: np.ndarray | int = 0,  # (n,) where the first window begins; the stream is a ring
-    ) -> dict[
-        str, np.ndarray
-    ]:  # ids and labels, (n, seq_len) int64 each; a label is the token that follows, or -100
-        "Windows of the token stream. The last one reaches back so as to be full, and has no labels for what the one before it taught."
+    ) -> dict[str, np.ndarray]:  # ids and labels, (n, seq_len) int64 each
+        """Windows of the token stream; a label is the token that follows, or -100.
+
+        The last window reaches back so as to be full, and has no labels for what the one before
+        it taught."""
         N = len(self) - 1  # tokens with another one behind them
         at = np.maximum(0, np.minimum(index * seq_len, N - seq_len))[:, None] + np.arange(seq_len)
         learned = (at >= (index * seq_len)[:, None]) & (at < N)
@@ -250,7 +251,7 @@ class TokenSet:
         seq_len: int,  # Tokens of a sequence
         seed: int = 0,  # As for `sequences`
     ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
-        "How far into the stream an epoch cuts its first window: another place each time, until all have been."
+        "How far into the stream an epoch cuts its first window: elsewhere, until all have been."
         at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
         return (at[1:] - at[0]) % seq_len
 
@@ -310,16 +311,12 @@ def shuffled(
 def pack(
     lengths: np.ndarray,  # (n,) positions that each row takes
     size: int,  # Positions of a sequence
-) -> tuple[
-    np.ndarray, np.ndarray
-]:  # (n,) int32 rows, one sequence after another; (m+1,) where each sequence begins
-    "Best-fit decreasing bin packing; the same rows, the same packs."
-    room, bins, where, n_packs = (
-        [],
-        {},
-        np.empty(len(lengths), np.int32),
-        0,
-    )  # sorted free positions that some sequence has; how many → sequences
+) -> tuple[np.ndarray, np.ndarray]:  # (n,) int32 rows; (m+1,) where each sequence begins
+    """Best-fit decreasing bin packing: the rows, one sequence after another.
+
+    The same rows give the same packs."""
+    # room: numbers of free positions that some sequence has, sorted; bins: number → sequences
+    room, bins, where, n_packs = [], {}, np.empty(len(lengths), np.int32), 0
     lengths = np.minimum(lengths, size)
     for row in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[row])
@@ -343,7 +340,9 @@ def pack(
 
 # %% ../nbs/04_data.ipynb #ce432028
 class ChatSet(TokenSet):
-    "A token set of conversations: `mask.bin` says which tokens are learned; a window is a sequence of packed rows."
+    """A token set of conversations: a window is a sequence of packed rows.
+
+    `mask.bin` says which tokens are learned."""
 
     stream = False
 
@@ -367,7 +366,9 @@ class ChatSet(TokenSet):
         return np.diff(self.starts) - 1
 
     def teaches(self, seq_len: int) -> np.ndarray:
-        "(n,) bool: is anything of the row learned, when it is cut to `seq_len`? Where long rows are left out: does an answer end within it?"
+        """(n,) bool: is anything of the row learned, when it is cut to `seq_len`?
+
+        Where long rows are left out: does an answer end within it?"""
         out = (
             np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0
             if len(self)
@@ -383,11 +384,15 @@ class ChatSet(TokenSet):
 
     @property
     def skips(self) -> bool:
-        "Are rows left out that would be cut inside an answer? Sets of older versions do not say so, and cut them."
+        """Are rows left out that would be cut inside an answer?
+
+        Sets of older versions do not say so, and cut them."""
         return self.meta.get("long_rows") == "skip"
 
     def _last_end(self, i: int, seq_len: int) -> int:
-        "The token that ends the last answer within `seq_len`, counted from the beginning of the row; -1: none does."
+        """The token that ends the last answer within `seq_len`; -1: none does.
+
+        It is counted from the beginning of the row."""
         learned = self.mask[self.starts[i] : min(self.starts[i] + seq_len + 2, self.starts[i + 1])]
         ends = np.flatnonzero(learned[:-1] & ~learned[1:])
         return int(ends[-1]) if len(ends) else -1
@@ -408,9 +413,7 @@ class ChatSet(TokenSet):
     def packs(
         self,
         seq_len: int,  # Positions of a sequence
-    ) -> tuple[
-        np.ndarray, np.ndarray
-    ]:  # As `pack`; a row of which nothing would be learned is in none
+    ) -> tuple[np.ndarray, np.ndarray]:  # As `pack`, without rows that teach nothing
         "Which rows share a sequence."
         if seq_len not in self._packs:
             n, file = (
@@ -439,9 +442,8 @@ class ChatSet(TokenSet):
     def _pack(self, seq_len: int):
         use = np.flatnonzero(self.teaches(seq_len))
         if self.difficulty is not None:
-            use = use[
-                np.argsort(self.difficulty[use], kind="stable")
-            ]  # easy rows share sequences with easy ones
+            # easy rows share sequences with easy ones
+            use = use[np.argsort(self.difficulty[use], kind="stable")]
         groups = np.array_split(
             use, 1 if self.difficulty is None else min(20, max(1, len(use) // 50))
         )
@@ -470,10 +472,8 @@ class ChatSet(TokenSet):
         self,
         i: int,  # From 0
         seq_len: int,  # Positions at most
-    ) -> tuple[
-        np.ndarray, np.ndarray
-    ]:  # (n,) ids and labels; a label is the token that follows where it is learned, else -100
-        "One conversation."
+    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) ids and labels
+        "One conversation; a label is the token that follows where it is learned, else -100."
         a, b = int(self.starts[i]), int(self.starts[i + 1])
         if b - a - 1 > seq_len:  # cut behind the last answer that fits
             end = self._last_end(i, seq_len)
@@ -512,13 +512,13 @@ class ChatSet(TokenSet):
         "Rows that are longer; rows left out, because no answer would be left of them."
         return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
 
-
+# %% ../nbs/04_data.ipynb #518590fa
 def _digest(body: bytes, key: str) -> bytes:
     return xxhash.xxh3_128_digest(key.encode() + body)
 
 
 def _kept(file: Path | None, key: str) -> np.ndarray | None:
-    "What `_keep` saved; None where it is not there, was damaged, or belongs to other tokens: it is made again."
+    "What `_keep` saved; None where it is missing, damaged, or belongs to other tokens."
     try:
         data = file.read_bytes() if file else b""
     except OSError:
@@ -528,7 +528,9 @@ def _kept(file: Path | None, key: str) -> np.ndarray | None:
 
 
 def _keep(file: Path, array: np.ndarray, key: str):
-    "Save what can be made again, with a digest behind it; a disk that is full or read-only is no reason to stop."
+    """Save what can be made again, with a digest behind it.
+
+    A disk that is full or read-only is no reason to stop."""
     tmp = hidden(file, "tmp")
     np.save(made := io.BytesIO(), array)
     body = made.getvalue()
@@ -542,7 +544,7 @@ def _keep(file: Path, array: np.ndarray, key: str):
 
 # %% ../nbs/04_data.ipynb #5e392825
 class LineSet(TokenSet):
-    "A token set in which each text is a sequence of its own; one that is longer than a sequence is cut."
+    "A token set in which each text is a sequence of its own, cut where it is too long."
 
     stream = False
 
@@ -585,14 +587,19 @@ class LineSet(TokenSet):
 class PairSet(ChatSet):
     "A token set of preferences: rows 0, 2, 4 … are chosen, 1, 3, 5 … rejected."
 
-    reference = None  # (rows,) float32, log-probability of each answer under the model that training began with: of `minigpt.dpo.add_reference`
+    # (rows,) float32: log-probability of each answer under the model that training began with,
+    # from `minigpt.dpo.add_reference`
+    reference = None
 
     def lengths(self) -> np.ndarray:
         "(n,) positions that each pair takes: those of its longer side."
         return (np.diff(self.starts) - 1).reshape(-1, 2).max(1)
 
     def teaches(self, seq_len: int) -> np.ndarray:
-        "(n,) bool: is anything learned of both sides? A pair of which both sides are the same once they are cut teaches nothing; where long rows are left out, both must be whole."
+        """(n,) bool: is anything learned of both sides?
+
+        A pair whose sides are the same once they are cut teaches nothing; where long rows are
+        left out, both must be whole."""
         out, long = super().teaches(seq_len).reshape(-1, 2).all(1), self.lengths() > seq_len
         if self.skips:
             return out & ~long
@@ -605,10 +612,12 @@ class PairSet(ChatSet):
 
     def windows(
         self, index: np.ndarray, seq_len: int
-    ) -> dict[
-        str, np.ndarray
-    ]:  # ids, labels, rows of the chosen; rejected_ids, rejected_labels, rejected_rows
-        "Packed pairs, (n, seq_len) int64 each; `reference`, float32, stands at the first position of each answer."
+    ) -> dict[str, np.ndarray]:  # ids, labels and rows; rejected_ids and so on; (n, seq_len) int64
+        """Packed pairs.
+
+        `ids`, `labels` and `rows` are those of the chosen, `rejected_ids`, `rejected_labels` and
+        `rejected_rows` of the others; `reference`, float32, if it is known, stands at the first
+        position of each answer."""
         packs = [self.rows_of(int(i), seq_len) for i in index]
         return {
             **self._lay([2 * p for p in packs], seq_len),
@@ -634,13 +643,14 @@ class PairSet(ChatSet):
 # %% ../nbs/04_data.ipynb #c92998a5
 def curriculum(
     data: TokenSet,  # To be read from easy to hard
-    by: (
-        str | Sequence[float] | Callable[[np.ndarray], float]
-    ) = "length",  # `length`, a number for each row, or a function of its token ids; small is easy
+    by: str | Sequence[float] | Callable[[np.ndarray], float] = "length",  # Small is easy
     start: float = 0.1,  # Share of the sequences that is read from at the beginning, 0 to 1
     reach: float = 0.6,  # Share of the epoch after which all are read from
 ) -> TokenSet:  # The same data in another order
-    "Competence-based curriculum learning (Platanios et al. 2019, 'Competence-based Curriculum Learning for Neural Machine Translation')."
+    """Competence-based curriculum learning (Platanios et al. 2019).
+
+    `by` is `length`, a number for each row, or a function of its token ids. The paper is
+    "Competence-based Curriculum Learning for Neural Machine Translation"."""
     for k, v in dict(start=start, reach=reach).items():
         if not 0 < v <= 1:
             raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
@@ -676,7 +686,7 @@ def curriculum(
     made.difficulty, made.pace, made._packs, made._orders = difficulty, (start, reach), {}, {}
     return made
 
-
+# %% ../nbs/04_data.ipynb #2915eef7
 def _by_competence(
     difficulty: np.ndarray, start: float, reach: float, seed: int, stages: int = 100
 ) -> np.ndarray:
@@ -702,9 +712,7 @@ class Mixture:
 
     def __init__(
         self,
-        parts: Sequence[
-            tuple[TokenSet, float]
-        ],  # Sets, and their shares: positive numbers, in any unit
+        parts: Sequence[tuple[TokenSet, float]],  # Sets and their shares: above 0, in any unit
     ):
         if not parts:
             raise ValueError(
@@ -733,9 +741,8 @@ class Mixture:
         for i in range(1000):
             due += self.weights  # places that each set should have by now, less those that it has
             slack = 1 / max(2, 2 * len(w) - 2)
-            late = np.where(
-                due >= slack - 1e-9, (1 - slack - due) / self.weights, np.inf
-            )  # steps until it must come, where it may
+            # steps until it must come, where it may
+            late = np.where(due >= slack - 1e-9, (1 - slack - due) / self.weights, np.inf)
             self.pattern[i] = np.argmin(late) if np.isfinite(late).any() else np.argmax(due)
             due[self.pattern[i]] -= 1
         self.counts = np.bincount(self.pattern, minlength=len(w))  # of each set in the pattern
@@ -744,9 +751,8 @@ class Mixture:
                 f"weight {self.weights[self.counts == 0][0]:.5f} is below a thousandth; leave that"
                 " set out, or give it more"
             )
-        self.nth = np.array(
-            [(self.pattern[:i] == s).sum() for i, s in enumerate(self.pattern)]
-        )  # the how-many-eth of its set
+        # the how-many-eth of its set
+        self.nth = np.array([(self.pattern[:i] == s).sum() for i, s in enumerate(self.pattern)])
 
     def __len__(self) -> int:
         "Tokens."
@@ -849,7 +855,7 @@ def refusals(
         for k, v in sorted(refused.items(), key=lambda kv: -kv[1]["count"])
     )
 
-
+# %% ../nbs/04_data.ipynb #8dadb343
 def check_text(
     files: list[Path],  # Data files
     format: str | None = None,  # As for `parse_row`
@@ -911,7 +917,7 @@ def lost_rows(
 def _below(text: str, share: float, salt: int) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"), salt) < share * 2**64
 
-
+# %% ../nbs/04_data.ipynb #a0d18169
 def _encode_texts(
     rows: list[Row], begins: list[bool], tok: Tokenizer
 ) -> tuple[np.ndarray, None, np.ndarray]:
@@ -949,7 +955,7 @@ def _learn_behind(learn: np.ndarray, n: int):
     if n:
         learn[: np.flatnonzero(learn[:-1] & ~learn[1:])[n - 1] + 1] = False
 
-
+# %% ../nbs/04_data.ipynb #4563d7ab
 def _encode_talks(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Conversations; an answer whose weight is 0 is not learned."
     ids, learn, lengths = tok.encode_chats([(r.messages, None) for r in rows])
@@ -973,10 +979,10 @@ def _unlearn(sides: list[list[dict]], learn: np.ndarray, lengths: np.ndarray):
         for k in which:
             mine[edges[2 * k] : edges[2 * k + 1]] = False
 
-
+# %% ../nbs/04_data.ipynb #0b13f383
 @dataclass
 class _Encoded:
-    "The rows of a block: their ids one behind another, what is learned of them, and the side of each."
+    "The rows of a block: their ids one behind another, what is learned, and the side of each."
 
     ids: np.ndarray
     learn: np.ndarray | None
@@ -1005,13 +1011,12 @@ class _Encoded:
             n,
         )
 
-
+# %% ../nbs/04_data.ipynb #85b08c01
 def _encode_block(block: Block, tok: Tokenizer, how: dict, kind: str) -> _Encoded:
     "Worker: validate and tokenize."
     good, held_out, bad, mended, kinds, n_good, begins = [], [], [], [], {}, 0, []
-    begin = (
-        block.layout != "text" or how.get("format") == "lines" or block.numbers[0] == 1
-    )  # does a document begin with the next row?
+    # does a document begin with the next row?
+    begin = block.layout != "text" or how.get("format") == "lines" or block.numbers[0] == 1
     for row in parse_block(block, how.get("format")):
         if not row.reason and row.kind != kind:
             row = replace(
@@ -1055,7 +1060,7 @@ def _encode_block(block: Block, tok: Tokenizer, how: dict, kind: str) -> _Encode
         n_good,
     )
 
-
+# %% ../nbs/04_data.ipynb #e1261d31
 class _Writer:
     "One side of a token set while it is being written."
 
@@ -1103,7 +1108,7 @@ class _Writer:
 
 # %% ../nbs/04_data.ipynb #853fcfe9
 def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
-    "Name, size, time and hash of each file; a hash in `known` is believed while size and time are unchanged."
+    "Name, size, time and hash of each file; `known` hashes count while size and time are equal."
     out = []
     for f in files:
         s = f.stat()
@@ -1116,7 +1121,7 @@ def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
         out.append({**facts, "xxh3": old["xxh3"] if old else hash_file(f)})
     return out
 
-
+# %% ../nbs/04_data.ipynb #99694c2e
 def _meta(side: Path) -> dict:
     "The meta.json of one side of a token set; empty where there is none."
     try:
@@ -1126,11 +1131,8 @@ def _meta(side: Path) -> dict:
     return found if isinstance(found, dict) and found.get("format") == "minigpt token set" else {}
 
 
-_LITTER = (
-    ".DS_Store",
-    "Thumbs.db",
-    "desktop.ini",
-)  # what file managers leave in a folder that somebody looks at
+# what file managers leave in a folder that somebody looks at
+_LITTER = ".DS_Store", "Thumbs.db", "desktop.ini"
 
 
 def _not_ours(out: Path) -> list[str]:
@@ -1143,12 +1145,12 @@ def _not_ours(out: Path) -> list[str]:
         if p.name not in _LITTER and not (p.name in ("train", "valid", "none") and _meta(p))
     )
 
-
+# %% ../nbs/04_data.ipynb #1fbe74f7
 def read_again(
     meta: dict,  # Of a token set
     on_bad_row: str = "warn",  # As for `build_tokenset`
 ) -> list[str]:
-    "What is said of a token set when it is built, and each time it is used again: what was read, and what was refused."
+    "What is said when a token set is built or used again: what was read, and what was refused."
     refused = meta.get("refused") or {}
     warning = (
         lost_rows(refused, meta["n_good"]) if on_bad_row == "warn" and "n_good" in meta else None
@@ -1170,35 +1172,34 @@ def same_rules(
         and not any(tok.adds)
     )
 
-
+# %% ../nbs/04_data.ipynb #c4aee840
 def build_tokenset(
     source: str | Path | Iterable[str | Path],  # File, folder, or a list of them
     tok: Tokenizer,  # Its ids
     out: str | Path,  # Folder to appear, with `train/` and `valid/` in it
     validation_split: float = 0.05,  # Share of the texts held out, 0 to below 1
-    on_bad_row: str = "warn",  # `warn` counts refused rows, reports them, and warns where they are more than a tenth; `skip` does not warn; `error` stops at the first
+    on_bad_row: str = "warn",  # What refused rows do: `warn`, `skip` (no warning), `error` (stop)
     threads: int | None = None,  # Workers; default: one a core
     progress: bool = True,  # Show a progress bar on files above 8 MB?
     data_subset: float = 1.0,  # Share of the rows that is used, above 0
     max_data_size: int = 0,  # Rows that are used, the first ones; 0: all
-    format: (
-        str | None
-    ) = None,  # `pretrain`, `conversation`, `dpo`, or `lines` for a `LineSet`; default: as the keys of each row say
-    say: (
-        Callable[[str], None] | None
-    ) = None,  # Told of refused and mended rows; default: a line on the screen, if `progress`
-    keep: bool = False,  # Leave an `out` that holds anything else, and appear beside it, as `out-2`, `out-3`, …? Otherwise another set is replaced
+    format: str | None = None,  # `pretrain`, `conversation`, `dpo`, `lines`; default: by the keys
+    say: Callable[[str], None] | None = None,  # Told of refused and mended rows; default: prints
+    keep: bool = False,  # Leave an `out` that holds anything else, and appear beside it?
     encoding: str = "",  # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
-    columns: (
-        dict[str, str] | None
-    ) = None,  # The name that is known here → the rows' own, as in {'prompt': 'question_text'}; '' leaves a column out
-    long_rows: (
-        str | None
-    ) = "skip",  # Conversations in which no answer ends within `max_seq_len`: `skip` leaves them out, `cut` keeps their beginning. It does not change the tokens
-) -> tuple[
-    TokenSet, TokenSet | None
-]:  # Training and validation set; None where too little was held out
-    "Tokenize files once; an `out` that was built from the same content in the same way is used again."
+    columns: dict[str, str] | None = None,  # Name known here → the rows' own; '' leaves it out
+    long_rows: str | None = "skip",  # If no answer ends within `max_seq_len`: `skip` or `cut`
+) -> tuple[TokenSet, TokenSet | None]:  # Training and validation set; None: too little held out
+    """Tokenize files once; an `out` built from the same content in the same way is used again.
+
+    - `on_bad_row`: `warn` counts refused rows, reports them, and warns where they are more than a
+      tenth; `skip` does not warn; `error` stops at the first.
+    - `format`: `lines` is for a `LineSet`; by default the keys of each row say what it is.
+    - `say`: by default a line on the screen, if `progress`.
+    - `keep`: the set appears as `out-2`, `out-3`, …; without, another set in `out` is replaced.
+    - `columns`: as in {'prompt': 'question_text'}.
+    - `long_rows`: `skip` leaves such conversations out, `cut` keeps their beginning. The tokens
+      are the same."""
     if not 0 <= validation_split < 1:
         raise ValueError(
             f"validation_split={validation_split} must be at least 0 and below 1: it is a share of"
@@ -1341,21 +1342,22 @@ def build_tokenset(
         say(f"rows mended: {refusals(mended)}")
     return open_tokenset(out)
 
-
+# %% ../nbs/04_data.ipynb #8030979b
 def open_tokenset(
     path: str | Path,  # Folder that `build_tokenset` made
-) -> tuple[
-    TokenSet, TokenSet | None
-]:  # Training set; validation set, or None if it is too small to say anything
-    "The two sides of a token set."
+) -> tuple[TokenSet, TokenSet | None]:  # Training and validation set
+    "The two sides of a token set; None where the second is too small to say anything."
     train, valid = open_set(at_home(path) / "train"), open_set(at_home(path) / "valid")
     return train, valid if len(valid) > 1 else None
 
 
 def open_set(
     path: str | Path,  # Folder with tokens.bin and meta.json
-) -> TokenSet:  # A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet` where it was built with `format='lines'`
-    "One side of a token set."
+) -> TokenSet:  # Of the kind that fits what it holds
+    """One side of a token set.
+
+    A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet`
+    where it was built with `format='lines'`."""
     path = at_home(path)
     if not (path / "mask.bin").exists():
         return (
@@ -1387,7 +1389,7 @@ def loader(
     seq_len: int,  # Tokens of a sequence
     seed: int = 0,  # Decides the order of every epoch
     workers: int = 0,  # Processes that read ahead; the batches are the same for any number
-    pin_memory: bool = False,  # For a CUDA device: page-locked memory, copied while the GPU computes
+    pin_memory: bool = False,  # For CUDA: page-locked memory, copied while the GPU computes
     offset: int = 0,  # See `TokenSet.batch`
 ) -> Iterable[dict]:  # Of ids and labels, each a (batch_size, seq_len) int64 tensor
     "The batches of some steps, in order."
@@ -1464,7 +1466,7 @@ def check_size(
             + (f". Rows refused: {lost}" if lost else "")
         )
 
-
+# %% ../nbs/04_data.ipynb #ee06752f
 def spread_over(
     n: int,  # Sequences of a set
     most: int = 0,  # That are taken; 0: all

@@ -82,10 +82,16 @@ def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
 
-
+# %% ../nbs/16_diffusion.ipynb #6afd8525
 @dataclass(frozen=True, kw_only=True)
 class TessConfig:
-    "The shape of an encoder, and what noise does to its input."
+    """The shape of an encoder, and what noise does to its input.
+
+    Without `simplex_value` it is a masked language model (Devlin et al. 2019). `self_condition` is
+    None (a guess does not see the one before), `logits_mean` (their probabilities are averaged),
+    `logits_addition` (their embeddings are added) or `logits` (both embeddings go through a
+    matrix). `blanks` are `spans` (to infill), `rest` (to continue), `all` (to write from nothing)
+    or `mixed` (a third of the texts each)."""
 
     vocab_size: int  # V, in tokens
     dim: int  # C, width of the residual stream
@@ -96,38 +102,19 @@ class TessConfig:
     dropout: float = 0.1  # Share dropped, while training
     norm_eps: float = 1e-5  # Added to the variance in LayerNorm
     type_vocab: int = 1  # Rows of an embedding of which only the first is used
-    pad_id: int = (
-        1  # Positions are counted from `pad_id+1`, as in RoBERTa; the token itself is not used
-    )
+    pad_id: int = 1  # Positions are counted from `pad_id+1`, as in RoBERTa; no other use
     mask_id: int | None = None  # The token that stands for a gap, where `simplex_value` is None
-    simplex_value: float | None = (
-        5.0  # k, how far corners are from 0; None: no diffusion, but a masked language model (Devlin et al. 2019)
-    )
+    simplex_value: float | None = 5.0  # k, how far corners are from 0; None: no diffusion
     num_diffusion_steps: int = 500  # T
-    num_inference_diffusion_steps: int = (
-        100  # How many of them sampling takes, unless it is told otherwise
-    )
+    num_inference_diffusion_steps: int = 100  # How many of them sampling takes, by default
     beta_schedule: str = "squaredcos_improved_ddpm"  # The only one
-    self_condition: (
-        str | None
-    ) = (  # How a guess sees the one before: None (not at all), logits_mean (their probabilities are averaged), logits_addition (their embeddings are added), logits (both embeddings go through a matrix)
-        "logits_mean"
-    )
-    self_condition_zeros_after_softmax: bool = (
-        True  # Where there is none before: zeros instead of equal probabilities
-    )
-    blanks: str = (  # What is to be generated in training: spans (infill), rest (continue), all (from nothing), mixed (a third of the texts each)
-        "mixed"
-    )
-    pad_to_max_length: bool = (
-        True  # Line by line: fill each batch up to max_seq_len, rather than to its longest text
-    )
+    self_condition: str | None = "logits_mean"  # How a guess sees the one before: see above
+    self_condition_zeros_after_softmax: bool = True  # The first sees zeros, not equal probabilities
+    blanks: str = "mixed"  # Gaps in training: spans, rest, all, or mixed
+    pad_to_max_length: bool = True  # Line by line: pad a batch to max_seq_len, not to its longest
 
-    free = (
-        "dropout",
-        "num_inference_diffusion_steps",
-        "pad_to_max_length",
-    )  # What may change while a model is trained
+    # What may change while a model is trained
+    free = ("dropout", "num_inference_diffusion_steps", "pad_to_max_length")
 
     def __post_init__(self):
         def must(name, ok, what):
@@ -207,7 +194,7 @@ class TessConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "TessConfig":
-        "A ready size (`tiny`, `small`, `base`), with any field changed; all but `base` need a `vocab_size`."
+        "A ready size, with any field changed; all but `base` need a `vocab_size`."
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r} of an encoder{_near(name, PRESETS)}")
         return cls(**{**PRESETS[name], **changes})
@@ -269,7 +256,7 @@ class TessConfig:
             **own,
         )
 
-
+# %% ../nbs/16_diffusion.ipynb #c2d12a77
 _OWN = (
     "mask_id",
     "simplex_value",
@@ -287,11 +274,13 @@ def from_dict(d: dict) -> TessConfig:
     "The shape that `to_dict` wrote."
     return TessConfig(**{k: v for k, v in d.items() if k != "model_type"})
 
-
+# %% ../nbs/16_diffusion.ipynb #cb0c625e
 def from_hf(
     d: dict,  # Content of a config.json
 ) -> TessConfig:
-    "The shape of a RoBERTa, ours or one of `transformers`; a `ValueError` where that model computes something else."
+    """The shape of a RoBERTa, ours or one of `transformers`.
+
+    A `ValueError` where that model computes something else."""
     check_hf(
         d,
         (
@@ -340,7 +329,9 @@ def from_hf(
 
 # %% ../nbs/16_diffusion.ipynb #ea51b2c0
 class EncoderBlock(nn.Module):
-    "Attention both ways, then feed-forward; each adds to the stream, which is normalised afterwards. Names as in `transformers`."
+    """Attention both ways, then feed-forward; each adds to the stream, which is then normalised.
+
+    Names as in `transformers`."""
 
     def __init__(self, c: TessConfig):
         super().__init__()
@@ -378,7 +369,7 @@ class EncoderBlock(nn.Module):
             x + self.dropout(two["dense"](F.gelu(self.intermediate["dense"](x))))
         )
 
-
+# %% ../nbs/16_diffusion.ipynb #678bf370
 class Tess(LanguageModel):
     "An encoder that guesses what stands in the gaps of a text."
 
@@ -429,9 +420,9 @@ class Tess(LanguageModel):
                 nn.init.normal_(m.weight, std=std)
             if isinstance(m, nn.Linear):
                 nn.init.zeros_(m.bias)
-        dice = torch.Generator().manual_seed(
-            0
-        )  # what a RoBERTa lacks begins the same each time it is opened: so does a run that was killed before its first save
+        # What a RoBERTa lacks begins the same each time it is opened: so does a run that was
+        # killed before its first save
+        dice = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for k in "timestep_embed", "self_condition":
                 if m := getattr(self, k, None):
@@ -446,11 +437,12 @@ class Tess(LanguageModel):
         return self.roberta["encoder"]["layer"]
 
     def spare(self, name: str) -> bool:
+        # Buffers; what is not used, or tied
         return (
             name.endswith(("position_ids", "token_type_ids"))
             or ".pooler." in name
             or name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
-        )  # buffers; what is tied, or not used
+        )
 
     def objective(self, data, config: TrainConfig):
         "What `fit` trains it for."
@@ -460,9 +452,7 @@ class Tess(LanguageModel):
         self,
         ids: Tensor,  # (B, T) int64
         blank: Tensor | None = None,  # (B, T) bool: the N gaps
-        filling: (
-            Tensor | None
-        ) = None,  # (N, C) what stands in them instead of the embeddings of `ids`
+        filling: Tensor | None = None,  # (N, C), read there instead of the embeddings of `ids`
         real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
     ) -> Tensor:  # (B, T, C)
         "What the encoder knows at each position."
@@ -483,9 +473,8 @@ class Tess(LanguageModel):
         x = F.dropout(e["LayerNorm"](x), c.dropout, self.training)
         mask = None if real is None else real[:, None, None]
         for block in self.blocks:
-            run = (
-                block if self.training else block.forward
-            )  # a block that was compiled is so for training
+            # A block that was compiled is so for training
+            run = block if self.training else block.forward
             x = (
                 checkpoint(run, x, mask, use_reentrant=False)
                 if self.training and self.recompute
@@ -538,9 +527,7 @@ class Tess(LanguageModel):
         self,
         ids: Tensor,  # (B, T) int64; those in gaps are not read
         blank: Tensor,  # (B, T) bool: the N gaps
-        x: (
-            Tensor | None
-        ) = None,  # (N, V) noised corners; None: the model is a masked language model
+        x: Tensor | None = None,  # (N, V) noised corners; None: a masked language model
         time: Tensor | None = None,  # (N,) int64
         previous: Tensor | None = None,  # (N, V) logits of the guess before
         real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
@@ -596,9 +583,8 @@ def draw_blanks(
     B, T = real.shape
     n, place = real.sum(1, keepdim=True), torch.arange(T)
     share = 0.05 + 0.15 * torch.rand(B, 1, generator=dice)
-    starts = (
-        torch.rand(B, T, generator=dice) < share
-    )  # each start takes two tokens more: 15 to 50% of the text in all
+    # Each start takes two tokens more: 15 to 50% of the text in all
+    starts = torch.rand(B, T, generator=dice) < share
     spans = starts | F.pad(starts, (1, 0))[:, :-1] | F.pad(starts, (2, 0))[:, :-2]
     rest = place >= (torch.rand(B, 1, generator=dice) * n).long()
     which = (
@@ -609,7 +595,7 @@ def draw_blanks(
     blank = torch.where(which == 0, spans, (which == 2) | rest) & real
     return blank | (place == n - 1) & ~blank.any(1, keepdim=True)
 
-
+# %% ../nbs/16_diffusion.ipynb #addd2014
 class Denoising:
     "What `minigpt.train` needs to know: what to draw for a batch, what to divide by, and the loss."
 
@@ -691,7 +677,9 @@ class Denoising:
             if c.self_condition and (not model.training or torch.rand(()) < 0.5):
                 with torch.no_grad():
                     previous = model.guess(ids, blank, x, time, None, real)
-                torch.clear_autocast_cache()  # in half precision some versions of torch would go on with the casts of weights made here, which have no gradient
+                # In half precision some versions of torch would go on with the casts of weights
+                # made here, which have no gradient
+                torch.clear_autocast_cache()
             logits = model.guess(ids, blank, x, time, previous, real)
         logits = logits.float()
         return F.cross_entropy(logits, tokens, reduction="sum") / n_targets, dict(
@@ -715,25 +703,21 @@ def _drawn(
         p = p.where(p.cumsum(-1) - p < top_p, 0)
     return order.gather(1, torch.multinomial(p.cpu(), 1, generator=dice).to(p.device))[:, 0]
 
-
+# %% ../nbs/16_diffusion.ipynb #8e6a9fb4
 @torch.inference_mode()
 def denoise(
     model: Tess,
     ids: Tensor,  # (B, T) int64; those in gaps are not read
     blank: Tensor,  # (B, T) bool: the N gaps
     *,
-    steps: (
-        int | None
-    ) = None,  # Guesses to make; default: the model's `num_inference_diffusion_steps`
+    steps: int | None = None,  # Guesses to make; default: `num_inference_diffusion_steps`
     temperature: float = 1.0,  # 0: always the likeliest token
     top_k: int | None = None,  # Draw from the k likeliest
     top_p: float | None = 0.95,  # Draw from the likeliest that make up this probability
     seed: int | None = None,  # The same seed, the same tokens; default: others each time
     real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
-) -> Iterator[
-    tuple[int, Tensor, Tensor]
-]:  # At each step the time, the tokens guessed, (N,), and how likely each is; the last ones are the result
-    "Fill gaps, guess by guess."
+) -> Iterator[tuple[int, Tensor, Tensor]]:  # Time, tokens, (N,), and how likely each is
+    "Fill gaps, guess by guess; the last tokens are the result."
     c, device = model.config, ids.device
     if steps is not None and not 1 <= steps <= c.num_diffusion_steps:
         raise ValueError(
@@ -780,7 +764,7 @@ def denoise(
     finally:
         model.train(mode)
 
-
+# %% ../nbs/16_diffusion.ipynb #390a41ee
 def fill(
     model: Tess,
     ids: Tensor,  # (B, T) int64
@@ -821,7 +805,8 @@ class Film:
                 else (
                     "<span"
                     f' style="background:rgba(76,120,168,{0.15 + 0.75 * p:.2f});border-radius:3px"'
-                    f' title="{p:.0%}">{escape(piece).replace(chr(10), "⏎").replace(" ", "&nbsp;")}</span>'
+                    f' title="{p:.0%}">'
+                    f"{escape(piece).replace(chr(10), '⏎').replace(' ', '&nbsp;')}</span>"
                 )
             )
 
@@ -829,13 +814,14 @@ class Film:
             '<table style="font-family:monospace">'
             + "".join(
                 f'<tr><td style="text-align:right;color:gray">t = {t}</td><td'
-                f' style="text-align:left;white-space:normal">{"".join(cell(*x) for x in row)}</td></tr>'
+                ' style="text-align:left;white-space:normal">'
+                f"{''.join(cell(*x) for x in row)}</td></tr>"
                 for t, row in self.frames
             )
             + "</table>"
         )
 
-
+# %% ../nbs/16_diffusion.ipynb #6a063a2c
 def infill(
     model: Tess,
     tokenizer: Tokenizer,
@@ -919,9 +905,8 @@ def extend(
     config = replace(model.config, vocab_size=max(V, longer.vocab_size))
     pieces = [tokenizer.encode(longer.hf.id_to_token(i)) for i in new]
     with torch.device("meta"):
-        other = (
-            replace(model.config, vocab_size=V + 1).build().weights()
-        )  # what has another shape there has a row for each token
+        # What has another shape in this one has a row for each token
+        other = replace(model.config, vocab_size=V + 1).build().weights()
 
     def wider(k, t):
         if t.shape == other[k].shape:
@@ -951,15 +936,16 @@ _FILES = (
 )
 _NOISE = *(n for n in _OWN if n != "mask_id"), "dropout"
 
-
+# %% ../nbs/16_diffusion.ipynb #fc88c731
 def mlm(
     config: str | Path | dict,  # A JSON or YAML file, or what would stand in it
-    resume_from_checkpoint: (
-        str | Path | None
-    ) = None,  # The name or path of one. Default: what the file says, else the newest whole one, where there is one
+    resume_from_checkpoint: str | Path | None = None,  # Its name or path; default: the newest
     callbacks: Iterable = (),  # As for `fit`
 ) -> Run:
-    "Train an encoder by simplex diffusion, or go on training it."
+    """Train an encoder by simplex diffusion, or go on training it.
+
+    Without `resume_from_checkpoint` it goes on from what the file says, else from the newest whole
+    checkpoint, where there is one."""
     d, where = (
         (dict(config), "the configuration")
         if isinstance(config, dict)
@@ -979,9 +965,8 @@ def mlm(
                 else f", which is unknown{_near(bad[0], known)}"
             )
         )
-    d = {
-        k: v for k, v in d.items() if v is not None or k in _NOISE
-    }  # null: as if it were not there
+    # null: as if it were not there
+    d = {k: v for k, v in d.items() if v is not None or k in _NOISE}
     if not d.get("train_file"):
         raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
     get = lambda k, usual=None: d.pop(k, None) or usual

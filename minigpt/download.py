@@ -56,9 +56,7 @@ class _Job:
 
     url: str  # Where it is
     to: Path  # Where it goes
-    source: (
-        str  # What it is, wherever it is fetched from: a mirror may go on with what the hub began
-    )
+    source: str  # What it is, wherever it comes from: a mirror goes on with the hub's part
     size: int | None = None  # Bytes it must have, if that was said
     digest: str | None = None  # SHA-256 it must have, if that was said
     token: str | None = None  # Sent to `url`'s host, and to no other
@@ -66,9 +64,7 @@ class _Job:
         "it is not public (the server answers that a login is needed); ask its owner for a link"
         " that is"
     )
-    page: object = (
-        None  # Function of this and of a web page met in place of data: the address behind it
-    )
+    page: object = None  # Function of this and a web page: the address of the data behind it
 
     def __post_init__(self):
         self.to = Path(self.to)
@@ -129,7 +125,10 @@ class _Again(Exception):
 
 
 class _Hops(HTTPRedirectHandler):
-    "Follows redirects; keeps `X-Linked-…` of every answer on the way, and the token within its host."
+    """Follows redirects; keeps `X-Linked-…` of every answer on the way.
+
+    The token stays within its host.
+    """
 
     http_error_308 = HTTPRedirectHandler.http_error_302  # Python 3.10 has none
 
@@ -196,7 +195,7 @@ def _refusal(job: _Job, e: HTTPError) -> Exception:
         f"the server answers {e.code} ({e.reason}); open the address in a browser to see why.{said}"
     )
 
-
+# %% ../nbs/03_download.ipynb #d90a3c72
 def _answer(
     job: _Job,  # What to ask for
     done: int,  # Bytes here already
@@ -255,7 +254,11 @@ def _room(path: Path) -> float:
 
 
 def _facts(res, said: dict) -> tuple:  # Response and headers
-    "From an answer: first byte and length of the whole, the version's name, its size and hash as the hub says them."
+    """What an answer says of the file.
+
+    First byte and length of the whole, the version's name, its size and hash as the hub says
+    them.
+    """
     span = (
         re.match(r"bytes (\d+)-\d+/(\d+)$", said.get("content-range", ""))
         if res.status == 206
@@ -274,11 +277,12 @@ def _facts(res, said: dict) -> tuple:  # Response and headers
     size = said.get("x-linked-size", "")
     return first, total, version, int(size) if size.isdigit() else total, name and name[1]
 
+# %% ../nbs/03_download.ipynb #49a6267d
+def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size and its hash
+    """Fetch what is missing; raises `_Again` for what may pass.
 
-def _once(
-    job: _Job, bar: tqdm
-) -> tuple:  # The part, or the target if that is right already; the size and hash it must have
-    "Fetch what is missing; raises `_Again` for what may pass."
+    It gives the target in place of the part where that is right already.
+    """
     note = job.read(job.note)
     version = note.get("version")
     done = (
@@ -402,7 +406,7 @@ def _fetch(
     job.forget()
     return job.to
 
-
+# %% ../nbs/03_download.ipynb #243a0eed
 def fetch_url(
     url: str,  # `http://…` or `https://…`
     to: str | Path,  # File to write; an older one stays until the new one is whole and checked
@@ -427,15 +431,21 @@ def fetch_hub(
     to: str | Path,  # File to write
     *,
     repo_type: str = "dataset",  # Or `model`, or `space`
-    revision: str = "main",  # Branch, tag or commit; what is here is not fetched again when a branch moves on
+    revision: str = "main",  # Branch, tag or commit
     size: int | None = None,  # Its bytes; else what the hub says
     sha256: str | None = None,  # Its hash; else what the hub says
     progress: bool = True,  # Show a bar?
 ) -> Path:  # `to`
-    "Fetch a file of the Hugging Face Hub, checked by the hub's own hash."
+    """Fetch a file of the Hugging Face Hub, checked by the hub's own hash.
+
+    What is here is not fetched again when a branch moves on.
+    """
     if repo_type not in _KINDS:
         raise ValueError(f"repo_type={repo_type!r} must be one of {', '.join(_KINDS)}")
-    base = f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{_KINDS[repo_type]}{repo}"
+    base = (
+        f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}"
+        f"/{_KINDS[repo_type]}{repo}"
+    )
     denied = (
         "the repository is private, wants its terms accepted, or has another name (the hub answers"
         f" alike): open {base}, accept the terms there, and set HF_TOKEN to a token of yours"
@@ -491,7 +501,7 @@ def _drive_page(job: _Job, page: bytes) -> str:
         f" if it downloads there, {copy}"
     )
 
-
+# %% ../nbs/03_download.ipynb #96756e1a
 def fetch_drive(
     link_or_id: str,  # Link to a file from *Share > Copy link*, or the id in it
     to: str | Path,  # File to write
@@ -521,7 +531,7 @@ def fetch_drive(
 
 # %% ../nbs/03_download.ipynb #910578b8
 def get(
-    source: str,  # `hf:owner/name/path/in/repo.jsonl`, a link to a file on Google Drive, or `https://…`
+    source: str,  # `hf:owner/name/path/in/repo.jsonl`, a Google Drive link, or `https://…`
     to: str | Path,  # File to write
     **kw,  # `size`, `sha256`, `progress`; for the hub also `repo_type`, `revision`
 ) -> Path:  # `to`

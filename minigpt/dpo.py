@@ -17,16 +17,16 @@ from .model import GPT
 
 # %% ../nbs/12_dpo.ipynb #3ab348e3
 def dpo_loss(
-    chosen: Tensor,  # (pairs,) log-probability of the chosen answers; for `sigmoid_norm`, the mean of a token
+    chosen: Tensor,  # (pairs,) log-probability of the chosen answers
     rejected: Tensor,  # (pairs,) of the rejected ones
     chosen_reference: Tensor,  # (pairs,) of the same answers under the reference
     rejected_reference: Tensor,  # (pairs,)
     beta: float = 0.1,  # How dear it is to move away from the reference
     label_smoothing: float = 0.0,  # Chance that a pair is the other way round, 0 to below .5
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # (pairs,) losses; rewards of the chosen and of the rejected, without gradient
-    "How badly the better answer is told from the worse one."
+) -> tuple[Tensor, Tensor, Tensor]:  # (pairs,) losses, rewards of the chosen and of the rejected
+    """How badly the better answer is told from the worse one.
+
+    For `sigmoid_norm`, the four log-probabilities are means over the tokens of an answer."""
     won, lost = beta * (chosen - chosen_reference), beta * (rejected - rejected_reference)
     margin = won - lost
     return (
@@ -56,9 +56,9 @@ def _answers(
         (labels != -100).float(), rows, n
     )
 
-
+# %% ../nbs/12_dpo.ipynb #038bfa4a
 class Preference:
-    "DPO, as `minigpt.train` uses it: what to divide by, the loss of a batch, and what is logged beside it."
+    "DPO, as `minigpt.train` uses it: the divisor, the loss of a batch, and what is logged."
 
     def __init__(
         self,
@@ -84,13 +84,9 @@ class Preference:
     def __call__(
         self,
         model: GPT,
-        batch: dict[
-            str, Tensor
-        ],  # ids, labels, rows and reference, (B, T) each, and the same of the rejected answers
+        batch: dict[str, Tensor],  # (B, T) ids, labels, rows, reference; likewise `rejected_…`
         n_targets: int = 1,  # What to divide by
-    ) -> tuple[
-        Tensor, dict[str, Tensor]
-    ]:  # Loss, and sums under the names that TRL uses; all divided by `n_targets`
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # Loss and facts, summed, over `n_targets`
         n = int(batch["rows"].max()) + 1
 
         def side(which):
@@ -127,7 +123,10 @@ def _salt(n: int) -> np.ndarray:
 
 
 class _Reference:
-    "The file of a reference: each log-probability as its 32 bits, and a second time mixed with its place. A number that is damaged, or was not computed yet, does not agree with its double."
+    """The file of a reference: each log-probability as its 32 bits, twice.
+
+    The double is mixed with its place. A number that is damaged, or was not computed yet, does not
+    agree with its double."""
 
     def __init__(
         self,
@@ -153,18 +152,18 @@ class _Reference:
             found = np.load(self.path.with_suffix(".npy"))
         except (FileNotFoundError, ValueError, EOFError, SyntaxError):
             found = np.empty(0)
-        sound = (
-            found.shape == (self.n,) and found.dtype == np.float32 and not (found > 0).any()
-        )  # a probability is at most 1
+        # a probability is at most 1, so its logarithm is at most 0
+        sound = found.shape == (self.n,) and found.dtype == np.float32 and not (found > 0).any()
         return found if sound else np.full(self.n, np.nan, np.float32)
 
     def create(self, values: np.ndarray) -> np.memmap:  # (2, n) int32, to `put` into
         "Write all that is known, in one step."
         bits = np.ascontiguousarray(values).view(np.int32)
+        # of what is not known, the double is wrong
         write_file(
             self.path,
             np.stack([bits, np.where(np.isnan(values), bits, bits ^ self.salt)]).tobytes(),
-        )  # of what is not known, the double is wrong
+        )
         return np.memmap(self.path, np.int32, "r+", shape=(2, self.n))
 
     def put(self, file: np.memmap, rows: np.ndarray, values: np.ndarray):

@@ -97,27 +97,24 @@ def _token_set(data, tok: Tokenizer, folder: Path, max_rows: int, progress: bool
         )
     return data
 
-
+# %% ../nbs/14_evaluate.ipynb #1246aa98
 def evaluate_on(
-    model: (
-        str | Path | Run | GPT
-    ),  # A checkpoint, a run or its folder, an export, a Llama or Qwen3 directory; or a model in memory
-    data,  # Path(s) to .txt or .jsonl, a registered data set, a built-in corpus, or a token set or its folder, such as a run's data/valid
+    model: str | Path | Run | GPT,  # In memory, or where it is: see above
+    data,  # Path(s) of texts, the name of a data set, or a token set: see above
     *,
-    tokenizer: (
-        Tokenizer | str | Path | None
-    ) = None,  # Default: the model's own, which stands in its directory
+    tokenizer: Tokenizer | str | Path | None = None,  # Default: the model's own
     seq_len: int = 0,  # Tokens of a sequence; 0: 512, or as many as the model reads
     batch_size: int = 8,  # Sequences at once
     max_sequences: int = 0,  # Spread evenly over the data; 0: all
     max_rows: int = 0,  # Rows of the data that are read, the first ones; 0: all
     device: str = "auto",  # auto: a GPU where there is one; a model in memory stays where it is
-    cache: (
-        str | Path | None
-    ) = None,  # Folder that keeps the token set for the next time; default: a temporary one
+    cache: str | Path | None = None,  # Folder that keeps the token set; default: a temporary one
     progress: bool = True,  # Show a bar?
-) -> dict:  # `loss` in nats a token, `perplexity`, `bits_per_byte` where the tokens' lengths are known, `tokens`, `bytes`, `sequence_length`
-    "How well a model predicts data. Of conversations, what the assistant says counts."
+) -> dict:  # `loss`, `perplexity`, `bits_per_byte`, `tokens`, `bytes`, `sequence_length`
+    """How well a model predicts data. Of conversations, what the assistant says counts.
+
+    `loss` is in nats a token. `bits_per_byte` and `bytes` are None where the tokens do not say
+    how long they are."""
     in_memory = isinstance(model, GPT)
     model, tok = open_model(model, tokenizer)
     need_gpt(model, "this evaluation")

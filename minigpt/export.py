@@ -57,7 +57,7 @@ def theory(
     "Parameters times bits."
     return {p: config.n_params * bits // 8 for p, bits in BITS.items()}
 
-
+# %% ../nbs/08_export.ipynb #056de0cb
 def _layout(header: Iterable[tuple[str, tuple[int, ...]]], precision: str) -> dict[str, Tensor]:
     "What will stand in the file: name → tensor on the device meta, in order."
     out, meta = {}, lambda *shape, dtype: torch.empty(shape, dtype=dtype, device="meta")
@@ -98,8 +98,8 @@ def minimind_config(
     rows = lambda name: weights[f"model.layers.0.{name}.weight"].shape[0]
     (V, C), qk = (
         weights["model.embed_tokens.weight"].shape,
-        "model.layers.0.self_attn.q_norm.weight" in weights,
-    )  # since MiniMind 3
+        "model.layers.0.self_attn.q_norm.weight" in weights,  # since MiniMind 3
+    )
     D = rows("self_attn.q_norm") if qk else C // 8
     head = weights.get("lm_head.weight")
     return GPTConfig(
@@ -117,14 +117,13 @@ def minimind_config(
         tied=head is None or torch.equal(head, weights["model.embed_tokens.weight"]),
     )
 
-
+# %% ../nbs/08_export.ipynb #e8c9640b
 def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig, Weights]:
     "A state dict that somebody saved, alone or in a dict of a training state."
     d = read_pickle(path)
     own = d.get("config") if isinstance(d, dict) else None
-    if (
-        config is None and isinstance(own, dict) and own.get("model_type") in ("llama", "qwen3")
-    ):  # what stands in a config.json, as in our demonstration
+    # what stands in a config.json, as in our demonstration
+    if config is None and isinstance(own, dict) and own.get("model_type") in ("llama", "qwen3"):
         try:
             config = from_hf(own)
         except ValueError as e:
@@ -145,9 +144,8 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
             f"{path} is not converted: there are no weights by name in it (keys"
             f" {[*d][:6] if isinstance(d, dict) else type(d).__name__})"
         )
-    d = {
-        k.removeprefix("module.").removeprefix("_orig_mod."): t for k, t in d.items()
-    }  # of DistributedDataParallel, of torch.compile
+    # of DistributedDataParallel, of torch.compile
+    d = {k.removeprefix("module.").removeprefix("_orig_mod."): t for k, t in d.items()}
     if "transformer.wpe.weight" in d:
         raise CheckpointError(
             f"{path} is not converted: it is a GPT-2, as nanoGPT trains them, with learned"
@@ -180,14 +178,17 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
     weights = Weights([d], config, path)
     return weights.config, weights
 
-
+# %% ../nbs/08_export.ipynb #9df33bee
 def _named(source) -> Path | LanguageModel:
     "The path of a source, of a run too; a model in memory as it is."
     return source if isinstance(source, LanguageModel) else at_home(getattr(source, "path", source))
 
 
 def _find(source) -> Path:
-    "The directory or file that is meant by a path; of a run, its final model, or its newest checkpoint if that is newer."
+    """The directory or file that is meant by a path.
+
+    Of a run it is the final model, or the newest checkpoint if that is newer.
+    """
     path = _named(source)
     if not path.exists():
         raise FileNotFoundError(
@@ -232,7 +233,7 @@ _TOKENIZER = (
     "tokenizer.model",
 )
 
-
+# %% ../nbs/08_export.ipynb #cd549726
 def _converted(weights: Weights, precision: str, count: Callable[[int], None]) -> Iterator[Tensor]:
     "The tensors of `_layout`, in its order."
     for k, t in weights:
@@ -254,7 +255,7 @@ def _converted(weights: Weights, precision: str, count: Callable[[int], None]) -
             raise CheckpointError(f"{weights.name} is not exported: {k}: {e}") from None
         count(t.nbytes)
 
-
+# %% ../nbs/08_export.ipynb #71ac3607
 def _config_json(
     config: GPTConfig, precision: str, compress: bool, tokenizer: Tokenizer | None, theirs: dict
 ) -> dict:
@@ -276,9 +277,13 @@ def _config_json(
         c["opens_with"] = "minigpt.checkpoint.load_model"
     return c
 
-
+# %% ../nbs/08_export.ipynb #68b0b153
 def _own_file(folder: Path, name: str) -> Path | None:  # None: it is not there
-    "A file of a model directory; a `CheckpointError` if it is a link out of it, which would bring a stranger's choice of your files into the export. (In the cache of Hugging Face's hub, files are links into the folder blobs beside; these are followed.)"
+    """A file of a model directory; a `CheckpointError` if it is a link out of it.
+
+    In the cache of Hugging Face's hub, files are links into the folder blobs beside; these are
+    followed.
+    """
     path = folder / name
     if not path.exists():
         return None
@@ -297,7 +302,7 @@ def _copy_small(folder: Path, d: Path, names: Iterable[str]):
         if found := _own_file(folder, name):
             shutil.copyfile(found, d / name)
 
-
+# %% ../nbs/08_export.ipynb #7a3f3aa1
 def _write_model(
     d: Path,
     config: GPTConfig,
@@ -416,7 +421,7 @@ def _place(source, name: str) -> Path:
         run / "exports" if run else path.parent
     ) / f"{path.stem if path.is_file() else path.name}-{name}"
 
-
+# %% ../nbs/08_export.ipynb #7dd0562a
 _ALIEN = {
     ".gguf": (
         "GGUF is not written here; llama.cpp's convert_hf_to_gguf.py makes it of such a directory,"
@@ -434,7 +439,7 @@ _ALIEN = {
 
 
 def _check_out(out: Path, source, replace: bool):
-    "A `ValueError` or `FileExistsError` if this is no name for an export, or something stands there that is none."
+    "An error if this is no name for an export, or if something else than an export stands there."
     if out.suffix.lower() in _ALIEN:
         raise ValueError(
             f"{out}: an export is a directory, such as {out.with_suffix('')};"
@@ -462,29 +467,24 @@ def _check_out(out: Path, source, replace: bool):
             " name, or move it away"
         )
 
-
+# %% ../nbs/08_export.ipynb #68a84db8
 def export(
-    source: (
-        str | Path | GPT
-    ),  # A checkpoint, a run's folder, a Llama or Qwen3 directory, a `.pth` file; or a model in memory. An adapter is merged with its base
-    out: (
-        str | Path | None
-    ) = None,  # The directory to appear; default: in `exports` of the run, else beside the source
+    source: str | Path | GPT,  # A checkpoint, run, model directory, `.pth` file; or a model
+    out: str | Path | None = None,  # Default: in `exports` of the run, or else beside the source
     precision: str = "fp32",  # `fp32`, `fp16`, `bf16`, `int8`, `int4`
     weights_only: bool = True,  # False: the full checkpoint, with optimizer and random generators
     compress: bool = False,  # zstd on the tensors; then only this library opens it
     metrics: bool = False,  # Keep trainer_state.json, with the step and the losses
     *,
-    tokenizer: (
-        str | Path | Tokenizer | None
-    ) = None,  # To put in, or its folder; default: the source's own
+    tokenizer: str | Path | Tokenizer | None = None,  # Or its folder; default: the source's own
     config: GPTConfig | str | None = None,  # Only for a `.pth` file: its shape, or 'minimind'
     replace: bool = False,  # May it take the place of an earlier export at `out`?
-    progress: (
-        Callable[[int, int], None] | None
-    ) = None,  # Told of bytes read and their total; default: a bar
+    progress: Callable[[int, int], None] | None = None,  # Told bytes done, in all; default: a bar
 ) -> Path:  # `out`
-    "Write a model as a directory that `load_model` opens, with a manifest; transformers opens the plain ones, too."
+    """Write a model as a directory that `load_model` opens, with a manifest.
+
+    transformers opens the plain ones, too. An adapter is merged with its base.
+    """
     if precision not in BITS:
         raise ValueError(
             f"precision={precision!r} must be one of {', '.join(BITS)}; GGUF is not written here"
@@ -501,9 +501,8 @@ def export(
     source = _named(source)
     if weights_only:
         config, weights, folder = _open(source, config)
-        if (
-            folder and not tokenizer and (folder / "adapter_config.json").exists()
-        ):  # merged; its base's tokenizer, unless it has one
+        # merged; its base's tokenizer, unless it has one
+        if folder and not tokenizer and (folder / "adapter_config.json").exists():
             tokenizer = load_tokenizer(
                 folder
                 if (folder / "tokenizer.json").exists()
@@ -606,7 +605,7 @@ def _predict(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Ten
     best = torch.cat(best)
     return total / max(1, len(best)), best
 
-
+# %% ../nbs/08_export.ipynb #4bef4ad9
 class ExportReport(dict):
     "What `export_report` measured; a dictionary, shown as a table, with `.figure()`."
 
@@ -660,7 +659,8 @@ class ExportReport(dict):
             "<tr>"
             + "".join(
                 f"<{'th' if i == 0 else 'td'}"
-                f' style="text-align:{"left" if j == 0 else "right"}">{escape(x)}</{"th" if i == 0 else "td"}>'
+                f' style="text-align:{"left" if j == 0 else "right"}">'
+                f"{escape(x)}</{'th' if i == 0 else 'td'}>"
                 for j, x in enumerate(l)
             )
             + "</tr>"
@@ -695,7 +695,7 @@ class ExportReport(dict):
         ax.margins(x=0.6)
         return fig
 
-
+# %% ../nbs/08_export.ipynb #80a4667d
 def export_report(
     source: str | Path | GPT,  # As for `export`
     data=None,  # Token set to measure the loss on, or its folder; None: sizes only
@@ -704,7 +704,7 @@ def export_report(
     sequences: int = 64,  # How many, spread over the set
     config: GPTConfig | str | None = None,  # As for `export`
 ) -> ExportReport:
-    "Sizes, in theory and in the file, and what each precision costs; and the sizes of the kinds of checkpoint."
+    "The size and the cost of each precision, and the size of each kind of checkpoint."
     if isinstance(data, (str, Path)):
         data = open_set(data)
     shape, weights, folder = _open(source, config)
@@ -745,8 +745,11 @@ def export_onnx(
     out: str | Path | None = None,  # The directory to appear; default: as for `export`
     config: GPTConfig | str | None = None,  # As for `export`
     replace: bool = False,  # May it take the place of an earlier export at `out`?
-) -> Path:  # `out`, with model.onnx (`ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32) and the tokenizer
-    "Write a model for other runtimes, in float32."
+) -> Path:  # `out`, with model.onnx and the tokenizer
+    """Write a model for other runtimes, in float32.
+
+    The graph: `ids` (batch, length) int64 → `logits` (batch, length, vocabulary) float32.
+    """
     if not all(map(find_spec, ("onnx", "onnxscript"))):
         raise ImportError(
             "ONNX export needs onnx and onnxscript; install them with: pip install"
@@ -761,9 +764,8 @@ def export_onnx(
             self.model = model
 
         def forward(self, ids):
-            return F.linear(
-                self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head
-            )  # with `rows` the mask is explicit, whatever the length
+            # with `rows` the mask is explicit, whatever the length
+            return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head)
 
     source = _named(source)
     out = at_home(out) if out else _place(source, "onnx")
@@ -782,8 +784,8 @@ def export_onnx(
             dynamo=True,
             verbose=False,
             dynamic_shapes=({0: "batch", 1: "length"},),
-            external_data=theory(shape)["fp32"] > 1 << 30,
-        )  # a protobuf ends at 2 GiB
+            external_data=theory(shape)["fp32"] > 1 << 30,  # a protobuf ends at 2 GiB
+        )
         if folder:
             _copy_small(folder, d, _TOKENIZER)
         write_manifest(d, {}, "onnx", 0)

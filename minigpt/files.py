@@ -69,7 +69,7 @@ def at_home(path: str | Path) -> Path:
 def on_hub(
     path: str | Path,  # Given as a folder, where nothing is
 ) -> str:
-    "What to add to an error about it, should it be a model's name on a hub (`org/name`); else nothing."
+    "A hint for an error, where the name may be that of a model on a hub; else nothing."
     parts = Path(path).parts
     if len(parts) != 2 or parts[0] in (".", "..", "/", "~") or Path(parts[0]).exists():
         return ""
@@ -78,7 +78,7 @@ def on_hub(
         f" (huggingface_hub.snapshot_download({str(path)!r}, local_dir='DIR')), and name DIR"
     )
 
-
+# %% ../nbs/00_files.ipynb #616869ad
 def free_space(
     path: str | Path,  # A file or folder, existing or not
 ) -> int:  # Bytes free for this user
@@ -100,7 +100,10 @@ def free_said(path: str | Path) -> str:  # Such as `3.1 GiB free`
 def dir_size(
     path: str | Path,  # A folder; one that is not there takes nothing
 ) -> int:  # Bytes
-    "What the files in a folder, and below it, take. Links are not followed; what cannot be read counts for nothing."
+    """What the files in a folder, and below it, take.
+
+    Links are not followed; what cannot be read counts for nothing.
+    """
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -143,7 +146,10 @@ _thread = threading.local()
 
 
 class Pace:
-    "Rest eight times as long as was worked; not at all while `hurry` is set, because somebody waits."
+    """Rest eight times as long as was worked.
+
+    Not at all while `hurry` is set, because somebody waits.
+    """
 
     def __init__(self, also: Callable[[], None] = lambda: None):  # Called at each rest
         self.also, self.hurry, self.worked = also, threading.Event(), 0.0
@@ -174,9 +180,8 @@ def _become(work, parent: int):
     global _forked
     _forked = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: if the parent is killed, so are its workers; they hold its locks
+    # PR_SET_PDEATHSIG: if the parent is killed, so are its workers; they hold its locks
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
@@ -201,9 +206,8 @@ def spread(
     items, waiting = iter(items), deque()
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "This process.*multi-threaded", DeprecationWarning
-            )  # the workers use no thread of the parent's
+            # the workers use no thread of the parent's
+            warnings.filterwarnings("ignore", "This process.*multi-threaded", DeprecationWarning)
             while True:
                 waiting += [
                     (x, pool.submit(_do, x) if fork else pool.submit(work, x))
@@ -266,7 +270,10 @@ def hash_file(
 
 # %% ../nbs/00_files.ipynb #9b4e0a68
 def lexists(path: str | Path) -> bool:
-    "Is there anything of this name, a link that leads nowhere included? An error other than its absence is raised."
+    """Is there anything of this name, a link that leads nowhere included?
+
+    An error other than its absence is raised.
+    """
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -305,7 +312,10 @@ def within_time(
     seconds: float,  # How long to wait for it
     what: str,  # Which thing does not answer, for the error
 ):  # What `f` returns, or its error
-    "Call `f`; a `TimeoutError` if there is no answer in time. The thread that waits is left behind, and does not keep Python from exiting."
+    """Call `f`; a `TimeoutError` if there is no answer in time.
+
+    The thread that waits is left behind, and does not keep Python from exiting.
+    """
     answer = []
 
     def ask():
@@ -328,13 +338,8 @@ def within_time(
     return value
 
 # %% ../nbs/00_files.ipynb #b153cdff
-_UNSUPPORTED = {
-    errno.EINVAL,
-    errno.ENOSYS,
-    errno.ENOTSUP,
-    errno.EOPNOTSUPP,
-    errno.ENOLCK,
-}  # what a file system says of a request that it does not know
+# what a file system says of a request that it does not know
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 # %% ../nbs/00_files.ipynb #5958539a
 def fsync(
@@ -366,9 +371,12 @@ def _named(e: BaseException, path: Path) -> BaseException:
         else e
     )
 
-
+# %% ../nbs/00_files.ipynb #6678a55a
 def open_new(path: str | Path, buffering: int = 0):
-    "Open a file that nobody has written to. A leftover of its name, or a link, is unlinked first; what the link points to is not touched."
+    """Open a file that nobody has written to.
+
+    A leftover of its name, or a link, is unlinked first; what the link points to is not touched.
+    """
     if lexists(path):
         os.unlink(path)
     return open(path, "xb", buffering)
@@ -466,12 +474,13 @@ def in_folder(
     )
 
 # %% ../nbs/00_files.ipynb #fc616e76
+# not on Windows
 _HANDLES = {
     os.open,
     os.stat,
     os.unlink,
     os.rmdir,
-} <= os.supports_dir_fd and os.scandir in os.supports_fd  # not on Windows
+} <= os.supports_dir_fd and os.scandir in os.supports_fd
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
@@ -525,9 +534,12 @@ def _delete_by_name(path: Path, emptied: bool):
 def delete(
     path: str | Path,  # File, link or folder; it may be gone already
     root: str | Path | None = None,  # The folder that it must be in; default: the one around it
-    emptied: bool = False,  # Cut every file to nothing first: Drive keeps what is deleted in its trash, and an empty file takes no room there
+    emptied: bool = False,  # Cut every file to nothing first?
 ):
-    "Delete a name, and all that is in it if it is a folder. Links are unlinked, never followed; nothing outside of `root` is reached."
+    """Delete a name, and all that is in it if it is a folder.
+
+    Links are unlinked, never followed; nothing outside of `root` is reached.
+    """
     path = Path(path)
     stay_inside(path, root := Path(path.parent if root is None else root))
     if not _HANDLES:
@@ -596,9 +608,7 @@ def remove_dir(
 def set_aside(
     path: str | Path,  # File or folder to keep, but out of the way
     why: str,  # A word for the new name, such as `damaged`
-    root: str
-    | Path
-    | None = None,  # The folder that it must be in, not through a link; default: the one around it
+    root: str | Path | None = None,  # The folder that it must be in, not through a link
 ) -> Path:  # Its new name, such as `checkpoint-500.damaged-1`
     "Rename something aside instead of deleting it. Of a link, the link alone is renamed."
     path = Path(path)
@@ -656,15 +666,13 @@ def can_lock(
             return e.errno not in _UNSUPPORTED
     return True
 
-
+# %% ../nbs/00_files.ipynb #34b7a331
 class RunLock:
     "What `only_one` holds."
 
     def __init__(self, folder: Path):
-        self.path, self.works = (
-            folder / ".lock",
-            can_lock(folder),
-        )  # `works`: can it keep others out?
+        # `works`: can it keep others out?
+        self.path, self.works = folder / ".lock", can_lock(folder)
         self.lock = FileLock(self.path) if self.works else None
         self.file = None
 
@@ -672,9 +680,8 @@ class RunLock:
         "A `RuntimeError` if another live process has it."
         try:
             if self.lock:
-                self.lock.acquire(
-                    timeout=0.5
-                )  # who only asks whether somebody trains holds it for microseconds
+                # who only asks whether somebody trains holds it for microseconds
+                self.lock.acquire(timeout=0.5)
         except Timeout:
             raise RuntimeError(
                 f"another process is writing in {self.path.parent}; wait until it ends or stop it,"

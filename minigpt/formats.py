@@ -70,6 +70,7 @@ _REFUSED = {
     b"\x93NUMPY": ("an array of NumPy", "name the text that its numbers were made from"),
 }
 
+# %% ../nbs/02_formats.ipynb #2ed275d1
 _TABLE = (
     "make rows of it: `pandas.read_csv({}).to_json('data.jsonl', orient='records', lines=True,"
     " force_ascii=False)`, with a column text, or instruction and output"
@@ -115,7 +116,7 @@ _CONTENTS = (
 def _bare(name: str) -> str:
     return name.lower().removesuffix(".gz").removesuffix(".zst")
 
-
+# %% ../nbs/02_formats.ipynb #5600c1f9
 class _damage:
     "What a broken archive raises, as a `DataError`."
 
@@ -132,9 +133,12 @@ class _damage:
                 " again, or unpack what is whole of it"
             ) from None
 
-
+# %% ../nbs/02_formats.ipynb #d3bfa44a
 class _Zstd(io.RawIOBase):
-    "Frames of zstd, unpacked block by block: of one block come 128 KiB at most, however small it is."
+    """Frames of zstd, unpacked block by block.
+
+    A block gives 128 KiB at most, however small it is.
+    """
 
     def __init__(self, f):
         self.f, self.rest, self.pieces = f, b"", self._frames()
@@ -158,7 +162,10 @@ class _Zstd(io.RawIOBase):
         return data
 
     def _frames(self) -> Iterator[bytes]:
-        "RFC 8878: frames of a header and blocks; between them may stand others that are to be skipped."
+        """RFC 8878: frames of a header and blocks.
+
+        Between them may stand others that are to be skipped.
+        """
         while magic := self.f.read(4):
             if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
                 self._skip(int.from_bytes(self._take(4), "little"))
@@ -178,9 +185,8 @@ class _Zstd(io.RawIOBase):
             block = self._take(3)
             facts = int.from_bytes(block, "little")
             last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
-            yield frame.decompress(
-                block + self._take(1 if kind == 1 else size)
-            )  # kind 1: one byte, again and again
+            # kind 1: one byte, again and again
+            yield frame.decompress(block + self._take(1 if kind == 1 else size))
         if head[4] & 4:
             yield frame.decompress(self._take(4))  # a checksum
 
@@ -188,7 +194,7 @@ class _Zstd(io.RawIOBase):
         self.f.close()
         super().close()
 
-
+# %% ../nbs/02_formats.ipynb #2a104186
 def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
     "How a file is packed, and its bytes unpacked."
     if path.is_dir():
@@ -238,12 +244,16 @@ def _called(encoding: str) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    "What a data file is, as its first 64 KiB tell."
+    """What a data file is, as its first 64 KiB tell.
+
+    Layouts: `lines` (a JSON value each), `objects` (a JSON array, or objects over several
+    lines), `inside` (an array under a key of one object) or `text`.
+    """
 
     packed: str  # '', 'gzip' or 'zstd'
     encoding: str  # Python's name of it
     newline: str  # 'LF', 'CRLF', or 'CR' where no line feed is found
-    layout: str  # 'lines' (a JSON value each), 'objects' (a JSON array, or objects over several lines), 'inside' (an array under a key of one object) or 'text'
+    layout: str  # 'lines', 'objects', 'inside' or 'text'
     guessed: bool = False  # Is the encoding a guess?
 
     def __str__(self):
@@ -263,7 +273,7 @@ class Look:
             if x
         )
 
-
+# %% ../nbs/02_formats.ipynb #41c25247
 def _marked(head: bytes) -> str | None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
     for bom, name in (
@@ -275,9 +285,9 @@ def _marked(head: bytes) -> str | None:
     ):
         if head.startswith(bom):
             return name
-    if (
-        0 in head
-    ):  # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday Chinese or Japanese; in the wrong order, or where it is something else, little
+    # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday
+    # Chinese or Japanese; in the wrong order, or where it is something else, little
+    if 0 in head:
         for name in "utf-16-le", "utf-16-be":
             text = head[: len(head) // 2 * 2].decode(name, "replace")
             if "\0" not in text and max(
@@ -352,9 +362,12 @@ _SHARE = (
     | dict.fromkeys(_LATIN, 1.0)
 )
 
-
+# %% ../nbs/02_formats.ipynb #fcb14084
 def _usual(data: bytes, encoding: str, chars: str) -> float:
-    "How usual a text is when it is read so: about 1 where it is meant so, and less where it is not. The twelve most usual characters count twice, but for accents."
+    """How usual a text is when it is read so: about 1 where it is meant so, and less where not.
+
+    The twelve most usual characters count twice, but for accents.
+    """
     size = lambda c: len(c.encode(encoding, "ignore")) or 1
     odd = Counter(c for c in data.decode(encoding, "replace") if c > "\x7f")
     weight = {
@@ -403,7 +416,10 @@ _WRAPPERS = "data", "rows", "examples", "train", "instances", "samples", "record
 
 
 def _outline(head: bytes) -> Iterator[tuple[bytes, str, bytes]]:
-    "Of JSON that may be cut off: the brackets around each key, the key, and the first byte of its value. Ends where it is no JSON."
+    """The brackets around each key, the key, and the first byte of its value.
+
+    The JSON may be cut off. Ends where it is no JSON.
+    """
     around, last, key = b"", b"", None
     for m in _TOKEN.finditer(head):
         part = m[0]
@@ -423,7 +439,7 @@ def _outline(head: bytes) -> Iterator[tuple[bytes, str, bytes]]:
         elif part != b"," and not (_WORD.fullmatch(part) or m.end() == len(head)):
             return
 
-
+# %% ../nbs/02_formats.ipynb #46736ff9
 def _value(line: bytes):
     "What a line holds, as JSON or as Python writes it; None where it is neither."
     try:
@@ -441,7 +457,10 @@ def _value(line: bytes):
 
 
 def _is_json(text: bytes) -> bool:
-    "Is this JSON, under a name that does not say so? Most of its first lines are, or all of it is, as far as it goes."
+    """Is this JSON, under a name that does not say so?
+
+    Most of its first lines are, or all of it is, as far as it goes.
+    """
     if text[:1] not in (b"{", b"["):
         return False
     lines = [l for l in text.split(b"\n")[:20] if l.strip()]
@@ -465,7 +484,7 @@ def _scans(text: bytes) -> bool:
         for m in _TOKEN.finditer(text)
     )
 
-
+# %% ../nbs/02_formats.ipynb #026ab8e0
 def _wrapper(text: bytes) -> str | None:
     "The key of the one object of a file under which its rows are."
     key = None
@@ -521,7 +540,7 @@ def _newline(text: str, more: Callable[[], str]) -> str:
         (("CRLF" if "\r\n" in part else "LF") for part in iter(more, "") if "\n" in part), "CR"
     )
 
-
+# %% ../nbs/02_formats.ipynb #394929fa
 def look_at(
     path: str | Path,  # A data file
     encoding: str = "",  # Python's name of it; empty: as the file looks
@@ -645,15 +664,13 @@ def _matching(p: Path) -> list[Path]:
         raise FileNotFoundError(f"no file in {p.parent} matches {p.name} (looked in {Path.cwd()})")
     return found
 
-
+# %% ../nbs/02_formats.ipynb #54bd0637
 def data_files(
-    source: (
-        str | Path | Iterable[str | Path]
-    ),  # A file, a folder of data files, a pattern such as `texts/*.jsonl`, or a list of these
+    source: str | Path | Iterable[str | Path],  # A file, a folder, a pattern, or a list of these
     say: Callable[[str], None] | None = None,  # Told which files of a folder are passed over
     encoding: str = "",  # As for `look_at`
 ) -> list[Path]:
-    "The data files that `source` names, in order."
+    "The data files that `source` names, in order; a pattern is such as `texts/*.jsonl`."
     if not isinstance(source, (Path, Iterable)) or isinstance(source, dict):
         raise TypeError(
             f"{source!r} is no data; name a file, a folder of data files, or a list of them (names"
@@ -740,16 +757,17 @@ def _lines(f: io.BufferedReader, text: bool) -> Iterator[tuple[int, bytes]]:
         yield number, line
         number += 1
 
-
-_JSON_PART = re.compile(
-    rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S
-)  # a string, without the last quote where its end is not here; or a bracket
-
+# %% ../nbs/02_formats.ipynb #a9df36ba
+# a string, without the last quote where its end is not here; or a bracket
+_JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S)
 _BETWEEN = b"[], \t\r\n" + codecs.BOM_UTF8
 
-
+# %% ../nbs/02_formats.ipynb #7a1ad56b
 def _objects(f: io.BufferedReader, path: Path, inside: bool = False) -> Iterator[tuple[int, bytes]]:
-    "The objects of an array, or one behind another, with the lines where they begin; `inside`: those in the array under a key of another object."
+    """The objects of an array, or one behind another, with the lines where they begin.
+
+    `inside`: those in the array under a key of another object.
+    """
     rest, number, depth, begin, at, top, open_, key, word = (
         b"",
         1,
@@ -817,7 +835,7 @@ def _objects(f: io.BufferedReader, path: Path, inside: bool = False) -> Iterator
     else:
         yield from between(rest)
 
-
+# %% ../nbs/02_formats.ipynb #1589310f
 def read_blocks(
     path: str | Path,  # A data file
     size: int = 1 << 20,  # Bytes of a block, to the next line end
@@ -854,17 +872,11 @@ class Row:
     ends: bool = True  # Does a document end behind it? Pieces of one long text do not.
     reason: str = ""  # Why it was refused; empty for a good row
     detail: str = ""  # What exactly was found
-    messages: list[dict] | None = (
-        None  # Of a conversation: `role` and `content` each. Of a preference: those with the chosen answer
-    )
+    messages: list[dict] | None = None  # `role` and `content` each; of a preference, the chosen
     rejected: list[dict] | None = None  # Of a preference: those with the rejected answer
     mended: tuple[str, ...] = ()  # What had to be read with a blind eye, such as `NaN`
-    read: str = field(
-        default="", compare=False
-    )  # Which of its columns were read, and as what: `conversations → messages`
-    unread: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # Its other columns, which are left out
+    read: str = field(default="", compare=False)  # Columns, and as what: `dialog → messages`
+    unread: tuple[str, ...] = field(default=(), compare=False)  # Other columns, which are left out
 
     @property
     def kind(self) -> str:
@@ -901,7 +913,7 @@ def _depth(x) -> int:
         )
     return n
 
-
+# %% ../nbs/02_formats.ipynb #c664ea26
 def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
     "The values on a line, one unless it is broken in a known way; and what was mended."
     line = line.removeprefix(codecs.BOM_UTF8)
@@ -977,6 +989,7 @@ _SAME = {
     ).items()
     for other in others.split()
 }
+# lists of messages
 _TALKS = (
     "conversations",
     "messages",
@@ -987,7 +1000,7 @@ _TALKS = (
     "chat",
     "data",
     "items",
-)  # lists of messages
+)
 # the second where none of the first is there: beside them they mean something else
 _ASKED, _ASKED_ELSE = (
     ("prompt", "instruction", "question", "query", "problem", "inputs"),
@@ -997,12 +1010,16 @@ _ANSWERED, _ANSWERED_ELSE = (
     ("output", "completion", "response", "answer", "solution", "targets", "outputs", "target"),
     ("answers", "assistant", "bot", "gpt"),
 )
+
+# %% ../nbs/02_formats.ipynb #614a9af6
 _SIDE = "(_(response|answer|output|completion|messages|conversations?|text))"
 _CHOSEN = re.compile(
-    f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?|(good|positive|correct|winning){_SIDE}"
+    f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?"
+    f"|(good|positive|correct|winning){_SIDE}"
 )
 _REJECTED = re.compile(
-    f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+    f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?"
+    f"|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
 )
 _THOUGHT = re.compile(
     "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_"
@@ -1039,7 +1056,7 @@ _UNLEARNED = dict(
     output_with_loss=False,
 )
 
-
+# %% ../nbs/02_formats.ipynb #153152f9
 @lru_cache(10_000)
 def _like(name) -> frozenset[str]:
     "What a column may be by the look of its name."
@@ -1063,7 +1080,7 @@ def _unlearned(k: str, v) -> bool:
         and (isinstance(v, bool) or "weight" in k)
     )
 
-
+# %% ../nbs/02_formats.ipynb #9373ad99
 @lru_cache(1000)
 def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
     "For a row whose layout is not known."
@@ -1095,16 +1112,16 @@ def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
         )
     )
 
-
+# %% ../nbs/02_formats.ipynb #3c18a274
 class _Columns:
-    "The columns of a row by the names that are known here; what is null or empty counts only where nothing else does."
+    """The columns of a row by the names that are known here.
+
+    What is null or empty counts only where nothing else does.
+    """
 
     def __init__(self, row: dict):
-        self.row, self.read, self.extra = (
-            row,
-            [],
-            set(),
-        )  # `read`: the row's own names of what was used; `extra`: keys of messages that were not
+        # `read`: the row's own names of what was used; `extra`: keys of messages that were not
+        self.row, self.read, self.extra = row, [], set()
         self.full, self.names = {}, {}
         for k, v in row.items():
             name = (
@@ -1287,7 +1304,7 @@ class _Columns:
             **facts,
         )
 
-
+# %% ../nbs/02_formats.ipynb #f0807b3a
 _PLAIN_COLUMNS = {
     *_TALKS,
     *_ASKED,
@@ -1409,12 +1426,13 @@ def _role_of(name: str) -> str | None:
     low = name.strip().lower()
     return ROLES.get(low) or ("assistant" if low.startswith("gpt") else None)
 
-
+# %% ../nbs/02_formats.ipynb #2b9df87e
 _PLAIN = "user", "assistant", "system", "tool"
 _MARK = re.compile(r"<(/?)(think|ultra_think|tool_call)>")
 _ANY_CASE = re.compile(_MARK.pattern, re.I)
 _END = re.compile(
-    r"(?:\s*(?:</s>|<eos>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|end\|>|<end_of_turn>))+\s*\Z"
+    r"(?:\s*(?:</s>|<eos>|<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|<\|end_of_text\|>|<\|end\|>"
+    r"|<end_of_turn>))+\s*\Z"
 )
 _RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
 _MESSAGE_KEYS = {
@@ -1450,7 +1468,7 @@ def _call(x) -> dict:
         )
     return x.get("function", x) if isinstance(x.get("function"), dict) else x
 
-
+# %% ../nbs/02_formats.ipynb #51d0ae12
 def _text_of(i: int, content, m: dict) -> str:
     "The content of a message, whose parts are joined; thoughts among them are put beside it."
     if not isinstance(content, list):
@@ -1496,7 +1514,7 @@ def _text_of(i: int, content, m: dict) -> str:
             said.append(text)
     return "".join(said)
 
-
+# %% ../nbs/02_formats.ipynb #c962453d
 def _thought(i: int, m: dict) -> str | None:
     "What an assistant thought, under whatever name."
     found = {
@@ -1516,7 +1534,10 @@ def _thought(i: int, m: dict) -> str | None:
 
 
 def _check_marks(i: int, content: str) -> list[str]:
-    "What is odd about thoughts and calls in a text; raises `_Unreadable` where one begins and does not end, or ends and did not begin."
+    """What is odd about thoughts and calls in a text.
+
+    Raises `_Unreadable` where one begins and does not end, or ends and did not begin.
+    """
     depth = Counter()
     where = f"message {i}: {content[:40]!r} … {content[-40:]!r}"
     for m in _MARK.finditer(content):
@@ -1535,7 +1556,10 @@ def _without_end(text: str) -> str:
 
 
 def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -> str:
-    "What an assistant says, in one spelling; what else it said is put into `m`. Raises `_Unreadable`."
+    """What an assistant says, in one spelling; raises `_Unreadable`.
+
+    What else it said is put into `m`.
+    """
     if not _empty(call := m.pop("function_call", None)):
         if not _empty(m.get("tool_calls")):
             raise _Unreadable(
@@ -1573,7 +1597,7 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
         raise _Unreadable("empty answer", f"message {i} is of the assistant and says nothing")
     return content
 
-
+# %% ../nbs/02_formats.ipynb #67b7e991
 def _is_learned(i: int, m: dict) -> bool:
     "Is an answer to be learned? Takes the keys that say so out of the message."
     flags = {
@@ -1590,7 +1614,7 @@ def _is_learned(i: int, m: dict) -> bool:
         )
     return 0 not in flags.values()
 
-
+# %% ../nbs/02_formats.ipynb #76d4cb47
 def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     "A message in one spelling; raises `_Unreadable`."
     had, m = m, {k: v for k, v in m.items() if v is not None}
@@ -1639,7 +1663,7 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     extra |= {f"{k} of messages" for k, v in m.items() if k not in _MESSAGE_KEYS and not _empty(v)}
     return {**m, "role": role, "content": content}
 
-
+# %% ../nbs/02_formats.ipynb #fab9367c
 def _messages(raw, where: str = "", extra: set[str] | None = None) -> tuple[list[dict], list[str]]:
     "Messages in one spelling, and what was mended; raises `_Unreadable`."
     if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw):
@@ -1688,7 +1712,7 @@ def _messages(raw, where: str = "", extra: set[str] | None = None) -> tuple[list
 def _only_calls(m: dict) -> bool:
     return m["role"] == "assistant" and not m["content"] and isinstance(m.get("tool_calls"), list)
 
-
+# %% ../nbs/02_formats.ipynb #c4e9cc55
 def _sort_results(messages: list[dict]):
     "Put the results of calls into the order of the calls, where they say which is whose."
     for at, m in enumerate(messages):
@@ -1702,9 +1726,12 @@ def _sort_results(messages: list[dict]):
                 results, key=lambda r: ids.index(r["tool_call_id"])
             )
 
-
+# %% ../nbs/02_formats.ipynb #d3c21023
 def _with_tools(messages: list[dict], tools) -> list[dict]:
-    "The messages, with the row's own `tools` on the system message; raises `_Unreadable` where tools or calls are none."
+    """The messages, with the row's own `tools` on the system message.
+
+    Raises `_Unreadable` where tools or calls are none.
+    """
     if tools:
         if messages[0]["role"] != "system":
             messages.insert(0, dict(role="system", content=""))
@@ -1722,9 +1749,8 @@ def _with_tools(messages: list[dict], tools) -> list[dict]:
                 _check_call(c)
     try:
         made, tools = chat_messages(messages)
-        text = orjson.dumps(
-            [made, tools], option=orjson.OPT_NON_STR_KEYS
-        )  # refuses half a surrogate pair
+        # refuses half a surrogate pair
+        text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS)
     except RecursionError:
         raise _Unreadable("broken tools or tool_calls", "they are nested too deeply") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
@@ -1746,7 +1772,7 @@ def _with_tools(messages: list[dict], tools) -> list[dict]:
         raise _Unreadable("control token in a text", "in tools or tool_calls")
     return messages
 
-
+# %% ../nbs/02_formats.ipynb #74bcb6d2
 def _check_call(c):
     "Raise `_Unreadable` unless it is a call, with a name and arguments."
     call = _call(c)
@@ -1783,7 +1809,8 @@ _SPEAKER = re.compile(
     r"(?:\A|\n+)[ \t]*(Human|Assistant|USER|ASSISTANT|SYSTEM|FUNCTION RESPONSE):[ \t]*"
 )
 _WRITTEN_CALL = re.compile(
-    r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z',
+    r'<functioncall>\s*\{\s*"name":\s*"([^"]+)"\s*'
+    r'(?:,\s*"arguments":\s*(?:\'(.*)\'|(.*?))\s*)?\}\s*\Z',
     re.S,
 )
 
@@ -1798,7 +1825,7 @@ def _is_transcript(x) -> bool:
 
 
 def _transcript(text: str) -> list[dict]:
-    "A conversation that is written as one text, with the names of the speakers (HH-RLHF, glaive), as messages."
+    "A conversation that is written as one text, with the names of the speakers, as messages."
     pieces = _SPEAKER.split(text.strip())
     roles = dict(
         Human="user", USER="user", SYSTEM="system", Assistant="assistant", ASSISTANT="assistant"
@@ -1808,7 +1835,7 @@ def _transcript(text: str) -> list[dict]:
         for who, said in zip(pieces[1::2], pieces[2::2])
     ]
 
-
+# %% ../nbs/02_formats.ipynb #4976fae3
 def _spoken_call(m: dict) -> dict:
     "A message whose `<functioncall>` is a call."
     if m["role"] != "assistant" or "<functioncall>" not in m["content"]:
@@ -1849,9 +1876,12 @@ def _prompt_with_tools(system: str) -> tuple[str, list[dict]]:
         rest = rest[end:].strip()
     return (said[:at].rstrip().removesuffix("-").rstrip(), tools) if tools else (said, [])
 
-
+# %% ../nbs/02_formats.ipynb #1f14f88f
 def _turns(x, name: str, extra: set[str]):
-    "The messages of a column, in whatever way they are put together; a list of anything else is returned as it is."
+    """The messages of a column, in whatever way they are put together.
+
+    A list of anything else is returned as it is.
+    """
     if isinstance(x, str) and x.lstrip().startswith("["):
         try:
             x = orjson.loads(x)
@@ -1876,9 +1906,12 @@ def _turns(x, name: str, extra: set[str]):
         return named if all(named) else [m for t in x for m in _spoken(t, name, extra)]
     return x
 
-
+# %% ../nbs/02_formats.ipynb #453100a6
 def _named(m: dict) -> dict | None:
-    "A message whose role and content have other names, such as {speaker, utterance} or {type, content}; None: it is none."
+    """A message whose role and content have other names; None: it is none.
+
+    Such as {speaker, utterance} or {type, content}.
+    """
     low = {str(k).strip().lower(): k for k in m}
     role = next(
         (
@@ -1903,7 +1936,10 @@ def _named(m: dict) -> dict | None:
 
 
 def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
-    "The messages of a turn that names the speakers, such as {human, assistant} or {system, input, output}."
+    """The messages of a turn that names the speakers.
+
+    Such as {human, assistant} or {system, input, output}.
+    """
     out = []
     for k, v in turn.items():
         low = _SAME.get(str(k).strip().lower(), str(k).strip().lower())
@@ -1944,13 +1980,12 @@ def _as_list(c: _Columns, key: str) -> list:
         raise _Unreadable(f"{key} is no list", f"it is a {type(x).__name__}")
     return x
 
-
+# %% ../nbs/02_formats.ipynb #55c902a8
 def _options(x) -> list[tuple[str, str]] | None:
     "The options of a question, each with its letter; None: they cannot be read."
     if isinstance(x, dict) and isinstance(x.get("text"), list):
-        x = (
-            dict(zip(x["label"], x["text"])) if isinstance(x.get("label"), list) else x["text"]
-        )  # ARC
+        # ARC
+        x = dict(zip(x["label"], x["text"])) if isinstance(x.get("label"), list) else x["text"]
     if isinstance(x, list):
         x = {chr(ord("A") + i): o for i, o in enumerate(x)}
     return (
@@ -1987,7 +2022,7 @@ def _with_options(c: _Columns, asked: str) -> str:
         )
     )
 
-
+# %% ../nbs/02_formats.ipynb #dd422db3
 def _question(c: _Columns):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
     if not (k := c.asked()):
@@ -2018,7 +2053,7 @@ def _question(c: _Columns):
     asked = _as_messages(asked, "user")
     return past + asked if isinstance(asked, list) else asked
 
-
+# %% ../nbs/02_formats.ipynb #8803dcd6
 def _answer(c: _Columns) -> tuple[str, list[dict]]:
     "The column with the answer, and the answer as messages."
     there = {k: c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
@@ -2059,7 +2094,7 @@ def _answer(c: _Columns) -> tuple[str, list[dict]]:
         )
     return k, _as_messages(x, "assistant")
 
-
+# %% ../nbs/02_formats.ipynb #8fe29ec6
 def _with_thoughts(c: _Columns, messages: list) -> list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
     found = {
@@ -2116,9 +2151,9 @@ _said = lambda messages: "\n".join(
     [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
 )
 
-
+# %% ../nbs/02_formats.ipynb #de709ae7
 def parse_conversation(
-    row: dict,  # What a line holds: `conversations` or `messages`, a list of {role, content} or {from, value}; or a question and an answer in fields of their own
+    row: dict,  # What a line holds: a list of messages, or a question and an answer
     number: int,  # Its number, from 1
 ) -> Row:
     "The messages of a conversation, tool calls and reasoning included."
@@ -2200,9 +2235,9 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
         raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ("chosen",)))
     return dict(sides, chosen=_answer(c)[1]), None
 
-
+# %% ../nbs/02_formats.ipynb #a25ae2a4
 def parse_preference(
-    row: dict,  # What a line holds: `chosen` and `rejected`, and unless they are whole conversations a `prompt` (or `instruction`, `question`), or `conversations` that end with the question
+    row: dict,  # What a line holds: `chosen` and `rejected`, and the question where they lack it
     number: int,  # Its number, from 1
 ) -> Row:  # `messages` end with the chosen answer, `rejected` with the other
     "Two conversations that differ in what the assistant answers."
@@ -2277,9 +2312,12 @@ def parse_preference(
         mended=tuple(sorted(mended)),
     )
 
-
+# %% ../nbs/02_formats.ipynb #ae5ab4a6
 def _check_sides(chosen: list[dict], rejected: list[dict]):
-    "Raise `_Unreadable` unless two conversations differ first in what the assistant answers, and answer something."
+    """Raise `_Unreadable` unless two conversations differ first in what the assistant answers.
+
+    They must answer something, too.
+    """
     a, b = sorted((chosen, rejected), key=len)
     if a == b[: len(a)]:
         raise _Unreadable(
@@ -2410,16 +2448,12 @@ def _plain_row(row: dict, number: int) -> Row | None:
         unread=tuple(sorted(extra)),
     )
 
-
+# %% ../nbs/02_formats.ipynb #4d5a68c7
 def parse_row(
     line: bytes,  # One line of a JSONL file
     number: int,  # Its number, from 1
-    format: (
-        str | None
-    ) = None,  # `pretrain`, `conversation` (tool calls and reasoning too), `dpo` or `lines`; default: as the keys say
-    columns: (
-        dict[str, str] | None
-    ) = None,  # The name that is known here → the row's own; '' leaves a column out
+    format: str | None = None,  # A key of `FORMATS`; default: as the keys of the row say
+    columns: dict[str, str] | None = None,  # Known name → the row's own; '' leaves a column out
 ) -> list[Row]:  # More than one only where several objects, or several documents, stand on the line
     "The rows of a line, each good or refused."
     try:
@@ -2477,9 +2511,7 @@ def parse_block(
 # %% ../nbs/02_formats.ipynb #5b1c0b03
 def read_table(
     looks: dict[Path, Look],  # Of each file
-) -> (
-    dict
-):  # Path of a file → its encoding, what its rows were read as, and columns left out, with counts
+) -> dict:  # Path of a file → its encoding, and counts: rows by layout, columns left out
     "A table of what is read, still empty."
     return {
         str(f): dict(encoding=l.encoding, guessed=l.guessed, rows={}, left_out={})

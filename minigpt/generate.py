@@ -43,15 +43,16 @@ def _check_choice(temperature, top_k, top_p):
 # %% ../nbs/06_generate.ipynb #0a254e26
 def _best(logits: Tensor) -> Tensor:
     "The first of the highest, (..., 1)."
+    # NumPy is ten times as fast on a CPU
     return (
         logits.argmax(-1, keepdim=True)
         if logits.device.type != "cpu"
         else torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
-    )  # ten times as fast there
+    )
 
 
 def _candidates(logits, temperature, top_k, top_p):
-    "Chances of the tokens that may be chosen, (..., n), and which tokens these are; None: all, in their order."
+    "Chances of the tokens that may be chosen, (..., n), and which these are; None: all, in order."
     top = logits.amax(-1, keepdim=True)
     if not top.isfinite().all():
         raise ValueError(
@@ -67,9 +68,8 @@ def _candidates(logits, temperature, top_k, top_p):
     if top_p is None or top_p == 1:
         return p, order
     if order is None:
-        best, order = p.topk(
-            min(1000, p.shape[-1])
-        )  # as a rule enough, and twenty times as fast as all
+        # as a rule enough, and twenty times as fast as all
+        best, order = p.topk(min(1000, p.shape[-1]))
         if best.sum(-1).min() < top_p:
             best, order = p.sort(descending=True)
         p = best
@@ -81,8 +81,7 @@ def next_probs(
     logits: Tensor,  # (..., V) scores
     temperature: float = 1.0,  # 0: all on the best token
     top_k: int | None = None,  # Keep the best `top_k` tokens
-    top_p: float
-    | None = None,  # Of these, keep the smallest set that holds this share of the probability
+    top_p: float | None = None,  # Of these, the smallest set with this share of the probability
 ) -> Tensor:  # (..., V) float32, each sums to 1
     "What each token's chance is to be chosen."
     _check_choice(temperature, top_k, top_p)
@@ -121,7 +120,9 @@ def _reading(model):
 
 # %% ../nbs/06_generate.ipynb #a986e455
 def _checked(model, prompts, max_new_tokens, choice, seed):
-    "The prompts as lists of numbers, and how many tokens each has room for; refused where it cannot work."
+    """The prompts as lists of numbers, and how many tokens each has room for.
+
+    Refused where it cannot work."""
     need_gpt(model, "this way of writing")
     _check_choice(*choice)
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
@@ -187,15 +188,15 @@ class DecodeStep:
             n - cache.length >= 64,
         )
         laid = lambda w: _panels(w, copy=many) if several else w.T
-        qkv = lambda a: laid(
-            torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight])
-        )  # for H*D + 2*K*D outputs
+        # for H*D + 2*K*D outputs
+        qkv = lambda a: laid(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]))
         gain = lambda norm: norm.weight * norm.weight.numel() ** 0.5
+        # (H+K, D)
         gains = lambda a: (
             torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)])
             if c.qk_norm
             else None
-        )  # (H+K, D)
+        )
         with torch.inference_mode():
             self.layers = [
                 (
@@ -211,14 +212,14 @@ class DecodeStep:
                 for l in model.model.layers
             ]
             self.last = gain(model.model.norm), laid(model.head)
-            cos, sin = (
-                torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, "cpu")
-            )  # (n, 1, D)
+            # (n, 1, D)
+            cos, sin = (torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, "cpu"))
             sin[..., : D // 2].neg_()
+            # (n, H+2*K, D): values stay as they are
             self.cos, self.sin = (
                 torch.cat([cos.expand(-1, H + K, -1), torch.ones(n, K, D)], 1),
                 torch.cat([sin.expand(-1, H + K, -1), torch.zeros(n, K, D)], 1),
-            )  # (n, H+2*K, D): values stay as they are
+            )
             self.eps = {width: torch.tensor((width * c.norm_eps) ** 0.5) for width in (c.dim, D)}
 
     @staticmethod
@@ -253,24 +254,25 @@ class DecodeStep:
         cache.check(B, 1)
         if mask is not None:
             mask = mask.repeat_interleave(K, 0)[:, None, None]  # (B*K, 1, 1, positions)
+        # (B, C), (H+2*K, D)
         x, cos, sin = (
             F.embedding(ids, self.model.model.embed_tokens.weight),
             self.cos[t],
             self.sin[t],
-        )  # (B, C), (H+2*K, D)
+        )
+        # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
         here, seen = (
             cache.kv[:, :, :, :, t].unbind(0),
             cache.kv.flatten(2, 3)[:, :, :, None, : t + 1].unbind(0),
-        )  # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
+        )
         for (norm1, qkv, gains, o, norm2, gate, up, down), new, kv in zip(self.layers, here, seen):
             h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)  # (B, H+2*K, D)
             if gains is not None:
                 h[:, : H + K] = self.norm(h[:, : H + K], gains)
             h = torch.addcmul(h * cos, h.roll(D // 2, -1), sin)  # both halves turn at once
             new.copy_(h[:, H:].unflatten(1, (2, K)).transpose(0, 1))
-            y = F.scaled_dot_product_attention(
-                h[:, :H].reshape(B * K, 1, H // K, D), *kv, mask
-            )  # heads that share keys stand in for positions
+            # heads that share keys stand in for positions
+            y = F.scaled_dot_product_attention(h[:, :H].reshape(B * K, 1, H // K, D), *kv, mask)
             x = _thin(y.reshape(B, H * D), o, x)
             h = self.norm(x, norm2)
             x = _thin(F.silu(_thin(h, gate)).mul_(_thin(h, up)), down, x)
@@ -341,9 +343,7 @@ def generate(
     max_new_tokens: int = 200,  # Tokens to write at most
     temperature: float = 1.0,  # 0: always the best token
     top_k: int | None = None,  # Keep the best `top_k` tokens
-    top_p: (
-        float | None
-    ) = None,  # Keep the smallest set of tokens with this share of the probability
+    top_p: float | None = None,  # Keep the smallest set with this share of the probability
     stop_ids: Iterable[int] = (),  # Tokens that end the text; they are not part of it
     seed: int | None = None,  # The same seed, the same text; default: another one each time
     use_cache: bool = True,  # Keep keys and values; without, every step reads the whole text again
@@ -366,13 +366,9 @@ def generate_batch(
     max_new_tokens: int = 200,  # Tokens to write at most behind each
     temperature: float = 1.0,  # 0: always the best token
     top_k: int | None = None,  # Keep the best `top_k` tokens
-    top_p: (
-        float | None
-    ) = None,  # Keep the smallest set of tokens with this share of the probability
+    top_p: float | None = None,  # Keep the smallest set with this share of the probability
     stop_ids: Iterable[int] = (),  # Tokens that end a text; they are not part of it
-    seed: (
-        int | None
-    ) = None,  # Prompt i is continued as `generate` does with `seed+i`; default: another text each time
+    seed: int | None = None,  # Prompt i goes on as `generate` with `seed+i`; default: at random
     use_cache: bool = True,  # Keep keys and values
 ) -> list[list[int]]:  # New token ids of each prompt
     "Continue several prompts at once: on a GPU, hardly slower than one."
@@ -396,11 +392,8 @@ def text_pieces(
     start = max((k + 1 for k, i in enumerate(before) if i in tokenizer.control_ids), default=0)
     decode = lambda ids: tokenizer.decode(ids, skip_special=True)
     seen = tokenizer.shown(before[start:])
-    begin, mark, sent = (
-        0,
-        len(seen),
-        len(decode(seen)),
-    )  # the text of `seen[begin:mark]` is out; with it the next tokens are decoded
+    # the text of `seen[begin:mark]` is out; with it the next tokens are decoded
+    begin, mark, sent = 0, len(seen), len(decode(seen))
     for i in ids:
         if not tokenizer.shown([i]):
             continue
@@ -441,18 +434,15 @@ def _turns(prompt) -> list[dict]:
 def stream_text(
     model: GPT,
     tokenizer: Tokenizer,
-    prompt: (
-        str | list[dict]
-    ),  # A text to continue, or a conversation to answer; '' starts a new document
+    prompt: str | list[dict],  # A text to continue ('': a new document), or a conversation
     tools: list[dict] | None = None,  # JSON schemas of functions, for a conversation
     thinking: bool | None = None,  # Should the answer begin with thoughts? See `Tokenizer.render`
     **kw,  # Options of `generate`; `stop_ids` is the tokenizer's unless given
 ) -> Iterator[str]:  # Pieces of the new text
     "Write on, and hand out the text as it comes."
     if hasattr(model, "write"):
-        return iter(
-            [model.write(tokenizer, prompt, **kw)]
-        )  # a model that does not go from left to right
+        # a model that does not go from left to right
+        return iter([model.write(tokenizer, prompt, **kw)])
     if isinstance(prompt, str):
         ids = after = tokenizer.begin(prompt)
     else:
@@ -483,7 +473,9 @@ def _no_json(name):
 def parse_tool_calls(
     text: str,  # What an assistant wrote; other text may stand around the calls
 ) -> list[dict]:  # `name` and `arguments` of each call, in order; empty where nothing is called
-    "The function calls in a model's answer. Nothing is run; a call that cannot be read is a `ValueError`."
+    """The function calls in a model's answer; nothing is run.
+
+    A call that cannot be read is a `ValueError`."""
     calls, decode, rest = [], json.JSONDecoder(parse_constant=_no_json).raw_decode, text
     while True:
         before, mark, rest = rest.partition(_OPEN)

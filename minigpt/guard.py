@@ -31,17 +31,15 @@ class Guard:
             memory,
             cpu,
         )
+        # `share`: of the time, in which we work
         self.share, self.full_since, self.looked, self.ended = (
             1.0,
             None,
             time.monotonic(),
             time.monotonic(),
-        )  # `share`: of the time, in which we work
-        self.rested, self.asked, self.slow = (
-            0.0,
-            time.monotonic(),
-            "",
-        )  # seconds of pauses since `resting` was asked; what to tell the user once they are felt
+        )
+        # seconds of pauses since `resting` was asked; what to tell the user once they are felt
+        self.rested, self.asked, self.slow = 0.0, time.monotonic(), ""
         self.cpu()
         self.warning = (
             f"{self._said()} before training has begun, more than max_memory={self.max_memory:g}:"

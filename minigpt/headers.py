@@ -46,7 +46,7 @@ BITS = dict(  # of a value, by the name that torch gives its type
     float4_e2m1fn_x2=4,
 )
 
-
+# %% ../nbs/06_headers.ipynb #8bceb803
 class Refused(ValueError):
     "A file that is not what it says it is."
 
@@ -90,14 +90,15 @@ _CODES = {
     },
 }
 
-
+# %% ../nbs/06_headers.ipynb #52156f94
 def safetensors_header(
     f,  # A file, at its beginning
     size: int | None,  # Its bytes; None where it is compressed
-) -> tuple[
-    dict, dict[str, str], int
-]:  # Name → (dtype, shape, begin, end); the metadata; where the values begin
-    "What a safetensors file holds; `Refused` if its header does not account for every byte, once."
+) -> tuple[dict, dict[str, str], int]:  # The tensors by name; metadata; where the values begin
+    """What a safetensors file holds; `Refused` if its header does not cover every byte, once.
+
+    Of each tensor: dtype, shape, its first byte among the values, and the one after its last.
+    """
     head = f.read(8)
     n = int.from_bytes(head, "little")
     if len(head) < 8 or size is not None and n > size - 8:
@@ -158,7 +159,7 @@ def safetensors_header(
         )
     return found, meta if isinstance(meta, dict) else {}, 8 + n
 
-
+# %% ../nbs/06_headers.ipynb #5de851dd
 def printable(
     text: str,  # Anything
     most: int = 100,  # Characters that are kept
@@ -183,7 +184,7 @@ class Call:
     args: tuple = ()
     has: dict | None = None  # what it was filled with
 
-
+# %% ../nbs/06_headers.ipynb #70ce4d38
 @dataclass(eq=False)
 class Storage:
     "The values of one or more tensors."
@@ -273,13 +274,13 @@ def _made(f, args):
             return np.frombuffer(data, kind, 1)[0].item()
     return Call(name, args)
 
-
+# %% ../nbs/06_headers.ipynb #53ca9f64
 _GETATTR = "builtins.getattr", "__builtin__.getattr"
 _MEMBER = re.compile(r"(transformers|accelerate)(\.\w+)+\.[A-Z]\w*\.[A-Z][A-Z\d_]*")
 
 
 def _is_member(args) -> bool:
-    "Does `getattr(*args)` only name a member of an enumeration of the Trainer? Python 3.11.0 to 3.11.3 pickle it so."
+    "Does `getattr(*args)` only name a member of an enumeration of the Trainer?"
     return (
         isinstance(args, tuple)
         and len(args) == 2
@@ -292,19 +293,16 @@ def follow_pickle(
     f,  # A file, at the beginning of a pickle
     names: Counter,  # Every class and function that the pickle names is counted here
     to_load: bool = False,  # Will it be loaded afterwards? Then what would take for ever is refused
-) -> tuple[
-    object, dict
-]:  # What it holds, tensors and objects only described; the bytes that describe each entry, if it is a dict
-    "Follow a pickle's instructions without the ones that call."
+) -> tuple[object, dict]:  # What it holds; of a dict, the bytes that describe each entry
+    """Follow a pickle's instructions without the ones that call.
+
+    Tensors and objects are only described: `StoredTensor`, `Call`, `Named`.
+    """
     stack, at, marks, memo, spans, start = [], [], [], {}, {}, f.tell()
-    getattrs, members = (
-        Counter(),
-        [],
-    )  # how often `getattr` is named; is it an enumeration's member, each time it is called?
-    most, sizes = (
-        _LOADED if to_load else _INSTRUCTIONS,
-        {},
-    )  # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
+    # how often `getattr` is named; is it an enumeration's member, each time it is called?
+    getattrs, members = Counter(), []
+    # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
+    most, sizes = _LOADED if to_load else _INSTRUCTIONS, {}
 
     def push(v):
         stack.append(v)
@@ -324,9 +322,8 @@ def follow_pickle(
         t = tuple(items)
         n = sum(sizes.get(id(x), (x, 1))[1] for x in t) if to_load else 0
         if n > most:
-            raise TooMuch(
-                f"it holds tuples within tuples, of more than {most:,} values in all"
-            )  # as a key it would be hashed, value by value
+            # as a key it would be hashed, value by value
+            raise TooMuch(f"it holds tuples within tuples, of more than {most:,} values in all")
         if to_load:
             sizes[id(t)] = t, n
         return t
@@ -369,8 +366,8 @@ def follow_pickle(
             k = (
                 items[i]
                 if isinstance(items[i], (str, int, float, bytes, type(None)))
-                else f"key {len(d)}"
-            )  # a tuple of tuples of … can take for ever to hash
+                else f"key {len(d)}"  # a tuple of tuples of … can take for ever to hash
+            )
             d[k] = items[i + 1]
             if len(stack) == 1:
                 spans[k] = (where[i + 2] if i + 2 < len(where) else pos + 1) - where[i]
@@ -462,9 +459,9 @@ def follow_pickle(
                 state = pop()
                 state = (
                     next((x for x in state if isinstance(x, dict)), None)
-                    if isinstance(state, tuple)
+                    if isinstance(state, tuple)  # of an object with __slots__
                     else state
-                )  # of an object with __slots__
+                )
                 if (
                     isinstance(stack[-1], Call)
                     and stack[-1].has is None
@@ -509,6 +506,7 @@ class TorchFile:
     too_much: str = ""  # Why it would take too long, or too much memory, to load it
 
 
+# what nonsense may raise
 _BROKEN = (
     ValueError,
     KeyError,
@@ -520,7 +518,7 @@ _BROKEN = (
     RuntimeError,
     struct.error,
     zipfile.BadZipFile,
-)  # what nonsense may raise
+)
 
 
 def torch_file(
@@ -542,7 +540,7 @@ def torch_file(
                 f" ({printable(str(e)) or type(e).__name__})"
             ) from None
 
-
+# %% ../nbs/06_headers.ipynb #d180622a
 def _old(f, size: int, names: Counter, to_load: bool) -> TorchFile:
     "Before torch 1.6."
     follow = lambda: follow_pickle(f, names, to_load)
@@ -564,7 +562,7 @@ def _old(f, size: int, names: Counter, to_load: bool) -> TorchFile:
         )
     return TorchFile(top, records, spans, pickled)
 
-
+# %% ../nbs/06_headers.ipynb #bd976140
 def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
     try:
         z = zipfile.ZipFile(f)
@@ -624,7 +622,7 @@ def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
             str(e) * isinstance(e, TooMuch),
         )
 
-
+# %% ../nbs/06_headers.ipynb #0656c502
 def tensors_in(
     x,  # What `follow_pickle` gave
     name: str = "",  # Its own path
@@ -647,24 +645,31 @@ def tensors_in(
         else enumerate(x)
     )
     for k, v in parts:
+        # a `Call` with such an entry is a whole module that was pickled
         below = (
             name
             if isinstance(x, Call) and k in ("_modules", "_parameters", "_buffers")
             else f"{name}.{k}"
             if name
             else str(k)
-        )  # a whole module that was pickled
+        )
         yield from tensors_in(v, below[-500:], depth + 1, seen)
 
 # %% ../nbs/06_headers.ipynb #c80fd5cd
 _HARMLESS = re.compile(
-    r"torch\.(\w+Storage|storage\.\w+Storage|Size|device|Tensor|dtype|bool|b?float\d\w*|u?int\d+|complex\d+|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2|nn\.parameter\.(Parameter|Buffer))"
-    r"|collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode|numpy\.(ndarray|dtype|dtypes\.\w+|_?core\.multiarray\.(_reconstruct|scalar))|argparse\.Namespace"
-    r"|(builtins|__builtin__)\.(set|frozenset|list|dict|tuple|int|float|bool|complex|str|bytes|bytearray)"
+    r"torch\.(\w+Storage|storage\.\w+Storage|Size|device|Tensor|dtype|bool|b?float\d\w*|u?int\d+"
+    r"|complex\d+|_utils\._rebuild_\w+|_tensor\._rebuild_from_type_v2"
+    r"|nn\.parameter\.(Parameter|Buffer))"
+    r"|collections\.(OrderedDict|defaultdict|Counter)|_codecs\.encode"
+    r"|numpy\.(ndarray|dtype|dtypes\.\w+|_?core\.multiarray\.(_reconstruct|scalar))"
+    r"|argparse\.Namespace"
+    r"|(builtins|__builtin__)"
+    r"\.(set|frozenset|list|dict|tuple|int|float|bool|complex|str|bytes|bytearray)"
 )
-_TRAINER = re.compile(
-    r"transformers\.(training_args\w*|trainer_utils|trainer_pt_utils)\.\w+|accelerate\.(state|utils\.dataclasses)\.\w+"
-)  # what the Trainer's training_args.bin holds
+_TRAINER = re.compile(  # what the Trainer's training_args.bin holds
+    r"transformers\.(training_args\w*|trainer_utils|trainer_pt_utils)\.\w+"
+    r"|accelerate\.(state|utils\.dataclasses)\.\w+"
+)
 
 
 def foreign(

@@ -25,17 +25,19 @@ _COMPUTED = (
     "init_lora_weights",
 )
 _NO_MATTER = (
+    # who made it, and of what
     "task_type",
     "auto_mapping",
     "peft_version",
     "base_model_name_or_path",
     "revision",
-    "inference_mode",  # who made it, and of what
+    "inference_mode",
+    # of settings that are off, or of how it began
     "megatron_core",
     "qalora_group_size",
     "eva_config",
     "runtime_config",
-)  # of settings that are off, or of how it began
+)
 _MERGE = "merge that adapter with peft (merge_and_unload), and open the merged model"
 
 
@@ -63,7 +65,10 @@ def _targets(
     modules,  # `target_modules` of an adapter_config.json
     n_layer: int | None,  # Blocks of the base
 ) -> list[str]:
-    "The matrices of each block that PEFT adapts; a `ValueError` where it adapts others, or some in a part of the blocks."
+    """The matrices of each block that PEFT adapts.
+
+    A `ValueError` where it adapts others, or some of them only in a part of the blocks.
+    """
     if modules == "all-linear":
         return [*LINEAR]
     if isinstance(modules, str):
@@ -104,17 +109,10 @@ def _targets(
     return [*found]
 
 # %% ../nbs/06_lora.ipynb #c1769714
-LINEAR = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-)  # the matrices of a block
+# the matrices of a block
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-
+# %% ../nbs/06_lora.ipynb #7e5e7cf0
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     "How a model is adapted."
@@ -182,9 +180,7 @@ class LoRAConfig:
     def from_peft(
         cls,
         d: dict,  # Content of an adapter_config.json
-        n_layer: (
-            int | None
-        ) = None,  # Blocks of the base; default: as many as `target_modules` counts
+        n_layer: int | None = None,  # Blocks of the base; default: as `target_modules` counts
     ) -> "LoRAConfig":
         "From PEFT's words; a `ValueError` where it computes something else."
         if not isinstance(d, dict):
@@ -263,9 +259,8 @@ class LoRALinear(nn.Linear):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) to (..., out)
-        thin = self.lora_A(
-            self.drop(x.to(self.lora_A.weight.dtype))
-        )  # (..., r); the base may be in half precision, the adapter is not
+        # (..., r); the base may be in half precision, the adapter is not
+        thin = self.lora_A(self.drop(x.to(self.lora_A.weight.dtype)))
         wide = super().forward(x)  # (..., out)
         return torch.addmm(
             wide.flatten(0, -2),
@@ -291,7 +286,7 @@ def weights_hash(
         hash.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return hash.hexdigest()
 
-
+# %% ../nbs/06_lora.ipynb #c7632aff
 def _adapted(base: GPT, lora: LoRAConfig) -> list[tuple[nn.Module, str]]:
     "Where the matrices are that are adapted: the part of a block, and the name in it."
     return [
@@ -317,7 +312,7 @@ def adapter_values(
 
 _PEFT = "base_model.model."  # before each name in PEFT's files
 
-
+# %% ../nbs/06_lora.ipynb #9144cd94
 class LoRAGPT(GPT):
     "A frozen model and an adapter, which alone is trained, saved and loaded."
 
@@ -379,7 +374,7 @@ class LoRAGPT(GPT):
             base=self.base_hash,
         )
 
-
+# %% ../nbs/06_lora.ipynb #709bec8e
 def lora(
     model: GPT,  # The base: trained before, as of `minigpt.checkpoint.load_model`
     r: int = 8,  # Rank

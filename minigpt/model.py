@@ -25,7 +25,9 @@ PRESETS = dict(
 )
 
 # %% ../nbs/05_model.ipynb #ab610eb8
-MOST = dict(  # What the sizes of a model may be: far beyond any that there is, and few enough for a mistake to be seen before memory is asked for
+# What the sizes of a model may be: far beyond any that there is, and small enough for a mistake to
+# be seen before memory is asked for
+MOST = dict(
     vocab_size=1 << 24,
     dim=1 << 17,
     n_layer=1000,
@@ -52,7 +54,7 @@ def check_size(
         f" {most:,}{'; ' * bool(usual)}{usual}"
     )
 
-
+# %% ../nbs/05_model.ipynb #f3f60d57
 def check_number(
     name: str,  # As the user knows it
     value,  # What was given
@@ -60,9 +62,8 @@ def check_number(
     which: str = "above 0",  # The same in words
 ):
     "A `ValueError` unless it is a number of a certain kind."
-    number = (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    )  # so neither infinite nor NaN
+    # below 1e300, so neither infinite nor NaN
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     if not number:
         raise ValueError(
             f"{name}={value!r:.60} must be a"
@@ -87,7 +88,7 @@ def check_params(config):
             f" parameters; it may have {MOST_PARAMS:,}, so one of these is a mistake"
         )
 
-
+# %% ../nbs/05_model.ipynb #d8d77b55
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
     "Everything that fixes the shape of the model."
@@ -100,15 +101,11 @@ class GPTConfig:
     ffn_dim: int  # Width inside the feed-forward layer
     head_dim: int | None = None  # Width of a head; default `dim//n_head`
     max_len: int = 2048  # Longest sequence that is promised, in tokens; generation ends there
-    rope_theta: float = (
-        10_000.0  # The slowest rotary angle turns about once in `2*pi*rope_theta` tokens
-    )
+    rope_theta: float = 10_000.0  # The slowest angle turns about once in `2*pi*rope_theta` tokens
     norm_eps: float = 1e-5  # Added to the mean square in RMSNorm
     tied: bool = True  # Is the output layer the embedding?
     qk_norm: bool = False  # RMSNorm on each head's queries and keys
-    dropout: float = (
-        0.0  # Share dropped, while training, of embeddings, attention weights and block outputs
-    )
+    dropout: float = 0.0  # Share dropped in training: embeddings, attention, block outputs
 
     def __post_init__(self):
         for k in ("vocab_size", "dim", "n_layer", "n_head", "n_kv_head", "ffn_dim", "max_len"):
@@ -203,9 +200,7 @@ def to_hf(
     config: GPTConfig,
     *,
     eos_id: int | None = None,  # The token that ends a document
-    stop_ids: tuple[
-        int, ...
-    ] = (),  # All tokens that end generation, if they are more than `eos_id`
+    stop_ids: tuple[int, ...] = (),  # All tokens that end generation, if more than `eos_id`
     bos_id: int | None = None,  # The token that begins a document, if there is one
     pad_id: int | None = None,  # The token that fills up a batch
 ) -> dict:  # Content of config.json
@@ -246,9 +241,8 @@ def to_hf(
     )
 
 # %% ../nbs/05_model.ipynb #f91ccab7
-FAMILIES = dict(
-    roberta="minigpt.diffusion"
-)  # model_type of a model that is no GPT → the module that computes it
+# model_type of a model that is no GPT → the module that computes it
+FAMILIES = dict(roberta="minigpt.diffusion")
 
 
 def shape_from_dict(
@@ -261,7 +255,7 @@ def shape_from_dict(
         else GPTConfig.from_dict(d)
     )
 
-
+# %% ../nbs/05_model.ipynb #f4c0009e
 _SIZES = dict(
     vocab_size="vocab_size",
     hidden_size="dim",
@@ -279,7 +273,7 @@ def check_hf(
     d: dict,  # Content of a config.json
     needed: Iterable[str],  # Sizes that it must give
 ):
-    "A `ValueError` that names what in a config.json is no such thing, by the name that it has there."
+    "A `ValueError` that names what is wrong in a config.json, by the name that it has there."
     if missing := [k for k in needed if k not in d]:
         raise ValueError(
             f"config.json lacks {', '.join(missing)}; is it the config.json of a whole model?"
@@ -300,11 +294,13 @@ def check_hf(
     if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):
         raise ValueError(f"config.json: layer_types={layers!r:.60} must be a list of names")
 
-
+# %% ../nbs/05_model.ipynb #66cbffd6
 def from_hf(
     d: dict,  # Content of a config.json
 ) -> GPTConfig:  # Or the shape of another family
-    "Our configuration of a plain Llama or Qwen3, or of a model in `FAMILIES`; a `ValueError` where that model computes something else."
+    """Our configuration of a plain Llama or Qwen3, or of a model in `FAMILIES`.
+
+    A `ValueError` where that model computes something else."""
     kind = d.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES:
         return import_module(FAMILIES[kind]).from_hf(d)
@@ -434,24 +430,20 @@ class Attention(nn.Module):
         self,
         x: Tensor,  # (B, T, C)
         rope: tuple[Tensor, Tensor],  # From `rope_angles`
-        mask: (
-            Tensor | None
-        ) = None,  # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
+        mask: Tensor | None = None,  # Bool, (B or 1, 1, T, positions): who sees whom; None: causal
         past=None,  # Function that adds these keys and values to a cache and returns all of them
     ) -> Tensor:  # (B, T, C)
         B, T, _ = x.shape
-        q, k, v = (
-            f(x).view(B, T, -1, self.D) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )  # (B, T, H or K, D)
+        # (B, T, H or K, D)
+        q, k, v = (f(x).view(B, T, -1, self.D) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
         if past:
             k, v = past(k, v)  # (B, K, positions, D)
         if (shared := q.shape[1] // k.shape[1]) > 1:
             if T == 1:
-                q = q.reshape(
-                    B, -1, shared, self.D
-                )  # (B, K, shared, D): one position, so heads that share keys stand in for positions
+                # (B, K, shared, D): one position, so heads that share keys stand in for positions
+                q = q.reshape(B, -1, shared, self.D)
             else:
                 k, v = (t.repeat_interleave(shared, 1) for t in (k, v))  # (B, H, positions, D)
         y = F.scaled_dot_product_attention(
@@ -462,9 +454,8 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and T > 1,
         )
-        return self.o_proj(
-            y.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1)
-        )  # (B, T, H*D) → (B, T, C)
+        # (B, T, H*D) → (B, T, C)
+        return self.o_proj(y.reshape(B, -1, T, self.D).transpose(1, 2).reshape(B, T, -1))
 
 # %% ../nbs/05_model.ipynb #7cb4ec04
 class MLP(nn.Module):
@@ -495,7 +486,10 @@ class Block(nn.Module):
 
 # %% ../nbs/05_model.ipynb #9b76e38e
 def _rows_at_once(N: int, V: int, device: torch.device, dtype: torch.dtype = torch.float32) -> int:
-    "Equal shares of `N` rows, whose logits and softmax take 64 MiB at most; on a GPU 256 MiB, or a sixty-fourth of its memory (but not below 256 rows). Larger ones are no faster."
+    """Equal shares of `N` rows, whose logits and softmax take 64 MiB at most.
+
+    On a GPU 256 MiB, or a sixty-fourth of its memory; but never below 256 rows. Larger shares are
+    no faster."""
     room = 1 << (26 if device.type == "cpu" else 28)
     if device.type == "cuda":
         room = max(room, torch.cuda.get_device_properties(device).total_memory >> 6)
@@ -504,7 +498,7 @@ def _rows_at_once(N: int, V: int, device: torch.device, dtype: torch.dtype = tor
         rows = min(rows, 4096)  # the gradient is summed over them, below 65,504
     return -(-N // -(-N // rows)) if N else 1
 
-
+# %% ../nbs/05_model.ipynb #67fa4a07
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, n, want_grad, dtype):
@@ -514,20 +508,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gh, gw = torch.empty_like(hidden) if need_h else None, None
         N, V = len(h), len(w)
         cpu, rows = h.device.type == "cpu", _rows_at_once(N, V, h.device, dtype)
-        short, wide = (
-            dtype == torch.bfloat16,
-            torch.float32 if dtype == torch.float16 else dtype,
-        )  # fp16 would lose small chances
+        # fp16 would lose small chances
+        short, wide = dtype == torch.bfloat16, torch.float32 if dtype == torch.float16 else dtype
         total, space = torch.zeros((), device=h.device), h.new_empty(rows, V)
         for i in range(0, N, rows):
             x, y = h[i : i + rows], labels[i : i + rows, None]
             z = torch.mm(x, w.T, out=space[: len(x)])  # (rows, V)
-            p = torch.softmax(
-                z, -1, dtype=wide, out=z if cpu and wide == dtype else None
-            )  # in place on a CPU, where fresh memory is dear
+            # in place on a CPU, where fresh memory is dear
+            p = torch.softmax(z, -1, dtype=wide, out=z if cpu and wide == dtype else None)
             chance = p.gather(1, y)[:, 0].float()
             log = chance.clamp_min(1.2e-38).log()
-            if short:  # next to 1 the steps of bf16 are 1/256; what is missing there is the sum of the others
+            # next to 1 the steps of bf16 are 1/256; what is missing there is the sum of the others
+            if short:
                 rest = p.scatter_(1, y, 0.0).sum(-1, dtype=torch.float32)
                 log = torch.where(chance < 0.5, log, torch.log1p(-rest.clamp_max(0.75)))
             if cpu and chance.amin() < 1e-30:
@@ -691,13 +683,17 @@ class KVCache:
 
 # %% ../nbs/05_model.ipynb #7e443678
 class LanguageModel(nn.Module):
-    "What training and checkpoints ask of a model, beside its `config`, its `blocks` (a list of modules, which may be compiled) and, unless it says what it learns, its `loss`."
+    """What training and checkpoints ask of a model.
+
+    Beside this, its `config`, its `blocks` (a list of modules, which may be compiled) and, unless
+    it says what it learns, its `loss`."""
 
     origin = None  # The directory that its weights were loaded from
-    recompute = False  # While training: keep of each block its input alone, and compute the rest again in backward
-    may_lack: dict[
-        str, str | None
-    ] = {}  # Parameters that a file need not have → the one whose values they take over; None: they stay as they are
+    # While training: keep of each block its input alone, and compute the rest again in backward
+    recompute = False
+    # Parameters that a file need not have → the one whose values they take over; None: they stay
+    # as they are
+    may_lack: dict[str, str | None] = {}
 
     def spare(self, name: str) -> bool:
         "Is this a tensor that some programs store, and this model does not need?"
@@ -776,9 +772,8 @@ class GPT(LanguageModel):
         for name, p in self.named_parameters():
             if p.dim() < 2:
                 continue  # gains of the norms are 1
-            out = name.endswith(
-                ("o_proj.weight", "down_proj.weight")
-            )  # these add to the stream, 2*n_layer times
+            # these add to the stream, 2*n_layer times
+            out = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * c.n_layer) if out else 0.02)
 
     @property
@@ -787,12 +782,11 @@ class GPT(LanguageModel):
         return self.model.layers
 
     def spare(self, name: str) -> bool:
-        return (
-            name.endswith("rotary_emb.inv_freq") or self.config.tied and name == "lm_head.weight"
-        )  # some programs store a tied layer twice
+        # some programs store a tied layer twice
+        return name.endswith("rotary_emb.inv_freq") or self.config.tied and name == "lm_head.weight"
 
     def load_weights(self, weights: dict[str, Tensor]) -> "GPT":
-        "See `LanguageModel`; a `ValueError` where this model would tie what the weights have apart."
+        "See `LanguageModel`; a `ValueError` where this would tie what the weights have apart."
         if self.config.tied and has_own_head(weights):
             raise ValueError(
                 "these weights have an output layer of their own (lm_head.weight), and this model"
@@ -808,9 +802,7 @@ class GPT(LanguageModel):
     def trunk(
         self,
         x: Tensor,  # (B, T, C) embeddings
-        mask: (
-            Tensor | None
-        ) = None,  # Bool, (B or 1, 1, T, positions): who may see whom; default: oneself and backwards
+        mask: Tensor | None = None,  # Bool, (B or 1, 1, T, positions): who sees whom; None: causal
         cache: KVCache | None = None,  # Continue after its tokens, and add these
     ) -> Tensor:  # (B, T, C), after the last norm
         "All blocks."
@@ -825,9 +817,8 @@ class GPT(LanguageModel):
         rope = rope_angles(start, T, self.config.head_dim, self.config.rope_theta, x.device)
         x = self.drop(x)
         for i, block in enumerate(self.model.layers):
-            run = (
-                block if self.training else block.forward
-            )  # a block that was compiled is so for training
+            # a block that was compiled is so for training
+            run = block if self.training else block.forward
             if self.training and self.recompute:
                 x = checkpoint(run, x, rope, mask, use_reentrant=False)
             else:
@@ -840,15 +831,12 @@ class GPT(LanguageModel):
         self,
         ids: Tensor,  # (B, T) int64
         cache: KVCache | None = None,
-        rows: (
-            Tensor | None
-        ) = None,  # (B, T) which row of the data each position belongs to; it sees no other
+        rows: Tensor | None = None,  # (B, T) each position's row of the data; it sees no other
     ) -> Tensor:  # (B, T, C)
         "What the model knows at each position, before it is turned into scores."
         mask = None if rows is None else (rows[:, :, None] == rows[:, None]).tril()[:, None]
-        if (
-            ids.is_cuda and mask is not None
-        ):  # torch would make numbers of it in every block, and keep each for the gradient
+        # torch would make numbers of it in every block, and keep each for the gradient
+        if ids.is_cuda and mask is not None:
             dtype = (
                 torch.get_autocast_dtype("cuda")
                 if torch.is_autocast_enabled("cuda")
@@ -869,10 +857,8 @@ class GPT(LanguageModel):
     def loss(
         self,
         ids: Tensor,  # (B, T) int64
-        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100 where there is nothing to learn
-        n_targets: (
-            int | Tensor | None
-        ) = None,  # Labels in the whole effective batch; default: in this one
+        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100: none
+        n_targets: int | Tensor | None = None,  # Labels of the whole batch; default: of this one
         rows: Tensor | None = None,  # (B, T), see `hidden`
     ) -> Tensor:  # () cross-entropy in nats: the sum over this batch / `n_targets`
         "How badly each position predicts its label."
@@ -893,7 +879,7 @@ class GPT(LanguageModel):
     def log_probs(
         self,
         ids: Tensor,  # (B, T) int64
-        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100 where there is none
+        labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100: none
         rows: Tensor | None = None,  # (B, T), see `hidden`
     ) -> Tensor:  # (B, T) nats, float32; 0 where there is no label
         "How likely each label is."

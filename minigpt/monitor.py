@@ -38,7 +38,10 @@ class Metrics:
         self.write(event="start", step=step)
 
     def write(self, **row) -> bool:
-        "Add a line. Where that fails (a full disk), `problem` says why, and nothing is raised: a line of metrics is not worth a training."
+        """Add a line. Where that fails (a full disk), `problem` says why.
+
+        Nothing is raised: a line of metrics is not worth a training.
+        """
         line = orjson.dumps(
             {**row, "attempt": self.attempt, "time": round(time.time(), 3)},
             option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE,
@@ -89,11 +92,8 @@ class Curves:
     "Numbers over steps, by name: `loss`, `eval_loss`, `lr`, …"
 
     def __init__(self, rows: Iterable[dict] = ()):
-        self.columns, self.sample, self.start = (
-            {},
-            None,
-            {},
-        )  # `sample`: the newest row with a text; `start`: the row with which the newest attempt begins
+        # `sample`: the newest row with a text; `start`: the row that begins the newest attempt
+        self.columns, self.sample, self.start = {}, None, {}
         for row in rows:
             self.add(row)
 
@@ -139,7 +139,7 @@ class Curves:
         "The newest step."
         return max((steps[-1] for steps, _ in self.columns.values() if steps), default=0)
 
-
+# %% ../nbs/11_monitor.ipynb #4cf15cd5
 class Follower:
     "A metrics.jsonl, read as it grows."
 
@@ -151,7 +151,10 @@ class Follower:
         self.curves, self.offset, self.tail, self.problem = Curves(), 0, b"", None
 
     def read(self) -> bool:
-        "Take in what was appended. Is there anything new? Where the file cannot be read, `problem` says why, and what is known stays."
+        """Take in what was appended. Is there anything new?
+
+        Where the file cannot be read, `problem` says why, and what is known stays.
+        """
         try:
             with open(regular(self.path), "rb") as f:
                 f.seek(self.offset - len(self.tail))
@@ -219,7 +222,11 @@ _CJK = (
 
 
 def _written(text: str) -> tuple[str, dict]:
-    "A name and its font, as Matplotlib can show it: its own font has no Chinese, so one of this machine is used, or the characters are left out."
+    """A name and the font with which Matplotlib can show it.
+
+    Its own font has no Chinese, so one of this machine is used; where there is none, `?` stands for
+    each such character.
+    """
     if all(ord(c) < 0x2E80 for c in text):
         return text, {}
     from matplotlib import font_manager
@@ -231,7 +238,7 @@ def _written(text: str) -> tuple[str, dict]:
         else ("".join(c if ord(c) < 0x2E80 else "?" for c in text), {})
     )
 
-
+# %% ../nbs/11_monitor.ipynb #906cb076
 class _Panel:
     "Curves on axes: made once, given new numbers again and again."
 
@@ -267,7 +274,7 @@ class _Panel:
         self.ax.autoscale_view()
         return y, v
 
-
+# %% ../nbs/11_monitor.ipynb #56f48718
 def _show_loss(panel: _Panel, curves: Curves, since: int, log: bool = False, smoothed: bool = True):
     y, v = panel.show(curves, since, log, smoothed)
     named = (
@@ -306,7 +313,7 @@ def plot_losses(
     fig.suptitle(text, **font)
     return fig
 
-
+# %% ../nbs/11_monitor.ipynb #0a2bd0fc
 def save_plots(
     folder: str | Path,  # `plots/` of a run
     rows: list[dict] | Curves,  # Of `read_metrics`, or of a `Follower`
@@ -456,9 +463,8 @@ class PlotWriter:
                 )
                 self.problem = None
             except Exception as e:
-                self.problem = (  # nothing about a picture is worth a training
-                    f"the picture of step {step:,} could not be written: {e}"
-                )
+                # nothing about a picture is worth a training
+                self.problem = f"the picture of step {step:,} could not be written: {e}"
 
     def close(
         self,
@@ -480,17 +486,15 @@ TAGS = dict(
     memory_reserved="memory/reserved_GiB",
 )
 
-
+# %% ../nbs/11_monitor.ipynb #bac0553c
 class EventWriter:
     "Appends to a new event file in a run's `tensorboard/`."
 
     def __init__(
         self,
         folder: str | Path,  # `tensorboard/` of a run
-        step: int = 0,  # Where this attempt starts: later ones of the attempt before no longer count
-        rows: Iterable[
-            dict
-        ] = (),  # Of `read_metrics`: written where the folder holds no event file yet
+        step: int = 0,  # Where this attempt starts: what is known beyond it is void
+        rows: Iterable[dict] = (),  # Of `read_metrics`: written where no event file exists yet
     ):
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -510,9 +514,10 @@ class EventWriter:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = any(self.folder.glob("*tfevents*"))
+            # TensorBoard reads them in the order of their names
             self.file = open(
                 self.folder / f"events.out.tfevents.{time.time():017.6f}.minigpt", "xb", buffering=0
-            )  # TensorBoard reads them in the order of their names
+            )
         except OSError as e:
             self.problem = str(e)
             return
@@ -571,10 +576,8 @@ class RunLog:
     "Appends lines to run.log; as a context it notes what ended it."
 
     def __init__(self, path: str | Path):  # it says now if that cannot be
-        self.path, self.counts = (
-            Path(path),
-            True,
-        )  # `counts`: is an error the end of a training, and not of a call that was refused?
+        # `counts`: is an error the end of a training, and not of a call that was refused?
+        self.path, self.counts = Path(path), True
         if self.path.is_fifo():
             regular(path)
         open(path, "ab").close()
@@ -591,7 +594,7 @@ class RunLog:
         if kind and self.counts:
             self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
 
-
+# %% ../nbs/11_monitor.ipynb #71d38f91
 def read_log(
     path: str | Path,  # A run.log
     n: int = 8,  # Lines at most, the newest
@@ -612,18 +615,21 @@ def trouble(line: str) -> bool:
     return bool(_TROUBLE.search(line))
 
 
+# what minigpt wants to be seen it writes in capitals
 _TROUBLE = re.compile(
     r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed"
     r" over|damaged|refused"
-)  # what minigpt wants to be seen it writes in capitals
+)
 
 # %% ../nbs/11_monitor.ipynb #df1e9640
 def memory(
     device: str = "cpu",  # Of the training
-) -> dict[
-    str, int
-]:  # `memory`: bytes that its tensors have taken at most, on a CPU what the process takes; `memory_reserved`: what torch keeps for itself
-    "What training takes of the memory."
+) -> dict[str, int]:  # `memory` and, on a GPU, `memory_reserved`, in bytes
+    """What training takes of the memory.
+
+    `memory` is, on CUDA, the most that tensors have taken; on Apple's GPU what they take now; on a
+    CPU what the whole process takes. `memory_reserved` is what torch keeps for itself.
+    """
     kind = device.split(":")[0]
     if kind == "cpu":
         return dict(memory=psutil.Process().memory_info().rss)
@@ -639,10 +645,9 @@ def memory(
         memory_reserved=torch.mps.driver_allocated_memory(),
     )
 
-
+# %% ../nbs/11_monitor.ipynb #689d1d82
 def in_notebook() -> bool:
     "Does what is displayed here appear in a notebook? Not in a terminal, nor in `!minigpt …`."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return (
-        getattr(shell, "kernel", None) is not None
-    )  # Jupyter's shell, Colab's and VS Code's have one
+    # Jupyter's shell, Colab's and VS Code's have one
+    return getattr(shell, "kernel", None) is not None

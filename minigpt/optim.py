@@ -41,33 +41,30 @@ def adamw(
     )
 
 # %% ../nbs/12_optim.ipynb #b48eb099
-_A, _B, _C = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # Jordan's: steep at zero, so that small singular values rise fast
+# Jordan's coefficients: steep at zero, so that small singular values rise fast
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonal(
     x: Tensor,  # (n, rows, columns), float
-) -> Tensor:  # The same shape; singular values from .7 to 1.2, except those that were below a thousandth of the norm
-    "The nearest matrix with equal singular values, roughly (Newton-Schulz)."
+) -> Tensor:  # The same shape; nearly all singular values from .7 to 1.2
+    """The nearest matrix with equal singular values, roughly (Newton-Schulz).
+
+    Singular values below a thousandth of the norm come out smaller than the others."""
     if wide := x.shape[-2] > x.shape[-1]:
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(5):
         xx = x @ x.mT
-        x = torch.baddbmm(
-            x, torch.baddbmm(xx, xx, xx, beta=_B, alpha=_C), x, beta=_A
-        )  # A*x + (B*xx + C*xx@xx)@x
+        # A*x + (B*xx + C*xx@xx)@x
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=_B, alpha=_C), x, beta=_A)
     return x.mT if wide else x
 
 # %% ../nbs/12_optim.ipynb #1f256485
-_AT_ONCE = (
-    1 << 24
-)  # numbers in the matrices that are stacked for one product: enough to fill a GPU, and no second model in memory
+# numbers in the matrices that are stacked for one product
+_AT_ONCE = 1 << 24
 
-
+# %% ../nbs/12_optim.ipynb #683b8002
 class Muon(torch.optim.Optimizer):
     "Muon (Jordan et al. 2024) for matrices, AdamW for the rest; decoupled weight decay for both."
 
@@ -128,10 +125,8 @@ class Muon(torch.optim.Optimizer):
         ahead = torch._foreach_lerp(grads, average, g["momentum"])
         tall = [p.shape[0] > p.shape[1] for p in params]
         x = torch.stack([u.mT if t else u for u, t in zip(ahead, tall)])
-        half = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (
-            8,
-            0,
-        )  # bf16 is good enough, where it is fast
+        # bf16 is good enough, where it is fast
+        half = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         x = orthogonal(x.bfloat16() if half else x).to(x.dtype)
         torch._foreach_mul_(params, 1 - g["lr"] * g["weight_decay"])
         torch._foreach_add_(
@@ -143,10 +138,10 @@ class Muon(torch.optim.Optimizer):
 # %% ../nbs/12_optim.ipynb #ad50196e
 def muon(
     model: nn.Module,  # On its device already
-    config: TrainConfig,  # `learning_rate`, `weight_decay`, and for AdamW's part `adam_beta1`, `adam_beta2`
+    config: TrainConfig,  # `learning_rate`, `weight_decay`; for AdamW `adam_beta1`, `adam_beta2`
     device: str,  # Where the model is
 ) -> Muon:
-    "Muon for the matrices inside the blocks of a model, AdamW for its embedding, output layer and norms."
+    "Muon for the matrices inside the blocks, AdamW for the embedding, output layer and norms."
     outer = {
         id(m.weight)
         for name, m in model.named_modules()

@@ -15,9 +15,8 @@ from torch import Tensor
 from .files import delete
 
 # %% ../nbs/13_parallel.ipynb #51e884f8
-_PATIENCE = datetime.timedelta(
-    days=30
-)  # while the first process evaluates, saves, or waits for a backup, the others wait for it
+# while the first process evaluates, saves, or waits for a backup, the others wait for it
+_PATIENCE = datetime.timedelta(days=30)
 
 
 def _leave(place: str):
@@ -29,7 +28,7 @@ def _leave(place: str):
 class TeamError(RuntimeError):
     "Another process could not go on, or is gone; says what is known of it."
 
-
+# %% ../nbs/13_parallel.ipynb #0f044e96
 class Team:
     "The processes of one training, as one of them sees it."
 
@@ -70,7 +69,9 @@ class Team:
             ) from None
 
     def _meet(self):
-        "Wait until all of them are here; the first one where it hears a Ctrl-C, since the others may be compiling, or stuck."
+        """Wait until all of them are here.
+
+        The first one waits where it hears a Ctrl-C, since the others may be compiling, or stuck."""
         here = dist.all_reduce(torch.zeros(1), async_op=True)
         while self.rank == 0 and not here.is_completed():
             time.sleep(0.0002)
@@ -95,6 +96,7 @@ class Team:
     ) -> list[dict[str, Tensor]]:
         "Share out a step; returned are the first process's own micro-batches."
         mine, *others = (parts[r :: self.size] for r in range(self.size))
+        # cloned, since a slice that is sent would take the whole batch along
         self.share(
             [
                 True,
@@ -103,7 +105,7 @@ class Team:
                     for share in others
                 ),
             ]
-        )  # a slice that is sent would take the whole batch along
+        )
         return mine
 
     def show(
@@ -126,9 +128,10 @@ class Team:
             dist.broadcast(message, 0)
         with self.together():
             if self.rank:
+                # from a process of this training, not from a file
                 package = torch.load(
                     io.BytesIO(message.numpy()), map_location=device, weights_only=False
-                )  # from a process of this training, not from a file
+                )
         self.idle = True
         return package
 
@@ -170,9 +173,7 @@ class Team:
 
     def add_up(
         self,
-        tensors: Iterable[
-            Tensor
-        ],  # On the training's device: as many in every process, and in the same order
+        tensors: Iterable[Tensor],  # On the device; in every process as many, in the same order
     ):
         "Each becomes the sum over all processes."
         with self._connected():
@@ -181,7 +182,9 @@ class Team:
         self.idle = True
 
     def draw(self, seed: int, step: int):
-        "Random numbers of a helper: they depend on the step alone, so that nothing has to be saved of them."
+        """Random numbers of a helper.
+
+        They depend on the step alone, so that nothing has to be saved of them."""
         torch.manual_seed(
             int(
                 np.random.SeedSequence((seed % 2**64, step, self.rank)).generate_state(
@@ -192,7 +195,9 @@ class Team:
         )
 
     def close(self):
-        "Send the others home. In the middle of a step they are not listening: what they wait for will not come, and they end too."
+        """Send the others home.
+
+        In the middle of a step they are not listening, and are ended."""
         if not dist.is_initialized():
             return
         torch.set_num_threads(self.threads)
@@ -202,9 +207,9 @@ class Team:
         else:
             for p in self.helpers:
                 p.kill()
-        time.sleep(
-            0.1
-        )  # gloo's threads let go of their last tensors, for which they need the interpreter; torch 2.4 holds it while it waits for them
+        # gloo's threads let go of their last tensors, for which they need the interpreter;
+        # torch 2.4 holds it while it waits for them
+        time.sleep(0.1)
         dist.destroy_process_group()
         for p in self.helpers:
             try:
@@ -229,22 +234,23 @@ def own_device(
     "The device of this process."
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith("cuda") else device
 
-
-_meeting = cache(
-    lambda: next(dist.rendezvous("env://", timeout=_PATIENCE))[0]
-)  # of torchrun, for the whole script
+# %% ../nbs/13_parallel.ipynb #5bd45a85
+# the meeting place of torchrun, for the whole script
+_meeting = cache(lambda: next(dist.rendezvous("env://", timeout=_PATIENCE))[0])
 _trainings = itertools.count()
 
 
 def _torchrun_team() -> Team:
-    "Each training of a script meets under a name of its own: addresses of the one before must not be taken for it."
+    """The team of the next training of a script.
+
+    Each meets under a name of its own: addresses of the one before must not be taken for it."""
     return Team(
         launched(),
         int(os.environ["WORLD_SIZE"]),
         dist.PrefixStore(f"training {next(_trainings)}", _meeting()),
     )
 
-
+# %% ../nbs/13_parallel.ipynb #5c3d4ee0
 _HELP = "import os; from minigpt.train import help_out; help_out(); os._exit(0)"
 
 
@@ -262,8 +268,8 @@ def _start(rank: int, size: int, place: str) -> subprocess.Popen:
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # a Ctrl-C is for the first one
+        start_new_session=True,  # a Ctrl-C is for the first one
+    )
 
 
 @contextlib.contextmanager
@@ -281,7 +287,7 @@ def _inside_the_machine():
         if name and not was:
             del os.environ["GLOO_SOCKET_IFNAME"]
 
-
+# %% ../nbs/13_parallel.ipynb #8644b350
 def join() -> Team:
     "For a process that was started to help."
     if launched() is not None:
@@ -295,7 +301,7 @@ def join() -> Team:
         time.sleep(0.05)
     return Team(rank, size, store)
 
-
+# %% ../nbs/13_parallel.ipynb #c0c71912
 def assemble(
     devices: int,  # How many are asked for
     device: str,  # What was chosen: cpu, cuda, cuda:1, mps
@@ -363,7 +369,7 @@ def share_batch(
     effective: int,  # Sequences of a step
     size: int,  # Processes
 ) -> int:
-    "The largest micro-batch with which every process gets as many; a `ValueError` if there is none."
+    "The largest micro-batch that every process gets equally often; else a `ValueError`."
     if effective % size:
         raise ValueError(
             f"an effective batch of {effective} sequences cannot be shared by {size} devices; make"

@@ -98,7 +98,7 @@ def _spoken(m: dict) -> dict:
         "content": text,
     }
 
-
+# %% ../nbs/04_prepare.ipynb #492402ea
 def _gap(white: str) -> str:
     "What stands between two pieces of a text."
     return "\n\n\n" if white.count("\n") > 3 else white.replace("\r\n", "\n")
@@ -121,7 +121,7 @@ def _cleaned(row: Row, changes: Counter, continues: bool = False) -> Row:
     )
     return row
 
-
+# %% ../nbs/04_prepare.ipynb #69da990c
 def _filled(pieces: list[str]) -> list[str]:
     "The pieces; white space in front of one belongs to the end of the one before."
     out = []
@@ -138,7 +138,7 @@ def _continued(line: bytes) -> bytes:
     "The line of a text that goes on in the next row: no end stands behind it."
     return line[:-2] + b',"ends":false}\n'
 
-
+# %% ../nbs/04_prepare.ipynb #504efb45
 def _prepare_block(
     block: Block,
     format: str | None,
@@ -264,31 +264,37 @@ def _prepare_block(
 # %% ../nbs/04_prepare.ipynb #4e9dacf1
 def prepare(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
-    out: (
-        str | Path | None
-    ) = None,  # JSONL file to appear, or a folder (no `.jsonl` behind its name) for a file each; default: data/dataset/preprocessed/
-    tokenizer: (
-        Tokenizer | str | Path | None
-    ) = None,  # Which counts the tokens; default: the one in data/tokenizer/, else one that is trained on the source, as `fit` would
+    out: str | Path | None = None,  # JSONL file or folder; default: data/dataset/preprocessed/
+    tokenizer: Tokenizer | str | Path | None = None,  # Counts the tokens; default: data/tokenizer/
     *,
-    max_seq_len: int = 512,  # Tokens of a row at most: longer texts are split, conversations cut behind an answer, preferences refused; 0: any length
-    format: (
-        str | None
-    ) = None,  # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
-    quality_filter: bool = False,  # Leave out rows whose quality is below `min_quality`, duplicates among them
+    max_seq_len: int = 512,  # Tokens of a row at most; 0: any length
+    format: str | None = None,  # `pretrain`, `conversation` or `dpo`; default: by the keys
+    quality_filter: bool = False,  # Leave out rows below `min_quality`, duplicates among them
     min_quality: float = 0.5,  # See `minigpt.quality.score`
     near_duplicates: bool = False,  # Do near-duplicates count as duplicates?
-    add_special_tokens: bool = False,  # Write thoughts and calls into the texts, between <think> and <tool_call>, for programs that do not know the fields. Turn marks are never written: the chat template sets them
+    add_special_tokens: bool = False,  # Write thoughts and calls into the texts, with their marks
     validate_only: bool = False,  # Count, and write nothing
-    analyze: bool = False,  # Put the `Report` on what was written (or read) under `report`; without `out` nothing is written
+    analyze: bool = False,  # Put a `Report` under `report`; without `out` nothing is written
     on_bad_row: str = "skip",  # `error` stops at the first row that is refused
     encoding: str = "",  # As for `look_at`
     columns: dict[str, str] | None = None,  # As for `parse_row`
     overwrite: bool = False,  # Replace an `out` that exists, when the new one is whole
     threads: int | None = None,  # Workers; default: one a core
     progress: bool = True,  # Show a progress bar on files above 8 MB?
-) -> dict:  # original_samples, processed_samples, quality_score, average_length (characters), average_tokens, rejected and mended (reason → count and examples), changes, files, output
-    "Validate, clean, bring to length, score, and save."
+) -> dict:  # What was read, kept, changed and refused: see the last paragraph
+    """Validate, clean, bring to length, score, and save.
+
+    - `out`: a name that ends in `.jsonl` is a file to appear; any other is a folder, with a file
+      for each that is read.
+    - `tokenizer`: without one in data/tokenizer/, one is trained on the source, as `fit` would.
+    - `max_seq_len`: longer texts are split, conversations are cut behind an answer, preferences
+      are refused.
+    - `add_special_tokens`: <think> and <tool_call>, for programs that do not know the fields.
+      Turn marks are never written: the chat template sets them.
+    - `analyze`: the report is on what was written, or else on what was read.
+
+    The result has original_samples, processed_samples, quality_score, average_length (characters),
+    average_tokens, rejected and mended (reason → count and examples), changes, files, output."""
     if max_seq_len < 0 or 0 < max_seq_len < 16:
         raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
     if not 0 <= min_quality <= 1:
@@ -422,9 +428,8 @@ def prepare(
                 quality += q[~low].sum()
                 chars += int(w["chars"][~low].sum())
                 tokens += int(w["tokens"][~low].sum())
-                goes_on = ~w["ends"] & ~np.append(
-                    low[1:], False
-                )  # not where the piece that follows is left out
+                # not where the piece that follows is left out
+                goes_on = ~w["ends"] & ~np.append(low[1:], False)
                 if target:
                     opened[target].write(
                         b"".join(
@@ -484,7 +489,7 @@ def prepare(
         dict(report=_analyze(made or files, tok, progress=progress)) if analyze else {}
     )
 
-
+# %% ../nbs/04_prepare.ipynb #5bb6da98
 def prepare_summary(
     result: dict,  # Of `prepare`
 ) -> str:

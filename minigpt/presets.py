@@ -88,7 +88,7 @@ HARDWARE = dict(
     ),
 )
 
-
+# %% ../nbs/12_presets.ipynb #004b2287
 def detect_hardware() -> str:
     "The name in HARDWARE that comes nearest to this machine."
     import psutil, torch
@@ -119,15 +119,15 @@ def detect_hardware() -> str:
         return "apple_silicon_16gb" if psutil.virtual_memory().total > 12e9 else "apple_silicon_8gb"
     return "cpu_only"
 
-
+# %% ../nbs/12_presets.ipynb #b607c733
 def hardware(
     name: str | None = None,  # Of HARDWARE; default: the one detected
-    preset: (
-        dict | None
-    ) = None,  # Of `stage` or `recipe`, to be fitted to the machine: its data stay, and its lengths and batches are not enlarged
+    preset: dict | None = None,  # Of `stage` or `recipe`, to be fitted to the machine
     **changes,  # Options to have otherwise, such as precision='bf16'
 ) -> dict:  # Arguments of `fit`
-    "What fits into a machine."
+    """What fits into a machine.
+
+    The data of a preset stay, and its lengths and batches are not enlarged."""
     preset, machine = preset or {}, _choose("machine", HARDWARE, name or detect_hardware())
     return (
         preset
@@ -172,5 +172,5 @@ RECIPES = dict(
 def recipe(
     name: str,  # quick_prototype, production or special_abilities
 ) -> dict:  # Arguments of `fit`
-    "A whole training, ready to run: an idea tried in minutes; the real thing, which stops when the validation loss has not fallen in three evaluations; a model that calls tools and thinks."
+    "A whole training, ready to run."
     return _choose("recipe", RECIPES, name)

@@ -35,9 +35,8 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/03_quality.ipynb #377a074d
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
-_MOJIBAKE = re.compile(
-    "[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2122]"
-)  # a first byte of UTF-8 and another, as latin-1 or Windows-1252 show them
+# A first byte of UTF-8 and another, as latin-1 or Windows-1252 show them
+_MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0178\u0192\u02c6\u02dc\u2013-\u2122]")
 _BLANK_LINES = re.compile(r"(?:[ \t\u3000]*\n)*")
 _LINE_END, _EMPTY = re.compile(r"[ \t\u3000]+$", re.M), re.compile(r"\n{4,}")
 
@@ -60,9 +59,12 @@ def _ftfy():
         ) from None
     return ftfy
 
-
+# %% ../nbs/03_quality.ipynb #539569da
 def _without_margins(text: str) -> str:
-    "Without blank lines in front and white space behind; the first line of several keeps its indentation, which code needs."
+    """Without blank lines in front and white space behind.
+
+    The first line of several keeps its indentation, which code needs.
+    """
     body = text[_BLANK_LINES.match(text).end() :].rstrip()
     return body if "\n" in body and body.startswith(("  ", "\t")) else body.lstrip()
 
@@ -108,11 +110,9 @@ CLASSES = (
     "broken",
 )
 
-
+# %% ../nbs/03_quality.ipynb #d2465e40
 @cache
-def _class_of() -> (
-    np.ndarray
-):  # (65537,) uint8: index into CLASSES of each character of the basic plane; the last entry stands for all others
+def _class_of() -> np.ndarray:  # (65537,) uint8: an index into CLASSES for each character
     out = np.full(0x10001, CLASSES.index("symbols"), np.uint8)
     names = dict(
         Zs="space",
@@ -162,7 +162,7 @@ def _class_of() -> (
     out[0xFFFD] = CLASSES.index("broken")
     return out
 
-
+# %% ../nbs/03_quality.ipynb #2b5c44bc
 def _codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "All characters of some texts as numbers, and where each text begins (and the last one ends)."
     return np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32), np.concatenate(
@@ -170,9 +170,7 @@ def _codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def count_classes(
-    texts: Sequence[str],
-) -> np.ndarray:  # (n, len(CLASSES)) int64
+def count_classes(texts: Sequence[str]) -> np.ndarray:  # (n, len(CLASSES)) int64
     "How many characters of each class each text has."
     codes, starts = _codes(texts)
     kinds = np.where(
@@ -185,7 +183,7 @@ def count_classes(
         -1, len(CLASSES)
     )
 
-
+# %% ../nbs/03_quality.ipynb #bc6eb5ba
 def row_key(row: Row) -> int:
     "The same for rows that say the same: 64 bits of xxh3, calls and thoughts included."
     return xxhash.xxh3_64_intdigest(
@@ -198,10 +196,8 @@ def row_key(row: Row) -> int:
         )
     )
 
-
-def role_troubles(
-    messages: list[dict],
-) -> list[str]:  # Empty for a conversation as it should be
+# %% ../nbs/03_quality.ipynb #287e47ed
+def role_troubles(messages: list[dict]) -> list[str]:  # Empty for one as it should be
     "Where a conversation breaks the order: a question, an answer, a question …"
     out, last, first = [], None, None
     for m in messages:
@@ -220,7 +216,7 @@ def role_troubles(
         out.append("ends without an answer")
     return [*dict.fromkeys(out)]
 
-
+# %% ../nbs/03_quality.ipynb #354e784a
 TERMS = "length", "repetition", "symbols", "languages", "duplication", "roles"
 
 
@@ -232,6 +228,7 @@ def score(
     "The quality of rows, term by term."
     counts = count_classes([r.text for r in rows]) if counts is None else counts
     out, n = np.ones((len(rows), len(TERMS))), np.maximum(1, counts.sum(1))
+    # a message of more than a role and a content has thoughts, or a call
     answers = [
         (
             2
@@ -246,7 +243,7 @@ def score(
             else len(r.text)
         )
         for r in rows
-    ]  # more than a role and a content: thoughts, or a call
+    ]
     out[:, 0] = np.minimum(1, np.array(answers) / 20)
     zstd = zstandard.ZstdCompressor(level=1)  # not to be shared between threads
     for i in np.flatnonzero(n > 80):
@@ -268,12 +265,11 @@ class Seen:
     "Which numbers have come before; 8 bytes each."
 
     def __init__(
-        self, limit: int | None = None
-    ):  # Numbers remembered: between half of this and this; None: all
-        self.limit, self.parts = (
-            limit,
-            [np.empty(0, np.uint64)],
-        )  # sorted, each at least twice as large as the next; older ones in front
+        self,
+        limit: int | None = None,  # Numbers remembered: between half of this and this; None: all
+    ):
+        # parts: sorted, each at least twice as large as the next; older ones in front
+        self.limit, self.parts = limit, [np.empty(0, np.uint64)]
 
     def add(
         self,
@@ -296,7 +292,7 @@ class Seen:
                 self.parts[-1] = np.union1d(self.parts[-1], last)
         return old
 
-
+# %% ../nbs/03_quality.ipynb #37f6dcb5
 N_BANDS, BAND = 10, 12
 
 
@@ -312,10 +308,11 @@ def _rensa():
     return rensa
 
 
-def band_keys(
-    texts: Sequence[str],
-) -> np.ndarray:  # (n, N_BANDS) uint64; all 0 for texts under 50 characters, which are not compared
-    "Numbers of which near-duplicates share one."
+def band_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
+    """Numbers of which near-duplicates share one.
+
+    All are 0 for a text under 50 characters, which is not compared.
+    """
     keys = np.zeros((len(texts), N_BANDS), np.uint64)
     use = [i for i, t in enumerate(texts) if len(t) >= 50]
     if not use:
@@ -325,7 +322,8 @@ def band_keys(
     for k in range(5):
         grams = grams * np.uint64(0x9E3779B97F4A7C15) + codes[k : len(codes) - 4 + k]
     grams = (grams ^ grams >> np.uint64(31)) * np.uint64(0xBF58476D1CE4E5B9)
-    # A row at a time: over many, rensa starts threads, and a process forked from one that has them would wait for them for ever
+    # A row at a time: over many, rensa starts threads, and a process forked from one that has them
+    # would wait for them for ever
     minima = np.array(
         [
             _rensa()
@@ -424,7 +422,7 @@ TOPICS = {
     ).items()
 }
 
-
+# %% ../nbs/03_quality.ipynb #7be5c24f
 @cache
 def _topics_of() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     "The topics of each English word, and of each Chinese one."
@@ -445,9 +443,12 @@ def topics(text: str) -> list[str]:
         found.update(t for w, ts in chinese.items() if w in text for t in ts)
     return [t for t, n in found.items() if n >= 2]
 
-
+# %% ../nbs/03_quality.ipynb #3653e282
 def language(text: str) -> str:
-    "The language of a text, as `en`, `zh`, …: by its script where that is enough, else by its words."
+    """The language of a text, as `en`, `zh`, …
+
+    It is told by the script where that is enough, else by the words.
+    """
     text = text[:300].replace("\n", " ")
     n = dict(zip(CLASSES, count_classes([text])[0].tolist()))
     if n["kana"] > n["Han"] / 10:
@@ -628,10 +629,8 @@ class Report(dict):
             ax.set(xlabel="%", title=title)
         return fig
 
-
-def encoding_troubles(
-    text: str,
-) -> list[str]:  # Empty for a text as it should be
+# %% ../nbs/03_quality.ipynb #b328fcbf
+def encoding_troubles(text: str) -> list[str]:  # Empty for a text as it should be
     "What `clean` would mend, and what nobody can."
     has = [("control characters", _CONTROL.search(text))]
     if not text.isascii():
@@ -642,7 +641,7 @@ def encoding_troubles(
         ]
     return [k for k, yes in has if yes]
 
-
+# %% ../nbs/03_quality.ipynb #c0ca710f
 def _note(table: dict, kind: str, block: Block, row: Row, detail: str = ""):
     "Count a trouble, and keep the first ten examples."
     entry = table.setdefault(kind, dict(count=0, examples=[]))
@@ -673,7 +672,7 @@ def _add(tables: dict, more: dict):
             entry["count"] += new["count"]
             entry["examples"] += new["examples"][: 10 - len(entry["examples"])]
 
-
+# %% ../nbs/03_quality.ipynb #4c88e396
 def _work(block: Block, format: str | None, near: bool) -> dict:
     "Worker: all that can be found out about a block on its own."
     found = dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
@@ -723,7 +722,7 @@ def _work(block: Block, format: str | None, near: bool) -> dict:
         near=band_keys(texts) if near and good else None,
     )
 
-
+# %% ../nbs/03_quality.ipynb #b807de4b
 class _Rows:
     "Good rows of a block, by their place among them; parsed again, as few are asked for."
 
@@ -744,16 +743,12 @@ class _Rows:
             self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 
-
+# %% ../nbs/03_quality.ipynb #4ec70c25
 def analyze(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
-    tokenizer: (
-        Tokenizer | str | Path | None
-    ) = None,  # Lengths in tokens as well, from a sample of 2,000 rows
+    tokenizer: Tokenizer | str | Path | None = None,  # Lengths in tokens too, of 2,000 rows
     near_duplicates: bool = True,  # Look for them too? Takes as long again as all the rest
-    format: (
-        str | None
-    ) = None,  # `pretrain`, `conversation` or `dpo`; default: as the keys of each row say
+    format: str | None = None,  # `pretrain`, `conversation`, `dpo`; default: by each row's keys
     threads: int | None = None,  # Workers; default: one a core
     progress: bool = True,  # Show a progress bar on files above 8 MB?
     encoding: str = "",  # As for `look_at`
@@ -829,9 +824,8 @@ def analyze(
                     )
                 if which.any():
                     tables["troubles"][kind]["count"] = had + int(which.sum())
-            dice = _scattered(
-                w["lines"], len(quality)
-            )  # a number for each row, whatever it says, so that copies are drawn as often as they occur
+            # a number for each row, whatever it says: copies are drawn as often as they occur
+            dice = _scattered(w["lines"], len(quality))
             for i in (
                 range(len(dice)) if len(sample) < SAMPLE else np.flatnonzero(dice < -sample[0][0])
             ):
@@ -858,7 +852,7 @@ def analyze(
         | dict(read=table, passed_over=passed)
     )
 
-
+# %% ../nbs/03_quality.ipynb #67feb728
 def _scattered(lines: np.ndarray, block: int) -> np.ndarray:
     "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."
     x = (lines.astype(np.uint64) + np.uint64(block << 32)) * np.uint64(
@@ -884,7 +878,7 @@ def _spread(x: np.ndarray) -> dict:
         else dict(mean=0.0, min=0, max=0, **{f"{p}%": 0.0 for p in (5, 25, 50, 75, 95, 99)})
     )
 
-
+# %% ../nbs/03_quality.ipynb #357ef397
 def _report(
     files, looks, tables, counted, turns, lengths, quality, classes, near, sample, tokenizer
 ) -> Report:

@@ -25,19 +25,19 @@ def quantize(
     weight: Tensor,  # (rows, width), any float dtype
     bits: int,  # 8 or 4
     group: int = 64,  # At most this many neighbours share a scale
-) -> tuple[
-    Tensor, Tensor
-]:  # (rows, groups, weights) int8, or (rows, groups, weights/2) uint8; (rows, groups) bfloat16 scales
-    "Each weight as a small whole number of steps, each group with its own step."
+) -> tuple[Tensor, Tensor]:  # The packed weights; scales, (rows, groups) bfloat16
+    """Each weight as a small whole number of steps, each group with its own step.
+
+    Packed in 8 bits: (rows, groups, weights) int8. In 4 bits: (rows, groups, weights/2) uint8.
+    """
     if bits not in (8, 4):
         raise ValueError(f"bits={bits} must be 8 or 4")
     if weight.dim() != 2:
         raise ValueError(f"a matrix is quantized; this tensor is {tuple(weight.shape)}")
     rows, width = weight.shape
     n, size = group_shape(width, group)
-    x = F.pad(weight.float(), (0, n * size - width)).view(
-        rows, n, size
-    )  # a copy, even where nothing is filled up
+    # a copy, even where nothing is filled up
+    x = F.pad(weight.float(), (0, n * size - width)).view(rows, n, size)
     far = x.gather(-1, x.abs().argmax(-1, keepdim=True))  # (rows, groups, 1), with its sign
     scale = (far.abs() / 127 if bits == 8 else far / -8).bfloat16()
     if not scale.isfinite().all():

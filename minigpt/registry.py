@@ -31,7 +31,10 @@ def data_dir() -> Path:
 def find_file(
     name: str,  # As registered; also found packed, with `.gz` or `.zst` behind
 ) -> Path | None:  # None where it is not here
-    "A data file in the folders above, the first that has it; or in the current folder, or at its own path."
+    """A data file, in the first of the folders above that has it.
+
+    Else it may lie in the current folder, or at its own path.
+    """
     if Path(name).is_absolute() or len(Path(name).parts) > 1:
         return Path(name) if Path(name).exists() else None
     return next(
@@ -48,7 +51,10 @@ def find_file(
 def locate(
     path: str | Path,  # As the user wrote it
 ) -> str | Path:
-    "The path itself where something is there; else, of a bare file name such as `sft_mini_512.jsonl`, the file in the folders above."
+    """The path itself where something is there; else the file in the folders above.
+
+    Only a bare file name such as `sft_mini_512.jsonl` is looked for in these.
+    """
     bare = len(Path(path).parts) == 1 and Path(path).suffix
     return path if not bare or Path(path).exists() else find_file(str(path)) or path
 
@@ -64,9 +70,7 @@ class DatasetConfig:
     format_type: str = "conversation"  # `pretrain`, `conversation` or `dpo`
     data_size: str = ""  # For people, such as `1.2 GB`
     description: str = ""
-    sources: tuple[
-        str, ...
-    ] = ()  # Where each file can be got: `hf:owner/name/file`, a Google Drive link, or an address; see `minigpt.download`
+    sources: tuple[str, ...] = ()  # Where to get each file, as for `minigpt.download.get`
 
     @property
     def data_path(self) -> str | list[str]:
@@ -185,7 +189,9 @@ _SETS = {
     ]
 }
 
+# %% ../nbs/03_registry.ipynb #0947577d
 _MINIMIND = frozenset(_SETS)
+# Other names: the recommended set of a kind; a file without its ending
 _SHORT = dict(
     sft="sft_mini",
     pretrain_hq="pretrain",
@@ -194,7 +200,7 @@ _SHORT = dict(
     sft_1024="sft_long",
     r1_mix_1024="reasoning",
     agent_ultra_think="ultra_think",
-)  # other names: the recommended set of a kind; a file without its ending
+)
 
 
 def find_dataset(
@@ -225,7 +231,7 @@ def list_datasets() -> list[DatasetConfig]:
     "All registered data sets."
     return list(_SETS.values())
 
-
+# %% ../nbs/03_registry.ipynb #f71d27de
 def register_dataset(
     name: str,  # A new name; an old one is replaced
     files: str | Path | Iterable[str | Path],  # Names of files in `data/dataset/custom/`, or paths
@@ -293,11 +299,14 @@ def dataset(
             raise DataError(f"{source} did not give a data file: {e}") from None
     return made
 
-
+# %% ../nbs/03_registry.ipynb #ab2bb28f
 def all_here(
     names: Iterable[str],  # Of registered data sets
 ) -> list[DatasetConfig]:
-    "Several registered data sets; a `FileNotFoundError` names every file that is not here, and how to get it."
+    """Several registered data sets, with all of their files.
+
+    A `FileNotFoundError` names every file that is not here, and how to get it.
+    """
     sets = [get_dataset_config(n) for n in names]
     if missing := [(s, f) for s in sets for f in s.missing]:
         told = "; ".join(
@@ -314,17 +323,23 @@ def all_here(
 # %% ../nbs/03_registry.ipynb #39b28b7a
 @dataclass(frozen=True)
 class Mix:
-    "Data sets with their weights, not opened yet."
+    """Data sets with their weights, not opened yet.
 
-    parts: tuple[
-        tuple[object, float | None], ...
-    ]  # A name, path, list of paths, `DatasetConfig` or token set; and its weight
+    A part is a name, a path, a list of paths, a `DatasetConfig` or a token set.
+    """
 
+    parts: tuple[tuple[object, float | None], ...]  # What to read, and its weight
 
+# %% ../nbs/03_registry.ipynb #0d2cc833
 def mix(
-    parts: Iterable,  # Data sets, or pairs of a data set and its weight, such as [('sft_mini', .7), ('tool_calling', .3)]; or a dictionary from one to the other, or dictionaries with `name` and `weight`
+    parts: Iterable,  # Data sets, with or without weights
 ) -> Mix:
-    "A mixture of data sets, for `fit`."
+    """A mixture of data sets, for `fit`.
+
+    A part is a data set, or a pair of one and its weight, such as `('sft_mini', 0.7)`, or a
+    dictionary with `name` and `weight`. All parts may also be one dictionary from data set to
+    weight.
+    """
     if (
         isinstance(parts, (str, Path, DatasetConfig))
         or isinstance(parts, dict)

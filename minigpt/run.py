@@ -31,7 +31,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 # %% ../nbs/11_run.ipynb #bd5ef333
 ANSWER = 10.0  # Seconds after which a backup's folder counts as hanging
 
-
+# %% ../nbs/11_run.ipynb #ae1841e5
 class Run:
     "What a run's folder says."
 
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def final(self) -> Path:
-        "Where the final model is, or will be: in the folder itself, in a backup's copy of it below."
+        "Where the final model is, or will be: the folder itself; of a backup, `final/` in it."
         return self.path / "final" if (self.path / "heartbeat.json").exists() else self.path
 
     @property
@@ -103,7 +103,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        "Optimizer steps that are safe: those of the final model, or of the newest checkpoint or snapshot."
+        "Optimizer steps that are safe: of the final model, or the newest checkpoint or snapshot."
         states = [c.step for c in self.checkpoints + self.snapshots if not c.problem]
         if problem(self.final, hashes=False) is None:
             states.append(read_json(self.final / "trainer_state.json")["global_step"])
@@ -111,7 +111,11 @@ class Run:
 
     @property
     def backup(self) -> list[Checkpoint]:
-        "What is in the backup; a `BackupError` where its folder cannot be reached, a `TimeoutError` where it does not answer."
+        """What is in the backup.
+
+        A `BackupError` where its folder cannot be reached, a `TimeoutError` where it does not
+        answer.
+        """
         folder = self.facts["train"].get("gdrive_backup_dir")
         if not folder or (self.path / "heartbeat.json").exists():
             return []  # no backup, or this is one
@@ -165,12 +169,14 @@ class Run:
 
     def model(
         self,
-        which: (
-            str | None
-        ) = None,  # `checkpoint-500`, `snapshot-620`, `best`; default: the final model, else the newest whole checkpoint
+        which: str | None = None,  # Such as `checkpoint-500`, `best`; default: final, else newest
         device: str = "cpu",  # Where it goes
     ) -> GPT:
-        "A trained model of this run."
+        """A trained model of this run.
+
+        `which` names a checkpoint, a snapshot (`snapshot-620`) or `best`. By default it is the
+        final model or, before there is one, the newest whole checkpoint or snapshot.
+        """
         if which is None:
             path = (
                 self.final
@@ -216,9 +222,7 @@ class Run:
 
 # %% ../nbs/11_run.ipynb #7f8120ed
 def split_checkpoint(
-    path: (
-        str | Path
-    ),  # RUN/checkpoints/checkpoint-500, or RUN/checkpoint-500 as the Trainer of Hugging Face has it; or a name alone
+    path: str | Path,  # RUN/checkpoints/checkpoint-500, RUN/checkpoint-500, or a name alone
 ) -> tuple[Path | None, str]:  # The run's folder, and the name; None: it is no such path
     "What a path of a checkpoint says."
     path = at_home(path)
@@ -226,16 +230,11 @@ def split_checkpoint(
         return None, str(path)
     return (
         path.parent.parent
-        if path.parent.name
-        in (
-            "checkpoints",
-            "snapshots",
-            "best",
-        )
+        if path.parent.name in ("checkpoints", "snapshots", "best")
         else path.parent
     ), path.name
 
-
+# %% ../nbs/11_run.ipynb #d365e7d4
 def open_run(
     path: str | Path,  # Folder of a run
 ) -> Run:
@@ -281,7 +280,7 @@ def open_run(
         )
     return Run(path)
 
-
+# %% ../nbs/11_run.ipynb #28f90072
 def _may_be_run(path: Path) -> bool:
     try:
         return lexists(path / "run.json")
@@ -301,7 +300,7 @@ def text_table(lines: list[tuple[str, ...]]) -> str:
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(l, widths)).rstrip() for l in lines)
 
-
+# %% ../nbs/11_run.ipynb #2dc0d1d2
 def _last(history: list[dict], name: str) -> str:
     "The newest number of this name."
     return next(
@@ -335,7 +334,10 @@ def _runs_row(r: Run) -> tuple[str, ...]:
 def runs_table(
     runs: list[Run],  # Such as of `list_runs`
 ) -> str:
-    "A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints. One that cannot be read, or does not answer, is named below."
+    """A line a run: steps, last loss, newest whole checkpoint, its age, size of all checkpoints.
+
+    A run that cannot be read, or does not answer, is named below.
+    """
     lines, damaged = (
         [("run", "steps", "done", "loss", "validation", "newest checkpoint", "age", "size")],
         [],
@@ -349,12 +351,12 @@ def runs_table(
             damaged.append(f"{r.path} cannot be read: {e}")
     return plain("\n".join([text_table(lines), *damaged]))
 
-
+# %% ../nbs/11_run.ipynb #11ed8299
 def run_table(
     run: Run,
-    verify: bool = False,  # Read every file and compare its hash? A file on Drive that is read is downloaded
+    verify: bool = False,  # Read each file and compare its hash? From Drive, that is a download
 ) -> str:
-    "Every checkpoint, snapshot and backup of a run: step, age, size, kind, and whether it can be used."
+    "All checkpoints, snapshots and backups of a run: step, age, size, kind; can each be used?"
     lines = [("where", "name", "step", "kind", "age", "size", "state")]
 
     def add(where, c):

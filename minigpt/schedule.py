@@ -22,7 +22,7 @@ class Schedule:
         max_steps: int,  # Steps of the whole run
         windows: int,  # Sequences of an epoch
         clock: Callable[[], float] = time.monotonic,  # In seconds
-        offset: int = 0,  # Sequences passed over at step 0: not 0 where a run went on with another effective batch
+        offset: int = 0,  # Sequences passed over at step 0, after a change of effective batch
     ):
         self.config, self.max_steps, self.windows, self.clock, self.offset = (
             config,
@@ -121,7 +121,7 @@ def checkpoint_size(
     "What a checkpoint takes, for a model in fp32 trained with AdamW."
     return n_params * (4 if light else 12)
 
-
+# %% ../nbs/12_schedule.ipynb #b10c3dac
 def storage_plan(
     config: TrainConfig,
     n_params: int,  # Of the model
@@ -138,9 +138,8 @@ def storage_plan(
         light if config.snapshot_kind == "light" else full
     )
     best = light if config.evaluation_strategy != "no" else 0
-    need = (
-        (keep + 1) * full + snap + best + light
-    )  # one more while the oldest is still there; the final model
+    # one more while the oldest is still there; the final model
+    need = (keep + 1) * full + snap + best + light
     room = lambda n: "free space unknown" if n == math.inf else f"{human_size(n)} free"
     lines = [
         f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept,"

@@ -40,7 +40,7 @@ class RequestError(Exception):
             ),
         )
 
-
+# %% ../nbs/08_serve.ipynb #c3f0ae5c
 _NEUTRAL = dict(
     n=(1,),
     best_of=(1,),
@@ -105,9 +105,7 @@ def read_request(
 # %% ../nbs/08_serve.ipynb #f6ddc668
 def read_messages(
     body: dict,  # Of a request
-) -> tuple[
-    list[dict], list[dict]
-]:  # Messages and the schemas of functions, as the chat template takes them
+) -> tuple[list[dict], list[dict]]:  # Messages and schemas of functions, for the chat template
     "The conversation of a request."
 
     def text(m, where):
@@ -173,11 +171,12 @@ def read_messages(
         if role == "tool":
             made["order"] = order.get(str(m.get("tool_call_id")), len(order))
         out.append(made)
+    # Results in the order of their calls
     out = [
         m
         for results, ms in groupby(out, lambda m: "order" in m)
         for m in (sorted(ms, key=lambda m: m.pop("order")) if results else ms)
-    ]  # in the order of the calls
+    ]
     tools = body.get("tools") or []
     if not isinstance(tools, list):
         raise RequestError("tools must be a list", "tools")
@@ -195,7 +194,7 @@ _LOCAL = "localhost", "127.0.0.1", "::1"
 class _Gone(Exception):
     "The client has hung up."
 
-
+# %% ../nbs/08_serve.ipynb #66461b2b
 class _Handler(BaseHTTPRequestHandler):
     protocol_version, timeout, server_version, sys_version = "HTTP/1.1", 60, "minigpt", ""
 
@@ -223,9 +222,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Gone
 
     def event(self, body: dict | str):
-        data = f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n".encode(
-            "utf-8", "replace"
-        )
+        data = (
+            f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n"
+        ).encode("utf-8", "replace")
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
         self.wfile.flush()
 
@@ -303,12 +302,13 @@ class _Handler(BaseHTTPRequestHandler):
                 f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
                 status=404,
             )
+        # A foreign web page cannot send this type unasked
         if self.headers.get_content_type() != "application/json":
             raise RequestError(
                 f"the request's Content-Type is {self.headers.get_content_type()}; it must be"
                 " application/json",
                 status=415,
-            )  # a foreign web page cannot send that unasked
+            )
         try:
             body = json.loads(data)
         except (ValueError, RecursionError) as e:
@@ -333,10 +333,8 @@ class _Handler(BaseHTTPRequestHandler):
         )
         try:
             ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.begin(messages)
-        except ValueError as e:
-            raise RequestError(
-                str(e), "messages" if chat else "prompt"
-            ) from None  # the template refuses it, or it is no Unicode
+        except ValueError as e:  # the template refuses it, or it is no Unicode
+            raise RequestError(str(e), "messages" if chat else "prompt") from None
         if len(ids) >= (longest := model.config.max_len):
             raise RequestError(
                 f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at"
@@ -473,15 +471,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 # %% ../nbs/08_serve.ipynb #d5f68e08
 class Server(ThreadingHTTPServer):
-    "Models by name, behind OpenAI's interface. `serve_forever()` answers, `shutdown()` ends that; `url` is for the client's `base_url`."
+    """Models by name, behind OpenAI's interface.
+
+    `serve_forever()` answers, `shutdown()` ends that; `url` is for the client's `base_url`.
+    Several models may share one base. Instead of a pair, `models` may hold a run, or a directory
+    with a model."""
 
     daemon_threads = True
 
     def __init__(
         self,
-        models: dict[
-            str, tuple[GPT, Tokenizer]
-        ],  # By the names that clients ask for; several may share one base. Instead of a pair: a run, or a directory with a model
+        models: dict[str, tuple[GPT, Tokenizer]],  # By the names that clients ask for
         host: str = "127.0.0.1",  # Address to listen on; the default is for this machine alone
         port: int = 8000,  # 0: any that is free
     ):
@@ -517,19 +517,24 @@ class Server(ThreadingHTTPServer):
             ) from None
 
     def stop(self, seconds: float = 10.0):
-        "End the answer that is being written. Python must not exit while a thread computes: torch would abort the process."
+        """End the answer that is being written.
+
+        Python must not exit while a thread computes: torch would abort the process."""
         self.stopping.set()
         self.lock.acquire(timeout=seconds)
 
     @property
     def url(self) -> str:
         "Where it listens."
-        return f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}:{self.server_address[1]}/v1"
+        return (
+            f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}"
+            f":{self.server_address[1]}/v1"
+        )
 
-
+# %% ../nbs/08_serve.ipynb #19cdffc7
 def serve(
     models: dict[str, tuple[GPT, Tokenizer]],  # By the names that clients ask for
-    host: str = "127.0.0.1",  # Address to listen on; 0.0.0.0 is every network that this machine is in
+    host: str = "127.0.0.1",  # Address to listen on; 0.0.0.0: in every network of this machine
     port: int = 8000,
     say=print,  # Function that shows a line
 ):

@@ -66,21 +66,20 @@ BUILT_IN: dict[str, Callable[[Path], Path]] = dict(
     ),
 )
 
-PATH, REGISTERED, CORPUS = (
-    "path",
-    "registered data set",
-    "built-in corpus",
-)  # what a name may stand for
+# %% ../nbs/12_source.ipynb #a0b55b04
+# what a name may stand for
+PATH, REGISTERED, CORPUS = "path", "registered data set", "built-in corpus"
 
 
 def meaning(
     source,  # As in a call
-    decided: (
-        dict[str, str] | None
-    ) = None,  # What names stand for, where a run has decided it: of `meanings`
+    decided: dict[str, str] | None = None,  # What names stand for in a run: of `meanings`
     folder: Path | None = None,  # The run's, which is no data
 ) -> str:  # PATH, REGISTERED or CORPUS
-    "What a source stands for. A registered set whose files are here goes before a built-in corpus; two things that are both here are an error."
+    """What a source stands for.
+
+    A registered set whose files are here goes before a built-in corpus; two things that are both
+    here are an error."""
     if isinstance(source, DatasetConfig):
         return REGISTERED
     if not isinstance(source, str):
@@ -115,11 +114,10 @@ def meaning(
         return REGISTERED
     if source in BUILT_IN:
         return CORPUS
-    return (
-        PATH if Path(source).suffix or len(Path(source).parts) > 1 else REGISTERED
-    )  # `_named` says that there is none of that name
+    # `_named` says that there is none of that name
+    return PATH if Path(source).suffix or len(Path(source).parts) > 1 else REGISTERED
 
-
+# %% ../nbs/12_source.ipynb #fd4e3d11
 def _named(
     source, decided: dict[str, str] | None = None, folder: Path | None = None
 ) -> DatasetConfig | None:
@@ -146,12 +144,13 @@ def usual_options(
     try:
         named = _named(train, decided)
     except ValueError:
-        return {}  # a name that is not registered here; a run that has its tokens can go on all the same
+        # a name that is not registered here; a run that has its tokens can go on all the same
+        return {}
     return dict(max_seq_len=named.max_seq_len, batch_size=named.batch_size) if named else {}
 
-
+# %% ../nbs/12_source.ipynb #c1de1a0f
 def source_files(
-    source,  # A path, a list of paths, the name of a registered data set, its `DatasetConfig`, or a built-in corpus
+    source,  # A path, paths, a registered data set (its name or `DatasetConfig`), or a corpus
     folder: Path,  # The run's, where a built-in corpus is written
     decided: dict[str, str] | None = None,  # As for `meaning`
     **how,  # say, encoding: as for `data_files`
@@ -181,7 +180,7 @@ def _located(source):
         else source
     )
 
-
+# %% ../nbs/12_source.ipynb #45a2b4db
 def _paths(x) -> list[Path]:
     "What a part of a call reads."
     if isinstance(x, Mix):
@@ -195,10 +194,12 @@ def _paths(x) -> list[Path]:
 
 def check_before_moving(
     folder: Path,  # Of a run, which is about to be moved aside
-    data: Iterable,  # What is to be read as data: as `source_files`, token sets, mixtures; None: nothing
+    data: Iterable,  # What is to be read: as `source_files`, token sets, mixtures; None: nothing
     others: Iterable = (),  # What else may be a path: model, tokenizer
 ):
-    "Data that are not there, and whatever would be moved along, are refused while everything stands where it is."
+    """Refuse data that are not there, and whatever would be moved along.
+
+    Everything still stands where it is."""
     for x in data:
         for s in [s for s, _ in x.parts] if isinstance(x, Mix) else [x]:
             if (
@@ -271,7 +272,7 @@ def _as_before(name: str) -> str:
         else PATH
     )
 
-
+# %% ../nbs/12_source.ipynb #8b361c85
 def _recorded(source) -> list[str]:
     "The names in what `source_to_json` wrote."
     if isinstance(source, dict):
@@ -298,7 +299,7 @@ def meanings(
         if isinstance(s, (str, Path, DatasetConfig))
     }
 
-
+# %% ../nbs/12_source.ipynb #e9c71c0e
 def what_is_read(
     what: str,  # Such as `training data`
     source,  # As in a call
@@ -314,7 +315,7 @@ def _found(path) -> str:
     "Of a bare file name: where the file is."
     return "" if (at := locate(path)) == path else f"{path} = {at}"
 
-
+# %% ../nbs/12_source.ipynb #ef6964e3
 def _told(s, decided, folder) -> str:
     if isinstance(s, (list, tuple)):
         return "; ".join(t for e in s if isinstance(e, (str, Path)) and (t := _found(e)))
@@ -355,16 +356,13 @@ def _now(s: str, folder) -> str | None:
 
 # %% ../nbs/12_source.ipynb #6a9246a9
 class ResumeError(ValueError):
-    "The folder holds another run than the call describes; names the field, both values and the ways out."
+    """The folder holds another run than the call describes.
+
+    The message names the field, both values and the ways out."""
 
 
-OVERRIDES = (
-    "effective_batch",
-    "max_seq_len",
-    "data",
-    "validation_split",
-    "seed",
-)  # the weights fit all the same, and the place in the data is carried over in sequences
+# the weights fit all the same, and the place in the data is carried over in sequences
+OVERRIDES = "effective_batch", "max_seq_len", "data", "validation_split", "seed"
 
 
 def refuse(folder: Path, field: str, was, now, hint: str = ""):
@@ -381,7 +379,7 @@ def refuse(folder: Path, field: str, was, now, hint: str = ""):
         " pass overwrite=True, which moves the old run aside"
     )
 
-
+# %% ../nbs/12_source.ipynb #8103ddef
 def _same_source(
     folder: Path,
     place: Path,
@@ -415,10 +413,8 @@ def _same_source(
         and was["sources"][0]["path"].replace("\\", "/").endswith(f"data-source/{source}.jsonl")
         and not (folder / "data-source" / f"{source}.jsonl").exists()
     ):
-        return (
-            train,
-            valid,
-        )  # a built-in corpus may change with the package; the tokens are the run's
+        # a built-in corpus may change with the package; the tokens are the run's
+        return train, valid
     try:
         now = source_facts(
             (
@@ -464,19 +460,23 @@ def _learn_tokenizer(files: list[Path], cfg: TrainConfig, say) -> Tokenizer:
     say(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
 
-
+# %% ../nbs/12_source.ipynb #a08d0dcc
 def _n_parts(source) -> int:
     return len(source["mix"]) if isinstance(source, dict) else 0  # 0: no mixture
 
 
 def token_places(
     known: dict | None,  # run.json
-) -> dict:  # `train`, a list with one for each part of a mixture; `valid`, of a validation set of the caller's own. None: it is a token set from elsewhere
-    "Folders below the run's in which its tokens are."
+) -> dict:  # `train`, a list, and `valid`
+    """Folders below the run's in which its tokens are.
+
+    `train` has one for each part of a mixture; `valid` is that of a validation set of the caller's
+    own. None: it is a token set from elsewhere."""
     data = (known or {}).get("data", {})
+    # not written by older versions
     places = data.get("places") or dict(
         train=_usual(_n_parts(data.get("source"))), valid="data-valid"
-    )  # not written by older versions
+    )
     if bad := [
         p
         for p in (*places["train"], places["valid"])
@@ -489,7 +489,7 @@ def token_places(
         )
     return places
 
-
+# %% ../nbs/12_source.ipynb #d5438e0b
 def unread_tokens(
     folder: Path,  # The run's
     sets: list[TokenSet | None],  # What it reads
@@ -505,17 +505,18 @@ def unread_tokens(
         for way in ("data*/train", "data*/*/train")
         for m in folder.glob(f"{way}/meta.json")
     }
+    # what lies around another one stays
     return sorted(
         p.relative_to(folder).as_posix()
         for p in found - used
         if not any(p in u.parents for u in used)
-    )  # what lies around another one stays
+    )
 
 
 def _usual(n_parts: int) -> list[str]:
     return [f"data/{i}" for i in range(n_parts)] or ["data"]
 
-
+# %% ../nbs/12_source.ipynb #c861a96b
 def _own_tokenizer(folder: Path, wanted: str, say) -> Tokenizer:
     "The run's tokenizer, which stands in every checkpoint as well."
     try:
@@ -535,7 +536,9 @@ def _own_tokenizer(folder: Path, wanted: str, say) -> Tokenizer:
 
 
 def _damage(place: Path) -> str | None:
-    "What is wrong with a run's token set, if there is one. What cannot be read at this moment is an error, and may be whole."
+    """What is wrong with a run's token set, if there is one.
+
+    What cannot be read at this moment is an error, and may be whole."""
     if not (place / "train" / "meta.json").exists():
         return None
     try:
@@ -554,7 +557,7 @@ def _damage(place: Path) -> str | None:
 def _rebuild(place: Path, wrong: str, say):
     say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
 
-
+# %% ../nbs/12_source.ipynb #3b28dc97
 def _how_read(known: dict | None, cfg: TrainConfig) -> dict:
     "Options of `build_tokenset`. A run of an older version cuts long rows, and goes on doing so."
     return dict(
@@ -601,9 +604,9 @@ def _open_valid(
         **_how_read(known, cfg),
     )[0]
 
-
+# %% ../nbs/12_source.ipynb #1639b0ca
 def _same_options(source: TokenSet | Mixture, cfg: TrainConfig):
-    "A `ValueError` for an option that only counts where files are read, and that the token set was not built with."
+    "A `ValueError` for an option of reading files that the token set was not built with."
     for d in getattr(source, "sets", [source]):
         built = dict(
             encoding=d.meta["options"].get("encoding", ""),
@@ -640,7 +643,7 @@ def _older_tokens(data: TokenSet, tok: Tokenizer, say):
         f" adds to each ({added}); build it again with minigpt.data.build_tokenset"
     )
 
-
+# %% ../nbs/12_source.ipynb #e93c497c
 def open_source(
     folder: Path,  # The run's
     known: dict | None,  # Its run.json, if it is to go on
@@ -652,10 +655,10 @@ def open_source(
     say: Callable[[str], None] = print,  # Told what is done
     decided: dict[str, str] | None = None,  # What names stand for: of `meanings`
     of_model: bool = False,  # Is the tokenizer the one that the model was trained with?
-) -> tuple[
-    Tokenizer, TokenSet, TokenSet | None, dict
-]:  # Tokenizer, training and validation set, and where they are: as `token_places`
-    "Everything that `fit` reads, in the run's folder."
+) -> tuple[Tokenizer, TokenSet, TokenSet | None, dict]:  # The last: as `token_places`
+    """Everything that `fit` reads, in the run's folder.
+
+    The tokenizer, the training and the validation set, and where these are."""
     decided = (
         meanings((train, valid), None if "data" in override else known, folder)
         if decided is None
@@ -788,9 +791,8 @@ def open_source(
             opened.append(_same_source(folder, place, source, cfg, override, say, decided))
         else:
             if there and "data" not in override:
-                _same_source(
-                    folder, place, source, cfg, override, say, decided
-                )  # for another share, the texts are the same
+                # for another share, the texts are the same
+                _same_source(folder, place, source, cfg, override, say, decided)
             # beside the run's own, until `fit` has accepted it
             built = build_tokenset(
                 found[0],

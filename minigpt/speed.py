@@ -20,7 +20,7 @@ from .optim import make_optimizer
 
 # %% ../nbs/13_speed.ipynb #545f9e11
 def _bf16_pays(n: int = 768) -> bool:
-    "Are matrix products in bf16 at least 1.5 times as fast as in fp32, on a CPU that has units for them?"
+    "Are bf16 products at least 1.5 times as fast as fp32, on a CPU that has units for them?"
     try:
         flags = open("/proc/cpuinfo").read()
     except OSError:
@@ -31,9 +31,8 @@ def _bf16_pays(n: int = 768) -> bool:
     b = a.bfloat16()
     a @ a
     b @ b
-    return (
-        statistics.median(_timed(lambda: a @ a) / _timed(lambda: b @ b) for _ in range(5)) > 1.5
-    )  # in turns: a moment in which the machine is busy must not decide
+    # in turns: a moment in which the machine is busy must not decide
+    return statistics.median(_timed(lambda: a @ a) / _timed(lambda: b @ b) for _ in range(5)) > 1.5
 
 
 def _timed(f) -> float:
@@ -43,16 +42,15 @@ def _timed(f) -> float:
 
 # %% ../nbs/13_speed.ipynb #9667803f
 def _mps() -> bool:
-    return torch.backends.mps.is_available() and torch.amp.is_autocast_available(
-        "mps"
-    )  # torch 2.4 has no autocast for it
+    # torch 2.4 has no autocast for it
+    return torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps")
 
 
 def best_device() -> str:
     "The fastest kind of device that torch finds here."
     return "cuda" if torch.cuda.is_available() else "mps" if _mps() else "cpu"
 
-
+# %% ../nbs/13_speed.ipynb #a06a9891
 def choose(
     config: TrainConfig,  # `device`, `precision`, `num_threads`, `disable_optimizations`
 ) -> dict:  # device, precision, threads
@@ -110,13 +108,15 @@ def choose(
         device=device, precision="fp32" if precision == "auto" else precision, threads=threads
     )
 
-
+# %% ../nbs/13_speed.ipynb #24b06be9
 def can_keep(
     choice: str,  # device or precision, a key of `choose`
     was: str,  # What a run had, on a machine of the same kind
     device: str,  # Where it goes on
 ) -> bool:
-    "Can a run keep this choice here? A GPU may be one of several where there is one now, or an Ampere where there is a T4."
+    """Can a run keep this choice here?
+
+    The GPU may have been one of several where there is one now, or newer than the one here."""
     if not device.startswith("cuda"):
         return True
     if choice == "device":
@@ -127,7 +127,7 @@ def can_keep(
         and torch.cuda.get_device_capability(device) < (8, 0)
     )
 
-
+# %% ../nbs/13_speed.ipynb #872e4e7b
 def autocast(
     device: str,  # Where
     precision: str,  # fp32, bf16 or fp16
@@ -146,11 +146,8 @@ def attention_kernel(
     packed: bool = False,  # Do several rows share a sequence? Then each has a mask
 ) -> str:
     "What `scaled_dot_product_attention` takes here."
-    c, T, asked = (
-        model.config,
-        256,
-        getattr(torch, "_fused_sdp_choice", None),
-    )  # torch has no public name for the question
+    # torch has no public name for the question
+    c, T, asked = model.config, 256, getattr(torch, "_fused_sdp_choice", None)
     if not asked or torch.device(choices["device"]).type not in ("cpu", "cuda"):
         return "torch's"
     half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(choices["precision"], torch.float32)
@@ -173,7 +170,9 @@ def attention_kernel(
 def same_bits(
     on: bool = True,  # Otherwise nothing changes
 ):
-    "Inside, torch takes algorithms that give the same bits each time, and raises a `RuntimeError` where it has none."
+    """Inside, torch takes algorithms that give the same bits each time.
+
+    Where it has none, it raises a `RuntimeError`."""
     if not on:
         yield
         return
@@ -209,7 +208,7 @@ def throw_away(model: nn.Module):
             model.zero_grad()
             model.train(mode)
 
-
+# %% ../nbs/13_speed.ipynb #e384b396
 def _waiter(device: torch.device):
     "A function that waits until a device has done what it was given."
     return (
@@ -227,9 +226,7 @@ def _plain_loss(model, batch):
 
 def micro_step(
     model: LanguageModel,
-    batch: dict[
-        str, Tensor
-    ],  # ids, labels and, where rows are packed, `rows`, (B, T) int64 each, on the model's device
+    batch: dict[str, Tensor],  # (B, T) int64 ids, labels; `rows` where packed; on its device
     precision: str = "fp32",  # fp32, bf16 or fp16
     loss_of=_plain_loss,  # What is to be made small, of model and batch
 ) -> float:  # Seconds
@@ -325,10 +322,8 @@ def decide_compile(
 # %% ../nbs/13_speed.ipynb #5872efca
 def smaller(
     config: TrainConfig,  # `batch_size` and `gradient_accumulation`
-) -> (
-    tuple[int, int] | None
-):  # Micro-batch and accumulation with the same effective batch; None: it is 1 already
-    "The next smaller micro-batch."
+) -> tuple[int, int] | None:  # Micro-batch and accumulation; None: it is 1 already
+    "The next smaller micro-batch with the same effective batch."
     n = config.effective_batch
     b = max((b for b in range(1, config.batch_size) if n % b == 0), default=None)
     return b and (b, n // b)
@@ -376,7 +371,7 @@ def memory_advice(
         or f"a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}"
     )
 
-
+# %% ../nbs/13_speed.ipynb #4feffc2a
 def fit_batch(
     model: LanguageModel,  # On its device
     batch: dict[str, Tensor],  # The first effective batch, on the CPU
@@ -392,9 +387,10 @@ def fit_batch(
         return config
     trial = replace(config, batch_size=config.effective_batch, gradient_accumulation=1)
     with throw_away(model):
+        # the two moments of AdamW, and the gradients that a second micro-batch finds
         state = torch.empty(
             3 * sum(p.numel() for p in model.parameters() if p.requires_grad), device=device
-        )  # the two moments of AdamW, and the gradients that a second micro-batch finds
+        )
         while True:
             try:
                 for _ in range(2):
@@ -425,7 +421,9 @@ def flops_per_token(
     config: GPTConfig,
     seq_len: int,  # Tokens of a sequence
 ) -> int:
-    "Floating-point operations of forward and backward for a token; the embedding looks up, and counts only where it is the output layer."
+    """Floating-point operations of forward and backward for a token.
+
+    The embedding looks up, and counts only where it is the output layer."""
     used = config.n_params - (0 if config.tied else config.vocab_size * config.dim)
     return 6 * used + 12 * config.n_layer * config.n_head * config.head_dim * seq_len
 
@@ -450,16 +448,14 @@ def machine_flops(
     run()
     return 2 * n**3 / min(_timed(run) for _ in range(5))
 
-
+# %% ../nbs/13_speed.ipynb #1dbbd885
 def benchmark(
     model: str | GPTConfig = "small",  # A preset's name or a shape
-    config: (
-        TrainConfig | None
-    ) = None,  # batch_size, gradient_accumulation, max_seq_len, max_steps, precision, device, optimizer …
+    config: TrainConfig | None = None,  # Batch, length, steps, precision, device, optimizer …
     seconds: float = 20.0,  # To measure for, compiling and warm-up apart
     say=print,
-) -> dict:  # tokens_per_second, step_seconds, mfu, memory (bytes), run_seconds (of `max_steps`), and what was chosen
-    "Train on random tokens, and measure: tokens/s, model FLOPs utilisation, memory, and how long a run will take."
+) -> dict:  # What was measured and chosen; seconds, bytes
+    "Train on random tokens: tokens/s, model FLOPs utilisation, memory, and the time of a run."
     cfg = config or TrainConfig()
     choices = choose(cfg)
     torch.set_num_threads(choices["threads"])
@@ -513,7 +509,7 @@ def benchmark(
         run_seconds=took * steps,
     )
 
-
+# %% ../nbs/13_speed.ipynb #812da9bd
 def benchmark_table(
     found: dict,  # Of `benchmark`
 ) -> str:

@@ -63,19 +63,21 @@ def pace(
     steps, times = curves("time", first + 1)
     steps, times = [first, *steps.tolist()], [curves.start.get("time", 0), *times.tolist()]
     if len(steps) > 2 or not times[0]:
-        steps, times = (
-            steps[1:][-20:],
-            times[1:][-20:],
-        )  # the first lines are slower than the others
+        # the first lines are slower than the others
+        steps, times = steps[1:][-20:], times[1:][-20:]
     return (
         (times[-1] - times[0]) / (steps[-1] - steps[0])
         if len(steps) > 1 and times[-1] > times[0]
         else None
     )
 
-
+# %% ../nbs/12_status.ipynb #366f3d3d
 class Watch:
-    "A run that is looked at again and again. What is cheap is read each time; the run's folders are listed twice a minute, its backup only when asked for, since a mount may be slow or hang."
+    """A run that is looked at again and again.
+
+    What is cheap is read each time. The run's folders are listed twice a minute, its backup only
+    when asked for, since a mount may be slow or hang.
+    """
 
     def __init__(
         self,
@@ -84,9 +86,8 @@ class Watch:
     ):
         path = self.path = at_home(path)
         self.mirror = (self.path / "heartbeat.json").exists()  # the copy in a backup
-        self.run = (
-            Run(path) if self.mirror or is_held(path) else open_run(path)
-        )  # a run that has just been started has no run.json yet
+        # a run that has just been started has no run.json yet
+        self.run = Run(path) if self.mirror or is_held(path) else open_run(path)
         self.follower, self.every, self.listing, self.listed, self.problems = (
             Follower(self.path / "metrics.jsonl"),
             every,
@@ -96,14 +97,11 @@ class Watch:
         )
 
     def part(self, name: str, read, otherwise):
-        "A part of the whole. One that cannot be read is a problem to be shown, and not the end of the rest."
+        "A part of the whole. One that cannot be read is a problem to show, not the end of all."
         try:
             return read()
-        except (
-            OSError,
-            ValueError,
-            RuntimeError,
-        ) as e:  # RuntimeError: BackupError, CheckpointError
+        except (OSError, ValueError, RuntimeError) as e:
+            # RuntimeError: BackupError, CheckpointError
             if not (name == "run.json" and isinstance(e, FileNotFoundError) and is_held(self.path)):
                 self.problems.append(f"{name}: {e}")
         except (KeyError, TypeError, AttributeError) as e:
@@ -153,7 +151,7 @@ class Watch:
         )
 
     def status(self, fresh: bool = False) -> dict:
-        "All of it; `fresh` lists the folders even if they were listed a moment ago, and the backup too."
+        "All of it; `fresh` lists the backup too, and the folders even if that was just done."
         s = self.progress()
         alive, sign = self.part(".lock", lambda: _alive(self.path), (False, ""))
         if (
@@ -234,9 +232,8 @@ class Watch:
             ),
             self.facts.get("saved_params") or shape_from_dict(self.facts["model"]).n_params,
         )
-        saves = self.facts.get("saves") or -(
-            -self.facts["max_steps"] // cfg.save_steps
-        )  # older versions did not say
+        # older versions did not say
+        saves = self.facts.get("saves") or -(-self.facts["max_steps"] // cfg.save_steps)
         free, there = (
             free_space(self.path),
             sum(dir_size(self.path / d) for d in ("checkpoints", "snapshots", "best")),
@@ -249,9 +246,8 @@ class Watch:
                 )[1:]
             ]
         folder = cfg.gdrive_backup_dir
-        cache = (
-            cfg.backup_keep_last * checkpoint_size(n) if folder and drive_mount(folder) else 0
-        )  # Drive's cache is on this disk as well
+        # Drive's cache is on this disk as well
+        cache = cfg.backup_keep_last * checkpoint_size(n) if folder and drive_mount(folder) else 0
         return storage_plan(cfg, n, saves, free - cache, there=there)
 
     def resume(self) -> dict:
@@ -265,9 +261,12 @@ class Watch:
             else dict(run=str(self.path))
         )
 
-
+# %% ../nbs/12_status.ipynb #7142a1b6
 def _state_sizes(facts: dict, states: list) -> dict:
-    "Bytes of the weights and of the optimizer, as the newest whole state has them; before there is one, what the weights will take."
+    """Bytes of the weights and of the optimizer, as the newest whole state has them.
+
+    Before there is one, what the weights will take.
+    """
     newest = max((c for c in states if not c.problem), key=lambda c: c.step, default=None)
 
     def bytes_of(*names):
@@ -344,7 +343,7 @@ def headline(
         )
     )
 
-
+# %% ../nbs/12_status.ipynb #602bbddd
 def resume_code(
     s: dict,  # Of `run_status`
 ) -> tuple[str, str]:  # Python, and a command line
@@ -364,7 +363,7 @@ def resume_code(
         ),
     )
 
-
+# %% ../nbs/12_status.ipynb #62c2d569
 def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
     "A table of what is saved; its first row has the names of the columns."
     return [
@@ -385,7 +384,7 @@ def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
 
 
 def notes(s: dict) -> list[str]:
-    "What else there is to say: signs of life, storage, backup, problems, troubles that the log has."
+    "What else there is to say: signs of life, storage, backup, problems, troubles in the log."
     age = (
         f"the last line of metrics is {human_time(max(0, time.time() - s['updated']))} old"
         if s["updated"]
@@ -413,7 +412,7 @@ def notes(s: dict) -> list[str]:
         *s["troubles"],
     ]
 
-
+# %% ../nbs/12_status.ipynb #e00f8815
 def status_text(
     path: str | Path | dict,  # A run's folder, or its copy in a backup; or what `run_status` said
 ) -> str:
@@ -454,7 +453,7 @@ def sparkline(
         "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5) if high > low else 0] for v in means
     )
 
-
+# %% ../nbs/12_status.ipynb #22d4a56c
 def _dashboard(s: dict, curves: Curves):
     "What rich shows of a status. Nothing in a file's name or a sample is markup."
     from rich.console import Group
@@ -488,7 +487,7 @@ def _dashboard(s: dict, curves: Curves):
         Group(*shown), title=written(s["path"]), subtitle="Ctrl-C ends the watching, not the run"
     )
 
-
+# %% ../nbs/12_status.ipynb #01592b04
 @contextmanager
 def _shown(watch: Watch, s: dict):
     "Somewhere to show a status again and again: a notebook's cell, a terminal, or lines."
@@ -529,7 +528,7 @@ def _shown(watch: Watch, s: dict):
 
         yield show
 
-
+# %% ../nbs/12_status.ipynb #9b986587
 def monitor(
     path: str | Path,  # A run's folder, or its copy in a backup
     every: float = 2.0,  # Seconds between two looks
@@ -550,6 +549,5 @@ def monitor(
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # who read us has seen enough
+        # who read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

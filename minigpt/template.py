@@ -21,10 +21,8 @@ from jinja2.utils import Namespace
 
 # %% ../nbs/00_template.ipynb #f85ebcf1
 SECONDS = 10.0  # of computing that a template may take for one conversation
-_FREE, _TIMES = (
-    1 << 26,
-    50,
-)  # characters that it may make, and how many more for each that it is given
+# characters that it may make, and how many more for each that it is given
+_FREE, _TIMES = 1 << 26, 50
 _LONGEST = 1 << 17  # characters of a template; the longest in use have a fifth of it
 _SMALL = 1 << 12  # characters of a text that is not worth counting, unless it is kept
 _PART = 64  # bytes that a piece of a text takes, beside its own
@@ -50,7 +48,7 @@ def _size(
             todo += x
     return n
 
-
+# %% ../nbs/00_template.ipynb #80e6ab08
 class _Budget:
     "What a template has used, and may use."
 
@@ -121,18 +119,10 @@ _WIDTHS = (
     "tojson",
 )
 _SPLITS = "split", "rsplit", "splitlines"
-_SLOW = (
-    "urlize",
-    "striptags",
-    "wordwrap",
-    "wordcount",
-    "title",
-    "xmlattr",
-    "pprint",
-)  # filters that take long over a character
-_OWN_WIDTH = re.compile(
-    r"\d{6}|%[^a-zA-Z%]*\*|:[^{}]*\{"
-)  # a format that asks for a large width, or takes it from its arguments
+# filters that take long over a character
+_SLOW = "urlize", "striptags", "wordwrap", "wordcount", "title", "xmlattr", "pprint"
+# a format that asks for a large width, or takes it from its arguments
+_OWN_WIDTH = re.compile(r"\d{6}|%[^a-zA-Z%]*\*|:[^{}]*\{")
 
 
 def _formatted(form, sign, args) -> int:
@@ -152,7 +142,7 @@ def _between(value, given: tuple) -> int:
         items
     )
 
-
+# %% ../nbs/00_template.ipynb #3f313f9b
 def _grown(
     name: str,  # Of a method of a text, or of a filter
     value,  # The text, or what is filtered
@@ -208,7 +198,8 @@ def _grown(
         return _PART * len(text) // 4
     return 0
 
-
+# %% ../nbs/00_template.ipynb #6bb7f382
+# the others make no more than they read
 _GROW = {
     *_WIDTHS,
     *_SLOW,
@@ -220,7 +211,7 @@ _GROW = {
     "list",
     "sort",
     "unique",
-}  # the others make no more than they read
+}
 
 
 def _made(name: str, value, given: tuple, f, *args, **kwargs):
@@ -271,7 +262,7 @@ def _combined(sign: str, a, b):
     made = _SIGNS[sign](a, b)
     return made if not isinstance(made, (list, tuple)) else _weighed(made)
 
-
+# %% ../nbs/00_template.ipynb #248c0ea5
 def _joined(parts: Iterable) -> str:
     "`a~b`, and the pieces of what is written."
     parts = [p if type(p) is str else str(_written(p)) for p in parts]
@@ -302,7 +293,7 @@ def _written(x):
     )
     return x
 
-
+# %% ../nbs/00_template.ipynb #459baf76
 def _cut(x):
     "A slice of a text or a list."
     if isinstance(x, (str, bytes, list, tuple)):
@@ -311,7 +302,10 @@ def _cut(x):
 
 
 def _weighed(x):
-    "A list, a tuple or a dict that was built, unless it holds itself so often that it could not be written out."
+    """A list, a tuple or a dict that was built.
+
+    A `TemplateLimit` where it holds itself so often that it could not be written out.
+    """
     for v in x.values() if isinstance(x, dict) else x:
         if type(v) not in _FLAT:
             _running.budget.weigh(x)
@@ -321,7 +315,7 @@ def _weighed(x):
 
 _FLAT = {str, int, float, bool, type(None)}
 
-
+# %% ../nbs/00_template.ipynb #eeed9c40
 class _Watched:
     "What a loop goes over: each turn is a step."
 
@@ -410,7 +404,7 @@ class _Code(CodeGenerator):
     def visit_ScopedEvalContextModifier(self, node, frame):
         raise TemplateLimit("it switches autoescape on or off, which is for web pages")
 
-
+# %% ../nbs/00_template.ipynb #05773c58
 def _given(args: tuple, kwargs: dict) -> tuple:
     "Jinja passes variables of its own as well."
     return args if not kwargs else (*args, *(v for k, v in kwargs.items() if k[:1] != "_"))
@@ -422,7 +416,10 @@ class _Name(Namespace):
 
 
 class _Generation(Extension):
-    "`{% generation %}` … `{% endgeneration %}`, around what an assistant says: it writes what stands in it."
+    """`{% generation %}` … `{% endgeneration %}`, around what an assistant says.
+
+    It writes what stands in it.
+    """
 
     tags = {"generation"}
 
@@ -434,7 +431,7 @@ class _Generation(Extension):
     def _write(self, caller):
         return caller()
 
-
+# %% ../nbs/00_template.ipynb #6563ff95
 class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _Code
     intercepted_binops = frozenset(_SIGNS)
@@ -488,7 +485,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         return call
 
-
+# %% ../nbs/00_template.ipynb #43a5bc1d
 def _filter(name: str, f):
     "A filter, within the budget."
     at = int(hasattr(f, "jinja_pass_arg"))  # before the value may stand what Jinja passes
@@ -527,7 +524,7 @@ def _filter(name: str, f):
 
     return call
 
-
+# %% ../nbs/00_template.ipynb #d07e8bb1
 def _refuse(message):
     raise ValueError(f"the chat template refuses this conversation: {message}")
 

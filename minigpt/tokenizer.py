@@ -85,6 +85,7 @@ _AS_JSON = r"""
     {%- endfor %}
 {%- endmacro %}"""
 
+# %% ../nbs/01_tokenizer.ipynb #02245ed2
 _CALL = r"""            {%- set f = call['function'] or call %}
             {{- '\n' if m['content'] or not loop.first else '' }}
             {{- '<tool_call>\n{"name": "' + f['name'] + '", "arguments": ' }}
@@ -125,16 +126,12 @@ CALL
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace("CALL", _CALL)
-_OWN_TEMPLATES = (
-    CHAT_TEMPLATE,
-    _TEMPLATE.replace("CALL", _CALL_BEFORE),
-)  # the second is of older versions; what `chat_messages` gives is rendered alike
+# The second is of older versions; what `chat_messages` gives is rendered alike
+_OWN_TEMPLATES = (CHAT_TEMPLATE, _TEMPLATE.replace("CALL", _CALL_BEFORE))
 
 # %% ../nbs/01_tokenizer.ipynb #f2fc8313
 def chat_messages(
-    conversation: list[
-        dict
-    ],  # Messages with `role` and `content`, in any of the dialects of SPEC §3.1
+    conversation: list[dict],  # Messages with `role` and `content`; dialects of SPEC §3.1
 ) -> tuple[list[dict], list[dict] | None]:  # Messages and tools as every chat template takes them
     "One spelling for `tools`, `tool_calls` and their arguments."
     parse = lambda x: json.loads(x) if isinstance(x, str) else x
@@ -163,7 +160,10 @@ def chat_pieces(
     tools: list[dict] | None,  # Of `chat_messages`
     add_generation_prompt: bool = False,  # End with the opening of an assistant turn
 ) -> list[str]:  # An odd number
-    "What CHAT_TEMPLATE renders, cut where an assistant's words begin and end: others' text, an assistant's, others', …"
+    """What CHAT_TEMPLATE renders, cut where an assistant's words begin and end.
+
+    The pieces take turns: others' text, an assistant's, others', …
+    """
     tojson = lambda x: json.dumps(x, ensure_ascii=False)
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     head = [system] if system else []
@@ -216,23 +216,28 @@ def _blank() -> HFTokenizer:
 
 
 def _byte_of() -> dict[str, int]:
-    "The printable character that stands for each byte in a byte-level tokenizer.json (GPT-2's table), and the byte."
+    """The byte for each of the printable characters that stand for bytes in tokenizer.json.
+
+    The table is GPT-2's.
+    """
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
 
-
+# %% ../nbs/01_tokenizer.ipynb #0fb74de7
 _WHITE = (  # Unicode's white space, but for line ends
     "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-_CUT, _GAP = (
-    "\ue000cut\ue001",
-    "\ue000gap\ue001",
-)  # tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space that belongs to the next word
+# Tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space
+# that belongs to the next word
+_CUT, _GAP = "\ue000cut\ue001", "\ue000gap\ue001"
 
 
 def _is_word(token: dict) -> bool:
-    "Is an added token neither a control token nor a mark, but a word that counts wherever it stands?"
+    """Is an added token a word, and neither a control token nor a mark?
+
+    A word counts wherever it stands.
+    """
     return not token["special"] and token["normalized"]
 
 
@@ -266,7 +271,9 @@ def _tiktoken(
     )
 
 # %% ../nbs/01_tokenizer.ipynb #14d69489
-RULES = 2  # of encoding: 1 dropped what a post-processor adds, and let tokens cross from a question into its answer
+# Rules of encoding. 1 dropped what a post-processor adds, and let tokens cross from a question
+# into its answer
+RULES = 2
 _ANSWER = re.compile(f"{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})", re.S)
 
 
@@ -295,15 +302,18 @@ def _words(messages: list[dict], tools: list[dict] | None) -> str:
         plain += _strings([m for m in messages if len(m) != 2] + (tools or []))
     return "\n".join(map(str, plain))
 
-
+# %% ../nbs/01_tokenizer.ipynb #62ec9552
 def _cut_answers(text: str) -> list[str]:  # An odd number; every second one is an answer
     "A rendered conversation, cut where an assistant's words begin and end."
     cuts = [0, *(x for m in _ANSWER.finditer(text) for x in m.span(1)), len(text)]
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
-
+# %% ../nbs/01_tokenizer.ipynb #63ed894c
 def _no_panic(f: Callable, *args, **kwargs):
-    "What `f`, of `tokenizers`, gives. Where an expression of a tokenizer.json takes too many steps, it panics, with no kind of `Exception`."
+    """What `f`, a function of `tokenizers`, gives; a `ValueError` where it panics.
+
+    It panics where an expression of a tokenizer.json takes too many steps.
+    """
     try:
         return f(*args, **kwargs)
     except BaseException as e:
@@ -319,11 +329,9 @@ def _encoded(hf: HFTokenizer, text: str):
     "Tokens of `text` alone."
     return _no_panic(hf.encode, text, add_special_tokens=False)
 
-
-_LETTER, _BEFORE = (
-    "x",
-    ["x", ".", "\n"],
-)  # what most answers begin with; what a token hardly ever joins to what follows
+# %% ../nbs/01_tokenizer.ipynb #143a34c4
+# What most answers begin with; what a token hardly ever joins to what follows
+_LETTER, _BEFORE = "x", ["x", ".", "\n"]
 
 
 def _clean(made, cuts: Iterable[int]) -> bool:
@@ -346,11 +354,14 @@ def _between(
                 return [i for i, (at, _) in zip(made.ids, made.offsets) if a <= at < b]
     return _encoded(hf, text).ids
 
-
+# %% ../nbs/01_tokenizer.ipynb #cf04b1ef
 def _without_names(
     made: dict,  # Content of a tokenizer.json
 ) -> dict:
-    "The same, whose vocabulary spells no control token: Unigram and WordPiece would take it for one of its pieces."
+    """The same, whose vocabulary spells no control token.
+
+    Unigram and WordPiece would take it for one of their pieces.
+    """
     model = made["model"]
     unk = (
         model["vocab"][model["unk_id"]][0]
@@ -381,7 +392,7 @@ def _without_names(
         ],
     }
 
-
+# %% ../nbs/01_tokenizer.ipynb #ffe614dc
 _LARGEST = 1 << 24  # ids; the largest vocabularies have 256,000 tokens
 
 
@@ -418,16 +429,14 @@ def _check_ids(tok):  # Content of a tokenizer.json
             f"it has a token with the id {largest:,}; ids may go up to {_LARGEST - 1:,}"
         )
 
-
+# %% ../nbs/01_tokenizer.ipynb #e0db297c
 class Tokenizer:
     "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
 
     def __init__(
         self,
         hf: HFTokenizer,  # The `tokenizers` object
-        config: (
-            dict | None
-        ) = None,  # Content of tokenizer_config.json; default: ours, with our chat template
+        config: dict | None = None,  # Content of tokenizer_config.json; default: ours
         rules: int = RULES,  # 1: encode as older versions did, for a run that was begun with them
     ):
         self.hf, self.json, self.rules = hf, json.loads(hf.to_str()), rules
@@ -447,9 +456,8 @@ class Tokenizer:
         self.fast = _tiktoken(self.json)
         self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
         self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # of a token on disk
-        self.hash = hash_bytes(
-            json.dumps(self.json, sort_keys=True).encode()
-        )  # the same hash, the same ids
+        # the same hash, the same ids
+        self.hash = hash_bytes(json.dumps(self.json, sort_keys=True).encode())
 
     def __repr__(self):
         return f"Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})"
@@ -487,7 +495,10 @@ class Tokenizer:
         self,
         name: str,  # Such as `eos_token`
     ) -> str | None:  # None where there is none
-        "A token that tokenizer_config.json names: as a text, or as an object that has it as its `content`."
+        """A token that tokenizer_config.json names.
+
+        It stands there as a text, or as an object that has it as its `content`.
+        """
         found = self.config.get(name)
         token = (
             found.get("content") if isinstance(found, dict) else getattr(found, "content", found)
@@ -572,10 +583,11 @@ class Tokenizer:
         self,
         texts: Sequence[str],
         special: bool = False,  # As for `encode`
-    ) -> tuple[
-        np.ndarray, np.ndarray
-    ]:  # (n,) ids of all texts, one behind another, of `dtype`; (len(texts),) how many tokens each has
-        "`encode` for many texts at once: tiktoken reads them as one, while other threads run."
+    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) ids of `dtype`; (len(texts),) tokens of each
+        """`encode` for many texts at once: tiktoken reads them as one, while other threads run.
+
+        The ids of all texts come one behind another.
+        """
         joined = _CUT.join(texts)
         if not self.fast or _GAP in joined or joined.count(_CUT) >= max(1, len(texts)):
             made = [
@@ -597,7 +609,11 @@ class Tokenizer:
 
     @cached_property
     def _gaps(self) -> tuple[re.Pattern, re.Pattern]:
-        "The white space in front of another one that belongs to the next word; what stands next is no word if it is the end of a text or, in the second pattern, an added token."
+        """The white space in front of another one that belongs to the next word.
+
+        What stands next is no word if it is the end of a text or, in the second pattern, an added
+        token.
+        """
         names = [re.escape(_CUT), *(re.escape(t["content"]) for t in self.json["added_tokens"])]
         return tuple(
             re.compile(f"[{_WHITE}](?=[{_WHITE}](?!{'|'.join(n)})[^\r\n{_WHITE}])")
@@ -626,10 +642,12 @@ class Tokenizer:
         return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
     @cached_property
-    def byte_ids(
-        self,
-    ) -> frozenset[int]:  # Empty for a byte-level tokenizer, whose tokens are any number of bytes
-        "The tokens that stand for a single byte, where the decoder reads a row of them as one piece of UTF-8."
+    def byte_ids(self) -> frozenset[int]:  # Empty for a byte-level tokenizer
+        """The tokens that stand for a single byte.
+
+        The decoder reads a row of them as one piece of UTF-8. A byte-level tokenizer has none: its
+        tokens are any number of bytes.
+        """
         if "ByteFallback" not in self._decoders:
             return frozenset()
         return frozenset(
@@ -638,7 +656,10 @@ class Tokenizer:
 
     @cached_property
     def grows(self) -> bool:
-        "Does a token leave the text in front of it as it is? Not where the decoder replaces letters in the joined text."
+        """Does a token leave the text in front of it as it is?
+
+        Not where the decoder replaces letters in the joined text.
+        """
         joined = max(
             (i + 1 for i, d in enumerate(self._decoders) if d in ("Fuse", "ByteLevel")),
             default=len(self._decoders),
@@ -654,15 +675,15 @@ class Tokenizer:
     def render(
         self,
         messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
-        tools: (
-            list[dict] | None
-        ) = None,  # JSON schemas of functions; default: those on the system message
+        tools: list[dict] | None = None,  # Schemas of functions; default: the system message's
         add_generation_prompt: bool = False,  # End with the opening of an assistant turn
-        thinking: (
-            bool | None
-        ) = None,  # Should the answer begin with thoughts? For a template that asks, as MiniMind's (`open_thinking`) and Qwen3's (`enable_thinking`) do; None: its own default
+        thinking: bool | None = None,  # Begin with thoughts? None: the template's default
     ) -> str:
-        "The conversation as the model reads it."
+        """The conversation as the model reads it.
+
+        `thinking` is for a template that asks, as MiniMind's (`open_thinking`) and Qwen3's
+        (`enable_thinking`) do.
+        """
         messages, own = chat_messages(messages)
         tools = tools or own
         template = self.chat_template(bool(tools))
@@ -702,7 +723,10 @@ class Tokenizer:
         self,
         tools: bool = False,  # Is it for a conversation with functions?
     ) -> str | None:  # None where there is none
-        "The template in Jinja. Of several with names, `tool_use` is for functions and `default` for the rest."
+        """The template in Jinja.
+
+        Of several with names, `tool_use` is for functions and `default` for the rest.
+        """
         found = self.config.get("chat_template")
         wrong = lambda: ValueError(
             f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or"
@@ -727,9 +751,7 @@ class Tokenizer:
         return template
 
     @cached_property
-    def _lengths(
-        self,
-    ) -> np.ndarray | None:  # (vocab_size,) bytes of each token, where tiktoken knows them
+    def _lengths(self) -> np.ndarray | None:  # (vocab_size,) bytes, where tiktoken knows them
         if not self.fast:
             return None
         size = np.zeros(self.vocab_size, np.int64)
@@ -764,9 +786,7 @@ class Tokenizer:
     def encode_prompt(
         self,
         messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
-        tools: (
-            list[dict] | None
-        ) = None,  # JSON schemas of functions; default: those on the system message
+        tools: list[dict] | None = None,  # Schemas of functions; default: the system message's
         thinking: bool | None = None,  # As for `render`
     ) -> list[int]:  # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
@@ -831,7 +851,10 @@ class Tokenizer:
         return [self._hide(v, names) for v in x] if isinstance(x, list) else x
 
     def _needs_parts(self, pieces: list[str]) -> bool:
-        "Must these be encoded part by part? Otherwise all at once gives the same, unless a token crosses a cut."
+        """Must these be encoded part by part?
+
+        Otherwise all at once gives the same, unless a token crosses a cut.
+        """
         if self._nonce in "".join(pieces):
             return True
         for before, said in zip(pieces[::2], pieces[1::2]):
@@ -851,7 +874,10 @@ class Tokenizer:
 
     @cached_property
     def _openings(self) -> list[str]:
-        "What the template writes behind the opening of an assistant's turn, the longest first; nothing, as a rule."
+        """What the template writes behind the opening of an assistant's turn, the longest first.
+
+        As a rule, nothing.
+        """
         found = set()
         for thinking in None, True, False:
             try:
@@ -906,7 +932,10 @@ class Tokenizer:
         return out
 
     def _leads(self, before: str) -> list[str]:
-        "What to encode in front of a text that begins behind `before`: some tokenizers treat a beginning in another way."
+        """What to encode in front of a text that begins behind `before`.
+
+        Some tokenizers treat a beginning in another way.
+        """
         if not before:
             return [""]
         return (
@@ -948,19 +977,21 @@ class Tokenizer:
         self,
         messages: list[dict],  # A conversation; control tokens in its texts are letters
         tools: list[dict] | None = None,  # As for `render`
-    ) -> tuple[
-        np.ndarray, np.ndarray
-    ]:  # (n,) ids of the rendered conversation; (n,) bool: is this token for the model to learn?
-        "A conversation as token ids. What an assistant says is learned, through the end of its turn; nothing else is."
+    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) ids; (n,) bool: is this token learned?
+        """A conversation as token ids, and which of them are learned.
+
+        What an assistant says is learned, through the end of its turn; nothing else is.
+        """
         return self.encode_chats([(messages, tools)])[:2]
 
     def encode_chats(
         self,
         chats: Sequence[tuple[list[dict], list[dict] | None]],  # Messages and tools of each
-    ) -> tuple[
-        np.ndarray, np.ndarray, np.ndarray
-    ]:  # ids and what is learned, of all conversations one behind another; (len(chats),) how many tokens each has
-        "Conversations as token ids; many at once take half the time."
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Ids; learned?; (len(chats),) tokens of each
+        """Conversations as token ids; many at once take half the time.
+
+        The ids, and for each whether it is learned, come for all conversations one behind another.
+        """
         pieces = [self._chat_pieces(messages, tools) for messages, tools in chats]
         size = (
             (lambda p: len(p) if p.isascii() else len(p.encode("utf-8", "replace")))
@@ -989,9 +1020,8 @@ class Tokenizer:
                 before, lengths
             )  # characters in front of each token
         turns = np.zeros(len(ids) + 1, np.int8)
-        cuts = np.searchsorted(
-            start, edges, "left"
-        )  # a token belongs to the piece in which it begins
+        # a token belongs to the piece in which it begins
+        cuts = np.searchsorted(start, edges, "left")
         turns[cuts[::2]] = 1
         turns[cuts[1::2]] = -1
         learn = turns[:-1].cumsum(dtype=np.int8).view(bool)
@@ -1043,7 +1073,10 @@ _LONG = re.compile(r"(?<!\S)\S{4000,}|(?<!\s)\s{4000,}")
 
 
 def _cut_long(text: str) -> list[str]:
-    "The text, cut where no white space, or nothing else, comes for so long that it is no word: the trainer's time grows with the square of the longest."
+    """The text, cut where no white space, or nothing else, comes for too long to be a word.
+
+    The trainer's time grows with the square of the longest word.
+    """
     if len(text) < 4000:
         return [text]
     cuts = [
@@ -1053,20 +1086,19 @@ def _cut_long(text: str) -> list[str]:
     ]
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
-
+# %% ../nbs/01_tokenizer.ipynb #10ea71a8
 def train_tokenizer(
     texts: Iterable[str],  # Texts to learn from; read until `max_rows` or `max_bytes`
-    vocab_size: (
-        int | None
-    ) = None,  # Tokens, special ones and 256 bytes included; default: 15,000, or fewer where the sample is small
+    vocab_size: int | None = None,  # Tokens in all; default: up to 15,000, by the sample's size
     max_rows: int = 100_000,  # Texts to use at most
     max_bytes: int = 32 << 20,  # Bytes of UTF-8 to use at most
     verbose: bool = False,  # Show the trainer's progress bar and say which size was chosen
-    marks: Iterable[
-        str
-    ] = (),  # Tokens of your own, beside those in MARKS: each is always one token
+    marks: Iterable[str] = (),  # Tokens of your own beside MARKS: each is always one token
 ) -> Tokenizer:
-    "Train byte-level BPE (Sennrich et al. 2016) with Hugging Face `tokenizers`."
+    """Train byte-level BPE (Sennrich et al. 2016) with Hugging Face `tokenizers`.
+
+    `vocab_size` counts the special tokens, the marks and the 256 bytes as well.
+    """
     marks = (*MARKS, *(m for m in dict.fromkeys(marks) if m not in SPECIALS + MARKS))
     smallest, size, sample = 256 + len(SPECIALS) + len(marks), 0, []
     if vocab_size is not None and vocab_size < smallest:
@@ -1101,9 +1133,8 @@ def train_tokenizer(
     )
     made = json.loads(tok.to_str())
     for t in made["added_tokens"]:
-        t["special"] = (
-            t["content"] in SPECIALS
-        )  # the trainer marks them all as special; a mark is output that people see
+        # the trainer marks them all as special; a mark is output that people see
+        t["special"] = t["content"] in SPECIALS
     tok = Tokenizer(HFTokenizer.from_str(json.dumps(made)))
     if verbose and tok.vocab_size < (vocab_size or 15_000):
         print(
@@ -1114,11 +1145,12 @@ def train_tokenizer(
 
 # %% ../nbs/01_tokenizer.ipynb #4e8a3d2b
 def characters(
-    texts: Iterable[
-        str
-    ],  # All there is to be read: a character that does not occur in them is read as the end of a text
+    texts: Iterable[str],  # All there is to be read: another character is read as EOS
 ) -> Tokenizer:
-    "A tokenizer with a token for each character."
+    """A tokenizer with a token for each character.
+
+    A character that does not occur in `texts` is read as the end of a text.
+    """
     if isinstance(texts, str):
         texts = [texts]
     hf = HFTokenizer(
@@ -1135,9 +1167,7 @@ def characters(
 
 # %% ../nbs/01_tokenizer.ipynb #4ef7e30c
 def load_tokenizer(
-    folder: (
-        str | Path
-    ),  # A directory with tokenizer.json, or that file: ours, MiniMind's, any Hugging Face model's
+    folder: str | Path,  # A directory with tokenizer.json, or that file: of any model
 ) -> Tokenizer:
     "Read a tokenizer. No code of the directory is run."
     folder = at_home(folder)

@@ -125,7 +125,9 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/13_train.ipynb #f8e2fc06
 class Callback:
-    "What happens around the loop; every method may be left out. Of several devices the first one alone calls them: there they must not change the model."
+    """What happens around the loop; every method may be left out.
+
+    Of several devices the first one alone calls them: there they must not change the model."""
 
     def on_start(self, t: "Trainer"):
         "Before the first step."
@@ -137,7 +139,9 @@ class Callback:
         "After a row of metrics was written."
 
     def on_save(self, t: "Trainer", path: Path):
-        "After a checkpoint, snapshot or best model was written and verified: some steps later than its own."
+        """After a checkpoint, snapshot or best model was written and verified.
+
+        That is some steps later than its own."""
 
     def on_end(self, t: "Trainer"):
         "After the last step, or after a stop between two steps."
@@ -146,9 +150,11 @@ class Callback:
 class TrainingError(RuntimeError):
     "Training cannot go on; says at which step, why, and where the last good checkpoint is."
 
-
+# %% ../nbs/13_train.ipynb #0d84bf99
 class NextToken:
-    "What is learned from texts and conversations: at each position, the token that follows. (`minigpt.dpo.Preference` is the same for preferences.)"
+    """What is learned from texts and conversations: at each position, the token that follows.
+
+    `minigpt.dpo.Preference` is the same for preferences."""
 
     def prepare(self, batch: dict[str, Tensor], key: tuple[int, int]) -> dict[str, Tensor]:
         "A batch as it is learned from; what is drawn for it depends on `key`, (seed, step), alone."
@@ -164,7 +170,7 @@ class NextToken:
         "The loss, and what else is logged; both divided by `n_targets`."
         return model.loss(**batch, n_targets=n_targets), {}
 
-
+# %% ../nbs/13_train.ipynb #3050e580
 class Learner:
     "A model and its optimizer."
 
@@ -175,16 +181,12 @@ class Learner:
         self.scaler = torch.amp.GradScaler(
             self.device.split(":")[0], enabled=self.precision == "fp16"
         )
-        self.team: Team | None = (
-            None  # of the processes that share the steps, where there are several
-        )
+        self.team: Team | None = None  # the processes that share the steps; None: this one alone
         self.grad_norm = 0.0  # of the last step, before clipping
 
     def learn(
         self,
-        parts: list[
-            dict[str, Tensor]
-        ],  # Micro-batches: ids, labels and, where rows are packed, `rows`, (B, T) int64 each
+        parts: list[dict[str, Tensor]],  # Micro-batches: (B, T) ids, labels; `rows` where packed
         n_targets: int,  # What the loss is divided by: the targets of the whole effective batch
         lr: float,  # Learning rate
     ) -> dict[str, Tensor]:  # The loss, and what else is logged, as tensors on the device
@@ -192,9 +194,9 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         total = {}
-        torch.set_flush_denormal(
-            False
-        )  # torch 2.4 compiles libraries that switch it on when they are loaded, and a run that goes on may load none
+        # torch 2.4 compiles libraries that switch it on when they are loaded, and a run that goes
+        # on may load none
+        torch.set_flush_denormal(False)
         with self.team.together() if self.team else contextlib.nullcontext():
             for part in parts:
                 micro = {k: t.to(self.device, non_blocking=True) for k, t in part.items()}
@@ -216,7 +218,7 @@ class Learner:
         self.optimizer.zero_grad()
         return total
 
-
+# %% ../nbs/13_train.ipynb #62c42a4e
 class Trainer(Learner):
     "The state of a training and its loop."
 
@@ -233,21 +235,16 @@ class Trainer(Learner):
         super().__init__(model, config, choices, objective)
         self.data, self.callbacks = data, list(callbacks)
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
-        self.step, self.stop = (
-            0,
-            None,
-        )  # optimizer steps done; what asks for an end: a signal, or in words
-        self.lr_start: tuple[int, float] | None = (
-            None  # step and rate from which the schedule goes down, where the run went on with another end
-        )
-        self.resting = (
-            None  # says what share of the time was rested lately, where max_cpu asks for pauses
-        )
+        # optimizer steps done; what asks for an end: a signal, or in words
+        self.step, self.stop = 0, None
+        # step and rate from which the schedule goes down, where the run went on with another end
+        self.lr_start: tuple[int, float] | None = None
+        # says what share of the time was rested lately, where max_cpu asks for pauses
+        self.resting = None
         self.stopped_early = False  # because the validation loss has ceased to fall
-        self.losses, self.tokens = (
-            [],
-            0,
-        )  # of the steps since the last log, by name, as tensors on the device; target tokens so far
+        # losses of the steps since the last log, by name, as tensors on the device; target tokens
+        # so far
+        self.losses, self.tokens = [], 0
 
     def run(self):
         "Train from `step` to `max_steps`."
@@ -391,7 +388,7 @@ class _Log(Callback):
         self.since, self.tokens, t.losses, t.last_loss = now, t.tokens, [], row["loss"]
         t.log(row)
 
-
+# %% ../nbs/13_train.ipynb #44370386
 class _Save(Callback):
     "Checkpoints, snapshots, and what remains of a run at its end."
 
@@ -408,9 +405,7 @@ class _Save(Callback):
 
     def save(self, t, store):
         if not os.path.exists(t.run_path / "run.json"):
-            with contextlib.suppress(
-                OSError
-            ):  # where that cannot be, nor can the save, which says so
+            with contextlib.suppress(OSError):  # where that cannot be, nor can the save: it says so
                 t.say(t.settle_anew())
         t.schedule.saved()
         if store.kind != "light":
@@ -426,9 +421,8 @@ class _Save(Callback):
             if s.error:
                 self.trouble(t, s)
             else:
-                if self.failed and (self.failed.store is t.best) == (
-                    s.store is t.best
-                ):  # a best model, being small, may fit where a state does not
+                # a best model, being small, may fit where a state does not
+                if self.failed and (self.failed.store is t.best) == (s.store is t.best):
                     t.say(f"saved again: {s.path.name}")
                     self.failed = None
                 if s.store in t.stores:
@@ -476,7 +470,7 @@ class _Save(Callback):
         if t.complete:
             write_final(t.run_path, t.state())
 
-
+# %% ../nbs/13_train.ipynb #c5593849
 class _Evaluate(Callback):
     "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
 
@@ -535,7 +529,7 @@ class _Evaluate(Callback):
                 " early_stopping=0 or a larger number"
             )
 
-
+# %% ../nbs/13_train.ipynb #c55b512d
 class _Backup(Callback):
     "Hands every save to the backup, and passes on what it has to say."
 
@@ -554,7 +548,7 @@ class _Backup(Callback):
         if t.complete:
             self.backup.submit(t.run_path)
 
-
+# %% ../nbs/13_train.ipynb #707076df
 class _Estimate(Callback):
     "How long it will take, once a few steps have shown it."
 
@@ -563,18 +557,17 @@ class _Estimate(Callback):
 
     def on_step(self, t):
         n, seconds = t.step - self.first, time.perf_counter() - self.began
-        if n == 1:
-            self.first, self.began = (
-                t.step,
-                time.perf_counter(),
-            )  # the first step is slower than the others
+        if n == 1:  # the first step is slower than the others
+            self.first, self.began = t.step, time.perf_counter()
         elif not self.told and n >= 5 and seconds > 10:
             self.told = True
             t.say(time_plan(t.schedule, t.step, seconds / n))
 
 
 class _LossLines(Callback):
-    "Losses in run.log, to be read without this library: the first, the last, one a minute between them, and every evaluation."
+    """Losses in run.log, to be read without this library.
+
+    The first, the last, one a minute between them, and every evaluation."""
 
     def __init__(self, log: RunLog):
         self.log, self.told = log, -math.inf
@@ -591,7 +584,7 @@ class _LossLines(Callback):
             f" {row['tokens_per_second']:,.0f} tokens/s"
         )
 
-
+# %% ../nbs/13_train.ipynb #f221383e
 class _Guard(Callback):
     "Rests, or ends the training, before the machine has no room left."
 
@@ -607,12 +600,12 @@ class _Guard(Callback):
             self.told = True
             t.say(self.guard.slow)
         if why := self.guard.check():
-            t.stop = (
-                t.stop
-                or f"{why} (close other programs first, or train with less memory: {memory_advice(t.config)})"
+            t.stop = t.stop or (
+                f"{why} (close other programs first, or train with less memory:"
+                f" {memory_advice(t.config)})"
             )
 
-
+# %% ../nbs/13_train.ipynb #e150722e
 class _Plot(Callback):
     "The loss curve as PNG, on a thread."
 
@@ -667,7 +660,7 @@ class _Live(Callback):
             self.on_log = lambda t, row: None
             t.say(f"the live view stops here: {type(e).__name__}: {e}. Training goes on")
 
-
+# %% ../nbs/13_train.ipynb #9c73b205
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
 
@@ -716,7 +709,9 @@ def measure(
     max_sequences: int = 0,  # Spread evenly over the set; 0: all
     objective=None,  # `NextToken` or `Preference`; default: the first
 ) -> dict[str, float]:  # `loss`, and what else the objective logs
-    "Means over a set, without dropout, in the order of the text. An objective that draws does so once for `batch_size` sequences."
+    """Means over a set, without dropout, in the order of the text.
+
+    An objective that draws does so once for `batch_size` sequences."""
     index, objective = spread_over(data.n_windows(seq_len), max_sequences), objective or NextToken()
     device, mode = next(model.parameters()).device, model.training
     model.eval()
@@ -749,7 +744,7 @@ def evaluate(
 
 # %% ../nbs/13_train.ipynb #723c087e
 def _leaving_nothing(f: Callable) -> Callable:
-    "A notebook keeps the last error, and with it whatever its frames hold: of a training that was stopped, the model and the optimizer."
+    "Wrap a function so that its errors hold nothing of what its frames held."
 
     @wraps(f)
     def g(*args, **kwargs):
@@ -766,7 +761,7 @@ def _leaving_nothing(f: Callable) -> Callable:
 
     return g
 
-
+# %% ../nbs/13_train.ipynb #043fbfad
 @contextlib.contextmanager
 def _signals(t: Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
@@ -776,20 +771,19 @@ def _signals(t: Trainer):
     t = weakref.proxy(t)  # the frame of a handler keeps what it refers to
 
     def handler(number, frame):
+        # not SIGHUP: a terminal that is gone may say so more than once
         if t.stop and number in (signal.SIGINT, signal.SIGTERM):
             restore()
-            raise KeyboardInterrupt(
-                "stopped at once, without saving"
-            )  # a terminal that is gone may say so more than once
-        t.stop = t.stop or signal.Signals(
-            number
-        )  # and not a word: the signal may have come in the middle of a print
+            raise KeyboardInterrupt("stopped at once, without saving")
+        # and not a word: the signal may have come in the middle of a print
+        t.stop = t.stop or signal.Signals(number)
 
+    # SIGHUP: the terminal is gone; nohup ignores that
     asked = [signal.SIGINT, signal.SIGTERM] + [
         s
         for n in ["SIGHUP"]
         if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN
-    ]  # the terminal is gone; nohup ignores that
+    ]
     old = {s: signal.signal(s, handler) for s in asked}
     restore = lambda: [signal.signal(s, h) for s, h in old.items()]
     try:
@@ -797,13 +791,13 @@ def _signals(t: Trainer):
     finally:
         restore()
 
-
+# %% ../nbs/13_train.ipynb #dbf5c759
 _TRAINING = threading.Lock()  # held while a training goes on in this process
 _trains = {}  # of that training: its folder and its thread
 
 
 def _one_at_a_time(f: Callable) -> Callable:
-    "Random generators, the number of threads and the handlers of signals belong to the process: two trainings in it would change each other's losses."
+    "Wrap a function that trains so that the process runs one of its calls at a time."
 
     @wraps(f)
     def g(*args, output_dir="runs/demo", **kwargs):
@@ -833,9 +827,8 @@ def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
     shape = {
         f"model.{k}": v for k, v in model.config.to_dict().items() if k not in model.config.free
     } | ({f"lora.{k}": v for k, v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
-    shape |= (
-        dict(rules=tok.rules) if tok.rules > 1 else {}
-    )  # of encoding; not written by older versions
+    # rules of encoding; not written by older versions
+    shape |= dict(rules=tok.rules) if tok.rules > 1 else {}
     return dict(
         **shape,
         tokenizer=tok.hash,
@@ -893,6 +886,7 @@ class _RunTrainer(Trainer):
             attempt,
             say,
         )
+        # two validation losses are of the same measure if this is
         self.measured_on = (
             None
             if valid is None
@@ -902,7 +896,7 @@ class _RunTrainer(Trainer):
             )
             + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
             * getattr(self.objective, "draws", False)
-        )  # two validation losses are of the same measure if this is
+        )
         self.store = CheckpointStore(folder / "checkpoints", self.schedule.keep)
         self.snapshots = CheckpointStore(
             folder / "snapshots",
@@ -913,9 +907,8 @@ class _RunTrainer(Trainer):
         self.best = CheckpointStore(folder / "best", 1, kind="best")
         self.stores, self.writer = [self.store, self.snapshots], Writer(say)
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
-        self.evaluated = self.worse = (
-            0  # the step of the last evaluation; evaluations since the best one
-        )
+        # the step of the last evaluation; evaluations since the best one
+        self.evaluated = self.worse = 0
 
     def settle(self):
         "Write what makes a folder this run's."
@@ -925,15 +918,16 @@ class _RunTrainer(Trainer):
         self.metrics = Metrics(self.run_path / "metrics.jsonl", self.attempt, self.step)
 
     def settle_anew(self) -> str:  # What had happened, for the user
-        "Likewise where run.json or the whole folder has disappeared; a `RuntimeError` if another process has taken its place."
+        """Likewise where run.json or the whole folder has disappeared.
+
+        A `RuntimeError` if another process has taken its place."""
         whole = self.lock.is_there()  # is it the folder that was locked?
         if not whole:
             self.run_path.mkdir(parents=True, exist_ok=True)
             self.lock = self.at_end.enter_context(only_one(self.run_path))
         if not lexists(self.run_path / "metrics.jsonl"):
-            write_file(
-                self.run_path / "metrics.jsonl", self.metrics.content()
-            )  # an open file outlives its name
+            # an open file outlives its name
+            write_file(self.run_path / "metrics.jsonl", self.metrics.content())
         self.metrics.close()
         self.settle()
         if whole:
@@ -999,7 +993,9 @@ class _RunTrainer(Trainer):
         )
 
     def restore(self, state: State):
-        "Become what was saved; random generators last, so that nothing draws from them before the first step does."
+        """Become what was saved.
+
+        Random generators come last, so that nothing draws from them before the first step does."""
         s = state.trainer
         self.model.load_weights(state.weights)
         if state.optimizer:
@@ -1024,9 +1020,8 @@ class _RunTrainer(Trainer):
             )
             self.best_loss, self.best_step, self.worse = None, None, 0
         self.measured_on = self.measured_on or was
-        for c in (
-            self.best.all()
-        ):  # a save comes before the evaluation of its step, and does not know it yet
+        # a save comes before the evaluation of its step, and does not know it yet
+        for c in self.best.all():
             if c.step > self.step or problem(c.path):
                 continue
             b = read_json(c.path / "trainer_state.json")
@@ -1058,7 +1053,7 @@ _OBJECTIVES = dict(
 
 
 def _objective(model: LanguageModel, data, cfg: TrainConfig):
-    "What is learned from the data; a `ValueError` where they are not of the kind that is asked for."
+    "What is learned from the data; a `ValueError` where they are not of the kind asked for."
     if hasattr(model, "objective"):
         return model.objective(data, cfg)
     for d in getattr(data, "sets", [data]):
@@ -1076,7 +1071,7 @@ def _objective(model: LanguageModel, data, cfg: TrainConfig):
             )
     return Preference(cfg) if kind == "preference" else NextToken()
 
-
+# %% ../nbs/13_train.ipynb #d273169a
 def _add_references(sets: list, t: _RunTrainer, begun: dict):
     "What DPO compares with: of the model that the run began with, not of what it has become."
     for data in (d for s in sets if s is not None for d in getattr(s, "sets", [s])):
@@ -1103,7 +1098,7 @@ def _add_references(sets: list, t: _RunTrainer, begun: dict):
         with autocast(t.device, t.precision):
             add_reference(**known, model=t.model)
 
-
+# %% ../nbs/13_train.ipynb #76949c4a
 def _describe(data, seq_len: int) -> list[str]:
     "How rows come into sequences, a line each."
     if isinstance(data, Mixture):
@@ -1156,9 +1151,11 @@ def _long_rows(data: ChatSet, seq_len: int) -> str:
         else ""
     )
 
-
+# %% ../nbs/13_train.ipynb #191c4eff
 def _shape(d: dict, known: dict | None):
-    "A shape in a configuration file: its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."
+    """A shape in a configuration file.
+
+    Its vocabulary is the run's, or of a new run the tokenizer's, unless it names one."""
     if d.get("vocab_size") is not None:
         return shape_from_dict(d)
     of_size = lambda n: shape_from_dict({**d, "vocab_size": n})
@@ -1168,9 +1165,8 @@ def _shape(d: dict, known: dict | None):
 
 def _given(model, known: dict | None = None):
     "The model of a call; opened, if a directory is named."
-    model = getattr(
-        model, "_orig_mod", model
-    )  # of torch.compile; whether to compile is decided here
+    # of torch.compile; whether to compile is decided here
+    model = getattr(model, "_orig_mod", model)
     if (
         isinstance(model, nn.Module)
         and not isinstance(model, LanguageModel)
@@ -1201,11 +1197,10 @@ def _given(model, known: dict | None = None):
             " Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets"
             f" {', '.join(PRESETS)}{on_hub(model)}"
         )
-    return GPTConfig.preset(
-        str(model)
-    )  # there is none of that name: it says so now, before anything is built
+    # there is none of that name: it says so now, before anything is built
+    return GPTConfig.preset(str(model))
 
-
+# %% ../nbs/13_train.ipynb #5c00737d
 def _model(model, tok: Tokenizer, cfg: TrainConfig) -> LanguageModel:
     "The model of a call, with weights decided by the seed."
     random.seed(cfg.seed)
@@ -1229,7 +1224,7 @@ def _model(model, tok: Tokenizer, cfg: TrainConfig) -> LanguageModel:
 
 # %% ../nbs/13_train.ipynb #3e8b2007
 def _ownerless(folder: Path) -> list[str]:
-    "Checkpoints, or files of a model, in a folder that has no run.json: nobody knows what they belong to."
+    "Checkpoints, or files of a model, in a folder without run.json: nobody knows whose they are."
     saved = [c.path for s in stores_in(folder) for c in s.all()]
     models = [
         f
@@ -1246,16 +1241,17 @@ def _ownerless(folder: Path) -> list[str]:
         )
         if (f := folder / n).exists()
     ]
+    # those of Trainer, nanoGPT, MiniMind
     others = sorted(
         p for pattern in ("checkpoint-*", "ckpt.pt", "*.pth") for p in folder.glob(pattern)
-    )  # of Trainer, nanoGPT, MiniMind
+    )
     return (
         [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]]
         if not (folder / "run.json").exists()
         else []
     )
 
-
+# %% ../nbs/13_train.ipynb #ed13b16e
 def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Path | None]:
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
     if not isinstance(output_dir, (str, Path)):
@@ -1291,13 +1287,9 @@ def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Pa
         )
     return folder, None
 
-
-_WAITS = (
-    0.5,
-    1.0,
-    2.0,
-    4.0,
-)  # Seconds between tries to read what cannot be read: a mount may stutter
+# %% ../nbs/13_train.ipynb #683a98ff
+# seconds between tries to read what cannot be read
+_WAITS = (0.5, 1.0, 2.0, 4.0)
 
 
 def _unwanted(c: Checkpoint, t: _RunTrainer, attempts: list[dict]) -> Defect | None:
@@ -1315,18 +1307,15 @@ def _unwanted(c: Checkpoint, t: _RunTrainer, attempts: list[dict]) -> Defect | N
         )
     return None
 
-
+# %% ../nbs/13_train.ipynb #17ae876a
 class _Choice:
     "The search for the newest state that is whole, here or in the backup."
 
     def __init__(self, t: _RunTrainer, backup: Backup | None, attempts: list[dict]):
         self.t, self.backup, self.attempts = t, backup, attempts
         self.stores = [*t.stores, *(backup.state_stores() if backup else [])]
-        self.failed, self.told, self.unreadable = (
-            {},
-            set(),
-            {},
-        )  # damaged copies by path; what was said; step and reason of what cannot be read, by path
+        # damaged copies by path; what was said; step and reason of what cannot be read, by path
+        self.failed, self.told, self.unreadable = {}, set(), {}
 
     def in_backup(self, c: Checkpoint) -> bool:
         return self.backup is not None and self.backup.path in c.path.parents
@@ -1373,7 +1362,9 @@ class _Choice:
         return replace(c, path=here)
 
     def __call__(self) -> Checkpoint | None:
-        "The state to go on from. An error where one that may be newer cannot be read: to go on from an older one would give it up."
+        """The state to go on from.
+
+        An error where one that may be newer cannot be read."""
         for wait in *_WAITS, None:
             c = self.look()
             if not self.unreadable:
@@ -1387,13 +1378,17 @@ class _Choice:
             f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give"
             " it up. Make it readable (a mount may have to be mounted again, a folder may lack a"
             " permission, a disk may be full), and call"
-            f" again{back}{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}"
+            f" again{back}"
+            f"{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}"
         )
 
-
+# %% ../nbs/13_train.ipynb #6e5279b7
 @contextlib.contextmanager
 def _as_it_was(output_dir) -> Iterator[list]:
-    "A call that is refused before there is a run leaves no trace of itself: neither folders, nor a lock or a log; what was moved aside (the list is told) comes back. Tokens that it has made stay, for the next call."
+    """A call that is refused before there is a run leaves no trace of itself.
+
+    Neither folders, nor a lock or a log; what was moved aside (the list is told) comes back. Tokens
+    that it has made stay, for the next call."""
     folder, moved = at_home(output_dir) if isinstance(output_dir, (str, Path)) else None, []
     made = [p for p in (folder, *folder.parents) if not os.path.lexists(p)] if folder else []
     traces = [
@@ -1402,9 +1397,8 @@ def _as_it_was(output_dir) -> Iterator[list]:
     try:
         yield moved
     except BaseException:
-        with contextlib.suppress(
-            OSError, RuntimeError
-        ):  # RuntimeError: another process has the folder meanwhile
+        # RuntimeError: another process has the folder meanwhile
+        with contextlib.suppress(OSError, RuntimeError):
             if folder and folder.is_dir() and not (folder / "run.json").exists():
                 _tidy(folder, made, traces, next(filter(None, moved), None))
         raise
@@ -1425,7 +1419,7 @@ def _tidy(folder: Path, made: list[Path], traces: list[Path], aside: Path | None
             p.unlink(missing_ok=True)  # those from before it was moved
         tqdm.write(f"nothing is trained, and {folder} is as it was")
 
-
+# %% ../nbs/13_train.ipynb #3b572898
 def _pick(t: _RunTrainer, resume, backup: Backup | None, attempts: list[dict]) -> Checkpoint | None:
     "The state to go on from, in the run's own folder."
     if resume is False:
@@ -1457,9 +1451,9 @@ def _pick(t: _RunTrainer, resume, backup: Backup | None, attempts: list[dict]) -
         else whole
     )
 
-
+# %% ../nbs/13_train.ipynb #42eb336a
 def _check_readable(folder: Path):
-    "A `CheckpointError` if the states that a run has saved cannot be seen, or no others could be saved beside them."
+    "A `CheckpointError` if a run's states cannot be seen, or none can be saved beside them."
     try:
         if lexists(folder / "run.json"):
             open(folder / "run.json", "rb").close()
@@ -1485,9 +1479,9 @@ def _check_readable(folder: Path):
             " make it readable, and call again"
         )
 
-
+# %% ../nbs/13_train.ipynb #2613288e
 def _strangers_aside(t: _RunTrainer):
-    "What another run has saved is neither gone on from nor overwritten, should it have come into this folder."
+    "What another run has saved is set aside, should it have come into this folder."
     for s in *t.stores, t.best:
         for c in s.all():
             with contextlib.suppress(OSError, ValueError):
@@ -1499,7 +1493,7 @@ def _strangers_aside(t: _RunTrainer):
 
 
 def _give_up(t: _RunTrainer, step: int):
-    "What lies beyond `step` belongs to a course that is given up: it is set aside, and counts no more."
+    "What lies beyond `step` is set aside: it belongs to a course that is given up."
     for s in *t.stores, t.best:
         for p in s.supersede(step):
             t.say(f"training goes back to step {step}: {p.stem} is set aside as {p}")
@@ -1513,7 +1507,7 @@ def _give_up(t: _RunTrainer, step: int):
     ] > step:
         set_aside(root / "MANIFEST.json", "superseded")  # the final model of that course
 
-
+# %% ../nbs/13_train.ipynb #3d0ca90c
 def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool, say) -> Backup | None:
     "The backup, if one is wanted; and the run from it, where this machine does not have it."
     if not cfg.gdrive_backup_dir:
@@ -1549,7 +1543,7 @@ def _patiently(ask: Callable, backup: Backup):
                 ) from None
             time.sleep(wait)
 
-
+# %% ../nbs/13_train.ipynb #c5a62fb3
 def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confirm: bool = True):
     "Wait for the backup, and say what is and what is not there."
     end = time.monotonic() + seconds
@@ -1584,13 +1578,13 @@ def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confir
         )
     else:
         say(
-            f"NOT BACKED UP: {s['pending'] or 'the last save'}"
-            f" ({s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'});"
+            f"NOT BACKED UP: {s['pending'] or 'the last save'} ("
+            f"{s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'});"
             f" the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in"
             f" {backup.run_path}: run this cell again to copy it, or copy that folder yourself"
         )
 
-
+# %% ../nbs/13_train.ipynb #4466dae9
 def _need_validation(cfg: TrainConfig, there: bool, why: str):
     "A `ValueError` where an option waits for a validation loss that never comes."
     if there:
@@ -1604,7 +1598,7 @@ def _need_validation(cfg: TrainConfig, there: bool, why: str):
             f" {' and '.join(a.partition('=')[0] for a in asked)} out"
         )
 
-
+# %% ../nbs/13_train.ipynb #6af758a5
 def _n_saved(model: GPT) -> int:
     "Numbers that a checkpoint of weights holds."
     return sum(t.numel() for t in model.weights().values())
@@ -1615,9 +1609,8 @@ def _plan(t: _RunTrainer, backup: Backup | None):
     there = sum(dir_size(t.run_path / n) for n in ("checkpoints", "snapshots", "best"))
     free = _space(t, t.run_path)
     if backup and drive_mount(backup.folder):
-        free -= t.config.backup_keep_last * checkpoint_size(
-            _n_saved(t.model)
-        )  # Drive's cache is on this disk as well
+        # Drive's cache is on this disk as well
+        free -= t.config.backup_keep_last * checkpoint_size(_n_saved(t.model))
     for line in storage_plan(
         t.config,
         _n_saved(t.model),
@@ -1641,7 +1634,7 @@ def _space(t: _RunTrainer, folder: Path) -> float:
         )
         return math.inf
 
-
+# %% ../nbs/13_train.ipynb #553eb67f
 def _versions() -> dict:
     return dict(
         minigpt=minigpt.__version__,
@@ -1662,9 +1655,9 @@ def _speaker(log: RunLog, aloud: bool):
 
     return say
 
-
+# %% ../nbs/13_train.ipynb #8b536255
 def _views(t: _RunTrainer, at_end: contextlib.ExitStack, widget: bool | None) -> list[Callback]:
-    "What shows the run: pictures, TensorBoard's files, and a live view in a notebook or a bar elsewhere."
+    "What shows the run: pictures, TensorBoard's files, and a live view or a bar."
     cfg, views = t.config, []
     if cfg.plot_loss:
         views.append(_Plot(PlotWriter(t.run_path, t.max_steps)))
@@ -1693,34 +1686,35 @@ def _quietly(f):
 @_leaving_nothing
 @_one_at_a_time
 def fit(
-    model: (
-        str | Path | GPTConfig | LanguageModel
-    ),  # A preset's name (tiny, small, medium, large), a shape (or a dict of its fields, or a function that makes one for a tokenizer), a directory whose model (and tokenizer) to begin with, or a model, which is trained in place; `minigpt.lora.lora(model)` trains an adapter, and a shape of `minigpt.diffusion` another kind of model
-    train,  # Path(s) to .txt or .jsonl (texts, or conversations: then what assistants say is learned), a registered data set, a `mix`, a token set, or a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning' (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source)
+    model: str | Path | GPTConfig | LanguageModel,  # A preset's name, shape, directory, or model
+    train,  # Path(s) to .txt or .jsonl, the name of a data set, a `mix`, or a token set
     valid=None,  # Likewise; default: a share of `train` is held out
     *,
-    tokenizer: (
-        Tokenizer | str | Path | None
-    ) = None,  # Default: the run's own, or one trained on `train`
+    tokenizer: Tokenizer | str | Path | None = None,  # Default: the run's, or trained on `train`
     output_dir: str | Path = "runs/demo",  # The run's folder
-    resume: (
-        str | Path | bool
-    ) = "auto",  # 'auto': the newest whole checkpoint; the name or path of one; False: refuse a folder that holds a run
-    callbacks: Iterable[
-        Callback
-    ] = (),  # Called after each step's log and save, before an evaluation
+    resume: str | Path | bool = "auto",  # The newest whole checkpoint, another one, or False
+    callbacks: Iterable[Callback] = (),  # Called after a step's log and save, before evaluation
     config: TrainConfig | dict | None = None,  # A whole configuration; `options` go before it
     overwrite: bool = False,  # Move a run that stands in `output_dir` aside
-    override: (
-        str | Iterable[str]
-    ) = (),  # What may differ from the run that goes on: effective_batch, max_seq_len, data, validation_split, seed
+    override: str | Iterable[str] = (),  # What may differ from the run that goes on
     resume_from_checkpoint: str | Path | None = None,  # Another name for `resume`
-    widget: (
-        bool | None
-    ) = None,  # A live view of the losses; default: in a notebook, where ipywidgets is installed
+    widget: bool | None = None,  # A live view of the losses; default: in a notebook, if it can be
     **options,  # Fields of `TrainConfig`
 ) -> Run:  # The finished run
-    "Train a model, or go on training it, or return it if it is trained."
+    """Train a model, or go on training it, or return it if it is trained.
+
+    `model`: a preset (tiny, small, medium, large); a shape, a dict of its fields, or a function
+    that makes one for a tokenizer; a directory whose model (and tokenizer) to begin with; or a
+    model, which is trained in place. `minigpt.lora.lora(model)` trains an adapter, and a shape of
+    `minigpt.diffusion` another kind of model.
+
+    `train`: texts, or conversations, of which what assistants say is learned. A name is that of a
+    registered data set or of a built-in corpus: 'stories' (texts), 'talks', 'calls' and 'reasoning'
+    (conversations), 'preferences' (pairs, learned by DPO), 'stdlib' (Python's own source).
+
+    `resume`: 'auto', the name or path of a checkpoint, or False, which refuses a folder that holds
+    a run. `override` may name effective_batch, max_seq_len, data, validation_split and seed. The
+    `widget` needs ipywidgets."""
     if not isinstance(config, (TrainConfig, dict, type(None))):
         raise TypeError(
             f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file:"
@@ -1754,9 +1748,8 @@ def fit(
     if launched():
         help_out()
         return Run(output_dir)
-    train, valid = (
-        [*x] if isinstance(x, Iterator) else x for x in (train, valid)
-    )  # it is read more than once
+    # it is read more than once
+    train, valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid))
     is_set = hasattr(train, "sequences")
     _need_validation(
         cfg,
@@ -1837,12 +1830,10 @@ def fit(
                 for (k, v), o in zip(choices.items(), ("device", "precision", "num_threads"))
             }
         if cfg.devices > 1 and cfg.device == "auto":
-            choices["device"] = torch.device(
-                choices["device"]
-            ).type  # and not the one that it had alone
-        share_batch(
-            cfg.batch_size, cfg.effective_batch, cfg.devices
-        )  # refused now, if it cannot be
+            # and not the one that it had alone
+            choices["device"] = torch.device(choices["device"]).type
+        # refused now, if it cannot be
+        share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices)
         team = assemble(cfg.devices, choices["device"])
         if team:
             at_end.callback(team.close)
@@ -1892,11 +1883,12 @@ def fit(
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
         net = _model(model, tok, cfg)
         objective = _objective(net, data, cfg)
+        # the weights of step 0
         begun = (known or {}).get("began") or dict(
             hash=weights_hash(net),
             path=net.origin or getattr(net, "base_path", None),
             given=isinstance(model, nn.Module),
-        )  # the weights of step 0
+        )
         net = _moved(net, choices["device"])
         net.recompute = cfg.gradient_checkpointing
         if net.recompute and net.config.dropout and choices["device"].startswith("mps"):
@@ -1907,6 +1899,7 @@ def fit(
             )
         identity = _identity(net, tok, data, cfg)
         if known:
+            # the texts are the same, or open_source had refused them
             _check_same(
                 folder,
                 known["identity"],
@@ -1914,7 +1907,7 @@ def fit(
                 override
                 + ("data",) * ("validation_split" in override and not hasattr(train, "sequences")),
                 say,
-            )  # the texts are the same, or open_source had refused them
+            )
 
         run = Run(folder)
         attempts, id = (known["attempts"], known["id"]) if known else ([], uuid.uuid4().hex)
@@ -1982,9 +1975,9 @@ def fit(
             dict(started=time.time(), step=t.step, device=choices["device"], versions=_versions())
         ]
         if start and resume not in ("auto", True):
-            write_json(
-                folder / "run.json", known | dict(attempts=attempts)
-            )  # first: should it be killed from here on, what lies beyond is known to be given up, in the backup too
+            # first: should it be killed from here on, what lies beyond is known to be given up, in
+            # the backup too
+            write_json(folder / "run.json", known | dict(attempts=attempts))
             _give_up(t, start.step)
         with _enough_memory(t):
             cfg = t.config = _tune(t, choices, known["choices"] if known else {}, say)
@@ -2034,8 +2027,8 @@ def fit(
         ]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         say(
-            f"{net.config.n_params:,}"
-            f" parameters{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
+            f"{net.config.n_params:,} parameters"
+            f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
             f" on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']},"
             f" {'compiled' if choices['compile'] != 'no' else 'not compiled'},"
             f" {attention_kernel(net, choices, any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, 'sets', [data])))}"
@@ -2072,8 +2065,8 @@ def fit(
             if backup:
                 _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
             say(
-                message
-                := f"stopped after step {t.step:,} and saved {t.last_saved or start and start.path}; the same call goes on from there"
+                message := f"stopped after step {t.step:,} and saved"
+                f" {t.last_saved or start and start.path}; the same call goes on from there"
             )
             if isinstance(t.stop, str):
                 raise TrainingError(f"{t.stop}: {message}")
@@ -2098,7 +2091,9 @@ def fit(
 def _course(
     cfg: TrainConfig, windows: int, state: dict | None = None, was: dict | None = None
 ) -> tuple[int, int]:
-    "Steps in all, and the sequences passed over at step 0, of a training that goes on from a state, saved under the arguments `was`."
+    """Steps in all, and the sequences passed over at step 0.
+
+    A training that goes on does so from `state`, saved under the arguments `was`."""
     offset = (
         state["data_position"] * was["max_seq_len"] // cfg.max_seq_len
         - state["global_step"] * cfg.effective_batch
@@ -2112,7 +2107,7 @@ def _course(
 
 
 def _settle_rate(t: _RunTrainer, state: dict, was: dict):
-    "Where a run goes on with another number of steps: decide how the learning rate goes on, and say where it jumps."
+    "Decide how the learning rate goes on after a change of steps, and say where it jumps."
     cfg, longer = t.config, state["max_steps"] != t.max_steps
     if cfg.lr_extend == "stretch":
         t.lr_start = None
@@ -2133,9 +2128,11 @@ def _settle_rate(t: _RunTrainer, state: dict, was: dict):
             " down, stop now and pass lr_extend='continue'"
         )
 
-
+# %% ../nbs/13_train.ipynb #86c034e8
 def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
-    "The choices for which the model must be asked: its micro-batch, and whether it is compiled. A run that goes on on the same kind of device takes them over."
+    """The choices for which the model must be asked: its micro-batch, and whether it is compiled.
+
+    A run that goes on on the same kind of device takes them over."""
     cfg = t.config
     if old and old["device"].split(":")[0] != choices["device"].split(":")[0]:
         old = {}
@@ -2170,9 +2167,8 @@ def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
             f" each of {size} devices gets as many"
         )
     choices.update(
-        compile=(
-            "yes" if how == "auto" and not t.complete else how
-        ),  # nothing is measured where nothing is trained
+        # nothing is measured where nothing is trained
+        compile="yes" if how == "auto" and not t.complete else how,
         batch_size=cfg.batch_size,
         devices=size,
     )
@@ -2188,7 +2184,7 @@ def _shared(cfg: TrainConfig, size: int) -> TrainConfig:
         else replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
     )
 
-
+# %% ../nbs/13_train.ipynb #fd2ef49d
 @contextlib.contextmanager
 def _enough_memory(t: _RunTrainer, when: str = ""):
     "Where memory runs out, say what to change."
@@ -2223,7 +2219,7 @@ def _moved(net: LanguageModel, device: str) -> LanguageModel:
             " model"
         ) from None
 
-
+# %% ../nbs/13_train.ipynb #6184e95e
 def _begin(t: _RunTrainer, choices: dict):
     "Show the others what they help with."
     t.team.share([t.device] * t.team.size)
@@ -2263,7 +2259,7 @@ def _reported_by_the_first():
             raise SystemExit(1) from None
         raise
 
-
+# %% ../nbs/13_train.ipynb #d510755a
 def help_out():
     "What a process does that does not lead: its share of each step, until there are no more."
     team = join()
@@ -2287,9 +2283,11 @@ def help_out():
                 team.draw(p["config"].seed, step)
                 learner.learn(parts, n_targets, lr)
 
-
+# %% ../nbs/13_train.ipynb #b1ebd710
 def _is_done(state: dict, t: _RunTrainer, max_steps: int) -> bool:
-    "Is there nothing left to train? Not where a run that was stopped early is given more patience, or another measure."
+    """Is there nothing left to train?
+
+    There is, where a run that was stopped early is given more patience, or another measure."""
     return (
         state["global_step"] >= max_steps
         or state.get("stopped_early", False)
@@ -2297,7 +2295,7 @@ def _is_done(state: dict, t: _RunTrainer, max_steps: int) -> bool:
         and state.get("measured_on", t.measured_on) == t.measured_on
     )
 
-
+# %% ../nbs/13_train.ipynb #d72f7fd0
 def _catch_up(
     backup: Backup,
     t: _RunTrainer,
@@ -2319,7 +2317,7 @@ def _prune(t: _RunTrainer):
         with contextlib.suppress(OSError):
             store.prune()
 
-
+# %% ../nbs/13_train.ipynb #40c53466
 def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint | None, say):
     "What goes on, from where, and what is not as it was."
     say(
@@ -2350,7 +2348,9 @@ def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint
 
 # %% ../nbs/13_train.ipynb #63220462
 def _first_model(run: Run):
-    "What to pass to `fit` for a run to go on: its shape, or the model that it began with where its checkpoints need that one."
+    """What to pass to `fit` for a run to go on.
+
+    Its shape, or the model that it began with where its checkpoints need that one."""
     facts = run.facts
     began = facts.get("began") or {}
     path = find_base(began.get("path"), run.path)

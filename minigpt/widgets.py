@@ -28,7 +28,7 @@ def _pieces(pieces: list[str], limit: int = 20_000) -> str:
         out.append(f'<span style="{_LEARNED}">{shown}</span>' if i % 2 else shown)
     return "".join(out) + (f"\n… {-left:,} characters more" if left < 0 else "")
 
-
+# %% ../nbs/12_widgets.ipynb #43cca213
 def row_html(
     row: Row,  # Of a report
     raw: str = "",  # The line as it stands in the file, of a row that was refused
@@ -47,7 +47,8 @@ def row_html(
             mended
             + '<table style="width:100%;table-layout:fixed"><tr>'
             + "".join(
-                f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{box(_pieces(chat_pieces(*chat_messages(side))))}</td>'
+                f'<td style="vertical-align:top;text-align:left"><b>{name}</b>'
+                f"{box(_pieces(chat_pieces(*chat_messages(side))))}</td>"
                 for name, side in (("chosen", row.messages), ("rejected", row.rejected))
             )
             + "</tr></table>"
@@ -73,7 +74,7 @@ _KINDS = {
     "of one answer": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) == 1,
 }
 
-
+# %% ../nbs/12_widgets.ipynb #eab301a9
 def data_explorer(
     source: str | Path | Report,  # A data set, which is analysed first, or the report on it
     tokenizer: Tokenizer | None = None,  # Lengths in tokens as well
@@ -222,9 +223,13 @@ def _numbers(s: dict) -> str:
 
 
 def _display(widget, text: str, **more):
-    "Show a widget, or, where the notebook is read without a kernel, a text; returns the handle of the place."
+    """Show a widget, or, where the notebook is read without a kernel, a text.
+
+    Returns the handle of the place.
+    """
     from IPython.display import display
 
+    # ipywidgets 7 has no display_id of its own
     return display(
         {
             "application/vnd.jupyter.widget-view+json": dict(
@@ -235,11 +240,11 @@ def _display(widget, text: str, **more):
         },
         raw=True,
         display_id=True,
-    )  # ipywidgets 7 has no display_id of its own
+    )
 
-
+# %% ../nbs/12_widgets.ipynb #e1279df1
 class LiveLoss:
-    "The losses and numbers of a run, from its folder: a widget in a notebook, elsewhere text and a PNG."
+    "The losses and numbers of a run: a widget in a notebook, elsewhere text and a PNG."
 
     def __init__(
         self,
@@ -374,8 +379,9 @@ class RunDashboard:
             s["problems"] + s["troubles"],
         )
         note = lambda n: (
-            "<div"
-            f' style="{"color:#b00020" if n.startswith(("WARNING", "CANNOT")) or n in seen else ""}">{escape(n)}</div>'
+            '<div style="'
+            f"{'color:#b00020' if n.startswith(('WARNING', 'CANNOT')) or n in seen else ''}"
+            f'">{escape(n)}</div>'
         )
         self.html.value = (
             _numbers(s)
@@ -392,9 +398,8 @@ class RunDashboard:
         self.go.disabled = True
         with self.out:
             try:
-                import_module("minigpt.train").resume(
-                    **self.refresh()["resume"]
-                )  # a room further down, which only a click enters
+                # a room further down, which only a click enters
+                import_module("minigpt.train").resume(**self.refresh()["resume"])
             except (Exception, KeyboardInterrupt) as e:
                 print(f"{type(e).__name__}: {e}")
         self.refresh()
@@ -523,7 +528,7 @@ def _cut(
         shape=lambda s: "×".join(map(str, s)),
     )
 
-
+# %% ../nbs/12_widgets.ipynb #37e1617d
 class _Bytes:
     "A page of the explorer, for one checkpoint at a time."
 
@@ -694,9 +699,8 @@ class _Precisions:
             self.show()
             self.said.value = _lines([f"{out}: {human_size(dir_size(out))}"])
         except Exception as e:
-            self.said.value = _lines(
-                [], [str(e)]
-            )  # said where the button was pressed, whatever it is
+            # said where the button was pressed, whatever it is
+            self.said.value = _lines([], [str(e)])
         finally:
             self.button.disabled = False
 
@@ -741,7 +745,7 @@ class _Advice:
 
 # %% ../nbs/12_widgets.ipynb #ba3a015c
 class CheckpointExplorer:
-    "What takes the bytes of checkpoints, what changed between two, what one takes in fewer bits, and what would help."
+    "What takes the bytes of checkpoints, what changed, what fewer bits save, what would help."
 
     def __init__(
         self,
@@ -824,10 +828,8 @@ def events_html(
 ) -> str:  # HTML; nothing that was said is more than text in it
     "A conversation to look at; thoughts fold."
     out, texts = [], []
-    for (
-        kind,
-        piece,
-    ) in events:  # pieces of one kind are one text; a call and a result each stand alone
+    # pieces of one kind are one text; a call and a result each stand alone
+    for kind, piece in events:
         if texts and texts[-1][0] == kind and kind not in ("call", "result"):
             texts[-1][1].append(piece)
         else:
@@ -849,18 +851,14 @@ def events_html(
             )
     return "".join(out)
 
-
+# %% ../nbs/12_widgets.ipynb #d8253e33
 class ChatBox:
     "Talk to a model in a notebook."
 
     def __init__(
         self,
-        chat: (
-            Chat | Run | str | Path | tuple
-        ),  # A `Chat`, a run or its folder, or (model, tokenizer)
-        which: (
-            str | None
-        ) = None,  # Of a run: `checkpoint-500`, `best`; default: the final model, else the newest
+        chat: Chat | Run | str | Path | tuple,  # A `Chat`, a run, its folder, or (model, tokenizer)
+        which: str | None = None,  # Of a run: `checkpoint-500`, `best`; default: as for `Run.model`
         slice: float = 0.2,  # Seconds of writing between two looks at the buttons
         clock=time.monotonic,  # In seconds
         **options,  # system, tools, temperature, …: see `Chat`
@@ -869,15 +867,10 @@ class ChatBox:
             run = chat if isinstance(chat, Run) else open_run(chat)
             chat = run.model(which), run.tokenizer
         self.chat = chat if isinstance(chat, Chat) else Chat(*chat, **options)
-        self.slice, self.clock, self.events, self.talk = (
-            slice,
-            clock,
-            [],
-            None,
-        )  # `talk`: the answer that is being written
-        self.one = (
-            threading.RLock()
-        )  # a first click may be handled in another thread than those after it
+        # `talk`: the answer that is being written
+        self.slice, self.clock, self.events, self.talk = slice, clock, [], None
+        # a first click may be handled in another thread than those after it
+        self.one = threading.RLock()
 
     def __repr__(self):
         return "\n".join(
@@ -920,9 +913,8 @@ class ChatBox:
         self.there, self.back = w.IntText(layout=hidden), w.IntText(layout=hidden)
         link = w.jsdlink((self.there, "value"), (self.back, "value"))
         self.back.observe(lambda _: self.work(), "value")
-        with (
-            warnings.catch_warnings()
-        ):  # on_submit: the only way that both 7 and 8 have to hear Enter alone
+        # on_submit: the only way that both 7 and 8 have to hear Enter alone
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.asked.on_submit(lambda _: self.send())
         settings = w.Accordion(
