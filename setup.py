@@ -1,4 +1,4 @@
-"Builds the package from settings.ini, the one place for its version, requirements, extras and entry points."
+"Builds the package from settings.ini: version, requirements, extras and entry points."
 
 from configparser import ConfigParser
 from pathlib import Path

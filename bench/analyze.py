@@ -1,13 +1,16 @@
 """How long does it take to see what is in a 1.5 GB checkpoint, and in how much memory?
 
-    python bench/analyze.py                     # medium with AdamW's moments, 1.3 GB each: one .pt and our directory; half a minute on 2 cores
+    python bench/analyze.py                # medium, 1.3 GB each; half a minute on 2 cores
     python bench/analyze.py --preset small
 
-    sudo python bench/analyze.py --cold         # also once with nothing in the system's cache; slows everything else on the machine down for a while
+    sudo python bench/analyze.py --cold    # also once with nothing in the system's cache
 
-The files hold zeros, but are otherwise what the programs write: names, shapes, records. Each is analysed in fresh processes, medians over the rounds: first the
-imports, measured apart, then `analyze`. Memory is the process's peak, less what it had after the imports. The goal is under 1 s and under 100 MB, and that torch
-and transformers stay out of it."""
+The files, one .pt and our directory, have AdamW's moments; they hold zeros, but are otherwise what
+the programs write: names, shapes, records. Each is analysed in fresh processes, medians over the
+rounds: first the imports, measured apart, then `analyze`. Memory is the process's peak, less what
+it had after the imports. The goal is under 1 s and under 100 MB, and that torch and transformers
+stay out of it. --cold slows everything else on the machine down for a while.
+"""
 
 import argparse
 import json
@@ -24,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 CHILD = """
 import re, resource, sys, time
 def peak():
-    try: return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024   # ru_maxrss would be the parent's, if that was larger
+    # ru_maxrss would be the parent's, if that was larger
+    try: return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 t = time.perf_counter()
 from minigpt.analyze import analyze
@@ -35,14 +39,17 @@ seconds = time.perf_counter()-t
 memory = peak()-before
 t = time.perf_counter(); str(a); shown = time.perf_counter()-t
 import json
-print(json.dumps(dict(imports=imports, base=before, seconds=seconds, memory=memory, shown=shown, size=a.size, params=a.params, tensors=len(a.tensors), sum=sum(a.components.values()),
-                      heavy=[m for m in ('torch', 'transformers', 'matplotlib', 'ipywidgets') if m in sys.modules])))
+heavy = [m for m in ('torch', 'transformers', 'matplotlib', 'ipywidgets') if m in sys.modules]
+print(json.dumps(dict(
+    imports=imports, base=before, seconds=seconds, memory=memory, shown=shown, size=a.size,
+    params=a.params, tensors=len(a.tensors), sum=sum(a.components.values()), heavy=heavy)))
 """
 
 
 def make(folder, preset):
     "The same state as one .pt and as our directory"
     import torch
+
     from minigpt.checkpoint import State, pack_rng, write_checkpoint
     from minigpt.model import GPT, GPTConfig, to_hf
     from minigpt.tokenizer import train_tokenizer

@@ -1,13 +1,19 @@
-"""What does saving cost? The stall it puts into training, beside a blocking `torch.save` and `torch.distributed.checkpoint.async_save` of the same state.
+"""What does saving cost? The stall it puts into training, beside other ways to save the same state.
 
-    python bench/checkpoint.py                    # small and medium, 3 rounds; 4 minutes on 2 cores, 8 GB of memory and of disk
+    python bench/checkpoint.py                    # small and medium, 3 rounds; 4 minutes on 2 cores
     python bench/checkpoint.py --presets small
 
-The state is a model with AdamW's moments, fp32, on the CPU. "copy" is the least that any save has to do between two steps: copying the state into buffers
-that exist. A stall is the time that the call holds the training up; the file is complete later. The first save of a run also makes the buffers; it is given apart.
-"beside a save": the same training steps (batch 2 of 256 tokens, 2 threads) with and without a save under way. "the disk": writing and flushing as many bytes
-in one file. "resume": reading and verifying the checkpoint, restoring model, optimizer and random generators, and one step.
-Methods alternate; medians over the rounds. The last line is the worst ratio of our stall to the copy.
+The others are a blocking `torch.save` and `torch.distributed.checkpoint.async_save`. All needs 8 GB
+of memory and of disk.
+
+The state is a model with AdamW's moments, fp32, on the CPU. "copy" is the least that any save has
+to do between two steps: copying the state into buffers that exist. A stall is the time that the
+call holds the training up; the file is complete later. The first save of a run also makes the
+buffers; it is given apart. "beside a save": the same training steps (batch 2 of 256 tokens, 2
+threads) with and without a save under way. "the disk": writing and flushing as many bytes in one
+file. "resume": reading and verifying the checkpoint, restoring model, optimizer and random
+generators, and one step. Methods alternate; medians over the rounds. The last line is the worst
+ratio of our stall to the copy.
 """
 
 import argparse
@@ -26,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def setup(preset):
     import torch
+
     from minigpt.checkpoint import State, pack_optimizer, pack_rng
     from minigpt.model import GPT, GPTConfig
     from minigpt.tokenizer import train_tokenizer
@@ -66,6 +73,7 @@ def measure(preset, rounds, folder, threads):
     import psutil
     import torch
     import torch.distributed.checkpoint as dcp
+
     from minigpt.checkpoint import (
         CheckpointStore,
         Writer,

@@ -1,33 +1,60 @@
-"""How fast do files become batches? JSONL → token set, `analyze`, the loader, and the first batch after a restart.
+"""How fast do files become batches? JSONL → token set, `analyze`, the loader, and a restart.
 
-    python bench/data.py                        # all parts on 200 MB, 3 rounds; 25 minutes on 2 cores, 9 GB of disk for temporary files
+    python bench/data.py                        # all parts on 200 MB, 3 rounds
     python bench/data.py --parts b c            # some of them
     python bench/data.py --parts a --large      # also our memory on ten times as much
 
-The files: rows of ../shared/data (where they are missing, of the built-in corpora), one kind for texts and one for conversations, repeated in an order that
-is new each time round, and with fresh noise: a random number somewhere in each row, and two neighbouring sentences changed over. MB are millions of bytes of
-the JSONL file, for every method. The tokenizer has 15,000 tokens and is learned from the same rows. Each measurement is a process of its own, the order of the
-methods changes from round to round, and imports are not timed. "memory" is the peak of the whole process tree, sampled each 0.25 s: pages of its own, shared ones
-divided among those who share (PSS without mapped files, which the kernel takes back when it likes); "+ files" is with them.
-"cores" is the processor time used, by all processes of the method, for each second; "MB/s a core" counts it instead of the time: where other programs are busy
-too, believe this one.
+All parts take 25 minutes on 2 cores, and 9 GB of disk for temporary files.
+
+The files: rows of ../shared/data (where they are missing, of the built-in corpora), one kind for
+texts and one for conversations, repeated in an order that is new each time round, and with fresh
+noise: a random number somewhere in each row, and two neighbouring sentences changed over. MB are
+millions of bytes of the JSONL file, for every method. The tokenizer has 15,000 tokens and is
+learned from the same rows. Each measurement is a process of its own, the order of the methods
+changes from round to round, and imports are not timed. "memory" is the peak of the whole process
+tree, sampled each 0.25 s: pages of its own, shared ones divided among those who share (PSS without
+mapped files, which the kernel takes back when it likes); "+ files" is with them. "cores" is the
+processor time used, by all processes of the method, for each second; "MB/s a core" counts it
+instead of the time: where other programs are busy too, believe this one.
 
 a   `build_tokenset`, validation_split=0, beside
-    - the encoder alone: over the texts in memory (conversations: rendered before), nothing kept; the fastest of our `encode_batch`, 500 texts a call, and tiktoken's encode_to_numpy
-      and encode_ordinary with our pattern as it stands in tokenizer.json, each in 1 process, 2 threads, 2 processes, chosen on a quarter of the file (as the next one's settings are).
-      Ids: ours must be as many as its, plus an end token for each text; 1,000 rows are compared with tiktoken's one by one.
-    - nanoGPT's way, as its data/openwebtext/prepare.py: `datasets` reads the JSON, `map` encodes each row with encode_ordinary of the same tokenizer, and shards
-      of 2 MB are written into a memmap. Without its split of the data, which costs more; the fastest of num_proc 1 and 2, and of `batched` (which it does not use).
-    - MiniMind's way: all rows in memory, each tokenized in __getitem__ with a fast tokenizer of `transformers`, padded (by it or by hand) and cut to 512 positions, and for
-      conversations rendered with apply_chat_template and searched for answers; DataLoader, batch 16, 0 or 2 workers. Measured is the rate after the start
-      over --seconds seconds; each epoch costs that again.
+    - the encoder alone: over the texts in memory (conversations: rendered before), nothing kept;
+      the fastest of our `encode_batch`, 500 texts a call, and tiktoken's encode_to_numpy and
+      encode_ordinary with our pattern as it stands in tokenizer.json, each in 1 process, 2 threads,
+      2 processes, chosen on a quarter of the file (as the next one's settings are). Ids: ours must
+      be as many as its, plus an end token for each text; 1,000 rows are compared with tiktoken's
+      one by one.
+    - nanoGPT's way, as its data/openwebtext/prepare.py: `datasets` reads the JSON, `map` encodes
+      each row with encode_ordinary of the same tokenizer, and shards of 2 MB are written into a
+      memmap. Without its split of the data, which costs more; the fastest of num_proc 1 and 2, and
+      of `batched` (which it does not use).
+    - MiniMind's way: all rows in memory, each tokenized in __getitem__ with a fast tokenizer of
+      `transformers`, padded (by it or by hand) and cut to 512 positions, and for conversations
+      rendered with apply_chat_template and searched for answers; DataLoader, batch 16, 0 or 2
+      workers. Measured is the rate after the start over --seconds seconds; each epoch costs that
+      again.
 b   `analyze`, with and without near-duplicates.
-c   `loader` on these token sets: batches/s after the first batch; and the share of a training step that waits for `next` (preset tiny, 8 × 256, 30 steps, CPU).
-d   A token set of a good 10⁹ random tokens (2 GB; the conversations' mask is 1 GB more) in 3 million rows, read lately: from after the import of minigpt.data to
-    `open_set(…).batch(12345, 8, 512)`. The first start packs the conversations and keeps how; a restart finds that.
+c   `loader` on these token sets: batches/s after the first batch; and the share of a training step
+    that waits for `next` (preset tiny, 8 × 256, 30 steps, CPU).
+d   A token set of a good 10⁹ random tokens (2 GB; the conversations' mask is 1 GB more) in 3
+    million rows, read lately: from after the import of minigpt.data to `open_set(…).batch(12345, 8,
+    512)`. The first start packs the conversations and keeps how; a restart finds that.
 Figures of one shared machine vary: the ratios are of medians over the rounds."""
 
-import argparse, json, os, platform, random, re, shutil, statistics, subprocess, sys, tempfile, threading, time
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +71,7 @@ NAMES = dict(text="texts", chat="conversations")
 SEQ, BATCHES = 512, 1000
 
 
-# --- the files -------------------------------------------------------------------------------------------------------------------
+# --- the files ------------------------------------------------------------------------------------
 def base_rows(kind: str, folder: Path) -> list[dict]:
     "Good rows, as they stand in the files."
     from minigpt.corpus import write_corpus, write_talks
@@ -148,7 +175,7 @@ def texts_of(file: Path, limit: float = 1.0) -> tuple[list[str], int]:
     return texts, size
 
 
-# --- the methods: each in a process of its own -------------------------------------------------------------------------------------
+# --- the methods: each in a process of its own ----------------------------------------------------
 def own(clock, folder, file, out):
     "`build_tokenset`."
     from minigpt.data import build_tokenset
@@ -168,6 +195,7 @@ def own(clock, folder, file, out):
 def plain_tiktoken(tok):
     "tiktoken with the vocabulary and the whole pattern of a tokenizer of ours."
     import tiktoken
+
     from minigpt.tokenizer import PATTERN
 
     return tiktoken.Encoding(
@@ -231,7 +259,9 @@ def nanogpt(clock, folder, file, out, num_proc, batched):
     os.environ.update(
         HF_DATASETS_CACHE=str(out / "cache"), HF_HOME=str(out / "home"), HF_HUB_OFFLINE="1"
     )
-    import datasets, numpy as np
+    import datasets
+    import numpy as np
+
     from minigpt.tokenizer import load_tokenizer
 
     datasets.disable_progress_bars()
@@ -288,13 +318,12 @@ def nanogpt(clock, folder, file, out, num_proc, batched):
 
 def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
     "Tokenizing in `__getitem__`."
-    os.environ[
-        "TOKENIZERS_PARALLELISM"
-    ] = (  # one text at a time leaves nothing to do side by side, and its threads would hang the workers that are forked
-        "false"
-    )
+    # one text at a time leaves nothing to do side by side, and its threads would hang the workers
+    # that are forked
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers import PreTrainedTokenizerFast
+
     from minigpt.tokenizer import chat_messages
 
     torch.set_num_threads(1)
@@ -394,8 +423,8 @@ def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
 
 
 def analysis(clock, folder, file, out, near):
-    from minigpt.quality import analyze
     import minigpt.quality as q
+    from minigpt.quality import analyze
 
     q._ftfy()
     with clock:
@@ -409,8 +438,9 @@ def analysis(clock, folder, file, out, near):
 
 
 def loading(clock, folder, file, out, batch, seq, workers, n):
-    from minigpt.data import loader, open_set
     import torch
+
+    from minigpt.data import loader, open_set
 
     torch.set_num_threads(2)
     data = open_set(file / "train")
@@ -427,6 +457,7 @@ def loading(clock, folder, file, out, batch, seq, workers, n):
 def training(clock, folder, file, out, batch, seq, workers, steps):
     "A bare loop: what is not waiting is forward, backward and the optimizer."
     import torch
+
     from minigpt.data import loader, open_set
     from minigpt.model import GPT, GPTConfig
 
@@ -457,8 +488,9 @@ def training(clock, folder, file, out, batch, seq, workers, steps):
 
 def first_batch(clock, folder, file, out):
     began = time.perf_counter()
-    from minigpt.data import open_set
     import hashlib
+
+    from minigpt.data import open_set
 
     imports = time.perf_counter() - began
     with clock:
@@ -498,10 +530,8 @@ class Clock:
 
         used = sum(os.times()[:4])
         for p in psutil.Process().children(recursive=True):
-            try:
+            with contextlib.suppress(psutil.Error):
                 used += sum(p.cpu_times()[:2])
-            except psutil.Error:
-                pass
         return used
 
     def __enter__(self):
@@ -514,7 +544,7 @@ class Clock:
         self.used = max(1e-6, self.cpu() - self.used)
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 def memory_of(p) -> tuple[int, int]:
     "Bytes of a process, its share of what it shares: without mapped files, and with them."
     try:
@@ -637,7 +667,7 @@ def table(title: str, rows: list[tuple], heads: tuple):
     sys.stdout.flush()
 
 
-# --- the parts -------------------------------------------------------------------------------------------------------------------
+# --- the parts ------------------------------------------------------------------------------------
 def have_datasets() -> bool:
     from importlib.util import find_spec
 
@@ -717,13 +747,13 @@ def part_a(folder: Path, files: dict, a):
             ],
             ("", "MB/s", "of", "cores", "MB/s a core", "ours/this", "memory MB", "+ files", ""),
         )
+        core = median(found["minigpt"], "per_core") / median(found["encoder"], "per_core")
         others = max(median(m, "rate") for k, m in found.items() if k not in ("minigpt", "encoder"))
         print(
             f"  {100 * ours / median(found['encoder'], 'rate'):.0f}% of the encoder alone (goal"
             " 85),"
-            f" {100 * median(found['minigpt'], 'per_core') / median(found['encoder'], 'per_core'):.0f}%"
-            f" for each second of processor time; {ours / others:.2f} × the faster of the others"
-            " (goal 3)"
+            f" {100 * core:.0f}% for each second of processor time; {ours / others:.2f} × the faster"
+            " of the others (goal 3)"
         )
         same(folder, file, found, kind)
     if a.large:
@@ -752,6 +782,7 @@ def part_a(folder: Path, files: dict, a):
 def same(folder: Path, file: Path, found: dict, kind: str):
     "Are the ids the encoder's?"
     import numpy as np
+
     from minigpt.data import build_tokenset
     from minigpt.tokenizer import load_tokenizer
 
@@ -979,7 +1010,8 @@ def main():
     if a.child:
         return child(json.loads(a.child))
     VERBOSE = a.verbose
-    import tiktoken, tokenizers
+    import tiktoken
+    import tokenizers
 
     print(
         f"{os.cpu_count()} cores ({platform.machine()}, load {os.getloadavg()[0]:.1f}), Python"
@@ -999,6 +1031,7 @@ def main():
         files = prepare(folder, a.megabytes) if set(a.parts) & set("abc") else {}
         for part in a.parts:
             globals()[f"part_{part}"](folder, files, a)
+    return None
 
 
 if __name__ == "__main__":

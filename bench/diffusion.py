@@ -1,7 +1,10 @@
-"""Does simplex diffusion fill gaps, and what does self-conditioning give? Sentences of the built-in corpus; held-out sentences with 15 to 50% of their tokens missing.
+"""Does simplex diffusion fill gaps, and what does self-conditioning give?
 
-Each is a training of `fit` at the same size, data and steps: a masked language model (one look, as it is trained), and encoders without and with self-conditioning.
-Printed is the share of missing tokens that are restored, taking the likeliest token each time; the unigram always says the most frequent one.
+Sentences of the built-in corpus; held-out sentences with 15 to 50% of their tokens missing. Each is
+a training of `fit` at the same size, data and steps: a masked language model (one look, as it is
+trained), and encoders without and with self-conditioning. Printed is the share of missing tokens
+that are restored, taking the likeliest token each time; the unigram always says the most frequent
+one.
 """
 
 import argparse
@@ -43,6 +46,7 @@ def restored(run, steps, texts, seq_len, **how) -> float:
     "Share of the missing tokens of held-out sentences"
     import numpy as np
     import torch
+
     from minigpt.data import open_set
     from minigpt.diffusion import draw_blanks, fill
 

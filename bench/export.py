@@ -1,14 +1,18 @@
-"""How large is each kind of checkpoint of a preset, how long does it take to write and to open, and what do other ways to 4 bits cost?
+"""How large is each kind of checkpoint, and how long does it take to write and to open?
 
-    python bench/export.py                                 # medium, with AdamW's moments: 1.3 GB of disk, 2 minutes on 2 cores
+    python bench/export.py                                 # medium; 2 minutes on 2 cores
     python bench/export.py --preset small
-    python bench/export.py --ways RUN --text FILE.txt      # a trained run, and text that it was not trained on
+    python bench/export.py --ways RUN --text FILE.txt      # a trained run, and unseen text
 
-Sizes are of all files of a directory. The weights are random and the optimizer has taken two steps: noise, as far as zstd can tell, as trained weights are.
-"memory" is the peak of the process that exports, above what it has after the imports; the largest tensor of `medium` (the embedding) is 49 MiB.
-With --ways, the matrices of a trained model are rounded to 4 bits in several ways, with and without a search for the scale of least squared error, and the
-loss is measured in nats a token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest from zero at -8 (what minigpt.quantize does), "zero
-point" is from the smallest to the largest weight of the group."""
+Checkpoints are those of a preset, with AdamW's moments: 1.3 GB of disk for `medium`. Sizes are of
+all files of a directory. The weights are random and the optimizer has taken two steps: noise, as
+far as zstd can tell, as trained weights are. "memory" is the peak of the process that exports,
+above what it has after the imports; the largest tensor of `medium` (the embedding) is 49 MiB. With
+--ways it is asked what other ways to 4 bits cost: the matrices of a trained model are rounded to 4
+bits in several ways, with and without a search for the scale of least squared error, and the loss
+is measured in nats a token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest
+from zero at -8 (what minigpt.quantize does), "zero point" is from the smallest to the largest
+weight of the group."""
 
 import argparse
 import itertools
@@ -41,6 +45,7 @@ def peak():
 def checkpoint(preset, folder):
     "A full checkpoint of a model that has taken two steps"
     import torch
+
     from minigpt.checkpoint import State, pack_optimizer, pack_rng, write_checkpoint
     from minigpt.model import GPT, GPTConfig
     from minigpt.tokenizer import train_tokenizer
@@ -95,6 +100,7 @@ def one(folder, kind):
 def ways(run, text, group_sizes=(32, 64, 128)):
     import torch
     import torch.nn.functional as F
+
     from minigpt.quantize import dequantize, group_shape, quantize
     from minigpt.run import open_run
 
@@ -173,6 +179,7 @@ def main():
         checkpoint(a.preset, Path(folder))
         for kind in KINDS:
             subprocess.run([sys.executable, __file__, "--one", folder, kind], check=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,15 +1,23 @@
-"""New tokens a second of `minigpt.generate` beside transformers' `generate`: the same weights, read from the same folder, on the CPU.
+"""New tokens a second of `minigpt.generate` beside transformers' `generate`, on the CPU.
 
-    python bench/generate.py                   # `small`, 128 new tokens, 5 rounds; 3 minutes on 2 quiet cores
+    python bench/generate.py        # `small`, 128 tokens, 5 rounds; 3 minutes on 2 quiet cores
     python bench/generate.py --model tiny --rounds 1 --tokens 16
 
-The model has random weights, in fp32; the prompts are random ids, 32 in each row, so all rows are equally long, and nothing ends early.
-Both programs run in one process and take turns, so that whatever else the machine does meets both; the figures are medians over the rounds.
-transformers' generate is as it comes (dynamic cache, attention by sdpa); its logits and the tokens of the greedy texts are compared with ours.
-Sampling is temperature 0.8, top_k 50, top_p 0.95. The last line is the lowest of the ratios ours / transformers.
+Both have the same weights, read from the same folder: random ones, in fp32; the prompts are random
+ids, 32 in each row, so all rows are equally long, and nothing ends early. Both programs run in one
+process and take turns, so that whatever else the machine does meets both; the figures are medians
+over the rounds. transformers' generate is as it comes (dynamic cache, attention by sdpa); its
+logits and the tokens of the greedy texts are compared with ours. Sampling is temperature 0.8, top_k
+50, top_p 0.95. The last line is the lowest of the ratios ours / transformers.
 """
 
-import argparse, os, platform, statistics, sys, tempfile, time
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +29,7 @@ PROMPT = 32
 def prepare(folder: Path, name: str):
     "A checkpoint with random weights."
     import torch
+
     from minigpt.checkpoint import State, write_checkpoint
     from minigpt.model import GPT, GPTConfig
     from minigpt.tokenizer import train_tokenizer
@@ -47,7 +56,9 @@ def main():
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     p.add_argument("--threads", type=int, default=os.cpu_count())
     a = p.parse_args()
-    import torch, transformers
+    import torch
+    import transformers
+
     from minigpt.checkpoint import load_model
     from minigpt.generate import generate_batch
 

@@ -2,11 +2,14 @@
 
     python bench/kill.py --trials 20
 
-Each trial trains in a process of its own, kills it with SIGKILL at a moment drawn uniformly from the run's time (start-up and saves included),
-starts the same call again until it is finished, and compares every loss as `float.hex`, the final weights, the optimizer and the random generators.
-In half of the trials the run makes snapshots all the time and is mirrored to a backup. In a fifth, the machine is lost with the kill: only the backup is left,
-and a second kill comes while it is being restored. "repeated" is how many steps were trained twice; it is one save interval at most, and where the kill came
-inside a save, what was trained while that was written as well; where the machine was lost, the copy may be a save behind, twice.
+Each trial trains in a process of its own, kills it with SIGKILL at a moment drawn uniformly from
+the run's time (start-up and saves included), starts the same call again until it is finished, and
+compares every loss as `float.hex`, the final weights, the optimizer and the random generators. In
+half of the trials the run makes snapshots all the time and is mirrored to a backup. In a fifth, the
+machine is lost with the kill: only the backup is left, and a second kill comes while it is being
+restored. "repeated" is how many steps were trained twice; it is one save interval at most, and
+where the kill came inside a save, what was trained while that was written as well; where the
+machine was lost, the copy may be a save behind, twice.
 """
 
 import argparse
@@ -25,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import kill_child as child  # noqa: E402
 
-PAUSE = 0.02  # seconds added to a step of a hundredth: a save takes about as long as one or two steps, as it does in life
+# Seconds added to a step of a hundredth: a save takes about as long as one or two steps, as in life
+PAUSE = 0.02
 
 
 def main():
@@ -80,7 +84,8 @@ def main():
 
     drawn = []
     for n in range(a.trials):
-        # most moments fall into the training itself, counted from its first step, so that a slow start of Python does not use them up
+        # most moments fall into the training itself, counted from its first step, so that a slow
+        # start of Python does not use them up
         early = rng.random() < 0.1
         drawn.append(
             (n, early, rng.uniform(0.2, whole - training) if early else rng.uniform(0, training))

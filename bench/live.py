@@ -1,10 +1,19 @@
-"""What it costs to be watched: redraws of the live view with few and many points, and all that is logged and shown as a share of a CPU step of `small`.
+"""What it costs to be watched: redraws of the live view, and all that is logged and shown.
 
-python bench/live.py
-python bench/live.py --steps 40 --batch 8 --seq 512
+    python bench/live.py
+    python bench/live.py --steps 40 --batch 8 --seq 512
+
+The view is redrawn with few and with many points; the rest is a share of a CPU step of `small`.
 """
 
-import argparse, io, math, os, random, statistics, tempfile, time
+import argparse
+import io
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
 from pathlib import Path
 
 
@@ -24,7 +33,9 @@ def rows(n: int):
 
 
 def ms(f, times: int) -> tuple[float, float]:
-    "Median milliseconds on the clock, and lowest milliseconds of processor time: the second is little disturbed by other programs."
+    """Median milliseconds on the clock, and lowest milliseconds of processor time.
+
+    The second is little disturbed by other programs."""
     f()
     seen = []
     for _ in range(times):

@@ -1,24 +1,37 @@
-"""A model fine-tuned in full, with our LoRA, and with PEFT's: what is trained, what is saved, memory and time of a step.
+"""A model fine-tuned in full, with our LoRA, and with PEFT's: what is trained and saved, and speed.
 
     python bench/lora.py                     # `small`, 3 rounds of 8 steps on the CPU
     python bench/lora.py --device cuda --batch 16 --seq 512 --steps 40
 
-All three start from the same weights, both adapters too, and learn from the same batches with AdamW in fp32, gradients clipped at 1, one learning rate; both adapters have
-rank 8 on every matrix of the blocks. Each measurement is a process of its own, and the order changes from round to round.
+All three start from the same weights, both adapters too, and learn from the same batches with AdamW
+in fp32, gradients clipped at 1, one learning rate; both adapters have rank 8 on every matrix of the
+blocks. Each measurement is a process of its own, and the order changes from round to round.
 
 full         `minigpt.train.fit` on the model
 LoRA         `fit` on `lora(model)`
-PEFT         Hugging Face Trainer on `get_peft_model`, as bench/train_cpu.py sets it up: no logging, no evaluation, batches ready as tensors
+PEFT         Hugging Face Trainer on `get_peft_model`, as bench/train_cpu.py sets it up: no logging,
+             no evaluation, batches ready as tensors
 
 step         median over the steps after the first three
-memory       most that the process held in these steps, less what it held when its libraries were loaded; on a GPU, most that was allocated
+memory       most that the process held in these steps, less what it held when its libraries were
+             loaded; on a GPU, most that was allocated
 weights      size of the file with the model or the adapter
 checkpoint   size of the directory that a resume needs, with optimizer and random states
-The losses of LoRA and PEFT are equal to 0.5% in every step: it is checked.
-As in bench/train_cpu.py, a measurement waits for a quiet machine and is repeated if other programs used more than a fifth of a core.
+The losses of LoRA and PEFT are equal to 0.5% in every step: it is checked. As in
+bench/train_cpu.py, a measurement waits for a quiet machine and is repeated if other programs used
+more than a fifth of a core.
 """
 
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, threading, time
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,7 +45,8 @@ class Peak:
     "The most memory that is held between `start` and `end`, in MiB."
 
     def __init__(self, device: str):
-        import psutil, torch
+        import psutil
+        import torch
 
         self.torch, self.cuda, self.rss = torch, device == "cuda", psutil.Process().memory_info
         if self.cuda:
@@ -75,6 +89,7 @@ def prepare(folder: Path, a):
 
 def plain(folder: Path):
     from safetensors.torch import load_file
+
     from minigpt.model import GPT, GPTConfig
 
     return (
@@ -92,7 +107,6 @@ def adapted(folder: Path):
 
 
 def run_ours(folder: Path, out: Path, a, adapter: bool) -> dict:
-    import minigpt.lora  # before memory is counted
     from minigpt.data import TokenSet
     from minigpt.run import open_run
     from minigpt.tokenizer import load_tokenizer
@@ -297,7 +311,9 @@ def main():
         print(json.dumps(PROGRAMS[a.child[0]](Path(a.child[1]), Path(a.child[2]) / "run", a)))
         return
     a.steps += WARM + 1
-    import peft, torch, transformers
+    import peft
+    import torch
+    import transformers
 
     print(
         f"{os.cpu_count()} cores ({platform.machine()}, load"
@@ -326,7 +342,8 @@ def main():
     total = middle["full"]["trained"]
     print(
         f"\n{a.preset}, {total:,.0f} parameters; {a.batch} × {a.seq} tokens a step, fp32; medians"
-        f" of {a.rounds}\n\n{'':6}{'trained':>12}{'share':>8}{'step':>10}{'memory':>12}{'weights':>11}{'checkpoint':>13}"
+        f" of {a.rounds}\n\n{'':6}{'trained':>12}{'share':>8}{'step':>10}{'memory':>12}"
+        f"{'weights':>11}{'checkpoint':>13}"
     )
     for k, m in middle.items():
         print(

@@ -1,28 +1,46 @@
-"""Validation loss on tiny Shakespeare, by character, that `fit` reaches in the time that nanoGPT's published CPU recipe takes.
+"""Validation loss on tiny Shakespeare that `fit` reaches in the time of nanoGPT's CPU recipe.
 
-    python bench/loss_per_minute.py --nanogpt DIR      # a checkout of github.com/karpathy/nanoGPT; about 4 minutes on 2 quiet cores
+    python bench/loss_per_minute.py --nanogpt DIR      # about 4 minutes on 2 quiet cores
     python bench/loss_per_minute.py --seconds 85       # ours alone, in the time that is given
-    python bench/loss_per_minute.py --gpu              # ours alone, with the batches of nanoGPT's GPU recipe; about a minute on an H200
+    python bench/loss_per_minute.py --gpu              # ours alone; about a minute on an H200
 
-The text is read from --text (default ../shared/data/tinyshakespeare.txt, beside the repository); its last tenth is for validation, as nanoGPT's
-prepare.py has it. nanoGPT runs in a copy of its own folder, as its README says for a CPU: 0.8M parameters, 2,000 steps of 12 × 64 characters.
-Ours is SHAPE and RECIPE below: a smaller model, more tokens, Muon, a learning rate that falls in a line to zero. They were found by trials of 65 s each
-on two cores, on the same validation split: 1.585 with 4 layers at a rate of .01, 1.576 with 3, 1.558 at .007, 1.554 with norms on queries and keys, 1.549 at
-.008 after 20 steps of warm-up instead of 50; two trainings alike differ by up to .007. Worse were windows of 256, 6 sequences a step, a width of 112 or 128, one head
-for keys and values, a rate of .005 or .02, no weight decay or twice as much. Both are processes of their own, on the
-same number of threads, and time is that of the whole process, from its start: imports, tokens, training and checkpoints, and nanoGPT's evaluations, by which
-it decides what to keep.
-How many steps of ours fit is found by a short run in front, and that many less 3% are made.
-The losses are computed afterwards, over the whole validation split, in the same way for both: cut into pieces of the model's own context (64
-and 128, or 256), every character but the first predicted once. Ours is opened by transformers for that, with its tokenizer.
+DIR is a checkout of github.com/karpathy/nanoGPT; --gpu takes the batches of its GPU recipe. A token
+is a character.
 
-On a GPU nanoGPT's "baby GPT" reaches 1.4697 at best within 5,000 steps of 64 × 256 characters (its README). Ours has its width and depth, and learns faster than
-the text lasts: 1,000 steps are enough, and with more it only learns the text by heart. On an H200 (torch 2.11, bf16, `fit`'s own validation) the trials ended at 1.448 with a dropout
-of .25 after 1,000 steps, and at 1.453 with .3 after 1,250; a rate that falls over 2,500 steps reached 1.464 on its way (.3), 1.469 (.4) and 1.478 (.2).
-The last line is our loss; the one before it nanoGPT's.
+The text is read from --text (default ../shared/data/tinyshakespeare.txt, beside the repository);
+its last tenth is for validation, as nanoGPT's prepare.py has it. nanoGPT runs in a copy of its own
+folder, as its README says for a CPU: 0.8M parameters, 2,000 steps of 12 × 64 characters. Ours is
+SHAPE and RECIPE below: a smaller model, more tokens, Muon, a learning rate that falls in a line to
+zero. They were found by trials of 65 s each on two cores, on the same validation split: 1.585 with
+4 layers at a rate of .01, 1.576 with 3, 1.558 at .007, 1.554 with norms on queries and keys, 1.549
+at .008 after 20 steps of warm-up instead of 50; two trainings alike differ by up to .007. Worse
+were windows of 256, 6 sequences a step, a width of 112 or 128, one head for keys and values, a rate
+of .005 or .02, no weight decay or twice as much. Both are processes of their own, on the same
+number of threads, and time is that of the whole process, from its start: imports, tokens, training
+and checkpoints, and nanoGPT's evaluations, by which it decides what to keep. How many steps of ours
+fit is found by a short run in front, and that many less 3% are made. The losses are computed
+afterwards, over the whole validation split, in the same way for both: cut into pieces of the
+model's own context (64 and 128, or 256), every character but the first predicted once. Ours is
+opened by transformers for that, with its tokenizer.
+
+On a GPU nanoGPT's "baby GPT" reaches 1.4697 at best within 5,000 steps of 64 × 256 characters (its
+README). Ours has its width and depth, and learns faster than the text lasts: 1,000 steps are
+enough, and with more it only learns the text by heart. On an H200 (torch 2.11, bf16, `fit`'s own
+validation) the trials ended at 1.448 with a dropout of .25 after 1,000 steps, and at 1.453 with .3
+after 1,250; a rate that falls over 2,500 steps reached 1.464 on its way (.3), 1.469 (.4) and 1.478
+(.2). The last line is our loss; the one before it nanoGPT's.
 """
 
-import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +74,7 @@ GPU_RECIPE = {
 GPU_STEPS, GPU_NANOGPT = 1000, 1.4697
 
 
-# --- ours ------------------------------------------------------------------------------------------------------------------------
+# --- ours -----------------------------------------------------------------------------------------
 def run_ours(work: Path, out: Path, steps: int, threads: int, gpu: bool):
     "`fit` on the text, cut by character."
     from minigpt.model import GPTConfig
@@ -104,7 +122,7 @@ def score_ours(work: Path, out: Path, context: int) -> dict:
     )
 
 
-# --- nanoGPT ---------------------------------------------------------------------------------------------------------------------
+# --- nanoGPT --------------------------------------------------------------------------------------
 def run_nanogpt(work: Path, threads: int) -> float:
     "Its train.py; seconds."
     subprocess.run(
@@ -122,7 +140,8 @@ def run_nanogpt(work: Path, threads: int) -> float:
 
 def score_nanogpt(work: Path) -> dict:
     "The loss of the checkpoint that it kept."
-    import numpy as np, torch
+    import numpy as np
+    import torch
 
     sys.path.insert(0, str(work / "nanoGPT"))
     from model import GPT, GPTConfig
@@ -142,10 +161,11 @@ def score_nanogpt(work: Path) -> dict:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 def whole_split(logits, ids, T: int) -> float:
     "Nats a character: pieces of `T`, each character but the first predicted once."
-    import torch, torch.nn.functional as F
+    import torch
+    import torch.nn.functional as F
 
     n = (len(ids) - 1) // T
     pieces = [

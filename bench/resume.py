@@ -1,10 +1,12 @@
-"""How long does a resume take to its first batch, at step 10 and at step 1,000,000 of a big token set?
+"""How long does a resume take to its first batch, at step 10 and at step 1,000,000 of a big set?
 
     python bench/resume.py
 
-Makes a token set (1 GB of real bytes by default; `--sparse` takes no room on the disk), then starts a fresh process for each measurement, near and far by turns.
-Timed is what a resume does: open the set, make the loader of the remaining steps, take the first batch. The time to `import torch` is not in it.
-The pages of the set are in memory before the first measurement, as far as they fit, so that near and far are read from the same place.
+Makes a token set (1 GB of real bytes by default; `--sparse` takes no room on the disk), then starts
+a fresh process for each measurement, near and far by turns. Timed is what a resume does: open the
+set, make the loader of the remaining steps, take the first batch. The time to `import torch` is not
+in it. The pages of the set are in memory before the first measurement, as far as they fit, so that
+near and far are read from the same place.
 """
 
 import argparse

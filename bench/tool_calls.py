@@ -1,23 +1,29 @@
-"""How often does a small model call the right function, asked in ways and with values that its training did not have?
+"""How often does a small model call the right function, asked in ways that it has not seen?
 
-    python bench/tool_calls.py               # train on the built-in corpus first: four minutes on two cores
-    python bench/tool_calls.py --run DIR     # ask the model of a run or of a checkpoint, whatever it was trained on
+    python bench/tool_calls.py               # train first: four minutes on two cores
+    python bench/tool_calls.py --run DIR     # ask the model of a run or of a checkpoint
 
-`minigpt.corpus.call_prompts` asks for its functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
+The model of --run may have been trained on anything. `minigpt.corpus.call_prompts` asks for its
+functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
 those that no conversation of `call` has. The answer is the most likely one, and it counts as
     parsable    it calls something, and can be read
     function    it is one call, of the right function
     arguments   and all arguments are right
 """
 
-import argparse, json, sys, time
+import argparse
+import json
+import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def train(out: Path, a):
-    "Train a small model on the calls of the built-in corpus: first short questions, without the schemas, then whole conversations."
+    """Train a small model on the calls of the built-in corpus.
+
+    First short questions, without the schemas, then whole conversations."""
     from minigpt.corpus import call, write_calls
     from minigpt.model import GPTConfig
     from minigpt.tokenizer import train_tokenizer

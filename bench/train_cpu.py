@@ -1,39 +1,67 @@
-"""Tokens/s of `minigpt.train.fit` beside Hugging Face Trainer and other training loops: the same model and data, on the CPU.
+"""Tokens/s of `minigpt.train.fit` beside other training loops on the CPU: the same model and data.
 
-    python bench/train_cpu.py                                  # 3 rounds of 40 steps, 5 minutes on 2 quiet cores
-    python bench/train_cpu.py --nanogpt DIR --minimind DIR     # their loops too, from copies of github.com/karpathy/nanoGPT and jingyaogong/minimind
-    python bench/train_cpu.py --all                            # every program in each of its settings; the Trainer's fastest one counts
+    python bench/train_cpu.py            # 3 rounds of 40 steps, 5 minutes on 2 quiet cores
+    python bench/train_cpu.py --nanogpt DIR --minimind DIR     # their loops too
+    python bench/train_cpu.py --all      # all settings of each program
 
-The model: vocabulary 6,400, 4 layers, 4 heads (4 for keys and values), width 256, FFN 1,024, tied, 5,835,008 parameters;
-8 sequences of 256 tokens a step, fp32, AdamW, gradients clipped at 1, constant learning rate (all programs reach it at step 1).
-Each measurement is a process of its own, and the order changes from round to round. Time runs between two steps, as callbacks of the
-programs see them: after the first 5 steps, and until the last step but one, so that neither start, nor compiling, nor the save at the end is in it.
+The folders are copies of github.com/karpathy/nanoGPT and jingyaogong/minimind. With --all the
+Trainer's fastest setting counts.
 
-minigpt fit    `fit` in its defaults, without progress bar, plot and validation: it logs and checks its losses as always. It is announced as a run
-               of 10,000 steps and cut off, so that it chooses as in a long run: `enable_compile="auto"` leaves a run of seconds alone.
+The model: vocabulary 6,400, 4 layers, 4 heads (4 for keys and values), width 256, FFN 1,024, tied,
+5,835,008 parameters; 8 sequences of 256 tokens a step, fp32, AdamW, gradients clipped at 1,
+constant learning rate (all programs reach it at step 1). Each measurement is a process of its own,
+and the order changes from round to round. Time runs between two steps, as callbacks of the programs
+see them: after the first 5 steps, and until the last step but one, so that neither start, nor
+compiling, nor the save at the end is in it.
+
+minigpt fit    `fit` in its defaults, without progress bar, plot and validation: it logs and checks
+               its losses as always. It is announced as a run of 10,000 steps and cut off, so that
+               it chooses as in a long run: `enable_compile="auto"` leaves a run of seconds alone.
                `--all` measures it eager, compiled and in bf16 too.
-Trainer        in the best settings we found (TRAINER below): no saving, evaluation, logging or progress bar, no check for NaN, tokens
-               ready as tensors and cut into batches by slicing, no key/value cache, labels shifted already.
-               `--all` measures its attention kernels and AdamWs, and torch.compile. Tokens/s in one or two quiet measurements each: sdpa and fused 2,701,
-               sdpa and plain 2,558 and 2,633, eager and fused 2,724, eager and plain 2,741; sdpa and fused alone ranged from 2,620 to 2,850 in six more,
+Trainer        in the best settings we found (TRAINER below): no saving, evaluation, logging or
+               progress bar, no check for NaN, tokens ready as tensors and cut into batches by
+               slicing, no key/value cache, labels shifted already. `--all` measures its attention
+               kernels and AdamWs, and torch.compile. Tokens/s in one or two quiet measurements
+               each: sdpa and fused 2,701, sdpa and plain 2,558 and 2,633, eager and fused 2,724,
+               eager and plain 2,741; sdpa and fused alone ranged from 2,620 to 2,850 in six more,
                so no order is known.
-nanoGPT        its train.py as it is, with its own data loader, and its model, a GPT-2: learned positions (65,536 parameters more), LayerNorm, GELU. The two
-               matrices of its FFN are made half as wide again (1,536), so that they hold what the three of a Llama do. It draws batches at random.
-MiniMind       the loop of its train_pretrain.py on its model, a Llama with norms on queries and keys (512 parameters more), with the same
-               weights and batches as ours, ready as tensors. Its AdamW has torch's defaults, and it shifts labels itself, so it learns from 255 positions of 256.
-floor          the matrix products of such a step alone, in the same precision: forward and backward of every linear layer, of the output layer and
-               of attention, for half of the positions, as the causal mask leaves. Results go to memory that is there already.
-Where `fit` chooses bf16, because the processor has units for it, the Trainer and the floor are measured in bf16 too.
+nanoGPT        its train.py as it is, with its own data loader, and its model, a GPT-2: learned
+               positions (65,536 parameters more), LayerNorm, GELU. The two matrices of its FFN are
+               made half as wide again (1,536), so that they hold what the three of a Llama do. It
+               draws batches at random.
+MiniMind       the loop of its train_pretrain.py on its model, a Llama with norms on queries and
+               keys (512 parameters more), with the same weights and batches as ours, ready as
+               tensors. Its AdamW has torch's defaults, and it shifts labels itself, so it learns
+               from 255 positions of 256.
+floor          the matrix products of such a step alone, in the same precision: forward and backward
+               of every linear layer, of the output layer and of attention, for half of the
+               positions, as the causal mask leaves. Results go to memory that is there already.
+Where `fit` chooses bf16, because the processor has units for it, the Trainer and the floor are
+measured in bf16 too.
 
-What can be compared is checked in each round: the Trainer has as many parameters as `fit`, and equal losses to 0.5% (2% in bf16); those of nanoGPT and MiniMind
-end within a tenth; and all of them fall.
-"others" is how many cores other programs used meanwhile. On two cores one more busy program makes the figures worthless (each matrix
-product waits for its slower thread: 2,700 tokens/s were seen to become 400), so each measurement waits for a quiet machine (--wait seconds
-at most), and is repeated (--retries times at most) where others took more than a fifth of a core.
-The last line is the median over the rounds of ours in its defaults / Trainer.
+What can be compared is checked in each round: the Trainer has as many parameters as `fit`, and
+equal losses to 0.5% (2% in bf16); those of nanoGPT and MiniMind end within a tenth; and all of them
+fall. "others" is how many cores other programs used meanwhile. On two cores one more busy program
+makes the figures worthless (each matrix product waits for its slower thread: 2,700 tokens/s were
+seen to become 400), so each measurement waits for a quiet machine (--wait seconds at most), and is
+repeated (--retries times at most) where others took more than a fifth of a core. The last line is
+the median over the rounds of ours in its defaults / Trainer.
 """
 
-import argparse, contextlib, io, json, os, pickle, platform, re, runpy, statistics, subprocess, sys, tempfile, time
+import argparse
+import contextlib
+import io
+import json
+import os
+import pickle
+import platform
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -88,11 +116,14 @@ def programs(a) -> list[str]:
     ]
 
 
-# --- what the processes share ----------------------------------------------------------------------------------------------------
+# --- what the processes share ---------------------------------------------------------------------
 def prepare(folder: Path, steps: int):
-    "Token set of the built-in corpus, its tokenizer, initial weights, and the batches of every step as tensors."
+    """Token set of the built-in corpus, its tokenizer, and initial weights.
+
+    And the batches of every step as tensors."""
     import torch
     from safetensors.torch import save_file
+
     from minigpt.corpus import write_corpus
     from minigpt.data import build_tokenset, check_size, data_files, loader, sample_texts
     from minigpt.model import GPT, GPTConfig
@@ -143,10 +174,11 @@ class Clock:
         )
 
 
-# --- the programs ----------------------------------------------------------------------------------------------------------------
+# --- the programs ---------------------------------------------------------------------------------
 def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> dict:
     "`fit` in its defaults, or in other settings."
     from safetensors.torch import load_file
+
     from minigpt.data import TokenSet
     from minigpt.model import GPT, GPTConfig
     from minigpt.run import open_run
@@ -321,7 +353,9 @@ def tens(losses: list[float]) -> list[float]:
 
 @contextlib.contextmanager
 def watched(clock: Clock, losses: list[float]):
-    "A loop that is not ours: each step of its optimizer is a tick, and what it prints as `loss` (behind a colon or a blank) is kept."
+    """A loop that is not ours: each step of its optimizer is a tick.
+
+    What it prints as `loss` (behind a colon or a blank) is kept."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(lambda *_: clock.tick(len(clock.at) + 1))
@@ -501,7 +535,7 @@ def run(program: str, folder: Path, out: Path, a) -> dict:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 def quiet(wait: float):
     "Wait until other programs use less than a fifth of a core."
     import psutil
@@ -652,7 +686,8 @@ def main():
         if d:
             setattr(a, name, str(Path(d).resolve()))
 
-    import torch, transformers
+    import torch
+    import transformers
 
     total = WARM + a.steps + 1
     print(

@@ -1,36 +1,61 @@
-"""Tokens/s, model FLOPs utilisation, memory and seconds to the first step of `minigpt.train.fit` on a GPU, beside Hugging Face Trainer and a bare loop.
+"""Speed and memory of `minigpt.train.fit` on a GPU, beside Hugging Face Trainer and a bare loop.
 
-    python bench/train_gpu.py                                              # everything: about half an hour
+    python bench/train_gpu.py                        # everything: about half an hour
     python bench/train_gpu.py --sizes 124M --precisions bf16 --rounds 1    # 5 minutes
-    python bench/train_gpu.py --only fit Trainer                           # programs with one of these words in their name
-    python bench/train_gpu.py --smoke                                      # a tiny model on the CPU: does everything run? Its figures mean nothing
+    python bench/train_gpu.py --only fit Trainer     # programs with one of these in their name
+    python bench/train_gpu.py --smoke                # a tiny model on the CPU: does everything run?
 
-Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences a step, one round: `fit` 521,000 tokens/s, an MFU of 45.0%; Trainer compiled 429,000
-(37.1%), so the ratio was 1.22. Both computed rightly, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass over the logits, which has not been timed. The other programs, fp16 and `medium` have not been measured.
+Printed are tokens/s, model FLOPs utilisation, memory and seconds to the first step; with --smoke
+the figures mean nothing.
 
-124M      the shape of GPT-2: 12 layers, 12 heads, width 768, vocabulary 50,304. Ours is a Llama with FFN 2,048: 123,587,328 parameters, as many as GPT-2 has
-          without biases and positions.
-medium    our preset: 20 layers, 16 heads (4 for keys and values), width 640, FFN 2,048, vocabulary 20,000: 111,949,440 parameters.
-Sequences of 1,024 tokens of the built-in corpus, as many at once as suit the memory (--batch), AdamW, gradients clipped at 1, constant learning rate.
+Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences a step, one round: `fit`
+521,000 tokens/s, an MFU of 45.0%; Trainer compiled 429,000 (37.1%), so the ratio was 1.22. Both
+computed rightly, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass
+over the logits, which has not been timed. The other programs, fp16 and `medium` have not been
+measured.
 
-minigpt   `fit` in its defaults, eager, compiled, and compiled with max-autotune; no progress bar, plot and validation. It is announced as a run of 10,000
-          steps and cut off, so that it chooses as in a long run.
-Trainer   Hugging Face's, on its own Llama with our weights and batches, eager and compiled: sdpa attention (which takes the flash kernel), fused AdamW, TF32 where a
-          product is left in fp32, no saving, evaluation or logging, tokens ready in pinned memory.
-bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without biases, as wide inside as makes their parameters those of ours, flash attention, fused AdamW,
-          autocast, the next batch on its way during a step; eager and compiled as a whole.
+124M      the shape of GPT-2: 12 layers, 12 heads, width 768, vocabulary 50,304. Ours is a Llama
+          with FFN 2,048: 123,587,328 parameters, as many as GPT-2 has without biases and positions.
+medium    our preset: 20 layers, 16 heads (4 for keys and values), width 640, FFN 2,048, vocabulary
+          20,000: 111,949,440 parameters.
+Sequences of 1,024 tokens of the built-in corpus, as many at once as suit the memory (--batch),
+AdamW, gradients clipped at 1, constant learning rate.
 
-First it is checked that ours computes the right thing: the loss and the gradients of a batch, in each precision, eager and compiled, against plain cross-entropy in fp32;
-and that a tiny run with dropout and `deterministic` that is cut off and goes on has, bit for bit, the losses of one that was left alone (not yet run on a GPU).
-In the timed runs every loss must fall, and the Trainer's must be ours to 5%.
-Each measurement is a process of its own, and the order changes from round to round. Time runs from the 10th step to the last, with the GPU waited for at both ends.
-"first" is how long it takes from the call, imports done, to the end of the first step; it is that of the first round, for which nothing has been compiled yet.
-MFU is (6N + 12·layers·heads·head width·length) operations a token, as nanoGPT and PaLM (arxiv.org/abs/2204.02311) count them, N without positions, against the
-peak of dense products that the data sheet promises (PEAKS), or, for a GPU that is not there and for the CPU, against what a product of large matrices reaches.
-The last line is the median over the rounds of ours in its defaults / the fastest Trainer, for the first size and precision.
+minigpt   `fit` in its defaults, eager, compiled, and compiled with max-autotune; no progress bar,
+          plot and validation. It is announced as a run of 10,000 steps and cut off, so that it
+          chooses as in a long run.
+Trainer   Hugging Face's, on its own Llama with our weights and batches, eager and compiled: sdpa
+          attention (which takes the flash kernel), fused AdamW, TF32 where a product is left in
+          fp32, no saving, evaluation or logging, tokens ready in pinned memory.
+bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without biases, as wide
+          inside as makes their parameters those of ours, flash attention, fused AdamW, autocast,
+          the next batch on its way during a step; eager and compiled as a whole.
+
+First it is checked that ours computes the right thing: the loss and the gradients of a batch, in
+each precision, eager and compiled, against plain cross-entropy in fp32; and that a tiny run with
+dropout and `deterministic` that is cut off and goes on has, bit for bit, the losses of one that was
+left alone (not yet run on a GPU). In the timed runs every loss must fall, and the Trainer's must be
+ours to 5%. Each measurement is a process of its own, and the order changes from round to round.
+Time runs from the 10th step to the last, with the GPU waited for at both ends. "first" is how long
+it takes from the call, imports done, to the end of the first step; it is that of the first round,
+for which nothing has been compiled yet. MFU is (6N + 12·layers·heads·head width·length) operations
+a token, as nanoGPT and PaLM (arxiv.org/abs/2204.02311) count them, N without positions, against the
+peak of dense products that the data sheet promises (PEAKS), or, for a GPU that is not there and for
+the CPU, against what a product of large matrices reaches. The last line is the median over the
+rounds of ours in its defaults / the fastest Trainer, for the first size and precision.
 """
 
-import argparse, contextlib, json, math, os, re, statistics, subprocess, sys, tempfile, time
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,7 +84,9 @@ SMOKE = [
     "Trainer eager",
     "bare eager",
 ]  # compiling takes longer than the suite has
-# Operations a second, dense, fp16 or bf16 with fp32 sums; NVIDIA's data sheets: H100 and H200 SXM (half of the figure "with sparsity"), H100 PCIe, A100, L4 (half likewise), T4; RTX 4090: Ada white paper, appendix A
+# Operations a second, dense, fp16 or bf16 with fp32 sums; NVIDIA's data sheets: H100 and H200 SXM
+# (half of the figure "with sparsity"), H100 PCIe, A100, L4 (half likewise), T4; RTX 4090: Ada white
+# paper, appendix A
 PEAKS = {
     r"H100 PCIe": 756e12,
     r"H[12]00": 989e12,
@@ -79,6 +106,7 @@ def gpu() -> bool:
 def peak(precision: str) -> tuple[float, str]:  # Operations a second, and whose figure this is
     "What the machine can compute at best."
     import torch
+
     from minigpt.speed import machine_flops
 
     name = torch.cuda.get_device_name() if gpu() else "CPU"
@@ -98,9 +126,11 @@ def flops_per_token(params: int, shape: dict, length: int) -> int:
     return 6 * params + 12 * shape["n_layer"] * shape["dim"] * length  # heads × their width = dim
 
 
-# --- what the processes share ----------------------------------------------------------------------------------------------------
+# --- what the processes share ---------------------------------------------------------------------
 def prepare(folder: Path, megabytes: float):
-    "Token set of the built-in corpus, and its tokenizer: the same for every size, whose embeddings have rows to spare."
+    """Token set of the built-in corpus, and its tokenizer: the same for every size.
+
+    Their embeddings have rows to spare."""
     from minigpt.corpus import write_corpus
     from minigpt.data import build_tokenset, data_files, sample_texts
     from minigpt.tokenizer import train_tokenizer
@@ -139,6 +169,7 @@ class Case:
 
     def model(self):
         import torch
+
         from minigpt.model import GPT, GPTConfig
 
         torch.manual_seed(0)
@@ -175,7 +206,8 @@ class Clock:
 
     def facts(self, params: int, losses: list[float]) -> dict:
         "What one process reports; `losses` are means over ten steps."
-        import psutil, torch
+        import psutil
+        import torch
 
         c = self.case
         memory = torch.cuda.max_memory_allocated() if gpu() else psutil.Process().memory_info().rss
@@ -198,10 +230,12 @@ def tens(losses: list) -> list[float]:
     return torch.stack(losses).view(-1, 10).mean(1).tolist()
 
 
-# --- is it right? ----------------------------------------------------------------------------------------------------------------
+# --- is it right? ---------------------------------------------------------------------------------
 def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
     "Loss and gradients of ours against plain cross-entropy in fp32, on the same weights."
-    import torch, torch.nn.functional as F
+    import torch
+    import torch.nn.functional as F
+
     from minigpt.speed import autocast, decide_compile
 
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -249,6 +283,7 @@ def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
 def goes_on(case: Case, mode: str) -> str:  # How it goes on
     "A run of 12 steps, cut off behind the 7th and called again, against one that was left alone."
     import torch
+
     from minigpt.model import GPT, GPTConfig
     from minigpt.run import open_run
     from minigpt.tokenizer import load_tokenizer
@@ -301,7 +336,7 @@ def goes_on(case: Case, mode: str) -> str:  # How it goes on
     return "goes on bit for bit"
 
 
-# --- the programs ----------------------------------------------------------------------------------------------------------------
+# --- the programs ---------------------------------------------------------------------------------
 def run_ours(case: Case, settings: dict) -> dict:
     "`fit`."
     from minigpt.run import open_run
@@ -361,6 +396,7 @@ def run_trainer(case: Case, compiled: bool) -> dict:
         TrainerCallback,
         TrainingArguments,
     )
+
     from minigpt.model import to_hf
 
     clock, losses = Clock(case), []
@@ -554,7 +590,7 @@ def run(program: str, case: Case) -> dict:
     )
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 def child(task: str, case: Case) -> dict | list:
     "A program, or `check eager compiled`, in this process."
     return check(case, task.split()[1:]) if task.startswith("check") else run(task, case)
@@ -584,7 +620,7 @@ def in_process(task: str, case: Case) -> dict | list:
 def measure(
     names: list[str], case: Case, rounds: int, smoke: bool
 ) -> dict[str, list[dict]]:  # Program → its measurements
-    "Alternating rounds; a program that fails (out of memory, say) is named, and left out from then on."
+    "Alternating rounds; a program that fails (out of memory, say) is named, and then left out"
     results = {n: [] for n in names}
     for r in range(rounds):
         for name in list(results)[:: -1 if r % 2 else 1]:
@@ -636,7 +672,8 @@ def table(
     for k, v in results.items():
         use = middle[k] * flops_per_token(v[0]["params"], case.shape, case.length) / limit
         print(
-            f"{k:<24}{v[0]['params']:12,}{middle[k]:12,.0f}{use:7.1%}{max(m['memory'] for m in v) / 2**30:7.1f}"
+            f"{k:<24}{v[0]['params']:12,}{middle[k]:12,.0f}{use:7.1%}"
+            f"{max(m['memory'] for m in v) / 2**30:7.1f}"
             f" GiB{v[0]['first']:7.1f} s"
         )
     trainers = [k for k in results if k.startswith("Trainer")]
@@ -705,7 +742,9 @@ def main():
         )
         return
 
-    import importlib.util, torch
+    import importlib.util
+
+    import torch
 
     names = [n for n in (SMOKE if a.smoke else PROGRAMS) if any(w in n for w in a.only)]
     if not importlib.util.find_spec("transformers") or not importlib.util.find_spec("accelerate"):

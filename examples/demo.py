@@ -1,6 +1,14 @@
-"""The whole of minigpt in a few minutes: train, be killed, resume, look at what came out.  python examples/demo.py [--steps N]"""
+"""The whole of minigpt in a few minutes: train, be killed, resume, look at what came out.
 
-import argparse, os, signal, subprocess, sys, time
+python examples/demo.py [--steps N]
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 RUN = Path("runs/demo")
@@ -34,7 +42,7 @@ def start(steps: int) -> subprocess.Popen:
 
 
 def kill_in_the_middle(steps: int):
-    "Start training, and end it with SIGKILL somewhere behind its third checkpoint: no handler runs, nothing is tidied up."
+    "Start training, and end it with SIGKILL after its third checkpoint: no handler runs"
     from minigpt.run import Run
 
     child, run = start(steps), Run(RUN)
@@ -59,6 +67,7 @@ def kill_in_the_middle(steps: int):
 def report(seconds: float):
     "What a user would look at afterwards."
     import numpy as np
+
     from minigpt.corpus import trigram_loss
     from minigpt.data import open_tokenset
     from minigpt.files import human_size, human_time
@@ -117,6 +126,7 @@ def main():
     if start(args.steps).wait():
         sys.exit("the resumed training failed")
     report(time.time() - began)
+    return None
 
 
 if __name__ == "__main__":

@@ -7,13 +7,20 @@ __all__ = ['TensorInfo', 'layer_of', 'natural', 'Table', 'Analysis', 'treemap', 
            'create_demo']
 
 # %% ../nbs/09_analyze.ipynb #72a467da
-import difflib, math, os, re
+import difflib
+import math
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-import numpy as np, orjson, zstandard
+
+import numpy as np
+import orjson
+import zstandard
+
 from .files import at_home, dir_size, free_space, hash_bytes, hidden, human_size, read_json
 from minigpt.headers import (
     BITS,
@@ -381,6 +388,12 @@ def _rectangle(x, y, w, h, color):
     return Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1)
 
 
+def _worst(areas: list[float], side: float) -> float:
+    "How far from a square is the longest of these areas, laid along `side`."
+    s, side = sum(areas) ** 2, side**2
+    return max(max(side * a / s, s / (side * a)) for a in (areas[0], areas[-1]))
+
+
 def treemap(
     sizes: list[float],  # The largest first
     width: float,
@@ -392,13 +405,8 @@ def treemap(
     areas, out, x, y = [s * scale for s in sizes], [], 0.0, 0.0
     while areas:
         side = min(width, height)
-        worst = lambda n: max(
-            max(side**2 * a / s**2, s**2 / (side**2 * a))
-            for s in [sum(areas[:n])]
-            for a in (areas[0], areas[n - 1])
-        )
         n = 1
-        while n < len(areas) and worst(n + 1) <= worst(n):
+        while n < len(areas) and _worst(areas[: n + 1], side) <= _worst(areas[:n], side):
             n += 1
         thick, along = sum(areas[:n]) / side, 0.0
         for a in areas[:n]:
@@ -1055,6 +1063,7 @@ def create_demo(
     "Make a demonstration checkpoint: model, AdamW, schedule, losses."
     import torch
     from tqdm.auto import tqdm
+
     from minigpt.model import GPT, GPTConfig, to_hf
 
     config, folder = (

@@ -9,11 +9,21 @@ __all__ = ['COLAB_MOUNT', 'BEAT', 'RETRY', 'POLL', 'QUIET', 'DATA_LIMIT', 'Backu
            'restore_run', 'fetch']
 
 # %% ../nbs/10_backup.ipynb #66f95fed
-import errno, hashlib, os, sys, threading, time, uuid
+import errno
+import hashlib
+import os
+import sys
+import threading
+import time
+import uuid
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-import orjson, xxhash
+
+import orjson
+import xxhash
+
 from minigpt.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -934,10 +944,8 @@ class Backup:
         )
 
     def _write_status(self):
-        try:
+        with suppress(OSError):  # the local disk is full: the next one will do
             write_json(self.run_path / "backup.json", self.status())
-        except OSError:
-            pass  # the local disk is full: the next one will do
 
 # %% ../nbs/10_backup.ipynb #725c2c84
 def _interval(heart: dict) -> float:

@@ -6,11 +6,17 @@
 __all__ = ['Tools', 'Answer', 'Chat', 'chat_in_terminal', 'tools_from_file']
 
 # %% ../nbs/08_chat.ipynb #3a8fea03
-import inspect, itertools, json, re, sys
+import inspect
+import itertools
+import json
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
+
 from .checkpoint import open_model
 from .generate import generate, parse_tool_calls, text_pieces
 from .model import GPT, need_gpt
@@ -462,7 +468,7 @@ class Chat:
 
 # %% ../nbs/08_chat.ipynb #46264fce
 _HELP = """/system TEXT       another system prompt; without TEXT: show it
-/think on          thoughts before an answer, where the tokenizer's template asks for it; /think off: none
+/think on          thoughts before an answer, where the template asks for it; /think off: none
 /temperature 0.7   0: always the likeliest token
 /reset             begin a new conversation
 /exit              end (also Ctrl-D); Ctrl-C stops an answer"""
@@ -477,10 +483,8 @@ def chat_in_terminal(
     out = out or sys.stdout
     typed = read is None and sys.stdin.isatty()
     if typed:
-        try:
+        with suppress(ImportError):  # Windows' consoles edit by themselves
             import_module("readline")  # line editing and history for input()
-        except ImportError:
-            pass  # Windows' consoles edit by themselves
     read = read or (lambda: input("> " if typed else ""))
     colour = out.isatty()
 
@@ -502,11 +506,8 @@ def chat_in_terminal(
         if name == "/think":
             if rest in ("on", "off"):
                 chat.thinking = rest == "on"
-            return (
-                "thinking:"
-                f" {'as the template has it' if chat.thinking is None else 'on' if chat.thinking else 'off'};"
-                " to change it, /think on or /think off"
-            )
+            now = {None: "as the template has it", True: "on", False: "off"}[chat.thinking]
+            return f"thinking: {now}; to change it, /think on or /think off"
         if name == "/temperature":
             try:
                 t = float(rest)

@@ -10,7 +10,14 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'Saved', 'Writer', 'write_final', 'place_final']
 
 # %% ../nbs/07_checkpoint.ipynb #4f897d89
-import math, os, pickle, random, re, stat, time, zipfile
+import math
+import os
+import pickle
+import random
+import re
+import stat
+import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,10 +25,16 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-import numpy as np, orjson, torch, xxhash, zstandard
+
+import numpy as np
+import orjson
+import torch
+import xxhash
+import zstandard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+
 from minigpt.files import (
     NotAFile,
     Pace,
@@ -941,10 +954,11 @@ def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT 
                 " pass it as base=load_model(…)"
             )
         if not found:
+            base = (
+                where[:200] if where and isinstance(where, str) else "a model that it does not name"
+            )
             raise CheckpointError(
-                f"{path} is an adapter of"
-                f" {f'{where:.200}' if where and isinstance(where, str) else 'a model that it does not name'},"
-                " which is not here. Bring that model; or write where it is into"
+                f"{path} is an adapter of {base}, which is not here. Bring that model; or write where it is into"
                 " adapter_config.json, as base_model_name_or_path; or pass it as"
                 " base=load_model(…)"
             )

@@ -9,13 +9,17 @@ __all__ = ['app', 'FULL_DATA', 'checkpoint_app', 'data_app', 'tokenizer_app', 'w
            'analyze_', 'list_', 'get', 'train_', 'show', 'main']
 
 # %% ../nbs/18_cli.ipynb #f67e2f7f
-import inspect, os, sys
+import inspect
+import os
+import sys
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
+
 import typer
-from .config import PATIENCE, TrainConfig, elsewhere, read_options, without_idle, _ALIASES
+
+from .config import _ALIASES, PATIENCE, TrainConfig, elsewhere, read_options, without_idle
 from .files import at_home, plain
 from .registry import Mix, all_here, list_datasets, locate, mix
 
@@ -87,7 +91,7 @@ def with_training_options(
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[
-                Optional[type(f.default)],
+                type(f.default) | None,
                 typer.Option(help=f"{f.metadata['help']} [{f.default}]", show_default=False),
             ],
         )
@@ -226,7 +230,7 @@ def run_name(data) -> str:
 @with_training_options
 def train(
     data: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(
             help=(
                 "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or"
@@ -235,10 +239,10 @@ def train(
         ),
     ] = None,
     dataset: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture"),
     ] = None,
-    data_files: Annotated[Optional[list[str]], typer.Option(help="the same, as paths")] = None,
+    data_files: Annotated[list[str] | None, typer.Option(help="the same, as paths")] = None,
     use_full_data: Annotated[
         bool,
         typer.Option(
@@ -246,10 +250,10 @@ def train(
         ),
     ] = False,
     stage: Annotated[
-        Optional[str], typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
+        str | None, typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
     ] = None,
     hardware: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help=(
                 "options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb,"
@@ -258,14 +262,14 @@ def train(
         ),
     ] = None,
     recipe: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="a whole training: quick_prototype, production, special_abilities"),
     ] = None,
     valid: Annotated[
-        Optional[str], typer.Option(help="file to validate on; default: a share of the data")
+        str | None, typer.Option(help="file to validate on; default: a share of the data")
     ] = None,
     config: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help=(
                 "model preset: tiny, small, medium, large; or a directory whose model to begin"
@@ -275,7 +279,7 @@ def train(
         ),
     ] = None,
     lora_r: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(
             help=(
                 "train an adapter of this rank on the model in the directory --config, which stays"
@@ -284,28 +288,28 @@ def train(
         ),
     ] = None,
     lora_alpha: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(
             help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]",
             show_default=False,
         ),
     ] = None,
     lora_targets: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="matrices of each block that are adapted, with commas between [all]",
             show_default=False,
         ),
     ] = None,
     tokenizer: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="directory with a tokenizer.json; default: one is trained"),
     ] = None,
     output_dir: Annotated[
-        Optional[Path], typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
+        Path | None, typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
     ] = None,
     resume: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help=(
                 "auto, no, or the name or path of a checkpoint; a path says the run too, and its"
@@ -318,7 +322,7 @@ def train(
         bool, typer.Option("--yes", "-y", help="as of `resume`: do not ask; here nothing is asked")
     ] = False,
     override: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             help=(
                 "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
@@ -330,7 +334,7 @@ def train(
         bool, typer.Option(help="move a run that stands in output_dir aside")
     ] = False,
     config_file: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="JSON or YAML file with any of these options; data_files names the data"),
     ] = None,
     **options,
@@ -338,10 +342,15 @@ def train(
     "Train a model, or go on training it."
     from minigpt.presets import (
         hardware as hardware_options,
+    )
+    from minigpt.presets import (
         recipe as recipe_options,
+    )
+    from minigpt.presets import (
         stage as stage_options,
     )
-    from minigpt.train import fit, resume as go_on
+    from minigpt.train import fit
+    from minigpt.train import resume as go_on
 
     given_file = without_idle(read_options(config_file), typer.echo) if config_file else {}
     recipe, stage, hardware = (
@@ -450,7 +459,7 @@ def resume_(
         str, typer.Option(help="auto (the newest whole state), or the name of one")
     ] = "auto",
     override: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
             help=(
                 "what may differ from the run: effective_batch, max_seq_len, data,"
@@ -481,7 +490,7 @@ def resume_(
     go_on(run, resume, override=override or (), **options)
 
 # %% ../nbs/18_cli.ipynb #3b647cf1
-def _model_of(path: Path, which: Optional[str] = None):
+def _model_of(path: Path, which: str | None = None):
     "The model and the tokenizer of a run, or of a directory with a model."
     from minigpt.run import open_run
 
@@ -501,16 +510,14 @@ def _model_of(path: Path, which: Optional[str] = None):
 def chat(
     run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
     which: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="of a run: checkpoint-N or best; default: the final model, else the newest"
         ),
     ] = None,
-    system: Annotated[
-        Optional[str], typer.Option(help="what stands before the conversation")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="what stands before the conversation")] = None,
     tools: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             help="a Python file of yours, which is run; the model may call its public functions"
         ),
@@ -520,9 +527,9 @@ def chat(
         float, typer.Option(help="draw from the likeliest tokens that make up this probability")
     ] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 500,
-    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same answers")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
     thinking: Annotated[
-        Optional[bool],
+        bool | None,
         typer.Option(
             "--thinking/--no-thinking",
             help=(
@@ -595,7 +602,7 @@ def evaluate_(
         ),
     ],
     tokenizer: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="directory with a tokenizer.json; default: each model's own"),
     ] = None,
     max_seq_len: Annotated[
@@ -610,7 +617,7 @@ def evaluate_(
     ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
     cache: Annotated[
-        Optional[Path], typer.Option(help="folder that keeps the tokens for the next time")
+        Path | None, typer.Option(help="folder that keeps the tokens for the next time")
     ] = None,
 ):
     "Loss, perplexity and bits a byte of models on data."
@@ -664,17 +671,17 @@ def generate(
     run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
     prompt: Annotated[str, typer.Argument(help="beginning of the text")] = "",
     which: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="checkpoint-N or best; default: the final model, else the newest"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
-    top_k: Annotated[Optional[int], typer.Option(help="draw from the k likeliest tokens")] = None,
+    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest tokens")] = None,
     top_p: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="draw from the likeliest tokens that make up this probability"),
     ] = None,
-    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same text")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same text")] = None,
 ):
     "Write a text with a trained model."
     from minigpt.generate import stream_text
@@ -706,7 +713,7 @@ def mlm(
         ),
     ],
     resume_from_checkpoint: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             "--resume_from_checkpoint",
             "--resume-from-checkpoint",
@@ -728,15 +735,15 @@ def infill(
     ],
     text: Annotated[str, typer.Argument(help="with <mask> for each token that is wanted")],
     steps: Annotated[
-        Optional[int],
+        int | None,
         typer.Option(help="guesses; default: the model's num_inference_diffusion_steps"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 1.0,
     top_p: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="draw from the likeliest tokens that make up this probability"),
     ] = 0.95,
-    seed: Annotated[Optional[int], typer.Option(help="the same seed, the same text")] = None,
+    seed: Annotated[int | None, typer.Option(help="the same seed, the same text")] = None,
 ):
     "Fill the gaps of a text, wherever they are."
     from minigpt.diffusion import infill as fill_gaps
@@ -777,7 +784,7 @@ def monitor(
     follow(run, every, once)
 
 # %% ../nbs/18_cli.ipynb #418405c1
-def _writable(*files: Optional[Path]):
+def _writable(*files: Path | None):
     "Said before anything is computed."
     for f in files:
         if not f:
@@ -823,7 +830,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 @checkpoint_app.command("analyze")
 def analyze_checkpoint(
     checkpoint: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             "-c",
             "--checkpoint",
@@ -834,7 +841,7 @@ def analyze_checkpoint(
         ),
     ] = None,
     directory: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             "-d",
             "--directory",
@@ -860,19 +867,21 @@ def analyze_checkpoint(
         ),
     ] = False,
     target: Annotated[
-        Optional[str], typer.Option(help="suggestions for mobile, edge or server")
+        str | None, typer.Option(help="suggestions for mobile, edge or server")
     ] = None,
     training_hours: Annotated[
-        Optional[float], typer.Option(help="how long the training took, for suggestions in hours")
+        float | None, typer.Option(help="how long the training took, for suggestions in hours")
     ] = None,
-    figure: Annotated[Optional[Path], typer.Option(help="write the figure as PNG")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="write all figures as JSON")] = None,
+    figure: Annotated[Path | None, typer.Option(help="write the figure as PNG")] = None,
+    json: Annotated[Path | None, typer.Option(help="write all figures as JSON")] = None,
 ):
     """What takes the bytes of a checkpoint, what is known of its training, what could be smaller.
 
     It reads headers, and runs no code that is in a checkpoint."""
-    from minigpt.analyze import analyze, checkpoints_in, create_demo as make_demo
-    from minigpt.compare import compare as side_by_side, precision_table, suggestions
+    from minigpt.analyze import analyze, checkpoints_in
+    from minigpt.analyze import create_demo as make_demo
+    from minigpt.compare import compare as side_by_side
+    from minigpt.compare import precision_table, suggestions
     from minigpt.files import write_json
 
     _writable(figure, json)
@@ -917,7 +926,7 @@ def export(
         ),
     ],
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Argument(
             help="directory to make; default: in the run's `exports`, else beside the source"
         ),
@@ -933,17 +942,18 @@ def export(
         bool, typer.Option("--compress", help="zstd; then only this library opens it")
     ] = False,
     tokenizer: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="directory of a tokenizer to put in; default: the source's own"),
     ] = None,
-    like: Annotated[Optional[str], typer.Option(help="whose .pth file it is: minimind")] = None,
+    like: Annotated[str | None, typer.Option(help="whose .pth file it is: minimind")] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="replace an earlier export, once the new one is whole"),
     ] = False,
 ):
     "Write a model smaller, or for another program."
-    from minigpt.export import export as write, export_onnx
+    from minigpt.export import export as write
+    from minigpt.export import export_onnx
     from minigpt.files import dir_size, human_size
 
     if like and source.is_dir():
@@ -980,7 +990,7 @@ app.add_typer(data_app, name="data")
 def prepare(
     input: Annotated[str, typer.Option(help="a file, or a folder")],
     output: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             help=(
                 "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with"
@@ -989,7 +999,7 @@ def prepare(
         ),
     ] = None,
     format: Annotated[
-        Optional[str], typer.Option(help="pretrain, conversation or dpo; default: as each row says")
+        str | None, typer.Option(help="pretrain, conversation or dpo; default: as each row says")
     ] = None,
     max_seq_len: Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")] = 512,
     quality_filter: Annotated[
@@ -1020,7 +1030,7 @@ def prepare(
         ),
     ] = False,
     tokenizer: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(
             help="which counts the tokens; default: data/tokenizer/, else one trained on the input"
         ),
@@ -1050,7 +1060,8 @@ def prepare(
     ] = False,
 ):
     "Validate, clean, bring to length, score, and save."
-    from minigpt.prepare import prepare as run, prepare_summary
+    from minigpt.prepare import prepare as run
+    from minigpt.prepare import prepare_summary
 
     typer.echo(
         prepare_summary(
@@ -1078,12 +1089,12 @@ def prepare(
 @data_app.command("analyze")
 def analyze_(
     source: Annotated[list[str], typer.Argument(help="files, or folders")],
-    figure: Annotated[Optional[Path], typer.Option(help="write the figure as PNG")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="write all figures as JSON")] = None,
-    tokenizer: Annotated[Optional[Path], typer.Option(help="lengths in tokens as well")] = None,
+    figure: Annotated[Path | None, typer.Option(help="write the figure as PNG")] = None,
+    json: Annotated[Path | None, typer.Option(help="write all figures as JSON")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="lengths in tokens as well")] = None,
     near_duplicates: Annotated[bool, typer.Option(help="look for near-duplicates too")] = True,
     format: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(help="pretrain, conversation, dpo or lines; default: as each row says"),
     ] = None,
     encoding: Annotated[
@@ -1167,6 +1178,7 @@ def train_(
 ):
     "Learn a vocabulary from data."
     import tempfile
+
     from minigpt.data import sample_texts
     from minigpt.source import source_files, what_is_read
     from minigpt.tokenizer import train_tokenizer

@@ -6,8 +6,10 @@
 __all__ = ['MOUNT', 'in_colab', 'setup']
 
 # %% ../nbs/17_colab.ipynb #c13df0e9
-import os, sys
+import os
+import sys
 from pathlib import Path
+
 from .backup import COLAB_MOUNT, BackupError, check_there, on_colab
 from .config import TrainConfig
 from .files import free_space, human_size

@@ -6,11 +6,14 @@
 __all__ = ['PRECISIONS', 'precision_table', 'suggestions', 'Difference', 'difference', 'Comparison', 'compare']
 
 # %% ../nbs/09_compare.ipynb #52e78511
-import math, re
+import math
+import re
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+
 import numpy as np
+
 from minigpt.analyze import (
     Analysis,
     Table,

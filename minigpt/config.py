@@ -6,11 +6,15 @@
 __all__ = ['TrainConfig', 'lr_at', 'read_options']
 
 # %% ../nbs/12_config.ipynb #19306a1d
-import difflib, math, re
+import difflib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
 import orjson
+
 from .files import at_home
 
 # %% ../nbs/12_config.ipynb #8d10e0c2
@@ -732,10 +736,10 @@ def read_options(
         else:
             found = orjson.loads(path.read_bytes())
     except Exception as e:
-        raise ValueError(
-            f"{path} cannot be read as"
-            f" {'YAML' if path.suffix in ('.yaml', '.yml') else 'JSON, which has no comments and no comma behind the last value'}: {e}"
-        ) from None
+        kind = "JSON, which has no comments and no comma behind the last value"
+        if path.suffix in (".yaml", ".yml"):
+            kind = "YAML"
+        raise ValueError(f"{path} cannot be read as {kind}: {e}") from None
     if not isinstance(found, dict):
         raise ValueError(
             f'{path} must hold options with their values, such as {{"batch_size": 8}}; it holds a'

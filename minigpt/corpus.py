@@ -11,11 +11,18 @@ __all__ = ['EN', 'ENGLISH', 'ZH', 'CHINESE', 'TOOLS', 'NO_TOOL', 'pick', 'take',
            'stdlib_text', 'kn_probs', 'discounted', 'trigram_loss']
 
 # %% ../nbs/04_corpus.ipynb #3dc7410a
-import inspect, json, os, re, sysconfig, zlib
+import inspect
+import json
+import os
+import re
+import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+
 import numpy as np
+
 from .files import at_home, open_new, write_file
 
 # %% ../nbs/04_corpus.ipynb #84690096
@@ -780,12 +787,12 @@ _OPPOSITES_ZH = table("大|小;热|冷;开|关;早|晚;满|空;亮|暗;旧|新;�
 _COLOURS = table("snow|white;grass|green;the sea|blue;coal|black;a lemon|yellow;a tomato|red")
 _COLOURS_ZH = table("雪|白色;草|绿色;大海|蓝色;煤|黑色;柠檬|黄色;番茄|红色")
 _NAMES, _THINGS = (
-    "Ann Ben Cleo Dan Eva Finn Mia Tom".split(),
-    "a kite;a lamp;a drum;a map;a cup;a boat".split(";"),
+    ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Mia", "Tom"],
+    ["a kite", "a lamp", "a drum", "a map", "a cup", "a boat"],
 )
 _NAMES_ZH, _THINGS_ZH = (
-    "小明 小红 小华 小丽 小军 小芳".split(),
-    "风筝 台灯 小鼓 地图 杯子 小船".split(),
+    ["小明", "小红", "小华", "小丽", "小军", "小芳"],
+    ["风筝", "台灯", "小鼓", "地图", "杯子", "小船"],
 )
 
 # %% ../nbs/04_corpus.ipynb #51c3c29d
@@ -994,12 +1001,26 @@ def _town(r: Random, zh: bool) -> str:
 def _thing(r: Random, zh: bool) -> str:
     if zh:
         return pick(r, "红蓝绿黄黑白大小新旧") + pick(
-            r, "帽子 杯子 苹果 雨伞 本子 毛巾 铅笔 台灯 西瓜 花瓶".split()
+            r, ["帽子", "杯子", "苹果", "雨伞", "本子", "毛巾", "铅笔", "台灯", "西瓜", "花瓶"]
         )
     return (
-        pick(r, "red blue green yellow black white big small new old".split())
+        pick(r, ["red", "blue", "green", "yellow", "black", "white", "big", "small", "new", "old"])
         + " "
-        + pick(r, "hats cups apples lamps books towels pencils bowls melons pillows".split())
+        + pick(
+            r,
+            [
+                "hats",
+                "cups",
+                "apples",
+                "lamps",
+                "books",
+                "towels",
+                "pencils",
+                "bowls",
+                "melons",
+                "pillows",
+            ],
+        )
     )
 
 
@@ -1010,7 +1031,19 @@ def _date(r: Random, zh: bool) -> str:
         else f"{between(r, 1, 30)} "
         + pick(
             r,
-            "January March April May June July August September October November December".split(),
+            [
+                "January",
+                "March",
+                "April",
+                "May",
+                "June",
+                "July",
+                "August",
+                "September",
+                "October",
+                "November",
+                "December",
+            ],
         )
     )
 
@@ -1461,8 +1494,21 @@ def write_preferences(
 
 # %% ../nbs/04_corpus.ipynb #d5a1da8a
 _SNACKS = (
-    "apples buns carrots cookies grapes muffins nuts oranges pears pies plums waffles".split(),
-    "梨子 橙子 桃子 苹果 草莓 葡萄 蛋糕 香蕉".split(),
+    [
+        "apples",
+        "buns",
+        "carrots",
+        "cookies",
+        "grapes",
+        "muffins",
+        "nuts",
+        "oranges",
+        "pears",
+        "pies",
+        "plums",
+        "waffles",
+    ],
+    ["梨子", "橙子", "桃子", "苹果", "草莓", "葡萄", "蛋糕", "香蕉"],
 )
 _SUMS = [  # the task, the steps, a check, the answer; in English and in Chinese
     (

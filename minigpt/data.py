@@ -8,15 +8,22 @@ __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet
            'same_rules', 'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
 
 # %% ../nbs/04_data.ipynb #31b3b1c0
-import contextlib, copy, io, json, os, signal
+import contextlib
+import copy
+import io
+import json
+import os
+import signal
 from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import chain, count, takewhile
 from pathlib import Path
-import numpy as np, xxhash
+
+import numpy as np
+import xxhash
 from tqdm.auto import tqdm
+
 from minigpt.files import (
     at_home,
     hash_bytes,
@@ -759,7 +766,8 @@ class Mixture:
         return sum(map(len, self.sets))
 
     def __repr__(self):
-        return f"Mixture({', '.join(f'{w:.0%} of {d.path.parent.name}' for d, w in zip(self.sets, self.weights))})"
+        shares = (f"{w:.0%} of {d.path.parent.name}" for d, w in zip(self.sets, self.weights))
+        return f"Mixture({', '.join(shares)})"
 
     @property
     def meta(self) -> dict:

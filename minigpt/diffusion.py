@@ -7,15 +7,20 @@ __all__ = ['PRESETS', 'alpha_bars', 'simplex', 'noised', 'TessConfig', 'from_dic
            'draw_blanks', 'Denoising', 'denoise', 'fill', 'Film', 'infill', 'line_entities', 'extend', 'mlm']
 
 # %% ../nbs/16_diffusion.ipynb #703df3a4
-import difflib, math
+import difflib
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
-import torch, torch.nn.functional as F, xxhash
+
+import torch
+import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
 from .checkpoint import load_model
 from .config import TrainConfig, elsewhere, read_options, without_idle
 from .data import ChatSet
@@ -457,7 +462,7 @@ class Tess(LanguageModel):
     ) -> Tensor:  # (B, T, C)
         "What the encoder knows at each position."
         c, e, T = self.config, self.roberta["embeddings"], ids.shape[1]
-        if T > c.max_len:
+        if c.max_len < T:
             raise ValueError(
                 f"a text of {T} tokens is longer than the model's max_len={c.max_len}: it has no"
                 " more positions; cut the text"
@@ -772,8 +777,7 @@ def fill(
     **how,  # Of `denoise`
 ) -> Tensor:  # (B, T)
     "The same with all gaps filled."
-    for _, tokens, _ in denoise(model, ids, blank, **how):
-        pass
+    *_, (_, tokens, _) = denoise(model, ids, blank, **how)
     return ids.masked_scatter(blank, tokens)
 
 

@@ -6,7 +6,12 @@
 __all__ = ['DownloadError', 'fetch_url', 'fetch_hub', 'fetch_drive', 'get']
 
 # %% ../nbs/03_download.ipynb #2a9d5cae
-import errno, hashlib, html, os, re, time
+import errno
+import hashlib
+import html
+import os
+import re
+import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -14,7 +19,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
+
 from tqdm.auto import tqdm
+
 from minigpt.files import (
     free_space,
     fsync,

@@ -7,9 +7,13 @@ __all__ = ['dpo_loss', 'Preference', 'add_reference']
 
 # %% ../nbs/12_dpo.ipynb #0a84b918
 from pathlib import Path
-import numpy as np, torch, torch.nn.functional as F
+
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
+
 from .config import TrainConfig
 from .data import PairSet
 from .files import write_file

@@ -6,10 +6,14 @@
 __all__ = ['token_bytes', 'total_loss', 'evaluate_on', 'evaluation_table']
 
 # %% ../nbs/14_evaluate.ipynb #e10f2d7b
-import math, tempfile
+import math
+import tempfile
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from tqdm.auto import tqdm
+
 from .checkpoint import open_model
 from .data import TokenSet, build_tokenset, open_set, spread_over
 from .files import at_home, hash_bytes

@@ -6,14 +6,23 @@
 __all__ = ['BITS', 'GROUP', 'theory', 'export_bytes', 'minimind_config', 'export', 'ExportReport', 'export_report', 'export_onnx']
 
 # %% ../nbs/08_export.ipynb #cb2471a4
-import inspect, math, shutil, tempfile
+import inspect
+import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, orjson, torch, torch.nn.functional as F, zstandard
+
+import numpy as np
+import orjson
+import torch
+import torch.nn.functional as F
+import zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
+
 from minigpt.checkpoint import (
     EXPORTED,
     CheckpointError,
@@ -672,7 +681,7 @@ class ExportReport(dict):
         "Size in each precision, with what it costs."
         fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
         ax = fig.subplots()
-        for i, (p, x) in enumerate(reversed(self["precisions"].items())):
+        for i, (_p, x) in enumerate(reversed(self["precisions"].items())):
             ax.barh(i, x["file"] / 2**20, color="C0")
             ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
             ax.text(

@@ -10,7 +10,16 @@ __all__ = ['human_size', 'human_time', 'plain', 'at_home', 'on_hub', 'free_space
            'RunLock', 'only_one']
 
 # %% ../nbs/00_files.ipynb #dffc4503
-import ctypes, errno, os, shutil, signal, stat, sys, threading, time, warnings
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -19,7 +28,10 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-import orjson, psutil, xxhash
+
+import orjson
+import psutil
+import xxhash
 from filelock import FileLock, Timeout
 
 try:
@@ -129,12 +141,12 @@ def memory_use(
     "Memory of the machine, or of the container where that has less."
     vm = psutil.virtual_memory()
     used, limit, root = vm.total - vm.available, vm.total, Path(root)
-    for most, now, stat, cache in _CGROUP:
+    for most, now, details, cache in _CGROUP:
         try:
             if (n := int((root / most).read_text())) >= limit:
                 continue  # 'max', where there is no limit, is no number
             kept = dict(
-                l.split() for l in (root / stat).read_text().splitlines() if len(l.split()) == 2
+                l.split() for l in (root / details).read_text().splitlines() if len(l.split()) == 2
             )
             used, limit = max(0, int((root / now).read_text()) - int(kept.get(cache, 0))), n
         except (OSError, ValueError):

@@ -8,14 +8,24 @@ __all__ = ['LONGEST', 'ROLES', 'FORMATS', 'DataError', 'Look', 'look_at', 'open_
            'parse_lines', 'parse_row', 'parse_block', 'read_table', 'count_read', 'reading']
 
 # %% ../nbs/02_formats.ipynb #fa91f5ee
-import ast, codecs, difflib, gzip, io, json, re, zlib
+import ast
+import codecs
+import difflib
+import gzip
+import io
+import json
+import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
-import orjson, zstandard
+
+import orjson
+import zstandard
+
 from .files import NotAFile, at_home, regular
 from .tokenizer import EOS, SPECIALS, chat_messages
 
@@ -295,6 +305,7 @@ def _marked(head: bytes) -> str | None:
                 sum(c < "\u0600" for c in text),
             ) > 0.8 * len(text):
                 return name
+    return None
 
 
 def _encoding(head: bytes) -> tuple[str, bool]:
@@ -493,6 +504,7 @@ def _wrapper(text: bytes) -> str | None:
             key = k if k in _WRAPPERS and begins == b"[" else None
         elif around == b"{[{" and key:
             return None if k in ("role", "from") else key
+    return None
 
 
 def _layout(name: str, head: bytes) -> str:
@@ -682,7 +694,7 @@ def data_files(
             f"{str(bad[0])[:80]} in the list of data is no path; rows that are in memory are"
             " written into a .jsonl file first, a JSON object a line"
         )
-    for p in (q for p in source for q in _matching(at_home(p))):
+    for p in (q for o in source for q in _matching(at_home(o))):
         if not p.is_dir():
             look_at(p, encoding)
             out.append(p)
@@ -768,17 +780,9 @@ def _objects(f: io.BufferedReader, path: Path, inside: bool = False) -> Iterator
 
     `inside`: those in the array under a key of another object.
     """
-    rest, number, depth, begin, at, top, open_, key, word = (
-        b"",
-        1,
-        0,
-        0,
-        0,
-        int(inside),
-        not inside,
-        b"",
-        b"",
-    )
+    rest, word = b"", b""
+    number, depth, begin, at = 1, 0, 0, 0
+    top, open_ = int(inside), not inside
 
     def between(part):  # what stands between two objects is a row as well, which gets its reason
         if open_ and (part := part.strip(_BETWEEN)):
@@ -1139,12 +1143,14 @@ class _Columns:
         for n in names:
             if n in self.full:
                 return n
+        return None
 
     def like(self, kind: str) -> str | None:
         "The first that may be of this kind, and holds anything."
         for n in self.full:
             if kind in _like(n):
                 return n
+        return None
 
     def some(self, *names: str) -> str | None:
         "The first that holds anything; else the first that is there."

@@ -10,8 +10,11 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
 from .formats import ROLES
 from .model import GPT, KVCache, need_gpt, rope_angles
 from .tokenizer import Tokenizer

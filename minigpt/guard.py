@@ -6,8 +6,11 @@
 __all__ = ['Guard']
 
 # %% ../nbs/11_guard.ipynb #094dda7f
-import gc, time
+import gc
+import time
+
 import psutil
+
 from .files import human_size, memory_use
 
 # %% ../nbs/11_guard.ipynb #ee21d6d5
@@ -103,3 +106,4 @@ class Guard:
                         )
                     time.sleep(self.every)
         self.ended = time.monotonic()
+        return None

@@ -7,13 +7,21 @@ __all__ = ['BITS', 'Refused', 'TooMuch', 'Reader', 'safetensors_header', 'printa
            'follow_pickle', 'TorchFile', 'torch_file', 'tensors_in', 'foreign', 'jsonable']
 
 # %% ../nbs/06_headers.ipynb #822c7cc9
-import io, math, pickletools, re, struct, zipfile
+import io
+import math
+import pickletools
+import re
+import struct
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-import numpy as np, orjson
+
+import numpy as np
+import orjson
+
 from .files import human_size, regular
 
 # %% ../nbs/06_headers.ipynb #7c3d149a

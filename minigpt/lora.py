@@ -6,11 +6,15 @@
 __all__ = ['LINEAR', 'LoRAConfig', 'LoRALinear', 'weights_hash', 'adapter_values', 'LoRAGPT', 'lora']
 
 # %% ../nbs/06_lora.ipynb #594f3310
-import math, re
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-import torch, xxhash
+
+import torch
+import xxhash
 from torch import Tensor, nn
+
 from .model import GPT, MOST, check_number, check_size, need_gpt
 
 # %% ../nbs/06_lora.ipynb #6fbf421c

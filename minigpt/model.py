@@ -8,11 +8,14 @@ __all__ = ['MOST', 'MOST_PARAMS', 'FAMILIES', 'check_size', 'check_number', 'che
            'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'LanguageModel', 'has_own_head', 'GPT', 'need_gpt']
 
 # %% ../nbs/05_model.ipynb #658ad1e7
-import difflib, math
+import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import import_module
-import torch, torch.nn.functional as F
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -670,7 +673,7 @@ class KVCache:
 
     def check(self, B: int, T: int):
         "Is there room for `T` more tokens in each of `B` rows?"
-        if B != self.kv.shape[2]:
+        if self.kv.shape[2] != B:
             raise ValueError(
                 f"the cache was made for {self.kv.shape[2]} rows and the batch has {B}; make a"
                 f" KVCache with batch={B}"

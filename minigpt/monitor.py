@@ -8,12 +8,21 @@ __all__ = ['TAGS', 'Metrics', 'read_metrics', 'Curves', 'Follower', 'decimate', 
            'in_notebook']
 
 # %% ../nbs/11_monitor.ipynb #04396639
-import contextlib, io, re, sys, threading, time
+import contextlib
+import io
+import re
+import sys
+import threading
+import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-import numpy as np, orjson, psutil
+
+import numpy as np
+import orjson
+import psutil
+
 from .files import regular, write_file
 from .picture import figure
 

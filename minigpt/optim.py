@@ -7,8 +7,10 @@ __all__ = ['adamw', 'orthogonal', 'Muon', 'muon', 'make_optimizer']
 
 # %% ../nbs/12_optim.ipynb #299db3b6
 import math
+
 import torch
 from torch import Tensor, nn
+
 from .config import TrainConfig
 
 # %% ../nbs/12_optim.ipynb #019e5656

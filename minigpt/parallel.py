@@ -6,12 +6,25 @@
 __all__ = ['TeamError', 'Team', 'launched', 'own_device', 'join', 'assemble', 'share_batch']
 
 # %% ../nbs/13_parallel.ipynb #81b394d5
-import contextlib, datetime, io, itertools, os, subprocess, sys, tempfile, time
+import contextlib
+import datetime
+import io
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-import numpy as np, psutil, torch, torch.distributed as dist
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
 from .files import delete
 
 # %% ../nbs/13_parallel.ipynb #51e884f8

@@ -6,12 +6,16 @@
 __all__ = ['split_text', 'cut_conversation', 'prepare', 'prepare_summary']
 
 # %% ../nbs/04_prepare.ipynb #d32f402c
-import contextlib, os
+import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-import numpy as np, orjson
+
+import numpy as np
+import orjson
 from tqdm.auto import tqdm
+
 from .data import check_text, count_refused, sample_texts
 from .files import at_home, fsync, hidden, open_new, spread
 from minigpt.formats import (
@@ -31,11 +35,13 @@ from minigpt.quality import (
     N_BANDS,
     TERMS,
     Seen,
-    analyze as _analyze,
     band_keys,
     clean,
     row_key,
     score,
+)
+from minigpt.quality import (
+    analyze as _analyze,
 )
 from .registry import data_dir, locate
 from .tokenizer import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
@@ -323,7 +329,7 @@ def prepare(
             else [out / stem(f) for f in files]
         )
     )
-    for f, t in zip(files, targets):
+    for t in targets:
         if t and t.exists() and t.resolve() in [x.resolve() for x in files]:
             raise DataError(f"{t} is one of the files that are read; name another output")
         if t and (t.parent / "run.json").exists():

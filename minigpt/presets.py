@@ -7,6 +7,7 @@ __all__ = ['STAGES', 'HARDWARE', 'RECIPES', 'stage', 'detect_hardware', 'hardwar
 
 # %% ../nbs/12_presets.ipynb #8e789262
 import difflib
+
 from .registry import mix
 
 # %% ../nbs/12_presets.ipynb #224a3246
@@ -91,7 +92,8 @@ HARDWARE = dict(
 # %% ../nbs/12_presets.ipynb #004b2287
 def detect_hardware() -> str:
     "The name in HARDWARE that comes nearest to this machine."
-    import psutil, torch
+    import psutil
+    import torch
 
     if torch.cuda.is_available():
         name, memory = (

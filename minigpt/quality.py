@@ -8,16 +8,23 @@ __all__ = ['CLASSES', 'TERMS', 'N_BANDS', 'BAND', 'TOPICS', 'SAMPLE', 'has_mojib
            'analyze']
 
 # %% ../nbs/03_quality.ipynb #f44266b4
-import heapq, os, re, unicodedata
+import heapq
+import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
-import numpy as np, orjson, xxhash, zstandard
+
+import numpy as np
+import orjson
+import xxhash
+import zstandard
 from tqdm.auto import tqdm
+
 from .files import human_size, spread
-from .picture import figure
 from minigpt.formats import (
     Block,
     Row,
@@ -31,6 +38,7 @@ from minigpt.formats import (
     read_table,
     reading,
 )
+from .picture import figure
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% ../nbs/03_quality.ipynb #377a074d
@@ -51,7 +59,8 @@ def has_mojibake(text: str) -> bool:
 @cache
 def _ftfy():
     try:
-        import ftfy, ftfy.badness
+        import ftfy
+        import ftfy.badness
     except ImportError:
         raise ImportError(
             "cleaning and analysing data needs ftfy; install it with: pip install"

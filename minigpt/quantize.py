@@ -6,7 +6,8 @@
 __all__ = ['group_shape', 'quantize', 'dequantize']
 
 # %% ../nbs/06_quantize.ipynb #52a6a24c
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../nbs/06_quantize.ipynb #c7cecc8e

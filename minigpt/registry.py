@@ -7,10 +7,12 @@ __all__ = ['FOLDERS', 'data_dir', 'find_file', 'locate', 'DatasetConfig', 'find_
            'register_dataset', 'dataset', 'all_here', 'Mix', 'mix']
 
 # %% ../nbs/03_registry.ipynb #2af8e23d
-import difflib, os
+import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 from .formats import DataError, look_at
 
 # %% ../nbs/03_registry.ipynb #c6cddbcc

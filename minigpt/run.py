@@ -6,10 +6,12 @@
 __all__ = ['ANSWER', 'Run', 'split_checkpoint', 'open_run', 'list_runs', 'text_table', 'runs_table', 'run_table']
 
 # %% ../nbs/11_run.ipynb #4c887c28
-import re, time
+import re
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+
 from .backup import Backup, BackupError, check_there
 from .checkpoint import Checkpoint, load_model, newest, problem, stores_in
 from minigpt.files import (
@@ -338,13 +340,11 @@ def runs_table(
 
     A run that cannot be read, or does not answer, is named below.
     """
-    lines, damaged = (
-        [("run", "steps", "done", "loss", "validation", "newest checkpoint", "age", "size")],
-        [],
-    )
+    lines = [("run", "steps", "done", "loss", "validation", "newest checkpoint", "age", "size")]
+    damaged = []
     for r in runs:
         try:
-            lines.append(within_time(lambda: _runs_row(r), ANSWER, r.path))
+            lines.append(within_time(lambda r=r: _runs_row(r), ANSWER, r.path))
         except ValueError as e:
             damaged.append(str(e))
         except (OSError, KeyError, TypeError) as e:

@@ -6,9 +6,11 @@
 __all__ = ['Schedule', 'checkpoint_size', 'storage_plan', 'time_plan']
 
 # %% ../nbs/12_schedule.ipynb #a4016de6
-import math, time
+import math
+import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
+
 from .config import TrainConfig
 from .files import human_size, human_time
 

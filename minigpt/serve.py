@@ -6,13 +6,19 @@
 __all__ = ['RequestError', 'read_request', 'read_messages', 'Server', 'serve']
 
 # %% ../nbs/08_serve.ipynb #54562328
-import json, select, socket, threading, time, uuid
+import json
+import select
+import socket
+import threading
+import time
+import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from urllib.parse import unquote
-from .checkpoint import open_model
+
 from .chat import Answer
+from .checkpoint import open_model
 from .model import GPT, need_gpt
 from .tokenizer import Tokenizer
 
@@ -430,13 +436,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def stream(self, body, answer, chat, tools):
         self.send_response(200)
-        for k, v in dict(
-            {
-                "Content-Type": "text/event-stream; charset=utf-8",
-                "Cache-Control": "no-cache",
-                "Transfer-Encoding": "chunked",
-            }
-        ).items():
+        for k, v in {
+            "Content-Type": "text/event-stream; charset=utf-8",
+            "Cache-Control": "no-cache",
+            "Transfer-Encoding": "chunked",
+        }.items():
             self.send_header(k, v)
         self.end_headers()
         self.streaming = True

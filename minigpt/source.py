@@ -8,11 +8,15 @@ __all__ = ['BUILT_IN', 'PATH', 'REGISTERED', 'CORPUS', 'OVERRIDES', 'meaning', '
            'refuse', 'token_places', 'unread_tokens', 'open_source']
 
 # %% ../nbs/12_source.ipynb #7ed494d1
-import contextlib, difflib
+import contextlib
+import difflib
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from pathlib import Path
+
 import orjson
+
+from .checkpoint import stores_in
 from .config import TrainConfig
 from minigpt.corpus import (
     stdlib_text,
@@ -22,7 +26,6 @@ from minigpt.corpus import (
     write_reasoning,
     write_talks,
 )
-from .checkpoint import stores_in
 from minigpt.data import (
     Mixture,
     TokenSet,
@@ -736,10 +739,11 @@ def open_source(
     except FileNotFoundError as e:
         if not known or "data" in override:
             raise
+        why = "The tokens of the run are not here either, so they"
+        if all(here):
+            why = "To hold out another share, the tokens"
         raise FileNotFoundError(
-            f"{e}."
-            f" {'To hold out another share, the tokens' if all(here) else 'The tokens of the run are not here either, so they'}"
-            " must be built again: bring the text that it was trained on,"
+            f"{e}. {why} must be built again: bring the text that it was trained on,"
             f" {known['data']['source']}"
         ) from None
     for p, w in zip(places, wrong):

@@ -8,10 +8,16 @@ __all__ = ['best_device', 'choose', 'can_keep', 'autocast', 'attention_kernel', 
            'flops_per_token', 'machine_flops', 'benchmark', 'benchmark_table']
 
 # %% ../nbs/13_speed.ipynb #0e9455db
-import contextlib, math, os, statistics, time
+import contextlib
+import math
+import os
+import statistics
+import time
 from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
 from .config import TrainConfig
 from .files import human_size, human_time
 from .model import GPT, GPTConfig, LanguageModel

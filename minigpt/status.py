@@ -7,10 +7,17 @@ __all__ = ['SILENT', 'is_held', 'pace', 'Watch', 'run_status', 'numbers', 'headl
            'status_text', 'sparkline', 'monitor']
 
 # %% ../nbs/12_status.ipynb #0a043f63
-import json, math, os, shlex, sys, time
+import json
+import math
+import os
+import shlex
+import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
 from filelock import FileLock, Timeout
+
 from .backup import drive_mount, read_heartbeat
 from .config import TrainConfig
 from .files import at_home, dir_size, free_space, human_size, human_time, plain
@@ -46,13 +53,9 @@ def _alive(path: Path) -> tuple[bool, str]:
     age = max(0, time.time() - beat.get("time", 0))
     if beat.get("ended"):
         return False, f"its process ended {human_time(age)} ago"
-    return (
-        age < SILENT,
-        (
-            f"{'the last sign of life of its machine came' if age < SILENT else 'there has been no sign of life of its machine for'}"
-            f" {human_time(age)}{' ago' if age < SILENT else ''}"
-        ),
-    )
+    if age < SILENT:
+        return True, f"the last sign of life of its machine came {human_time(age)} ago"
+    return False, f"there has been no sign of life of its machine for {human_time(age)}"
 
 # %% ../nbs/12_status.ipynb #15302a5b
 def pace(
@@ -419,6 +422,9 @@ def status_text(
     "How a run is doing, in plain text."
     s = path if isinstance(path, dict) else run_status(path)
     rows, (code, command) = checkpoint_rows(s), resume_code(s)
+    when = "to use it" if s["state"] == "finished" else "to go on"
+    if s["training"]:
+        when = "once it has stopped"
     return plain(
         "\n".join(
             [
@@ -427,10 +433,7 @@ def status_text(
                 *([f"it writes: {s['sample']}"] if s["sample"] else []),
                 text_table(rows) if rows[1:] else "nothing is saved yet",
                 *notes(s),
-                (
-                    f"{'once it has stopped' if s['training'] else 'to use it' if s['state'] == 'finished' else 'to go on'}:"
-                    f" {code.splitlines()[-1]}, or {command}"
-                ),
+                f"{when}: {code.splitlines()[-1]}, or {command}",
             ]
         )
     )

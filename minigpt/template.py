@@ -6,12 +6,18 @@
 __all__ = ['SECONDS', 'TemplateLimit', 'render_template']
 
 # %% ../nbs/00_template.ipynb #434deec7
-import json, math, operator, re, threading, time
+import json
+import math
+import operator
+import re
+import threading
+import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from functools import lru_cache, wraps
 from itertools import islice
 from types import GeneratorType
-from datetime import datetime
+
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension
@@ -384,6 +390,7 @@ class _Code(CodeGenerator):
             self.write(" + " if i else "(")
             self.visit(p, frame)  # what is written at once is counted there
         self.write(")")
+        return None
 
     def visit_Concat(self, node, frame):
         self.within("joined", super().visit_Tuple, nodes.Tuple(node.nodes, "load"), frame)

@@ -6,15 +6,31 @@
 __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'measure', 'evaluate', 'fit', 'resume']
 
 # %% ../nbs/13_train.ipynb #3e9e8642
-import contextlib, errno, gc, math, os, platform, random, signal, sys, threading, time, traceback, uuid, weakref
+import contextlib
+import errno
+import gc
+import math
+import os
+import platform
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
-import numpy as np, torch
+
+import numpy as np
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
 import minigpt
 from minigpt.backup import (
     Backup,
@@ -83,7 +99,7 @@ from minigpt.files import (
 from .generate import complete
 from .guard import Guard
 from .lora import LoRAConfig, LoRAGPT, weights_hash
-from .model import GPT, GPTConfig, LanguageModel, PRESETS, shape_from_dict
+from .model import GPT, PRESETS, GPTConfig, LanguageModel, shape_from_dict
 from minigpt.monitor import (
     EventWriter,
     Metrics,
@@ -483,7 +499,7 @@ class _Evaluate(Callback):
                 f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''}"
                 " without a better validation loss"
             )
-        if 0 < t.step and t.evaluated < t.step and t.schedule.evaluation(t.step):
+        if t.step > 0 and t.evaluated < t.step and t.schedule.evaluation(t.step):
             self.evaluate(t)  # stopped between a save and the evaluation behind it
 
     def on_step(self, t):
@@ -1542,6 +1558,7 @@ def _patiently(ask: Callable, backup: Backup):
                     " again and call again; or, to go on without it, leave gdrive_backup_dir out"
                 ) from None
             time.sleep(wait)
+    return None
 
 # %% ../nbs/13_train.ipynb #c5a62fb3
 def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confirm: bool = True):
@@ -2026,13 +2043,14 @@ def fit(
             *([_Evaluate(valid)] if valid is not None else []),
         ]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        packed = any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, "sets", [data]))
         say(
             f"{net.config.n_params:,} parameters"
             f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
             f" on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']},"
             f" {'compiled' if choices['compile'] != 'no' else 'not compiled'},"
-            f" {attention_kernel(net, choices, any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, 'sets', [data])))}"
-            f" attention, {choices['threads']} threads, {cfg.dataloader_workers} workers;"
+            f" {attention_kernel(net, choices, packed)} attention, {choices['threads']} threads,"
+            f" {cfg.dataloader_workers} workers;"
             f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
             f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
         )

@@ -8,6 +8,7 @@ __all__ = ['row_html', 'data_explorer', 'LiveLoss', 'RunDashboard', 'CheckpointE
 # %% ../nbs/12_widgets.ipynb #1bfc9726
 from html import escape
 from pathlib import Path
+
 from .formats import Row
 from .quality import Report, analyze
 from .tokenizer import Tokenizer, chat_messages, chat_pieces
@@ -119,17 +120,10 @@ def data_explorer(
             return
         e = rows[state["at"]]
         r = e["row"]
-        n = (
-            ""
-            if r.reason
-            else f" · {len(r.text):,} characters"
-            + (
-                f" · {len(tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)):,}"
-                " tokens"
-                if tokenizer
-                else ""
-            )
-        )
+        n = "" if r.reason else f" · {len(r.text):,} characters"
+        if tokenizer and not r.reason:
+            ids = tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)
+            n += f" · {len(ids):,} tokens"
         place.value = (
             f"{state['at'] + 1} of {len(rows)} · {escape(e['where'])} · line {r.line:,}{n}"
             if " line " not in e["where"]
@@ -170,9 +164,11 @@ def data_explorer(
     return made
 
 # %% ../nbs/12_widgets.ipynb #680c3b5c
-import base64, time
+import base64
+import time
 from functools import cached_property
 from importlib import import_module
+
 from .monitor import LossPicture, in_notebook
 from minigpt.status import (
     Watch,
@@ -408,6 +404,7 @@ class RunDashboard:
 import math
 from collections import Counter
 from collections.abc import Iterable
+
 from .analyze import Analysis, Table
 from minigpt.compare import (
     PRECISIONS,
@@ -809,6 +806,7 @@ class CheckpointExplorer:
 # %% ../nbs/12_widgets.ipynb #35ada0a1
 import threading
 from itertools import groupby
+
 from .chat import Chat
 from .run import Run, open_run
 
@@ -885,6 +883,7 @@ class ChatBox:
     def widget(self):
         "An ipywidgets VBox."
         import warnings
+
         import ipywidgets as w
 
         button = lambda name, f: (

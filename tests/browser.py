@@ -1,4 +1,7 @@
-"JupyterLab in a Chromium without a window, so that tests see what a user of the widgets sees. Everything it writes goes to a temporary folder."
+"""JupyterLab in a Chromium without a window, so that tests see what a user of the widgets sees.
+
+Everything it writes goes to a temporary folder.
+"""
 
 import itertools
 import json
@@ -45,7 +48,8 @@ RUN = """async () => {
   window.ran = commands.execute('notebook:run-all-cells');
 }"""
 ERRORS = """() => window.jupyterapp.shell.currentWidget.context.model.toJSON().cells.flatMap(c =>
-  (c.outputs || []).filter(o => o.output_type === 'error').map(o => [o.ename + ': ' + o.evalue, ...o.traceback].join('\\n')))"""
+  (c.outputs || []).filter(o => o.output_type === 'error')
+    .map(o => [o.ename + ': ' + o.evalue, ...o.traceback].join('\\n')))"""
 
 
 class Lab:
@@ -120,7 +124,9 @@ class Lab:
         )
 
     def open(self, *cells, wait=True):
-        "A notebook of `cells`, run; the page shows it. Where a cell raises, so does this. `wait=False`: the cells may still be at work"
+        """The page of a notebook of `cells` that has run; raises where a cell raises.
+
+        `wait=False`: the cells may still be at work."""
         name = next(self.names)
         nb = dict(
             nbformat=4,

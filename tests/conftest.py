@@ -1,4 +1,7 @@
-"Shared by all tests: the repository's root, its tools on the path, and settings that keep results the same from run to run."
+"""Shared by all tests: the repository's root, its tools on the path, and fixed settings.
+
+The settings keep results the same from run to run.
+"""
 
 import os
 import signal
@@ -12,12 +15,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
-os.environ.setdefault(
-    "CUDA_VISIBLE_DEVICES", ""
-)  # tests compare with what a CPU computes, on a machine with a GPU too; bench/train_gpu.py checks the GPU
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, and so would every process that a test starts
+# Tests compare with what a CPU computes, even beside a GPU; bench/train_gpu.py checks the GPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:
     import hypothesis

@@ -1,5 +1,8 @@
-"""A file layer that fails on purpose, below one folder: errors at a chosen write, short writes, a folder that vanishes, a slow one, and a server
-to which files arrive late. The code under test is not changed: `open` and the functions of `os` are replaced while a fault is at work.
+"""A file layer that fails on purpose, below one folder.
+
+Errors at a chosen write, short writes, a folder that vanishes, a slow one, and a server to which
+files arrive late. The code under test is not changed: `open` and the functions of `os` are replaced
+while a fault is at work.
 """
 
 import builtins
@@ -68,9 +71,13 @@ class File:
 
 
 class Disk:
-    """What can be wrong with the folder `root`. `at` is the number of the write (counted from 0: opening to write, writing, renaming, deleting, making,
-    flushing) from which on it fails with `error`, `times` times; `gone` makes every access fail; `delay` seconds pass with each write. What stands in
-    `unreadable` (path → errno) cannot be opened or listed, nor anything below it."""
+    """What can be wrong with the folder `root`.
+
+    `at` is the number of the write (counted from 0: opening to write, writing, renaming, deleting,
+    making, flushing) from which on it fails with `error`, `times` times; `gone` makes every access
+    fail; `delay` seconds pass with each write. What stands in `unreadable` (path → errno) cannot be
+    opened or listed, nor anything below it.
+    """
 
     def __init__(self, root, error=errno.EIO, at=None, times=1, short=False, delay=0.0):
         self.root, self.error, self.at, self.times, self.short, self.delay = (
@@ -201,8 +208,11 @@ class Disk:
 
 
 class Server:
-    """Google's side: what has arrived there of the files below `root`. Files arrive in random order, when `deliver` is called; what is deleted or cut is
-    deleted and cut there at once, the worst that can happen. The attributes of DriveFS are set on the files themselves.
+    """Google's side: what has arrived there of the files below `root`.
+
+    Files arrive in random order, when `deliver` is called; what is deleted or cut is deleted and
+    cut there at once, the worst that can happen. The attributes of DriveFS are set on the files
+    themselves.
     """
 
     def __init__(self, root, there, seed=0):

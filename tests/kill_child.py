@@ -1,7 +1,8 @@
-"""A small training that its parent kills, and the parent's half: start, kill at a moment, go on, compare.
+"""A small training that its parent kills, and the parent's half: start, kill, go on, compare.
 
-Run as a program, it trains: `kill_child.py WORK_FOLDER OPTIONS_AS_JSON`. The tests and `bench/kill.py` import the rest.
-WORK_FOLDER gets the corpus `text.jsonl`, the run `run/` and `losses.txt` with a line `attempt step kind float.hex` a value.
+Run as a program, it trains: `kill_child.py WORK_FOLDER OPTIONS_AS_JSON`. The tests and
+`bench/kill.py` import the rest. WORK_FOLDER gets the corpus `text.jsonl`, the run `run/` and
+`losses.txt` with a line `attempt step kind float.hex` a value.
 """
 
 import json
@@ -44,7 +45,28 @@ OWN = {".lock"}
 def write_text(path, rows=120, seed=0):
     "A corpus of a little over an epoch and a half for STEPS steps"
     rng = random.Random(seed)
-    words = "the a small big red old cat dog fox house sees likes finds makes 猫 在 花园 里 跑 ，".split()
+    words = [
+        "the",
+        "a",
+        "small",
+        "big",
+        "red",
+        "old",
+        "cat",
+        "dog",
+        "fox",
+        "house",
+        "sees",
+        "likes",
+        "finds",
+        "makes",
+        "猫",
+        "在",
+        "花园",
+        "里",
+        "跑",
+        "，",
+    ]
     with open(path, "w", encoding="utf-8") as f:
         for _ in range(rows):
             f.write(
@@ -57,7 +79,7 @@ def write_text(path, rows=120, seed=0):
     return path
 
 
-# --- the child ------------------------------------------------------------------------------------------------------------------
+# --- the child ------------------------------------------------------------------------------------
 def shape(vocab_size=300):
     from minigpt.model import GPTConfig
 
@@ -103,6 +125,7 @@ def model_and_data(stage, work):
             work / "text.jsonl",
         )
     import torch
+
     from minigpt.corpus import write_preferences, write_talks
     from minigpt.lora import lora
     from minigpt.model import GPT
@@ -159,7 +182,7 @@ def train(work, stage="text", **options):
     return fit(model, data, output_dir=work / "run", callbacks=[Write()], **{**OPTIONS, **options})
 
 
-# --- the parent -----------------------------------------------------------------------------------------------------------------
+# --- the parent -----------------------------------------------------------------------------------
 def start(work, **options):
     "The process; what it says goes to `says.txt`"
     env = {
@@ -242,8 +265,10 @@ def with_backup(work, **options):
 def trial(
     work, at_step=0, delay=0.0, kills=1, look=lambda work: None, backup=False, lost=False, **options
 ):
-    """Kill the run `delay` seconds after `at_step` further steps are logged (`kills` times), go on until it is finished; `look` sees what the kill left.
-    `backup`: mirror it; `lost`: after a kill nothing is left but the backup, and later kills come while that is being restored
+    """Kill the run `delay` seconds after `at_step` further steps are logged, and go on to its end.
+
+    It is killed `kills` times; `look` sees what a kill left. `backup`: mirror it; `lost`: after a
+    kill nothing is left but the backup, and later kills come while that is being restored.
     """
     new_work(work)
     if backup or lost:
@@ -312,7 +337,7 @@ def compare(work, ref, same_saves=True):
     from minigpt.monitor import read_metrics
 
     history = lambda w: [
-        (r["step"], r.get("loss"), r.get("eval_loss"), r["tokens"] if "tokens" in r else None)
+        (r["step"], r.get("loss"), r.get("eval_loss"), r.get("tokens", None))
         for r in read_metrics(w / "run" / "metrics.jsonl")
     ]
     if history(work) != history(ref):

@@ -1,6 +1,7 @@
-"""analyze on files of other programs, made here or found in ../shared/checkpoints, and on files made to do harm.
+"""analyze on files of other programs, made here or in ../shared/checkpoints, and on harmful files.
 
-What is shown must be what the program itself says; and nothing in a file may run, write, or take more memory or time than a header deserves.
+What is shown must be what the program itself says; and nothing in a file may run, write, or take
+more memory or time than a header deserves.
 """
 
 import base64
@@ -44,7 +45,7 @@ def adds_up(a):
     )
 
 
-# --- programs that run here -----------------------------------------------------------------------------------------------------------
+# --- programs that run here -----------------------------------------------------------------------
 def tiny_llama(**changes):
     import transformers
 
@@ -172,7 +173,7 @@ def test_peft(tmp_path):
 
 
 def test_a_whole_module_and_a_wrapped_one(tmp_path):
-    "torch.save(model), which names its classes; and what DataParallel and torch.compile put before names"
+    "torch.save(model), which names its classes; what DataParallel and torch.compile prepend"
     model = GPT(GPTConfig(vocab_size=50, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32))
     torch.save(model, tmp_path / "module.pt")
     a = analyze(tmp_path / "module.pt")
@@ -208,7 +209,7 @@ def test_before_torch_1_6(tmp_path):
     assert (d["changed"], round(d["distance"], 5), d["steps"]) == (4, 1, 1)
 
 
-# --- files of other programs ------------------------------------------------------------------------------------------------------------
+# --- files of other programs ----------------------------------------------------------------------
 @shared
 @pytest.mark.parametrize(
     "path, kind, params, step",
@@ -267,7 +268,7 @@ def test_shared_facts():
     )
 
 
-# --- our own kinds ------------------------------------------------------------------------------------------------------------------------
+# --- our own kinds --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     from minigpt.train import fit
@@ -403,7 +404,7 @@ def test_compressed_and_quantized(run, tmp_path):
     assert not [s for s in suggestions(b) if "quantization" in s["what"]]
 
 
-# --- numbers that are computed ----------------------------------------------------------------------------------------------------------------
+# --- numbers that are computed --------------------------------------------------------------------
 def test_suggestions_are_computed(tmp_path):
     medium = GPTConfig.preset("medium")
     with torch.device("meta"):
@@ -580,7 +581,9 @@ def test_difference_in_pieces_and_of_numbers_that_are_none(tmp_path):
 
 
 def test_what_a_dict_holds_is_told_by_its_names(tmp_path):
-    "A state dict with an odd entry stays one; an average of the weights is another component; views take what they view"
+    """A state dict with an odd entry stays one.
+
+    An average of the weights is another component; views take what they view."""
     w = {"a.weight": torch.ones(3, 4), "b.weight": torch.ones(5)}
     torch.save(w | {"_extra_state": {"scale": torch.ones(2)}}, tmp_path / "extra.pt")
     assert analyze(tmp_path / "extra.pt").components.keys() == {"model", "format"}
@@ -666,13 +669,21 @@ def test_a_demo_is_not_written_over(tmp_path):
     )
 
 
-# --- light and fast --------------------------------------------------------------------------------------------------------------------------
+# --- light and fast -------------------------------------------------------------------------------
 def test_no_torch_and_no_values_are_read(run, root):
     code = textwrap.dedent(
         """
-        import sys; from minigpt.analyze import analyze; from minigpt.compare import compare; from pathlib import Path
-        run = Path(sys.argv[1]); print(len(compare(run))); str(analyze(run)); analyze(run)._repr_html_(); compare(run).between()
-        print([m for m in ('torch', 'transformers', 'matplotlib', 'ipywidgets') if m in sys.modules])"""
+        import sys
+        from pathlib import Path
+        from minigpt.analyze import analyze
+        from minigpt.compare import compare
+        run = Path(sys.argv[1])
+        print(len(compare(run)))
+        str(analyze(run))
+        analyze(run)._repr_html_()
+        compare(run).between()
+        heavy = 'torch', 'transformers', 'matplotlib', 'ipywidgets'
+        print([m for m in heavy if m in sys.modules])"""
     )
     out = subprocess.run(
         [sys.executable, "-c", code, run.path], cwd=root, capture_output=True, text=True, check=True
@@ -680,7 +691,7 @@ def test_no_torch_and_no_values_are_read(run, root):
     assert out[1] == "[]", out
 
 
-# --- made to do harm ---------------------------------------------------------------------------------------------------------------------------
+# --- made to do harm ------------------------------------------------------------------------------
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -954,10 +965,14 @@ import resource, sys, time
 from pathlib import Path
 from minigpt.analyze import analyze
 now = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1])<<10
-resource.setrlimit(resource.RLIMIT_AS, (now+(250<<20),)*2)      # whoever asks for much more is told MemoryError
+resource.setrlimit(resource.RLIMIT_AS, (now+(250<<20),)*2)  # asking for more is a MemoryError
 for p in sorted(Path(sys.argv[1]).iterdir()):
     t = time.perf_counter()
-    try: a = analyze(p); said = 'analysed ' + ' '.join(a.problems); assert abs(sum(a.components.values())-a.size) <= .01*a.size; str(a), a._repr_html_(), a.summary()
+    try:
+        a = analyze(p)
+        said = 'analysed ' + ' '.join(a.problems)
+        assert abs(sum(a.components.values())-a.size) <= .01*a.size
+        str(a), a._repr_html_(), a.summary()
     except ValueError as e: said = str(e)
     print(f'{time.perf_counter()-t:.1f}', p.name, ascii(said), sep='\\t', flush=True)
 """

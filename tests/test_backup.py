@@ -1,6 +1,9 @@
-"""The backup, and local saves, under every fault that can be made here: an error at each write in turn, short writes, a folder that vanishes and returns
-or was never there, one that is slow, a server to which files arrive late or never. Training ends with the same losses, the status tells the truth, and what
-is restored verifies."""
+"""The backup, and local saves, under every fault that can be made here.
+
+An error at each write in turn, short writes, a folder that vanishes and returns or was never there,
+one that is slow, a server to which files arrive late or never. Training ends with the same losses,
+the status tells the truth, and what is restored verifies.
+"""
 
 import contextlib
 import errno
@@ -17,6 +20,17 @@ import kill_child as child
 import pytest
 import torch
 from faulty import Disk, Server, keeps_attributes, put
+from test_faults import (
+    SHORT,
+    STEPS,
+    At,
+    PowerCut,
+    go,
+    log,
+    power_cut,
+    weights,
+)  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
+
 from minigpt import backup as backup_module
 from minigpt.backup import Backup, BackupError, restore_run
 from minigpt.checkpoint import (
@@ -33,18 +47,6 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.run import open_run
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import Callback, TrainingError, fit
-from test_faults import (
-    At,
-    go,
-    log,
-    power_cut,
-    PowerCut,
-    SHORT,
-    STEPS,
-    weights,
-    whole,
-    work,
-)  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
 
 ERRORS = {
     "EIO": errno.EIO,
@@ -115,7 +117,7 @@ def repeat(b, rounds=8):
     raise AssertionError(b.status())
 
 
-# --- an error at every write in turn --------------------------------------------------------------------------------------------
+# --- an error at every write in turn --------------------------------------------------------------
 @pytest.mark.parametrize("times", [1, 4])
 @pytest.mark.parametrize("error", ERRORS)
 def test_every_write_of_a_backup_may_fail(error, times, saves, tmp_path):
@@ -130,7 +132,7 @@ def test_every_write_of_a_backup_may_fail(error, times, saves, tmp_path):
         b, before = Backup(folder, saves, keep=2, beat=1e9), []
 
         def look():
-            "What is there verifies, is no older than what was there, and the status does not promise more"
+            "What is there verifies and is no older than before; the status does not promise more"
             whole = steps_saved(b)
             assert not before or whole and whole[-1] >= before[-1], (at, before, whole)
             before[:] = whole
@@ -274,7 +276,7 @@ def test_deleted_copies_leave_no_bytes_in_the_trash(saves, tmp_path):
     assert len(seen) > 10 and not any(size for _, size in seen) and seen[0][0] == "MANIFEST.json"
 
 
-# --- what has arrived -----------------------------------------------------------------------------------------------------------
+# --- what has arrived -----------------------------------------------------------------------------
 @pytest.fixture
 def google(tmp_path):
     "A mounted Drive and its server"
@@ -346,7 +348,7 @@ def test_the_server_has_something_else(saves, google, tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_machine_dies_while_files_arrive(seed, saves, google, tmp_path):
-    "In random order, some never: what is restored verifies, and is no older than what was confirmed"
+    "In random order, some never: what is restored verifies, no older than what was confirmed"
     google.server.rng = rng = random.Random(seed)
     b, confirmed = Backup(tmp_path / "drive", saves, keep=1), 0
     with google.at_work():
@@ -374,7 +376,7 @@ def test_the_machine_dies_while_files_arrive(seed, saves, google, tmp_path):
         assert restore_run(late, lambda message: None) == (late.path / "run.json").exists()
 
 
-# --- whole trainings ------------------------------------------------------------------------------------------------------------
+# --- whole trainings ------------------------------------------------------------------------------
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     for k, v in dict(BEAT=0.2, RETRY=0.02, POLL=0.02).items():
@@ -414,7 +416,7 @@ def test_a_run_is_mirrored_and_comes_back(work, whole, tmp_path):
     shutil.rmtree(work / "run")
     (work / "text.jsonl").unlink()  # nothing is left, not even the text
     run, losses = go(work, Wait(), **backup)
-    assert {k: v for k, v in losses.items()} == {
+    assert dict(losses.items()) == {
         k: v for k, v in whole[1].items() if k[0] > 10 or k == (10, "eval_loss")
     }
     assert weights(work) == weights(whole[0])
@@ -508,7 +510,9 @@ def test_a_mount_that_vanishes_and_returns(work, whole, tmp_path):
 
 
 def test_a_copy_a_hundred_times_slower_than_training(work, whole, tmp_path):
-    "Saves in between are passed over; the newest arrives; the checkpoint that is being copied is not deleted meanwhile"
+    """Saves in between are passed over; the newest arrives.
+
+    The checkpoint that is being copied is not deleted meanwhile."""
     (tmp_path / "disk").mkdir()
     with Disk(tmp_path / "disk", delay=0.02).at_work():
         run, losses = go(
@@ -574,7 +578,9 @@ def test_what_has_not_arrived_at_the_end_is_said(work, whole, google, tmp_path):
 
 
 def test_two_machines_on_one_backup(work, whole, tmp_path):
-    "The second one is refused while the first is alive, and takes over when it is dead; the first notices if it was not"
+    """The second one is refused while the first is alive, and takes over when it is dead.
+
+    The first notices if it was not."""
     other = child.new_work(tmp_path / "other")
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"))
 
@@ -630,7 +636,9 @@ def test_a_foreign_run_in_the_backup(work, tmp_path):
 
 
 def test_going_back_gives_up_the_later_course_in_the_backup_too(work, whole, tmp_path, monkeypatch):
-    "On a folder where renaming means copying. What was given up is kept aside there, and never restored"
+    """On a folder where renaming means copying.
+
+    What was given up is kept aside there, and never restored."""
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"))
     with pytest.raises(PowerCut):
         go(work, Wait(), At(12, power_cut), **backup)
@@ -641,6 +649,7 @@ def test_going_back_gives_up_the_later_course_in_the_backup_too(work, whole, tmp
             return real(a, b)
         shutil.copytree(a, b)
         shutil.rmtree(a)
+        return None
 
     monkeypatch.setattr(os, "rename", rename)
     with pytest.raises(PowerCut):
@@ -700,7 +709,9 @@ def test_a_backup_whose_run_json_has_not_arrived(work, whole, tmp_path):
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_killed_before_anything_was_copied(lost, work, whole, tmp_path):
-    "There is a sign of life in the backup, and no run.json: the same call goes on, or begins again where the machine is lost too"
+    """There is a sign of life in the backup, and no run.json: the same call goes on.
+
+    Where the machine is lost too, it begins again."""
     there = tmp_path / "disk" / "run"
     with pytest.raises(PowerCut):
         go(work, At(7, power_cut))
@@ -846,7 +857,9 @@ def test_a_checkpoint_is_not_deleted_while_it_is_copied(parts, tmp_path, monkeyp
 
 
 def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
-    "A mount that stutters is asked again; while a copy cannot be read nothing is trained, and no older state takes its place; a damaged one is passed over"
+    """A mount that stutters is asked again; a damaged copy is passed over.
+
+    While a copy cannot be read nothing is trained, and no older state takes its place."""
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"))
     monkeypatch.setattr("minigpt.train._WAITS", (0.01, 0.01))
     with pytest.raises(PowerCut):
@@ -936,7 +949,11 @@ def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
 
 
 def test_the_newest_best_is_kept_in_the_backup(parts, saves, tmp_path, monkeypatch):
-    "That of the later attempt: not the one with the highest step, which a course that was given up may have had, nor that of the machine whose clock is ahead"
+    """That of the later attempt.
+
+    Not the one with the highest step, which a course that was given up may have had, nor that of
+    the machine whose clock is ahead.
+    """
     b = Backup(tmp_path / "disk", saves)
     b.run_id = ID
     store = CheckpointStore(tmp_path / "best", kind="best")
@@ -1007,7 +1024,7 @@ def test_done_only_when_the_server_was_asked(saves, google, tmp_path):
     assert not b.done() and b.done(confirm=False)
 
 
-# --- the writer -----------------------------------------------------------------------------------------------------------------
+# --- the writer -----------------------------------------------------------------------------------
 def test_no_memory_for_a_copy(work, whole, monkeypatch):
     "Then training waits while a checkpoint is written; said once"
     monkeypatch.setattr(
@@ -1022,14 +1039,15 @@ def test_no_memory_for_a_copy(work, whole, monkeypatch):
 
 def test_python_finishes_a_save_before_it_exits(tmp_path):
     script = """
-import sys; sys.path[:0] = [%r, %r]
+import sys; sys.path[:0] = [{!r}, {!r}]
 import test_backup as t
 from minigpt.tokenizer import train_tokenizer
 from minigpt.checkpoint import CheckpointStore, GPTConfig, Writer
 tok = train_tokenizer(["A small tokenizer."]*9, vocab_size=270)
-parts = tok, GPTConfig(vocab_size=tok.vocab_size, dim=256, n_layer=8, n_head=4, n_kv_head=2, ffn_dim=700)
-Writer().save(CheckpointStore(%r), t.state(parts, 7))
-raise SystemExit("an error")""" % (
+parts = tok, GPTConfig(
+    vocab_size=tok.vocab_size, dim=256, n_layer=8, n_head=4, n_kv_head=2, ffn_dim=700)
+Writer().save(CheckpointStore({!r}), t.state(parts, 7))
+raise SystemExit("an error")""".format(
         str(child.ROOT),
         str(child.ROOT / "tests"),
         str(tmp_path / "out"),
@@ -1039,7 +1057,7 @@ raise SystemExit("an error")""" % (
     assert CheckpointStore(tmp_path / "out").newest().step == 7
 
 
-# --- schedule: snapshots, early stopping, best only -----------------------------------------------------------------------------
+# --- schedule: snapshots, early stopping, best only -----------------------------------------------
 class Clock(Callback):
     "A minute passes with each step"
 

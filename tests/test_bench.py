@@ -1,4 +1,7 @@
-"The benchmark for a GPU in a tiny size on the CPU: it finds the computation right, and prints a line for each program."
+"""The benchmark for a GPU in a tiny size on the CPU.
+
+It finds the computation right, and prints a line for each program.
+"""
 
 import os
 import re

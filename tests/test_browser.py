@@ -1,4 +1,7 @@
-"Widgets in a real browser: what a user sees and clicks. `make compat-widgets` runs the same with ipywidgets 7.7, which is Colab's."
+"""Widgets in a real browser: what a user sees and clicks.
+
+`make compat-widgets` runs the same with ipywidgets 7.7, which is Colab's.
+"""
 
 import os
 import re
@@ -54,8 +57,10 @@ def show(lab, request):
 def test_data_explorer(show):
     page = show(r"""
 from pathlib import Path
-talk = '{"conversations": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "There are %d."}]}\n'
-bad = '{"conversations": [{"role": "narrator", "content": "<script>document.title = 1</script> %d"}]}\n'
+talk = ('{"conversations": [{"role": "user", "content": "How many?"}, '
+        '{"role": "assistant", "content": "There are %d."}]}\n')
+bad = ('{"conversations": [{"role": "narrator", '
+       '"content": "<script>document.title = 1</script> %d"}]}\n')
 Path("sums.jsonl").write_text("".join(talk % i for i in range(20)) + bad % 1 + bad % 2)
 from minigpt.widgets import data_explorer
 data_explorer("sums.jsonl")""")
@@ -82,8 +87,11 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in 10, 20, 30:
     ids = torch.randint(0, 300, (4, 33))
     model.loss(ids[:,:-1], ids[:,1:]).backward(); optimizer.step(); optimizer.zero_grad()
-    write_checkpoint(Path("steps")/f"checkpoint-{step}", State(model.config, model.weights(), tok, dict(global_step=step), optimizer=pack_optimizer(optimizer, model), rng=pack_rng()))
-write_safetensors("steps/from_a_stranger.safetensors", {"<img src=x onerror=document.title=1>.层": torch.zeros(3)})
+    state = State(model.config, model.weights(), tok, dict(global_step=step),
+                  optimizer=pack_optimizer(optimizer, model), rng=pack_rng())
+    write_checkpoint(Path("steps")/f"checkpoint-{step}", state)
+stranger = {"<img src=x onerror=document.title=1>.层": torch.zeros(3)}
+write_safetensors("steps/from_a_stranger.safetensors", stranger)
 from minigpt.widgets import CheckpointExplorer
 CheckpointExplorer("steps")"""
 
@@ -145,8 +153,11 @@ class Live(Callback):
         self.live.draw()
         time.sleep(.4)     # slow enough to be seen
         if t.step == 32: raise OSError("the power was cut")
-try: fit(GPTConfig(vocab_size=280, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64), "hill.txt", output_dir="runs/hill", tokenizer_vocab_size=280, max_seq_len=64,
-    batch_size=4, max_steps=40, save_steps=20, logging_steps=4, eval_steps=40, num_threads=1, learning_rate=3e-3, progress=False, callbacks=[live := Live()])
+shape = GPTConfig(vocab_size=280, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64)
+try:
+    fit(shape, "hill.txt", output_dir="runs/hill", tokenizer_vocab_size=280, max_seq_len=64,
+        batch_size=4, max_steps=40, save_steps=20, logging_steps=4, eval_steps=40, num_threads=1,
+        learning_rate=3e-3, progress=False, callbacks=[live := Live()])
 except OSError: live.live.finish()
 """
 

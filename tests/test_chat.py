@@ -1,4 +1,7 @@
-"""Conversations: rows in their dialects, what is learned of them, packing that changes no loss, and a fine-tuning that resumes exactly."""
+"""Conversations: rows in their dialects, what is learned of them, packing and resuming.
+
+Packing changes no loss, and a fine-tuning resumes exactly.
+"""
 
 import json
 import random
@@ -7,14 +10,16 @@ import kill_child as child
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_faults import At, Losses, PowerCut, power_cut
+
 from minigpt.chat import Chat
 from minigpt.data import build_tokenset, pack
-from minigpt.formats import Row, parse_row, read_blocks, parse_block
+from minigpt.formats import Row, parse_block, parse_row, read_blocks
 from minigpt.model import GPT
 from minigpt.tokenizer import IM_END, Tokenizer, train_tokenizer
 from minigpt.train import fit
-from test_faults import At, Losses, PowerCut, power_cut
 
 SHARED = child.ROOT.parent / "shared" / "data"
 REAL = ["sft_zh", "sft_en", "identity", "tool_calling", "tool_calling_minimind_str", "reasoning"]
@@ -50,10 +55,13 @@ def write(path, n=200, seed=0):
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_rows(name, tok):
-    "At least 99.5% are accepted; the ids are those of the rendered text; what is learned is what assistants say"
+    """At least 99.5% are accepted; the ids are those of the rendered text.
+
+    What is learned is what assistants say."""
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
-            f"this test is for real rows, whose licences keep them out of the repository; put {name}.jsonl into ../shared/data to run it"
+            "this test is for real rows, whose licences keep them out of the repository;"
+            f" put {name}.jsonl into ../shared/data to run it"
         )
     rows = [r for b in read_blocks(f) for r in parse_block(b)]
     bad = [r for r in rows if r.reason]
@@ -78,8 +86,10 @@ def test_a_template_that_asks_whether_to_think(tok, name):
         tok.config
         | dict(
             chat_template=tok.config["chat_template"]
-            + "{%%- if add_generation_prompt and %s is defined %%}{{ '<think>' if %s else '<think></think>' }}{%%- endif %%}"
-            % (name, name)
+            + (
+                f"{{%- if add_generation_prompt and {name} is defined %}}"
+                f"{{{{ '<think>' if {name} else '<think></think>' }}}}{{%- endif %}}"
+            )  # noqa: UP032
         ),
     )
     prompt = lambda *thinking: (
@@ -209,7 +219,10 @@ def test_texts_and_conversations_do_not_mix(tok, tmp_path):
         out.write('{"text": "a text"}\n')
     data, _ = build_tokenset(f, tok, tmp_path / "set", 0.0, progress=False)
     assert data.meta["n_docs"] == 30 and data.meta["refused"]["another format"]["examples"] == [
-        "mixed.jsonl line 31: this is a text, and the data begin with a conversation; they do not mix in one set: give each a file of its own, and `mix` them"
+        (
+            "mixed.jsonl line 31: this is a text, and the data begin with a conversation;"
+            " they do not mix in one set: give each a file of its own, and `mix` them"
+        )
     ]
 
 

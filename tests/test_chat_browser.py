@@ -1,15 +1,13 @@
-"The chat widget in a real browser: an answer that appears while it is written, Stop, an interrupted kernel, settings."
+"The chat widget in a real browser: growing answers, Stop, an interrupted kernel, settings."
 
 import re
 from pathlib import Path
 
+import ipykernel  # after the reasons to skip
 from test_browser import (
     expect,
-    lab,
     shot,
-    show,
 )  # noqa: F401 fixtures, and the same reasons to skip
-import ipykernel  # after the reasons to skip
 
 CHAT = r"""
 import sys, time
@@ -19,8 +17,12 @@ from minigpt.tokenizer import train_tokenizer
 from scripted import Scripted
 tok = train_tokenizer(["Rain?"]*9, 400)
 said = "<think>\nIs there a <b>cloud</b>?\n</think>\n\n"
-model = Scripted(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=2000))
-model.script(tok, said+'One look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "武汉"}}\n</tool_call>', "no "*40+"<script>document.title = 1</script>", "never "*200, "interrupt "*200, "Once more.", pause=.03)
+model = Scripted(GPTConfig(
+    vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=2000))
+call = '<tool_call>\n{"name": "weather", "arguments": {"city": "武汉"}}\n</tool_call>'
+model.script(
+    tok, said+'One look.\n'+call, "no "*40+"<script>document.title = 1</script>", "never "*200,
+    "interrupt "*200, "Once more.", pause=.03)
 def weather(city:str): return dict(rain=False, said=[chat.chat.system, chat.chat.temperature])
 from minigpt.widgets import ChatBox
 chat = ChatBox((model, tok), tools=[weather])

@@ -1,4 +1,7 @@
-"""The Colab notebooks, in a real kernel, on a stand-in for Colab: train until the machine is killed, then go on on an emptied one where only Drive is left."""
+"""The Colab notebooks, in a real kernel, on a stand-in for Colab.
+
+Train until the machine is killed, then go on on an emptied one where only Drive is left.
+"""
 
 import json
 import os
@@ -25,7 +28,8 @@ def mount(where, force_remount=False, timeout_ms=120000):
     open(os.path.join(where, '.mounted-'+os.environ['STUB_MACHINE']), 'w').close()
 """
     ),
-    # Colab has loaded its package before the first cell; its mount is at a path that only root could make here
+    # Colab has loaded its package before the first cell; its mount is at a path that only root
+    # could make here
     "sitecustomize.py": (
         """
 import os, sys
@@ -34,7 +38,10 @@ if any('ipykernel_launcher' in a for a in sys.orig_argv):
     minigpt.colab.MOUNT = os.environ['STUB_DRIVE']
     minigpt.backup.BEAT = 1.
     real = os.path.ismount
-    os.path.ismount = lambda p: os.path.exists(os.path.join(p, '.mounted-'+os.environ['STUB_MACHINE'])) if str(p) == minigpt.colab.MOUNT else real(p)
+    def ismount(p):
+        if str(p) != minigpt.colab.MOUNT: return real(p)
+        return os.path.exists(os.path.join(p, '.mounted-'+os.environ['STUB_MACHINE']))
+    os.path.ismount = ismount
 """
     ),
 }

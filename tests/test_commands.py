@@ -1,4 +1,7 @@
-"""Every row of docs/commands.md, in the order of the page, in one folder with small data: it runs, and what its last column names is seen."""
+"""Every row of docs/commands.md runs, in the order of the page.
+
+In one folder with small data; what its last column names is seen.
+"""
 
 import contextlib
 import io
@@ -14,6 +17,9 @@ import kill_child as child
 import pytest
 import torch
 import yaml
+from project import ROOT
+from typer.main import get_command
+
 from minigpt import cli, model
 from minigpt.model import GPTConfig
 from minigpt.presets import hardware
@@ -21,8 +27,6 @@ from minigpt.registry import get_dataset_config
 from minigpt.run import list_runs
 from minigpt.tokenizer import load_tokenizer
 from minigpt.train import fit
-from project import ROOT
-from typer.main import get_command
 
 PAGE = ROOT / "docs" / "commands.md"
 ROWS = [

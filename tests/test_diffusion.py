@@ -1,4 +1,7 @@
-"""The encoder of simplex diffusion beside transformers and diffusers, and the policy of checkpoints, backup and views on it. (Kill and resume: test_stages.py.)"""
+"""The encoder of simplex diffusion beside transformers and diffusers.
+
+Also the policy of checkpoints, backup and views on it. (Kill and resume: test_stages.py.)
+"""
 
 import json
 import os
@@ -8,6 +11,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from project import ROOT
+
 from minigpt.analyze import analyze
 from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.config import TrainConfig
@@ -18,7 +23,6 @@ from minigpt.run import open_run
 from minigpt.schedule import storage_plan
 from minigpt.tokenizer import load_tokenizer
 from minigpt.train import fit, measure, resume
-from project import ROOT
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(
@@ -297,7 +301,9 @@ def test_bad_settings(tmp_path, change, message):
 
 
 def test_keys_of_scripts_and_of_tess(tmp_path, capsys):
-    "What has an equal is taken, what changes nothing is passed over and named; a checkpoint is named by its path"
+    """What has an equal is taken, what changes nothing is passed over and named.
+
+    A checkpoint is named by its path."""
     how = {
         k: v
         for k, v in settings(tmp_path).items()
@@ -363,7 +369,7 @@ def test_conversations_and_gpts_are_refused(tmp_path, run):
 
 
 def test_a_start_from_elsewhere_with_more_words(roberta, tmp_path, run):
-    "A folder of transformers, a tokenizer, entities: the longer tokenizer travels in every checkpoint"
+    "A folder of transformers, a tokenizer, entities: checkpoints hold the longer tokenizer"
     theirs, path = roberta
     theirs.save_pretrained(tmp_path / "start")
     run.tokenizer.save(tmp_path / "start")
@@ -478,7 +484,9 @@ def test_validation_and_sampling_leave_the_generators_alone(run):
 
 
 def test_storage_plan_of_roberta_base():
-    "About 500 MB of weights, 1 GB of optimizer state, 7.5 GB for five (as a masked language model; the embedding of guesses comes to it)"
+    """About 500 MB of weights, 1 GB of optimizer state, 7.5 GB for five.
+
+    As a masked language model; the embedding of guesses comes to it."""
     n = TessConfig.preset("base", simplex_value=None, mask_id=50264).n_params
     assert (
         abs(4 * n / 500e6 - 1) < 0.01

@@ -1,5 +1,8 @@
-"""Downloads under every fault that a server on this machine can act: cut connections, wrong bytes, a file that changes on the way, refusals, the pages of the hub
-and of Google Drive, a process killed in the middle. What arrives is right or is not kept, what is here already is not fetched again, and nothing good is lost.
+"""Downloads under every fault that a server on this machine can act.
+
+Cut connections, wrong bytes, a file that changes on the way, refusals, the pages of the hub and of
+Google Drive, a process killed in the middle. What arrives is right or is not kept, what is here
+already is not fetched again, and nothing good is lost.
 """
 
 import hashlib
@@ -15,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from minigpt import download
 from minigpt.download import DownloadError, fetch_drive, fetch_hub, fetch_url, get
 
@@ -116,6 +120,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(file.body) - 1}/{len(file.body)}"
         self.answer(206 if start else 200, headers, part, file)
+        return None
 
     def answer(self, code, headers, body, file=None):
         self.send_response(code)
@@ -195,7 +200,7 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-# --- whole, checked, and not twice --------------------------------------------------------------------------------------------------
+# --- whole, checked, and not twice ----------------------------------------------------------------
 @pytest.mark.parametrize(
     "kw", [dict(), dict(chunked=True), dict(length="none"), dict(body=b""), dict(tag=None)]
 )
@@ -294,7 +299,7 @@ def test_the_bar_ends_full(site, tmp_path, monkeypatch):
     assert [(b.n, b.total) for b in bars] == [(N, N)] * 3
 
 
-# --- cut connections ----------------------------------------------------------------------------------------------------------------
+# --- cut connections ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kw",
     [
@@ -454,7 +459,7 @@ def test_a_range_that_was_not_asked_for(site, tmp_path, monkeypatch):
     assert fetch(site.add(cuts=[1000]), tmp_path / "a").read_bytes() == DATA
 
 
-# --- killed -------------------------------------------------------------------------------------------------------------------------
+# --- killed ---------------------------------------------------------------------------------------
 CHILD = (
     "import sys; from minigpt.download import fetch_url; fetch_url(sys.argv[1], sys.argv[2],"
     " progress=False)"
@@ -511,7 +516,7 @@ def test_stopped_between_the_last_byte_and_the_rename(site, tmp_path, monkeypatc
     assert len(site.asked) == 1 and names(tmp_path) == [".a.source.json", "a"]
 
 
-# --- wrong bytes --------------------------------------------------------------------------------------------------------------------
+# --- wrong bytes ----------------------------------------------------------------------------------
 def test_wrong_bytes_are_thrown_away(site, tmp_path):
     url = site.add(body=OTHER)
     with pytest.raises(
@@ -580,7 +585,7 @@ def test_a_good_file_outlives_a_failed_download(site, tmp_path, kw):
     assert (tmp_path / "a").read_bytes() == b"good"
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "code, says",
     [
@@ -633,7 +638,7 @@ def test_a_server_that_stays_down(site, tmp_path, waits):
     assert len(site.asked) == 6 and waits == list(download._WAITS)
 
 
-# --- this side ----------------------------------------------------------------------------------------------------------------------
+# --- this side ------------------------------------------------------------------------------------
 def test_no_room(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "free_space", lambda p: 1000)
     with pytest.raises(DownloadError, match="needs 316.4 KiB, and 1000 B are free; make room"):
@@ -695,9 +700,11 @@ def test_an_address_in_chinese(site, tmp_path):
     assert fetch(site.url + "/語料 a.jsonl?x=%20y", tmp_path / "語料.jsonl").read_bytes() == DATA
 
 
-# --- the hub ------------------------------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 def hub(site, body=DATA, *, path="/datasets/o/n/resolve/main/sub/a.jsonl", **kw):
-    "A large file: the hub answers with its facts and sends on to a store, which has a name of its own for the version"
+    """A large file: the hub answers with its facts and sends on to a store.
+
+    The store has a name of its own for the version."""
     site.add(
         path,
         to=site.url + "/store?key=1",
@@ -787,7 +794,7 @@ def test_hub_a_mirror_goes_on(at_hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tag", [None, '"the same"'])
 def test_hub_a_branch_that_moved_on(at_hub, tmp_path, tag):
-    "Even if the store names no version, or a wrong one: the hub's hash tells that the part is of another"
+    "Even if the store names no version, or a wrong one: the hub's hash tells them apart"
     hub(at_hub, cuts=[100_000] + [0] * 9)
     at_hub.files["/store?key=1"].tag = tag
     with pytest.raises(DownloadError):
@@ -886,7 +893,7 @@ def test_hub_redirects(at_hub, tmp_path, code):
         from_hub(tmp_path / "a")
 
 
-# --- Google Drive -------------------------------------------------------------------------------------------------------------------
+# --- Google Drive ---------------------------------------------------------------------------------
 ID = "1-abc_DEF0123456789ghijkl"
 QUOTA = (
     b"<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head><body><p"
@@ -949,7 +956,9 @@ def test_drive_small_file(drive, tmp_path, link):
 
 
 def test_drive_large_file_behind_the_virus_page(drive, tmp_path):
-    "The page comes again before each try; the cookie that it sets comes back with the question, and a cut goes on"
+    """The page comes again before each try, and a cut goes on.
+
+    The cookie that it sets comes back with the question."""
     page(drive, confirm(drive, drive.url + "/download"))
     drive.files[f"/uc?export=download&id={ID}"].headers["Set-Cookie"] = "download_warning=t; Path=/"
     drive.add(
@@ -1038,7 +1047,7 @@ def test_drive_without_gdown(drive, tmp_path, monkeypatch):
         from_drive(tmp_path / "a")
 
 
-# --- from anywhere ------------------------------------------------------------------------------------------------------------------
+# --- from anywhere --------------------------------------------------------------------------------
 def test_get(site, tmp_path, monkeypatch):
     calls = []
     for name in ("fetch_hub", "fetch_drive", "fetch_url"):

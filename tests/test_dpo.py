@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.config import TrainConfig
 from minigpt.corpus import write_preferences, write_talks
@@ -150,7 +151,7 @@ def test_training_begins_at_ln_2_and_tells_pairs_apart(pairs, tok, tmp_path):
 def test_a_reference_for_two_and_in_half_precision(pairs, tok, tmp_path):
     "The file is the model's: another model gets another, and so does another precision"
     data, _ = build_tokenset(pairs, tok, tmp_path / "data", 0.0, progress=False)
-    for name, out, more in (
+    for _name, out, more in (
         ("a", "one", {}),
         ("b", "two", dict(seed=3)),
         ("c", "three", dict(precision="bf16")),
@@ -203,7 +204,7 @@ def test_a_lost_reference(pairs, tok, tmp_path):
 
 
 def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
-    "A run that began with a model and was killed before its first save must not begin again with random weights"
+    "Killed before its first save, a run from a model must not begin with random weights"
     from minigpt.export import export
 
     talks = write_talks(tmp_path / "talks.jsonl", 100)

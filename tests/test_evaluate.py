@@ -1,4 +1,4 @@
-"Loss of a model on data: of what our own runs leave behind, and of other programs' models and tokenizers."
+"Loss of a model on data: of our own runs, and of other programs' models and tokenizers."
 
 import json
 import math
@@ -105,7 +105,8 @@ def test_a_model_of_transformers_has_the_loss_that_transformers_gives(texts, tmp
 
 
 def test_the_tokens_of_llamas_first_kind_have_lengths():
-    from tokenizers import Tokenizer as HF, decoders, models, normalizers
+    from tokenizers import Tokenizer as HF
+    from tokenizers import decoders, models, normalizers
 
     vocab = {
         t: i
@@ -126,7 +127,8 @@ def test_the_tokens_of_llamas_first_kind_have_lengths():
 
 
 def test_tokens_that_do_not_tell_their_length_give_no_bits(run, file):
-    from tokenizers import Tokenizer as HF, models, pre_tokenizers
+    from tokenizers import Tokenizer as HF
+    from tokenizers import models, pre_tokenizers
 
     hf = HF(models.WordLevel({"</s>": 0, "the": 1, "a": 2}, unk_token="</s>"))
     hf.pre_tokenizer = pre_tokenizers.Whitespace()

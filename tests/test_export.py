@@ -1,4 +1,7 @@
-"""What no cell of 06_quantize, 07_checkpoint and 08_export can hold: other programs' files and readers, files that lie, kills, full disks, memory."""
+"""What no cell of 06_quantize, 07_checkpoint and 08_export can hold.
+
+Other programs' files and readers, files that lie, kills, full disks, memory.
+"""
 
 import errno
 import inspect
@@ -17,6 +20,8 @@ import torch
 import torch.nn.functional as F
 import zstandard
 from faulty import Disk
+from safetensors.torch import load_file, save_file
+
 from minigpt.checkpoint import (
     CheckpointError,
     CheckpointStore,
@@ -35,7 +40,6 @@ from minigpt.files import sweep
 from minigpt.generate import complete
 from minigpt.model import GPT, GPTConfig
 from minigpt.tokenizer import load_tokenizer, train_tokenizer
-from safetensors.torch import load_file, save_file
 
 TEXT = [
     "The keeper lit the lamp at dusk, and the ships came home.",
@@ -118,7 +122,7 @@ def off(a, b):
     return ((a.float() - b).norm() / b.norm()).item()
 
 
-# --- every kind opens ---------------------------------------------------------------------------------------------------------------
+# --- every kind opens -----------------------------------------------------------------------------
 WITHIN = dict(fp32=0, fp16=1e-3, bf16=1e-2, int8=2e-2, int4=0.25)  # of the norm of all logits
 
 
@@ -280,7 +284,7 @@ def test_what_cannot_be_written_is_said(plain, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bf16"]
 
 
-# --- transformers -------------------------------------------------------------------------------------------------------------------
+# --- transformers ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_transformers_opens_it(saved, tmp_path, precision):
     transformers = pytest.importorskip("transformers")
@@ -346,9 +350,11 @@ def test_what_transformers_writes(saved, tmp_path, how):
     ]
 
 
-# --- MiniMind, nanoGPT and other state dicts -----------------------------------------------------------------------------------------
+# --- MiniMind, nanoGPT and other state dicts ------------------------------------------------------
 def minimind(w, ids, heads, eps, theta=1e6):
-    "MiniMind's forward pass, written from its description: rotary halves, RMSNorm on each head from version 3 on, SwiGLU"
+    """MiniMind's forward pass, written from its description.
+
+    Rotary halves, RMSNorm on each head from version 3 on, SwiGLU."""
     norm = lambda x, g: g * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     w = {k: v.float() for k, v in w.items()}
     x = w["model.embed_tokens.weight"][ids]
@@ -490,7 +496,7 @@ def test_other_state_dicts(plain, tmp_path):
             export(tmp_path / f"{name}.pt", tmp_path / "x", config="minimind")
 
 
-# --- files that are cut off, changed, or lie -------------------------------------------------------------------------------------------
+# --- files that are cut off, changed, or lie ------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [dict(precision="fp16"), dict(precision="int4"), dict(compress=True)],
@@ -750,7 +756,7 @@ def test_others_quantization_is_refused(plain, tmp_path):
         load_model(d)
 
 
-# --- faults while writing ----------------------------------------------------------------------------------------------------------------
+# --- faults while writing -------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [
@@ -804,7 +810,10 @@ CHILD = """
 import sys, time, torch
 from minigpt.export import export
 torch.set_num_threads(1)
-export(sys.argv[1], sys.argv[2], sys.argv[3], progress=lambda done, total: (print(done, flush=True), time.sleep(.02)))
+def progress(done, total):
+    print(done, flush=True)
+    time.sleep(.02)
+export(sys.argv[1], sys.argv[2], sys.argv[3], progress=progress)
 print('done', flush=True)
 """
 
@@ -831,7 +840,7 @@ def test_killed_while_exporting(plain, tmp_path, root, how):
     assert problem(export(path, tmp_path / "out", "int4")) is None
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 MEMORY = r"""
 import re, sys, torch
 from minigpt.export import export
@@ -840,10 +849,12 @@ from pathlib import Path
 torch.set_num_threads(1)
 peak = lambda: int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
 small, big, out = map(Path, sys.argv[1:4])
-for o in (dict(precision='int4'), dict(precision='fp16'), dict(compress=True)): export(small, out/'warm', replace=True, progress=lambda *_: None, **o)
+for o in (dict(precision='int4'), dict(precision='fp16'), dict(compress=True)):
+    export(small, out/'warm', replace=True, progress=lambda *_: None, **o)
 load_model(out/'warm')
 base = peak()
-for o in (dict(precision='int4'), dict(precision='bf16'), dict(compress=True)): export(big, out/o.get('precision', 'zst'), progress=lambda *_: None, **o)
+for o in (dict(precision='int4'), dict(precision='bf16'), dict(compress=True)):
+    export(big, out/o.get('precision', 'zst'), progress=lambda *_: None, **o)
 exported = peak()-base
 load_model(out/'zst')
 print(exported, peak()-base)
@@ -880,7 +891,7 @@ def test_memory_is_that_of_the_largest_tensor(plain, tmp_path, root):
     assert loaded < 6 * config.n_params
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------------------------------------------
+# --- ONNX -----------------------------------------------------------------------------------------
 def test_onnx(plain, tmp_path):
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")

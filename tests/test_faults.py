@@ -1,4 +1,7 @@
-"""What goes wrong on real machines: bad input, full disks, damaged files, signals, two processes at once. A clear message each time, and the next call goes on."""
+"""What goes wrong on real machines: bad input, full disks, damage, signals, two processes.
+
+A clear message each time, and the next call goes on.
+"""
 
 import contextlib
 import errno
@@ -18,11 +21,12 @@ import time
 from pathlib import Path
 
 import kill_child as child
-import minigpt.train
 import numpy as np
 import psutil
 import pytest
 import torch
+
+import minigpt.train
 from minigpt import cli
 from minigpt.analyze import analyze
 from minigpt.chat import tools_from_file
@@ -152,7 +156,7 @@ def same_as(whole, work, losses, since=0):
     assert not leftovers(work)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 def bad_gzip(f):
     f.write_bytes(gzip.compress(GOOD)[:-200])
 
@@ -348,7 +352,8 @@ def without_tokenizer(work):
     return work / "bare"
 
 
-MISTAKES = {  # what a beginner may well write → words of the answer: the thing, its value, what it must be
+# What a beginner may well write → words of the answer: the thing, its value, what it must be
+MISTAKES = {
     "data-None": (lambda w: new_run(w, train=None), ["None is no data", "name a file"]),
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
     "data-itself": (
@@ -452,7 +457,7 @@ MISTAKES = {  # what a beginner may well write → words of the answer: the thin
         lambda w: fit(child.shape(), w / "a.txt", output_dir=w / "x", num_threads=10**6),
         ["num_threads=1000000 must be at most 1024"],
     ),
-    "resume": (
+    "resume nothing": (
         lambda w: fit(child.shape(), w / "a.txt", output_dir=w / "x", resume=None),
         ["resume=None must be 'auto'", "False"],
     ),
@@ -639,7 +644,7 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# --- where nothing can be written -----------------------------------------------------------------------------------------------
+# --- where nothing can be written -----------------------------------------------------------------
 def test_output_dir_below_a_file(work, monkeypatch, capsys):
     (work / "file").touch()
     with pytest.raises(
@@ -697,7 +702,7 @@ def test_output_dir_without_permission(mode, work, whole):
         assert (run.path / "model.safetensors").read_bytes() == weights(whole[0])
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 class SmallDisk:
     "A real disk of a few MB, which can be filled to the last byte"
 
@@ -910,7 +915,9 @@ def test_several_files(work):
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])
 def test_the_folder_disappears_while_it_trains(whole, work, how):
-    "What is saved afterwards can be found, and gone on from; nobody else gets in; the losses so far are known"
+    """What is saved afterwards can be found, and gone on from.
+
+    Nobody else gets in; the losses so far are known."""
 
     def disappear(t):
         shutil.rmtree(t.run_path) if how == "deleted" else t.run_path.rename(work / "elsewhere")
@@ -935,7 +942,7 @@ def test_the_folder_disappears_while_it_trains(whole, work, how):
     )
 
 
-# --- damage ---------------------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 def flip(at):
     def damage(f):
         data = bytearray(f.read_bytes())
@@ -1080,7 +1087,7 @@ def test_a_named_damaged_checkpoint_is_refused(cut, tmp_path):
     assert steps(work) == [5, 10], "a refused resume has moved checkpoints aside"
 
 
-# --- signals --------------------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
 def test_a_terminal_that_is_gone(work, whole):
     "The run stops, unless nohup has said that this does not count"
@@ -1181,7 +1188,7 @@ def test_a_second_ctrl_c_stops_at_once(work, whole):
     same_as(whole, work, losses, 5)
 
 
-# --- more than one ---------------------------------------------------------------------------------------------------------------
+# --- more than one --------------------------------------------------------------------------------
 def test_two_processes_in_one_folder(work, whole):
     p = child.start(work, **{**SHORT, "pause": 0.2})
     try:
@@ -1207,7 +1214,7 @@ def test_two_processes_in_one_folder(work, whole):
     )
 
 
-# --- going back -----------------------------------------------------------------------------------------------------------------
+# --- going back -----------------------------------------------------------------------------------
 def test_going_back_sets_the_later_course_aside(cut, tmp_path, whole):
     work = copied(cut, tmp_path / "work")
     _, losses = go(work, resume="checkpoint-5")
@@ -1370,7 +1377,7 @@ def test_beyond_the_end(cut, tmp_path):
     assert steps(work) == [5, 10]
 
 
-# --- strangers ------------------------------------------------------------------------------------------------------------------
+# --- strangers ------------------------------------------------------------------------------------
 class Payload:
     "Runs when it is unpickled"
 
@@ -1424,7 +1431,7 @@ def test_options_are_in_the_config():
 
 
 def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
-    "Worker processes inherit the lock of the run; they must not outlive the process that was killed"
+    "Worker processes inherit the run's lock; they must not outlive the killed process"
     (tmp_path / "large.jsonl").write_bytes(GOOD * (17_000_000 // len(GOOD) + 1))
     code = (
         f"import sys; sys.path.insert(0, {str(child.ROOT / 'tests')!r}); import kill_child as"
@@ -1449,7 +1456,9 @@ def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
 
 
 def test_one_training_at_a_time_in_a_process(work, whole):
-    "A second one, from a callback or a thread, is refused by name and changes nothing; other functions may be used"
+    """A second one, from a callback or a thread, is refused by name and changes nothing.
+
+    Other functions may be used."""
     said = []
 
     def try_it(where):

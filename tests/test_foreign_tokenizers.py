@@ -1,28 +1,17 @@
-"Tokenizers of other programs: what they add to a text, how they spell bytes and spaces, and what their templates need."
+"Tokenizers of other programs: added tokens, bytes and spaces, what their templates need."
 
 import json
 import shutil
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from minigpt.chat import Answer
-from minigpt.data import build_tokenset
-from minigpt.evaluate import evaluate_on
-from minigpt.generate import complete, stream_text, text_pieces
-from minigpt.model import GPT, GPTConfig
-from minigpt.source import open_source
-from minigpt.config import TrainConfig
-from minigpt import tokenizer as T
-from minigpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from tokenizers import (
     AddedToken,
     Regex,
-    Tokenizer as HF,
     decoders,
     models,
     normalizers,
@@ -30,6 +19,19 @@ from tokenizers import (
     processors,
     trainers,
 )
+from tokenizers import (
+    Tokenizer as HF,
+)
+
+from minigpt import tokenizer as T
+from minigpt.chat import Answer
+from minigpt.config import TrainConfig
+from minigpt.data import build_tokenset
+from minigpt.evaluate import evaluate_on
+from minigpt.generate import complete, stream_text, text_pieces
+from minigpt.model import GPT, GPTConfig
+from minigpt.source import open_source
+from minigpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "The cat sat on the mat.\n\nIt was a good cat, and the mat was good too.",
@@ -77,7 +79,7 @@ def byte_tokens():
 
 @cache
 def sentencepiece(kind="llama"):
-    "As Llama 2's: ▁ for a space, a token for each byte; of the kind `llama`, `metaspace`, or `unigram`"
+    "As Llama 2's: ▁ for a space, a token for each byte; kinds `llama`, `metaspace`, `unigram`"
     pieces = [
         "▁",
         "▁the",
@@ -186,7 +188,7 @@ def theirs(tok, folder):
     return transformers.PreTrainedTokenizerFast.from_pretrained(tok.save(folder))
 
 
-# --- what is added to a text ----------------------------------------------------------------------------------------------------
+# --- what is added to a text ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "make",
     [
@@ -321,10 +323,12 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
     assert again.tokens[0] == tok.id("<s>")
 
 
-# --- ids back to text -----------------------------------------------------------------------------------------------------------
+# --- ids back to text -----------------------------------------------------------------------------
 @cache
 def gemma():
-    "▁ for a space, and nothing is dropped at the beginning; a decoder that replaces letters in the joined text"
+    """▁ for a space, and nothing is dropped at the beginning.
+
+    A decoder that replaces letters in the joined text."""
     tok = HF.from_str(sentencepiece().hf.to_str())
     tok.normalizer, tok.decoder = (
         normalizers.Replace(" ", "▁"),
@@ -423,8 +427,7 @@ def early(tok, ids, k, before):
     out = []
 
     def come():
-        for i in ids[:k]:
-            yield i
+        yield from ids[:k]
         done.append(True)
         yield from ids[k:]
 
@@ -497,9 +500,13 @@ def test_every_way_to_write_decodes_alike(kind):
     assert "".join(p for _, p in said) == "cat 我😀"
 
 
-# --- templates ------------------------------------------------------------------------------------------------------------------
-GENERATION = """{{ bos_token }}{{ strftime_now('%Y') }}{% for m in messages %}
-{% if m.role == 'assistant' %}{% generation %}{% set said = m.content %}{{ said }}{{ eos_token }}{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}{{ pad_token }}{% endif %}{% endfor %}"""
+# --- templates ------------------------------------------------------------------------------------
+GENERATION = (
+    "{{ bos_token }}{{ strftime_now('%Y') }}{% for m in messages %}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{% set said = m.content %}{{ said }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}{{ pad_token }}"
+    "{% endif %}{% endfor %}"
+)
 NAMED = [
     dict(
         name="default", template="{{ eos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -599,7 +606,7 @@ def test_a_token_that_is_none_is_named(token):
         Tokenizer(byte_level().hf, CONFIG | dict(eos_token=token)).eos_id
 
 
-# --- who may write a control token, and where an answer begins ------------------------------------------------------------------
+# --- who may write a control token, and where an answer begins ------------------------------------
 CHATML = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -610,15 +617,21 @@ CHATML = [
     "</s>",
     "[INST]",
 ]
-EMPTY_THOUGHTS = """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+EMPTY_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}"
+    "<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking %}{{ '<think>\n' }}"
+    "{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 
 
 @cache
 def chatml(kind, template=T.CHAT_TEMPLATE):
-    "A tokenizer of this kind with the tokens of conversations; `gpt2` looks ahead behind white space, as MiniMind's does"
+    """A tokenizer of this kind with the tokens of conversations.
+
+    `gpt2` looks ahead behind white space, as MiniMind's does."""
     if kind == "ours":
         hf = KINDS["ours"]().hf
     else:

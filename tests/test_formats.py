@@ -1,4 +1,7 @@
-"""Every trouble that a data file can have: written to a disk, read back through blocks and rows, into a token set and into a report. A row or a reason each time, with its line."""
+"""Every trouble that a data file can have: a row or a reason each time, with its line.
+
+Each is written to a disk, read back through blocks and rows, into a token set and into a report.
+"""
 
 import codecs
 import copy
@@ -15,7 +18,9 @@ import kill_child as child
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from minigpt import formats
 from minigpt.data import build_tokenset
 from minigpt.formats import DataError, Row, look_at, parse_block, parse_row, read_blocks
@@ -60,7 +65,7 @@ USER, ANSWER = says("user", "2?"), says("assistant", "Two.")
 CALL = says("assistant", None, tool_calls=[dict(name="f", arguments={"x": 1})])
 
 
-# --- one file, one trouble ------------------------------------------------------------------------------------------------------
+# --- one file, one trouble ------------------------------------------------------------------------
 TEXT = {  # name → (file, content, its rows)
     "plain": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n', [good(1, "a"), good(2, "b")]),
     "no-line-end": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}', [good(1, "a"), good(2, "b")]),
@@ -656,14 +661,25 @@ def test_a_text_that_only_begins_like_an_archive(tmp_path):
         assert [r.text for r in rows(tmp_path / "a.txt")] == [begin]
 
 
-# --- encodings, packings, layouts, line ends ------------------------------------------------------------------------------------
+# --- encodings, packings, layouts, line ends ------------------------------------------------------
 ANY = st.text(
     st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\ufeff"), max_size=30
 ).map(lambda s: "x" + s)
 OF = {
     "gb18030": st.sampled_from(
-        "雪落在磨坊上。 从前有一只猫，住在花园里。 今天天气很好，我们去公园玩。 他说：“你好！” Snow"
-        " fell on the mill. 请将下面的句子翻译成英文 小明有5个苹果".split()
+        [
+            "雪落在磨坊上。",
+            "从前有一只猫，住在花园里。",
+            "今天天气很好，我们去公园玩。",
+            "他说：“你好！”",
+            "Snow",
+            "fell",
+            "on",
+            "the",
+            "mill.",
+            "请将下面的句子翻译成英文",
+            "小明有5个苹果",
+        ]
     ),
     "cp1252": st.sampled_from(
         [
@@ -704,7 +720,7 @@ def encoded(text, encoding):
 @given(st.data())
 @settings(max_examples=60)
 def test_encodings(tmp_path_factory, encoding, data):
-    "Each encoding × line end × packing × layout, under any name: the same texts come back, from the same lines"
+    "Each encoding × line end × packing × layout, any name: the same texts from the same lines"
     texts = data.draw(st.lists(OF[encoding], min_size=3, max_size=12)) + {
         "gb18030": ["雪落在磨坊上。"],
         "cp1252": ["Le café est fermé à midi.", "Où êtes-vous?"],
@@ -806,7 +822,7 @@ def test_archives_that_are_cut(tok, tmp_path):
         rows(tmp_path / "b.gz")
 
 
-# --- arrays ---------------------------------------------------------------------------------------------------------------------
+# --- arrays ---------------------------------------------------------------------------------------
 def nasty(rng, n=40):
     return (
         "".join(
@@ -944,7 +960,7 @@ def test_one_conversation_as_a_bare_list(tmp_path):
         ]
 
 
-# --- long ones ------------------------------------------------------------------------------------------------------------------
+# --- long ones ------------------------------------------------------------------------------------
 def test_too_long(tmp_path, monkeypatch):
     "A row is refused, a text is cut between two characters, an object without an end is an error"
     monkeypatch.setattr(formats, "LONGEST", 1000)
@@ -1036,7 +1052,7 @@ def test_memory(tmp_path):
     assert n == 60_000 and more < 100
 
 
-# --- the fuzzer -----------------------------------------------------------------------------------------------------------------
+# --- the fuzzer -----------------------------------------------------------------------------------
 SEEDS = [
     {"text": "Snow fell. 雪落在磨坊上。 <think>"},
     talk(

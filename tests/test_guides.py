@@ -1,8 +1,10 @@
-"""Every block of code in README and the guides runs, in the order of its page, in a folder of its own, on a stand-in for Colab.
+"""Every block of code in README and the guides runs, in order, on a stand-in for Colab.
 
-Each page becomes one program: its python blocks as they are, of its sh blocks each line. What they need stands in FILES and QWEN3, what is made smaller in SMALLER,
-what cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that has changed.
-The Chinese pages have the code and the figures of the English ones."""
+Each page becomes one program in a folder of its own: its python blocks as they are, of its sh
+blocks each line. What they need stands in FILES and QWEN3, what is made smaller in SMALLER, what
+cannot run here in LEFT_OUT. An entry that no page has any more is an error, and so is a line that
+has changed. The Chinese pages have the code and the figures of the English ones.
+"""
 
 import dataclasses
 import json
@@ -13,9 +15,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from minigpt.config import _ALIASES, TrainConfig
 from project import ROOT, directives, joined
 from test_colab import STUB
+
+from minigpt.config import _ALIASES, TrainConfig
 
 PAGES = [
     "README.md",
@@ -61,18 +64,25 @@ import json, random
 from pathlib import Path
 from minigpt.corpus import stories, write_preferences, write_talks
 from minigpt.tokenizer import train_tokenizer
-lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.' for who in ('Ada','Eva','Finn') for n in range(2, 10) for what in ('apples','boats','drums','hats')]
+lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.'
+         for who in ('Ada','Eva','Finn') for n in range(2, 10)
+         for what in ('apples','boats','drums','hats')]
 random.Random(0).shuffle(lines)
 Path('my.txt').write_text('\\n\\n'.join(lines*5))
-rows = lambda name, texts: Path(name).write_text(''.join(json.dumps(dict(text=t))+'\\n' for t in texts))
+def rows(name, texts):
+    Path(name).write_text(''.join(json.dumps(dict(text=t))+'\\n' for t in texts))
 rows('my.jsonl', lines*3); rows('found.jsonl', [t for t, _ in zip(stories(), range(300))])
-write_talks('talks.jsonl', 60); write_talks('held-out.jsonl', 9, seed=1); write_preferences('pairs.jsonl', 80)
+write_talks('talks.jsonl', 60)
+write_talks('held-out.jsonl', 9, seed=1)
+write_preferences('pairs.jsonl', 80)
 Path('my_functions.py').write_text('def add(a:int, b:int)->int: "The sum"; return a+b')
 """
 QWEN3 = """
 import transformers
 train_tokenizer(lines, 400).save('qwen3')
-shape = transformers.Qwen3Config(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+shape = transformers.Qwen3Config(
+    vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=16)
 transformers.Qwen3ForCausalLM(shape).save_pretrained('qwen3')
 """
 SH = """
@@ -83,7 +93,9 @@ def sh(block):
     for line in block.splitlines():
         print('$', line, flush=True)
         sys.argv = shlex.split(line, comments=True)
-        if sys.argv[0] != 'minigpt' or '&' in sys.argv: subprocess.run(['bash', '-euxc', line], check=True); continue
+        if sys.argv[0] != 'minigpt' or '&' in sys.argv:
+            subprocess.run(['bash', '-euxc', line], check=True)
+            continue
         try: main()           # here, since a process of its own would import everything again
         except SystemExit as e: assert not e.code, e.code
 """
@@ -164,7 +176,7 @@ def test_nothing_is_listed_in_vain():
     ]
 
 
-# --- the Chinese pages ------------------------------------------------------------------------------------------------------------
+# --- the Chinese pages ----------------------------------------------------------------------------
 def bare(code):
     "Code without comments, assertions and empty lines"
     lines = (re.sub(r"\s*#.*", "", line).rstrip() for line in code.splitlines())

@@ -1,4 +1,7 @@
-"""Files that are made to take memory or time, or to say something to a terminal: each ends in a result or in an error that names it, and soon."""
+"""Files that are made to take memory or time, or to say something to a terminal.
+
+Each ends in a result or in an error that names it, and soon.
+"""
 
 import gzip
 import io
@@ -21,6 +24,8 @@ import pytest
 import torch
 import zstandard
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typer.testing import CliRunner
+
 from minigpt import cli, formats, headers
 from minigpt.analyze import analyze as look_into
 from minigpt.backup import Backup, read_heartbeat, restore_run
@@ -47,7 +52,6 @@ from minigpt.quality import analyze
 from minigpt.template import TemplateLimit, render_template
 from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, train_tokenizer
 from minigpt.train import fit
-from typer.testing import CliRunner
 
 
 def peak(f):
@@ -84,7 +88,7 @@ def said(*command):
     return result.output
 
 
-# --- packed data ----------------------------------------------------------------------------------------------------------------
+# --- packed data ----------------------------------------------------------------------------------
 def rows(path):
     return [r for b in read_blocks(path) for r in parse_block(b)]
 
@@ -130,9 +134,11 @@ def test_a_line_that_unpacks_to_128_mib(tmp_path, monkeypatch, packer):
 
 
 def test_frames_of_zstd(tmp_path):
-    "Unpacked block by block they are what they were packed from, whoever packed them; cut off anywhere but between frames, they are refused"
+    """Unpacked block by block they are what they were packed from, whoever packed them.
+
+    Cut off anywhere but between frames, they are refused."""
     rng, file = random.Random(0), tmp_path / "a.txt"
-    for i in range(40):
+    for _i in range(40):
         packed, whole, ends = b"", b"", []
         for _ in range(rng.randint(1, 3)):
             n = rng.choice([0, 1, 100, 131071, 131072, 131073, 300_000])
@@ -170,13 +176,13 @@ def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
         assert f"{what} has no end within 1 MiB" in said and most < 8
 
 
-# --- pipes and devices where files should be ------------------------------------------------------------------------------------
+# --- pipes and devices where files should be ------------------------------------------------------
 SMALL = GPTConfig(vocab_size=300, n_layer=1, dim=16, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    "A run's folder with two checkpoints, the second of them also as its final model; an adapter; and a text"
+    "A run's folder with two checkpoints, the second also as its final model; an adapter; a text"
     d = tmp_path_factory.mktemp("made")
     tok = train_tokenizer(["The old mill stood still. 旧磨坊静静地立着。"] * 9, vocab_size=300)
     (d / "a.txt").write_text("The old mill stood still.\n" * 9)
@@ -380,7 +386,7 @@ def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
         )
 
 
-# --- headers and pickles that take for ever -------------------------------------------------------------------------------------
+# --- headers and pickles that take for ever -------------------------------------------------------
 def tensors_file(path, header, values=b""):
     "A safetensors file, written by hand"
     head = json.dumps(header).encode()
@@ -483,7 +489,7 @@ def test_a_view_that_claims_more_values_than_there_are(copy):
         load_model(path)
 
 
-# --- sizes that no model has ----------------------------------------------------------------------------------------------------
+# --- sizes that no model has ----------------------------------------------------------------------
 FIELDS = dict(
     vocab_size="vocab_size",
     dim="hidden_size",
@@ -610,7 +616,7 @@ def test_configs_of_adapters(copy, change):
         load_model(copy / "adapter")
 
 
-# --- an adapter whose base is an adapter ----------------------------------------------------------------------------------------
+# --- an adapter whose base is an adapter ----------------------------------------------------------
 def names_as_base(adapter, where):
     facts = read_json(adapter / "adapter_config.json")
     (adapter / "adapter_config.json").write_text(
@@ -650,7 +656,7 @@ def test_an_adapter_of_itself(copy):
     assert load_model(a).base_path.endswith("adapter/adapter")
 
 
-# --- chat templates that do not end ---------------------------------------------------------------------------------------------
+# --- chat templates that do not end ---------------------------------------------------------------
 BIG = "{% set x = 'a'*10**4 %}"
 ENDLESS = [
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -904,7 +910,7 @@ def test_an_expression_that_takes_too_many_steps(tmp_path, part):
             encode("a" * 60 + "b")
 
 
-# --- `getattr` in a pickle ---------------------------------------------------------------------------------------------------------
+# --- `getattr` in a pickle ------------------------------------------------------------------------
 MEMBER, CODE, METHOD = (
     b"ctransformers.trainer_utils\nSchedulerType\nVLINEAR\n",
     b"ctransformers.trainer_utils\nos\nVsystem\n",

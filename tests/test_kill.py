@@ -1,5 +1,8 @@
-"""A run killed with SIGKILL at any moment goes on bit for bit: dropout, accumulation, an epoch's end, evaluations, saves, snapshots and a backup in between.
-In some trials the machine is lost with the kill, and only the backup is left; a second kill comes while that is being restored.
+"""A run killed with SIGKILL at any moment goes on bit for bit.
+
+Dropout, accumulation, an epoch's end, evaluations, saves, snapshots and a backup are in between. In
+some trials the machine is lost with the kill, and only the backup is left; a second kill comes
+while that is being restored.
 """
 
 import random
@@ -72,7 +75,8 @@ def test_killed_and_resumed(works, name):
     got = child.compare(work, reference, same_saves=not other_saves)
     assert got.identical, got.differ
     assert got.killed_at > 0 and (got.resumed or got.killed_at <= interval * (1 + in_save))
-    # a save that is being written does not count yet (the next one waits for it); where the machine is lost, the copy may be a save behind, at each of two kills
+    # a save that is being written does not count yet (the next one waits for it); where the machine
+    # is lost, the copy may be a save behind, at each of two kills
     assert got.repeated <= interval * (1 + in_save + 3 * ("lost" in options)), (
         "more was lost than a save interval"
     )

@@ -1,16 +1,18 @@
-"""Data as they are in the wild: each layout is read as what it is, or refused by name, and nothing is left out without being named."""
+"""Data as they are in the wild: each layout is read as what it is, or refused by name.
+
+Nothing is left out without being named.
+"""
 
 import json
-import re
-import subprocess
-import sys
 
 import kill_child as child
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from minigpt import formats
-from minigpt.data import build_tokenset, check_size, data_files, sample_texts
+from minigpt.data import build_tokenset, check_size, data_files
 from minigpt.formats import (
     DataError,
     count_read,
@@ -476,7 +478,7 @@ def test_a_column_may_be_named():
     assert row(dict(body="雪", text="other"), columns=dict(text="body")).text == "雪"
 
 
-# --- calls ----------------------------------------------------------------------------------------------------------------------
+# --- calls ----------------------------------------------------------------------------------------
 def test_calls_in_every_spelling(tok):
     "ShareGPT's role, OpenAI's old field, glaive's mark, xLAM's column: the same ids"
     tools = [dict(name="f", parameters={})]
@@ -508,7 +510,11 @@ def test_calls_in_every_spelling(tok):
     glaive = row(
         dict(
             system="SYSTEM: Use them -\n" + json.dumps(tools[0]),
-            chat="""USER: 2?\n\n\nASSISTANT: <functioncall> {"name": "f", "arguments": '{"a": 1}'} <|endoftext|>\n\n\nFUNCTION RESPONSE: {"x": 1}\n\n\nASSISTANT: Two. <|endoftext|>""",
+            chat=(
+                "USER: 2?\n\n\nASSISTANT: <functioncall> "
+                '{"name": "f", "arguments": \'{"a": 1}\'} <|endoftext|>\n\n\n'
+                'FUNCTION RESPONSE: {"x": 1}\n\n\nASSISTANT: Two. <|endoftext|>'
+            ),
         )
     )
     assert (
@@ -595,7 +601,7 @@ def test_nothing_is_rendered_twice(tok):
     assert tok.render(r.messages).count("<tool_call>") == 1 and "calls written twice" in r.mended
 
 
-# --- properties -----------------------------------------------------------------------------------------------------------------
+# --- properties -----------------------------------------------------------------------------------
 WORDS = st.text(st.sampled_from("abc 雪é\n"), min_size=1, max_size=12).map(lambda s: f"x{s}x")
 NAMES = st.text(st.sampled_from("abcdefgh_"), min_size=1, max_size=9)
 
@@ -652,7 +658,7 @@ def test_no_text_is_left_out_without_a_word(tok, more, core):
             assert k in r.unread or v.strip() in said, (k, r)
 
 
-# --- what is said of a file -----------------------------------------------------------------------------------------------------
+# --- what is said of a file -----------------------------------------------------------------------
 def lines_of(path, **how):
     table = read_table({path: look_at(path)})
     for b in read_blocks(path, **how):
@@ -747,7 +753,7 @@ def test_many_lost_rows_are_a_warning(tok, tmp_path):
     assert [s[:13] for s in told_of()][1] == "rows refused:"
 
 
-# --- files ----------------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 def rows_in(path, **how):
     return [r for b in read_blocks(path, **how) for r in parse_block(b)]
 
@@ -783,7 +789,10 @@ def test_json_is_read_as_json_under_any_name(name, tmp_path):
 
 
 def test_a_long_first_row(tmp_path):
-    "Above the 64 KiB that are looked at: JSON lines under .txt, bare lists of messages, and a stray carriage return before every CRLF"
+    """Above the 64 KiB that are looked at.
+
+    JSON lines under .txt, bare lists of messages, and a stray carriage return before every CRLF.
+    """
     long = "x" * 100_000
     (tmp_path / "a.txt").write_text(
         json.dumps(dict(text=long)) + "\n" + json.dumps(dict(text="b")) + "\n"
@@ -944,7 +953,7 @@ def test_an_end_of_text_ends_a_document(tok, tmp_path):
     ] == [True, True]
 
 
-# --- what is learned ------------------------------------------------------------------------------------------------------------
+# --- what is learned ------------------------------------------------------------------------------
 def learned(data, tok):
     return tok.decode([t for t, m in zip(data.tokens, data.mask) if m])
 
@@ -980,7 +989,9 @@ def long(tok, tmp_path):
 
 
 def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
-    "Left out where no answer ends in time; cut behind an answer where one does; a set of an older version goes on as it was"
+    """Left out where no answer ends in time; cut behind an answer where one does.
+
+    A set of an older version goes on as it was."""
     from minigpt.train import _describe
 
     whole, cut, old = (
@@ -1041,7 +1052,9 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_not_trained(tok, tmp_path
 
 
 def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
-    "Its token set does not say what becomes of long rows: they stay cut, and the losses are the same; another wish is refused for a new run"
+    """Its token set does not say what becomes of long rows: they stay cut.
+
+    The losses are the same; another wish is refused for a new run."""
     from minigpt.files import read_json, write_json
     from minigpt.source import ResumeError
     from minigpt.train import fit
@@ -1198,7 +1211,7 @@ def test_columns_are_named_in_a_terminal(tok, tmp_path, capsys):
     )
 
 
-# --- preparing ------------------------------------------------------------------------------------------------------------------
+# --- preparing ------------------------------------------------------------------------------------
 CODE = "def f(x):\n    if x:\n        return [x,\n            2]\n\n\n"
 
 

@@ -1,5 +1,8 @@
-"""Nothing outside a run's folder is ever changed: links to files, to folders, to each other, to nowhere and in circles stand where a run, a backup, a model
-or a data set has its files, and every operation of the package leaves what they point to as it is. All of it happens in temporary folders.
+"""Nothing outside a run's folder is ever changed.
+
+Links to files, to folders, to each other, to nowhere and in circles stand where a run, a backup, a
+model or a data set has its files, and every operation of the package leaves what they point to as
+it is. All of it happens in temporary folders.
 """
 
 import contextlib
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import kill_child as child
 import pytest
+
 from minigpt.analyze import analyze
 from minigpt.backup import Backup, BackupError, discard, restore_run
 from minigpt.checkpoint import CheckpointError, CheckpointStore, problem, stores_in
@@ -290,7 +294,9 @@ def test_a_strangers_run_json(made, outside, tmp_path):
 
 
 def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
-    "A link in a model directory is somebody's choice of a file of yours; that of the hub's cache leads into its own blobs"
+    """A link in a model directory is somebody's choice of a file of yours.
+
+    That of the hub's cache leads into its own blobs."""
     model = export(made / "run", tmp_path / "model")
     (model / "MANIFEST.json").unlink()
     (model / "special_tokens_map.json").symlink_to(outside / "passwd")

@@ -1,4 +1,7 @@
-"""The loader as a pure function of (token set, seed, step): every token once an epoch, any step at once, the same batches for any number of workers."""
+"""The loader as a pure function of (token set, seed, step).
+
+Every token once an epoch, any step at once, the same batches for any number of workers.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from minigpt.data import DataError, TokenSet, check_size, loader, shuffled
 
 
@@ -41,7 +45,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tokens")
 
 
-# --- the order ------------------------------------------------------------------------------------------------------------------
+# --- the order ------------------------------------------------------------------------------------
 @given(st.integers(1, 5000), st.integers(0, 2**40), st.integers(0, 2**20))
 def test_shuffled_is_a_bijection(n, seed, epoch):
     out = shuffled(np.arange(n), n, (seed, epoch))
@@ -61,7 +65,7 @@ def test_shuffled_is_a_bijection_of_every_small_length():
 def test_shuffled_needs_only_the_entries_asked_for(n, places, epoch):
     i = np.array(places) % n
     out = shuffled(i, n, (7, epoch))
-    assert ((0 <= out) & (out < n)).all() and np.array_equal(
+    assert ((out >= 0) & (out < n)).all() and np.array_equal(
         out, [shuffled(np.array([x]), n, (7, epoch))[0] for x in i]
     )
     assert len(set(out)) == len(set(i))
@@ -81,7 +85,7 @@ def test_shuffled_mixes():
     assert first.min() > 12 and first.max() < 75
 
 
-# --- an epoch -------------------------------------------------------------------------------------------------------------------
+# --- an epoch -------------------------------------------------------------------------------------
 def taught(data, steps, size, seq_len, seed):
     "How often each token is a label, over some steps"
     seen = Counter()
@@ -159,7 +163,7 @@ def test_a_torn_token_set_is_refused(folder):
         TokenSet(data.path)
 
 
-# --- workers --------------------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 def test_the_same_batches_for_any_number_of_workers(folder):
     import torch
 
@@ -177,7 +181,7 @@ def test_the_same_batches_for_any_number_of_workers(folder):
                 assert g[k].dtype == torch.int64 and np.array_equal(g[k].numpy(), w[k])
 
 
-# --- far away -------------------------------------------------------------------------------------------------------------------
+# --- far away -------------------------------------------------------------------------------------
 def test_step_one_million_of_a_big_set(tmp_path):
     n, size, seq_len, seed, step = 200_000_000, 8, 64, 5, 1_000_000
     with open(tmp_path / "tokens.bin", "wb") as f:

@@ -1,10 +1,14 @@
-"Adapters beside PEFT and transformers: each opens what the other wrote; a model made elsewhere is adapted, merged and given back."
+"""Adapters beside PEFT and transformers: each opens what the other wrote.
+
+A model made elsewhere is adapted, merged and given back.
+"""
 
 import json
 import shutil
 
 import pytest
 import torch
+
 from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.corpus import write_talks
 from minigpt.data import data_files, sample_texts
@@ -300,7 +304,9 @@ def test_adapters_share_a_base(foreign, tmp_path, talks):
 
 
 def test_an_adapter_is_trained_on(foreign, talks, tmp_path):
-    "In a run of its own, which begins with its weights, and begins with no others where it has no checkpoint yet"
+    """In a run of its own, which begins with its weights.
+
+    It begins with no others where it has no checkpoint yet."""
     fit(shaken(lora(load_model(foreign), r=2)), talks, output_dir=tmp_path / "one", **SHORT)
     fit(tmp_path / "one", talks, output_dir=tmp_path / "two", **SHORT)
     want = load_model(tmp_path / "two").weights()

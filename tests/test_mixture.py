@@ -1,4 +1,8 @@
-"""Several sets in one training: shares that hold in every stretch, any batch at any time, a curriculum, preferences in pairs, parts of a set; and a resume that is exact."""
+"""Several sets in one training: shares, a curriculum, preferences, parts of a set, a resume.
+
+Shares hold in every stretch, any batch is there at any time, preferences come in pairs, and a
+resume is exact.
+"""
 
 import json
 import os
@@ -9,13 +13,14 @@ from types import SimpleNamespace
 import kill_child as child
 import numpy as np
 import pytest
+from test_chat import write
+from test_faults import At, Losses, PowerCut, power_cut
+
 from minigpt.data import DataError, Mixture, PairSet, build_tokenset, check_size, curriculum, loader
 from minigpt.registry import mix
 from minigpt.source import ResumeError
 from minigpt.tokenizer import IM_END, train_tokenizer
 from minigpt.train import fit, resume
-from test_chat import write
-from test_faults import At, Losses, PowerCut, power_cut
 
 LEN = 64
 
@@ -45,7 +50,7 @@ def texts(path, n=120, seed=0):
             dict(
                 text=" ".join(
                     random.Random(seed * 9999 + i).choices(
-                        "one two three four five six 雪 seven".split(), k=5 + i % 40
+                        ["one", "two", "three", "four", "five", "six", "雪", "seven"], k=5 + i % 40
                     )
                 )
                 + f" {i}"
@@ -69,7 +74,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
-# --- shares ---------------------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 def counted(weights):
     "(3001, n) how many sequences of each set stand before each place, and the exact shares"
     m = Mixture([(SimpleNamespace(meta=dict(tokenizer="t")), w) for w in weights])
@@ -116,7 +121,7 @@ def test_shares_of_many_sets():
 
 
 def test_sequences_are_those_of_the_sets(sets):
-    "Each set's own, in its own order, from one place of the pattern to the next; texts have one row"
+    "Each set's own, in its own order, from place to place of the pattern; texts have one row"
     m = Mixture([(sets[0], 0.6), (sets[1], 0.3), (sets[2], 0.1)])
     place = np.arange(2500)
     got, which = m.sequences(place, LEN, 3), m.pattern[place % 1000]
@@ -226,7 +231,7 @@ def test_held_out_parts(sets):
     )
 
 
-# --- from easy to hard ----------------------------------------------------------------------------------------------------------
+# --- from easy to hard ----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [0, 1], ids=["texts", "talks"])
 def test_curriculum(sets, kind):
     "The first epoch has everything once and begins with what is easy; the next ones are shuffled"
@@ -294,7 +299,7 @@ def test_curriculum_of_any_seed(sets):
     assert sorted(curriculum(sets[0]).order(np.arange(n), n, LEN, (-1, 0))) == list(range(n))
 
 
-# --- preferences ----------------------------------------------------------------------------------------------------------------
+# --- preferences ----------------------------------------------------------------------------------
 def preferences(n=40):
     return [
         dict(
@@ -449,13 +454,15 @@ def test_an_answer_that_fits_exactly_is_kept(tok, tmp_path):
         ), seq_len
 
 
-# --- parts of a set -------------------------------------------------------------------------------------------------------------
+# --- parts of a set -------------------------------------------------------------------------------
 def docs(d, tok):
     return [t for t in tok.decode(d.tokens).split("<|endoftext|>") if t] if d else []
 
 
 def test_parts_of_a_set(tok, tmp_path):
-    "A smaller share is part of a larger one, sides never meet and never change, the first rows are the first"
+    """A smaller share is part of a larger one; the first rows are the first.
+
+    Sides never meet and never change."""
     f, rows = (
         texts(tmp_path / "a.jsonl", 600),
         [json.loads(l)["text"] for l in open(tmp_path / "a.jsonl", encoding="utf-8")],
@@ -547,7 +554,7 @@ def test_one_question_stays_on_one_side(tok, tmp_path):
     assert all(asked(subset).count(q) == 8 for q in {*asked(subset)})
 
 
-# --- a run ----------------------------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 OPTIONS = dict(
     child.OPTIONS,
     max_steps=24,
@@ -648,7 +655,7 @@ def test_a_mixture_whose_files_are_gone_resumes(cut, whole, tmp_path):
     ],
 )
 def test_a_changed_mixture_is_refused(change, words, files, cut, whole, tmp_path):
-    "With the field and both values; and the run as it was goes on afterwards, even where the files are gone"
+    "With the field and both values; the run as it was goes on, even where the files are gone"
     folder, (a, b, c) = shutil.copytree(cut, tmp_path / "run"), map(str, files)
     parts, options = [(a, 0.7), (b, 0.3)], {}
     if change == "weights":

@@ -1,4 +1,7 @@
-"What no cell can hold: files that are cut and replaced while they are read, processes that are killed, disks that are full or slow, terminals and pipes."
+"""What no cell can hold: files that change, kills, disks, terminals and pipes.
+
+Files are cut and replaced while they are read, processes are killed, disks are full or slow.
+"""
 
 import errno
 import itertools
@@ -18,6 +21,7 @@ from faulty import Disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kill_child import ROOT
+
 from minigpt.monitor import (
     Curves,
     EventWriter,
@@ -56,7 +60,7 @@ def same(curves, rows):
         assert list(zip(*(c.tolist() for c in curves(name)))) == want, name
 
 
-# --- following a file ---------------------------------------------------------------------------------------------------------------
+# --- following a file -----------------------------------------------------------------------------
 row = st.one_of(
     st.builds(lambda s, l: dict(step=s, loss=l, lr=0.1), st.integers(0, 60), st.floats(0, 9)),
     st.builds(lambda s, l: dict(step=s, eval_loss=l), st.integers(0, 60), st.floats(0, 9)),
@@ -111,7 +115,9 @@ from minigpt.monitor import EventWriter, Metrics, read_metrics
 folder,attempt,step = Path(sys.argv[1]),int(sys.argv[2]),int(sys.argv[3])
 with only_one(folder):
     m = Metrics(folder/'metrics.jsonl', attempt, step)
-    e = EventWriter(folder/'tensorboard', step, read_metrics(folder/'metrics.jsonl')) if len(sys.argv) > 4 else None
+    e = None
+    if len(sys.argv) > 4:
+        e = EventWriter(folder/'tensorboard', step, read_metrics(folder/'metrics.jsonl'))
     while True:
         step += 1
         row = dict(step=step, loss=9/step+attempt, lr=1e-3)
@@ -122,7 +128,9 @@ with only_one(folder):
 
 
 def test_a_writer_that_is_killed_is_followed(tmp_path):
-    "Two processes: what the second attempt writes supersedes what the first wrote beyond its start; TensorBoard shows the same course"
+    """Two processes: the second attempt supersedes what the first wrote beyond its start.
+
+    TensorBoard shows the same course."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     f = Follower(tmp_path / "metrics.jsonl")
     step = 0
@@ -158,7 +166,7 @@ def test_a_writer_that_is_killed_is_followed(tmp_path):
     assert all(abs(seen[s] - known[s]) < 1e-5 for s in seen)
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 60))
 def test_decimation_keeps_what_a_picture_shows(values, width):
     y = np.array(values)
@@ -242,7 +250,7 @@ def test_two_threads_draw(tmp_path):
     assert w.close()
 
 
-# --- disks that fill up -----------------------------------------------------------------------------------------------------------
+# --- disks that fill up ---------------------------------------------------------------------------
 def test_events_on_a_full_disk(tmp_path):
     "Half a record would hide all that come after it: it is cut off, and later ones count again"
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -266,12 +274,21 @@ from minigpt.monitor import EventWriter, Metrics, PlotWriter, RunLog
 folder = Path(sys.argv[1])
 m,e,log = Metrics(folder/'metrics.jsonl'),EventWriter(folder/'tensorboard'),RunLog(folder/'run.log')
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY)) # writes are short at first, and then fail
-for step in range(1, 40): m.write(step=step, loss=1/step); e.log(dict(step=step, loss=1/step)); log(f'step {step} '+'x'*60)
+# writes are short at first, and then fail
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+for step in range(1, 40):
+    m.write(step=step, loss=1/step)
+    e.log(dict(step=step, loss=1/step))
+    log(f'step {step} '+'x'*60)
 plots = PlotWriter(folder); plots.save(39); plots.close()
-assert m.problem and e.problem and 'File too large' in plots.problem, (m.problem, e.problem, plots.problem)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)) # there is room again
-for step in range(40, 50): m.write(step=step, loss=1/step); e.log(dict(step=step, loss=1/step)); log(f'step {step}')
+problems = m.problem, e.problem, plots.problem
+assert m.problem and e.problem and 'File too large' in plots.problem, problems
+# there is room again
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+for step in range(40, 50):
+    m.write(step=step, loss=1/step)
+    e.log(dict(step=step, loss=1/step))
+    log(f'step {step}')
 plots.save(49); assert plots.close()
 m.close(); e.close()
 """
@@ -300,7 +317,7 @@ def test_a_log_on_a_full_disk():
         log("a line")
 
 
-# --- the state of a run -------------------------------------------------------------------------------------------------------------
+# --- the state of a run ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "A small run with all there is in one, and its copy in a backup"
@@ -493,7 +510,7 @@ def test_folders_that_are_no_runs(tmp_path):
             run_status(tmp_path / name)
 
 
-# --- monitor ------------------------------------------------------------------------------------------------------------------------
+# --- monitor --------------------------------------------------------------------------------------
 MONITOR = "import sys; from minigpt.status import monitor; monitor(sys.argv[1], every=.1)"
 
 
@@ -548,7 +565,7 @@ def test_monitor_in_a_terminal(tmp_path, monkeypatch):
         def read():
             nonlocal seen
             seen += os.read(main, 65536)
-            return seen.count("training, step".encode()) >= 3
+            return seen.count(b"training, step") >= 3
 
         until(read, p=w)
         p.send_signal(signal.SIGKILL)
@@ -564,9 +581,11 @@ def test_monitor_in_a_terminal(tmp_path, monkeypatch):
         os.close(main)
 
 
-# --- widgets ----------------------------------------------------------------------------------------------------------------------
+# --- widgets --------------------------------------------------------------------------------------
 def test_the_dashboard_goes_on_with_a_run(work, monkeypatch):
-    "A run that was stopped, and its copy in a backup: a click trains it to its end; a second one is not offered"
+    """A run that was stopped, and its copy in a backup: a click trains it to its end.
+
+    A second one is not offered."""
     pytest.importorskip("ipywidgets")
     from minigpt.files import read_json, write_json
     from minigpt.widgets import RunDashboard
@@ -593,7 +612,7 @@ def test_the_dashboard_goes_on_with_a_run(work, monkeypatch):
     assert read_json(work / "runs" / "run" / "trainer_state.json")["global_step"] == 24
 
 
-# --- without a front end --------------------------------------------------------------------------------------------------------------
+# --- without a front end --------------------------------------------------------------------------
 def test_views_without_a_front_end(tmp_path):
     "No ipywidgets, no rich, no matplotlib at import; text and PNG all the same"
     run = run_with_losses(tmp_path / "run")

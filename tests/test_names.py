@@ -1,10 +1,15 @@
-"What stands for a model, a run, a folder or an option: a run's folder for its model and tokenizer, `~`, the names of runs, other programs' options, any locale."
+"""What stands for a model, a run, a folder or an option.
+
+A run's folder for its model and tokenizer, `~`, the names of runs, other programs' options, any
+locale.
+"""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
 from minigpt import cli
 from minigpt.analyze import create_demo
 from minigpt.chat import Chat

@@ -1,8 +1,13 @@
-"""Muon: the same numbers as a plain implementation in float64; which parameters it takes; state that comes back from a checkpoint to the last bit."""
+"""Muon: its numbers, which parameters it takes, and its state in a checkpoint.
+
+The same numbers as a plain implementation in float64; the state comes back to the last bit.
+"""
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from minigpt import optim
 from minigpt.checkpoint import (
     CheckpointError,
@@ -18,7 +23,6 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.optim import Muon, make_optimizer
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import Callback, fit
-from torch import nn
 
 SHAPE = dict(vocab_size=300, dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48)
 
@@ -46,7 +50,7 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-# --- the numbers --------------------------------------------------------------------------------------------------------------------
+# --- the numbers ----------------------------------------------------------------------------------
 def reference_muon(w, m, g, lr, decay, momentum):
     "As Jordan's text has it, one matrix at a time; the size of the step as Liu et al. have it."
     m = momentum * m + (1 - momentum) * g
@@ -117,7 +121,7 @@ def test_the_gradient_is_left_as_it_is():
     assert torch.equal(p.grad, before)
 
 
-# --- which parameters ---------------------------------------------------------------------------------------------------------------
+# --- which parameters -----------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
 def test_groups(tied):
     model = GPT(GPTConfig(**SHAPE, tied=tied, qk_norm=True))
@@ -177,7 +181,7 @@ def test_a_scaler_leaves_out_a_whole_step(model):
         )
 
 
-# --- saved and restored ----------------------------------------------------------------------------------------------------------------
+# --- saved and restored ---------------------------------------------------------------------------
 def test_through_a_checkpoint(model, tmp_path):
     opt = make_optimizer(model, config(), "cpu")
     learn(model, opt, 3)

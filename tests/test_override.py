@@ -1,4 +1,7 @@
-"""A call that does not describe the run in its folder: what is refused has changed nothing, and what `override` lets through goes on with what it names."""
+"""A call that does not describe the run in its folder.
+
+What is refused has changed nothing, and what `override` lets through goes on with what it names.
+"""
 
 import hashlib
 import json
@@ -6,6 +9,7 @@ import random
 import shutil
 
 import pytest
+
 from minigpt.backup import Backup, BackupError
 from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.data import TokenSet, build_tokenset
@@ -85,7 +89,9 @@ class Stop(Callback):
 # --- checkpoints that are nobody's, or another's ---
 @pytest.mark.parametrize("left", ["checkpoints", "snapshots", "best", "final"])
 def test_saved_work_without_run_json_is_not_trained_over(work, left):
-    "Once run.json is lost, nothing says whose checkpoints they are: a new training would prune and overwrite them"
+    """Once run.json is lost, nothing says whose checkpoints they are.
+
+    A new training would prune and overwrite them."""
     a = go(work, max_steps=10)
     lone = work / "lone"
     lone.mkdir()
@@ -150,7 +156,9 @@ def test_a_checkpoint_of_another_run_is_set_aside(work):
 )
 @pytest.mark.parametrize("override", ["data", "validation_split"])
 def test_a_refused_override_leaves_the_tokens(work, change, override):
-    "One change is meant, another is not: the call is refused, and the run goes on as if it had not been made"
+    """One change is meant, another is not: the call is refused.
+
+    The run goes on as if it had not been made."""
     run = go(work)
     before = contents(run.path)
     name = "b.txt" if override == "data" else "a.txt"
@@ -178,7 +186,9 @@ def test_a_refused_override_leaves_the_tokens(work, change, override):
 
 
 def test_override_data_and_back(work):
-    "The tokens change once, and are found again by the same call; those before them stay, until somebody deletes them"
+    """The tokens change once, and are found again by the same call.
+
+    Those before them stay, until somebody deletes them."""
     run = go(work)
     a = contents(run.path / "data")
     run = go(work, "b.txt", max_steps=15, override="data")
@@ -308,7 +318,9 @@ def test_open_run_sees_a_run_made_before_places_were_written(work):
 
 
 def test_the_backup_has_the_tokens_of_now(work):
-    "On another machine, where neither the texts nor the run are, it goes on with the data that it was changed to"
+    """On another machine it goes on with the data that it was changed to.
+
+    Neither the texts nor the run are there."""
     drive = work / "drive"
     drive.mkdir()
     go(work, gdrive_backup_dir=str(drive))
@@ -562,7 +574,9 @@ def test_a_restored_run_has_its_best_model(work):
 
 
 def test_a_run_that_went_on_elsewhere(work):
-    "Two machines, one after the other: the first one takes over what the second one has done, its history and its data"
+    """Two machines, one after the other: the first takes over what the second has done.
+
+    Its history and its data too."""
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)
@@ -700,7 +714,9 @@ def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
 
 
 def test_a_call_that_saved_nothing_does_not_part_two_machines(work):
-    "Machine one is cut off before its backup knows of the call, and before it has saved a step; machine two goes on"
+    """Machine one is cut off before its backup knows of the call; machine two goes on.
+
+    Machine one has saved no step by then."""
     on = two_machines(work)
 
     class Out(Callback):
@@ -717,7 +733,9 @@ def test_a_call_that_saved_nothing_does_not_part_two_machines(work):
 
 
 def test_what_has_not_arrived_in_the_backup_may_have_been_saved(work):
-    "Machine two has gone on, and only its run.json is there yet: what machine one has done since is not joined to it"
+    """Machine two has gone on, and only its run.json is there yet.
+
+    What machine one has done since is not joined to it."""
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)

@@ -1,6 +1,10 @@
-"The package as a whole: one version and address, light imports, rooms in order, a wheel that holds what it should, notebooks in order."
+"""The package as a whole: one version and address, light imports, rooms in order.
+
+Also a wheel that holds what it should, and notebooks in order.
+"""
 
 import ast
+import contextlib
 import json
 import re
 import shutil
@@ -54,13 +58,11 @@ def tracked():
 def texts():
     "Text files of the repository: path relative to the root, and contents"
     for p in tracked():
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             yield p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            pass
 
 
-# --- version and address --------------------------------------------------------------------------------------------------------
+# --- version and address --------------------------------------------------------------------------
 def test_version():
     import minigpt
 
@@ -155,7 +157,7 @@ def test_readme_rendering():
     assert list(pictures) == ["nbs/images/index-1.png"]
 
 
-# --- imports ------------------------------------------------------------------------------------------------------------------------
+# --- imports --------------------------------------------------------------------------------------
 def test_import_is_light():
     code = (
         "import sys, time; t = time.perf_counter(); import minigpt; t = time.perf_counter() -"
@@ -223,7 +225,7 @@ def test_a_room_imports_only_rooms_above(room):
     }, f"{room} imports {sorted(found - set(above))}, which come after it"
 
 
-# --- the wheel ----------------------------------------------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "The wheel, built from a copy, so that an old build/ here cannot leak into it"
@@ -288,7 +290,7 @@ def test_wheel_metadata(wheel):
     )
 
 
-# --- what stands in the files ------------------------------------------------------------------------------------------------------
+# --- what stands in the files ---------------------------------------------------------------------
 def test_no_file_names_a_package_index_or_a_place_on_this_machine():
     hosts = [
         "pypi" + ".org",
@@ -317,7 +319,7 @@ def test_no_one_is_told_to_install_somebody_elses_package():
             assert not wrong.search(line), f"{path}:{n}: {line[:160]}"
 
 
-# --- notebooks ----------------------------------------------------------------------------------------------------------------------
+# --- notebooks ------------------------------------------------------------------------------------
 @every
 def test_outputs_are_small(path):
     assert path.stat().st_size < 500_000, f"{path.stat().st_size / 1000:.0f} kB in all"

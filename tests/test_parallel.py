@@ -1,5 +1,8 @@
-"""Several processes that train one model: their losses are those of one, they go on exactly, and none of them waits for one that is gone.
-On the CPU, over gloo; on GPUs only the way of the gradients is another."""
+"""Several processes that train one model: their losses are those of one; they go on exactly.
+
+None of them waits for one that is gone. On the CPU, over gloo; on GPUs only the way of the
+gradients is another.
+"""
 
 import os
 import pickle
@@ -13,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from minigpt import parallel
 from minigpt.checkpoint import read_checkpoint
 from minigpt.lora import lora
@@ -285,7 +289,9 @@ SCRIPT = textwrap.dedent("""
     class Say(Callback):
         def on_step(self, t): print('step', t.step, flush=True)
     for name in sys.argv[2:]:
-        run = fit(GPTConfig(**{shape}), sys.argv[1], output_dir=name, callbacks=[Say()], **{options})
+        run = fit(
+            GPTConfig(**{shape}), sys.argv[1], output_dir=name, callbacks=[Say()], **{options}
+        )
     sys.stdout.write(f'finished {run.finished}\\n')
 """)
 
@@ -300,7 +306,9 @@ def script(tmp_path):
 
 
 def test_torchrun(text, alone, script, tmp_path):
-    "The same script in every process, with two trainings in it, one after the other; then once more, where both are finished"
+    """The same script in every process, with two trainings in it, one after the other.
+
+    Then once more, where both are finished."""
     for _ in range(2):
         done = subprocess.run(
             [

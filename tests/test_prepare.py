@@ -1,4 +1,7 @@
-"""Preparing and naming data: what must survive a failure, folders, real rows, and runs whose data are gone or changed."""
+"""Preparing and naming data.
+
+What must survive a failure, folders, real rows, and runs whose data are gone or changed.
+"""
 
 import errno
 import json
@@ -7,6 +10,8 @@ import os
 import kill_child as child
 import numpy as np
 import pytest
+from typer.testing import CliRunner
+
 from minigpt import cli, registry
 from minigpt.formats import DataError, parse_block, read_blocks
 from minigpt.prepare import prepare
@@ -16,7 +21,6 @@ from minigpt.run import open_run
 from minigpt.source import ResumeError
 from minigpt.tokenizer import train_tokenizer
 from minigpt.train import fit, resume
-from typer.testing import CliRunner
 
 SHARED = child.ROOT.parent / "shared" / "data"
 OPTIONS = dict(child.OPTIONS, max_steps=6, save_steps=3, eval_steps=6)
@@ -92,10 +96,13 @@ def test_a_folder_becomes_a_folder_or_a_file(tmp_path, tok):
     "name", ["pretrain_zh", "sft_zh", "tool_calling_minimind_str", "dpo", "reasoning"]
 )
 def test_real_rows(name, tmp_path, tok):
-    "Counts add up; what is written is read again, in the same number and of the same kind; tools, calls and thoughts survive"
+    """Counts add up; what is written is read again, in the same number and of the same kind.
+
+    Tools, calls and thoughts survive."""
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
-            f"this test is for real rows, whose licences keep them out of the repository; put {name}.jsonl into ../shared/data to run it"
+            "this test is for real rows, whose licences keep them out of the repository;"
+            f" put {name}.jsonl into ../shared/data to run it"
         )
     some = tmp_path / "some.jsonl"
     with open(f, "rb") as lines:
@@ -191,7 +198,9 @@ def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_fo
 def test_an_objective_that_the_data_do_not_have(tmp_path):
     with pytest.raises(
         ValueError,
-        match="objective='conversation_modeling' learns from rows of the kind conversation.*kind text",
+        match=(
+            "objective='conversation_modeling' learns from rows of the kind conversation.*kind text"
+        ),
     ):
         fit(
             child.shape(),
@@ -203,7 +212,9 @@ def test_an_objective_that_the_data_do_not_have(tmp_path):
 
 
 def test_a_mistaken_call_touches_no_tokens(tmp_path):
-    "Other parts, other weights, one file in place of a mixture: refused, and the run goes on without its sources"
+    """Other parts, other weights, one file in place of a mixture: refused.
+
+    The run goes on without its sources."""
     a, b = child.write_text(tmp_path / "a.jsonl"), child.write_text(tmp_path / "b.jsonl", seed=1)
     go = lambda train, **kw: fit(
         child.shape(), train, output_dir=tmp_path / "run", **{**OPTIONS, **kw}
@@ -239,7 +250,7 @@ def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
     assert resume(tmp_path / "run", max_steps=9).step == 9
 
 
-# --- what a name stands for ---------------------------------------------------------------------------------------------------------
+# --- what a name stands for -----------------------------------------------------------------------
 REASONING = "data/dataset/minimind_dataset/r1_mix_1024.jsonl"
 
 
@@ -257,6 +268,7 @@ def put(name="r1_mix_1024.jsonl", seed=0):
     )
     with open(path, "w") as f:
         f.writelines(json.dumps(talk(i)) + "\n" for i in range(150))
+    return None
 
 
 def said(run):
@@ -294,8 +306,8 @@ def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
     )
     run = fit(child.shape(), "reasoning", output_dir="run", **options)
     assert (
-        "reasoning = built-in corpus; the registered data set of this name is not here (minigpt data get reasoning)"
-        in said(run)
+        "reasoning = built-in corpus; the registered data set of this name is not here"
+        " (minigpt data get reasoning)" in said(run)
     )
     facts = json.loads((run.path / "run.json").read_text())
     del facts["data"]["named"]
@@ -337,7 +349,10 @@ def test_two_things_of_one_name_are_an_error_that_says_how_to_name_each(data, tm
             for part in (
                 "'pretrain' has two meanings",
                 f"the folder pretrain in {tmp_path}",
-                "Write './pretrain' for the first, or 'data/dataset/minimind_dataset/pretrain_hq.jsonl' for the second",
+                (
+                    "Write './pretrain' for the first,"
+                    " or 'data/dataset/minimind_dataset/pretrain_hq.jsonl' for the second"
+                ),
             )
         )
     paths = [
@@ -408,7 +423,9 @@ def test_full_data_is_never_a_corpus(data, corpus):
 
 
 def test_rows_too_long_to_be_learned_from(tmp_path, tok):
-    "A part of a mixture, and a validation set, of which nothing is left: said, not waited for or counted as a loss of 0"
+    """A part of a mixture, and a validation set, of which nothing is left.
+
+    That is said, not waited for or counted as a loss of 0."""
     long = [
         dict(
             conversations=[
@@ -543,6 +560,7 @@ def test_a_configuration_file_that_names_data_well():
 def test_workers_find_near_duplicates_where_the_parent_has_threads():
     "rensa starts threads over many rows; a forked worker that wanted them would wait for ever"
     import rensa
+
     from minigpt.files import spread
     from minigpt.quality import band_keys
 

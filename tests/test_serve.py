@@ -1,4 +1,7 @@
-"Chat and server from outside: OpenAI's own client, clients that hang up, bad requests, a terminal with Ctrl-C and pipes."
+"""Chat and server from outside.
+
+OpenAI's own client, clients that hang up, bad requests, a terminal with Ctrl-C and pipes.
+"""
 
 import http.client
 import json
@@ -13,12 +16,13 @@ import time
 
 import pytest
 import torch
+from project import ROOT
+from scripted import Scripted
+
 from minigpt.chat import Chat, Tools
 from minigpt.model import GPT, GPTConfig
 from minigpt.serve import Server
 from minigpt.tokenizer import train_tokenizer
-from project import ROOT
-from scripted import Scripted
 
 openai = pytest.importorskip("openai")
 
@@ -281,7 +285,9 @@ def test_raw_requests(server, head, body, status):
 
 
 def test_web_pages_are_kept_out(server):
-    "A page of another origin can send neither JSON (without being asked first) nor, by a name that points here, anything at all"
+    """A page of another origin can send no JSON without being asked first.
+
+    By a name that points here, it can send nothing at all."""
     post = (
         "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: {}\r\nContent-Length:"
         " 2\r\n\r\n{{}}"
@@ -350,7 +356,7 @@ def test_an_error_in_the_middle_of_a_stream(client, model, tok):
         list(client.chat.completions.create(model="scripted", messages=ASK, stream=True))
 
 
-# --- chat ---------------------------------------------------------------------------------------------------------------------------
+# --- chat -----------------------------------------------------------------------------------------
 def weather(city: str):
     return dict(rain=city == "Oslo")
 
@@ -487,10 +493,14 @@ def test_tools_run_nothing_else(tmp_path):
 
 TALK = """
 import sys; sys.path.insert(0, "tests")
-from minigpt.model import GPTConfig; from minigpt.tokenizer import train_tokenizer; from scripted import Scripted
+from minigpt.model import GPTConfig
+from minigpt.tokenizer import train_tokenizer
+from scripted import Scripted
 from minigpt.chat import Chat
 tok = train_tokenizer(["Rain?"]*9, 300)
-model = Scripted(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=400)).script(tok, "no "*90, "Yes \\x1b[2J.", pause=.02)
+model = Scripted(GPTConfig(
+    vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=16, max_len=400))
+model = model.script(tok, "no "*90, "Yes \\x1b[2J.", pause=.02)
 from minigpt.chat import chat_in_terminal
 chat = Chat(model, tok, temperature=0)
 chat_in_terminal(chat)
@@ -537,7 +547,9 @@ from minigpt.model import GPT, GPTConfig
 from minigpt.serve import serve
 from minigpt.tokenizer import train_tokenizer
 tok = train_tokenizer(["A server that is stopped. 停。"]*9, vocab_size=280)
-model = GPT(GPTConfig(vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32, max_len=1 << 20)).eval()
+model = GPT(GPTConfig(
+    vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32,
+    max_len=1 << 20)).eval()
 type(tok).stop_ids = property(lambda self: ())      # an answer without an end
 serve({"m": (model, tok)}, port=0, say=lambda line: print(line, flush=True))
 """

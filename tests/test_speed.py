@@ -1,4 +1,7 @@
-"""Fast, and still exact: compiled, in bf16, with activations computed twice, by Muon; and what happens when memory runs out."""
+"""Fast, and still exact; and what happens when memory runs out.
+
+Compiled, in bf16, with activations computed twice, by Muon.
+"""
 
 import json
 import shutil
@@ -6,19 +9,20 @@ import weakref
 from types import SimpleNamespace
 
 import kill_child as child
-import minigpt.model
-import minigpt.train
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from test_faults import At, PowerCut, go, power_cut
+
+import minigpt.model
+import minigpt.train
 from minigpt.config import TrainConfig
 from minigpt.guard import Guard
 from minigpt.model import GPT, linear_cross_entropy
 from minigpt.run import open_run
 from minigpt.speed import can_keep, choose, decide_compile
 from minigpt.train import Callback, TrainingError, fit
-from test_faults import At, PowerCut, go, power_cut
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -29,7 +33,9 @@ def work(tmp_path):
 
 
 def interrupted(work, tmp_path, **options):
-    "Losses of a run that is cut off behind step 7, two steps after a save, and goes on; each equal to those of a run left alone"
+    """Losses of a run that is cut off behind step 7, two steps after a save, and goes on.
+
+    Each is equal to that of a run left alone."""
     alone = go(child.new_work(tmp_path / "alone"), **options)[1]
     with pytest.raises(PowerCut):
         go(work, At(7, power_cut), **options)
@@ -202,7 +208,9 @@ def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_pat
 
 
 def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
-    "When it is measured whether compiling pays: nothing has begun yet, and a smaller micro-batch can be tried at once"
+    """When it is measured whether compiling pays, nothing has begun yet.
+
+    A smaller micro-batch can be tried at once."""
     from minigpt import speed
 
     def too_much(*args):
@@ -237,7 +245,7 @@ def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
 
 
 def test_fp16_that_overflows_at_every_scale_is_said(work):
-    "Such steps change nothing, so the loss would stay where it is, and the run would seem to end well"
+    "Such steps change nothing: the loss would stay as it is, and the run seem to end well"
 
     def hopeless(t):
         t.scaler = torch.amp.GradScaler("cpu", init_scale=1e-4)
@@ -264,7 +272,9 @@ def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, c
 
 
 def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(work, monkeypatch):
-    "A stop in a step with an evaluation, whose best model was copied: the state is written, though no copy of it can be made"
+    """A stop in a step with an evaluation, whose best model was copied.
+
+    The state is written, though no copy of it can be made."""
     real = minigpt.train.Writer.save
 
     def full_after(self, store, state):
@@ -354,7 +364,9 @@ def test_choices_stand_in_run_json(work):
 )
 @pytest.mark.parametrize("rows", [1, 97, 10_000])
 def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
-    "Also for rows without a label, no rows, chances too small for fp16, and chances next to 1, of which bf16 knows two digits"
+    """Also for rows without a label, no rows, and extreme chances.
+
+    Chances too small for fp16, and next to 1, of which bf16 knows two digits."""
     monkeypatch.setattr(minigpt.model, "_rows_at_once", lambda *a: rows)
     for n, scale, known in (
         (600, 1.0, False),

@@ -1,4 +1,8 @@
-"""The other stages, killed with SIGKILL in mid-run, go on bit for bit: SFT, an adapter (with dropout), DPO, simplex diffusion (packed, and line by line). (What can go wrong around a kill is in test_kill.py.)"""
+"""The other stages, killed with SIGKILL in mid-run, go on bit for bit.
+
+SFT, an adapter (with dropout), DPO, simplex diffusion (packed, and line by line). (What can go
+wrong around a kill is in test_kill.py.)
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +30,7 @@ STAGES |= {
 
 
 def lose_half(work):
-    "As if it had been killed while the reference was computed: half of the numbers are not there yet"
+    "As if killed while the reference was computed: half of the numbers are not there yet"
     for f in (work / "run").glob("data/*/reference-*.bin"):
         bits = np.fromfile(f, np.int32).reshape(2, -1)
         half = bits.shape[1] // 2

@@ -1,14 +1,18 @@
-"A config that ties the output layer to the embedding, and a file that holds an output layer of its own: what transformers makes of it."
+"""A config that ties the output layer to the embedding, and a file that holds one of its own.
+
+What transformers makes of it.
+"""
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from minigpt.checkpoint import CheckpointError, load_model
 from minigpt.export import export
 from minigpt.lora import lora
 from minigpt.model import GPT, from_hf
-from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

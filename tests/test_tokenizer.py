@@ -1,4 +1,7 @@
-"""Any text comes back exactly, and tiktoken (which encodes) and Hugging Face tokenizers (which everybody else reads) give the same ids."""
+"""Any text comes back exactly, and tiktoken and Hugging Face tokenizers give the same ids.
+
+tiktoken encodes; the other is what everybody else reads.
+"""
 
 import json
 from functools import cache
@@ -8,6 +11,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from minigpt import tokenizer as T
 from minigpt.tokenizer import MARKS, SPECIALS, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -55,7 +59,8 @@ def rows(name, n):
         return [json.loads(line)["text"] for line in islice(f, n)]
 
 
-# any text: single characters of every kind, the words of the corpora, white space, tokens written out whole or cut short
+# any text: single characters of every kind, the words of the corpora, white space, tokens written
+# out whole or cut short
 PARTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(SPECIALS + MARKS),
@@ -156,7 +161,7 @@ def test_marks_in_ordinary_text_without_tiktoken():
     assert slow("mixed").encode(text) == tokenizer("mixed").encode(text)
 
 
-# --- what makes them agree ------------------------------------------------------------------------------------------------------
+# --- what makes them agree ------------------------------------------------------------------------
 def merges(tok):
     "(left, right) in bytes, in order of rank"
     byte_of = T._byte_of()
@@ -168,7 +173,7 @@ def merges(tok):
 
 
 def last_pair(token, rank):
-    "Lowest rank first, on the bytes of a token, without the rank that makes it: the parts that remain"
+    "Lowest rank first, on the bytes of a token, without its own rank: the parts that remain"
     parts, own = [bytes([b]) for b in token], rank[token]
     while True:
         at = [(rank.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
@@ -179,8 +184,11 @@ def last_pair(token, rank):
 
 
 def check_merges(tok):
-    """tiktoken joins the two neighbours whose union has the lowest rank; Hugging Face joins the pair that stands first in the list of merges.
-    They are the same if no token comes about in two ways and each comes about from the pair that the list names.
+    """Every token comes about in one way, from the pair that the list of merges names.
+
+    tiktoken joins the two neighbours whose union has the lowest rank; Hugging Face joins the pair
+    that stands first in the list of merges. They are the same if no token comes about in two ways
+    and each comes about from the pair that the list names.
     """
     made = merges(tok)
     rank = {a + b: n for n, (a, b) in enumerate(made)}
@@ -209,7 +217,7 @@ def test_a_tokenizer_of_other_making_is_left_to_hugging_face():
     assert Tokenizer(T.HFTokenizer.from_str(json.dumps(made))).fast is None
 
 
-# --- training and saving --------------------------------------------------------------------------------------------------------
+# --- training and saving --------------------------------------------------------------------------
 @kinds
 def test_vocabulary(kind):
     tok = tokenizer(kind)
@@ -241,7 +249,7 @@ def test_asks_for_what_it_needs():
         train_tokenizer(["", ""])
 
 
-# --- real texts -----------------------------------------------------------------------------------------------------------------
+# --- real texts -----------------------------------------------------------------------------------
 SHARED = sorted((ROOT.parent / "shared" / "data").glob("pretrain_*.jsonl"))
 
 

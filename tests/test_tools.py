@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import example, given, strategies as st
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from minigpt.corpus import TOOLS, call, reasoning
 from minigpt.formats import parse_conversation

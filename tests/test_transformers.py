@@ -1,7 +1,8 @@
-"""What we save opens in transformers as it is: the same logits, the same greedy text, the same token ids.
+"""What we save opens in transformers as it is: the same logits, greedy text and token ids.
 
-Runs with transformers 5 (`make test`) and with 4.57 (`make compat-transformers`). The weights are trained a little first:
-at initialisation attention is nearly uniform, so that a wrong rotary base, say, would hardly show.
+Runs with transformers 5 (`make test`) and with 4.57 (`make compat-transformers`). The weights are
+trained a little first: at initialisation attention is nearly uniform, so that a wrong rotary base,
+say, would hardly show.
 """
 
 import json
@@ -9,7 +10,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from minigpt.checkpoint import State, load_model, write_checkpoint
 from minigpt.generate import complete, generate
@@ -120,7 +122,7 @@ def trained(config, stream, steps=40):
     torch.manual_seed(0)
     model = GPT(config)
     opt = torch.optim.AdamW(model.parameters(), 5e-3)
-    for step in range(steps):
+    for _step in range(steps):
         at = torch.randint(len(stream) - 129, (4,))
         rows = torch.stack([stream[i : i + 129] for i in at.tolist()])
         loss = model.loss(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
@@ -280,7 +282,9 @@ def calling(arguments):
     [{}, {"city": "武汉", "note": 'x, "y": \\ a/b\n🌧', "n": [1, 2.5, None, {"deep": [True]}]}],
 )
 def test_calls_in_the_form_of_openai(saved, arguments):
-    "As they are, without `chat_messages` before; arguments as an object or as JSON, however that is spelled"
+    """As they are, without `chat_messages` before.
+
+    Arguments as an object or as JSON, however that is spelled."""
     hf, tokenizer = theirs(saved[1]), load_tokenizer(saved[1])
     for a in (
         arguments,
@@ -297,6 +301,7 @@ def test_calls_in_the_form_of_openai(saved, arguments):
 def test_the_template_of_older_versions_is_still_ours(tokenizer):
     "Its tokenizers go on with it; their ids are the same as before, by the fast way too"
     import hashlib
+
     from minigpt.tokenizer import _OWN_TEMPLATES, CHAT_TEMPLATE, Tokenizer
 
     assert (
@@ -366,7 +371,9 @@ MINIMIND_TEMPLATE = (
 
 
 def test_a_tokenizer_of_others(tmp_path):
-    "Built as MiniMind builds its own: byte-level BPE with GPT-2's pattern, special tokens first, a template that opens the assistant's turn itself"
+    """Built as MiniMind builds its own: byte-level BPE with GPT-2's pattern, special tokens first.
+
+    The template opens the assistant's turn itself."""
     raw = HFTokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),

@@ -1,5 +1,8 @@
-"""What cannot be read at the moment is neither absent nor damaged. Training stops with the reason rather than give up a state that may be whole, and goes on
-when it can be read; a mount that stutters, hangs, or lacks a function that others have is no reason to stop. And what a data set's files say is verified.
+"""What cannot be read at the moment is neither absent nor damaged.
+
+Training stops with the reason rather than give up a state that may be whole, and goes on when it
+can be read; a mount that stutters, hangs, or lacks a function that others have is no reason to
+stop. And what a data set's files say is verified.
 """
 
 import errno
@@ -13,19 +16,8 @@ import kill_child as child
 import numpy as np
 import pytest
 from faulty import Disk, Server, keeps_attributes
-from minigpt import backup as backup_module
-from minigpt.backup import Backup
-from minigpt.checkpoint import CheckpointError, CheckpointStore, problem
-from minigpt.config import lr_at
-from minigpt.data import DataError, open_tokenset
-from minigpt.run import Run, list_runs, open_run, run_table, runs_table
-from minigpt.train import fit
 from test_backup import (
     ID,
-    drive,
-    parts,
-    repeat,
-    saves,
     state,
     steps_saved,
 )  # noqa: F401 (fixtures among them)
@@ -33,16 +25,21 @@ from test_faults import (
     At,
     PowerCut,
     copied,
-    cut,
     go,
     log,
     power_cut,
     same_as,
     steps,
     weights,
-    whole,
-    work,
 )  # noqa: F401
+
+from minigpt import backup as backup_module
+from minigpt.backup import Backup
+from minigpt.checkpoint import CheckpointError, CheckpointStore, problem
+from minigpt.config import lr_at
+from minigpt.data import DataError, open_tokenset
+from minigpt.run import Run, list_runs, open_run, run_table, runs_table
+from minigpt.train import fit
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +47,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr("minigpt.train._WAITS", (0.01, 0.01))
 
 
-# --- a run's own states ---------------------------------------------------------------------------------------------------------
+# --- a run's own states ---------------------------------------------------------------------------
 NEWEST = "run/checkpoints/checkpoint-10"
 
 
@@ -86,7 +83,9 @@ NEWEST = "run/checkpoints/checkpoint-10"
     ],
 )
 def test_a_state_that_cannot_be_read_stops_the_run(cut, whole, tmp_path, place, error, words):
-    "Nothing is recorded, nothing is superseded, and what comes when it can be read is bit for bit the undisturbed run"
+    """Nothing is recorded, nothing is superseded.
+
+    What comes when it can be read is bit for bit the undisturbed run."""
     work = copied(cut, tmp_path / "work")
     with Disk(tmp_path).at_work() as disk:
         disk.unreadable = {str(work / place): error}
@@ -147,7 +146,7 @@ def test_run_json_deleted_while_it_trains(whole, work):
     same_as(whole, work, go(work)[1], since=10)
 
 
-# --- file systems that lack something -------------------------------------------------------------------------------------------
+# --- file systems that lack something -------------------------------------------------------------
 def test_no_locks_no_flushing_of_folders_no_free_space(whole, work, tmp_path, monkeypatch):
     "As on some network shares and FUSE mounts: training goes on, and what cannot be known is said"
 
@@ -193,7 +192,7 @@ def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
 
 
 def test_the_list_of_runs(cut, tmp_path, monkeypatch):
-    "Shows the others, and names the one that cannot be read, that does not answer, or that holds no numbers"
+    "Shows the others, and names one that is unreadable, does not answer, or holds no numbers"
     for name in "good", "hangs", "locked", "odd":
         shutil.copytree(cut / "run", tmp_path / "runs" / name)
     with open(tmp_path / "runs/odd/metrics.jsonl", "a") as f:
@@ -220,9 +219,11 @@ def test_the_list_of_runs(cut, tmp_path, monkeypatch):
     )
 
 
-# --- the backup -----------------------------------------------------------------------------------------------------------------
+# --- the backup -----------------------------------------------------------------------------------
 def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
-    "An error after every piece: each round brings a file more, nothing is copied twice, and the user is told once"
+    """An error after every piece: each round brings a file more, nothing is copied twice.
+
+    The user is told once."""
     (tmp_path / "disk").mkdir()
     b = Backup(tmp_path / "disk", saves, beat=99)
     b.run_id = ID
@@ -241,7 +242,7 @@ def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
     monkeypatch.setattr(backup_module, "copy_file", counted)
     monkeypatch.setattr(backup_module, "rest", stutter)
     b.submit(saves / "checkpoints" / "checkpoint-300")
-    for rounds in range(1, 40):
+    for rounds in range(1, 40):  # noqa: B007
         b.step()
         if b.done():
             break
@@ -349,9 +350,11 @@ def test_the_status_does_not_wait_for_what_has_arrived(saves, tmp_path):
     )
 
 
-# --- more steps than were planned -----------------------------------------------------------------------------------------------
+# --- more steps than were planned -----------------------------------------------------------------
 def test_more_steps_and_the_learning_rate(whole, tmp_path):
-    "That it jumps is said before it does; with lr_extend it goes on from where it is, and only down, and so after another interruption"
+    """That it jumps is said before it does.
+
+    With lr_extend it goes on from where it is, and only down, and so after another interruption."""
     rates = lambda run: [r["lr"] for r in run.history if "loss" in r]
     work = copied(whole[0], tmp_path / "jump")
     run, _ = go(work, max_steps=30)
@@ -389,7 +392,7 @@ def run_config(run):
     return TrainConfig.make(run.facts["train"])
 
 
-# --- a data set's files ---------------------------------------------------------------------------------------------------------
+# --- a data set's files ---------------------------------------------------------------------------
 PAIRS = dict(
     child.OPTIONS,
     max_steps=6,
@@ -472,7 +475,7 @@ def test_a_reference_of_the_version_before(pairs, tmp_path):
 
 
 def test_a_store_of_checkpoints(parts, tmp_path):
-    "One that is unreadable is kept under another name when its step is saved again, and is not pruned"
+    "An unreadable one is kept under another name when its step is saved again, not pruned"
     store = CheckpointStore(tmp_path / "checkpoints", keep=1)
     store.save(state(parts, 1))
     with Disk(tmp_path).at_work() as disk:

@@ -1,4 +1,7 @@
-"""What users write as the documents of other programs have it: taken as it is meant, or answered with what to write instead."""
+"""What users write as the documents of other programs have it.
+
+It is taken as it is meant, or answered with what to write instead.
+"""
 
 import json
 import os
@@ -7,6 +10,8 @@ from types import SimpleNamespace
 
 import kill_child as child
 import pytest
+from typer.testing import CliRunner
+
 from minigpt import cli
 from minigpt.backup import BackupError, check_there, drive_mount
 from minigpt.checkpoint import CheckpointError
@@ -18,7 +23,6 @@ from minigpt.monitor import trouble
 from minigpt.run import open_run
 from minigpt.source import ResumeError
 from minigpt.train import Callback, fit, resume
-from typer.testing import CliRunner
 
 OPTIONS = dict(child.OPTIONS, max_steps=4, save_steps=2, eval_steps=4, eval_sequences=4)
 SHAPE = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
@@ -55,7 +59,7 @@ def work(tmp_path, monkeypatch):
     return tmp_path
 
 
-# --- the shape of a model in a configuration file -----------------------------------------------------------------------------------
+# --- the shape of a model in a configuration file -------------------------------------------------
 def test_a_shape_has_the_vocabulary_of_the_tokenizer(work):
     (work / "c.json").write_text(
         json.dumps(dict(OPTIONS, model=SHAPE, data_files="text.jsonl", output_dir="run"))
@@ -86,7 +90,7 @@ def test_a_shape_that_names_its_vocabulary_keeps_it_and_so_does_a_run_from_befor
     )
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------------------
+# --- going on -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     "A run of four steps"
@@ -162,7 +166,7 @@ def test_what_is_no_run_to_go_on_with(work):
     assert "no data to train on" in str(minigpt("train", "--resume", "checkpoint-5").exception)
 
 
-# --- names of other programs ------------------------------------------------------------------------------------------------------
+# --- names of other programs ----------------------------------------------------------------------
 def test_early_stopping_without_a_number(work):
     (work / "c.yaml").write_text("early_stopping: True\n")
     assert (
@@ -179,11 +183,10 @@ def test_early_stopping_without_a_number(work):
         ).exception
         is None
     )
-    assert (
-        open_run("run").facts["train"]["early_stopping"] == 3
-        and "early stopping: training ends after 3 evaluations in a row without a better validation loss"
-        in said(work / "run")
-    )
+    assert open_run("run").facts["train"]["early_stopping"] == 3 and (
+        "early stopping: training ends after 3 evaluations in a row without"
+        " a better validation loss"
+    ) in said(work / "run")
     assert (
         TrainConfig.make(early_stopping_patience=5, early_stopping=True).early_stopping
         == TrainConfig.make(early_stopping=True, early_stopping_patience=5).early_stopping
@@ -254,7 +257,7 @@ def test_a_bare_file_name_is_found_in_the_data_folders(work):
     )
 
 
-# --- calls that are refused -----------------------------------------------------------------------------------------------------------
+# --- calls that are refused -----------------------------------------------------------------------
 def everything(folder):
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
@@ -391,9 +394,9 @@ def test_what_is_no_run_is_told_what_to_do(copy, words, parts):
     assert all(p in e for p in parts), e
 
 
-# --- a folder that is called MyDrive ----------------------------------------------------------------------------------------------------
+# --- a folder that is called MyDrive --------------------------------------------------------------
 def test_a_folder_called_mydrive(tmp_path, monkeypatch):
-    "On a laptop it is a folder; on Colab, at Colab's mount, and where a mount is missing, it is not Drive"
+    "On a laptop it is a folder; on Colab, at Colab's mount; without a mount, it is not Drive"
     (tmp_path / "stuff/MyDrive").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     check_there(tmp_path / "stuff/MyDrive/x")
@@ -415,7 +418,7 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
     assert drive_mount(tmp_path / "stuff/MyDrive/x") == tmp_path / "stuff"
 
 
-# --- what a run says of itself ----------------------------------------------------------------------------------------------------------
+# --- what a run says of itself --------------------------------------------------------------------
 def test_losses_stand_in_the_log(work):
     "The first, the last, and one a minute between them; every evaluation"
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 9, "eval_steps": 4})

@@ -1,7 +1,10 @@
-"""Puts settings.ini's address (user, repo, branch) wherever the repository names itself: `python tools/address.py [--check]`.
+"""Puts settings.ini's address (user, repo, branch) wherever the repository names itself.
 
-That is pyproject.toml's urls, and in the notebooks the Open-in-Colab badges, the install cells (`git+https://...`) and plain links to
-the repository. README.md follows from nbs/index.ipynb (tools/readme.py)."""
+    python tools/address.py [--check]
+
+That is pyproject.toml's urls, and in the notebooks the Open-in-Colab badges, the install cells
+(`git+https://...`) and plain links to the repository. README.md follows from nbs/index.ipynb
+(tools/readme.py)."""
 
 import re
 import sys
@@ -13,7 +16,9 @@ end = r"(?=\.git\b|\.?(?![\w.-]))"  # a name may hold dots, but ends neither in 
 
 
 def rewritten(text, cfg, old):
-    "`text` of a notebook with every mention of the repository brought to the address in `cfg`; `old` is the address until now"
+    """`text` of a notebook with every mention of the repository brought to the address in `cfg`.
+
+    `old` is the address until now."""
     user, repo, branch = cfg["user"], cfg["repo"], cfg["branch"]
     text = re.sub(
         rf"(colab\.research\.google\.com/github)/{name}/{name}/blob/[^/\s]+/",

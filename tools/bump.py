@@ -1,4 +1,7 @@
-"The next version, in settings.ini and in minigpt/__init__.py together: `python tools/bump.py [major|minor|patch|1.2.3]`."
+"""The next version, in settings.ini and in minigpt/__init__.py together.
+
+python tools/bump.py [major|minor|patch|1.2.3]
+"""
 
 import re
 import sys

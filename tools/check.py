@@ -1,5 +1,7 @@
-"""What a commit must satisfy before anything runs: the modules are what the notebooks export, notebooks are clean, README.md and the
-addresses are fresh. Works on a copy, so it changes nothing here: `python tools/check.py`."""
+"""What a commit must satisfy before anything runs: `python tools/check.py`.
+
+The modules are what the notebooks export, notebooks are clean, README.md and the addresses are
+fresh. Works on a copy, so it changes nothing here."""
 
 import sys
 import tempfile
@@ -20,7 +22,7 @@ def files(root):
 
 
 def check_export():
-    "Problems of minigpt/: the copy starts without the exported modules, so one whose notebook is gone shows as well"
+    "Problems of minigpt/; the copy starts without modules, so one without a notebook shows"
     with tempfile.TemporaryDirectory() as d:
         tree = Path(d) / settings()["repo"]
         copy_tree(tree)

@@ -1,7 +1,10 @@
-"""Notebooks as they are committed: `python tools/clean.py [--check] [notebook ...]`, all of nbs/ when none is named.
+"""Notebooks as they are committed: those that are named, or all of nbs/.
 
-What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a GPU notebook opens on a GPU), and
-without the state of widgets, which is large and dead once the kernel is gone."""
+    python tools/clean.py [--check] [notebook ...]
+
+What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a
+GPU notebook opens on a GPU), and without the state of widgets, which is large and dead once the
+kernel is gone."""
 
 import json
 import sys
@@ -10,7 +13,6 @@ from pathlib import Path
 from fastcore.nbio import nb2str
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
-
 from project import ROOT, notebooks
 
 view = "application/vnd.jupyter.widget-view+json"

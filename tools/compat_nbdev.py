@@ -1,7 +1,10 @@
-"""The tree under the nbdev that this Python has (`make compat-nbdev`: 2.4): on a copy, exporting gives the same code, and notebooks pass.
+"""The tree under the nbdev that this Python has (`make compat-nbdev`: 2.4), on a copy.
 
-The same code: nbdev 2.4 writes only the first `> ` line as a module's docstring, nbdev 3 the exported Markdown cells as well; the docstring
-of a module is left out of the comparison, the rest must be equal. `python tools/compat_nbdev.py [notebook ...]`.
+    python tools/compat_nbdev.py [notebook ...]
+
+Exporting gives the same code, and notebooks pass. The same code: nbdev 2.4 writes only the first `>
+` line as a module's docstring, nbdev 3 the exported Markdown cells as well; the docstring of a
+module is left out of the comparison, the rest must be equal.
 """
 
 import ast

@@ -1,7 +1,8 @@
-"""The documentation site, from the notebooks: `python tools/docs.py [--serve]` writes it to _docs/site.
+"""The documentation site in _docs/site, from the notebooks: `python tools/docs.py [--serve]`.
 
-nbdev-proc-nbs turns each room into a page (a signature with the comments of its parameters for every public symbol); tutorials, README and changelog
-are taken as they are; the pages in docs/ are written by hand. mkdocs-material makes the site, strictly: a broken link or anchor is an error.
+nbdev-proc-nbs turns each room into a page (a signature with the comments of its parameters for
+every public symbol); tutorials, README and changelog are taken as they are; the pages in docs/ are
+written by hand. mkdocs-material makes the site, strictly: a broken link or anchor is an error.
 """
 
 import base64
@@ -39,7 +40,8 @@ WRITTEN = {
     **{page: source for page, (_, source) in CHINESE.items()},
     "changelog": "CHANGELOG.md",
 }  # by hand: page to source
-# Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off separates words instead
+# Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off
+# separates words instead
 SEARCH = {
     "separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""",
     "pipeline": ["stemmer", "stopWordFilter"],

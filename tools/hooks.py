@@ -1,7 +1,8 @@
-"""Sets up this clone's git: notebooks are merged by nbdev-merge, and a commit with an unclean notebook is refused.
+"""Sets up this clone's git: nbdev-merge merges notebooks, and unclean ones are not committed.
 
-Instead of nbdev-install-hooks, which also writes to Jupyter's configuration in the home folder and needs nbdev on PATH for every git
-command. Undo: `git config --remove-section merge.jupyternotebook` and remove the hook."""
+Instead of nbdev-install-hooks, which also writes to Jupyter's configuration in the home folder and
+needs nbdev on PATH for every git command. Undo: `git config --remove-section merge.jupyternotebook`
+and remove the hook."""
 
 import subprocess
 import sys

@@ -1,7 +1,8 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py [--check]`.
 
-Markdown cells as they are, with links made relative to the root; code cells as code blocks, followed by their stored outputs: text as a
-block, pictures as files in nbs/images/. `#| hide` drops a cell, `#| echo: false` its code, `#| output: false` its outputs.
+Markdown cells as they are, with links made relative to the root; code cells as code blocks,
+followed by their stored outputs: text as a block, pictures as files in nbs/images/. `#| hide` drops
+a cell, `#| echo: false` its code, `#| output: false` its outputs.
 """
 
 import base64

@@ -1,9 +1,9 @@
-"""Is the code here that of another revision, but for its layout? `python tools/same_code.py REVISION`.
+"""Is the code here that of another revision, but for its layout? `python tools/same_code.py REV`.
 
-Formatting, cells that are cut in two, and files that move change no syntax tree: every statement of a notebook or
-module is compared with REVISION by its tree. `--moved FILE` is a JSON object of renamed files
-("nbs/old.ipynb": "nbs/new.ipynb") and modules ("minigpt.old": "minigpt.new"); `--docstrings` compares all but the
-docstrings. What differs is listed, for a reader to review."""
+Formatting, cells that are cut in two, and files that move change no syntax tree: every statement
+of a notebook or module is compared with REV by its tree. `--moved FILE` is a JSON object of
+renamed files ("nbs/old.ipynb": "nbs/new.ipynb") and modules ("minigpt.old": "minigpt.new");
+`--docstrings` compares all but the docstrings. What differs is listed, for a reader to review."""
 
 import argparse
 import ast
@@ -20,7 +20,7 @@ FOLDERS = ("nbs", "tests", "tools", "bench", "examples")
 
 
 class Layout(ast.NodeTransformer):
-    "Take away what a formatter may change and a tree still shows; give moved modules their new names"
+    "Takes away what a formatter may change; gives moved modules their new names"
 
     def __init__(self, moved, docstrings):
         self.moved, self.docstrings = moved, docstrings
@@ -64,12 +64,13 @@ def sources(path, text):
 
 
 def statements(path, text, layout):
-    "Every statement at the top of a file: (its path, its name, its tree, how often it stands there)"
+    "Every statement at the top of a file: its path, its name, its tree, how often it stands there"
     found = Counter()
     for source in sources(path, text):
         for node in ast.parse(source).body:
-            name = getattr(node, "name", None) or ast.unparse(node)[:60]
-            found[name, ast.dump(layout.visit(node))] += 1
+            node = layout.visit(node)
+            name = getattr(node, "name", None) or ast.unparse(node).splitlines()[0][:60]
+            found[name, ast.dump(node)] += 1
     return {(path, name, tree, n) for (name, tree), n in found.items()}
 
 
