@@ -31,7 +31,7 @@ def peak():
     try: return int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024
     except OSError: return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
 t = time.perf_counter()
-from minigpt.analyze import analyze
+from minigpt.checkpoint.analysis import analyze
 imports, before = time.perf_counter()-t, peak()
 t = time.perf_counter()
 a = analyze(sys.argv[1])
@@ -50,9 +50,9 @@ def make(folder, preset):
     "The same state as one .pt and as our directory"
     import torch
 
-    from minigpt.checkpoint import State, pack_rng, write_checkpoint
-    from minigpt.model import GPT, GPTConfig, to_hf
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.checkpoint.store import State, pack_rng, write_checkpoint
+    from minigpt.model.gpt import GPT, GPTConfig, to_hf
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     config = GPTConfig.preset(preset)
     with torch.device("meta"):

@@ -33,9 +33,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 def setup(preset):
     import torch
 
-    from minigpt.checkpoint import State, pack_optimizer, pack_rng
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.checkpoint.store import State, pack_optimizer, pack_rng
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     torch.manual_seed(0)
     tok = train_tokenizer(["Saving costs time. 保存需要时间。"] * 9, vocab_size=300)
@@ -74,7 +74,7 @@ def measure(preset, rounds, folder, threads):
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from minigpt.checkpoint import (
+    from minigpt.checkpoint.store import (
         CheckpointStore,
         Writer,
         read_checkpoint,

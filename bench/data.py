@@ -74,8 +74,8 @@ SEQ, BATCHES = 512, 1000
 # --- the files ------------------------------------------------------------------------------------
 def base_rows(kind: str, folder: Path) -> list[dict]:
     "Good rows, as they stand in the files."
-    from minigpt.corpus import write_corpus, write_talks
-    from minigpt.formats import parse_row
+    from minigpt.data.corpus import write_corpus, write_talks
+    from minigpt.data.readers import parse_row
 
     files = [f for n in KINDS[kind] if (f := SHARED / f"{n}.jsonl").exists()]
     if not files:
@@ -136,9 +136,9 @@ def write_rows(path: Path, rows: list[dict], megabytes: float):
 
 def prepare(folder: Path, megabytes: float):
     "Both files, a tokenizer, and the rendered conversations for the encoder."
-    from minigpt.data import data_files, sample_texts
-    from minigpt.formats import parse_row
-    from minigpt.tokenizer import load_tokenizer, train_tokenizer
+    from minigpt.data.readers import parse_row
+    from minigpt.data.tokensets import data_files, sample_texts
+    from minigpt.tokenizer.bpe import load_tokenizer, train_tokenizer
 
     for kind in KINDS:
         if not (f := folder / f"{kind}-{megabytes:g}.jsonl").exists():
@@ -178,8 +178,8 @@ def texts_of(file: Path, limit: float = 1.0) -> tuple[list[str], int]:
 # --- the methods: each in a process of its own ----------------------------------------------------
 def own(clock, folder, file, out):
     "`build_tokenset`."
-    from minigpt.data import build_tokenset
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.data.tokensets import build_tokenset
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     tok = load_tokenizer(folder / "tokenizer")
     with clock:
@@ -196,7 +196,7 @@ def plain_tiktoken(tok):
     "tiktoken with the vocabulary and the whole pattern of a tokenizer of ours."
     import tiktoken
 
-    from minigpt.tokenizer import PATTERN
+    from minigpt.tokenizer.bpe import PATTERN
 
     return tiktoken.Encoding(
         "plain",
@@ -233,7 +233,7 @@ def _count(part):
 def encoder(clock, folder, file, out, name, workers, limit=1.0):
     "Text to ids and nothing else."
     global _work, _texts
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     _texts, size = texts_of(file, limit)
     n, _work = (
@@ -262,7 +262,7 @@ def nanogpt(clock, folder, file, out, num_proc, batched):
     import datasets
     import numpy as np
 
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     datasets.disable_progress_bars()
     enc = plain_tiktoken(load_tokenizer(folder / "tokenizer"))
@@ -324,7 +324,7 @@ def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
     import torch
     from transformers import PreTrainedTokenizerFast
 
-    from minigpt.tokenizer import chat_messages
+    from minigpt.tokenizer.bpe import chat_messages
 
     torch.set_num_threads(1)
     config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
@@ -423,8 +423,8 @@ def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
 
 
 def analysis(clock, folder, file, out, near):
-    import minigpt.quality as q
-    from minigpt.quality import analyze
+    import minigpt.data.quality as q
+    from minigpt.data.quality import analyze
 
     q._ftfy()
     with clock:
@@ -440,7 +440,7 @@ def analysis(clock, folder, file, out, near):
 def loading(clock, folder, file, out, batch, seq, workers, n):
     import torch
 
-    from minigpt.data import loader, open_set
+    from minigpt.data.tokensets import loader, open_set
 
     torch.set_num_threads(2)
     data = open_set(file / "train")
@@ -458,8 +458,8 @@ def training(clock, folder, file, out, batch, seq, workers, steps):
     "A bare loop: what is not waiting is forward, backward and the optimizer."
     import torch
 
-    from minigpt.data import loader, open_set
-    from minigpt.model import GPT, GPTConfig
+    from minigpt.data.tokensets import loader, open_set
+    from minigpt.model.gpt import GPT, GPTConfig
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -490,7 +490,7 @@ def first_batch(clock, folder, file, out):
     began = time.perf_counter()
     import hashlib
 
-    from minigpt.data import open_set
+    from minigpt.data.tokensets import open_set
 
     imports = time.perf_counter() - began
     with clock:
@@ -752,8 +752,8 @@ def part_a(folder: Path, files: dict, a):
         print(
             f"  {100 * ours / median(found['encoder'], 'rate'):.0f}% of the encoder alone (goal"
             " 85),"
-            f" {100 * core:.0f}% for each second of processor time; {ours / others:.2f} × the faster"
-            " of the others (goal 3)"
+            f" {100 * core:.0f}% for each second of processor time; {ours / others:.2f} × the"
+            " faster of the others (goal 3)"
         )
         same(folder, file, found, kind)
     if a.large:
@@ -783,8 +783,8 @@ def same(folder: Path, file: Path, found: dict, kind: str):
     "Are the ids the encoder's?"
     import numpy as np
 
-    from minigpt.data import build_tokenset
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.data.tokensets import build_tokenset
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     tok, ours, alone = (
         load_tokenizer(folder / "tokenizer"),
@@ -846,8 +846,8 @@ def part_b(folder: Path, files: dict, a):
 
 
 def part_c(folder: Path, files: dict, a):
-    from minigpt.data import build_tokenset
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.data.tokensets import build_tokenset
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     sets = {k: tokens_folder(folder, files[k]) for k in a.kinds}
     for k in a.kinds:

@@ -25,7 +25,7 @@ KINDS = {
 
 def sentences(folder: Path, megabytes: float = 2.0) -> Path:
     "A file of different sentences, one a line"
-    from minigpt.corpus import write_corpus
+    from minigpt.data.corpus import write_corpus
 
     rows = (
         write_corpus(folder / "stories.jsonl", megabytes, language="en")
@@ -47,7 +47,7 @@ def restored(run, steps, texts, seq_len, **how) -> float:
     import numpy as np
     import torch
 
-    from minigpt.data import open_set
+    from minigpt.data.tokensets import open_set
     from minigpt.diffusion import draw_blanks, fill
 
     valid, model = open_set(run.path / "data" / "valid"), run.model()
@@ -87,7 +87,7 @@ def main():
     )
     a = p.parse_args()
     from minigpt.diffusion import TessConfig
-    from minigpt.train import fit
+    from minigpt.train.trainer import fit
 
     print(f"{'':24}{'1 guess':>9}{'3':>9}{'10':>9}{'30':>9}{'loss':>9}{'time':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:

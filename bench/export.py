@@ -11,7 +11,7 @@ above what it has after the imports; the largest tensor of `medium` (the embeddi
 --ways it is asked what other ways to 4 bits cost: the matrices of a trained model are rounded to 4
 bits in several ways, with and without a search for the scale of least squared error, and the loss
 is measured in nats a token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest
-from zero at -8 (what minigpt.quantize does), "zero point" is from the smallest to the largest
+from zero at -8 (what minigpt.model does), "zero point" is from the smallest to the largest
 weight of the group."""
 
 import argparse
@@ -46,9 +46,9 @@ def checkpoint(preset, folder):
     "A full checkpoint of a model that has taken two steps"
     import torch
 
-    from minigpt.checkpoint import State, pack_optimizer, pack_rng, write_checkpoint
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.checkpoint.store import State, pack_optimizer, pack_rng, write_checkpoint
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(preset))
@@ -75,9 +75,9 @@ def checkpoint(preset, folder):
 
 def one(folder, kind):
     "Export, in a process of its own"
-    from minigpt.checkpoint import load_model
-    from minigpt.export import export
-    from minigpt.files import dir_size
+    from minigpt.checkpoint.exporter import export
+    from minigpt.checkpoint.store import load_model
+    from minigpt.core.files import dir_size
 
     before, began = peak(), time.perf_counter()
     out = export(
@@ -101,8 +101,8 @@ def ways(run, text, group_sizes=(32, 64, 128)):
     import torch
     import torch.nn.functional as F
 
-    from minigpt.quantize import dequantize, group_shape, quantize
-    from minigpt.run import open_run
+    from minigpt.model.quantization import dequantize, group_shape, quantize
+    from minigpt.run.folder import open_run
 
     run = open_run(run)
     model = run.model()
@@ -148,7 +148,7 @@ def ways(run, text, group_sizes=(32, 64, 128)):
     print(f"{run.path.name}: loss {base:.4f} on {ids[:, 1:].numel():,} tokens")
     for bits in (8, 4):
         print(
-            f"minigpt.quantize, {bits} bits:"
+            f"minigpt.model.quantize, {bits} bits:"
             f" {loss(lambda w: dequantize(*quantize(w, bits), w.shape[1])) - base:+.4f}"
         )  # noqa: B023
     for way, group, search in itertools.product(

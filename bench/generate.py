@@ -1,4 +1,4 @@
-"""New tokens a second of `minigpt.generate` beside transformers' `generate`, on the CPU.
+"""New tokens a second of `minigpt.model.generation` beside transformers' `generate`, on the CPU.
 
     python bench/generate.py        # `small`, 128 tokens, 5 rounds; 3 minutes on 2 quiet cores
     python bench/generate.py --model tiny --rounds 1 --tokens 16
@@ -30,9 +30,9 @@ def prepare(folder: Path, name: str):
     "A checkpoint with random weights."
     import torch
 
-    from minigpt.checkpoint import State, write_checkpoint
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.checkpoint.store import State, write_checkpoint
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     torch.manual_seed(0)
     model = GPT(GPTConfig.preset(name))
@@ -59,8 +59,8 @@ def main():
     import torch
     import transformers
 
-    from minigpt.checkpoint import load_model
-    from minigpt.generate import generate_batch
+    from minigpt.checkpoint.store import load_model
+    from minigpt.model.generation import generate_batch
 
     torch.set_num_threads(a.threads)
     transformers.logging.set_verbosity_error()

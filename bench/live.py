@@ -46,7 +46,7 @@ def ms(f, times: int) -> tuple[float, float]:
 
 
 def redraws(times: int):
-    from minigpt import monitor
+    from minigpt.run import metrics as monitor
 
     print(f"{'points':>8}  {'drawn on':34} {'ms':>6} {'cpu ms':>7}")
     decimate = monitor.decimate
@@ -75,8 +75,8 @@ def redraws(times: int):
 
 def share(steps: int, batch: int, seq: int, every: int):
     "Train, and time what the views do in the training thread."
-    from minigpt.monitor import EventWriter, PlotWriter
-    from minigpt.train import Callback, fit
+    from minigpt.run.metrics import EventWriter, PlotWriter
+    from minigpt.train.trainer import Callback, fit
     from minigpt.widgets import LiveLoss
 
     class Views(Callback):

@@ -90,7 +90,7 @@ def prepare(folder: Path, a):
 def plain(folder: Path):
     from safetensors.torch import load_file
 
-    from minigpt.model import GPT, GPTConfig
+    from minigpt.model.gpt import GPT, GPTConfig
 
     return (
         GPT(GPTConfig(**train_cpu.SHAPE))
@@ -101,16 +101,16 @@ def plain(folder: Path):
 
 
 def adapted(folder: Path):
-    from minigpt.lora import lora
+    from minigpt.model.adapters import lora
 
     return lora(plain(folder), RANK, 2 * RANK)
 
 
 def run_ours(folder: Path, out: Path, a, adapter: bool) -> dict:
-    from minigpt.data import TokenSet
-    from minigpt.run import open_run
-    from minigpt.tokenizer import load_tokenizer
-    from minigpt.train import Callback, fit
+    from minigpt.data.tokensets import TokenSet
+    from minigpt.run.folder import open_run
+    from minigpt.tokenizer.bpe import load_tokenizer
+    from minigpt.train.trainer import Callback, fit
 
     peak, clock, found = Peak(a.device), Clock(), {}
 
@@ -300,7 +300,7 @@ def main():
     )
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
-    from minigpt.model import PRESETS
+    from minigpt.model.gpt import PRESETS
 
     train_cpu.SHAPE, train_cpu.BATCH, train_cpu.SEQ = (
         dict(PRESETS[a.preset], vocab_size=VOCAB, max_len=a.seq),

@@ -77,9 +77,9 @@ GPU_STEPS, GPU_NANOGPT = 1000, 1.4697
 # --- ours -----------------------------------------------------------------------------------------
 def run_ours(work: Path, out: Path, steps: int, threads: int, gpu: bool):
     "`fit` on the text, cut by character."
-    from minigpt.model import GPTConfig
-    from minigpt.tokenizer import characters
-    from minigpt.train import Callback, fit
+    from minigpt.model.gpt import GPTConfig
+    from minigpt.tokenizer.bpe import characters
+    from minigpt.train.trainer import Callback, fit
 
     tok, seen = characters((work / "text.txt").read_text("utf-8")), []
 

@@ -22,7 +22,7 @@ CHILD = """
 import sys, time
 import torch
 from torch.utils.data import DataLoader
-from minigpt.data import TokenSet, loader
+from minigpt.data.tokensets import TokenSet, loader
 path, step, batch, seq_len, workers = sys.argv[1], *map(int, sys.argv[2:])
 t = time.perf_counter()
 first = next(iter(loader(TokenSet(path), range(step, step+1_000_000), batch, seq_len, 0, workers)))

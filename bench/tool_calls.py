@@ -3,7 +3,7 @@
     python bench/tool_calls.py               # train first: four minutes on two cores
     python bench/tool_calls.py --run DIR     # ask the model of a run or of a checkpoint
 
-The model of --run may have been trained on anything. `minigpt.corpus.call_prompts` asks for its
+The model of --run may have been trained on anything. `minigpt.data.call_prompts` asks for its
 functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
 those that no conversation of `call` has. The answer is the most likely one, and it counts as
     parsable    it calls something, and can be read
@@ -24,10 +24,10 @@ def train(out: Path, a):
     """Train a small model on the calls of the built-in corpus.
 
     First short questions, without the schemas, then whole conversations."""
-    from minigpt.corpus import call, write_calls
-    from minigpt.model import GPTConfig
-    from minigpt.tokenizer import train_tokenizer
-    from minigpt.train import fit
+    from minigpt.data.corpus import call, write_calls
+    from minigpt.model.gpt import GPTConfig
+    from minigpt.tokenizer.bpe import train_tokenizer
+    from minigpt.train.trainer import fit
 
     out.mkdir(parents=True, exist_ok=True)
     plain = train_tokenizer(["."])
@@ -77,7 +77,7 @@ def train(out: Path, a):
 
 def score(text: str, call: dict) -> tuple[bool, bool, bool]:
     "Parsable, the right function, all arguments right."
-    from minigpt.generate import parse_tool_calls
+    from minigpt.model.generation import parse_tool_calls
 
     try:
         calls = parse_tool_calls(text)
@@ -105,11 +105,11 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="another one, other questions")
     p.add_argument("--show", type=int, default=5, help="wrong answers to print")
     a = p.parse_args()
-    from minigpt.checkpoint import load_model
-    from minigpt.corpus import TOOLS, call_prompts
-    from minigpt.generate import generate_batch
-    from minigpt.run import open_run
-    from minigpt.tokenizer import load_tokenizer
+    from minigpt.checkpoint.store import load_model
+    from minigpt.data.corpus import TOOLS, call_prompts
+    from minigpt.model.generation import generate_batch
+    from minigpt.run.folder import open_run
+    from minigpt.tokenizer.bpe import load_tokenizer
 
     if a.run and not (a.run / "run.json").exists():
         model, tok = load_model(a.run), load_tokenizer(a.run)

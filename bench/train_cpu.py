@@ -89,8 +89,8 @@ TRAINERS = [
 
 def programs(a) -> list[str]:
     "What is measured; bf16 in any case where `fit` chooses it."
-    from minigpt.config import TrainConfig
-    from minigpt.speed import choose
+    from minigpt.config.options import TrainConfig
+    from minigpt.train.speed import choose
 
     halves = (
         [" bf16"]
@@ -124,10 +124,10 @@ def prepare(folder: Path, steps: int):
     import torch
     from safetensors.torch import save_file
 
-    from minigpt.corpus import write_corpus
-    from minigpt.data import build_tokenset, check_size, data_files, loader, sample_texts
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.data.corpus import write_corpus
+    from minigpt.data.tokensets import build_tokenset, check_size, data_files, loader, sample_texts
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     write_corpus(folder / "stories.jsonl")
     tok = train_tokenizer(sample_texts(data_files(folder / "stories.jsonl")), SHAPE["vocab_size"])
@@ -179,11 +179,11 @@ def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> d
     "`fit` in its defaults, or in other settings."
     from safetensors.torch import load_file
 
-    from minigpt.data import TokenSet
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.run import open_run
-    from minigpt.tokenizer import load_tokenizer
-    from minigpt.train import Callback, fit
+    from minigpt.data.tokensets import TokenSet
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.run.folder import open_run
+    from minigpt.tokenizer.bpe import load_tokenizer
+    from minigpt.train.trainer import Callback, fit
 
     clock = Clock()
 

@@ -107,7 +107,7 @@ def peak(precision: str) -> tuple[float, str]:  # Operations a second, and whose
     "What the machine can compute at best."
     import torch
 
-    from minigpt.speed import machine_flops
+    from minigpt.train.speed import machine_flops
 
     name = torch.cuda.get_device_name() if gpu() else "CPU"
     known = next((v for k, v in PEAKS.items() if re.search(k, name)), None)
@@ -131,9 +131,9 @@ def prepare(folder: Path, megabytes: float):
     """Token set of the built-in corpus, and its tokenizer: the same for every size.
 
     Their embeddings have rows to spare."""
-    from minigpt.corpus import write_corpus
-    from minigpt.data import build_tokenset, data_files, sample_texts
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.data.corpus import write_corpus
+    from minigpt.data.tokensets import build_tokenset, data_files, sample_texts
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     write_corpus(folder / "stories.jsonl", megabytes)
     tok = train_tokenizer(
@@ -170,19 +170,19 @@ class Case:
     def model(self):
         import torch
 
-        from minigpt.model import GPT, GPTConfig
+        from minigpt.model.gpt import GPT, GPTConfig
 
         torch.manual_seed(0)
         return GPT(GPTConfig(**self.shape, max_len=self.length))
 
     def data(self):
-        from minigpt.data import TokenSet
+        from minigpt.data.tokensets import TokenSet
 
         return TokenSet(self.folder / "data" / "train")
 
     def batches(self) -> list[dict]:  # ids and labels, (batch, length) int64
         "The batches that `fit` will see."
-        from minigpt.data import loader
+        from minigpt.data.tokensets import loader
 
         return list(
             loader(self.data(), range(self.steps), self.batch, self.length, 0, pin_memory=gpu())
@@ -236,7 +236,7 @@ def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
     import torch
     import torch.nn.functional as F
 
-    from minigpt.speed import autocast, decide_compile
+    from minigpt.train.speed import autocast, decide_compile
 
     torch.backends.cuda.matmul.allow_tf32 = False
     model = case.model().to(case.device).train()
@@ -284,10 +284,10 @@ def goes_on(case: Case, mode: str) -> str:  # How it goes on
     "A run of 12 steps, cut off behind the 7th and called again, against one that was left alone."
     import torch
 
-    from minigpt.model import GPT, GPTConfig
-    from minigpt.run import open_run
-    from minigpt.tokenizer import load_tokenizer
-    from minigpt.train import Callback, fit
+    from minigpt.model.gpt import GPT, GPTConfig
+    from minigpt.run.folder import open_run
+    from minigpt.tokenizer.bpe import load_tokenizer
+    from minigpt.train.trainer import Callback, fit
 
     class Off(Exception):
         "The power is."
@@ -339,9 +339,9 @@ def goes_on(case: Case, mode: str) -> str:  # How it goes on
 # --- the programs ---------------------------------------------------------------------------------
 def run_ours(case: Case, settings: dict) -> dict:
     "`fit`."
-    from minigpt.run import open_run
-    from minigpt.tokenizer import load_tokenizer
-    from minigpt.train import Callback, fit
+    from minigpt.run.folder import open_run
+    from minigpt.tokenizer.bpe import load_tokenizer
+    from minigpt.train.trainer import Callback, fit
 
     clock = Clock(case)
 
@@ -397,7 +397,7 @@ def run_trainer(case: Case, compiled: bool) -> dict:
         TrainingArguments,
     )
 
-    from minigpt.model import to_hf
+    from minigpt.model.gpt import to_hf
 
     clock, losses = Clock(case), []
 

@@ -16,8 +16,8 @@ RUN = Path("runs/demo")
 
 def train(steps: int):
     "One process that trains; it does not know whether it begins or goes on."
-    from minigpt.model import GPTConfig
-    from minigpt.train import fit
+    from minigpt.model.gpt import GPTConfig
+    from minigpt.train.trainer import fit
 
     model = GPTConfig(vocab_size=4000, dim=128, n_layer=4, n_head=4, n_kv_head=2, ffn_dim=352)
     fit(
@@ -43,7 +43,7 @@ def start(steps: int) -> subprocess.Popen:
 
 def kill_in_the_middle(steps: int):
     "Start training, and end it with SIGKILL after its third checkpoint: no handler runs"
-    from minigpt.run import Run
+    from minigpt.run.folder import Run
 
     child, run = start(steps), Run(RUN)
     while child.poll() is None and not any(
@@ -68,10 +68,10 @@ def report(seconds: float):
     "What a user would look at afterwards."
     import numpy as np
 
-    from minigpt.corpus import trigram_loss
-    from minigpt.data import open_tokenset
-    from minigpt.files import human_size, human_time
-    from minigpt.run import open_run, runs_table
+    from minigpt.core.files import human_size, human_time
+    from minigpt.data.corpus import trigram_loss
+    from minigpt.data.tokensets import open_tokenset
+    from minigpt.run.folder import open_run, runs_table
 
     run = open_run(RUN)
     train, valid = open_tokenset(RUN / "data")
@@ -117,7 +117,7 @@ def main():
     args = args.parse_args()
     if args.train:
         return train(args.steps)
-    from minigpt.files import set_aside
+    from minigpt.core.files import set_aside
 
     if RUN.exists():
         print(f"an earlier demo is kept as {set_aside(RUN, 'old')}")

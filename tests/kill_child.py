@@ -81,7 +81,7 @@ def write_text(path, rows=120, seed=0):
 
 # --- the child ------------------------------------------------------------------------------------
 def shape(vocab_size=300):
-    from minigpt.model import GPTConfig
+    from minigpt.model.gpt import GPTConfig
 
     return GPTConfig(
         vocab_size=vocab_size,
@@ -126,9 +126,9 @@ def model_and_data(stage, work):
         )
     import torch
 
-    from minigpt.corpus import write_preferences, write_talks
-    from minigpt.lora import lora
-    from minigpt.model import GPT
+    from minigpt.data.corpus import write_preferences, write_talks
+    from minigpt.model.adapters import lora
+    from minigpt.model.gpt import GPT
 
     write, rows = dict(
         sft=(write_talks, 300), lora=(write_talks, 300), dpo=(write_preferences, 150)
@@ -141,7 +141,7 @@ def model_and_data(stage, work):
 
 
 def train(work, stage="text", **options):
-    from minigpt.train import Callback, fit
+    from minigpt.train.trainer import Callback, fit
 
     class Write(Callback):
         "Each loss, as exactly as it is, on the disk before anything else happens to this step"
@@ -175,7 +175,7 @@ def train(work, stage="text", **options):
 
     pause = options.pop("pause", 0)
     if options.get("gdrive_backup_dir"):  # half a minute is long for a training of seconds
-        from minigpt import backup
+        from minigpt.run import backup
 
         backup.BEAT, backup.RETRY, backup.POLL = 0.3, 0.05, 0.05
     model, data = model_and_data(stage, work)
@@ -334,7 +334,7 @@ def compare(work, ref, same_saves=True):
         for n in (model, "optimizer", "rng_state")
         if not same_tensors(work / end / f"{n}.safetensors", ref / end / f"{n}.safetensors")
     ]
-    from minigpt.monitor import read_metrics
+    from minigpt.run.metrics import read_metrics
 
     history = lambda w: [
         (r["step"], r.get("loss"), r.get("eval_loss"), r.get("tokens", None))
@@ -360,7 +360,7 @@ def compare(work, ref, same_saves=True):
 
 def epoch_steps(ref):
     "The first step at which the second epoch has begun"
-    from minigpt.monitor import read_metrics
+    from minigpt.run.metrics import read_metrics
 
     return next(
         r["step"] for r in read_metrics(ref / "run" / "metrics.jsonl") if r.get("epoch", 0) >= 1

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from minigpt.model import GPT
+from minigpt.model.gpt import GPT
 
 
 class Scripted(GPT):

@@ -25,12 +25,12 @@ import torch
 import zstandard
 from safetensors.torch import load_file, save_file
 
-from minigpt.analyze import Analysis, analyze, checkpoints_in, create_demo, treemap
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.compare import compare, difference, precision_table, suggestions
-from minigpt.export import export
-from minigpt.files import dir_size
-from minigpt.model import GPT, GPTConfig
+from minigpt.checkpoint.analysis import Analysis, analyze, checkpoints_in, create_demo, treemap
+from minigpt.checkpoint.comparison import compare, difference, precision_table, suggestions
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.core.files import dir_size
+from minigpt.model.gpt import GPT, GPTConfig
 
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "checkpoints"
@@ -180,7 +180,7 @@ def test_a_whole_module_and_a_wrapped_one(tmp_path):
     adds_up(a)
     assert (
         a.params == model.config.n_params
-        and "minigpt.model.GPT" in a.code
+        and "minigpt.model.gpt.GPT" in a.code
         and "names code" in a.problems[0]
     )
     torch.save(
@@ -271,7 +271,7 @@ def test_shared_facts():
 # --- our own kinds --------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from minigpt.train import fit
+    from minigpt.train.trainer import fit
 
     d = tmp_path_factory.mktemp("run")
     (d / "a.txt").write_text(
@@ -409,8 +409,8 @@ def test_suggestions_are_computed(tmp_path):
     medium = GPTConfig.preset("medium")
     with torch.device("meta"):
         model = GPT(medium)
-    from minigpt.analyze import TensorInfo, layer_of
-    from minigpt.model import to_hf
+    from minigpt.checkpoint.analysis import TensorInfo, layer_of
+    from minigpt.model.gpt import to_hf
 
     tensors = [
         TensorInfo(k, "model", tuple(v.shape), "float32", 4 * v.numel(), v.numel(), layer_of(k))
@@ -675,8 +675,8 @@ def test_no_torch_and_no_values_are_read(run, root):
         """
         import sys
         from pathlib import Path
-        from minigpt.analyze import analyze
-        from minigpt.compare import compare
+        from minigpt.checkpoint.analysis import analyze
+        from minigpt.checkpoint.comparison import compare
         run = Path(sys.argv[1])
         print(len(compare(run)))
         str(analyze(run))
@@ -963,7 +963,7 @@ def harmful(folder):
 WATCH = """
 import resource, sys, time
 from pathlib import Path
-from minigpt.analyze import analyze
+from minigpt.checkpoint.analysis import analyze
 now = int(next(l for l in open('/proc/self/status') if l.startswith('VmSize')).split()[1])<<10
 resource.setrlimit(resource.RLIMIT_AS, (now+(250<<20),)*2)  # asking for more is a MemoryError
 for p in sorted(Path(sys.argv[1]).iterdir()):

@@ -31,9 +31,7 @@ from test_faults import (
     weights,
 )  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
 
-from minigpt import backup as backup_module
-from minigpt.backup import Backup, BackupError, restore_run
-from minigpt.checkpoint import (
+from minigpt.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     Defect,
@@ -42,11 +40,13 @@ from minigpt.checkpoint import (
     pack_rng,
     problem,
 )
-from minigpt.files import write_json
-from minigpt.model import GPT, GPTConfig
-from minigpt.run import open_run
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import Callback, TrainingError, fit
+from minigpt.core.files import write_json
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.run import backup as backup_module
+from minigpt.run.backup import Backup, BackupError, restore_run
+from minigpt.run.folder import open_run
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train.trainer import Callback, TrainingError, fit
 
 ERRORS = {
     "EIO": errno.EIO,
@@ -861,7 +861,7 @@ def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
 
     While a copy cannot be read nothing is trained, and no older state takes its place."""
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"))
-    monkeypatch.setattr("minigpt.train._WAITS", (0.01, 0.01))
+    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01, 0.01))
     with pytest.raises(PowerCut):
         go(work, Wait(), At(17, power_cut), **backup)
     shutil.rmtree(work / "run")
@@ -872,7 +872,7 @@ def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return real(source, target)
 
-    monkeypatch.setattr("minigpt.backup.copy_checkpoint", stutters)
+    monkeypatch.setattr("minigpt.run.backup.copy_checkpoint", stutters)
     errors = [True] * 9
     for _ in range(2):
         with pytest.raises(
@@ -937,7 +937,7 @@ def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
         raise TrainingError("memory ran out")
 
     with monkeypatch.context() as m:
-        m.setattr("minigpt.train._tune", out_of_memory)
+        m.setattr("minigpt.train.trainer._tune", out_of_memory)
         with pytest.raises(TrainingError):
             go(work, resume="checkpoint-10", **backup)
     run, _ = go(work, **backup)
@@ -958,7 +958,7 @@ def test_the_newest_best_is_kept_in_the_backup(parts, saves, tmp_path, monkeypat
     b.run_id = ID
     store = CheckpointStore(tmp_path / "best", kind="best")
     for attempt, (step, clock) in enumerate([(60, 2e9), (52, 1e9)], 1):
-        monkeypatch.setattr("minigpt.checkpoint.time.time", lambda: clock)
+        monkeypatch.setattr("minigpt.checkpoint.store.time.time", lambda: clock)
         (made := state(parts, step)).trainer["attempt"] = attempt
         b.submit(store.save(made), store)
         b.step()
@@ -1041,8 +1041,8 @@ def test_python_finishes_a_save_before_it_exits(tmp_path):
     script = """
 import sys; sys.path[:0] = [{!r}, {!r}]
 import test_backup as t
-from minigpt.tokenizer import train_tokenizer
-from minigpt.checkpoint import CheckpointStore, GPTConfig, Writer
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.checkpoint.store import CheckpointStore, GPTConfig, Writer
 tok = train_tokenizer(["A small tokenizer."]*9, vocab_size=270)
 parts = tok, GPTConfig(
     vocab_size=tok.vocab_size, dim=256, n_layer=8, n_head=4, n_kv_head=2, ffn_dim=700)

@@ -78,8 +78,8 @@ CHECKPOINTS = r"""
 import torch
 from pathlib import Path
 from minigpt.checkpoint import State, pack_optimizer, pack_rng, write_checkpoint, write_safetensors
-from minigpt.model import GPT, GPTConfig
-from minigpt.tokenizer import train_tokenizer
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer.bpe import train_tokenizer
 torch.manual_seed(0); torch.set_num_threads(1)
 tok = train_tokenizer(["Where do the bytes go? 字节去哪儿了？"]*9, vocab_size=300)
 model = GPT(GPTConfig(vocab_size=300, dim=64, n_layer=3, n_head=4, n_kv_head=2, ffn_dim=128))
@@ -143,8 +143,8 @@ def test_checkpoint_explorer(show, lab):
 TRAINING = r"""
 import time
 from pathlib import Path
-from minigpt.model import GPTConfig
-from minigpt.train import Callback, fit
+from minigpt.model.gpt import GPTConfig
+from minigpt.train.trainer import Callback, fit
 from minigpt.widgets import LiveLoss, RunDashboard
 Path("hill.txt").write_text("The sun rose over the hill, and the boat was gone.\n"*3000)
 class Live(Callback):

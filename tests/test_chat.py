@@ -10,16 +10,15 @@ import kill_child as child
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from test_faults import At, Losses, PowerCut, power_cut
 
 from minigpt.chat import Chat
-from minigpt.data import build_tokenset, pack
-from minigpt.formats import Row, parse_block, parse_row, read_blocks
-from minigpt.model import GPT
-from minigpt.tokenizer import IM_END, Tokenizer, train_tokenizer
-from minigpt.train import fit
+from minigpt.data.readers import Row, parse_block, parse_row, read_blocks
+from minigpt.data.tokensets import build_tokenset, pack
+from minigpt.model.gpt import GPT
+from minigpt.tokenizer.bpe import IM_END, Tokenizer, train_tokenizer
+from minigpt.train.trainer import fit
 
 SHARED = child.ROOT.parent / "shared" / "data"
 REAL = ["sft_zh", "sft_en", "identity", "tool_calling", "tool_calling_minimind_str", "reasoning"]

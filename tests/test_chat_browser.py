@@ -12,8 +12,8 @@ from test_browser import (
 CHAT = r"""
 import sys, time
 sys.path.insert(0, %r)
-from minigpt.model import GPTConfig
-from minigpt.tokenizer import train_tokenizer
+from minigpt.model.gpt import GPTConfig
+from minigpt.tokenizer.bpe import train_tokenizer
 from scripted import Scripted
 tok = train_tokenizer(["Rain?"]*9, 400)
 said = "<think>\nIs there a <b>cloud</b>?\n</think>\n\n"

@@ -34,9 +34,9 @@ def mount(where, force_remount=False, timeout_ms=120000):
         """
 import os, sys
 if any('ipykernel_launcher' in a for a in sys.orig_argv):
-    import google.colab, minigpt.backup, minigpt.colab
+    import google.colab, minigpt.run.backup, minigpt.colab
     minigpt.colab.MOUNT = os.environ['STUB_DRIVE']
-    minigpt.backup.BEAT = 1.
+    minigpt.run.backup.BEAT = 1.
     real = os.path.ismount
     def ismount(p):
         if str(p) != minigpt.colab.MOUNT: return real(p)

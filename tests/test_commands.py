@@ -20,13 +20,14 @@ import yaml
 from project import ROOT
 from typer.main import get_command
 
-from minigpt import cli, model
-from minigpt.model import GPTConfig
-from minigpt.presets import hardware
-from minigpt.registry import get_dataset_config
-from minigpt.run import list_runs
-from minigpt.tokenizer import load_tokenizer
-from minigpt.train import fit
+from minigpt import cli
+from minigpt.data.registry import get_dataset_config
+from minigpt.model import gpt as model
+from minigpt.model.gpt import GPTConfig
+from minigpt.run.folder import list_runs
+from minigpt.tokenizer.bpe import load_tokenizer
+from minigpt.train.presets import hardware
+from minigpt.train.trainer import fit
 
 PAGE = ROOT / "docs" / "commands.md"
 ROWS = [

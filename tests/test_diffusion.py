@@ -13,16 +13,16 @@ import pytest
 import torch
 from project import ROOT
 
-from minigpt.analyze import analyze
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.config import TrainConfig
+from minigpt.checkpoint.analysis import analyze
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.config.options import TrainConfig
+from minigpt.config.schedule import storage_plan
 from minigpt.diffusion import Denoising, Tess, TessConfig, alpha_bars, extend, fill, infill, mlm
-from minigpt.export import export
-from minigpt.lora import lora, weights_hash
-from minigpt.run import open_run
-from minigpt.schedule import storage_plan
-from minigpt.tokenizer import load_tokenizer
-from minigpt.train import fit, measure, resume
+from minigpt.model.adapters import lora, weights_hash
+from minigpt.run.folder import open_run
+from minigpt.tokenizer.bpe import load_tokenizer
+from minigpt.train.trainer import fit, measure, resume
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(
@@ -360,7 +360,7 @@ def test_conversations_and_gpts_are_refused(tmp_path, run):
         )
     with pytest.raises(TypeError, match="an adapter needs a GPT"):
         lora(run.model())
-    from minigpt.model import GPT, GPTConfig
+    from minigpt.model.gpt import GPT, GPTConfig
 
     with pytest.raises(TypeError, match="infill needs an encoder"):
         infill(GPT(GPTConfig.preset("tiny", vocab_size=300)), run.tokenizer, "a<mask>")
@@ -398,7 +398,7 @@ def test_a_start_from_elsewhere_with_more_words(roberta, tmp_path, run):
 
 
 def test_extend_a_gpt(run):
-    from minigpt.model import GPT, GPTConfig
+    from minigpt.model.gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
     gpt = GPT(
@@ -442,7 +442,7 @@ def test_export(run, tmp_path, precision):
 
 
 def test_a_gpt_line_by_line(tmp_path):
-    from minigpt.model import GPTConfig
+    from minigpt.model.gpt import GPTConfig
 
     settings(tmp_path)
     found = fit(
@@ -469,7 +469,7 @@ def test_a_gpt_line_by_line(tmp_path):
 
 
 def test_validation_and_sampling_leave_the_generators_alone(run):
-    from minigpt.data import open_set
+    from minigpt.data.tokensets import open_set
 
     model, valid = run.model(), open_set(run.path / "data" / "valid")
     was = torch.get_rng_state()

@@ -24,10 +24,10 @@ def words(path):
 
 
 def test_pages(site):
-    from docs import MODULES, TUTORIALS, WRITTEN
+    from docs import MODULES, TUTORIALS, WRITTEN, reference
 
     for page in [
-        *(f"reference/{m}" for m in MODULES),
+        *(reference(m).removesuffix(".md") for m in MODULES),
         *(f"tutorials/{t}" for t in TUTORIALS),
         *(p.removesuffix("index") for p in WRITTEN),
         "",
@@ -41,17 +41,17 @@ def test_pages(site):
 
 
 def test_a_symbol_has_its_signature_comments_and_source(site):
-    text = words(site / "reference" / "lora" / "index.html")
+    text = words(site / "reference" / "model" / "adapters" / "index.html")
     assert (
         "r:int=8, # Rank" in text
         and "Freeze a model, and add an adapter that can be trained." in text
     )
     assert "how many sequences at once: measured where it can be, then written down" in words(
-        site / "reference" / "speed" / "index.html"
+        site / "reference" / "train" / "speed" / "index.html"
     )
     assert re.search(
-        r'href="[^"]+/blob/main/minigpt/lora.py#L\d+"',
-        (site / "reference" / "lora" / "index.html").read_text(encoding="utf-8"),
+        r'href="[^"]+/blob/main/minigpt/model/adapters.py#L\d+"',
+        (site / "reference" / "model" / "adapters" / "index.html").read_text(encoding="utf-8"),
     )
     picture = re.search(
         r'<img[^>]* src="([^"]*dpo-1\.png)"',

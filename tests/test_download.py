@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from minigpt import download
-from minigpt.download import DownloadError, fetch_drive, fetch_hub, fetch_url, get
+from minigpt.data import download
+from minigpt.data.download import DownloadError, fetch_drive, fetch_hub, fetch_url, get
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = b"".join(b'{"text":"Entry %06d of the log."}\n' % i for i in range(9000))
@@ -461,7 +461,7 @@ def test_a_range_that_was_not_asked_for(site, tmp_path, monkeypatch):
 
 # --- killed ---------------------------------------------------------------------------------------
 CHILD = (
-    "import sys; from minigpt.download import fetch_url; fetch_url(sys.argv[1], sys.argv[2],"
+    "import sys; from minigpt.data.download import fetch_url; fetch_url(sys.argv[1], sys.argv[2],"
     " progress=False)"
 )
 
@@ -1074,8 +1074,8 @@ def test_get(site, tmp_path, monkeypatch):
 
 def test_the_import_is_light():
     code = (
-        "import sys, minigpt.download; print(*[o for o in ('torch', 'gdown', 'requests', 'bs4',"
-        " 'huggingface_hub', 'numpy') if o in sys.modules])"
+        "import sys, minigpt.data.download; print(*[o for o in ('torch', 'gdown', 'requests',"
+        " 'bs4', 'huggingface_hub', 'numpy') if o in sys.modules])"
     )
     assert (
         subprocess.run(

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.config import TrainConfig
-from minigpt.corpus import write_preferences, write_talks
-from minigpt.data import build_tokenset, data_files, sample_texts
-from minigpt.dpo import Preference, add_reference
-from minigpt.lora import lora
-from minigpt.model import GPT, GPTConfig
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import fit, resume
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.config.options import TrainConfig
+from minigpt.data.corpus import write_preferences, write_talks
+from minigpt.data.tokensets import build_tokenset, data_files, sample_texts
+from minigpt.model.adapters import lora
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train.preference import Preference, add_reference
+from minigpt.train.trainer import fit, resume
 
 SHORT = dict(
     max_seq_len=128,
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_trl(kind, pairs, tok, tmp_path):
         pytest.importorskip(m, reason=f"pip install {m}, to compare with TRL")
         for m in ("trl", "transformers", "datasets")
     )
-    from minigpt.export import export
+    from minigpt.checkpoint.exporter import export
 
     data, _ = build_tokenset(pairs, tok, tmp_path / "data", 0.0, progress=False)
     start, now = gpt(tok), gpt(tok, 1)
@@ -186,7 +186,7 @@ def test_an_adapter_learns_preferences(pairs, tok, tmp_path):
 
 def test_a_lost_reference(pairs, tok, tmp_path):
     "It is computed again from the model that the run began with, and from no other"
-    from minigpt.export import export
+    from minigpt.checkpoint.exporter import export
 
     export(gpt(tok), tmp_path / "base", tokenizer=tok)
     run = fit(tmp_path / "base", pairs, output_dir=tmp_path / "run", **SHORT)
@@ -205,7 +205,7 @@ def test_a_lost_reference(pairs, tok, tmp_path):
 
 def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
     "Killed before its first save, a run from a model must not begin with random weights"
-    from minigpt.export import export
+    from minigpt.checkpoint.exporter import export
 
     talks = write_talks(tmp_path / "talks.jsonl", 100)
     export(gpt(tok), tmp_path / "base", tokenizer=tok)
@@ -231,7 +231,7 @@ def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
 
 def test_a_model_directory_by_name(tok, tmp_path):
     "Its tokenizer comes with it; a folder that holds none is refused"
-    from minigpt.export import export
+    from minigpt.checkpoint.exporter import export
 
     talks = write_talks(tmp_path / "talks.jsonl", 100)
     export(gpt(tok), tmp_path / "base", tokenizer=tok)

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from minigpt.corpus import story
-from minigpt.evaluate import evaluate_on, token_bytes
-from minigpt.model import GPT, GPTConfig
-from minigpt.tokenizer import Tokenizer, train_tokenizer
+from minigpt.data.corpus import story
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer.bpe import Tokenizer, train_tokenizer
+from minigpt.train.evaluation import evaluate_on, token_bytes
 
 SHAPE = dict(dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64, max_len=128)
 
@@ -28,7 +28,7 @@ def file(texts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(file, tmp_path_factory):
-    from minigpt.train import fit
+    from minigpt.train.trainer import fit
 
     tok = train_tokenizer([story(i) for i in range(200)], 400)
     return fit(
@@ -69,7 +69,7 @@ def test_the_loss_on_what_was_held_out_is_the_one_that_training_reported(run):
 
 
 def test_an_export_is_read_too(run, file):
-    from minigpt.export import export
+    from minigpt.checkpoint.exporter import export
 
     whole = evaluate_on(run, file, progress=False)
     for precision, near in ("bf16", 0.01), ("int8", 0.02):
@@ -105,8 +105,7 @@ def test_a_model_of_transformers_has_the_loss_that_transformers_gives(texts, tmp
 
 
 def test_the_tokens_of_llamas_first_kind_have_lengths():
-    from tokenizers import Tokenizer as HF
-    from tokenizers import decoders, models, normalizers
+    from tokenizers import Tokenizer as HF, decoders, models, normalizers
 
     vocab = {
         t: i
@@ -127,8 +126,7 @@ def test_the_tokens_of_llamas_first_kind_have_lengths():
 
 
 def test_tokens_that_do_not_tell_their_length_give_no_bits(run, file):
-    from tokenizers import Tokenizer as HF
-    from tokenizers import models, pre_tokenizers
+    from tokenizers import Tokenizer as HF, models, pre_tokenizers
 
     hf = HF(models.WordLevel({"</s>": 0, "the": 1, "a": 2}, unk_token="</s>"))
     hf.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -171,9 +169,9 @@ def test_of_conversations_only_answers_within_reach_count(run, tmp_path):
 
 
 def test_an_adapter_is_read_on_its_base(run, file, tmp_path):
-    from minigpt.checkpoint import load_model
-    from minigpt.lora import lora
-    from minigpt.train import fit
+    from minigpt.checkpoint.store import load_model
+    from minigpt.model.adapters import lora
+    from minigpt.train.trainer import fit
 
     tuned = fit(
         lora(load_model(run.path), r=2),

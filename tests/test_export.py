@@ -22,7 +22,8 @@ import zstandard
 from faulty import Disk
 from safetensors.torch import load_file, save_file
 
-from minigpt.checkpoint import (
+from minigpt.checkpoint.exporter import BITS, export, export_onnx, export_report
+from minigpt.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     State,
@@ -35,11 +36,10 @@ from minigpt.checkpoint import (
     write_final,
     write_safetensors,
 )
-from minigpt.export import BITS, export, export_onnx, export_report
-from minigpt.files import sweep
-from minigpt.generate import complete
-from minigpt.model import GPT, GPTConfig
-from minigpt.tokenizer import load_tokenizer, train_tokenizer
+from minigpt.core.files import sweep
+from minigpt.model.generation import complete
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer.bpe import load_tokenizer, train_tokenizer
 
 TEXT = [
     "The keeper lit the lamp at dusk, and the ships came home.",
@@ -177,7 +177,7 @@ def test_sorted_by_another_library(saved, tmp_path):
     model, path, ids = saved
     out = export(path, tmp_path / "out", "int4")
     want = scores(load_model(out), ids)
-    from minigpt.checkpoint import SafeTensors
+    from minigpt.checkpoint.store import SafeTensors
 
     metadata, tensors = (
         SafeTensors(out / "model.safetensors").metadata,
@@ -618,7 +618,7 @@ def test_lies_are_refused_and_take_no_memory(plain, tmp_path, kind):
 def test_lies_about_quantization(plain, tmp_path):
     out = export(plain[1], tmp_path / "out", "int4")
     (out / "MANIFEST.json").unlink()
-    from minigpt.checkpoint import SafeTensors
+    from minigpt.checkpoint.store import SafeTensors
 
     tensors, metadata = (
         {k: t.clone() for k, t in load_file(out / "model.safetensors").items()},
@@ -808,7 +808,7 @@ def test_every_write_that_fails_leaves_nothing(plain, tmp_path, options):
 
 CHILD = """
 import sys, time, torch
-from minigpt.export import export
+from minigpt.checkpoint.exporter import export
 torch.set_num_threads(1)
 def progress(done, total):
     print(done, flush=True)
@@ -843,8 +843,8 @@ def test_killed_while_exporting(plain, tmp_path, root, how):
 # --- memory ---------------------------------------------------------------------------------------
 MEMORY = r"""
 import re, sys, torch
-from minigpt.export import export
-from minigpt.checkpoint import load_model
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import load_model
 from pathlib import Path
 torch.set_num_threads(1)
 peak = lambda: int(re.search(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[1])*1024
@@ -958,9 +958,9 @@ def test_only_an_earlier_export_is_replaced(plain, tmp_path):
 def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsys):
     "`minigpt generate` takes what `minigpt export` makes, and gives what the run gives"
     from minigpt import cli
-    from minigpt.corpus import write_corpus
-    from minigpt.model import GPTConfig
-    from minigpt.train import fit
+    from minigpt.data.corpus import write_corpus
+    from minigpt.model.gpt import GPTConfig
+    from minigpt.train.trainer import fit
 
     shape = GPTConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
     fit(

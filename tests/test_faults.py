@@ -26,11 +26,11 @@ import psutil
 import pytest
 import torch
 
-import minigpt.train
+import minigpt.train.trainer
 from minigpt import cli
-from minigpt.analyze import analyze
 from minigpt.chat import tools_from_file
-from minigpt.checkpoint import (
+from minigpt.checkpoint.analysis import analyze
+from minigpt.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     load_model,
@@ -38,15 +38,15 @@ from minigpt.checkpoint import (
     read_checkpoint,
     write_final,
 )
-from minigpt.config import read_options
-from minigpt.data import DataError, TokenSet, build_tokenset
-from minigpt.evaluate import evaluate_on
-from minigpt.files import only_one
-from minigpt.lora import lora
-from minigpt.model import GPT, GPTConfig
-from minigpt.run import list_runs, open_run, runs_table
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import Callback, TrainConfig, fit
+from minigpt.config.options import read_options
+from minigpt.core.files import only_one
+from minigpt.data.tokensets import DataError, TokenSet, build_tokenset
+from minigpt.model.adapters import lora
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.run.folder import list_runs, open_run, runs_table
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train.evaluation import evaluate_on
+from minigpt.train.trainer import Callback, TrainConfig, fit
 
 STEPS = 20
 SHORT = dict(child.OPTIONS, max_steps=STEPS, save_steps=5, eval_steps=5, save_total_limit=3)
@@ -370,7 +370,7 @@ MISTAKES = {
     ),
     "data-an-address": (
         lambda w: new_run(w, train="https://example.com/a.txt"),
-        ["is an address, and must be a file", "minigpt.download.get"],
+        ["is an address, and must be a file", "minigpt.data.get"],
     ),
     "valid-a-share": (lambda w: new_run(w, valid=0.1), ["0.1 is no data"]),
     "model-None": (
@@ -837,7 +837,7 @@ def test_a_disk_that_writes_something_else(where, whole, work, monkeypatch):
     "What stood there stays until the new one has verified"
     go(work)
     before = weights(work)
-    real = minigpt.checkpoint.write_safetensors
+    real = minigpt.checkpoint.store.write_safetensors
 
     def wrong(path, *how, **more):
         told = real(path, *how, **more)
@@ -847,7 +847,7 @@ def test_a_disk_that_writes_something_else(where, whole, work, monkeypatch):
         return told
 
     state = read_checkpoint(work / f"run/checkpoints/checkpoint-{STEPS}")
-    monkeypatch.setattr(minigpt.checkpoint, "write_safetensors", wrong)
+    monkeypatch.setattr(minigpt.checkpoint.store, "write_safetensors", wrong)
     with pytest.raises(CheckpointError, match="does not read back: .* is damaged.*untouched"):
         (
             CheckpointStore(work / where).save(state)
@@ -868,12 +868,12 @@ def test_full_disk_to_the_last_byte(disk, whole):
 
 def test_full_disk_while_plotting(work, whole, monkeypatch):
     "The checkpoint fitted, the picture of the loss does not"
-    import minigpt.monitor
+    import minigpt.run.metrics
 
     def save_plots(*a, **k):
         raise OSError(errno.ENOSPC, "No space left on device", "loss_curve_step_10.png")
 
-    monkeypatch.setattr(minigpt.monitor, "save_plots", save_plots)
+    monkeypatch.setattr(minigpt.run.metrics, "save_plots", save_plots)
     _, losses = go(work, plot_loss=True)
     same_as(whole, work, losses)
     assert "loss_curve" in log(work) and "No space left" in log(work)
@@ -895,7 +895,7 @@ def test_full_disk_from_the_beginning(disk, whole):
 def test_several_files(work):
     "A list of texts, and a run that refuses a wrong one even where its tokens must be built again"
     child.write_text(work / "more.jsonl", seed=1)
-    from minigpt.source import ResumeError
+    from minigpt.train.inputs import ResumeError
 
     files = [work / "text.jsonl", work / "more.jsonl"]
     options = {**SHORT, "max_steps": 6}
@@ -1264,7 +1264,7 @@ def test_training_on_keeps_the_best_model(tmp_path, whole):
 
 def test_a_stopped_training_leaves_nothing_in_memory(work):
     "A notebook keeps the error"
-    alive = lambda: sum(type(o) is minigpt.train._RunTrainer for o in gc.get_objects())
+    alive = lambda: sum(type(o) is minigpt.train.trainer._RunTrainer for o in gc.get_objects())
     gc.collect()
     before = alive()
     with pytest.raises(KeyboardInterrupt) as e:
@@ -1305,7 +1305,7 @@ def test_tokens_that_cannot_be_read_now_stay_where_they_are(cut, tmp_path, whole
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as m:
-        m.setattr("minigpt.data.hash_file", broken)
+        m.setattr("minigpt.data.tokensets.hash_file", broken)
         with pytest.raises(OSError, match="Input/output"):
             go(work)
     _, losses = go(work)
@@ -1435,7 +1435,7 @@ def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
     (tmp_path / "large.jsonl").write_bytes(GOOD * (17_000_000 // len(GOOD) + 1))
     code = (
         f"import sys; sys.path.insert(0, {str(child.ROOT / 'tests')!r}); import kill_child as"
-        " child; from minigpt.train import fit; fit(child.shape(),"
+        " child; from minigpt.train.trainer import fit; fit(child.shape(),"
         f" {str(tmp_path / 'large.jsonl')!r}, output_dir={str(tmp_path / 'run')!r},"
         f" **{dict(SHORT, tokenizer_vocab_size=300)!r})"
     )

@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from tokenizers import (
     AddedToken,
     Regex,
+    Tokenizer as HF,
     decoders,
     models,
     normalizers,
@@ -19,19 +19,16 @@ from tokenizers import (
     processors,
     trainers,
 )
-from tokenizers import (
-    Tokenizer as HF,
-)
 
-from minigpt import tokenizer as T
 from minigpt.chat import Answer
-from minigpt.config import TrainConfig
-from minigpt.data import build_tokenset
-from minigpt.evaluate import evaluate_on
-from minigpt.generate import complete, stream_text, text_pieces
-from minigpt.model import GPT, GPTConfig
-from minigpt.source import open_source
-from minigpt.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from minigpt.config.options import TrainConfig
+from minigpt.data.tokensets import build_tokenset
+from minigpt.model.generation import complete, stream_text, text_pieces
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer import bpe as T
+from minigpt.tokenizer.bpe import Tokenizer, load_tokenizer, train_tokenizer
+from minigpt.train.evaluation import evaluate_on
+from minigpt.train.inputs import open_source
 
 TEXTS = [
     "The cat sat on the mat.\n\nIt was a good cat, and the mat was good too.",

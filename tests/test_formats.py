@@ -18,14 +18,13 @@ import kill_child as child
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from minigpt import formats
-from minigpt.data import build_tokenset
-from minigpt.formats import DataError, Row, look_at, parse_block, parse_row, read_blocks
-from minigpt.quality import analyze
-from minigpt.tokenizer import SPECIALS, train_tokenizer
+from minigpt.data import readers as formats
+from minigpt.data.quality import analyze
+from minigpt.data.readers import DataError, Row, look_at, parse_block, parse_row, read_blocks
+from minigpt.data.tokensets import build_tokenset
+from minigpt.tokenizer.bpe import SPECIALS, train_tokenizer
 
 SHARED = child.ROOT.parent / "shared" / "data"
 
@@ -1035,7 +1034,7 @@ def test_memory(tmp_path):
             f.write(b"".join([b', {"text": "' + b"x" * 1000 + b'"}'] * 1000))
         f.write(b"]")
     code = (
-        "import resource, sys; from minigpt.formats import *; m = lambda:"
+        "import resource, sys; from minigpt.data.readers import *; m = lambda:"
         " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss>>10; a = m(); print(sum(not r.reason"
         " for b in read_blocks(sys.argv[1]) for r in parse_block(b)), m()-a)"
     )

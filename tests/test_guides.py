@@ -18,7 +18,7 @@ import pytest
 from project import ROOT, directives, joined
 from test_colab import STUB
 
-from minigpt.config import _ALIASES, TrainConfig
+from minigpt.config.options import _ALIASES, TrainConfig
 
 PAGES = [
     "README.md",
@@ -62,8 +62,8 @@ SMALLER = {  # text: what runs in its place
 FILES = """
 import json, random
 from pathlib import Path
-from minigpt.corpus import stories, write_preferences, write_talks
-from minigpt.tokenizer import train_tokenizer
+from minigpt.data.corpus import stories, write_preferences, write_talks
+from minigpt.tokenizer.bpe import train_tokenizer
 lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.'
          for who in ('Ada','Eva','Finn') for n in range(2, 10)
          for what in ('apples','boats','drums','hats')]

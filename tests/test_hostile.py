@@ -26,10 +26,11 @@ import zstandard
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from typer.testing import CliRunner
 
-from minigpt import cli, formats, headers
-from minigpt.analyze import analyze as look_into
-from minigpt.backup import Backup, read_heartbeat, restore_run
-from minigpt.checkpoint import (
+from minigpt import cli
+from minigpt.checkpoint import headers
+from minigpt.checkpoint.analysis import analyze as look_into
+from minigpt.checkpoint.headers import follow_pickle, foreign, torch_file
+from minigpt.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
     State,
@@ -39,19 +40,20 @@ from minigpt.checkpoint import (
     read_pickle,
     write_checkpoint,
 )
-from minigpt.data import sample_texts
+from minigpt.core.files import NotAFile, read_json
+from minigpt.data import readers as formats
+from minigpt.data.preparation import prepare
+from minigpt.data.quality import analyze
+from minigpt.data.readers import DataError, data_files, look_at, parse_block, read_blocks
+from minigpt.data.tokensets import sample_texts
 from minigpt.diffusion import TessConfig
-from minigpt.files import NotAFile, read_json
-from minigpt.formats import DataError, data_files, look_at, parse_block, read_blocks
-from minigpt.headers import follow_pickle, foreign, torch_file
-from minigpt.lora import lora
-from minigpt.model import GPT, GPTConfig, from_hf, to_hf
-from minigpt.monitor import Follower, Metrics, RunLog, read_log, read_metrics
-from minigpt.prepare import prepare
-from minigpt.quality import analyze
-from minigpt.template import TemplateLimit, render_template
-from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer, load_tokenizer, train_tokenizer
-from minigpt.train import fit
+from minigpt.model.adapters import lora
+from minigpt.model.gpt import GPT, GPTConfig, from_hf, to_hf
+from minigpt.run.backup import Backup, read_heartbeat, restore_run
+from minigpt.run.metrics import Follower, Metrics, RunLog, read_log, read_metrics
+from minigpt.tokenizer.bpe import CHAT_TEMPLATE, Tokenizer, load_tokenizer, train_tokenizer
+from minigpt.tokenizer.template import TemplateLimit, render_template
+from minigpt.train.trainer import fit
 
 
 def peak(f):
@@ -749,8 +751,8 @@ def own():
 @pytest.mark.parametrize("template", ENDLESS + LARGE + WRONG, ids=lambda t: t[:40])
 def test_templates_that_take_for_ever(own, monkeypatch, template):
     "An error says so, in a thread as well, and soon; next to nothing was made meanwhile"
-    monkeypatch.setattr("minigpt.template.SECONDS", 0.05)
-    monkeypatch.setattr("minigpt.template._FREE", 1 << 22)
+    monkeypatch.setattr("minigpt.tokenizer.template.SECONDS", 0.05)
+    monkeypatch.setattr("minigpt.tokenizer.template._FREE", 1 << 22)
     tok = Tokenizer(own.hf, {**own.config, "chat_template": template})
     with ThreadPoolExecutor(1) as pool, within(20):
         error, most = peak(

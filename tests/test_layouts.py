@@ -8,12 +8,12 @@ import json
 import kill_child as child
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from minigpt import formats
-from minigpt.data import build_tokenset, check_size, data_files
-from minigpt.formats import (
+from minigpt.data import readers as formats
+from minigpt.data.preparation import prepare, prepare_summary
+from minigpt.data.quality import analyze, clean
+from minigpt.data.readers import (
     DataError,
     count_read,
     look_at,
@@ -23,9 +23,8 @@ from minigpt.formats import (
     read_table,
     reading,
 )
-from minigpt.prepare import prepare, prepare_summary
-from minigpt.quality import analyze, clean
-from minigpt.tokenizer import train_tokenizer
+from minigpt.data.tokensets import build_tokenset, check_size, data_files
+from minigpt.tokenizer.bpe import train_tokenizer
 
 U, A = dict(role="user", content="2?"), dict(role="assistant", content="Two.")
 CALL = dict(name="f", arguments=dict(a=1))
@@ -992,7 +991,7 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     """Left out where no answer ends in time; cut behind an answer where one does.
 
     A set of an older version goes on as it was."""
-    from minigpt.train import _describe
+    from minigpt.train.trainer import _describe
 
     whole, cut, old = (
         build_tokenset(long, tok, tmp_path / str(how), 0.0, long_rows=how)[0]
@@ -1055,9 +1054,9 @@ def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
     """Its token set does not say what becomes of long rows: they stay cut.
 
     The losses are the same; another wish is refused for a new run."""
-    from minigpt.files import read_json, write_json
-    from minigpt.source import ResumeError
-    from minigpt.train import fit
+    from minigpt.core.files import read_json, write_json
+    from minigpt.train.inputs import ResumeError
+    from minigpt.train.trainer import fit
 
     rows = [chat(f"{i} " * (40 if i % 3 else 4)) for i in range(40)]
     data = write(tmp_path / "a.jsonl", *rows)
@@ -1115,7 +1114,7 @@ def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
 
 def test_a_damaged_list_of_texts_is_named(tok, tmp_path):
     "Not in the words of NumPy, which would have it unpickled"
-    from minigpt.data import open_tokenset
+    from minigpt.data.tokensets import open_tokenset
 
     build_tokenset(
         write(tmp_path / "a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path / "set", 0.0
@@ -1128,7 +1127,7 @@ def test_a_damaged_list_of_texts_is_named(tok, tmp_path):
 
 
 def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
-    from minigpt.train import fit
+    from minigpt.train.trainer import fit
 
     data, _ = build_tokenset(
         write(tmp_path / "a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path / "set", 0.0
@@ -1151,7 +1150,7 @@ def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
 
 def test_columns_are_named_in_a_terminal(tok, tmp_path, capsys):
     from minigpt.cli import app
-    from minigpt.config import TrainConfig
+    from minigpt.config.options import TrainConfig
 
     a = write(tmp_path / "a.jsonl", *[dict(body=f"row {i}") for i in range(9)])
     assert (
@@ -1264,8 +1263,8 @@ def test_indentation_and_margins():
 
 
 def test_a_home_folder_is_meant_by_its_sign(tok, tmp_path, monkeypatch):
-    from minigpt.corpus import write_talks
-    from minigpt.data import open_tokenset
+    from minigpt.data.corpus import write_talks
+    from minigpt.data.tokensets import open_tokenset
 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))

@@ -16,17 +16,17 @@ from pathlib import Path
 import kill_child as child
 import pytest
 
-from minigpt.analyze import analyze
-from minigpt.backup import Backup, BackupError, discard, restore_run
-from minigpt.checkpoint import CheckpointError, CheckpointStore, problem, stores_in
-from minigpt.data import build_tokenset
-from minigpt.download import get
-from minigpt.export import export
-from minigpt.files import delete, new_dir, only_one, remove_dir, set_aside, sweep, write_file
-from minigpt.prepare import prepare
-from minigpt.run import open_run, run_table, runs_table
-from minigpt.tokenizer import load_tokenizer
-from minigpt.train import fit
+from minigpt.checkpoint.analysis import analyze
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import CheckpointError, CheckpointStore, problem, stores_in
+from minigpt.core.files import delete, new_dir, only_one, remove_dir, set_aside, sweep, write_file
+from minigpt.data.download import get
+from minigpt.data.preparation import prepare
+from minigpt.data.tokensets import build_tokenset
+from minigpt.run.backup import Backup, BackupError, discard, restore_run
+from minigpt.run.folder import open_run, run_table, runs_table
+from minigpt.tokenizer.bpe import load_tokenizer
+from minigpt.train.trainer import fit
 
 OPTIONS = dict(
     child.OPTIONS,
@@ -165,7 +165,7 @@ def everything(work, source):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_outside_is_changed(made, outside, tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("minigpt.train._WAITS", (0.01,))
+    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01,))
     shutil.copytree(made, tmp_path / "work")
     work, rng = tmp_path / "work", random.Random(seed)
     shutil.copyfile(work / "text.jsonl", tmp_path / "text.jsonl")
@@ -325,7 +325,7 @@ def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
 
 
 def test_a_lock_and_leftovers_that_are_links(outside, tmp_path, monkeypatch):
-    monkeypatch.setattr("minigpt.download._WAITS", ())
+    monkeypatch.setattr("minigpt.data.download._WAITS", ())
     before, run = told(outside), tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(outside / "passwd")
@@ -362,10 +362,10 @@ def test_the_checkpoints_folder_is_a_link(made, outside, tmp_path):
 
 
 def test_no_module_deletes_by_itself(root):
-    "Folders are deleted by `minigpt.files.delete` alone"
+    "Folders are deleted by `minigpt.core.files.delete` alone"
     found = [
         f"{f.name}: {line.strip()}"
-        for f in (root / "minigpt").glob("*.py")
+        for f in (root / "minigpt").rglob("*.py")
         if f.name != "files.py"
         for line in f.read_text(encoding="utf-8").splitlines()
         if re.search(r"rmtree|os\.(remove|rmdir|unlink|removedirs)\b", line)

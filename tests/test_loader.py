@@ -10,10 +10,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from minigpt.data import DataError, TokenSet, check_size, loader, shuffled
+from minigpt.data.tokensets import DataError, TokenSet, check_size, loader, shuffled
 
 
 def token_set(folder, n, dtype="uint32"):

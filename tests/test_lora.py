@@ -9,14 +9,14 @@ import shutil
 import pytest
 import torch
 
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.corpus import write_talks
-from minigpt.data import data_files, sample_texts
-from minigpt.export import export
-from minigpt.lora import LoRAConfig, lora, weights_hash
-from minigpt.source import ResumeError
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import fit, resume
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.data.corpus import write_talks
+from minigpt.data.tokensets import data_files, sample_texts
+from minigpt.model.adapters import LoRAConfig, lora, weights_hash
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train.inputs import ResumeError
+from minigpt.train.trainer import fit, resume
 
 transformers = pytest.importorskip(
     "transformers", reason="pip install transformers, to compare with it"

@@ -16,11 +16,19 @@ import pytest
 from test_chat import write
 from test_faults import At, Losses, PowerCut, power_cut
 
-from minigpt.data import DataError, Mixture, PairSet, build_tokenset, check_size, curriculum, loader
-from minigpt.registry import mix
-from minigpt.source import ResumeError
-from minigpt.tokenizer import IM_END, train_tokenizer
-from minigpt.train import fit, resume
+from minigpt.data.registry import mix
+from minigpt.data.tokensets import (
+    DataError,
+    Mixture,
+    PairSet,
+    build_tokenset,
+    check_size,
+    curriculum,
+    loader,
+)
+from minigpt.tokenizer.bpe import IM_END, train_tokenizer
+from minigpt.train.inputs import ResumeError
+from minigpt.train.trainer import fit, resume
 
 LEN = 64
 

@@ -18,11 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty import Disk
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from kill_child import ROOT
 
-from minigpt.monitor import (
+from minigpt.run.metrics import (
     Curves,
     EventWriter,
     Follower,
@@ -110,8 +109,8 @@ def test_another_file_in_its_place(tmp_path, replace):
 WRITE = """
 import sys, time
 from pathlib import Path
-from minigpt.files import only_one
-from minigpt.monitor import EventWriter, Metrics, read_metrics
+from minigpt.core.files import only_one
+from minigpt.run.metrics import EventWriter, Metrics, read_metrics
 folder,attempt,step = Path(sys.argv[1]),int(sys.argv[2]),int(sys.argv[3])
 with only_one(folder):
     m = Metrics(folder/'metrics.jsonl', attempt, step)
@@ -270,7 +269,7 @@ def test_events_on_a_full_disk(tmp_path):
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
-from minigpt.monitor import EventWriter, Metrics, PlotWriter, RunLog
+from minigpt.run.metrics import EventWriter, Metrics, PlotWriter, RunLog
 folder = Path(sys.argv[1])
 m,e,log = Metrics(folder/'metrics.jsonl'),EventWriter(folder/'tensorboard'),RunLog(folder/'run.log')
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -342,7 +341,7 @@ def work(finished, tmp_path):
 
 
 def test_a_finished_run_and_its_mirror(work):
-    from minigpt.status import run_status, status_text
+    from minigpt.run.status import run_status, status_text
 
     here, there = run_status(work / "run"), run_status(work / "drive" / "run")
     for s in here, there:
@@ -367,7 +366,7 @@ def test_a_finished_run_and_its_mirror(work):
 
 
 def test_a_run_that_is_killed(tmp_path):
-    from minigpt.status import Watch, run_status
+    from minigpt.run.status import Watch, run_status
 
     run = tmp_path / "run"
     run.mkdir()
@@ -386,7 +385,7 @@ def test_a_run_that_is_killed(tmp_path):
 
 
 def test_a_mount_that_goes_away_while_it_is_watched(work):
-    from minigpt.status import Watch, status_text
+    from minigpt.run.status import Watch, status_text
 
     disk, watch = Disk(work / "drive"), Watch(work / "drive" / "run", every=0)
     with disk.at_work():
@@ -404,8 +403,8 @@ def test_a_mount_that_goes_away_while_it_is_watched(work):
 
 def test_looking_does_not_take_the_lock(tmp_path):
     "A thousand looks, and none of them leaves the lock taken, or a file where there was none"
-    from minigpt.files import only_one
-    from minigpt.status import is_held
+    from minigpt.core.files import only_one
+    from minigpt.run.status import is_held
 
     for _ in range(100):
         assert not is_held(tmp_path)
@@ -435,7 +434,7 @@ GARBAGE = [
 @pytest.mark.parametrize("where", ["run", "drive/run"])
 def test_damage_is_named_and_the_rest_is_shown(work, where):
     "Each small file of a run becomes each kind of garbage"
-    from minigpt.status import run_status, status_text
+    from minigpt.run.status import run_status, status_text
 
     run = work / where
     files = [
@@ -473,7 +472,7 @@ def test_damage_is_named_and_the_rest_is_shown(work, where):
 
 def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path):
     "A sample, a log or a manifest with escape sequences, in a run or a backup of somebody else's"
-    from minigpt.status import monitor, status_text
+    from minigpt.run.status import monitor, status_text
 
     run = tmp_path / "run"
     (run / "checkpoints" / "checkpoint-5").mkdir(parents=True)
@@ -500,7 +499,7 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path):
 
 
 def test_folders_that_are_no_runs(tmp_path):
-    from minigpt.status import run_status
+    from minigpt.run.status import run_status
 
     (tmp_path / "file").write_text("x")
     (tmp_path / "model").mkdir()
@@ -511,7 +510,7 @@ def test_folders_that_are_no_runs(tmp_path):
 
 
 # --- monitor --------------------------------------------------------------------------------------
-MONITOR = "import sys; from minigpt.status import monitor; monitor(sys.argv[1], every=.1)"
+MONITOR = "import sys; from minigpt.run.status import monitor; monitor(sys.argv[1], every=.1)"
 
 
 def test_monitor_in_a_pipe_follows_until_the_end(tmp_path):
@@ -587,7 +586,7 @@ def test_the_dashboard_goes_on_with_a_run(work, monkeypatch):
 
     A second one is not offered."""
     pytest.importorskip("ipywidgets")
-    from minigpt.files import read_json, write_json
+    from minigpt.core.files import read_json, write_json
     from minigpt.widgets import RunDashboard
 
     monkeypatch.chdir(work)
@@ -621,7 +620,7 @@ def test_views_without_a_front_end(tmp_path):
 import sys
 sys.modules.update(ipywidgets=None, rich=None)
 from minigpt.widgets import LiveLoss, RunDashboard
-from minigpt.status import monitor
+from minigpt.run.status import monitor
 print([m for m in ('matplotlib', 'tensorboard', 'IPython') if m in sys.modules])
 live = LiveLoss(sys.argv[1])
 print(live); live.finish()

@@ -11,20 +11,20 @@ import sys
 import pytest
 
 from minigpt import cli
-from minigpt.analyze import create_demo
 from minigpt.chat import Chat
-from minigpt.checkpoint import State, load_model, open_model, write_checkpoint
-from minigpt.config import TrainConfig
-from minigpt.evaluate import evaluate_on
-from minigpt.export import export
-from minigpt.generate import generate
-from minigpt.model import GPT, GPTConfig
-from minigpt.run import Run, open_run
+from minigpt.checkpoint.analysis import create_demo
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import State, load_model, open_model, write_checkpoint
+from minigpt.config.options import TrainConfig
+from minigpt.model.generation import generate
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.run.folder import Run, open_run
+from minigpt.run.status import Watch
 from minigpt.serve import Server
-from minigpt.source import open_source
-from minigpt.status import Watch
-from minigpt.tokenizer import load_tokenizer
-from minigpt.train import fit
+from minigpt.tokenizer.bpe import load_tokenizer
+from minigpt.train.evaluation import evaluate_on
+from minigpt.train.inputs import open_source
+from minigpt.train.trainer import fit
 
 TINY = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
 

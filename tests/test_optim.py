@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minigpt import optim
-from minigpt.checkpoint import (
+from minigpt.checkpoint.store import (
     CheckpointError,
     State,
     pack_optimizer,
@@ -18,11 +17,12 @@ from minigpt.checkpoint import (
     unpack_optimizer,
     write_checkpoint,
 )
-from minigpt.config import TrainConfig
-from minigpt.model import GPT, GPTConfig
-from minigpt.optim import Muon, make_optimizer
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import Callback, fit
+from minigpt.config.options import TrainConfig
+from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train import optim
+from minigpt.train.optim import Muon, make_optimizer
+from minigpt.train.trainer import Callback, fit
 
 SHAPE = dict(vocab_size=300, dim=32, n_layer=2, n_head=4, n_kv_head=2, ffn_dim=48)
 

@@ -10,14 +10,14 @@ import shutil
 
 import pytest
 
-from minigpt.backup import Backup, BackupError
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.data import TokenSet, build_tokenset
-from minigpt.model import GPTConfig
-from minigpt.registry import mix
-from minigpt.run import open_run
-from minigpt.source import ResumeError
-from minigpt.train import Callback, fit, resume
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.data.registry import mix
+from minigpt.data.tokensets import TokenSet, build_tokenset
+from minigpt.model.gpt import GPTConfig
+from minigpt.run.backup import Backup, BackupError
+from minigpt.run.folder import open_run
+from minigpt.train.inputs import ResumeError
+from minigpt.train.trainer import Callback, fit, resume
 
 SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
 OPTIONS = dict(
@@ -245,7 +245,7 @@ def test_override_validation_split(work, was, now):
 
 def test_a_token_set_in_the_runs_own_folder_stays(work):
     "The caller may name the run's tokens themselves, by another path than the run does"
-    from minigpt.data import open_set
+    from minigpt.data.tokensets import open_set
 
     run = go(work)
     tokens = open_set((work / "run").resolve() / "data/train")
@@ -468,7 +468,7 @@ def test_no_folder_where_tokens_are_to_appear(work):
 
 
 def build_tokenizer(work):
-    from minigpt.tokenizer import train_tokenizer
+    from minigpt.tokenizer.bpe import train_tokenizer
 
     return train_tokenizer([(work / "b.txt").read_text()], 280)
 

@@ -11,13 +11,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
+from pathlib import Path
 
 import address
 import pytest
 import readme
-from project import ROOT, directives, joined, notebooks, settings
+from project import PACKAGES, ROOT, directives, joined, lessons, notebooks, settings
 
-numbered = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+import minigpt
+
+numbered = lessons()
 every = pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 
 
@@ -33,7 +37,7 @@ def code_cells(path):
 
 
 def rooms():
-    "The modules that notebooks export, in the order of the notebooks"
+    "The modules that notebooks export, in reading order"
     return [
         flags["default_exp"]
         for path in numbered
@@ -172,57 +176,73 @@ def test_import_is_light():
     assert float(out[0]) < 2
 
 
-def imported_rooms(text):
-    "The modules of minigpt that this code imports, anywhere in it"
-    res = set()
-    for node in ast.walk(ast.parse(text)):
+def imported(path):
+    "The modules of minigpt that a module imports, anywhere in it"
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [o.name for o in node.names]
+            yield from (o.name for o in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                "minigpt"
-                if node.level == 1 and not node.module
-                else f"minigpt.{node.module}"
-                if node.level == 1
-                else node.module or ""
-            )
-            names = [f"minigpt.{o.name}" for o in node.names] if base == "minigpt" else [base]
+            base = ".".join(package[: len(package) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            yield module
+            yield from (f"{module}.{o.name}" for o in node.names)
         elif isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
-            names = [o.value for o in node.args if isinstance(o, ast.Constant)]
-        else:
-            continue
-        res |= {o.split(".")[1] for o in names if str(o).startswith("minigpt.")}
-    return res
+            yield from (o.value for o in node.args if isinstance(o, ast.Constant))
 
 
-def test_imported_rooms():
-    assert imported_rooms(
-        "import minigpt.a, numpy\nfrom minigpt.b import x\ndef f():\n  from .c import y\n  from ."
-        " import d\nfrom minigpt import e\nimport_module('minigpt.f')"
-    ) == set("abcdef")
+def file_of(room):
+    return ROOT / "minigpt" / f"{room.replace('.', '/')}.py"
+
+
+def test_what_a_module_imports_is_seen():
+    found = {*imported(file_of("train.trainer"))}
+    assert {"minigpt.run.backup", "minigpt.train.inputs", "minigpt.model.gpt.GPT"} <= found
 
 
 def test_every_module_has_its_notebook():
-    assert sorted(rooms()) == sorted(
-        p.stem for p in (ROOT / "minigpt").glob("*.py") if not p.name.startswith("_")
-    )
+    written = {"__init__.py", "__main__.py", "_modidx.py"}
+    modules = [p for p in (ROOT / "minigpt").rglob("*.py") if p.name not in written]
+    assert sorted(map(file_of, rooms())) == sorted(modules)
 
 
-BY_A_CLICK = {
-    "widgets": {"train"}
-}  # the button that goes on with a run: a name that is looked up when it is pressed
+def test_a_notebook_stands_where_its_module_does():
+    for path in numbered:
+        [room] = [f["default_exp"] for f, _ in code_cells(path) if "default_exp" in f]
+        folder = path.relative_to(ROOT / "nbs").parent
+        assert folder / path.stem.split("_", 1)[1] == Path(*room.split(".")), path
 
 
 @pytest.mark.parametrize("room", rooms())
 def test_a_room_imports_only_rooms_above(room):
-    above = rooms()[: rooms().index(room)]
-    found = imported_rooms((ROOT / "minigpt" / f"{room}.py").read_text(encoding="utf-8")) & set(
-        rooms()
-    )
-    assert found <= {
-        *above,
-        *BY_A_CLICK.get(room, ()),
-    }, f"{room} imports {sorted(found - set(above))}, which come after it"
+    above = {f"minigpt.{o}" for o in rooms()[: rooms().index(room)]}
+    every_room = {f"minigpt.{o}" for o in rooms()}
+    below = {*imported(file_of(room))} & every_room - above
+    assert not below, f"{room} imports {sorted(below)}, which come after it"
+
+
+@pytest.mark.parametrize("package", [p for p in PACKAGES if p not in ("core", "")])
+def test_a_package_offers_what_its_modules_do(package):
+    offered = import_module(f"minigpt.{package}")
+    public = {
+        name: module
+        for room in rooms()
+        if room.startswith(f"{package}.")
+        for module in [import_module(f"minigpt.{room}")]
+        for name in module.__all__
+    }
+    assert {*offered.__all__} == {*public}
+    for name, module in public.items():
+        assert getattr(offered, name) is getattr(module, name), name
+    with pytest.raises(AttributeError, match=f"module 'minigpt.{package}' has no attribute 'x'"):
+        offered.x
+
+
+def test_a_module_is_found_under_its_old_name():
+    for old, new in minigpt.MOVED.items():
+        sys.modules.pop(f"minigpt.{old}", None)
+        with pytest.warns(FutureWarning, match=f"minigpt.{old} is now minigpt.{new}"):
+            assert import_module(f"minigpt.{old}") is import_module(f"minigpt.{new}")
 
 
 # --- the wheel ------------------------------------------------------------------------------------
@@ -264,7 +284,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     cfg = settings()
     info = f"{cfg['lib_name'].replace('-', '_')}-{cfg['version']}.dist-info"
     assert name.startswith(f"{cfg['lib_name'].replace('-', '_')}-{cfg['version']}-py3-none-any")
-    assert {f"minigpt/{o}.py" for o in ["__init__", *rooms()]} <= files.keys()
+    assert {
+        f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in rooms())]
+    } <= files.keys()
     assert {n.split("/")[0] for n in files} == {"minigpt", info}
     assert not [n for n in files if n.endswith(".ipynb") or "test" in n]
 
@@ -328,7 +350,7 @@ def test_outputs_are_small(path):
         assert size < 50_000, f"cell {i}: {size / 1000:.0f} kB of output"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*numbered, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
 def test_ends_in_the_hidden_export_cell(path):
     flags, source = code_cells(path)[-1]
     assert (

@@ -17,12 +17,12 @@ import psutil
 import pytest
 import torch
 
-from minigpt import parallel
-from minigpt.checkpoint import read_checkpoint
-from minigpt.lora import lora
-from minigpt.model import GPTConfig
-from minigpt.run import Run
-from minigpt.train import Callback, fit
+from minigpt.checkpoint.store import read_checkpoint
+from minigpt.model.adapters import lora
+from minigpt.model.gpt import GPTConfig
+from minigpt.run.folder import Run
+from minigpt.train import parallel
+from minigpt.train.trainer import Callback, fit
 
 SHAPE = GPTConfig(vocab_size=300, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32)
 OPTIONS = dict(
@@ -213,7 +213,7 @@ def test_a_helper_that_cannot_be_started(monkeypatch):
         started.append((real(rank, size, place), Path(place).parent))
         return started[-1][0]
 
-    monkeypatch.setattr("minigpt.parallel._start", start)
+    monkeypatch.setattr("minigpt.train.parallel._start", start)
     with pytest.raises(OSError, match="allocate"):
         parallel.assemble(3, "cpu")
     helper, place = started[0]
@@ -284,8 +284,8 @@ def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
 
 SCRIPT = textwrap.dedent("""
     import sys
-    from minigpt.model import GPTConfig
-    from minigpt.train import Callback, fit
+    from minigpt.model.gpt import GPTConfig
+    from minigpt.train.trainer import Callback, fit
     class Say(Callback):
         def on_step(self, t): print('step', t.step, flush=True)
     for name in sys.argv[2:]:
@@ -340,7 +340,7 @@ def test_a_model_that_the_others_cannot_make(text, script, tmp_path):
     "Its class stands in the script"
     script.write_text(
         script.read_text()
-        .replace("class Say", "from minigpt.model import GPT\nclass Mine(GPT): pass\nclass Say")
+        .replace("class Say", "from minigpt.model.gpt import GPT\nclass Mine(GPT): pass\nclass Say")
         .replace("fit(GPTConfig", "fit(Mine(GPTConfig")
         .replace("sys.argv[1], output_dir", "sys.argv[1], devices=2, output_dir")
         .replace("}), sys", "})), sys")

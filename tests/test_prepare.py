@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from minigpt import cli, registry
-from minigpt.formats import DataError, parse_block, read_blocks
-from minigpt.prepare import prepare
-from minigpt.quality import analyze
-from minigpt.registry import dataset, get_dataset_config, mix, register_dataset
-from minigpt.run import open_run
-from minigpt.source import ResumeError
-from minigpt.tokenizer import train_tokenizer
-from minigpt.train import fit, resume
+from minigpt import cli
+from minigpt.data import registry
+from minigpt.data.preparation import prepare
+from minigpt.data.quality import analyze
+from minigpt.data.readers import DataError, parse_block, read_blocks
+from minigpt.data.registry import dataset, get_dataset_config, mix, register_dataset
+from minigpt.run.folder import open_run
+from minigpt.tokenizer.bpe import train_tokenizer
+from minigpt.train.inputs import ResumeError
+from minigpt.train.trainer import fit, resume
 
 SHARED = child.ROOT.parent / "shared" / "data"
 OPTIONS = dict(child.OPTIONS, max_steps=6, save_steps=3, eval_steps=6)
@@ -242,7 +243,7 @@ def test_a_run_goes_on_without_its_own_validation_file(tmp_path):
 
 
 def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
-    from minigpt import source
+    from minigpt.train import inputs as source
 
     fit(child.shape(), "talks", output_dir=tmp_path / "run", **{**OPTIONS, "max_data_size": 200})
     (tmp_path / "run/data-source/talks.jsonl").unlink()
@@ -278,7 +279,7 @@ def said(run):
 @pytest.fixture
 def corpus(monkeypatch):
     "A built-in corpus `reasoning` that takes no time"
-    from minigpt import source
+    from minigpt.train import inputs as source
 
     monkeypatch.setitem(source.BUILT_IN, "reasoning", lambda path: child.write_text(path, seed=5))
 
@@ -452,7 +453,7 @@ def test_rows_too_long_to_be_learned_from(tmp_path, tok):
 
 
 def test_a_fresh_machine_has_no_data_folder(tmp_path, monkeypatch):
-    from minigpt import download
+    from minigpt.data import download
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(download, "get", lambda source, to, **kw: to.write_text('{"text": "a"}\n'))
@@ -495,8 +496,8 @@ def test_a_folder_is_read_without_notes_and_leftovers(tmp_path, tok):
 
 
 def test_presets_are_fitted_to_a_machine():
-    from minigpt.config import TrainConfig
-    from minigpt.presets import hardware, recipe, stage
+    from minigpt.config.options import TrainConfig
+    from minigpt.train.presets import hardware, recipe, stage
 
     assert hardware("colab_t4", stage("dpo")) | dict(
         train="dpo",
@@ -561,8 +562,8 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
     "rensa starts threads over many rows; a forked worker that wanted them would wait for ever"
     import rensa
 
-    from minigpt.files import spread
-    from minigpt.quality import band_keys
+    from minigpt.core.files import spread
+    from minigpt.data.quality import band_keys
 
     many = np.arange(2_000_000, dtype=np.uint64)
     rensa.RMinHash.digest_matrix_from_flat_token_hashes(

@@ -20,9 +20,9 @@ from project import ROOT
 from scripted import Scripted
 
 from minigpt.chat import Chat, Tools
-from minigpt.model import GPT, GPTConfig
+from minigpt.model.gpt import GPT, GPTConfig
 from minigpt.serve import Server
-from minigpt.tokenizer import train_tokenizer
+from minigpt.tokenizer.bpe import train_tokenizer
 
 openai = pytest.importorskip("openai")
 
@@ -434,7 +434,7 @@ def test_old_turns_are_left_out_and_the_system_prompt_is_not(model, tok):
 
 
 def test_thoughts_that_the_template_opened(model, tok):
-    from minigpt.tokenizer import CHAT_TEMPLATE, Tokenizer
+    from minigpt.tokenizer.bpe import CHAT_TEMPLATE, Tokenizer
 
     opened = Tokenizer(
         tok.hf,
@@ -451,7 +451,7 @@ def test_thoughts_that_the_template_opened(model, tok):
 
 
 def test_a_foreign_template_gets_tools_as_transformers_hands_them(tok):
-    from minigpt.tokenizer import Tokenizer
+    from minigpt.tokenizer.bpe import Tokenizer
 
     other = Tokenizer(
         tok.hf,
@@ -493,8 +493,8 @@ def test_tools_run_nothing_else(tmp_path):
 
 TALK = """
 import sys; sys.path.insert(0, "tests")
-from minigpt.model import GPTConfig
-from minigpt.tokenizer import train_tokenizer
+from minigpt.model.gpt import GPTConfig
+from minigpt.tokenizer.bpe import train_tokenizer
 from scripted import Scripted
 from minigpt.chat import Chat
 tok = train_tokenizer(["Rain?"]*9, 300)
@@ -543,9 +543,9 @@ def test_terminal_in_pipes_and_ctrl_c():
 
 ENDLESS = """
 import torch
-from minigpt.model import GPT, GPTConfig
+from minigpt.model.gpt import GPT, GPTConfig
 from minigpt.serve import serve
-from minigpt.tokenizer import train_tokenizer
+from minigpt.tokenizer.bpe import train_tokenizer
 tok = train_tokenizer(["A server that is stopped. 停。"]*9, vocab_size=280)
 model = GPT(GPTConfig(
     vocab_size=tok.vocab_size, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32,

@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from test_faults import At, PowerCut, go, power_cut
 
-import minigpt.model
-import minigpt.train
-from minigpt.config import TrainConfig
-from minigpt.guard import Guard
-from minigpt.model import GPT, linear_cross_entropy
-from minigpt.run import open_run
-from minigpt.speed import can_keep, choose, decide_compile
-from minigpt.train import Callback, TrainingError, fit
+import minigpt.model.gpt
+import minigpt.train.trainer
+from minigpt.config.options import TrainConfig
+from minigpt.model.gpt import GPT, linear_cross_entropy
+from minigpt.run.folder import open_run
+from minigpt.run.guard import Guard
+from minigpt.train.speed import can_keep, choose, decide_compile
+from minigpt.train.trainer import Callback, TrainingError, fit
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -84,7 +84,7 @@ def test_a_compiled_run_goes_on_exactly(work, tmp_path):
     ),
 )
 def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, capsys):
-    from minigpt import speed
+    from minigpt.train import speed
 
     times = iter(
         [1.0, 1.0, 1.0, 1.0, 1.0] + [0.1] * 9
@@ -106,7 +106,7 @@ def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, 
 
 
 def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypatch, capsys):
-    from minigpt.model import Block
+    from minigpt.model.gpt import Block
 
     def broken(self, **how):
         raise RuntimeError("no C++ compiler was found")
@@ -153,7 +153,7 @@ def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monk
     alone = go(child.new_work(tmp_path / "alone"))[1]
     use = iter([50] * 8 + [97] * 1000)
     monkeypatch.setattr(
-        minigpt.train,
+        minigpt.train.trainer,
         "Guard",
         lambda cpu, memory: Guard(
             cpu, memory, patience=0.0, every=0.0, memory=lambda: (next(use), 100)
@@ -182,7 +182,7 @@ def test_disable_monitoring_watches_nothing(work, monkeypatch):
     def none(*args):
         raise AssertionError("a guard was made")
 
-    monkeypatch.setattr(minigpt.train, "Guard", none)
+    monkeypatch.setattr(minigpt.train.trainer, "Guard", none)
     assert go(work, disable_monitoring=True)[0].finished
 
 
@@ -211,7 +211,7 @@ def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
     """When it is measured whether compiling pays, nothing has begun yet.
 
     A smaller micro-batch can be tried at once."""
-    from minigpt import speed
+    from minigpt.train import speed
 
     def too_much(*args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -262,7 +262,7 @@ def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, c
         self.buffers["weights", "some"] = None
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(minigpt.train.Writer, "copy", none)
+    monkeypatch.setattr(minigpt.train.trainer.Writer, "copy", none)
     run, after = go(work)
     assert run.finished and "training waits while a checkpoint is written" in (
         run.path / "run.log"
@@ -275,7 +275,7 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
     """A stop in a step with an evaluation, whose best model was copied.
 
     The state is written, though no copy of it can be made."""
-    real = minigpt.train.Writer.save
+    real = minigpt.train.trainer.Writer.save
 
     def full_after(self, store, state):
         real(self, store, state)
@@ -284,7 +284,7 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
                 psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=1 << 40)
             )
 
-    monkeypatch.setattr(minigpt.train.Writer, "save", full_after)
+    monkeypatch.setattr(minigpt.train.trainer.Writer, "save", full_after)
 
     def stop(t):
         t.stop = "enough"
@@ -367,7 +367,7 @@ def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
     """Also for rows without a label, no rows, and extreme chances.
 
     Chances too small for fp16, and next to 1, of which bf16 knows two digits."""
-    monkeypatch.setattr(minigpt.model, "_rows_at_once", lambda *a: rows)
+    monkeypatch.setattr(minigpt.model.gpt, "_rows_at_once", lambda *a: rows)
     for n, scale, known in (
         (600, 1.0, False),
         (77, 8.0, False),
@@ -410,7 +410,7 @@ def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
         return False
 
-    monkeypatch.setattr("minigpt.train.add_reference", full)
+    monkeypatch.setattr("minigpt.train.trainer.add_reference", full)
     with pytest.raises(TrainingError, match="memory ran out before the first step .*batch_size="):
         fit(
             child.shape(),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minigpt.checkpoint import CheckpointError, load_model
-from minigpt.export import export
-from minigpt.lora import lora
-from minigpt.model import GPT, from_hf
+from minigpt.checkpoint.exporter import export
+from minigpt.checkpoint.store import CheckpointError, load_model
+from minigpt.model.adapters import lora
+from minigpt.model.gpt import GPT, from_hf
 
 transformers = pytest.importorskip("transformers")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

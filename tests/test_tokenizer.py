@@ -9,11 +9,10 @@ from itertools import islice
 
 import pytest
 from conftest import ROOT
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 
-from minigpt import tokenizer as T
-from minigpt.tokenizer import MARKS, SPECIALS, Tokenizer, load_tokenizer, train_tokenizer
+from minigpt.tokenizer import bpe as T
+from minigpt.tokenizer.bpe import MARKS, SPECIALS, Tokenizer, load_tokenizer, train_tokenizer
 
 ENGLISH = [
     (

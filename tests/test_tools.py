@@ -6,13 +6,12 @@ from functools import cache
 import pytest
 
 hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
-from minigpt.corpus import TOOLS, call, reasoning
-from minigpt.formats import parse_conversation
-from minigpt.generate import parse_tool_calls
-from minigpt.tokenizer import train_tokenizer
+from minigpt.data.corpus import TOOLS, call, reasoning
+from minigpt.data.readers import parse_conversation
+from minigpt.model.generation import parse_tool_calls
+from minigpt.tokenizer.bpe import train_tokenizer
 
 pieces = st.lists(
     st.sampled_from(

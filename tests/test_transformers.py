@@ -10,14 +10,13 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HFTokenizer, decoders, models, pre_tokenizers, trainers
 
-from minigpt.checkpoint import State, load_model, write_checkpoint
-from minigpt.generate import complete, generate
-from minigpt.model import GPT, GPTConfig, from_hf
-from minigpt.tokenizer import chat_messages, load_tokenizer, train_tokenizer
-from minigpt.train import fit
+from minigpt.checkpoint.store import State, load_model, write_checkpoint
+from minigpt.model.generation import complete, generate
+from minigpt.model.gpt import GPT, GPTConfig, from_hf
+from minigpt.tokenizer.bpe import chat_messages, load_tokenizer, train_tokenizer
+from minigpt.train.trainer import fit
 
 transformers = pytest.importorskip("transformers")
 
@@ -302,7 +301,7 @@ def test_the_template_of_older_versions_is_still_ours(tokenizer):
     "Its tokenizers go on with it; their ids are the same as before, by the fast way too"
     import hashlib
 
-    from minigpt.tokenizer import _OWN_TEMPLATES, CHAT_TEMPLATE, Tokenizer
+    from minigpt.tokenizer.bpe import _OWN_TEMPLATES, CHAT_TEMPLATE, Tokenizer
 
     assert (
         hashlib.md5(_OWN_TEMPLATES[1].encode()).hexdigest() == "874c3684cf717e847fb3208fb7527fc4"

@@ -33,18 +33,18 @@ from test_faults import (
     weights,
 )  # noqa: F401
 
-from minigpt import backup as backup_module
-from minigpt.backup import Backup
-from minigpt.checkpoint import CheckpointError, CheckpointStore, problem
-from minigpt.config import lr_at
-from minigpt.data import DataError, open_tokenset
-from minigpt.run import Run, list_runs, open_run, run_table, runs_table
-from minigpt.train import fit
+from minigpt.checkpoint.store import CheckpointError, CheckpointStore, problem
+from minigpt.config.options import lr_at
+from minigpt.data.tokensets import DataError, open_tokenset
+from minigpt.run import backup as backup_module
+from minigpt.run.backup import Backup
+from minigpt.run.folder import Run, list_runs, open_run, run_table, runs_table
+from minigpt.train.trainer import fit
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr("minigpt.train._WAITS", (0.01, 0.01))
+    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01, 0.01))
 
 
 # --- a run's own states ---------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_a_mount_that_stutters_is_asked_again(cut, whole, tmp_path, monkeypatch)
             waited.append(seconds)
             disk.unreadable = {}
 
-        monkeypatch.setattr("minigpt.train.time.sleep", sleep)
+        monkeypatch.setattr("minigpt.train.trainer.time.sleep", sleep)
         same_as(whole, work, go(work)[1], since=10)
     assert waited[0] == 0.01
 
@@ -184,8 +184,8 @@ def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
     facts = open_run(work / "run").facts
     facts["train"]["gdrive_backup_dir"] = str(tmp_path / "disk")
     backup_module.write_json(work / "run/run.json", facts)
-    monkeypatch.setattr("minigpt.run.ANSWER", 0.05)
-    monkeypatch.setattr("minigpt.run.check_there", lambda folder: hangs.wait(30))
+    monkeypatch.setattr("minigpt.run.folder.ANSWER", 0.05)
+    monkeypatch.setattr("minigpt.run.folder.check_there", lambda folder: hangs.wait(30))
     said = run_table(open_run(work / "run"))
     hangs.set()
     assert "checkpoint-10" in said and "disk has not answered for 0 s: the mount hangs" in said
@@ -197,7 +197,7 @@ def test_the_list_of_runs(cut, tmp_path, monkeypatch):
         shutil.copytree(cut / "run", tmp_path / "runs" / name)
     with open(tmp_path / "runs/odd/metrics.jsonl", "a") as f:
         f.write('{"step": 13, "loss": [1], "eval_loss": "x"}\n')
-    monkeypatch.setattr("minigpt.run.ANSWER", 0.3)
+    monkeypatch.setattr("minigpt.run.folder.ANSWER", 0.3)
     real, wait = Run.history.fget, threading.Event()
     monkeypatch.setattr(
         Run,
@@ -387,7 +387,7 @@ def test_more_steps_and_the_learning_rate(whole, tmp_path):
 
 
 def run_config(run):
-    from minigpt.config import TrainConfig
+    from minigpt.config.options import TrainConfig
 
     return TrainConfig.make(run.facts["train"])
 

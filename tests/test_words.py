@@ -13,16 +13,16 @@ import pytest
 from typer.testing import CliRunner
 
 from minigpt import cli
-from minigpt.backup import BackupError, check_there, drive_mount
-from minigpt.checkpoint import CheckpointError
-from minigpt.config import TrainConfig
-from minigpt.files import human_size
-from minigpt.guard import Guard
-from minigpt.model import GPTConfig
-from minigpt.monitor import trouble
-from minigpt.run import open_run
-from minigpt.source import ResumeError
-from minigpt.train import Callback, fit, resume
+from minigpt.checkpoint.store import CheckpointError
+from minigpt.config.options import TrainConfig
+from minigpt.core.files import human_size
+from minigpt.model.gpt import GPTConfig
+from minigpt.run.backup import BackupError, check_there, drive_mount
+from minigpt.run.folder import open_run
+from minigpt.run.guard import Guard
+from minigpt.run.metrics import trouble
+from minigpt.train.inputs import ResumeError
+from minigpt.train.trainer import Callback, fit, resume
 
 OPTIONS = dict(child.OPTIONS, max_steps=4, save_steps=2, eval_steps=4, eval_sequences=4)
 SHAPE = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
@@ -439,7 +439,7 @@ def test_losses_stand_in_the_log(work):
 
 
 def test_a_minute_later_there_is_another_line(monkeypatch):
-    from minigpt import train
+    from minigpt.train import trainer as train
 
     lines, now = [], 0.0
     monkeypatch.setattr(train.time, "monotonic", lambda: now)
@@ -451,7 +451,7 @@ def test_a_minute_later_there_is_another_line(monkeypatch):
 
 
 def test_the_monitor_shows_what_model_and_optimizer_take(copy):
-    from minigpt.status import numbers, run_status, status_text
+    from minigpt.run.status import numbers, run_status, status_text
 
     s, at = run_status("outputs"), copy / "outputs/checkpoints/checkpoint-4"
     assert (s["model_size"], s["optimizer_size"]) == tuple(
@@ -471,8 +471,8 @@ def test_the_monitor_shows_what_model_and_optimizer_take(copy):
 
 
 def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
-    from minigpt import train
-    from minigpt.status import run_status, status_text
+    from minigpt.run.status import run_status, status_text
+    from minigpt.train import trainer as train
 
     monkeypatch.setattr(
         train, "Guard", lambda *limits: Guard(*limits, every=0.001, cpu=lambda: 100.0)

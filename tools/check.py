@@ -1,13 +1,16 @@
 """What a commit must satisfy before anything runs: `python tools/check.py`.
 
 The modules are what the notebooks export, notebooks are clean, README.md and the addresses are
-fresh. Works on a copy, so it changes nothing here."""
+fresh; ruff finds nothing, packages import only packages below them, and no more exported cells
+than before say too much. It works on a copy, so it changes nothing here."""
 
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import address
+import cells
 import clean
 import readme
 from project import ROOT, copy_tree, export, exported, notebooks, settings
@@ -38,8 +41,23 @@ def check_export():
     ]
 
 
+def check_style():
+    "What ruff and import-linter find"
+    here = Path(sys.executable).parent
+    for command, cure in (
+        (["ruff", "format", "--check", "--quiet"], "run `ruff format`"),
+        (["ruff", "check", "--quiet", "--output-format", "concise"], "mend it"),
+        (["lint-imports", "--no-logo"], "an import must point to a package below"),
+    ):
+        done = subprocess.run(
+            [here / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
+        )
+        if done.returncode:
+            yield f"{' '.join(command[:2])}: {cure}\n{done.stdout}{done.stderr}"
+
+
 if __name__ == "__main__":
-    problems = check_export()
+    problems = [*check_style(), *cells.problems(), *check_export()]
     problems += [
         f"{p.relative_to(ROOT)} is not clean: run `make clean-notebooks`"
         for p in clean.unclean(notebooks())
@@ -53,4 +71,4 @@ if __name__ == "__main__":
         print(o, file=sys.stderr)
     if problems:
         sys.exit(1)
-    print(f"{len(notebooks())} notebooks: clean, exported; README and addresses fresh")
+    print(f"{len(notebooks())} notebooks: clean, exported, formatted; README and addresses fresh")

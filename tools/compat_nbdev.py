@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from project import ROOT, copy_tree, export, settings
+from project import ROOT, copy_tree, export, lessons, settings
 
 
 def code(text):
@@ -26,19 +26,17 @@ def code(text):
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or [
-        f"nbs/{p.name}" for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))[:2]
-    ]
+    chosen = sys.argv[1:] or [p.relative_to(ROOT).as_posix() for p in lessons()[:3]]
     with tempfile.TemporaryDirectory() as d:
         tree = Path(d) / settings()["repo"]
         copy_tree(tree)
-        for p in tree.glob("minigpt/*.py"):
+        for p in tree.glob("minigpt/**/*.py"):
             if not p.name.startswith("_"):
                 p.unlink()
         export(tree, "nbdev_export")
         modules = [
             p.relative_to(ROOT)
-            for p in sorted((ROOT / "minigpt").glob("*.py"))
+            for p in sorted((ROOT / "minigpt").rglob("*.py"))
             if p.name != "_modidx.py"
         ]
         wrong = [

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from project import ROOT, directives, joined, settings
+from project import ROOT, directives, joined, lessons, settings
 from readme import ansi, block
 
 PROC, OUT = ROOT / "_proc", ROOT / "_docs"
@@ -72,13 +72,18 @@ def load(path):
 def rooms():
     "Module name to notebook, in reading order"
     found = {}
-    for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+    for p in lessons():
         for c in load(p)["cells"]:
             if c["cell_type"] == "code" and (
                 name := directives(joined(c["source"]))[0].get("default_exp")
             ):
-                found[name] = p.name
+                found[name] = p.relative_to(ROOT / "nbs").as_posix()
     return found
+
+
+def reference(module):
+    "The page of a module: `train.trainer` stands at reference/train/trainer.md"
+    return f"reference/{module.replace('.', '/')}.md"
 
 
 def page_of(target):
@@ -92,19 +97,17 @@ def page_of(target):
     if page := next((p for p, source in WRITTEN.items() if target == source), None):
         return f"{page}.md"
     name = next((n for n, p in MODULES.items() if target == f"nbs/{p}"), None)
-    return name and f"reference/{name}.md"
+    return name and reference(name)
 
 
 def linked(text, source, page):
     "Markdown with the links of `source`, a path in the repository, as they must read on `page`"
 
     def to(link):
-        if m := re.fullmatch(r"/(\w+)\.html(#.*)?", link):  # of nbdev: a symbol
-            if m[1] in MODULES:
-                return (
-                    posixpath.relpath(f"reference/{m[1]}.md", posixpath.dirname(page))
-                    + (m[2] or "").lower()
-                )
+        symbol = re.fullmatch(r"/([\w/]+)\.html(#.*)?", link)  # of nbdev
+        if symbol and (module := symbol[1].replace("/", ".")) in MODULES:
+            to_page = posixpath.relpath(reference(module), posixpath.dirname(page))
+            return to_page + (symbol[2] or "").lower()
         if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link):
             return link
         path, mark, rest = re.match(r"([^#?]*)([#?]?)(.*)", link, re.S).groups()
@@ -177,17 +180,15 @@ def convert(notebook, source, page):
 
 def settle():
     "Links to symbols that show no heading of their own lead to their page"
-    text = {p.stem: p.read_text(encoding="utf-8") for p in (SRC / "reference").glob("*.md")}
-    has = {name: {h.lower() for h in re.findall(r"^#+ (\w+)", t, re.M)} for name, t in text.items()}
-    for name, t in text.items():
-        write(
-            f"reference/{name}.md",
-            re.sub(
-                r"\((\w+)\.md#([\w.]+)\)",
-                lambda m: m[0] if m[2] in has.get(m[1], ()) else f"({m[1]}.md)",
-                t,
-            ),
-        )
+    text = {reference(m): (SRC / reference(m)).read_text(encoding="utf-8") for m in MODULES}
+    has = {page: {h.lower() for h in re.findall(r"^#+ (\w+)", t, re.M)} for page, t in text.items()}
+    for page, t in text.items():
+
+        def to(m, page=page):
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(page), m[1]))
+            return m[0] if m[2] in has.get(target, ()) else f"({m[1]})"
+
+        write(page, re.sub(r"\(([\w./]+\.md)#([\w.]+)\)", to, t))
 
 
 def write(page, text):
@@ -214,7 +215,7 @@ def configuration():
                 {title(ROOT / f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS
             ]
         },
-        {"Reference": [{m: f"reference/{m}.md"} for m in MODULES]},
+        {"Reference": [{m: reference(m)} for m in MODULES]},
         *({t: f"{g}.md"} for g, t in GUIDES.items()),
         {"Changelog": "changelog.md"},
         {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]},
@@ -289,7 +290,7 @@ def main():
         sys.exit(f"nbdev-proc-nbs failed:\n{done.stderr[-3000:]}")
     shutil.rmtree(OUT, ignore_errors=True)
     for name, notebook in MODULES.items():
-        convert(PROC / notebook, f"nbs/{notebook}", f"reference/{name}.md")
+        convert(PROC / notebook, f"nbs/{notebook}", reference(name))
     settle()
     for t in TUTORIALS:
         convert(ROOT / f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")

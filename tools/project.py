@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INIT = ROOT / "minigpt" / "__init__.py"
+# Folders of nbs/ and minigpt/, in reading order: a package imports only those before it, and the
+# modules at the root come last.
+PACKAGES = ("core", "tokenizer", "config", "data", "model", "checkpoint", "run", "train", "")
 exported = ["minigpt/**/*.py", "nbs/llms.txt"]  # what nbdev-export writes
 
 
@@ -27,6 +30,11 @@ def notebooks(root=ROOT):
         for p in (root / "nbs").rglob("*.ipynb")
         if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)
     )
+
+
+def lessons(root=ROOT):
+    "The notebooks that are exported, in reading order"
+    return [p for o in PACKAGES for p in sorted((root / "nbs" / o).glob("[0-9]*.ipynb"))]
 
 
 def joined(o):

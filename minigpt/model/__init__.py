@@ -1,0 +1,25 @@
+"""The transformer, generation, adapters, quantization."""
+
+from minigpt.core.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "gpt": """
+            MOST MOST_PARAMS FAMILIES check_size check_number check_flag check_params GPTConfig
+            to_hf shape_from_dict check_hf from_hf RMSNorm rope_angles rotate Attention MLP
+            Block linear_cross_entropy linear_log_probs KVCache LanguageModel has_own_head GPT
+            need_gpt
+        """,
+        "generation": """
+            next_probs DecodeStep generate generate_batch text_pieces stream_text complete
+            parse_tool_calls
+        """,
+        "adapters": """
+            LINEAR LoRAConfig LoRALinear weights_hash adapter_values LoRAGPT lora
+        """,
+        "quantization": """
+            group_shape quantize dequantize
+        """,
+    },
+)

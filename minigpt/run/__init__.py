@@ -1,0 +1,31 @@
+"""A run is a folder: its backup, its metrics, its status."""
+
+from minigpt.core.lazy import lazy_names
+
+__all__, __getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "backup": """
+            COLAB_MOUNT BEAT RETRY POLL QUIET DATA_LIMIT BackupError Taken on_colab drive_mount
+            check_there read_run_id read_heartbeat listed Progress copy_file CheckpointCopy
+            copy_checkpoint arrived discard made_later Backup wait_for_others given_up
+            restore_run fetch
+        """,
+        "guard": """
+            Guard
+        """,
+        "metrics": """
+            TAGS Metrics read_metrics Curves Follower decimate smooth plot_losses save_plots
+            plot_runs LossPicture PlotWriter EventWriter RunLog read_log trouble memory
+            in_notebook
+        """,
+        "folder": """
+            ANSWER Run split_checkpoint open_run list_runs text_table runs_table run_table
+        """,
+        "status": """
+            SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows
+            notes status_text sparkline monitor
+        """,
+        "live": "BOX_STYLE html_table run_html display_widget LiveLoss",
+    },
+)
