@@ -42,18 +42,18 @@ pytest: $(VENV)/.dev-installed ## the tests in tests/
 	@python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 bench: $(VENV)/.dev-installed ## run every measurement in bench/
-	@for f in bench/*.py; do [ -e "$$f" ] || continue; echo "== $$f"; python "$$f" || exit 1; done
+	@for f in bench/[a-z]*.py; do echo "== $$f"; python -m "bench.$$(basename "$$f" .py)" || exit 1; done
 
 compat: compat-transformers compat-nbdev compat-widgets ## the other supported versions: transformers 4.57, nbdev 2.4, ipywidgets 7.7
 
 compat-transformers: .venv-compat-transformers/.installed
-	@.venv-compat-transformers/bin/python -m pytest -q tests/test_transformers.py tests/test_diffusion.py
+	@.venv-compat-transformers/bin/python -m pytest -q tests/interop/test_transformers.py tests/interop/test_diffusion.py
 
 compat-nbdev: .venv-compat-nbdev/.installed
 	@.venv-compat-nbdev/bin/python tools/compat_nbdev.py
 
 compat-widgets: .venv-compat-widgets/.installed
-	@.venv-compat-widgets/bin/python -m pytest -q tests/test_browser.py tests/test_chat_browser.py
+	@.venv-compat-widgets/bin/python -m pytest -q tests/notebooks/test_browser.py tests/notebooks/test_chat_browser.py
 
 export: $(VENV)/.dev-installed ## nbs/ to minigpt/ (nbdev-export)
 	@nbdev-export

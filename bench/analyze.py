@@ -1,9 +1,9 @@
 """How long does it take to see what is in a 1.5 GB checkpoint, and in how much memory?
 
-    python bench/analyze.py                # medium, 1.3 GB each; half a minute on 2 cores
-    python bench/analyze.py --preset small
+    python -m bench.analyze                # medium, 1.3 GB each; half a minute on 2 cores
+    python -m bench.analyze --preset small
 
-    sudo python bench/analyze.py --cold    # also once with nothing in the system's cache
+    sudo python -m bench.analyze --cold    # also once with nothing in the system's cache
 
 The files, one .pt and our directory, have AdamW's moments; they hold zeros, but are otherwise what
 the programs write: names, shapes, records. Each is analysed in fresh processes, medians over the
@@ -22,7 +22,6 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 CHILD = """
 import re, resource, sys, time

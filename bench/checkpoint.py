@@ -1,7 +1,7 @@
 """What does saving cost? The stall it puts into training, beside other ways to save the same state.
 
-    python bench/checkpoint.py                    # small and medium, 3 rounds; 4 minutes on 2 cores
-    python bench/checkpoint.py --presets small
+    python -m bench.checkpoint                    # small and medium, 3 rounds; 4 minutes on 2 cores
+    python -m bench.checkpoint --presets small
 
 The others are a blocking `torch.save` and `torch.distributed.checkpoint.async_save`. All needs 8 GB
 of memory and of disk.
@@ -20,13 +20,11 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

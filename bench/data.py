@@ -1,8 +1,8 @@
 """How fast do files become batches? JSONL → token set, `analyze`, the loader, and a restart.
 
-    python bench/data.py                        # all parts on 200 MB, 3 rounds
-    python bench/data.py --parts b c            # some of them
-    python bench/data.py --parts a --large      # also our memory on ten times as much
+    python -m bench.data                        # all parts on 200 MB, 3 rounds
+    python -m bench.data --parts b c            # some of them
+    python -m bench.data --parts a --large      # also our memory on ten times as much
 
 All parts take 25 minutes on 2 cores, and 9 GB of disk for temporary files.
 
@@ -61,7 +61,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 KINDS = dict(

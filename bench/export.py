@@ -1,8 +1,8 @@
 """How large is each kind of checkpoint, and how long does it take to write and to open?
 
-    python bench/export.py                                 # medium; 2 minutes on 2 cores
-    python bench/export.py --preset small
-    python bench/export.py --ways RUN --text FILE.txt      # a trained run, and unseen text
+    python -m bench.export                                 # medium; 2 minutes on 2 cores
+    python -m bench.export --preset small
+    python -m bench.export --ways RUN --text FILE.txt      # a trained run, and unseen text
 
 Checkpoints are those of a preset, with AdamW's moments: 1.3 GB of disk for `medium`. Sizes are of
 all files of a directory. The weights are random and the optimizer has taken two steps: noise, as
@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 KINDS = {p: dict(precision=p) for p in ("fp32", "fp16", "bf16", "int8", "int4")} | {
     **{

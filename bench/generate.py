@@ -1,7 +1,7 @@
 """New tokens a second of `minigpt.model.generation` beside transformers' `generate`, on the CPU.
 
-    python bench/generate.py        # `small`, 128 tokens, 5 rounds; 3 minutes on 2 quiet cores
-    python bench/generate.py --model tiny --rounds 1 --tokens 16
+    python -m bench.generate        # `small`, 128 tokens, 5 rounds; 3 minutes on 2 quiet cores
+    python -m bench.generate --model tiny --rounds 1 --tokens 16
 
 Both have the same weights, read from the same folder: random ones, in fp32; the prompts are random
 ids, 32 in each row, so all rows are equally long, and nothing ends early. Both programs run in one
@@ -15,13 +15,11 @@ import argparse
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PROMPT = 32
 

@@ -1,6 +1,6 @@
 """How often is a run that was killed at a random moment bit-identical to an uninterrupted one?
 
-    python bench/kill.py --trials 20
+    python -m bench.kill --trials 20
 
 Each trial trains in a process of its own, kills it with SIGKILL at a moment drawn uniformly from
 the run's time (start-up and saves included), starts the same call again until it is finished, and
@@ -23,10 +23,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.harness import kill_child as child
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import kill_child as child  # noqa: E402
 
 # Seconds added to a step of a hundredth: a save takes about as long as one or two steps, as in life
 PAUSE = 0.02

@@ -1,7 +1,7 @@
 """What it costs to be watched: redraws of the live view, and all that is logged and shown.
 
-    python bench/live.py
-    python bench/live.py --steps 40 --batch 8 --seq 512
+    python -m bench.live
+    python -m bench.live --steps 40 --batch 8 --seq 512
 
 The view is redrawn with few and with many points; the rest is a share of a CPU step of `small`.
 """

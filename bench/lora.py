@@ -1,7 +1,7 @@
 """A model fine-tuned in full, with our LoRA, and with PEFT's: what is trained and saved, and speed.
 
-    python bench/lora.py                     # `small`, 3 rounds of 8 steps on the CPU
-    python bench/lora.py --device cuda --batch 16 --seq 512 --steps 40
+    python -m bench.lora                     # `small`, 3 rounds of 8 steps on the CPU
+    python -m bench.lora --device cuda --batch 16 --seq 512 --steps 40
 
 All three start from the same weights, both adapters too, and learn from the same batches with AdamW
 in fp32, gradients clipped at 1, one learning rate; both adapters have rank 8 on every matrix of the
@@ -34,9 +34,9 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import train_cpu
 from train_cpu import Clock, quiet
+
+from bench import train_cpu
 
 WARM, VOCAB, RANK, LR = 3, 6400, 8, 1e-3
 
@@ -253,7 +253,16 @@ def measure(program: str, folder: Path, a) -> dict:
         quiet(a.wait)
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run(
-                [sys.executable, __file__, *options, "--child", program, str(folder), out],
+                [
+                    sys.executable,
+                    "-m",
+                    "bench.lora",
+                    *options,
+                    "--child",
+                    program,
+                    str(folder),
+                    out,
+                ],
                 env=env,
                 capture_output=True,
                 text=True,

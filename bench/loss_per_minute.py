@@ -1,8 +1,8 @@
 """Validation loss on tiny Shakespeare that `fit` reaches in the time of nanoGPT's CPU recipe.
 
-    python bench/loss_per_minute.py --nanogpt DIR      # about 4 minutes on 2 quiet cores
-    python bench/loss_per_minute.py --seconds 85       # ours alone, in the time that is given
-    python bench/loss_per_minute.py --gpu              # ours alone; about a minute on an H200
+    python -m bench.loss_per_minute --nanogpt DIR      # about 4 minutes on 2 quiet cores
+    python -m bench.loss_per_minute --seconds 85       # ours alone, in the time that is given
+    python -m bench.loss_per_minute --gpu              # ours alone; about a minute on an H200
 
 DIR is a checkout of github.com/karpathy/nanoGPT; --gpu takes the batches of its GPU recipe. A token
 is a character.
@@ -44,7 +44,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 NANOGPT = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12"
     " --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"

@@ -1,6 +1,6 @@
 """How long does a resume take to its first batch, at step 10 and at step 1,000,000 of a big set?
 
-    python bench/resume.py
+    python -m bench.resume
 
 Makes a token set (1 GB of real bytes by default; `--sparse` takes no room on the disk), then starts
 a fresh process for each measurement, near and far by turns. Timed is what a resume does: open the

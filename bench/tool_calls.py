@@ -1,7 +1,7 @@
 """How often does a small model call the right function, asked in ways that it has not seen?
 
-    python bench/tool_calls.py               # train first: four minutes on two cores
-    python bench/tool_calls.py --run DIR     # ask the model of a run or of a checkpoint
+    python -m bench.tool_calls               # train first: four minutes on two cores
+    python -m bench.tool_calls --run DIR     # ask the model of a run or of a checkpoint
 
 The model of --run may have been trained on anything. `minigpt.data.call_prompts` asks for its
 functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
@@ -13,11 +13,8 @@ those that no conversation of `call` has. The answer is the most likely one, and
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def train(out: Path, a):

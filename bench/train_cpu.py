@@ -1,8 +1,8 @@
 """Tokens/s of `minigpt.train.fit` beside other training loops on the CPU: the same model and data.
 
-    python bench/train_cpu.py            # 3 rounds of 40 steps, 5 minutes on 2 quiet cores
-    python bench/train_cpu.py --nanogpt DIR --minimind DIR     # their loops too
-    python bench/train_cpu.py --all      # all settings of each program
+    python -m bench.train_cpu            # 3 rounds of 40 steps, 5 minutes on 2 quiet cores
+    python -m bench.train_cpu --nanogpt DIR --minimind DIR     # their loops too
+    python -m bench.train_cpu --all      # all settings of each program
 
 The folders are copies of github.com/karpathy/nanoGPT and jingyaogong/minimind. With --all the
 Trainer's fastest setting counts.
@@ -67,7 +67,6 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 SHAPE = dict(vocab_size=6400, dim=256, n_layer=4, n_head=4, n_kv_head=4, ffn_dim=1024, max_len=256)
 BATCH, SEQ, WARM = 8, 256, 5

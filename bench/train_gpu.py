@@ -1,9 +1,9 @@
 """Speed and memory of `minigpt.train.fit` on a GPU, beside Hugging Face Trainer and a bare loop.
 
-    python bench/train_gpu.py                        # everything: about half an hour
-    python bench/train_gpu.py --sizes 124M --precisions bf16 --rounds 1    # 5 minutes
-    python bench/train_gpu.py --only fit Trainer     # programs with one of these in their name
-    python bench/train_gpu.py --smoke                # a tiny model on the CPU: does everything run?
+    python -m bench.train_gpu                        # everything: about half an hour
+    python -m bench.train_gpu --sizes 124M --precisions bf16 --rounds 1    # 5 minutes
+    python -m bench.train_gpu --only fit Trainer     # programs with one of these in their name
+    python -m bench.train_gpu --smoke                # a tiny model on the CPU: does everything run?
 
 Printed are tokens/s, model FLOPs utilisation, memory and seconds to the first step; with --smoke
 the figures mean nothing.
@@ -60,7 +60,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 SIZES = {
     "124M": dict(

@@ -1,4 +1,4 @@
-"What the tools here and tests/test_package.py share: where things are, and what settings.ini says."
+"What the tools and tests/unit/project share: where things are, and what settings.ini says."
 
 import os
 import re

@@ -1,0 +1,444 @@
+"""Fast, and still exact; and what happens when memory runs out.
+
+Compiled, in bf16, with activations computed twice, by Muon.
+"""
+
+import json
+import shutil
+import weakref
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minigpt.model.gpt
+import minigpt.train.trainer
+from minigpt.config.options import TrainConfig
+from minigpt.model.gpt import GPT, linear_cross_entropy
+from minigpt.run.folder import open_run
+from minigpt.run.guard import Guard
+from minigpt.train.speed import can_keep, choose, decide_compile
+from minigpt.train.trainer import Callback, TrainingError, fit
+from tests.harness import kill_child as child
+from tests.recovery.test_faults import At, PowerCut, go, power_cut
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture
+def work(tmp_path):
+    return child.new_work(tmp_path / "work")
+
+
+def interrupted(work, tmp_path, **options):
+    """Losses of a run that is cut off behind step 7, two steps after a save, and goes on.
+
+    Each is equal to that of a run left alone."""
+    alone = go(child.new_work(tmp_path / "alone"), **options)[1]
+    with pytest.raises(PowerCut):
+        go(work, At(7, power_cut), **options)
+    _, after = go(work, **options)
+    assert len(after) > 6 and {k: alone[k] for k in after} == after
+    return alone
+
+
+@pytest.mark.skipif(
+    not COMPILER,
+    reason=(
+        "torch.compile needs a C++ compiler on a CPU, and there is none: install g++ (Debian:"
+        " apt-get install g++; macOS: xcode-select --install)"
+    ),
+)
+def test_a_compiled_run_goes_on_exactly(work, tmp_path):
+    interrupted(work, tmp_path, enable_compile="yes", max_steps=12)
+    run = open_run(work / "run")
+    assert run.facts["choices"]["compile"] == "yes"
+    model = run.model().train()  # the same files as without, and the same numbers
+    model.model.layers.apply(
+        lambda m: (
+            setattr(m, "p", 0.0) if isinstance(m, torch.nn.Dropout) else setattr(m, "dropout", 0.0)
+        )
+    )
+    model.drop.p = 0.0
+    ids = torch.randint(300, (4, 33))
+    batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
+
+    def gradients():
+        model.zero_grad()
+        model.loss(**batch).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    assert decide_compile(model, batch, 1, how="yes")
+    for a, b in zip(plain, gradients()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    not COMPILER,
+    reason=(
+        "torch.compile needs a C++ compiler on a CPU, and there is none: install g++ (Debian:"
+        " apt-get install g++; macOS: xcode-select --install)"
+    ),
+)
+def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, capsys):
+    from minigpt.train import speed
+
+    times = iter(
+        [1.0, 1.0, 1.0, 1.0, 1.0] + [0.1] * 9
+    )  # seconds of a micro-batch: plain, then compiled
+    monkeypatch.setattr(speed, "micro_step", lambda *a: next(times))
+    with pytest.raises(PowerCut):
+        go(work, At(7, power_cut), max_steps=200, progress=True)
+    out = capsys.readouterr().out
+    assert (
+        "compiled 100 ms" in out
+        and ", compiled," in out
+        and open_run(work / "run").facts["choices"]["compile"] == "yes"
+    )
+    monkeypatch.setattr(speed, "micro_step", lambda *a: 0.1)
+    with pytest.raises(PowerCut):
+        go(work, At(9, power_cut), max_steps=200, progress=True)
+    out = capsys.readouterr().out
+    assert ", compiled," in out and "measuring" not in out
+
+
+def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypatch, capsys):
+    from minigpt.model.gpt import Block
+
+    def broken(self, **how):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(Block, "compile", broken)
+    run, _ = go(work, enable_compile=True, progress=True)
+    out = capsys.readouterr().out
+    assert (
+        run.finished
+        and out.count("torch.compile failed") == 1
+        and "no C++ compiler was found" in out
+        and ", not compiled," in out
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(precision="bf16"),
+        dict(gradient_checkpointing=True),
+        dict(optimizer="muon"),
+        dict(disable_optimizations=True),
+        dict(deterministic=True),
+    ],
+    ids=lambda o: next(iter(o)),
+)
+def test_every_way_to_train_goes_on_exactly(work, tmp_path, options):
+    seen = []
+
+    def look(t):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    go(child.new_work(tmp_path / "look"), At(2, look), **options)
+    assert seen == [options.get("deterministic", False)]
+    interrupted(work, tmp_path, **options)
+    assert not torch.are_deterministic_algorithms_enabled(), "it is put back"
+
+
+def test_gradient_checkpointing_changes_no_loss(work, tmp_path):
+    assert go(work)[1] == go(child.new_work(tmp_path / "other"), gradient_checkpointing=True)[1]
+
+
+def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monkeypatch):
+    alone = go(child.new_work(tmp_path / "alone"))[1]
+    use = iter([50] * 8 + [97] * 1000)
+    monkeypatch.setattr(
+        minigpt.train.trainer,
+        "Guard",
+        lambda cpu, memory: Guard(
+            cpu, memory, patience=0.0, every=0.0, memory=lambda: (next(use), 100)
+        ),
+    )
+    with pytest.raises(
+        TrainingError,
+        match=(
+            r"97% of the memory is in use .*more than max_memory=95.*batch_size=2,"
+            r" gradient_accumulation=4.*stopped after step \d+ and saved"
+        ),
+    ):
+        go(work)
+    monkeypatch.undo()
+    before = open_run(work / "run").step
+    assert 1 < before < 20
+    run, after = go(work)
+    assert (
+        run.finished
+        and {k: alone[k] for k in after} == after
+        and min(s for s, k in after if k == "loss") == before + 1
+    )
+
+
+def test_disable_monitoring_watches_nothing(work, monkeypatch):
+    def none(*args):
+        raise AssertionError("a guard was made")
+
+    monkeypatch.setattr(minigpt.train.trainer, "Guard", none)
+    assert go(work, disable_monitoring=True)[0].finished
+
+
+def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_path, monkeypatch):
+    alone = go(child.new_work(tmp_path / "alone"))[1]
+
+    def too_much(t):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of this")
+
+    with pytest.raises(TrainingError) as e:
+        go(work, At(7, too_much))
+    said = str(e.value)
+    assert (
+        "checkpoint-5" in said
+        and "batch_size=2, gradient_accumulation=4 (instead of 4 and 2" in said
+        and "gradient_checkpointing=True" in said
+    )
+    run, after = go(work, batch_size=2, gradient_accumulation=4)
+    assert run.finished and min(s for s, k in after if k == "loss") == 6
+    assert all(
+        abs(float.fromhex(alone[k]) - float.fromhex(v)) < 0.05 for k, v in after.items()
+    )  # not bit for bit: sums are made in another order
+
+
+def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
+    """When it is measured whether compiling pays, nothing has begun yet.
+
+    A smaller micro-batch can be tried at once."""
+    from minigpt.train import speed
+
+    def too_much(*args):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(speed, "micro_step", too_much)
+    with pytest.raises(
+        TrainingError,
+        match="in step 1 .*No checkpoint had been saved yet.*batch_size=2, gradient_accumulation=4",
+    ):
+        go(work)
+    monkeypatch.undo()
+    assert go(work, batch_size=2, gradient_accumulation=4)[0].finished
+
+
+def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
+    "A notebook keeps the error, and the next call must find the memory free"
+
+    class Activations:
+        pass
+
+    left = []
+
+    def too_much(t):
+        held = Activations()
+        left.append(weakref.ref(held))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(TrainingError) as e:
+        go(work, At(7, too_much))
+    assert e.value.__traceback__ and left[0]() is None
+
+
+def test_fp16_that_overflows_at_every_scale_is_said(work):
+    "Such steps change nothing: the loss would stay as it is, and the run seem to end well"
+
+    def hopeless(t):
+        t.scaler = torch.amp.GradScaler("cpu", init_scale=1e-4)
+
+    with pytest.raises(
+        TrainingError,
+        match="fp16 has not been enough .*down to 0.0001.*checkpoint-5.*precision='fp32'",
+    ):
+        go(work, At(6, hopeless))
+
+
+def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, capsys):
+    def none(self, state):
+        self.buffers["weights", "some"] = None
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(minigpt.train.trainer.Writer, "copy", none)
+    run, after = go(work)
+    assert run.finished and "training waits while a checkpoint is written" in (
+        run.path / "run.log"
+    ).read_text("utf-8")
+    monkeypatch.undo()
+    assert after == go(child.new_work(work / "other"))[1]
+
+
+def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(work, monkeypatch):
+    """A stop in a step with an evaluation, whose best model was copied.
+
+    The state is written, though no copy of it can be made."""
+    real = minigpt.train.trainer.Writer.save
+
+    def full_after(self, store, state):
+        real(self, store, state)
+        if store.kind == "best":
+            monkeypatch.setattr(
+                psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=1 << 40)
+            )
+
+    monkeypatch.setattr(minigpt.train.trainer.Writer, "save", full_after)
+
+    def stop(t):
+        t.stop = "enough"
+
+    with pytest.raises(TrainingError, match="enough: stopped after step 4"):
+        go(
+            work,
+            At(4, stop),
+            evaluation_strategy="steps",
+            eval_steps=4,
+            validation_split=0.2,
+            disable_monitoring=True,
+        )
+    assert (
+        open_run(work / "run").step == 4
+        and (work / "run/checkpoints/checkpoint-4/MANIFEST.json").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "device, says",
+    [
+        ("meta", "must be auto"),
+        ("xpu", "must be auto"),
+        ("cuda:7", "CUDA device"),
+        ("mps", "Apple GPU"),
+    ],
+)
+def test_a_device_that_is_not_here(device, says, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=says):
+        choose(TrainConfig(device=device))
+
+
+def test_a_device_that_was_there(monkeypatch):
+    "A run that goes on on another machine keeps what it can keep"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert (
+        can_keep("device", "cuda", "cuda")
+        and not can_keep("device", "cuda:1", "cuda")
+        and can_keep("threads", 2, "cuda")
+        and can_keep("device", "cpu", "cpu")
+    )
+    assert (
+        can_keep("precision", "fp16", "cuda")
+        and not can_keep("precision", "bf16", "cuda")
+        and can_keep("precision", "bf16", "cpu")
+    )
+    with pytest.raises(ValueError, match="finds 1 CUDA device here"):
+        choose(TrainConfig(device="cuda:1"))
+    assert choose(TrainConfig(device="cuda"))["precision"] == "fp16"
+
+
+def test_another_error_is_not_taken_for_memory(work):
+    def other(t):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="^mat1"):
+        go(work, At(7, other))
+
+
+def test_choices_stand_in_run_json(work):
+    run, _ = go(work, auto_batch_size=True)
+    choices = json.loads((run.path / "run.json").read_text())["choices"]
+    assert (
+        choices["compile"] == "no"
+        and choices["batch_size"] == 4
+        and choices["device"] == "cpu"
+        and choices["threads"] == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
+)
+@pytest.mark.parametrize("rows", [1, 97, 10_000])
+def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
+    """Also for rows without a label, no rows, and extreme chances.
+
+    Chances too small for fp16, and next to 1, of which bf16 knows two digits."""
+    monkeypatch.setattr(minigpt.model.gpt, "_rows_at_once", lambda *a: rows)
+    for n, scale, known in (
+        (600, 1.0, False),
+        (77, 8.0, False),
+        (1, 1.0, False),
+        (0, 1.0, False),
+        (300, 0.15, True),
+        (300, 0.2, True),
+        (300, 0.3, True),
+    ):
+        g = torch.Generator().manual_seed(n)
+        w = torch.randn(900, 64, generator=g).requires_grad_()
+        y = torch.randint(900, (n,), generator=g)
+        h = (
+            scale * (w[y].detach() if known else torch.randn(n, 64, generator=g))
+        ).requires_grad_()  # what is known by heart points at its label
+        y[1::5] = -100
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            ours = linear_cross_entropy(h, w, y, 400)
+        round_ = lambda t: t.to(dtype).float()  # the same numbers to multiply
+        plain = F.cross_entropy(round_(h) @ round_(w).T, y, reduction="sum") / 400
+        assert ours.item() == pytest.approx(plain.item(), rel=5 * near if known else near)
+        for a, b in zip(torch.autograd.grad(plain, (h, w)), torch.autograd.grad(ours, (h, w))):
+            assert (a - b).norm() <= 5 * near * a.norm(), (n, scale, known)
+
+
+def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
+    def full(self, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(GPT, "to", full)
+    with pytest.raises(
+        TrainingError, match="the model, .* does not fit on cpu .*restart its kernel"
+    ):
+        go(work)
+
+
+def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
+    def full(*args, model=None, **kwargs):
+        if model is not None:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        return False
+
+    monkeypatch.setattr("minigpt.train.trainer.add_reference", full)
+    with pytest.raises(TrainingError, match="memory ran out before the first step .*batch_size="):
+        fit(
+            child.shape(),
+            "preferences",
+            output_dir=work / "dpo",
+            data_subset=0.02,
+            batch_size=4,
+            max_steps=2,
+            max_seq_len=64,
+            tokenizer_vocab_size=300,
+            progress=False,
+        )
+
+
+def test_a_library_that_switches_subnormal_numbers_off(work):
+    "As those do that torch 2.4 compiles: the losses are those of a run that loads none"
+    tiny = lambda: float(torch.tensor([1e-40]) * 1)
+    seen = []
+
+    class Look(Callback):
+        def on_step(self, t):
+            seen.append(tiny())
+            torch.set_flush_denormal(True)
+
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such switch")
+    try:
+        go(work, Look())
+    finally:
+        torch.set_flush_denormal(False)
+    assert len(seen) > 2 and all(seen)
