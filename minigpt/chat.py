@@ -89,6 +89,28 @@ def _arguments(f):
         ) from None
     return {k: v for k, v in schema.items() if k not in ("title", "additionalProperties")}, check
 
+# %% ../nbs/01_chat.ipynb #c510631e
+def _within(result: str, limit: int) -> str:
+    "A result in JSON, or as JSON its beginning."
+    if len(result) <= limit:
+        return result
+    short = dict(beginning=result[:limit], left_out=f"{len(result) - limit} characters")
+    return json.dumps(short, ensure_ascii=False)
+
+# %% ../nbs/01_chat.ipynb #67a29703
+def _callable_name(f: Callable, taken: Iterable[str]) -> str:
+    "The name by which a model calls a function; an error where it cannot."
+    if not callable(f):
+        raise TypeError(f"{f!r} must be a function")
+    name = f.__name__
+    if not name.isidentifier():
+        raise ValueError(f"{name} is no name that a model can call; write the function with `def`")
+    if name in taken:
+        raise ValueError(f"there is a function {name} already; give this one another name")
+    if inspect.iscoroutinefunction(f):
+        raise ValueError(f"{name} is an async function; register one that returns its result")
+    return name
+
 # %% ../nbs/01_chat.ipynb #764b6477
 class Tools:
     "Python functions that a model may call, and no others."
@@ -117,17 +139,7 @@ class Tools:
         f: Callable,  # Its parameters need type hints; what it returns must be JSON
     ) -> Callable:  # `f`, unchanged
         "Let the model call a function. Docstring and comments become its schema."
-        if not callable(f):
-            raise TypeError(f"{f!r} must be a function")
-        name = f.__name__
-        if not name.isidentifier():
-            raise ValueError(
-                f"{name} is no name that a model can call; write the function with `def`"
-            )
-        if name in self.functions:
-            raise ValueError(f"there is a function {name} already; give this one another name")
-        if inspect.iscoroutinefunction(f):
-            raise ValueError(f"{name} is an async function; register one that returns its result")
+        name = _callable_name(f, self.functions)
         schema, check = _arguments(f)
         self.functions[name], self._checks[name] = f, check
         self.schemas.append(dict(name=name, description=_described(f)[0], parameters=schema))
@@ -149,22 +161,15 @@ class Tools:
         try:
             given = self._checks[name].validate_python(arguments)
         except ValidationError as e:
-            return error(
-                f"{name} was not called: "
-                + "; ".join(
-                    f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()
-                )
+            wrong = (
+                f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()
             )
+            return error(f"{name} was not called: {'; '.join(wrong)}")
         try:
             result = json.dumps(self.functions[name](**given), ensure_ascii=False, allow_nan=False)
         except (Exception, SystemExit) as e:
             return error(f"{name} failed: {type(e).__name__}: {e}")
-        if len(result) <= self.limit:
-            return result
-        return json.dumps(
-            dict(beginning=result[: self.limit], left_out=f"{len(result) - self.limit} characters"),
-            ensure_ascii=False,
-        )
+        return _within(result, self.limit)
 
 # %% ../nbs/01_chat.ipynb #e3065da0
 _MARKS = dict(text=("<think>", "<tool_call>"), thinking=("</think>",))
@@ -227,6 +232,20 @@ def _until(pieces: Iterable[str], stop: Iterable[str]) -> Iterator[str]:
             yield rest[:n]
         rest = rest[n:]
 
+# %% ../nbs/01_chat.ipynb #63fcab26
+def _message(said: dict[str, str], calls: Iterable[dict]) -> dict:
+    "An answer as a message; where no calls are kept, what was written of them is text."
+    text = (
+        said["text"]
+        if calls or not said["call"]
+        else "\n".join(filter(None, (said["text"], said["call"])))
+    )
+    return (
+        dict(role="assistant", content=text)
+        | ({"reasoning_content": said["thinking"]} if said["thinking"] else {})
+        | ({"tool_calls": [*calls]} if calls else {})
+    )
+
 # %% ../nbs/01_chat.ipynb #63f2e47e
 class Answer:
     """What a model says next.
@@ -286,16 +305,123 @@ class Answer:
         calls: list[dict] = (),  # Those to keep as calls; without, what was written of them is text
     ) -> dict:  # For the conversation
         "The answer as a message."
-        text = (
-            self.said["text"]
-            if calls or not self.said["call"]
-            else "\n".join(filter(None, (self.said["text"], self.said["call"])))
-        )
-        return (
-            dict(role="assistant", content=text)
-            | ({"reasoning_content": self.said["thinking"]} if self.said["thinking"] else {})
-            | ({"tool_calls": [*calls]} if calls else {})
-        )
+        return _message(self.said, calls)
+
+# %% ../nbs/01_chat.ipynb #f2d20077
+class _Turn:
+    "A question, and all that follows it until it is answered."
+
+    def __init__(self, text: str):
+        # `answer`: the one that is being written
+        self.messages, self.answer = [dict(role="user", content=text)], None
+
+    def listen(self, answer: Answer) -> Iterator[tuple[str, str]]:
+        "Hand out an answer; returns its calls, None: they could not be read, and it is told so."
+        self.answer = answer
+        yield from answer
+        try:
+            calls, wrong = answer.calls, None
+        except ValueError as e:
+            calls, wrong = [], str(e)
+        self.messages.append(answer.message(calls))
+        self.answer = None
+        if not wrong:
+            return calls
+        yield "call", answer.said["call"]
+        yield self.result(json.dumps(dict(error=wrong), ensure_ascii=False))
+        return None
+
+    def result(self, content: str) -> tuple[str, str]:
+        "Keep the result of a call."
+        self.messages.append(dict(role="tool", content=content))
+        return "result", content
+
+    def ended(self) -> list[dict]:
+        "The turn, whole or stopped, as the conversation keeps it."
+        turn = self.messages
+        if self.answer and any(self.answer.said.values()):
+            turn.append(self.answer.message())
+        if len(turn) == 1:
+            return []  # nothing was said: as if it had not been asked
+        last = max(i for i, m in enumerate(turn) if m["role"] == "assistant")
+        missing = len(turn[last].get("tool_calls", ())) - (len(turn) - 1 - last)
+        turn += [dict(role="tool", content='{"error": "stopped by the user"}')] * max(0, missing)
+        if turn[-1]["role"] == "tool":
+            turn.append(dict(role="assistant", content=""))
+        return turn
+
+# %% ../nbs/01_chat.ipynb #16b05d30
+def _prompt_with_room(chat: "Chat", turn: list[dict]) -> tuple[list[int], int]:
+    "What the model reads, and with which of the conversation's messages that begins."
+    head = [dict(role="system", content=chat.system)] if chat.system else []
+    longest, start, end = chat.model.config.max_len, chat._start, len(chat.messages)
+    while True:
+        messages = head + chat.messages[start:] + turn
+        ids = chat.tokenizer.encode_prompt(messages, chat.tools.schemas, chat.thinking)
+        if len(ids) + min(chat.max_new_tokens, longest // 4) <= longest:
+            return ids, start
+        if start == end and len(ids) < longest:
+            return ids, start
+        if start == end:
+            raise ValueError(
+                "this is too long for the model: system prompt, functions and the last turn"
+                f" take {len(ids):,} tokens, and its max_len is {longest:,}; shorten them"
+            )
+        later = (i for i in range(start + 1, end) if chat.messages[i]["role"] == "user")
+        start = next(later, end)
+
+
+def _forgotten(chat: "Chat") -> str:
+    "What the user should know, when old questions are not read any more."
+    questions = sum(m["role"] == "user" for m in chat.messages[: chat._start])
+    return (
+        f"the conversation is longer than the model's {chat.model.config.max_len:,} tokens: it no"
+        f" longer sees the first {questions} questions and their answers"
+    )
+
+# %% ../nbs/01_chat.ipynb #567e5bc8
+def _answer(chat: "Chat", ids: list[int]) -> Answer:
+    return Answer(
+        chat.model,
+        chat.tokenizer,
+        ids,
+        max_new_tokens=chat.max_new_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        top_k=chat.top_k,
+        seed=chat.seed,
+    )
+
+
+def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
+    "Answers and the calls in them, until one calls nothing."
+    start = chat._start
+    for round in range(chat.max_rounds + 1):
+        try:
+            ids = chat._prompt(turn.messages)
+        except ValueError as e:
+            if not round:
+                raise
+            yield "note", str(e)
+            return
+        if chat._start > start:
+            start = chat._start
+            yield "note", _forgotten(chat)
+        calls = yield from turn.listen(_answer(chat, ids))
+        if calls == []:
+            return
+        for call in calls or ():
+            yield "call", json.dumps(call, ensure_ascii=False)
+            if round < chat.max_rounds:
+                result = chat.tools.call(**call)
+            else:
+                limit = f"not called: {chat.max_rounds} rounds of calls are the limit"
+                result = json.dumps(dict(error=limit))
+            yield turn.result(result)
+    yield (
+        "note",
+        f"no answer after {chat.max_rounds} rounds of calls; ask again, or raise max_rounds",
+    )
 
 # %% ../nbs/01_chat.ipynb #f80cc204
 class Chat:
@@ -316,18 +442,12 @@ class Chat:
         max_rounds: int = 5,  # Calls and results, one after the other, before an answer must come
         seed: int | None = None,  # The same seed, the same answers
     ):
-        model, tokenizer = open_model(model, tokenizer)
-        need_gpt(model, "a chat")
-        (
-            self.model,
-            self.tokenizer,
-            self.system,
-            self.max_new_tokens,
-            self.max_rounds,
-            self.thinking,
-        ) = (model, tokenizer, system, max_new_tokens, max_rounds, thinking)
+        self.model, self.tokenizer = open_model(model, tokenizer)
+        need_gpt(self.model, "a chat")
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
+        self.system, self.thinking, self.max_rounds = system, thinking, max_rounds
         self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed
+        self.max_new_tokens = max_new_tokens
         self.reset()
 
     def __repr__(self):
@@ -339,126 +459,19 @@ class Chat:
 
     def _prompt(self, turn: list[dict]) -> list[int]:
         "What the model reads; forgets old turns until an answer has room."
-        head, longest = (
-            [dict(role="system", content=self.system)] if self.system else [],
-            self.model.config.max_len,
-        )
-        start = self._start
-        while True:
-            ids, last = (
-                self.tokenizer.encode_prompt(
-                    head + self.messages[start:] + turn, self.tools.schemas, self.thinking
-                ),
-                start == len(self.messages),
-            )
-            if (
-                len(ids) + min(self.max_new_tokens, longest // 4) <= longest
-                or last
-                and len(ids) < longest
-            ):
-                self._start = start
-                return ids
-            if last:
-                raise ValueError(
-                    "this is too long for the model: system prompt, functions and the last turn"
-                    f" take {len(ids):,} tokens, and its max_len is {longest:,}; shorten them"
-                )
-            start = next(
-                (
-                    i
-                    for i in range(start + 1, len(self.messages))
-                    if self.messages[i]["role"] == "user"
-                ),
-                len(self.messages),
-            )
+        ids, self._start = _prompt_with_room(self, turn)
+        return ids
 
     def send(
         self,
         text: str,  # What the user says
     ) -> Iterator[tuple[str, str]]:  # (kind, piece), as it comes
         "Ask, and listen. The model's calls are run, and it goes on with their results."
-        turn, answer, start = [dict(role="user", content=text)], None, self._start
+        turn = _Turn(text)
         try:
-            for round in range(self.max_rounds + 1):
-                try:
-                    ids = self._prompt(turn)
-                except ValueError as e:
-                    if not round:
-                        raise
-                    yield "note", str(e)
-                    return
-                if self._start > start:
-                    start = self._start
-                    yield (
-                        "note",
-                        (
-                            "the conversation is longer than the model's"
-                            f" {self.model.config.max_len:,} tokens: it no longer sees the first"
-                            f" {sum(m['role'] == 'user' for m in self.messages[:start])} questions"
-                            " and their answers"
-                        ),
-                    )
-                answer = Answer(
-                    self.model,
-                    self.tokenizer,
-                    ids,
-                    max_new_tokens=self.max_new_tokens,
-                    temperature=self.temperature,
-                    top_p=self.top_p,
-                    top_k=self.top_k,
-                    seed=self.seed,
-                )
-                yield from answer
-                try:
-                    calls, wrong = answer.calls, None
-                except ValueError as e:
-                    calls, wrong = [], str(e)
-                said = answer.said["call"]
-                turn.append(answer.message(calls))
-                answer = None
-                if wrong:
-                    yield "call", said
-                    turn.append(
-                        dict(role="tool", content=json.dumps(dict(error=wrong), ensure_ascii=False))
-                    )
-                    yield "result", turn[-1]["content"]
-                elif not calls:
-                    return
-                for c in calls:
-                    yield "call", json.dumps(c, ensure_ascii=False)
-                    result = (
-                        self.tools.call(**c)
-                        if round < self.max_rounds
-                        else json.dumps(
-                            dict(
-                                error=f"not called: {self.max_rounds} rounds of calls are the limit"
-                            )
-                        )
-                    )
-                    turn.append(dict(role="tool", content=result))
-                    yield "result", result
-            yield (
-                "note",
-                (
-                    f"no answer after {self.max_rounds} rounds of calls; ask again, or raise"
-                    " max_rounds"
-                ),
-            )
+            yield from _rounds(self, turn)
         finally:
-            self._keep(turn, answer)
-
-    def _keep(self, turn: list[dict], answer: Answer | None):
-        "Add a turn, whole or stopped, to the conversation."
-        if answer and any(answer.said.values()):
-            turn.append(answer.message())
-        if len(turn) == 1:
-            return  # nothing was said: as if it had not been asked
-        last = max(i for i, m in enumerate(turn) if m["role"] == "assistant")
-        missing = len(turn[last].get("tool_calls", ())) - (len(turn) - 1 - last)
-        turn += [dict(role="tool", content='{"error": "stopped by the user"}')] * max(0, missing)
-        if turn[-1]["role"] == "tool":
-            turn.append(dict(role="assistant", content=""))
-        self.messages += turn
+            self.messages += turn.ended()
 
     def ask(self, text: str) -> str:
         "`send`, and return the text of the last answer."
@@ -473,6 +486,81 @@ _HELP = """/system TEXT       another system prompt; without TEXT: show it
 /reset             begin a new conversation
 /exit              end (also Ctrl-D); Ctrl-C stops an answer"""
 
+# %% ../nbs/01_chat.ipynb #8885875f
+def _command(chat: Chat, line: str) -> str:
+    "Do what a line with `/` says; returns what to show."
+    name, _, rest = line.partition(" ")
+    if name == "/reset":
+        chat.reset()
+        return "a new conversation"
+    if name == "/system":
+        if rest:
+            chat.system = rest
+        return f"system prompt: {chat.system or 'none'}"
+    if name == "/think":
+        if rest in ("on", "off"):
+            chat.thinking = rest == "on"
+        now = {None: "as the template has it", True: "on", False: "off"}[chat.thinking]
+        return f"thinking: {now}; to change it, /think on or /think off"
+    if name == "/temperature":
+        try:
+            t = float(rest)
+        except ValueError:
+            t = -1
+        if not 0 <= t < float("inf"):
+            return f"temperature is {chat.temperature}; to change it, /temperature 0.7"
+        chat.temperature = t
+        return f"temperature {t}"
+    return _HELP if name == "/help" else f"there is no {name}\n{_HELP}"
+
+# %% ../nbs/01_chat.ipynb #d531e2d5
+def _writer(out) -> Callable[..., None]:
+    "Writes texts at once; `how` is a terminal's code, for colours where there are any."
+    colour = out.isatty()
+
+    def write(text: str, how: str = ""):
+        out.write(f"\033[{how}m{text}\033[0m" if colour and how else text)
+        out.flush()
+
+    return write
+
+
+def _write_answer(chat: Chat, line: str, write: Callable[..., None]):
+    "Ask, and show what comes, each kind on lines of its own, until Ctrl-C."
+    before = ""
+    try:
+        for kind, piece in chat.send(line):
+            if not piece:
+                continue
+            if kind != before or kind in ("call", "result"):
+                write("\n" * bool(before))
+            if kind in ("call", "result"):
+                piece = f"{'→' if kind == 'call' else '←'} {piece}"
+            plain = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", piece)
+            write(plain, "" if kind == "text" else "2")
+            before = kind
+    except KeyboardInterrupt:
+        write(" … stopped", "2")
+    except ValueError as e:
+        write(f"error: {e}", "2")
+    write("\n")
+
+# %% ../nbs/01_chat.ipynb #e1a9eb64
+def _lines(read: Callable[[], str], write: Callable[..., None]) -> Iterator[str]:
+    "What the user types, until the input ends or says so."
+    while True:
+        try:
+            line = read().strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            write("\n/exit or Ctrl-D ends\n", "2")
+            continue
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
 # %% ../nbs/01_chat.ipynb #fe626cec
 def chat_in_terminal(
     chat: Chat,
@@ -480,78 +568,17 @@ def chat_in_terminal(
     out=None,  # Where to write; default: the standard output
 ):
     "Talk until the input ends."
-    out = out or sys.stdout
+    write = _writer(out or sys.stdout)
     typed = read is None and sys.stdin.isatty()
     if typed:
         with suppress(ImportError):  # Windows' consoles edit by themselves
             import_module("readline")  # line editing and history for input()
-    read = read or (lambda: input("> " if typed else ""))
-    colour = out.isatty()
-
-    def write(text, how=""):
-        out.write(f"\033[{how}m{text}\033[0m" if colour and how else text)
-        out.flush()
-
-    plain = lambda s: re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", s)
-
-    def command(line):
-        name, _, rest = line.partition(" ")
-        if name == "/reset":
-            chat.reset()
-            return "a new conversation"
-        if name == "/system":
-            if rest:
-                chat.system = rest
-            return f"system prompt: {chat.system or 'none'}"
-        if name == "/think":
-            if rest in ("on", "off"):
-                chat.thinking = rest == "on"
-            now = {None: "as the template has it", True: "on", False: "off"}[chat.thinking]
-            return f"thinking: {now}; to change it, /think on or /think off"
-        if name == "/temperature":
-            try:
-                t = float(rest)
-            except ValueError:
-                t = -1
-            if not 0 <= t < float("inf"):
-                return f"temperature is {chat.temperature}; to change it, /temperature 0.7"
-            chat.temperature = t
-            return f"temperature {t}"
-        return _HELP if name == "/help" else f"there is no {name}\n{_HELP}"
-
-    if typed:
         write(_HELP + "\n", "2")
-    while True:
-        try:
-            line = read().strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            write("\n/exit or Ctrl-D ends\n", "2")
-            continue
-        if line == "/exit":
-            break
-        if not line:
-            continue
+    for line in _lines(read or (lambda: input("> " if typed else "")), write):
         if line.startswith("/"):
-            write(command(line) + "\n", "2")
-            continue
-        before = ""
-        try:
-            for kind, piece in chat.send(line):
-                if not piece:
-                    continue
-                if kind != before or kind in ("call", "result"):
-                    write("\n" * bool(before))
-                if kind in ("call", "result"):
-                    piece = f"{'→' if kind == 'call' else '←'} {piece}"
-                write(plain(piece), "" if kind == "text" else "2")
-                before = kind
-        except KeyboardInterrupt:
-            write(" … stopped", "2")
-        except ValueError as e:
-            write(f"error: {e}", "2")
-        write("\n")
+            write(_command(chat, line) + "\n", "2")
+        else:
+            _write_answer(chat, line, write)
     if typed:
         write("\n")
 

@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 from dataclasses import fields
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
@@ -232,225 +232,247 @@ def run_name(data) -> str:
             return name
     return "demo"
 
-# %% ../nbs/06_cli.ipynb #b9ecca00
-@app.command(**_TRAINS)
-@with_training_options
-def train(
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help=(
-                "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or"
-                " a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib"
-            )
-        ),
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture"),
-    ] = None,
-    data_files: Annotated[list[str] | None, typer.Option(help="the same, as paths")] = None,
-    use_full_data: Annotated[
-        bool,
-        typer.Option(
-            "--use-full-data", help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together"
-        ),
-    ] = False,
-    stage: Annotated[
-        str | None, typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
-    ] = None,
-    hardware: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb,"
-                " cpu_only …"
-            )
-        ),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="a whole training: quick_prototype, production, special_abilities"),
-    ] = None,
-    valid: Annotated[
-        str | None, typer.Option(help="file to validate on; default: a share of the data")
-    ] = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "model preset: tiny, small, medium, large; or a directory whose model to begin"
-                " with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]"
-            ),
-            show_default=False,
-        ),
-    ] = None,
-    lora_r: Annotated[
-        int | None,
-        typer.Option(
-            help=(
-                "train an adapter of this rank on the model in the directory --config, which stays"
-                " as it is; 8 is usual"
-            )
-        ),
-    ] = None,
-    lora_alpha: Annotated[
-        float | None,
-        typer.Option(
-            help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]",
-            show_default=False,
-        ),
-    ] = None,
-    lora_targets: Annotated[
-        str | None,
-        typer.Option(
-            help="matrices of each block that are adapted, with commas between [all]",
-            show_default=False,
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="directory with a tokenizer.json; default: one is trained"),
-    ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            help=(
-                "auto, no, or the name or path of a checkpoint; a path says the run too, and its"
-                " data, where none are named [auto]"
-            ),
-            show_default=False,
-        ),
-    ] = None,
-    yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="as of `resume`: do not ask; here nothing is asked")
-    ] = False,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=(
-                "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
-                " validation_split, seed"
-            )
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option(help="move a run that stands in output_dir aside")
-    ] = False,
-    config_file: Annotated[
-        Path | None,
-        typer.Option(help="JSON or YAML file with any of these options; data_files names the data"),
-    ] = None,
-    **options,
-):
-    "Train a model, or go on training it."
-    from minigpt.train.presets import (
-        hardware as hardware_options,
-        recipe as recipe_options,
-        stage as stage_options,
-    )
-    from minigpt.train.trainer import fit, resume as go_on
+# %% ../nbs/06_cli.ipynb #ff397b72
+_Data = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help=(
+            "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or"
+            " a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib"
+        )
+    ),
+]
+_DataNames = Annotated[
+    list[str] | None,
+    typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture"),
+]
+_DataFiles = Annotated[list[str] | None, typer.Option(help="the same, as paths")]
+_AllData = Annotated[
+    bool,
+    typer.Option("--use-full-data", help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together"),
+]
+_Valid = Annotated[
+    str | None, typer.Option(help="file to validate on; default: a share of the data")
+]
+_Stage = Annotated[
+    str | None, typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
+]
+_Hardware = Annotated[
+    str | None,
+    typer.Option(
+        help=("options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …")
+    ),
+]
+_Recipe = Annotated[
+    str | None,
+    typer.Option(help="a whole training: quick_prototype, production, special_abilities"),
+]
 
-    given_file = without_idle(read_options(config_file), typer.echo) if config_file else {}
+# %% ../nbs/06_cli.ipynb #07da3177
+_Config = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            "model preset: tiny, small, medium, large; or a directory whose model to begin"
+            " with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]"
+        ),
+        show_default=False,
+    ),
+]
+_LoraRank = Annotated[
+    int | None,
+    typer.Option(
+        help=(
+            "train an adapter of this rank on the model in the directory --config, which stays"
+            " as it is; 8 is usual"
+        )
+    ),
+]
+_LoraAlpha = Annotated[
+    float | None,
+    typer.Option(
+        help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]",
+        show_default=False,
+    ),
+]
+_LoraTargets = Annotated[
+    str | None,
+    typer.Option(
+        help="matrices of each block that are adapted, with commas between [all]",
+        show_default=False,
+    ),
+]
+_Tokenizer = Annotated[
+    Path | None,
+    typer.Option(help="directory with a tokenizer.json; default: one is trained"),
+]
+
+# %% ../nbs/06_cli.ipynb #9f89eacb
+_OutputDir = Annotated[
+    Path | None, typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
+]
+_Resume = Annotated[
+    str | None,
+    typer.Option(
+        help=(
+            "auto, no, or the name or path of a checkpoint; a path says the run too, and its"
+            " data, where none are named [auto]"
+        ),
+        show_default=False,
+    ),
+]
+_Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="as of `resume`: do not ask; here nothing is asked")
+]
+_Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=(
+            "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
+            " validation_split, seed"
+        )
+    ),
+]
+_Overwrite = Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]
+_ConfigFile = Annotated[
+    Path | None,
+    typer.Option(help="JSON or YAML file with any of these options; data_files names the data"),
+]
+
+# %% ../nbs/06_cli.ipynb #d4154e14
+_NAME_DATA = {"data_files", "data", "dataset", "datasets"}  # keys of a configuration file
+
+
+def _options_to_begin_with(
+    config_file: Path | None, recipe: str | None, stage: str | None, hardware: str | None
+) -> dict:
+    "The options of recipe, stage and machine, and over them those of the configuration file."
+    from minigpt.train import presets
+
+    given = without_idle(read_options(config_file), typer.echo) if config_file else {}
     recipe, stage, hardware = (
-        chosen or given_file.pop(k, None)
+        chosen or given.pop(k, None)
         for k, chosen in dict(recipe=recipe, stage=stage, hardware=hardware).items()
     )
-    use_full_data = given_file.pop("use_full_data", False) or use_full_data
-    file = (recipe_options(recipe) if recipe else {}) | (stage_options(stage) if stage else {})
+    file = (presets.recipe(recipe) if recipe else {}) | (presets.stage(stage) if stage else {})
     if hardware:
-        file = hardware_options(None if hardware == "auto" else hardware, file)
-    if {"data_files", "data", "dataset", "datasets"} & {*given_file}:
+        file = presets.hardware(None if hardware == "auto" else hardware, file)
+    if _NAME_DATA & {*given}:
         file.pop("train", None)
-    file |= given_file
+    return file | given
 
-    def get(given, *names, default=None):
-        found = [file.pop(n) for n in names if n in file]
-        return given if given not in (None, []) else found[0] if found else default
 
-    data = [*(data or []), *(dataset or []), *(data_files or [])]
-    if use_full_data and (
-        twice := [*data, *({"data_files", "data", "dataset", "datasets"} & {*file})]
-    ):
-        raise ValueError(
-            f"use_full_data names all data, and {twice[0]} names data too; leave one out"
-        )
-    override, overwrite = (
-        get(override, "override", default=()),
-        get(overwrite or None, "overwrite", default=False),
-    )
-    asked = get(resume, "resume", "resume_from_checkpoint", default="auto")
-    resume, output_dir, told = where_to_resume(asked, get(output_dir, "output_dir"))
-    named = (
-        data or use_full_data or {"data_files", "data", "dataset", "datasets", "train"} & {*file}
-    )
-    if use_full_data:
-        file.pop("train", None)
-        data = full_data(
-            Path(output_dir or "runs/pretrain"),
-            options.get("gdrive_backup_dir", file.get("gdrive_backup_dir") or ""),
-            overwrite or "data" in override,
-        )
-    elif named or not told:
-        data = training_data(data, file)
-    model = get(config, "config", "model", default="tiny" if named else None)
-    rank, alpha, targets = (
-        get(lora_r, "lora_r"),
-        get(lora_alpha, "lora_alpha"),
-        get(lora_targets, "lora_targets", default="all"),
-    )
+def _taken(given: dict, file: dict, name: str, *others: str, default=None):
+    "What the command line says, else the file, by any of the names, which are taken out of it."
+    found = [file.pop(n) for n in (name, *others) if n in file]
+    return given[name] if given[name] not in (None, []) else found[0] if found else default
+
+# %% ../nbs/06_cli.ipynb #2924af02
+def _adapted(model, rank: int | None, alpha: float | None, targets):
+    "With `lora_r`, the model in a directory with an adapter on it."
     if rank is None and (alpha or targets != "all"):
         raise ValueError(
             "lora_alpha and lora_targets are for an adapter: give lora_r, its rank, too"
         )
-    if rank is not None:
-        from minigpt.checkpoint.store import load_model
-        from minigpt.core.files import on_hub
-        from minigpt.model.adapters import lora
+    if rank is None:
+        return model
+    from minigpt.checkpoint.store import load_model
+    from minigpt.core.files import on_hub
+    from minigpt.model.adapters import lora
 
-        if not isinstance(model, str) or not Path(model).is_dir():
-            raise ValueError(
-                f"lora_r={rank} trains an adapter of a model that was trained before;"
-                f" config={model!r} must be its"
-                f" directory{on_hub(model) if isinstance(model, str) else ''}"
-            )
-        model = lora(
-            load_model(model),
-            rank,
-            alpha or 2 * rank,
-            targets.split(",") if isinstance(targets, str) and targets != "all" else targets,
+    if not isinstance(model, str) or not Path(model).is_dir():
+        raise ValueError(
+            f"lora_r={rank} trains an adapter of a model that was trained before;"
+            f" config={model!r} must be its"
+            f" directory{on_hub(model) if isinstance(model, str) else ''}"
         )
-    valid, tokenizer = get(valid, "valid"), get(tokenizer, "tokenizer", "tokenizer_path")
-    if not named:
-        if valid or overwrite:
-            raise ValueError(
-                f"{'valid' if valid else 'overwrite'} is given and no data: --resume {asked} goes"
-                " on with the run's own; name the data too"
-            )
-        go_on(
-            output_dir,
-            resume,
-            model=model,
-            override=override,
-            tokenizer=tokenizer,
-            **{**file, **options},
-        )
-        return
-    fit(
-        model,
-        data,
-        valid,
-        override=override,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        output_dir=output_dir or Path("runs") / ("pretrain" if use_full_data else run_name(data)),
-        resume=resume,
-        config=file,
-        **options,
+    return lora(
+        load_model(model),
+        rank,
+        alpha or 2 * rank,
+        targets.split(",") if isinstance(targets, str) and targets != "all" else targets,
     )
+
+# %% ../nbs/06_cli.ipynb #4ce8f778
+def _train(given: dict, data: list[str], everything: bool, file: dict, options: dict):
+    "`train`, with the command line in three parts: `given`, `data` and the fields of TrainConfig."
+    from minigpt.train.trainer import fit, resume as go_on
+
+    get = partial(_taken, given, file)
+    if everything and (twice := [*data, *(_NAME_DATA & {*file})]):
+        raise ValueError(
+            f"use_full_data names all data, and {twice[0]} names data too; leave one out"
+        )
+    override, overwrite = get("override", default=()), get("overwrite", default=False)
+    asked = get("resume", "resume_from_checkpoint", default="auto")
+    resume, output_dir, told = where_to_resume(asked, get("output_dir"))
+    named = data or everything or (_NAME_DATA | {"train"}) & {*file}
+    if everything:
+        file.pop("train", None)
+        backup = options.get("gdrive_backup_dir", file.get("gdrive_backup_dir") or "")
+        folder = Path(output_dir or "runs/pretrain")
+        data = full_data(folder, backup, overwrite or "data" in override)
+    elif named or not told:
+        data = training_data(data, file)
+    model = get("config", "model", default="tiny" if named else None)
+    adapter = get("lora_r"), get("lora_alpha"), get("lora_targets", default="all")
+    model = _adapted(model, *adapter)
+    valid = get("valid")
+    both = dict(override=override, tokenizer=get("tokenizer", "tokenizer_path"))
+    if named:
+        where = output_dir or Path("runs") / ("pretrain" if everything else run_name(data))
+        how = both | dict(overwrite=overwrite, output_dir=where, resume=resume, config=file)
+        fit(model, data, valid, **how, **options)
+        return
+    if valid or overwrite:
+        raise ValueError(
+            f"{'valid' if valid else 'overwrite'} is given and no data: --resume {asked} goes"
+            " on with the run's own; name the data too"
+        )
+    go_on(output_dir, resume, model=model, **both, **{**file, **options})
+
+# %% ../nbs/06_cli.ipynb #b9ecca00
+@app.command(**_TRAINS)
+@with_training_options
+def train(
+    data: _Data = None,
+    dataset: _DataNames = None,
+    data_files: _DataFiles = None,
+    use_full_data: _AllData = False,
+    stage: _Stage = None,
+    hardware: _Hardware = None,
+    recipe: _Recipe = None,
+    valid: _Valid = None,
+    config: _Config = None,
+    lora_r: _LoraRank = None,
+    lora_alpha: _LoraAlpha = None,
+    lora_targets: _LoraTargets = None,
+    tokenizer: _Tokenizer = None,
+    output_dir: _OutputDir = None,
+    resume: _Resume = None,
+    yes: _Yes = False,
+    override: _Override = None,
+    overwrite: _Overwrite = False,
+    config_file: _ConfigFile = None,
+    **options,
+):
+    "Train a model, or go on training it."
+    given = dict(
+        valid=valid,
+        config=config,
+        lora_r=lora_r,
+        lora_alpha=lora_alpha,
+        lora_targets=lora_targets,
+        tokenizer=tokenizer,
+        output_dir=output_dir,
+        resume=resume,
+        override=override,
+        overwrite=overwrite or None,
+    )
+    file = _options_to_begin_with(config_file, recipe, stage, hardware)
+    everything = file.pop("use_full_data", False) or use_full_data
+    data = [*(data or []), *(dataset or []), *(data_files or [])]
+    _train(given, data, everything, file, options)
 
 # %% ../nbs/06_cli.ipynb #4ef381de
 @app.command("resume", **_TRAINS)
@@ -828,37 +850,78 @@ def plot(
 checkpoint_app = _App(no_args_is_help=True, help="Look into checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint")
 
+# %% ../nbs/06_cli.ipynb #902e387f
+def _say_compared(folder: Path, json: Path | None):
+    "Checkpoints side by side, and how far the weights came between the last two."
+    from minigpt.checkpoint.comparison import compare
+    from minigpt.core.files import write_json
+
+    found = compare(folder)
+    typer.echo(found)
+    if len(found) > 1:
+        try:
+            typer.echo(f"\n{found.between()}")
+        except FileNotFoundError as e:
+            typer.echo(f"\nnot compared: {e.filename} was deleted meanwhile")
+    if json:
+        write_json(json, found.summary())
+
+
+def _say_analyzed(
+    path: Path, hours: float | None, target: str | None, figure: Path | None, json: Path | None
+):
+    "One checkpoint: its bytes, what fewer bits would save, and what would help."
+    from minigpt.checkpoint.analysis import analyze
+    from minigpt.checkpoint.comparison import precision_table, suggestions
+    from minigpt.core.files import write_json
+
+    a = analyze(path)
+    typer.echo(a)
+    typer.echo()
+    typer.echo(precision_table(a))
+    typer.echo()
+    typer.echo(suggestions(a, hours, target))
+    if figure:
+        a.figure().savefig(figure)
+    if json:
+        write_json(json, a.summary())
+
+# %% ../nbs/06_cli.ipynb #029dd480
+_Checkpoint = Annotated[
+    Path | None,
+    typer.Option(
+        "-c",
+        "--checkpoint",
+        help=(
+            "a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library"
+            " or another"
+        ),
+    ),
+]
+_Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        "-d",
+        "--directory",
+        help="a folder of checkpoints: the newest one, or with --compare all",
+    ),
+]
+_Demo = Annotated[
+    bool,
+    typer.Option(
+        "--create-demo", help="make a demonstration checkpoint to learn on, and analyse it"
+    ),
+]
+
 # %% ../nbs/06_cli.ipynb #eb6a723b
 @checkpoint_app.command("analyze")
 def analyze_checkpoint(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            "-c",
-            "--checkpoint",
-            help=(
-                "a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library"
-                " or another"
-            ),
-        ),
-    ] = None,
-    directory: Annotated[
-        Path | None,
-        typer.Option(
-            "-d",
-            "--directory",
-            help="a folder of checkpoints: the newest one, or with --compare all",
-        ),
-    ] = None,
+    checkpoint: _Checkpoint = None,
+    directory: _Checkpoints = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="the checkpoints of --directory side by side")
     ] = False,
-    create_demo: Annotated[
-        bool,
-        typer.Option(
-            "--create-demo", help="make a demonstration checkpoint to learn on, and analyse it"
-        ),
-    ] = False,
+    create_demo: _Demo = False,
     config: Annotated[
         str, typer.Option(help="of the demonstration: tiny, small, medium, large")
     ] = "medium",
@@ -880,9 +943,7 @@ def analyze_checkpoint(
     """What takes the bytes of a checkpoint, what is known of its training, what could be smaller.
 
     It reads headers, and runs no code that is in a checkpoint."""
-    from minigpt.checkpoint.analysis import analyze, checkpoints_in, create_demo as make_demo
-    from minigpt.checkpoint.comparison import compare as side_by_side, precision_table, suggestions
-    from minigpt.core.files import write_json
+    from minigpt.checkpoint.analysis import checkpoints_in, create_demo as make_demo
 
     _writable(figure, json)
     if create_demo:
@@ -895,26 +956,31 @@ def analyze_checkpoint(
             " --create-demo"
         )
     if compare:
-        found = side_by_side(directory or checkpoint)
-        typer.echo(found)
-        if len(found) > 1:
-            try:
-                typer.echo(f"\n{found.between()}")
-            except FileNotFoundError as e:
-                typer.echo(f"\nnot compared: {e.filename} was deleted meanwhile")
-        if json:
-            write_json(json, found.summary())
-        return
-    a = analyze(checkpoint or checkpoints_in(directory)[-1])
-    typer.echo(a)
-    typer.echo()
-    typer.echo(precision_table(a))
-    typer.echo()
-    typer.echo(suggestions(a, training_hours, target))
-    if figure:
-        a.figure().savefig(figure)
-    if json:
-        write_json(json, a.summary())
+        _say_compared(directory or checkpoint, json)
+    else:
+        one = checkpoint or checkpoints_in(directory)[-1]
+        _say_analyzed(one, training_hours, target, figure, json)
+
+# %% ../nbs/06_cli.ipynb #fdb0cf03
+def _fit_together(
+    source: Path,
+    precision: str,
+    weights_only: bool,
+    compress: bool,
+    tokenizer: Path | None,
+    like: str | None,
+):
+    "Refuse options of `export` that exclude each other."
+    if like and source.is_dir():
+        raise ValueError(
+            f"--like says whose file a .pth is; {source} is a directory and says it itself, leave"
+            " it out"
+        )
+    if precision == "onnx" and (tokenizer or compress or not weights_only):
+        raise ValueError(
+            "--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer,"
+            " --compress and --full out"
+        )
 
 # %% ../nbs/06_cli.ipynb #7e88eb07
 @app.command()
@@ -955,16 +1021,7 @@ def export(
     from minigpt.checkpoint.exporter import export as write, export_onnx
     from minigpt.core.files import dir_size, human_size
 
-    if like and source.is_dir():
-        raise ValueError(
-            f"--like says whose file a .pth is; {source} is a directory and says it itself, leave"
-            " it out"
-        )
-    if precision == "onnx" and (tokenizer or compress or not weights_only):
-        raise ValueError(
-            "--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer,"
-            " --compress and --full out"
-        )
+    _fit_together(source, precision, weights_only, compress, tokenizer, like)
     if precision == "onnx":
         made = export_onnx(source, out, like, overwrite)
     else:
@@ -984,76 +1041,85 @@ def export(
 data_app = _App(no_args_is_help=True, help="Look at data, prepare it, get it.")
 app.add_typer(data_app, name="data")
 
+# %% ../nbs/06_cli.ipynb #60f6dd90
+_Output = Annotated[
+    Path | None,
+    typer.Option(
+        help=(
+            "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with"
+            " --analyze nothing"
+        )
+    ),
+]
+_QualityFilter = Annotated[
+    bool, typer.Option("--quality-filter", help="leave out duplicates and rows of low quality")
+]
+_SpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--add-special-tokens",
+        help="write thoughts and calls into the texts, between <think> and <tool_call>",
+    ),
+]
+_Analyze = Annotated[
+    bool,
+    typer.Option(
+        "--analyze",
+        help=(
+            "report on the result; without --output nothing is written, and the report is on"
+            " the input"
+        ),
+    ),
+]
+_Counter = Annotated[
+    Path | None,
+    typer.Option(
+        help="which counts the tokens; default: data/tokenizer/, else one trained on the input"
+    ),
+]
+_Encoding = Annotated[
+    str,
+    typer.Option(
+        help="of the files, such as gb18030 or koi8-r; default: as each file looks",
+        show_default=False,
+    ),
+]
+_Columns = Annotated[
+    str,
+    typer.Option(
+        "--columns",
+        "--map",
+        help=(
+            "columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves"
+            " a column out"
+        ),
+        show_default=False,
+    ),
+]
+
 # %% ../nbs/06_cli.ipynb #df402874
 @data_app.command()
 def prepare(
     input: Annotated[str, typer.Option(help="a file, or a folder")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help=(
-                "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with"
-                " --analyze nothing"
-            )
-        ),
-    ] = None,
+    output: _Output = None,
     format: Annotated[
         str | None, typer.Option(help="pretrain, conversation or dpo; default: as each row says")
     ] = None,
     max_seq_len: Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")] = 512,
-    quality_filter: Annotated[
-        bool, typer.Option("--quality-filter", help="leave out duplicates and rows of low quality")
-    ] = False,
+    quality_filter: _QualityFilter = False,
     min_quality: Annotated[float, typer.Option(help="quality from which a row is kept")] = 0.5,
     near_duplicates: Annotated[
         bool, typer.Option("--near-duplicates", help="near-duplicates count as duplicates")
     ] = False,
-    add_special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--add-special-tokens",
-            help="write thoughts and calls into the texts, between <think> and <tool_call>",
-        ),
-    ] = False,
+    add_special_tokens: _SpecialTokens = False,
     validate_only: Annotated[
         bool, typer.Option("--validate-only", help="count, and write nothing")
     ] = False,
-    analyze: Annotated[
-        bool,
-        typer.Option(
-            "--analyze",
-            help=(
-                "report on the result; without --output nothing is written, and the report is on"
-                " the input"
-            ),
-        ),
-    ] = False,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="which counts the tokens; default: data/tokenizer/, else one trained on the input"
-        ),
-    ] = None,
+    analyze: _Analyze = False,
+    tokenizer: _Counter = None,
     on_bad_row: Annotated[str, typer.Option(help="skip or error")] = "skip",
-    encoding: Annotated[
-        str,
-        typer.Option(
-            help="of the files, such as gb18030 or koi8-r; default: as each file looks",
-            show_default=False,
-        ),
-    ] = "",
-    columns: Annotated[
-        str,
-        typer.Option(
-            "--columns",
-            "--map",
-            help=(
-                "columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves"
-                " a column out"
-            ),
-            show_default=False,
-        ),
-    ] = "",
+    encoding: _Encoding = "",
+    columns: _Columns = "",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace an output that exists")
     ] = False,

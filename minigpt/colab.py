@@ -104,7 +104,7 @@ def _say_space(model, config: TrainConfig, folder, backup: str, say):
         f"a checkpoint of this model takes {human_size(size)}: {fit(free)} fit here"
         + (f", {fit(there)} in the backup" if backup else "")
     )
-    for line in storage_plan(
+    for note in storage_plan(
         config,
         n,
         10**6,
@@ -112,8 +112,8 @@ def _say_space(model, config: TrainConfig, folder, backup: str, say):
         free - (config.backup_keep_last * size if in_colab() and backup else 0),
         there,
     ):
-        if line.startswith("WARNING"):
-            say(line)
+        if note.warns:
+            say(str(note))
 
 
 def _say_gpu(say):

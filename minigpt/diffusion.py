@@ -87,16 +87,128 @@ def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
 
-# %% ../nbs/03_diffusion.ipynb #6afd8525
+# %% ../nbs/03_diffusion.ipynb #91f2b938
+def _must(
+    c: "TessConfig",
+    name: str,  # Of the field
+    ok: bool,
+    what: str,  # What it must be
+):
+    if not ok:
+        raise ValueError(f"{name}={getattr(c, name)!r} must be {what}")
+
+
+def _check_sizes(c: "TessConfig"):
+    for n in (
+        "vocab_size",
+        "dim",
+        "n_layer",
+        "n_head",
+        "ffn_dim",
+        "max_len",
+        "num_diffusion_steps",
+        "num_inference_diffusion_steps",
+    ):
+        check_size(n, getattr(c, n), MOST.get(n, 100_000))
+    for n in "type_vocab", "pad_id":
+        v, most = getattr(c, n), MOST["vocab_size"]
+        what = f"a whole number, at least 0 and at most {most:,}"
+        _must(c, n, type(v) is int and 0 <= v <= most, what)
+    a_token = type(c.mask_id) is int and 0 <= c.mask_id < c.vocab_size
+    what = f"the id of a token, below vocab_size={c.vocab_size}"
+    _must(c, "mask_id", c.mask_id is None or a_token, what)
+    _must(c, "n_head", c.dim % c.n_head == 0, f"a divisor of dim={c.dim}")
+    share = "at least 0 and below 1: it is the share that is dropped"
+    check_number("dropout", c.dropout, lambda x: 0 <= x < 1, share)
+    check_number("norm_eps", c.norm_eps)
+    if c.simplex_value is not None:
+        k = "above 0, or None for a masked language model"
+        check_number("simplex_value", c.simplex_value, which=k)
+    for n in "self_condition_zeros_after_softmax", "pad_to_max_length":
+        check_flag(n, getattr(c, n))
+
+# %% ../nbs/03_diffusion.ipynb #9622face
+_WORDS = dict(
+    beta_schedule=(("squaredcos_improved_ddpm",), "'squaredcos_improved_ddpm'"),
+    self_condition=(
+        (None, "logits", "logits_addition", "logits_mean"),
+        "one of none, logits, logits_addition, logits_mean",
+    ),
+    blanks=(("mixed", "spans", "rest", "all"), "one of mixed, spans, rest, all"),
+)
+
+
+def _check_noise(c: "TessConfig"):
+    n, most = "num_inference_diffusion_steps", c.num_diffusion_steps
+    _must(c, n, getattr(c, n) <= most, f"at most num_diffusion_steps={most}")
+    for name, (known, what) in _WORDS.items():
+        _must(c, name, getattr(c, name) in known, what)
+    check_params(c)
+    if c.simplex_value is None:
+        what = "the id of the token that stands for a gap; give the tokenizer one:"
+        _must(c, "mask_id", c.mask_id is not None, f"{what} special_tokens='<mask>'")
+
+# %% ../nbs/03_diffusion.ipynb #86df0f2f
+_OWN = (
+    "mask_id",
+    "simplex_value",
+    "num_diffusion_steps",
+    "num_inference_diffusion_steps",
+    "beta_schedule",
+    "self_condition",
+    "self_condition_zeros_after_softmax",
+    "blanks",
+    "pad_to_max_length",
+)
+
+
+def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
+    "What `TessConfig.to_hf` gives."
+    own = {k: getattr(c, k) for k in _OWN}
+    return dict(
+        architectures=["RobertaForMaskedLM"],
+        model_type="roberta",
+        vocab_size=c.vocab_size,
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head,
+        intermediate_size=c.ffn_dim,
+        hidden_act="gelu",
+        max_position_embeddings=c.max_len + c.pad_id + 1,
+        type_vocab_size=c.type_vocab,
+        layer_norm_eps=c.norm_eps,
+        hidden_dropout_prob=c.dropout,
+        attention_probs_dropout_prob=c.dropout,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        pad_token_id=c.pad_id,
+        eos_token_id=eos_id,
+        bos_token_id=bos_id,
+        dtype="float32",
+        torch_dtype="float32",
+        **own,
+    )
+
+# %% ../nbs/03_diffusion.ipynb #67043ba8
+def _count_params(c: "TessConfig") -> int:
+    C, V = c.dim, c.vocab_size
+    embeddings = (V + c.max_len + c.pad_id + 1 + c.type_vocab) * C + 2 * C
+    block = 4 * (C * C + C) + 2 * C * c.ffn_dim + c.ffn_dim + C + 4 * C
+    head = C * C + 3 * C + V
+    noise = 0
+    if c.simplex_value is not None:
+        noise = V * C + 2 * C + (2 * C * C + C if c.self_condition == "logits" else 0)
+    return embeddings + c.n_layer * block + head + noise
+
+# %% ../nbs/03_diffusion.ipynb #21f26811
 @dataclass(frozen=True, kw_only=True)
 class TessConfig:
     """The shape of an encoder, and what noise does to its input.
 
     Without `simplex_value` it is a masked language model (Devlin et al. 2019). `self_condition` is
-    None (a guess does not see the one before), `logits_mean` (their probabilities are averaged),
-    `logits_addition` (their embeddings are added) or `logits` (both embeddings go through a
-    matrix). `blanks` are `spans` (to infill), `rest` (to continue), `all` (to write from nothing)
-    or `mixed` (a third of the texts each)."""
+    None (a guess does not see the one before), `logits_mean` (probabilities are averaged),
+    `logits_addition` (embeddings are added) or `logits` (both go through a matrix). `blanks` are
+    `spans` (infill), `rest` (continue), `all` (write from nothing) or `mixed` (a third of each)."""
 
     vocab_size: int  # V, in tokens
     dim: int  # C, width of the residual stream
@@ -118,84 +230,13 @@ class TessConfig:
     blanks: str = "mixed"  # Gaps in training: spans, rest, all, or mixed
     pad_to_max_length: bool = True  # Line by line: pad a batch to max_seq_len, not to its longest
 
-    # What may change while a model is trained
-    free = ("dropout", "num_inference_diffusion_steps", "pad_to_max_length")
+    free = ("dropout", "num_inference_diffusion_steps", "pad_to_max_length")  # may change
 
     def __post_init__(self):
-        def must(name, ok, what):
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {what}")
-
         if self.self_condition in ("none", ""):
             object.__setattr__(self, "self_condition", None)
-        for n in (
-            "vocab_size",
-            "dim",
-            "n_layer",
-            "n_head",
-            "ffn_dim",
-            "max_len",
-            "num_diffusion_steps",
-            "num_inference_diffusion_steps",
-        ):
-            check_size(n, getattr(self, n), MOST.get(n, 100_000))
-        for n in "type_vocab", "pad_id":
-            must(
-                n,
-                type(getattr(self, n)) is int and 0 <= getattr(self, n) <= MOST["vocab_size"],
-                f"a whole number, at least 0 and at most {MOST['vocab_size']:,}",
-            )
-        must(
-            "mask_id",
-            self.mask_id is None
-            or type(self.mask_id) is int
-            and 0 <= self.mask_id < self.vocab_size,
-            f"the id of a token, below vocab_size={self.vocab_size}",
-        )
-        must("n_head", self.dim % self.n_head == 0, f"a divisor of dim={self.dim}")
-        check_number(
-            "dropout",
-            self.dropout,
-            lambda x: 0 <= x < 1,
-            "at least 0 and below 1: it is the share that is dropped",
-        )
-        check_number("norm_eps", self.norm_eps)
-        if self.simplex_value is not None:
-            check_number(
-                "simplex_value",
-                self.simplex_value,
-                which="above 0, or None for a masked language model",
-            )
-        for n in "self_condition_zeros_after_softmax", "pad_to_max_length":
-            check_flag(n, getattr(self, n))
-        must(
-            "num_inference_diffusion_steps",
-            self.num_inference_diffusion_steps <= self.num_diffusion_steps,
-            f"at most num_diffusion_steps={self.num_diffusion_steps}",
-        )
-        must(
-            "beta_schedule",
-            self.beta_schedule == "squaredcos_improved_ddpm",
-            "'squaredcos_improved_ddpm'",
-        )
-        must(
-            "self_condition",
-            self.self_condition in (None, "logits", "logits_addition", "logits_mean"),
-            "one of none, logits, logits_addition, logits_mean",
-        )
-        must(
-            "blanks",
-            self.blanks in ("mixed", "spans", "rest", "all"),
-            "one of mixed, spans, rest, all",
-        )
-        check_params(self)
-        if self.simplex_value is None:
-            must(
-                "mask_id",
-                self.mask_id is not None,
-                "the id of the token that stands for a gap; give the tokenizer one:"
-                " special_tokens='<mask>'",
-            )
+        _check_sizes(self)
+        _check_noise(self)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "TessConfig":
@@ -211,70 +252,17 @@ class TessConfig:
     @property
     def n_params(self) -> int:
         "Parameters, each counted once."
-        C, V = self.dim, self.vocab_size
-        block = 4 * (C * C + C) + 2 * C * self.ffn_dim + self.ffn_dim + C + 4 * C
-        diffusion = (
-            (V * C + 2 * C + (2 * C * C + C if self.self_condition == "logits" else 0))
-            if self.simplex_value is not None
-            else 0
-        )
-        return (
-            (V + self.max_len + self.pad_id + 1 + self.type_vocab) * C
-            + 2 * C
-            + self.n_layer * block
-            + C * C
-            + 3 * C
-            + V
-            + diffusion
-        )
+        return _count_params(self)
 
     def build(self) -> "Tess":
         "A new model of this shape."
         return Tess(self)
 
-    def to_hf(
-        self, *, eos_id: int | None = None, bos_id: int | None = None, **_
-    ) -> dict:  # Content of config.json
-        "The configuration of the encoder in `transformers`, with what it does not know beside it."
-        own = {k: getattr(self, k) for k in _OWN}
-        return dict(
-            architectures=["RobertaForMaskedLM"],
-            model_type="roberta",
-            vocab_size=self.vocab_size,
-            hidden_size=self.dim,
-            num_hidden_layers=self.n_layer,
-            num_attention_heads=self.n_head,
-            intermediate_size=self.ffn_dim,
-            hidden_act="gelu",
-            max_position_embeddings=self.max_len + self.pad_id + 1,
-            type_vocab_size=self.type_vocab,
-            layer_norm_eps=self.norm_eps,
-            hidden_dropout_prob=self.dropout,
-            attention_probs_dropout_prob=self.dropout,
-            initializer_range=0.02,
-            tie_word_embeddings=True,
-            pad_token_id=self.pad_id,
-            eos_token_id=eos_id,
-            bos_token_id=bos_id,
-            dtype="float32",
-            torch_dtype="float32",
-            **own,
-        )
+    def to_hf(self, *, eos_id: int | None = None, bos_id: int | None = None, **_) -> dict:
+        "The config.json of the encoder in `transformers`, with what it does not know beside it."
+        return _hf_config(self, eos_id, bos_id)
 
-# %% ../nbs/03_diffusion.ipynb #c2d12a77
-_OWN = (
-    "mask_id",
-    "simplex_value",
-    "num_diffusion_steps",
-    "num_inference_diffusion_steps",
-    "beta_schedule",
-    "self_condition",
-    "self_condition_zeros_after_softmax",
-    "blanks",
-    "pad_to_max_length",
-)
-
-
+# %% ../nbs/03_diffusion.ipynb #c61a868e
 def from_dict(d: dict) -> TessConfig:
     "The shape that `to_dict` wrote."
     return TessConfig(**{k: v for k, v in d.items() if k != "model_type"})
@@ -374,67 +362,47 @@ class EncoderBlock(nn.Module):
             x + self.dropout(two["dense"](F.gelu(self.intermediate["dense"](x))))
         )
 
-# %% ../nbs/03_diffusion.ipynb #678bf370
-class Tess(LanguageModel):
-    "An encoder that guesses what stands in the gaps of a text."
+# %% ../nbs/03_diffusion.ipynb #2ac22231
+def _roberta(c: TessConfig) -> nn.ModuleDict:
+    embeddings = dict(
+        word_embeddings=nn.Embedding(c.vocab_size, c.dim),
+        position_embeddings=nn.Embedding(c.max_len + c.pad_id + 1, c.dim),
+        token_type_embeddings=nn.Embedding(c.type_vocab, c.dim),
+        LayerNorm=nn.LayerNorm(c.dim, c.norm_eps),
+    )
+    layer = nn.ModuleList(EncoderBlock(c) for _ in range(c.n_layer))
+    return nn.ModuleDict(
+        dict(embeddings=nn.ModuleDict(embeddings), encoder=nn.ModuleDict(dict(layer=layer)))
+    )
 
-    may_lack = {
-        "simplex_embeddings.weight": "roberta.embeddings.word_embeddings.weight",
-        **{
-            f"{n}.{k}": None
-            for n in ("timestep_embed", "self_condition")
-            for k in ("weight", "bias")
-        },
-    }  # what a RoBERTa does not have
 
-    def __init__(self, config: TessConfig):
+def _lm_head(c: TessConfig) -> nn.ModuleDict:
+    head = nn.ModuleDict(
+        dict(dense=nn.Linear(c.dim, c.dim), layer_norm=nn.LayerNorm(c.dim, c.norm_eps))
+    )
+    head.bias = nn.Parameter(torch.zeros(c.vocab_size))
+    return head
+
+
+def _through(model: "_Encoder", x: Tensor, mask: Tensor | None) -> Tensor:
+    "What comes out of the blocks."
+    for block in model.blocks:
+        # A block that was compiled is so for training
+        run = block if model.training else block.forward
+        x = (
+            checkpoint(run, x, mask, use_reentrant=False)
+            if model.training and model.recompute
+            else run(x, mask)
+        )
+    return x
+
+# %% ../nbs/03_diffusion.ipynb #22867db6
+class _Encoder(LanguageModel):
+    "A RoBERTa with its output layer."
+
+    def __init__(self, c: TessConfig):
         super().__init__()
-        self.config = c = config
-        self.roberta = nn.ModuleDict(
-            dict(
-                embeddings=nn.ModuleDict(
-                    dict(
-                        word_embeddings=nn.Embedding(c.vocab_size, c.dim),
-                        position_embeddings=nn.Embedding(c.max_len + c.pad_id + 1, c.dim),
-                        token_type_embeddings=nn.Embedding(c.type_vocab, c.dim),
-                        LayerNorm=nn.LayerNorm(c.dim, c.norm_eps),
-                    )
-                ),
-                encoder=nn.ModuleDict(
-                    dict(layer=nn.ModuleList(EncoderBlock(c) for _ in range(c.n_layer)))
-                ),
-            )
-        )
-        self.lm_head = nn.ModuleDict(
-            dict(dense=nn.Linear(c.dim, c.dim), layer_norm=nn.LayerNorm(c.dim, c.norm_eps))
-        )
-        self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
-        if c.simplex_value is not None:
-            self.simplex_embeddings, self.timestep_embed = (
-                nn.Embedding(c.vocab_size, c.dim),
-                nn.Linear(1, c.dim),
-            )
-            if c.self_condition == "logits":
-                self.self_condition = nn.Linear(2 * c.dim, c.dim)
-            self.register_buffer(
-                "left", alpha_bars(c.num_diffusion_steps).float(), persistent=False
-            )  # (T,)
-        std = 0.02 * math.sqrt(768 / c.dim)  # RoBERTa's 0.02, which is for its width
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(m.weight, std=std)
-            if isinstance(m, nn.Linear):
-                nn.init.zeros_(m.bias)
-        # What a RoBERTa lacks begins the same each time it is opened: so does a run that was
-        # killed before its first save
-        dice = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for k in "timestep_embed", "self_condition":
-                if m := getattr(self, k, None):
-                    m.weight.copy_(
-                        torch.empty(m.weight.shape, device="cpu").normal_(std=std, generator=dice)
-                    )
-            self.derive([k for k, _ in self.named_parameters() if k not in self.may_lack])
+        self.config, self.roberta, self.lm_head = c, _roberta(c), _lm_head(c)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -448,10 +416,6 @@ class Tess(LanguageModel):
             or ".pooler." in name
             or name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
         )
-
-    def objective(self, data, config: TrainConfig):
-        "What `fit` trains it for."
-        return Denoising(self.config, data, config)
 
     def hidden(
         self,
@@ -476,16 +440,7 @@ class Tess(LanguageModel):
             + e["token_type_embeddings"].weight[0]
         )
         x = F.dropout(e["LayerNorm"](x), c.dropout, self.training)
-        mask = None if real is None else real[:, None, None]
-        for block in self.blocks:
-            # A block that was compiled is so for training
-            run = block if self.training else block.forward
-            x = (
-                checkpoint(run, x, mask, use_reentrant=False)
-                if self.training and self.recompute
-                else run(x, mask)
-            )
-        return x
+        return _through(self, x, None if real is None else real[:, None, None])
 
     def scores(
         self,
@@ -502,6 +457,79 @@ class Tess(LanguageModel):
         "Logits of a plain masked language model."
         return self.scores(self.hidden(ids, real=real))
 
+# %% ../nbs/03_diffusion.ipynb #a3136b66
+_MAY_LACK = {  # parameters that a RoBERTa does not have → whose values they begin with
+    "simplex_embeddings.weight": "roberta.embeddings.word_embeddings.weight",
+    "timestep_embed.weight": None,
+    "timestep_embed.bias": None,
+    "self_condition.weight": None,
+    "self_condition.bias": None,
+}
+
+
+@torch.no_grad()
+def _begin(model: "Tess"):
+    "The weights of a new model."
+    std = 0.02 * math.sqrt(768 / model.config.dim)  # RoBERTa's 0.02, which is for its width
+    for m in model.modules():
+        if isinstance(m, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(m.weight, std=std)
+        if isinstance(m, nn.Linear):
+            nn.init.zeros_(m.bias)
+    # What a RoBERTa lacks begins the same each time it is opened: so does a run that was
+    # killed before its first save
+    dice = torch.Generator().manual_seed(0)
+    for k in "timestep_embed", "self_condition":
+        if m := getattr(model, k, None):
+            m.weight.copy_(
+                torch.empty(m.weight.shape, device="cpu").normal_(std=std, generator=dice)
+            )
+    model.derive([k for k, _ in model.named_parameters() if k not in model.may_lack])
+
+# %% ../nbs/03_diffusion.ipynb #9c95774b
+def _filling(
+    model: "Tess",
+    x: Tensor,  # (N, V) noised corners
+    time: Tensor,  # (N,) int64, of each gap
+    previous: Tensor | None,  # (N, V) logits of the guess before
+) -> Tensor:  # (N, C)
+    c, E = model.config, model.simplex_embeddings.weight
+    p, how = x.softmax(-1), c.self_condition
+    if how and previous is not None:
+        q = previous.float().softmax(-1)
+    elif how:
+        q = torch.full_like(p, 0.0 if c.self_condition_zeros_after_softmax else 1 / c.vocab_size)
+    if how == "logits_mean":
+        p = (p + q) / 2
+    elif how == "logits_addition":
+        p = p + q  # the sum of two embeddings is the embedding of the sum
+    h = p @ E
+    if how == "logits":
+        h = model.self_condition(torch.cat([h, q @ E], -1))
+    return h + model.timestep_embed(time[:, None].float() / c.num_diffusion_steps)
+
+# %% ../nbs/03_diffusion.ipynb #887d1410
+class Tess(_Encoder):
+    "An encoder that guesses what stands in the gaps of a text."
+
+    may_lack = _MAY_LACK
+
+    def __init__(self, config: TessConfig):
+        super().__init__(config)
+        c = config
+        if c.simplex_value is not None:
+            self.simplex_embeddings = nn.Embedding(c.vocab_size, c.dim)
+            self.timestep_embed = nn.Linear(1, c.dim)
+            if c.self_condition == "logits":
+                self.self_condition = nn.Linear(2 * c.dim, c.dim)
+            left = alpha_bars(c.num_diffusion_steps).float()
+            self.register_buffer("left", left, persistent=False)  # (T,)
+        _begin(self)
+
+    def objective(self, data, config: TrainConfig):
+        "What `fit` trains it for."
+        return Denoising(self.config, data, config)
+
     def filling(
         self,
         x: Tensor,  # (N, V) noised corners
@@ -509,24 +537,7 @@ class Tess(LanguageModel):
         previous: Tensor | None = None,  # (N, V) logits of the guess before
     ) -> Tensor:  # (N, C)
         "What the encoder reads in the gaps."
-        c, E = self.config, self.simplex_embeddings.weight
-        p, how = x.softmax(-1), c.self_condition
-        if how:
-            q = (
-                previous.float().softmax(-1)
-                if previous is not None
-                else torch.full_like(
-                    p, 0.0 if c.self_condition_zeros_after_softmax else 1 / c.vocab_size
-                )
-            )
-            if how == "logits_mean":
-                p = (p + q) / 2
-            elif how == "logits_addition":
-                p = p + q  # the sum of two embeddings is the embedding of the sum
-        h = p @ E
-        if how == "logits":
-            h = self.self_condition(torch.cat([h, q @ E], -1))
-        return h + self.timestep_embed(time[:, None].float() / c.num_diffusion_steps)
+        return _filling(self, x, time, previous)
 
     def guess(
         self,
@@ -538,14 +549,11 @@ class Tess(LanguageModel):
         real: Tensor | None = None,  # (B, T) bool: False behind the end of a text
     ) -> Tensor:  # (N, V) logits
         "What stands in the gaps."
-        c = self.config
-        filling = (
-            self.filling(x, time, previous)
-            if x is not None
-            else self.roberta["embeddings"]["word_embeddings"]
-            .weight[c.mask_id]
-            .expand(int(blank.sum()), -1)
-        )
+        if x is not None:
+            filling = self.filling(x, time, previous)
+        else:
+            gap = self.roberta["embeddings"]["word_embeddings"].weight[self.config.mask_id]
+            filling = gap.expand(int(blank.sum()), -1)
         return self.scores(self.hidden(ids, blank, filling, real)[blank])
 
     def write(
@@ -556,27 +564,7 @@ class Tess(LanguageModel):
         **how,  # steps, temperature, top_k, top_p, seed: see `denoise`
     ) -> str:  # What was written, up to the end of the text
         "Continue a text, or write one from nothing."
-        if not isinstance(prompt, str):
-            raise TypeError(
-                "this model of simplex diffusion continues and fills texts, it does not answer"
-                " conversations; give a text as the prompt"
-            )
-        head = [*tokenizer.adds[0], *tokenizer.encode(prompt)]
-        n = min(max_new_tokens, self.config.max_len - len(head))
-        if n < 1:
-            raise ValueError(
-                f"the prompt has {len(head)} tokens and the model's max_len is"
-                f" {self.config.max_len}, so there is no room to write; shorten the prompt"
-            )
-        ids, blank = _one(self, head + [0] * n, [False] * len(head) + [True] * n)
-        new = fill(self, ids, blank, **how)[0, len(head) :].tolist()
-        return "".join(
-            text_pieces(
-                tokenizer,
-                new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new,
-                head,
-            )
-        )
+        return _continued(self, tokenizer, prompt, max_new_tokens, **how)
 
 # %% ../nbs/03_diffusion.ipynb #8194f907
 def draw_blanks(
@@ -600,7 +588,50 @@ def draw_blanks(
     blank = torch.where(which == 0, spans, (which == 2) | rest) & real
     return blank | (place == n - 1) & ~blank.any(1, keepdim=True)
 
-# %% ../nbs/03_diffusion.ipynb #addd2014
+# %% ../nbs/03_diffusion.ipynb #e3a412af
+def _check_texts(shape: TessConfig, data, config: TrainConfig):
+    "A `ValueError` for what an encoder does not learn from."
+    if any(isinstance(d, ChatSet) for d in getattr(data, "sets", [data])):
+        raise ValueError(
+            "an encoder learns from texts, and the data are conversations or preferences; give"
+            ' rows of {"text": …} or plain text'
+        )
+    if config.objective:
+        raise ValueError(
+            f"objective={config.objective!r} is for a GPT; an encoder learns to fill gaps,"
+            " leave it out"
+        )
+    if config.max_seq_len > shape.max_len:
+        raise ValueError(
+            f"max_seq_len={config.max_seq_len} is more than the model's max_len={shape.max_len}"
+            " positions; lower it"
+        )
+
+
+def _learned_guess(
+    model: "Tess",
+    batch: dict[str, Tensor],  # Of `Denoising.prepare`
+    blank: Tensor,  # (B, T) bool: the N gaps
+    tokens: Tensor,  # (N,) what stands there
+) -> Tensor:  # (N, V) logits
+    "The guess at a time of each text, half of them with the one before in view."
+    c, ids, real = model.config, batch["ids"], batch["real"]
+    if c.simplex_value is None:
+        return model.guess(ids, blank, real=real)
+    time = batch["time"][:, None].expand_as(ids)[blank]
+    dice = None if model.training else torch.Generator(ids.device).manual_seed(0)
+    noise = torch.randn(len(tokens), c.vocab_size, device=ids.device, generator=dice)
+    corners = simplex(tokens, c.vocab_size, c.simplex_value)
+    x, previous = noised(corners, model.left[time], c.simplex_value, noise), None
+    if c.self_condition and (not model.training or torch.rand(()) < 0.5):
+        with torch.no_grad():
+            previous = model.guess(ids, blank, x, time, None, real)
+        # In half precision some versions of torch would go on with the casts of weights
+        # made here, which have no gradient
+        torch.clear_autocast_cache()
+    return model.guess(ids, blank, x, time, previous, real)
+
+# %% ../nbs/03_diffusion.ipynb #306a65da
 class Denoising:
     "What the trainer needs to know: what to draw for a batch, what to divide by, and the loss."
 
@@ -612,21 +643,7 @@ class Denoising:
         data,  # What is trained on: texts
         config: TrainConfig,  # `max_seq_len`
     ):
-        if any(isinstance(d, ChatSet) for d in getattr(data, "sets", [data])):
-            raise ValueError(
-                "an encoder learns from texts, and the data are conversations or preferences; give"
-                ' rows of {"text": …} or plain text'
-            )
-        if config.objective:
-            raise ValueError(
-                f"objective={config.objective!r} is for a GPT; an encoder learns to fill gaps,"
-                " leave it out"
-            )
-        if config.max_seq_len > shape.max_len:
-            raise ValueError(
-                f"max_seq_len={config.max_seq_len} is more than the model's max_len={shape.max_len}"
-                " positions; lower it"
-            )
+        _check_texts(shape, data, config)
         self.shape = shape
 
     def prepare(
@@ -661,32 +678,9 @@ class Denoising:
         batch: dict[str, Tensor],  # Of `prepare`, or a part of it
         n_targets: int = 1,  # What to divide by
     ) -> tuple[Tensor, dict[str, Tensor]]:  # Cross-entropy in nats, and the share of right guesses
-        ids, labels, real = (batch[k] for k in ("ids", "labels", "real"))
-        blank = labels != -100
-        tokens, c = labels[blank], model.config
-        if c.simplex_value is None:
-            logits = model.guess(ids, blank, real=real)
-        else:
-            time = batch["time"][:, None].expand_as(ids)[blank]
-            dice = None if model.training else torch.Generator(ids.device).manual_seed(0)
-            noise = torch.randn(len(tokens), c.vocab_size, device=ids.device, generator=dice)
-            x, previous = (
-                noised(
-                    simplex(tokens, c.vocab_size, c.simplex_value),
-                    model.left[time],
-                    c.simplex_value,
-                    noise,
-                ),
-                None,
-            )
-            if c.self_condition and (not model.training or torch.rand(()) < 0.5):
-                with torch.no_grad():
-                    previous = model.guess(ids, blank, x, time, None, real)
-                # In half precision some versions of torch would go on with the casts of weights
-                # made here, which have no gradient
-                torch.clear_autocast_cache()
-            logits = model.guess(ids, blank, x, time, previous, real)
-        logits = logits.float()
+        blank = batch["labels"] != -100
+        tokens = batch["labels"][blank]
+        logits = _learned_guess(model, batch, blank, tokens).float()
         return F.cross_entropy(logits, tokens, reduction="sum") / n_targets, dict(
             accuracy=(logits.argmax(-1) == tokens).sum() / n_targets
         )
@@ -784,6 +778,31 @@ def fill(
 def _one(model, ids, blank):
     device = model.lm_head.bias.device
     return torch.tensor([ids], device=device), torch.tensor([blank], device=device)
+
+# %% ../nbs/03_diffusion.ipynb #9c92b70b
+def _continued(model: Tess, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, **how) -> str:
+    "What `Tess.write` gives."
+    if not isinstance(prompt, str):
+        raise TypeError(
+            "this model of simplex diffusion continues and fills texts, it does not answer"
+            " conversations; give a text as the prompt"
+        )
+    head = [*tokenizer.adds[0], *tokenizer.encode(prompt)]
+    n = min(max_new_tokens, model.config.max_len - len(head))
+    if n < 1:
+        raise ValueError(
+            f"the prompt has {len(head)} tokens and the model's max_len is"
+            f" {model.config.max_len}, so there is no room to write; shorten the prompt"
+        )
+    ids, blank = _one(model, head + [0] * n, [False] * len(head) + [True] * n)
+    new = fill(model, ids, blank, **how)[0, len(head) :].tolist()
+    return "".join(
+        text_pieces(
+            tokenizer,
+            new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new,
+            head,
+        )
+    )
 
 # %% ../nbs/03_diffusion.ipynb #dd142607
 class Film:
@@ -940,7 +959,76 @@ _FILES = (
 )
 _NOISE = *(n for n in _OWN if n != "mask_id"), "dropout"
 
-# %% ../nbs/03_diffusion.ipynb #fc88c731
+# %% ../nbs/03_diffusion.ipynb #e73b188a
+def _read_keys(
+    config: str | Path | dict,  # Of `mlm`
+) -> dict:
+    "The keys of a configuration that say something; a `ValueError` where one is wrong."
+    if isinstance(config, dict):
+        d, where = dict(config), "the configuration"
+    else:
+        d, where = read_options(config), config
+    others = without_idle({k: v for k, v in d.items() if k not in _FILES})
+    d = {k: d[k] for k in d if k in _FILES} | others
+    known = (*_FILES, *_NOISE, *TrainConfig.names())
+    if bad := [k for k in d if k not in known]:
+        how = elsewhere(str(bad[0]))
+        why = f": {how}" if how else f", which is unknown{_near(bad[0], known)}"
+        raise ValueError(f"{where} has the key {bad[0]!r}{why}")
+    # null: as if it were not there
+    d = {k: v for k, v in d.items() if v is not None or k in _NOISE}
+    if not d.get("train_file"):
+        raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
+    return d
+
+
+def _half_precision(
+    kind: str,  # fp16 or bf16, which the configuration asks for
+) -> str:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return kind
+    print(f"{kind} is for a GPU, and there is none here: the precision is chosen by the machine")
+    return "auto"
+
+# %% ../nbs/03_diffusion.ipynb #51c066d8
+def _beginning(
+    name: str,  # A preset, or a directory
+    tok: Tokenizer | None,  # None: the directory's own, or one that `fit` trains
+    noise: dict,  # Fields of `TessConfig`
+):  # The model, or what makes one of a tokenizer; the tokenizer
+    "What training begins with."
+    if (Path(name) / "config.json").exists():
+        found = load_model(name)
+        if not isinstance(found, Tess):
+            raise ValueError(
+                f"model_name_or_path={name!r} is a GPT; it must be a RoBERTa directory, or one of"
+                f" the presets {', '.join(PRESETS)}"
+            )
+        tok = tok or load_tokenizer(name)
+        shape = replace(found.config, **{"mask_id": tok.id("<mask>"), **noise})
+        model = Tess(shape).load_weights(found.weights())
+        model.origin = found.origin
+        return model, tok
+    if name in PRESETS:
+        return lambda tok: TessConfig.preset(
+            name, **{"vocab_size": tok.vocab_size, "mask_id": tok.id("<mask>"), **noise}
+        ), tok
+    raise FileNotFoundError(
+        f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the"
+        f" presets {', '.join(PRESETS)}{on_hub(name)}"
+    )
+
+
+def _with_entities(model, tok: Tokenizer | None, source):
+    "Model and tokenizer, with room for the entities of a file."
+    if tok is None:
+        raise ValueError(
+            "entities_file extends a tokenizer that is there; name it as tokenizer_name"
+        )
+    words = line_entities(source, tok)
+    return extend(model, tok, words) if isinstance(model, Tess) else (model, tok.extend(words))
+
+# %% ../nbs/03_diffusion.ipynb #2a256bb9
 def mlm(
     config: str | Path | dict,  # A JSON or YAML file, or what would stand in it
     resume_from_checkpoint: str | Path | None = None,  # Its name or path; default: the newest
@@ -950,76 +1038,17 @@ def mlm(
 
     Without `resume_from_checkpoint` it goes on from what the file says, else from the newest whole
     checkpoint, where there is one."""
-    d, where = (
-        (dict(config), "the configuration")
-        if isinstance(config, dict)
-        else (read_options(config), config)
-    )
-    d, known = (
-        {k: d[k] for k in d if k in _FILES}
-        | without_idle({k: v for k, v in d.items() if k not in _FILES}),
-        (*_FILES, *_NOISE, *TrainConfig.names()),
-    )
-    if bad := [k for k in d if k not in known]:
-        raise ValueError(
-            f"{where} has the key {bad[0]!r}"
-            + (
-                f": {how}"
-                if (how := elsewhere(str(bad[0])))
-                else f", which is unknown{_near(bad[0], known)}"
-            )
-        )
-    # null: as if it were not there
-    d = {k: v for k, v in d.items() if v is not None or k in _NOISE}
-    if not d.get("train_file"):
-        raise ValueError(f"{where} has no train_file; name the file (or files) to learn from")
-    get = lambda k, usual=None: d.pop(k, None) or usual
-    files, noise = {k: get(k) for k in _FILES}, {k: d.pop(k) for k in _NOISE if k in d}
+    options = _read_keys(config)
+    files = {k: options.pop(k, None) or None for k in _FILES}
+    noise = {k: options.pop(k) for k in _NOISE if k in options}
     if files["fp16"] or files["bf16"]:
-        gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
-        d["precision"] = ("fp16" if files["fp16"] else "bf16") if gpu else "auto"
-        if not gpu:
-            print(
-                f"{'fp16' if files['fp16'] else 'bf16'} is for a GPU, and there is none here: the"
-                " precision is chosen by the machine"
-            )
-    name, tok = (
-        files["model_name_or_path"] or "tiny",
-        load_tokenizer(files["tokenizer_name"]) if files["tokenizer_name"] else None,
-    )
-    if (Path(name) / "config.json").exists():
-        model = load_model(name)
-        if not isinstance(model, Tess):
-            raise ValueError(
-                f"model_name_or_path={name!r} is a GPT; it must be a RoBERTa directory, or one of"
-                f" the presets {', '.join(PRESETS)}"
-            )
-        tok, origin = tok or load_tokenizer(name), model.origin
-        model = Tess(replace(model.config, **{"mask_id": tok.id("<mask>"), **noise})).load_weights(
-            model.weights()
-        )
-        model.origin = origin
-    elif name in PRESETS:
-        model = lambda tok: TessConfig.preset(
-            name, **{"vocab_size": tok.vocab_size, "mask_id": tok.id("<mask>"), **noise}
-        )
-    else:
-        raise FileNotFoundError(
-            f"model_name_or_path={name!r} is neither a directory with a config.json nor one of the"
-            f" presets {', '.join(PRESETS)}{on_hub(name)}"
-        )
+        options["precision"] = _half_precision("fp16" if files["fp16"] else "bf16")
+    tok = load_tokenizer(files["tokenizer_name"]) if files["tokenizer_name"] else None
+    model, tok = _beginning(files["model_name_or_path"] or "tiny", tok, noise)
     if files["entities_file"]:
-        if tok is None:
-            raise ValueError(
-                "entities_file extends a tokenizer that is there; name it as tokenizer_name"
-            )
-        words = line_entities(files["entities_file"], tok)
-        if isinstance(model, Tess):
-            model, tok = extend(model, tok, words)
-        else:
-            tok = tok.extend(words)
+        model, tok = _with_entities(model, tok, files["entities_file"])
     if noise.get("simplex_value", 5.0) is None and tok is None:
-        d.setdefault("special_tokens", "<mask>")
+        options.setdefault("special_tokens", "<mask>")
     resume = resume_from_checkpoint or files["resume_from_checkpoint"] or "auto"
     around = split_checkpoint(resume)[0] if isinstance(resume, (str, Path)) else None
     return fit(
@@ -1031,5 +1060,5 @@ def mlm(
         overwrite=bool(files["overwrite_output_dir"]),
         resume=resume,
         callbacks=callbacks,
-        config=d,
+        config=options,
     )

@@ -12,7 +12,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import groupby
 from urllib.parse import unquote
@@ -108,90 +109,106 @@ def read_request(
         stop=stop,
     )
 
+# %% ../nbs/02_serve.ipynb #8f925059
+def _text(m: dict, where: str) -> str:
+    "The text of a message, whole or in parts."
+    parts = m.get("content")
+    if parts is None:
+        return ""
+    if isinstance(parts, str):
+        return parts
+    if isinstance(parts, list) and all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+        for p in parts
+    ):
+        return "\n".join(p["text"] for p in parts)
+    raise RequestError(
+        "content must be a string, or a list of parts of the type text: this model reads"
+        " nothing else",
+        where + ".content",
+    )
+
+
+def _function(c, where: str, *need: str) -> dict:
+    "What stands in a tool, or in a call of one."
+    f = c.get("function") if isinstance(c, dict) else None
+    if not isinstance(f, dict) or not all(isinstance(f.get(k), str) for k in need):
+        raise RequestError(
+            f'must be {{"type": "function", "function": {{{", ".join(need)}, …}}}}', where
+        )
+    return f
+
+# %% ../nbs/02_serve.ipynb #4161845a
+def _calls(m: dict, where: str) -> list[dict]:
+    "Name and arguments of each call in an assistant's message."
+    calls, made = m.get("tool_calls") or [], []
+    if not isinstance(calls, list):
+        raise RequestError("tool_calls must be a list", where)
+    for c in calls:
+        f = _function(c, where, "name", "arguments")
+        try:
+            arguments = json.loads(f["arguments"] or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise RequestError("the arguments of a call must be a JSON object, as a string", where)
+        made.append(dict(name=f["name"], arguments=arguments))
+    return made
+
+
+def _schemas(body: dict) -> list[dict]:
+    "The functions that a request offers."
+    tools = body.get("tools") or []
+    if not isinstance(tools, list):
+        raise RequestError("tools must be a list", "tools")
+    tools = [_function(t, f"tools[{i}]", "name") for i, t in enumerate(tools)]
+    if body.get("tool_choice") == "none":
+        return []
+    return [{k: f[k] for k in ("name", "description", "parameters") if k in f} for f in tools]
+
+# %% ../nbs/02_serve.ipynb #5ec3276e
+def _message(m, where: str) -> dict:
+    "A message as the chat template takes it."
+    role = m.get("role") if isinstance(m, dict) else None
+    if role not in ("system", "developer", "user", "assistant", "tool"):
+        raise RequestError(
+            "a message needs the role system, developer, user, assistant or tool; this one has"
+            f" {json.dumps(role)[:50]}",
+            where,
+        )
+    made = dict(role="system" if role == "developer" else role, content=_text(m, where))
+    if role == "assistant":
+        if isinstance(m.get("reasoning_content"), str):
+            made["reasoning_content"] = m["reasoning_content"]
+        if calls := _calls(m, where + ".tool_calls"):
+            made["tool_calls"] = calls
+    return made
+
 # %% ../nbs/02_serve.ipynb #f6ddc668
+def _in_order_of_calls(messages: list[dict]) -> list[dict]:
+    "Results that follow each other, by `order`, which is taken off."
+    return [
+        m
+        for results, ms in groupby(messages, lambda m: "order" in m)
+        for m in (sorted(ms, key=lambda m: m.pop("order")) if results else ms)
+    ]
+
+
 def read_messages(
     body: dict,  # Of a request
 ) -> tuple[list[dict], list[dict]]:  # Messages and schemas of functions, for the chat template
     "The conversation of a request."
-
-    def text(m, where):
-        parts = m.get("content")
-        if parts is None:
-            return ""
-        if isinstance(parts, str):
-            return parts
-        if isinstance(parts, list) and all(
-            isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-            for p in parts
-        ):
-            return "\n".join(p["text"] for p in parts)
-        raise RequestError(
-            "content must be a string, or a list of parts of the type text: this model reads"
-            " nothing else",
-            where + ".content",
-        )
-
-    def function(c, where, *need):
-        f = c.get("function") if isinstance(c, dict) else None
-        if not isinstance(f, dict) or not all(isinstance(f.get(k), str) for k in need):
-            raise RequestError(
-                f'must be {{"type": "function", "function": {{{", ".join(need)}, …}}}}', where
-            )
-        return f
-
     given, out, order = body.get("messages"), [], {}
     if not isinstance(given, list) or not given:
         raise RequestError("messages must be a list with at least one message", "messages")
     for i, m in enumerate(given):
-        where = f"messages[{i}]"
-        role = m.get("role") if isinstance(m, dict) else None
-        if role not in ("system", "developer", "user", "assistant", "tool"):
-            raise RequestError(
-                "a message needs the role system, developer, user, assistant or tool; this one has"
-                f" {json.dumps(role)[:50]}",
-                where,
-            )
-        made = dict(role="system" if role == "developer" else role, content=text(m, where))
-        if role == "assistant":
-            if isinstance(m.get("reasoning_content"), str):
-                made["reasoning_content"] = m["reasoning_content"]
-            calls = m.get("tool_calls") or []
-            if not isinstance(calls, list):
-                raise RequestError("tool_calls must be a list", where + ".tool_calls")
-            made_calls = []
-            for c in calls:
-                f = function(c, where + ".tool_calls", "name", "arguments")
-                try:
-                    arguments = json.loads(f["arguments"] or "{}")
-                except (ValueError, RecursionError):
-                    arguments = None
-                if not isinstance(arguments, dict):
-                    raise RequestError(
-                        "the arguments of a call must be a JSON object, as a string",
-                        where + ".tool_calls",
-                    )
-                made_calls.append(dict(name=f["name"], arguments=arguments))
-            if calls:
-                made["tool_calls"] = made_calls
-            order = {str(c.get("id")): k for k, c in enumerate(calls)}
-        if role == "tool":
+        made = _message(m, f"messages[{i}]")
+        if made["role"] == "assistant":
+            order = {str(c.get("id")): k for k, c in enumerate(m.get("tool_calls") or [])}
+        if made["role"] == "tool":
             made["order"] = order.get(str(m.get("tool_call_id")), len(order))
         out.append(made)
-    # Results in the order of their calls
-    out = [
-        m
-        for results, ms in groupby(out, lambda m: "order" in m)
-        for m in (sorted(ms, key=lambda m: m.pop("order")) if results else ms)
-    ]
-    tools = body.get("tools") or []
-    if not isinstance(tools, list):
-        raise RequestError("tools must be a list", "tools")
-    tools = [function(t, f"tools[{i}]", "name") for i, t in enumerate(tools)]
-    return out, (
-        []
-        if body.get("tool_choice") == "none"
-        else [{k: f[k] for k in ("name", "description", "parameters") if k in f} for f in tools]
-    )
+    return _in_order_of_calls(out), _schemas(body)
 
 # %% ../nbs/02_serve.ipynb #6b642717
 _LOCAL = "localhost", "127.0.0.1", "::1"
@@ -200,8 +217,252 @@ _LOCAL = "localhost", "127.0.0.1", "::1"
 class _Gone(Exception):
     "The client has hung up."
 
+# %% ../nbs/02_serve.ipynb #1e328dc4
+class _Events:
+    "A response in pieces; it has begun as soon as this is made."
+
+    def __init__(self, handler: BaseHTTPRequestHandler):
+        self.wfile = handler.wfile
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.send_header("Cache-Control", "no-cache")
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+
+    def send(self, body: dict | str):
+        text = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+        data = f"data: {text}\n\n".encode("utf-8", "replace")
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self.wfile.flush()
+
+    def close(self):
+        self.wfile.write(b"0\r\n\r\n")
+
+# %% ../nbs/02_serve.ipynb #ff809141
+def _model_named(models: dict[str, tuple[GPT, Tokenizer]], name) -> tuple[GPT, Tokenizer]:
+    if name is None and len(models) == 1:
+        return next(iter(models.values()))
+    if not isinstance(name, str) or name not in models:
+        raise RequestError(
+            f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}",
+            "model",
+            404,
+            "model_not_found",
+        )
+    return models[name]
+
+
+def _get(handler: "_Handler", path: str):
+    "Which models there are, and whether the server is well."
+    server = handler.server
+    cards = [
+        dict(id=name, object="model", created=server.created, owned_by="minigpt")
+        for name in server.models
+    ]
+    if path == "/health":
+        return handler.reply(200, dict(status="ok", models=[*server.models]))
+    if path == "/v1/models":
+        return handler.reply(200, dict(object="list", data=cards))
+    if path.startswith("/v1/models/"):
+        name = unquote(path.removeprefix("/v1/models/"))
+        _model_named(server.models, name)
+        return handler.reply(200, next(c for c in cards if c["id"] == name))
+    raise RequestError(f"there is no GET {path}; there are /v1/models and /health", status=404)
+
+# %% ../nbs/02_serve.ipynb #3074473f
+def _body(handler: "_Handler", path: str):
+    "The JSON of a request."
+    try:
+        size = int(handler.headers.get("Content-Length", ""))
+    except ValueError:
+        raise RequestError("the request needs a Content-Length", status=411) from None
+    if not 0 <= size <= 16 << 20:
+        raise RequestError("the request is larger than 16 MB", status=413)
+    data = handler.rfile.read(size)
+    if path not in ("/v1/chat/completions", "/v1/completions"):
+        raise RequestError(
+            f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
+            status=404,
+        )
+    if (kind := handler.headers.get_content_type()) != "application/json":
+        raise RequestError(
+            f"the request's Content-Type is {kind}; it must be application/json", status=415
+        )
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise RequestError(f"the body is not JSON: {str(e)[:200]}") from None
+
+# %% ../nbs/02_serve.ipynb #c8b1a00a
+def _thinking(body: dict) -> bool | None:
+    "Whether a request asks for thoughts; None: it does not say."
+    asked = how if isinstance(how := body.get("chat_template_kwargs"), dict) else {}
+    names = "enable_thinking", "open_thinking", "thinking"
+    return next((v for k in names if isinstance(v := asked.get(k), bool)), None)
+
+
+def _text_prompt(body: dict) -> str:
+    "The prompt of a request that is no conversation."
+    prompt = body.get("prompt", "")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise RequestError("prompt must be one string", "prompt")
+    return prompt
+
+
+def _prompt(
+    body: dict, model: GPT, tok: Tokenizer, chat: bool
+) -> tuple[list[int], bool]:  # Its tokens, and are functions offered?
+    "What the model reads."
+    asked, schemas = read_messages(body) if chat else (_text_prompt(body), [])
+    thinking, field = _thinking(body), "messages" if chat else "prompt"
+    try:
+        ids = tok.encode_prompt(asked, schemas, thinking) if chat else tok.begin(asked)
+    except ValueError as e:  # the template refuses it, or it is no Unicode
+        raise RequestError(str(e), field) from None
+    if len(ids) >= (longest := model.config.max_len):
+        raise RequestError(
+            f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at"
+            f" most {longest - 1:,}, to leave room for an answer; shorten it",
+            field,
+            400,
+            "context_length_exceeded",
+        )
+    return ids, bool(schemas)
+
+# %% ../nbs/02_serve.ipynb #8c2a16b1
+def _pieces(answer: Answer, chat: bool, check: Callable[[], None]) -> Iterator[tuple[str, str]]:
+    "(kind, piece), as long as `check` lets it go on."
+
+    def watched(tokens):
+        for i in tokens:
+            check()
+            yield i
+
+    answer.tokens = watched(answer.tokens)
+    if chat:
+        yield from answer
+    else:
+        for piece in answer.plain(answer.ids):
+            answer.said["text"] += piece
+            yield "text", piece
+
+
+def _end(answer: Answer, tools: bool) -> tuple[list[dict], str, str]:
+    "The calls in OpenAI's shape, what else was written as one, and why the answer ended."
+    try:
+        calls = answer.calls if tools else []
+    except ValueError:
+        calls = []  # broken: it goes to the client as the text that it is
+    made = [
+        dict(
+            id=f"call_{uuid.uuid4().hex[:24]}",
+            type="function",
+            function=dict(name=c["name"], arguments=json.dumps(c["arguments"], ensure_ascii=False)),
+        )
+        for c in calls
+    ]
+    return (
+        made,
+        "" if calls else answer.said["call"],
+        "tool_calls" if calls else "length" if answer.cut else "stop",
+    )
+
+
+def _usage(answer: Answer) -> dict:
+    "How many tokens were read and written."
+    return dict(
+        prompt_tokens=len(answer.ids),
+        completion_tokens=answer.n_tokens,
+        total_tokens=len(answer.ids) + answer.n_tokens,
+    )
+
+# %% ../nbs/02_serve.ipynb #27fdea9c
+def _deltas(
+    answer: Answer, chat: bool, tools: bool, check: Callable[[], None]
+) -> Iterator[tuple[dict, str | None]]:
+    "What is new, and at the end why it ended."
+    if chat:
+        yield dict(role="assistant", content=""), None
+    for kind, piece in _pieces(answer, chat, check):
+        if piece:
+            yield {"content" if kind == "text" else "reasoning_content": piece}, None
+    calls, rest, why = _end(answer, tools)
+    if rest:
+        yield dict(content=rest), None
+    for i, c in enumerate(calls):
+        yield dict(tool_calls=[dict(index=i, **c)]), None
+    yield {}, why
+
+# %% ../nbs/02_serve.ipynb #de88ad38
+class _Completion:
+    "An answer on its way to the client."
+
+    def __init__(self, handler: "_Handler", body: dict, answer: Answer, chat: bool, tools: bool):
+        self.handler, self.body, self.answer = handler, body, answer
+        self.chat, self.tools = chat, tools
+
+    def head(self, kind: str) -> dict:
+        return dict(
+            id=f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            object=kind,
+            created=int(time.time()),
+            model=self.body.get("model") or next(iter(self.handler.server.models)),
+        )
+
+    def whole(self):
+        answer, choice = self.answer, dict(index=0, finish_reason=None, logprobs=None)
+        for _ in _pieces(answer, self.chat, self.handler.check):
+            pass
+        calls, rest, choice["finish_reason"] = _end(answer, self.tools)
+        text = answer.said["text"] + rest
+        if self.chat:
+            choice["message"] = (
+                dict(role="assistant", content=text or (None if calls else ""))
+                | (dict(reasoning_content=t) if (t := answer.said["thinking"]) else {})
+                | (dict(tool_calls=calls) if calls else {})
+            )
+        else:
+            choice["text"] = text
+        head = self.head("chat.completion" if self.chat else "text_completion")
+        self.handler.reply(200, head | dict(choices=[choice], usage=_usage(answer)))
+
+    def stream(self):
+        self.handler.events = events = _Events(self.handler)
+        head = self.head("chat.completion.chunk" if self.chat else "text_completion")
+        for delta, why in _deltas(self.answer, self.chat, self.tools, self.handler.check):
+            choice = dict(index=0, finish_reason=why, logprobs=None)
+            new = dict(delta=delta) if self.chat else dict(text=delta.get("content", ""))
+            events.send(head | dict(choices=[choice | new]))
+        if (self.body.get("stream_options") or {}).get("include_usage"):
+            events.send(head | dict(choices=[], usage=_usage(self.answer)))
+        events.send("[DONE]")
+        events.close()
+
+# %% ../nbs/02_serve.ipynb #7a5e4c81
+def _post(handler: "_Handler", path: str):
+    "Answer a conversation, or go on with a prompt."
+    body = _body(handler, path)
+    options = read_request(body)
+    model, tok = _model_named(handler.server.models, body.get("model"))
+    chat = path == "/v1/chat/completions"
+    ids, tools = _prompt(body, model, tok, chat)
+    answer = Answer(model, tok, ids, **options)
+    while not handler.server.lock.acquire(timeout=0.2):
+        handler.check()
+    try:
+        completion = _Completion(handler, body, answer, chat, tools)
+        completion.stream() if body.get("stream") else completion.whole()
+    except RequestError as e:
+        handler.fail(e)  # before the lock is free: whoever stops the server waits for it
+    finally:
+        handler.server.lock.release()
+
 # %% ../nbs/02_serve.ipynb #66461b2b
 class _Handler(BaseHTTPRequestHandler):
+    "One connection: what it is asked goes to `_get` and `_post`, what goes wrong goes back."
+
     protocol_version, timeout, server_version, sys_version = "HTTP/1.1", 60, "minigpt", ""
 
     def log_message(self, *_):
@@ -227,251 +488,34 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             raise _Gone
 
-    def event(self, body: dict | str):
-        data = (
-            f"data: {body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)}\n\n"
-        ).encode("utf-8", "replace")
-        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
-        self.wfile.flush()
-
     def do_GET(self):
-        self.handle_one(self.get)
+        self.answer(_get)
 
     def do_POST(self):
-        self.handle_one(self.post)
+        self.answer(_post)
 
-    def handle_one(self, answer):
-        self.streaming = False
+    def answer(self, how):
+        self.events = None
         try:
-            if (
-                self.server.local
-                and self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]") not in _LOCAL
-            ):
+            host = self.headers.get("Host", "").rsplit(":", 1)[0].strip("[]")
+            if self.server.local and host not in _LOCAL:
                 raise RequestError("this server answers requests to localhost only", status=403)
-            answer(self.path.partition("?")[0].rstrip("/"))
+            how(self, self.path.partition("?")[0].rstrip("/"))
         except (_Gone, OSError):
             self.close_connection = True  # nobody is there to tell
+        except RequestError as e:
+            self.fail(e)
         except Exception as e:
-            wrong = (
-                e
-                if isinstance(e, RequestError)
-                else RequestError(f"{type(e).__name__}: {e}", status=500)
-            )
-            self.close_connection = True
-            try:
-                if self.streaming:
-                    self.event(wrong.body)
-                    self.wfile.write(b"0\r\n\r\n")
-                else:
-                    self.reply(wrong.status, wrong.body)
-            except OSError:
-                pass
+            self.fail(RequestError(f"{type(e).__name__}: {e}", status=500))
 
-    def get(self, path: str):
-        cards = [
-            dict(id=name, object="model", created=self.server.created, owned_by="minigpt")
-            for name in self.server.models
-        ]
-        if path == "/health":
-            return self.reply(200, dict(status="ok", models=[*self.server.models]))
-        if path == "/v1/models":
-            return self.reply(200, dict(object="list", data=cards))
-        if path.startswith("/v1/models/"):
-            name = unquote(path.removeprefix("/v1/models/"))
-            self.model(name)
-            return self.reply(200, next(c for c in cards if c["id"] == name))
-        raise RequestError(f"there is no GET {path}; there are /v1/models and /health", status=404)
-
-    def model(self, name) -> tuple[GPT, Tokenizer]:
-        models = self.server.models
-        if name is None and len(models) == 1:
-            return next(iter(models.values()))
-        if name not in models if isinstance(name, str) else True:
-            raise RequestError(
-                f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}",
-                "model",
-                404,
-                "model_not_found",
-            )
-        return models[name]
-
-    def post(self, path: str):
-        try:
-            size = int(self.headers.get("Content-Length", ""))
-        except ValueError:
-            raise RequestError("the request needs a Content-Length", status=411) from None
-        if not 0 <= size <= 16 << 20:
-            raise RequestError("the request is larger than 16 MB", status=413)
-        data = self.rfile.read(size)
-        if path not in ("/v1/chat/completions", "/v1/completions"):
-            raise RequestError(
-                f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
-                status=404,
-            )
-        # A foreign web page cannot send this type unasked
-        if self.headers.get_content_type() != "application/json":
-            raise RequestError(
-                f"the request's Content-Type is {self.headers.get_content_type()}; it must be"
-                " application/json",
-                status=415,
-            )
-        try:
-            body = json.loads(data)
-        except (ValueError, RecursionError) as e:
-            raise RequestError(f"the body is not JSON: {str(e)[:200]}") from None
-        options = read_request(body)
-        model, tok = self.model(body.get("model"))
-        chat = path == "/v1/chat/completions"
-        messages, schemas = read_messages(body) if chat else (body.get("prompt", ""), [])
-        if not chat:
-            if isinstance(messages, list) and len(messages) == 1:
-                messages = messages[0]
-            if not isinstance(messages, str):
-                raise RequestError("prompt must be one string", "prompt")
-        asked = how if isinstance(how := body.get("chat_template_kwargs"), dict) else {}
-        thinking = next(
-            (
-                v
-                for k in ("enable_thinking", "open_thinking", "thinking")
-                if isinstance(v := asked.get(k), bool)
-            ),
-            None,
-        )
-        try:
-            ids = tok.encode_prompt(messages, schemas, thinking) if chat else tok.begin(messages)
-        except ValueError as e:  # the template refuses it, or it is no Unicode
-            raise RequestError(str(e), "messages" if chat else "prompt") from None
-        if len(ids) >= (longest := model.config.max_len):
-            raise RequestError(
-                f"the prompt has {len(ids):,} tokens, and this model's context is {longest:,}: at"
-                f" most {longest - 1:,}, to leave room for an answer; shorten it",
-                "messages" if chat else "prompt",
-                400,
-                "context_length_exceeded",
-            )
-        answer = Answer(model, tok, ids, **options)
-        while not self.server.lock.acquire(timeout=0.2):
-            self.check()
-        try:
-            (
-                self.stream(body, answer, chat, bool(schemas))
-                if body.get("stream")
-                else self.whole(body, answer, chat, bool(schemas))
-            )
-        finally:
-            self.server.lock.release()
-
-    def pieces(self, answer: Answer, chat: bool) -> Iterator[tuple[str, str]]:
-        "(kind, piece), as long as the client is there."
-
-        def watched(tokens):
-            for i in tokens:
-                self.check()
-                yield i
-
-        answer.tokens = watched(answer.tokens)
-        if chat:
-            yield from answer
-        else:
-            for piece in answer.plain(answer.ids):
-                answer.said["text"] += piece
-                yield "text", piece
-
-    def end(self, answer: Answer, tools: bool) -> tuple[list[dict], str, str]:
-        "The calls in OpenAI's shape, what else was written as one, and why the answer ended."
-        try:
-            calls = answer.calls if tools else []
-        except ValueError:
-            calls = []  # broken: it goes to the client as the text that it is
-        made = [
-            dict(
-                id=f"call_{uuid.uuid4().hex[:24]}",
-                type="function",
-                function=dict(
-                    name=c["name"], arguments=json.dumps(c["arguments"], ensure_ascii=False)
-                ),
-            )
-            for c in calls
-        ]
-        return (
-            made,
-            "" if calls else answer.said["call"],
-            "tool_calls" if calls else "length" if answer.cut else "stop",
-        )
-
-    def head(self, body, chat, kind) -> dict:
-        return dict(
-            id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            object=kind,
-            created=int(time.time()),
-            model=body.get("model") or next(iter(self.server.models)),
-        )
-
-    def usage(self, answer) -> dict:
-        return dict(
-            prompt_tokens=len(answer.ids),
-            completion_tokens=answer.n_tokens,
-            total_tokens=len(answer.ids) + answer.n_tokens,
-        )
-
-    def whole(self, body, answer, chat, tools):
-        for _ in self.pieces(answer, chat):
-            pass
-        calls, rest, why = self.end(answer, tools)
-        choice = dict(index=0, finish_reason=why, logprobs=None)
-        text = answer.said["text"] + rest
-        if chat:
-            choice["message"] = (
-                dict(role="assistant", content=text or (None if calls else ""))
-                | (dict(reasoning_content=t) if (t := answer.said["thinking"]) else {})
-                | (dict(tool_calls=calls) if calls else {})
-            )
-        else:
-            choice["text"] = text
-        self.reply(
-            200,
-            self.head(body, chat, "chat.completion" if chat else "text_completion")
-            | dict(choices=[choice], usage=self.usage(answer)),
-        )
-
-    def stream(self, body, answer, chat, tools):
-        self.send_response(200)
-        for k, v in {
-            "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-cache",
-            "Transfer-Encoding": "chunked",
-        }.items():
-            self.send_header(k, v)
-        self.end_headers()
-        self.streaming = True
-        head = self.head(body, chat, "chat.completion.chunk" if chat else "text_completion")
-
-        def chunk(delta, why=None):
-            self.event(
-                head
-                | dict(
-                    choices=[
-                        dict(index=0, finish_reason=why, logprobs=None)
-                        | (dict(delta=delta) if chat else dict(text=delta.get("content", "")))
-                    ]
-                )
-            )
-
-        if chat:
-            chunk(dict(role="assistant", content=""))
-        for kind, piece in self.pieces(answer, chat):
-            if piece:
-                chunk({"content" if kind == "text" else "reasoning_content": piece})
-        calls, rest, why = self.end(answer, tools)
-        if rest:
-            chunk(dict(content=rest))
-        for i, c in enumerate(calls):
-            chunk(dict(tool_calls=[dict(index=i, **c)]))
-        chunk({}, why)
-        if (body.get("stream_options") or {}).get("include_usage"):
-            self.event(head | dict(choices=[], usage=self.usage(answer)))
-        self.event("[DONE]")
-        self.wfile.write(b"0\r\n\r\n")
+    def fail(self, e: RequestError):
+        self.close_connection = True
+        with suppress(OSError):
+            if self.events:
+                self.events.send(e.body)
+                self.events.close()
+            else:
+                self.reply(e.status, e.body)
 
 # %% ../nbs/02_serve.ipynb #d5f68e08
 class Server(ThreadingHTTPServer):

@@ -72,6 +72,92 @@ _KINDS = {
     "of one answer": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) == 1,
 }
 
+# %% ../nbs/04_widgets.ipynb #fab52fe9
+def _examples(report: Report) -> dict[str, list[dict]]:
+    "The rows of a report by what is the matter with them, the most frequent trouble first."
+    found = {
+        "all good rows of the sample": [dict(where=name, row=r) for name, r in report["samples"]]
+    }
+    for table in "troubles", "format_errors", "encoding_issues", "mended":
+        found |= {
+            f"{k} ({v['count']:,})": v["examples"]
+            for k, v in sorted(report[table].items(), key=lambda kv: -kv[1]["count"])
+        }
+    return found
+
+
+def _place(example: dict, tokenizer: Tokenizer | None) -> str:
+    "Where a row stands, as HTML, and how long it is."
+    r, n = example["row"], ""
+    if not r.reason:
+        n = f" · {len(r.text):,} characters"
+    if tokenizer and not r.reason:
+        ids = tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)
+        n += f" · {len(ids):,} tokens"
+    if " line " in example["where"]:
+        return f"{escape(example['where'][:200])}{n}"
+    return f"{escape(example['where'])} · line {r.line:,}{n}"
+
+# %% ../nbs/04_widgets.ipynb #f80a5a4a
+class _Rows:
+    "The part of the explorer that answers: what is chosen, and one row at a time."
+
+    def __init__(self, found: dict[str, list[dict]], tokenizer: Tokenizer | None):
+        import ipywidgets as w
+
+        self.found, self.tokenizer = found, tokenizer
+        longest = max([1, *(len(e["row"].text) for es in found.values() for e in es)])
+        wide = w.Layout(width="auto", flex="1 1 auto")
+        self.trouble, self.kind = (
+            w.Dropdown(options=[(k, k) for k in names], description=name, layout=wide)
+            for name, names in (("show", found), ("rows", _KINDS))
+        )
+        self.length = w.IntRangeSlider(
+            value=(0, longest),
+            min=0,
+            max=longest,
+            description="characters",
+            continuous_update=False,
+            layout=wide,
+        )
+        self.back, self.on = (
+            w.Button(description=name, layout=w.Layout(width="100px"))
+            for name in ("◀ before", "next ▶")
+        )
+        self.place, self.view = w.HTML(), w.HTML()
+        chosen, turned = [self.trouble, self.kind], [self.back, self.on, self.place]
+        self.parts = [w.HBox(chosen), self.length, w.HBox(turned), self.view]
+        for c in *chosen, self.length:
+            c.observe(self.choose, "value")
+        self.back.on_click(lambda _: self.go(-1))
+        self.on.on_click(lambda _: self.go(1))
+        self.choose()
+
+    def choose(self, _=None):
+        (low, high), fits = self.length.value, _KINDS[self.kind.value]
+        self.rows, self.at = (
+            [
+                e
+                for e in self.found[self.trouble.value]
+                if e["row"].reason or low <= len(e["row"].text) <= high and fits(e["row"])
+            ],
+            0,
+        )
+        self.show()
+
+    def go(self, step: int):
+        self.at = min(max(0, self.at + step), len(self.rows) - 1)
+        self.show()
+
+    def show(self):
+        self.back.disabled, self.on.disabled = self.at == 0, self.at >= len(self.rows) - 1
+        if not self.rows:
+            self.place.value, self.view.value = "0 rows: choose other kinds, or another length", ""
+            return
+        e = self.rows[self.at]
+        self.place.value = f"{self.at + 1} of {len(self.rows)} · {_place(e, self.tokenizer)}"
+        self.view.value = row_html(e["row"], e.get("raw", ""))
+
 # %% ../nbs/04_widgets.ipynb #eab301a9
 def data_explorer(
     source: str | Path | Report,  # A data set, which is analysed first, or the report on it
@@ -81,82 +167,14 @@ def data_explorer(
     import ipywidgets as w
 
     report = source if isinstance(source, Report) else analyze(source, tokenizer)
-    found = {
-        "all good rows of the sample": [dict(where=name, row=r) for name, r in report["samples"]]
-    }
-    for table in "troubles", "format_errors", "encoding_issues", "mended":
-        found |= {
-            f"{k} ({v['count']:,})": v["examples"]
-            for k, v in sorted(report[table].items(), key=lambda kv: -kv[1]["count"])
-        }
-    longest = max([1, *(len(e["row"].text) for es in found.values() for e in es)])
-    wide = w.Layout(width="auto", flex="1 1 auto")
-    trouble = w.Dropdown(options=[(k, k) for k in found], description="show", layout=wide)
-    kind = w.Dropdown(options=[(k, k) for k in _KINDS], description="rows", layout=wide)
-    length = w.IntRangeSlider(
-        value=(0, longest),
-        min=0,
-        max=longest,
-        description="characters",
-        continuous_update=False,
-        layout=wide,
-    )
-    back, on, place, view = (
-        w.Button(description="◀ before", layout=w.Layout(width="100px")),
-        w.Button(description="next ▶", layout=w.Layout(width="100px")),
-        w.HTML(),
-        w.HTML(),
-    )
-    state = dict(rows=[], at=0)
-
-    def show():
-        rows = state["rows"]
-        back.disabled, on.disabled = state["at"] == 0, state["at"] >= len(rows) - 1
-        if not rows:
-            place.value, view.value = "0 rows: choose other kinds, or another length", ""
-            return
-        e = rows[state["at"]]
-        r = e["row"]
-        n = "" if r.reason else f" · {len(r.text):,} characters"
-        if tokenizer and not r.reason:
-            ids = tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)
-            n += f" · {len(ids):,} tokens"
-        place.value = (
-            f"{state['at'] + 1} of {len(rows)} · {escape(e['where'])} · line {r.line:,}{n}"
-            if " line " not in e["where"]
-            else f"{state['at'] + 1} of {len(rows)} · {escape(e['where'][:200])}{n}"
-        )
-        view.value = row_html(r, e.get("raw", ""))
-
-    def choose(_=None):
-        low, high = length.value
-        state["rows"] = [
-            e
-            for e in found[trouble.value]
-            if e["row"].reason or low <= len(e["row"].text) <= high and _KINDS[kind.value](e["row"])
-        ]
-        state["at"] = 0
-        show()
-
-    def go(step):
-        state["at"] = min(max(0, state["at"] + step), len(state["rows"]) - 1)
-        show()
-
-    for c in trouble, kind, length:
-        c.observe(choose, "value")
-    back.on_click(lambda _: go(-1))
-    on.on_click(lambda _: go(1))
-    choose()
+    rows = _Rows(_examples(report), tokenizer)
     note = w.HTML(
         f'<span style="{_LEARNED}">on green</span>: what the model learns to say. Everything else'
         " it only reads."
     )
     summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None)
     summary.set_title(0, "the whole report")
-    made = w.VBox(
-        [w.HBox([trouble, kind]), length, w.HBox([back, on, place]), view, note, summary],
-        layout=w.Layout(width="100%"),
-    )
+    made = w.VBox([*rows.parts, note, summary], layout=w.Layout(width="100%"))
     made.add_class("minigpt-data-explorer")
     return made
 
@@ -450,6 +468,33 @@ class _Changes:
         self.said.value = _lines(d.lines())
         self.table.value = _bars(d["layers"], [r["distance"] for r in d["layers"]])
 
+# %% ../nbs/04_widgets.ipynb #8db9d4fe
+def _sizes(
+    a: Analysis,
+    chosen: int,  # Which of `PRECISIONS` to point out
+    exported: dict[str, int],  # Bytes on disk of those that were exported
+) -> str:  # HTML
+    rows = precision_table(a)
+    table = Table(
+        [
+            dict(
+                precision=r["precision"],
+                weights=r["MiB"] * 2**20,
+                saves=r["saves"],
+                **(dict(exported=exported.get(k)) if exported else {}),
+            )
+            for k, r in zip(PRECISIONS, rows)
+        ],
+        weights=human_size,
+        saves="{:.0%}".format,
+        exported=human_size,
+    )
+    return (
+        _bars(table, [r["MiB"] for r in rows], chosen)
+        + f"in {rows[chosen]['precision']}: <b>{human_size(table[chosen]['weights'])}</b> of"
+        f" weights; as they are stored now: {human_size(sum(t.bytes for t in a.weights()))}"
+    )
+
 # %% ../nbs/04_widgets.ipynb #b62aa146
 class _Precisions:
     "A page: what if, and the button that does it."
@@ -459,31 +504,20 @@ class _Precisions:
     def __init__(self):
         import ipywidgets as w
 
-        self.precision, self.sizes = (
-            w.SelectionSlider(
-                options=[(k.upper(), k) for k in PRECISIONS],
-                description="precision",
-                layout=w.Layout(width="420px"),
-            ),
-            w.HTML(),
+        self.sizes, self.said = w.HTML(), w.HTML()
+        self.precision = w.SelectionSlider(
+            options=[(k.upper(), k) for k in PRECISIONS],
+            description="precision",
+            layout=w.Layout(width="420px"),
         )
         self.weights_only, self.compress = (
             w.Checkbox(on, description=k, indent=False, layout=w.Layout(width="130px"))
             for k, on in (("weights only", True), ("compress", False))
         )
-        self.button, self.done, self.said = (
-            w.Button(description="export", button_style="primary"),
-            w.FloatProgress(max=1.0, layout=w.Layout(width="300px", visibility="hidden")),
-            w.HTML(),
-        )
-        self.box = w.VBox(
-            [
-                self.precision,
-                self.sizes,
-                w.HBox([self.weights_only, self.compress, self.button, self.done]),
-                self.said,
-            ]
-        )
+        self.button = w.Button(description="export", button_style="primary")
+        self.done = w.FloatProgress(max=1.0, layout=w.Layout(width="300px", visibility="hidden"))
+        how = w.HBox([self.weights_only, self.compress, self.button, self.done])
+        self.box = w.VBox([self.precision, self.sizes, how, self.said])
         self.precision.observe(self.show, "value")
         self.button.on_click(self.write)
 
@@ -493,27 +527,7 @@ class _Precisions:
         self.show()
 
     def show(self, _=None):
-        rows = precision_table(self.analysis)
-        i = self.precision.index
-        table = Table(
-            [
-                dict(
-                    precision=r["precision"],
-                    weights=r["MiB"] * 2**20,
-                    saves=r["saves"],
-                    **(dict(exported=self.exported.get(k)) if self.exported else {}),
-                )
-                for k, r in zip(PRECISIONS, rows)
-            ],
-            weights=human_size,
-            saves="{:.0%}".format,
-            exported=human_size,
-        )
-        self.sizes.value = (
-            _bars(table, [r["MiB"] for r in rows], i)
-            + f"in {rows[i]['precision']}: <b>{human_size(table[i]['weights'])}</b> of weights; as"
-            f" they are stored now: {human_size(sum(t.bytes for t in self.analysis.weights()))}"
-        )
+        self.sizes.value = _sizes(self.analysis, self.precision.index, self.exported)
 
     def write(self, _=None):
         "Export, with a bar that moves; where it goes is said."

@@ -14,14 +14,15 @@ __all__, __getattr__, __dir__ = lazy_names(
             write_safetensors write_manifest Defect problem write_checkpoint state_size
             read_checkpoint SafeTensors read_pickle weight_files Weights read_config
             open_weights load_model find_base home_of Checkpoint CheckpointStore stores_in
-            refuse_links newest run_model open_model Saved Writer write_final place_final
+            refuse_links newest run_model open_model Saved out_of_memory Writer write_final
+            place_final
         """,
         "exporter": """
             BITS GROUP theory export_bytes minimind_config export ExportReport export_report
             export_onnx
         """,
         "analysis": """
-            TensorInfo layer_of natural Table Analysis treemap readable values checkpoints_in
+            TensorInfo layer_of natural Table treemap Analysis readable values checkpoints_in
             analyze create_demo
         """,
         "comparison": """

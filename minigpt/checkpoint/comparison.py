@@ -158,80 +158,80 @@ def _installed(program: str) -> int:
         return 0
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #cdbb26e9
-def suggestions(
-    a: Analysis,
-    training_hours: float | None = None,  # Of all its training: hours that are saved are given too
-    target: str | None = None,  # `mobile`, `edge` or `server`: where the model is to run
-) -> Table:  # The most useful first: what, what it saves, its share of what there was, how
-    """What would make a checkpoint or its training smaller or faster, and by how much.
+class _Advice:
+    "Suggestions for one checkpoint, with what each saves."
 
-    Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target).
-    """
-    if target not in (None, *_TARGETS):
-        raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
-    if training_hours is not None and not training_hours > 0:
-        raise ValueError(f"training_hours={training_hours} must be above 0")
-    if not a.params:
-        return Table()
-    from minigpt.model.gpt import PRESETS, GPTConfig
-
-    c, rows, limit, total = _Cost(a), [], _TARGETS.get(target), training_hours or 0
-    P, W = c.P, c.weights
+    def __init__(self, a: Analysis, hours: float, target: str | None):
+        self.a, self.cost, self.hours, self.rows = a, _Cost(a), hours, []
+        self.target, self.limit = target, _TARGETS.get(target)
 
     # `time`: share of the training's; `left`: bytes of weights
-    def add(what, how, saved=0.0, of="file", whole=a.size, time=0.0, left=None):
+    def add(self, what, how, saved=0.0, of="file", whole=None, time=0.0, left=None):
         if saved < 1 and time <= 0:
             return
-        gains = [f"{human_size(saved)} of {of}"] * (saved >= 1) + (
-            [f"{time * total:.2g} of {total:g} h"]
-            if total and time > 0
-            else [f"{time:.0%} of the time"] * (saved < 1)
-        )
+        gains = [f"{human_size(saved)} of {of}"] * (saved >= 1)
+        if self.hours and time > 0:
+            gains.append(f"{time * self.hours:.2g} of {self.hours:g} h")
+        elif saved < 1:
+            gains.append(f"{time:.0%} of the time")
+        fits = None if left is None or self.limit is None else left <= self.limit
         if left is not None:
-            how += f"; {human_size(left)} of weights remain" + (
-                ""
-                if limit is None
-                else (
-                    f", {'within' if left <= limit else 'above'} the {human_size(limit)} for"
-                    f" {target}"
-                )
-            )
-        rows.append(
+            how += f"; {human_size(left)} of weights remain"
+        if fits is not None:
+            how += f", {'within' if fits else 'above'} the {human_size(self.limit)} for"
+            how += f" {self.target}"
+        self.rows.append(
             dict(
                 what=what,
                 saves=" and ".join(gains),
-                share=max(saved / whole, time),
+                share=max(saved / (self.a.size if whole is None else whole), time),
                 how=how,
                 bytes=int(saved),
-                hours=time * total,
+                hours=time * self.hours,
                 of=of,
-                fits=None if left is None or limit is None else left <= limit,
+                fits=fits,
             )
         )
 
-    state = sum(n for k, n in a.components.items() if k in ("optimizer", "scheduler", "rng"))
+    def ranked(self) -> Table:
+        "The most useful first."
+        order = _FIRST.get(self.target, ())
+        rank = lambda what: next((i for i, k in enumerate(order) if what.startswith(k)), len(order))
+        self.rows.sort(key=lambda r: (rank(r["what"]), r["fits"] is False, -r["share"]))
+        return Table(self.rows, hide=("bytes", "hours", "of", "fits"), share="{:.0%}".format)
+
+# %% ../../nbs/checkpoint/05_comparison.ipynb #c2a29d05
+def _store_less(advice: _Advice, state: int):
+    "Suggestions that leave the model as it is; `state`: bytes that only a training needs."
+    a, c = advice.a, advice.cost
     if state:
-        add(
+        advice.add(
             "save weights only",
             "the optimizer's state is for training on, not for running the model",
             state,
-            left=W,
+            left=c.weights,
         )
     store = (
         "export with precision"
         if a.config.get("model_type") in ("llama", "qwen3")  # export reads these two
         else "store the weights as"
     )
+    fewer = lambda what, how, bits: advice.add(
+        what, f"{store} {how}", c.weights - c.at(bits), left=c.at(bits)
+    )
     if a.precision in ("float64", "float32"):
-        add("half precision", f"{store} fp16", W - c.at(16), left=c.at(16))
+        fewer("half precision", "fp16", 16)
     if a.precision in ("float64", "float32", "float16", "bfloat16"):
         for bits in 8, 4:
-            add(
-                f"quantization to INT{bits}",
-                f"{store} int{bits}, a scale for each 64 weights",
-                W - c.at(bits),
-                left=c.at(bits),
-            )
+            fewer(f"quantization to INT{bits}", f"int{bits}, a scale for each 64 weights", bits)
+
+# %% ../../nbs/checkpoint/05_comparison.ipynb #f2b56a11
+def _shrink(advice: _Advice):
+    "Suggestions of another model, and of another program."
+    from minigpt.model.gpt import PRESETS, GPTConfig
+
+    c, add, limit = advice.cost, advice.add, advice.limit
+    P, W = c.P, c.weights
     if out := round(len(c.blocks) / 5):
         gone = out * c.blocks[len(c.blocks) // 2]
         add(
@@ -262,7 +262,7 @@ def suggestions(
             W - 2 * n,
             left=2 * n,
         )
-    if target and (programs := _installed("torch")):
+    if advice.target and (programs := _installed("torch")):
         add(
             "ONNX",
             f"run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}",
@@ -270,45 +270,63 @@ def suggestions(
             "programs",
             programs + W,
         )
-    if state or training_hours:
-        tokens = f"{c.batch} × {c.length} tokens"
-        if not c.half:
-            add(
-                "mixed precision",
-                f"train in fp16 or bf16: what {tokens} keep for the backward pass is halved; on a"
-                f" T4, the {c.busy:.0%} of a step that is computing goes {_HALF_FLOPS / _FLOPS:.1f}"
-                " times as fast",
-                c.kept / 2,
-                "memory",
-                c.memory,
-                c.busy * (1 - _FLOPS / _HALF_FLOPS),
-            )
-        if len(c.blocks) > 1 and not c.checkpointing:
-            add(
-                "gradient checkpointing",
-                f"{tokens} keep 1 value in {c.per_dim:.0f} and the rest is computed again, which"
-                " takes"
-                f" {f'{c.busy / 3 * total:.2g} h' if total else f'{c.busy / 3:.0%} of the time'}"
-                " more",
-                c.kept * (1 - 1 / c.per_dim) * (1 - 1 / len(c.blocks)),
-                "memory",
-                c.memory,
-            )
-        add(
-            "larger batch",
-            f"{2 * c.batch} instead of {c.batch}: half as many updates of {1000 * c.update:.2g} ms"
-            f" (on a T4), for {human_size(c.kept)} more memory",
-            time=(1 - c.busy) / 2,
+
+# %% ../../nbs/checkpoint/05_comparison.ipynb #51436a64
+def _train_cheaper(advice: _Advice):
+    "Suggestions for the training."
+    c, total = advice.cost, advice.hours
+    tokens = f"{c.batch} × {c.length} tokens"
+    if not c.half:
+        advice.add(
+            "mixed precision",
+            f"train in fp16 or bf16: what {tokens} keep for the backward pass is halved; on a"
+            f" T4, the {c.busy:.0%} of a step that is computing goes {_HALF_FLOPS / _FLOPS:.1f}"
+            " times as fast",
+            c.kept / 2,
+            "memory",
+            c.memory,
+            c.busy * (1 - _FLOPS / _HALF_FLOPS),
         )
-    order = _FIRST.get(target, ())
-    rows.sort(
-        key=lambda r: (
-            next((i for i, k in enumerate(order) if r["what"].startswith(k)), len(order)),
-            r["fits"] is False,
-            -r["share"],
+    if len(c.blocks) > 1 and not c.checkpointing:
+        longer = f"{c.busy / 3 * total:.2g} h" if total else f"{c.busy / 3:.0%} of the time"
+        advice.add(
+            "gradient checkpointing",
+            f"{tokens} keep 1 value in {c.per_dim:.0f} and the rest is computed again, which"
+            f" takes {longer} more",
+            c.kept * (1 - 1 / c.per_dim) * (1 - 1 / len(c.blocks)),
+            "memory",
+            c.memory,
         )
+    advice.add(
+        "larger batch",
+        f"{2 * c.batch} instead of {c.batch}: half as many updates of {1000 * c.update:.2g} ms"
+        f" (on a T4), for {human_size(c.kept)} more memory",
+        time=(1 - c.busy) / 2,
     )
-    return Table(rows, hide=("bytes", "hours", "of", "fits"), share="{:.0%}".format)
+
+# %% ../../nbs/checkpoint/05_comparison.ipynb #e0a44f73
+def suggestions(
+    a: Analysis,
+    training_hours: float | None = None,  # Of all its training: hours that are saved are given too
+    target: str | None = None,  # `mobile`, `edge` or `server`: where the model is to run
+) -> Table:  # The most useful first: what, what it saves, its share of what there was, how
+    """What would make a checkpoint or its training smaller or faster, and by how much.
+
+    Not shown: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target).
+    """
+    if target not in (None, *_TARGETS):
+        raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
+    if training_hours is not None and not training_hours > 0:
+        raise ValueError(f"training_hours={training_hours} must be above 0")
+    if not a.params:
+        return Table()
+    advice = _Advice(a, training_hours or 0, target)
+    state = sum(n for k, n in a.components.items() if k in ("optimizer", "scheduler", "rng"))
+    _store_less(advice, state)
+    _shrink(advice)
+    if state or training_hours:
+        _train_cheaper(advice)
+    return advice.ranked()
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #52841af8
 def _bare(name: str) -> str:

@@ -11,9 +11,11 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import orjson
@@ -479,6 +481,98 @@ def _check_out(out: Path, source, replace: bool):
         )
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #68a84db8
+class _Job(NamedTuple):
+    "An export that can begin."
+
+    folder: Path | None  # the source's directory, if it is one
+    kind: str  # as the manifest calls it
+    total: int  # bytes that are read
+    # (directory, told the bytes as they are read) → the hashes that are known
+    write: Callable[[Path, Callable[[int], None]], dict[str, str]]
+
+
+def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenizer, config) -> _Job:
+    config, weights, folder = _open(source, config)
+    if folder and not tokenizer and (folder / "adapter_config.json").exists():
+        tokenizer = load_tokenizer(
+            folder
+            if (folder / "tokenizer.json").exists()
+            else find_base(
+                read_json(folder / "adapter_config.json")["base_model_name_or_path"], folder
+            )
+        )
+    total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.header.values())
+    kind = (
+        "compressed"
+        if compress
+        else "quantized"
+        if precision not in _FLOATS
+        else "best"
+        if metrics
+        else "weights"
+    )
+    write = lambda d, count: _write_model(
+        d, config, weights, folder, precision, compress, tokenizer, count
+    )
+    return _Job(folder, kind, total, write)
+
+
+def _full_job(source, compress: bool) -> _Job:
+    folder = _full(source)
+    total = sum((folder / n).stat().st_size for n in read_json(folder / "MANIFEST.json")["files"])
+    write = lambda d, count: _copy_files(d, folder, compress, count) or {}
+    return _Job(folder, "compressed" if compress else "step", total, write)
+
+# %% ../../nbs/checkpoint/03_exporter.ipynb #affbdebc
+@contextmanager
+def _counting(
+    total: int, name: str, progress: Callable[[int, int], None] | None
+) -> Iterator[Callable[[int], None]]:
+    "Gives the function that is told how many bytes were read since the last call."
+    done = 0
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        desc=name,
+        disable=progress is not None or total < 64 << 20,
+        leave=False,
+    ) as bar:
+
+        def count(n):
+            nonlocal done
+            done += n
+            bar.update(n)
+            if progress:
+                progress(done, total)
+
+        count(0)
+        yield count
+
+# %% ../../nbs/checkpoint/03_exporter.ipynb #1ffc7ab4
+def _write(out: Path, job: _Job, state: Path | None, metrics: bool, replace: bool, count):
+    "Make the directory, with a manifest."
+    try:
+        with new_dir(out, replace) as d:
+            hashes = job.write(d, count)
+            if metrics:
+                _copy_small(job.folder, d, [state.name])
+            step = read_json(state).get("global_step", 0) if state else 0
+            write_manifest(d, hashes, job.kind, step)
+            if wrong := problem(d):
+                raise CheckpointError(
+                    f"{out} was written and does not read back: {wrong}. The disk may be failing"
+                )
+    except FileExistsError:
+        raise
+    except OSError as e:
+        raise CheckpointError(
+            f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose"
+            " another place"
+        ) from e
+
+# %% ../../nbs/checkpoint/03_exporter.ipynb #13843dd7
 def export(
     source: str | Path | GPT,  # A checkpoint, run, model directory, `.pth` file; or a model
     out: str | Path | None = None,  # Default: in `exports` of the run, or else beside the source
@@ -510,90 +604,23 @@ def export(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     source = _named(source)
-    if weights_only:
-        config, weights, folder = _open(source, config)
-        # merged; its base's tokenizer, unless it has one
-        if folder and not tokenizer and (folder / "adapter_config.json").exists():
-            tokenizer = load_tokenizer(
-                folder
-                if (folder / "tokenizer.json").exists()
-                else find_base(
-                    read_json(folder / "adapter_config.json")["base_model_name_or_path"], folder
-                )
-            )
-        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.header.values())
-        kind = (
-            "compressed"
-            if compress
-            else "quantized"
-            if precision not in _FLOATS
-            else "best"
-            if metrics
-            else "weights"
-        )
-    else:
-        folder, kind = _full(source), "compressed" if compress else "step"
-        total = sum(
-            (folder / n).stat().st_size for n in read_json(folder / "MANIFEST.json")["files"]
-        )
-    state = (
-        folder / "trainer_state.json"
-        if folder and (folder / "trainer_state.json").exists()
-        else None
+    job = (
+        _weights_job(source, precision, compress, metrics, tokenizer, config)
+        if weights_only
+        else _full_job(source, compress)
     )
+    state = job.folder / "trainer_state.json" if job.folder else None
+    if state and not state.exists():
+        state = None
     if metrics and not state:
         raise ValueError(
-            f"metrics=True keeps trainer_state.json, and {folder or 'the source'} has none"
+            f"metrics=True keeps trainer_state.json, and {job.folder or 'the source'} has none"
         )
-    out = (
-        at_home(out)
-        if out
-        else _place(source, (precision if weights_only else "full") + "-zst" * compress)
-    )
+    name = (precision if weights_only else "full") + "-zst" * compress
+    out = at_home(out) if out else _place(source, name)
     _check_out(out, source, replace)
-    done = 0
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc=out.name,
-        disable=progress is not None or total < 64 << 20,
-        leave=False,
-    ) as bar:
-
-        def count(n):
-            nonlocal done
-            done += n
-            bar.update(n)
-            if progress:
-                progress(done, total)
-
-        count(0)
-        try:
-            with new_dir(out, replace) as d:
-                hashes = (
-                    _write_model(d, config, weights, folder, precision, compress, tokenizer, count)
-                    if weights_only
-                    else _copy_files(d, folder, compress, count) or {}
-                )
-                if metrics:
-                    _copy_small(folder, d, [state.name])
-                write_manifest(
-                    d, hashes, kind, read_json(state).get("global_step", 0) if state else 0
-                )
-                if wrong := problem(d):
-                    raise CheckpointError(
-                        f"{out} was written and does not read back: {wrong}. The disk may be"
-                        " failing"
-                    )
-        except FileExistsError:
-            raise
-        except OSError as e:
-            raise CheckpointError(
-                f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose"
-                " another place"
-            ) from e
+    with _counting(job.total, out.name, progress) as count:
+        _write(out, job, state, metrics, replace, count)
     return out
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #5ac8b5d2
@@ -617,50 +644,50 @@ def _predict(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Ten
     return total / max(1, len(best)), best
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #4bef4ad9
+def _cost_figure(report: dict):
+    "Size in each precision, with what it costs."
+    fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    for i, x in enumerate(reversed(report["precisions"].values())):
+        size, said = x["file"] / 2**20, f" {human_size(x['file'])}"
+        if report["tokens"]:
+            said += f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
+        ax.barh(i, size, color="C0")
+        ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
+        ax.text(size, i, said, va="center", fontsize=8)
+    ax.set(
+        xlabel="MiB (line: parameters × bits)",
+        yticks=range(len(report["precisions"])),
+        yticklabels=[*report["precisions"]][::-1],
+    )
+    ax.margins(x=0.6)
+    return fig
+
+# %% ../../nbs/checkpoint/03_exporter.ipynb #ecb33f57
 class ExportReport(dict):
     "What `export_report` measured; a dictionary, shown as a table, with `.figure()`."
 
     def lines(self) -> list[tuple[str, ...]]:
         "The table, the head of each column first."
-        r, loss = self, self["tokens"]
-        out = [
-            ("precision", "in theory", "file", "loss", "change", "same token")[
-                : None if loss else 3
-            ]
-        ]
-        for p, x in r["precisions"].items():
-            out.append(
-                (p, human_size(x["theory"]), human_size(x["file"]))
-                + (
-                    (f"{x['loss']:.4f}", f"{x['change']:+.4f}", f"{x['agreed']:.1%}")
-                    if loss
-                    else ()
-                )
-            )
-        return out + [
-            (k, "", human_size(n)) + ("", "", "")[: 3 * bool(loss)] for k, n in r["kinds"].items()
-        ]
+        n = 6 if self["tokens"] else 3  # columns
+        out = [("precision", "in theory", "file", "loss", "change", "same token")[:n]]
+        for p, x in self["precisions"].items():
+            out.append((p, human_size(x["theory"]), human_size(x["file"])))
+            if self["tokens"]:
+                out[-1] += f"{x['loss']:.4f}", f"{x['change']:+.4f}", f"{x['agreed']:.1%}"
+        kinds = self["kinds"].items()
+        return out + [(k, "", human_size(size), "", "", "")[:n] for k, size in kinds]
 
     def __str__(self):
         lines = self.lines()
         width = [max(map(len, c)) for c in zip(*lines)]
-        said = f"{self['parameters']:,} parameters" + (
-            f"; loss in nats and likeliest token on {self['tokens']:,} tokens"
-            if self["tokens"]
-            else ""
+        said = f"{self['parameters']:,} parameters"
+        if self["tokens"]:
+            said += f"; loss in nats and likeliest token on {self['tokens']:,} tokens"
+        aligned = (
+            "  ".join([l[0].ljust(width[0]), *map(str.rjust, l[1:], width[1:])]) for l in lines
         )
-        return "\n".join(
-            [
-                said,
-                *(
-                    "  ".join(
-                        x.ljust(w) if i == 0 else x.rjust(w)
-                        for i, (x, w) in enumerate(zip(l, width))
-                    ).rstrip()
-                    for l in lines
-                ),
-            ]
-        )
+        return "\n".join([said, *(l.rstrip() for l in aligned)])
 
     __repr__ = __str__
 
@@ -681,30 +708,7 @@ class ExportReport(dict):
 
     def figure(self):
         "Size in each precision, with what it costs."
-        fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
-        ax = fig.subplots()
-        for i, (_p, x) in enumerate(reversed(self["precisions"].items())):
-            ax.barh(i, x["file"] / 2**20, color="C0")
-            ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
-            ax.text(
-                x["file"] / 2**20,
-                i,
-                f" {human_size(x['file'])}"
-                + (
-                    f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
-                    if self["tokens"]
-                    else ""
-                ),
-                va="center",
-                fontsize=8,
-            )
-        ax.set(
-            xlabel="MiB (line: parameters × bits)",
-            yticks=range(len(self["precisions"])),
-            yticklabels=[*self["precisions"]][::-1],
-        )
-        ax.margins(x=0.6)
-        return fig
+        return _cost_figure(self)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #80a4667d
 def export_report(

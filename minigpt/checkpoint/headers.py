@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -99,14 +99,8 @@ _CODES = {
 }
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #52156f94
-def safetensors_header(
-    f,  # A file, at its beginning
-    size: int | None,  # Its bytes; None where it is compressed
-) -> tuple[dict, dict[str, str], int]:  # The tensors by name; metadata; where the values begin
-    """What a safetensors file holds; `Refused` if its header does not cover every byte, once.
-
-    Of each tensor: dtype, shape, its first byte among the values, and the one after its last.
-    """
+def _json_header(f, size: int | None) -> tuple[dict, int]:
+    "The header of a safetensors file, and its bytes."
     head = f.read(8)
     n = int.from_bytes(head, "little")
     if len(head) < 8 or size is not None and n > size - 8:
@@ -128,34 +122,46 @@ def safetensors_header(
         raise Refused(f"its header is not JSON ({e})") from None
     if not isinstance(header, dict):
         raise Refused("its header is not a JSON object")
+    return header, n
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #13df954a
+def _checked(name: str, t: dict, end: int) -> tuple[str, tuple[int, ...], int, int]:
+    "A tensor's dtype, shape, begin and stop, where the one before it ends at `end`."
+    dtype, shape, (begin, stop) = _CODES.get(t["dtype"]), tuple(t["shape"]), t["data_offsets"]
+    if dtype is None:
+        raise Refused(
+            f"{printable(name)} has the type {printable(str(t['dtype']))}, which is not known here"
+        )
+    if len(shape) > 32 or not all(
+        isinstance(x, int) and 0 <= x < 1 << 48 for x in (*shape, begin, stop)
+    ):
+        raise Refused(f"{printable(name)} has an impossible shape or place")
+    if begin != end:
+        raise Refused(
+            f"{printable(name)} begins at byte {begin:,} and the tensor before it ends at"
+            f" {end:,}: the header {'overlaps' if begin < end else 'leaves a gap'}"
+        )
+    if (stop - begin) * 8 != math.prod(shape) * BITS[dtype]:
+        raise Refused(
+            f"{printable(name)} of shape {shape} in {dtype} does not take the"
+            f" {stop - begin:,} bytes that its header gives"
+        )
+    return dtype, shape, begin, stop
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #854cefd9
+def safetensors_header(
+    f,  # A file, at its beginning
+    size: int | None,  # Its bytes; None where it is compressed
+) -> tuple[dict, dict[str, str], int]:  # The tensors by name; metadata; where the values begin
+    """What a safetensors file holds; `Refused` if its header does not cover every byte, once.
+
+    Of each tensor: dtype, shape, its first byte among the values, and the one after its last.
+    """
+    header, n = _json_header(f, size)
     meta, found, end = header.pop("__metadata__", None) or {}, {}, 0
     try:
         for name, t in sorted(header.items(), key=lambda kv: kv[1]["data_offsets"]):
-            dtype, shape, (begin, stop) = (
-                _CODES.get(t["dtype"]),
-                tuple(t["shape"]),
-                t["data_offsets"],
-            )
-            if dtype is None:
-                raise Refused(
-                    f"{printable(name)} has the type {printable(str(t['dtype']))}, which is not"
-                    " known here"
-                )
-            if len(shape) > 32 or not all(
-                isinstance(x, int) and 0 <= x < 1 << 48 for x in (*shape, begin, stop)
-            ):
-                raise Refused(f"{printable(name)} has an impossible shape or place")
-            if begin != end:
-                raise Refused(
-                    f"{printable(name)} begins at byte {begin:,} and the tensor before it ends at"
-                    f" {end:,}: the header {'overlaps' if begin < end else 'leaves a gap'}"
-                )
-            if (stop - begin) * 8 != math.prod(shape) * BITS[dtype]:
-                raise Refused(
-                    f"{printable(name)} of shape {shape} in {dtype} does not take the"
-                    f" {stop - begin:,} bytes that its header gives"
-                )
-            found[name] = dtype, shape, begin, (end := stop)
+            *_, end = found[name] = _checked(name, t, end)
     except Refused:
         raise
     except (KeyError, TypeError, ValueError, RecursionError) as e:
@@ -297,6 +303,228 @@ def _is_member(args) -> bool:
     )
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #21fe881d
+class _Calls:
+    "What a pickle names and calls: counted and described, and never imported."
+
+    def __init__(self, names: Counter, to_load: bool):
+        self.names, self.to_load = names, to_load
+        # how often `getattr` is named; is it an enumeration's member, each time it is called?
+        self.getattrs, self.members = Counter(), []
+
+    def name(self, module, what) -> Named:
+        if (
+            not isinstance(module, str)
+            or not isinstance(what, str)
+            or len(module) + len(what) > 500
+        ):
+            raise Refused("it names something impossible")
+        self.names[n := f"{module}.{what}"] += 1
+        if n in _GETATTR:
+            self.getattrs[n] += 1
+        return Named(n)
+
+    def call(self, f, args):
+        "What stands for a call that a reader of weights alone would make."
+        if self.to_load and not isinstance(f, Named):
+            raise TooMuch("it calls something that is no function")
+        if self.to_load and f.name.endswith(".bytearray") and args and isinstance(args[0], int):
+            raise TooMuch(f"it asks for {args[0]:,} bytes")
+        return self.make(f, args)
+
+    def make(self, f, args):
+        if not isinstance(f, Named) or f.name not in _GETATTR:
+            return _made(f, args)
+        self.members.append(_is_member(args))
+        return Call(args[0].name, args[1:]) if self.members[-1] else _made(f, args)
+
+    def forgive(self):
+        "At the end: `getattr` was harmless, if it only ever named members."
+        if self.members and all(self.members):
+            self.names -= self.getattrs
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #1127f3d9
+class _Machine:
+    "Where a pickle's program keeps its values; each with the position that pushed it."
+
+    def __init__(self, names: Counter, to_load: bool):
+        self.stack, self.at, self.marks, self.memo, self.spans = [], [], [], {}, {}
+        self.calls, self.to_load, self.pos = _Calls(names, to_load), to_load, 0
+        # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
+        self.most, self.sizes = _LOADED if to_load else _INSTRUCTIONS, {}
+
+    def push(self, v):
+        self.stack.append(v)
+        self.at.append(self.pos)
+
+    def pop(self):
+        self.at.pop()
+        return self.stack.pop()
+
+    def drop(self):
+        "Take the last value away, or the mark above it."
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.pop()
+
+    def keep(self, key: int):
+        self.memo[key] = self.stack[-1]
+
+    def popped(self, n: int) -> list:
+        "The last `n` values, in the order in which they were pushed."
+        return [self.pop() for _ in range(n)][::-1]
+
+    def gathered(self) -> tuple[list, list[int]]:
+        "The values since the last mark, and their positions."
+        i = self.marks.pop()
+        items, where = self.stack[i:], self.at[i:]
+        del self.stack[i:], self.at[i:]
+        return items, where
+
+    def push_tuple(self, items: list):
+        t = tuple(items)
+        n = sum(self.sizes.get(id(x), (x, 1))[1] for x in t) if self.to_load else 0
+        if n > self.most:
+            # as a key it would be hashed, value by value
+            raise TooMuch(
+                f"it holds tuples within tuples, of more than {self.most:,} values in all"
+            )
+        if self.to_load:
+            self.sizes[id(t)] = t, n
+        self.push(t)
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #8a4f0013
+def _filled(m: _Machine):
+    "What takes the items: the list or dict on top of the stack, or what the object there has."
+    if isinstance(m.stack[-1], Call) and m.stack[-1].has is None:
+        m.stack[-1].has = {}
+    return m.stack[-1].has if isinstance(m.stack[-1], Call) else m.stack[-1]
+
+
+def _put(m: _Machine, items: list, where: list[int]):
+    "Put keys and values, one after the other, into a dict."
+    d = _filled(m)
+    if not isinstance(d, dict):
+        raise Refused("items are put into something that is no dict")
+    for i in range(0, len(items) - 1, 2):
+        plain = isinstance(items[i], (str, int, float, bytes, type(None)))
+        k = items[i] if plain else f"key {len(d)}"
+        d[k] = items[i + 1]
+        if len(m.stack) == 1:
+            m.spans[k] = (where[i + 2] if i + 2 < len(where) else m.pos + 1) - where[i]
+
+
+def _add(m: _Machine, items: list):
+    "Add values to a list or a set."
+    d = _filled(m)
+    if isinstance(d, list):
+        d.extend(items)
+    elif isinstance(d, dict):
+        d.update((len(d) + i, v) for i, v in enumerate(items))
+    else:
+        raise Refused("items are added to something that is no list")
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #6d867cb5
+def _build(m: _Machine):
+    "Give the object on top of the stack its state."
+    state = m.pop()
+    if isinstance(state, tuple):  # of an object with __slots__
+        state = next((x for x in state if isinstance(x, dict)), None)
+    made = m.stack[-1]
+    if isinstance(made, Call) and made.has is None and isinstance(state, dict):
+        made.has = state
+
+
+def _stored(v) -> Storage:
+    "The storage that a persistent id names."
+    if not (
+        isinstance(v, tuple)
+        and len(v) >= 5
+        and v[0] == "storage"
+        and isinstance(v[1], Named)
+        and isinstance(v[2], str)
+    ):
+        raise Refused("it refers to something outside of it that is no tensor")
+    kind = v[1].name.rpartition(".")[2].removesuffix("Storage")
+    if kind not in _STORAGES:
+        raise Refused(
+            f"it holds tensors of the type {printable(v[1].name)}, which is not known here"
+        )
+    return Storage(v[2], _STORAGES[kind], *_ints(v[4:5]))
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #bd228440
+_Steps = dict[str, Callable[[_Machine, object], object]]  # opcodes → what they do with an argument
+
+
+def _set_item(m: _Machine):
+    where = m.at[-2:]
+    _put(m, m.popped(2), where)
+
+
+def _new_dict(m: _Machine):
+    items = m.gathered()
+    m.push({})
+    _put(m, *items)
+
+
+_PLAIN: _Steps = {
+    "PROTO FRAME": lambda m, arg: None,
+    "MARK": lambda m, arg: m.marks.append(len(m.stack)),
+    "POP": lambda m, arg: m.drop(),
+    "POP_MARK": lambda m, arg: m.gathered(),
+    "DUP": lambda m, arg: m.push(m.stack[-1]),
+    "PUT BINPUT LONG_BINPUT": lambda m, arg: m.keep(arg),
+    "MEMOIZE": lambda m, arg: m.keep(len(m.memo)),
+    "GET BINGET LONG_BINGET": lambda m, arg: m.push(m.memo[arg]),
+    "NONE": lambda m, arg: m.push(None),
+    "NEWTRUE": lambda m, arg: m.push(True),
+    "NEWFALSE": lambda m, arg: m.push(False),
+    "EMPTY_LIST EMPTY_SET": lambda m, arg: m.push([]),
+    "LIST FROZENSET": lambda m, arg: m.push(m.gathered()[0]),
+    "APPEND": lambda m, arg: _add(m, m.popped(1)),
+    "APPENDS ADDITEMS": lambda m, arg: _add(m, m.gathered()[0]),
+    "EMPTY_TUPLE": lambda m, arg: m.push(()),
+    "TUPLE": lambda m, arg: m.push_tuple(m.gathered()[0]),
+    "TUPLE1": lambda m, arg: m.push_tuple(m.popped(1)),
+    "TUPLE2": lambda m, arg: m.push_tuple(m.popped(2)),
+    "TUPLE3": lambda m, arg: m.push_tuple(m.popped(3)),
+    "EMPTY_DICT": lambda m, arg: m.push({}),
+    "DICT": lambda m, arg: _new_dict(m),
+    "SETITEM": lambda m, arg: _set_item(m),
+    "SETITEMS": lambda m, arg: _put(m, *m.gathered()),
+}
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #43889bf1
+def _new_object(m: _Machine, module_and_name: str):
+    args = tuple(m.gathered()[0])
+    m.push(m.calls.make(m.calls.name(*module_and_name.split(" ", 1)), args))
+
+
+def _make_gathered(m: _Machine):
+    f, *args = m.gathered()[0]
+    m.push(m.calls.make(f, tuple(args)))
+
+
+def _no_buffer(m: _Machine):
+    raise Refused("its data lie outside of it")
+
+
+_OBJECTS: _Steps = {
+    "GLOBAL": lambda m, arg: m.push(m.calls.name(*arg.split(" ", 1))),
+    "STACK_GLOBAL": lambda m, arg: m.push(m.calls.name(*m.popped(2))),
+    "EXT1 EXT2 EXT4": lambda m, arg: m.push(m.calls.name("extension", str(arg))),
+    "REDUCE NEWOBJ": lambda m, arg: m.push(m.calls.call(*m.popped(2))),
+    "NEWOBJ_EX": lambda m, arg: m.push(m.calls.make(*m.popped(3)[:2])),
+    "OBJ": lambda m, arg: _make_gathered(m),
+    "INST": _new_object,
+    "BUILD": lambda m, arg: _build(m),
+    "PERSID": lambda m, arg: m.push(_stored(arg)),
+    "BINPERSID": lambda m, arg: m.push(_stored(m.pop())),
+    "NEXT_BUFFER READONLY_BUFFER": lambda m, arg: _no_buffer(m),
+}
+_STEPS: _Steps = {op: step for ops, step in (_PLAIN | _OBJECTS).items() for op in ops.split()}
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #828b2515
 def follow_pickle(
     f,  # A file, at the beginning of a pickle
     names: Counter,  # Every class and function that the pickle names is counted here
@@ -306,199 +534,19 @@ def follow_pickle(
 
     Tensors and objects are only described: `StoredTensor`, `Call`, `Named`.
     """
-    stack, at, marks, memo, spans, start = [], [], [], {}, {}, f.tell()
-    # how often `getattr` is named; is it an enumeration's member, each time it is called?
-    getattrs, members = Counter(), []
-    # `sizes`: of each tuple by its id, the tuple and how many values are in it, however deep
-    most, sizes = _LOADED if to_load else _INSTRUCTIONS, {}
-
-    def push(v):
-        stack.append(v)
-        at.append(pos)
-
-    def pop():
-        at.pop()
-        return stack.pop()
-
-    def gathered():
-        i = marks.pop()
-        items, where = stack[i:], at[i:]
-        del stack[i:], at[i:]
-        return items, where
-
-    def gather(items):
-        t = tuple(items)
-        n = sum(sizes.get(id(x), (x, 1))[1] for x in t) if to_load else 0
-        if n > most:
-            # as a key it would be hashed, value by value
-            raise TooMuch(f"it holds tuples within tuples, of more than {most:,} values in all")
-        if to_load:
-            sizes[id(t)] = t, n
-        return t
-
-    def call(f, args):
-        if to_load and not isinstance(f, Named):
-            raise TooMuch("it calls something that is no function")
-        if to_load and f.name.endswith(".bytearray") and args and isinstance(args[0], int):
-            raise TooMuch(f"it asks for {args[0]:,} bytes")
-        return make(f, args)
-
-    def make(f, args):
-        if not isinstance(f, Named) or f.name not in _GETATTR:
-            return _made(f, args)
-        members.append(_is_member(args))
-        return Call(args[0].name, args[1:]) if members[-1] else _made(f, args)
-
-    def name(module, what):
-        if (
-            not isinstance(module, str)
-            or not isinstance(what, str)
-            or len(module) + len(what) > 500
-        ):
-            raise Refused("it names something impossible")
-        names[n := f"{module}.{what}"] += 1
-        if n in _GETATTR:
-            getattrs[n] += 1
-        return Named(n)
-
-    def filled():
-        if isinstance(stack[-1], Call) and stack[-1].has is None:
-            stack[-1].has = {}
-        return stack[-1].has if isinstance(stack[-1], Call) else stack[-1]
-
-    def put(items, where):
-        d = filled()
-        if not isinstance(d, dict):
-            raise Refused("items are put into something that is no dict")
-        for i in range(0, len(items) - 1, 2):
-            k = (
-                items[i]
-                if isinstance(items[i], (str, int, float, bytes, type(None)))
-                else f"key {len(d)}"  # a tuple of tuples of … can take for ever to hash
+    m, start = _Machine(names, to_load), f.tell()
+    for n, (op, arg, m.pos) in enumerate(pickletools.genops(f)):
+        if n > m.most or m.pos - start > _LIMIT:
+            raise TooMuch(
+                f"its pickle has more than {m.most:,} instructions or {human_size(_LIMIT)}"
             )
-            d[k] = items[i + 1]
-            if len(stack) == 1:
-                spans[k] = (where[i + 2] if i + 2 < len(where) else pos + 1) - where[i]
-
-    def add(items):
-        d = filled()
-        if isinstance(d, list):
-            d.extend(items)
-        elif isinstance(d, dict):
-            d.update((len(d) + i, v) for i, v in enumerate(items))
+        if op.name == "STOP":
+            m.calls.forgive()
+            return m.pop(), m.spans
+        if step := _STEPS.get(op.name):
+            step(m, arg)
         else:
-            raise Refused("items are added to something that is no list")
-
-    for n, (op, arg, pos) in enumerate(pickletools.genops(f)):
-        if n > most or pos - start > _LIMIT:
-            raise TooMuch(f"its pickle has more than {most:,} instructions or {human_size(_LIMIT)}")
-        match op.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                if members and all(members):
-                    names -= getattrs  # harmless
-                return pop(), spans
-            case "MARK":
-                marks.append(len(stack))
-            case "POP" if marks and marks[-1] == len(stack):
-                marks.pop()
-            case "POP":
-                pop()
-            case "POP_MARK":
-                gathered()
-            case "DUP":
-                push(stack[-1])
-            case "NONE":
-                push(None)
-            case "NEWTRUE" | "NEWFALSE":
-                push(op.name == "NEWTRUE")
-            case "EMPTY_LIST" | "EMPTY_SET":
-                push([])
-            case "LIST" | "FROZENSET":
-                push(gathered()[0])
-            case "APPEND":
-                v = pop()
-                add([v])
-            case "APPENDS" | "ADDITEMS":
-                add(gathered()[0])
-            case "EMPTY_TUPLE":
-                push(())
-            case "TUPLE":
-                push(gather(gathered()[0]))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                push(gather([pop() for _ in range(int(op.name[-1]))][::-1]))
-            case "EMPTY_DICT":
-                push({})
-            case "DICT":
-                v = gathered()
-                push({})
-                put(*v)
-            case "SETITEM":
-                where = at[-2:]
-                put([pop(), pop()][::-1], where)
-            case "SETITEMS":
-                put(*gathered())
-            case "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                push(memo[arg])
-            case "GLOBAL":
-                push(name(*arg.split(" ", 1)))
-            case "STACK_GLOBAL":
-                what = pop()
-                push(name(pop(), what))
-            case "REDUCE" | "NEWOBJ":
-                args = pop()
-                push(call(pop(), args))
-            case "NEWOBJ_EX":
-                pop()
-                args = pop()
-                push(make(pop(), args))
-            case "OBJ":
-                (c, *args), _ = gathered()
-                push(make(c, tuple(args)))
-            case "INST":
-                args = tuple(gathered()[0])
-                push(make(name(*arg.split(" ", 1)), args))
-            case "BUILD":
-                state = pop()
-                state = (
-                    next((x for x in state if isinstance(x, dict)), None)
-                    if isinstance(state, tuple)  # of an object with __slots__
-                    else state
-                )
-                if (
-                    isinstance(stack[-1], Call)
-                    and stack[-1].has is None
-                    and isinstance(state, dict)
-                ):
-                    stack[-1].has = state
-            case "PERSID" | "BINPERSID":
-                v = arg if op.name == "PERSID" else pop()
-                if not (
-                    isinstance(v, tuple)
-                    and len(v) >= 5
-                    and v[0] == "storage"
-                    and isinstance(v[1], Named)
-                    and isinstance(v[2], str)
-                ):
-                    raise Refused("it refers to something outside of it that is no tensor")
-                kind = v[1].name.rpartition(".")[2].removesuffix("Storage")
-                if kind not in _STORAGES:
-                    raise Refused(
-                        f"it holds tensors of the type {printable(v[1].name)}, which is not known"
-                        " here"
-                    )
-                push(Storage(v[2], _STORAGES[kind], *_ints(v[4:5])))
-            case "EXT1" | "EXT2" | "EXT4":
-                push(name("extension", str(arg)))
-            case "NEXT_BUFFER" | "READONLY_BUFFER":
-                raise Refused("its data lie outside of it")
-            case _:
-                push(arg)  # numbers and texts
+            m.push(arg)  # a number or a text
     raise Refused("its pickle has no end")
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #cd988a0d
@@ -571,14 +619,8 @@ def _old(f, size: int, names: Counter, to_load: bool) -> TorchFile:
     return TorchFile(top, records, spans, pickled)
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #bd976140
-def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
-    try:
-        z = zipfile.ZipFile(f)
-    except zipfile.BadZipFile:
-        raise Refused(
-            "the list of contents at the end of the zip is missing: it was cut off"
-        ) from None
-    infos = z.infolist()
+def _check_contents(infos: list[zipfile.ZipInfo], size: int):
+    "An error if a zip's directory has something that torch.save never writes."
     for i in infos:
         if ".." in re.split(r"[/\\]", i.filename) or re.match(r"[/\\]|.:", i.filename):
             raise Refused(
@@ -594,14 +636,15 @@ def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
             )
     if sum(i.file_size for i in infos) > size:
         raise Refused("its records overlap: together they claim more than the file has")
-    main = next(
-        (i for i in infos if i.filename.endswith("data.pkl") and i.filename.count("/") < 2), None
-    )
-    if not main:
-        raise Refused("it is a zip without a data.pkl, so not of torch.save")
-    records, place = {}, main.filename.removesuffix("data.pkl") + "data/"
+
+
+def _places(
+    f, size: int, infos: list[zipfile.ZipInfo], folder: str
+) -> dict[str, tuple[int, int]]:  # Storage → (offset in the file, bytes)
+    "Where the values of each storage lie; an error if the two places differ."
+    records = {}
     for i in infos:
-        if not i.filename.startswith(place):
+        if not i.filename.startswith(folder):
             continue
         f.seek(i.header_offset)
         local = f.read(30)
@@ -610,7 +653,26 @@ def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
             raise Refused(
                 f"its record {printable(i.filename)!r} is not where its list of contents says"
             )
-        records[i.filename.removeprefix(place)] = begin, i.file_size
+        records[i.filename.removeprefix(folder)] = begin, i.file_size
+    return records
+
+# %% ../../nbs/checkpoint/01_headers.ipynb #aed76887
+def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
+    "Since torch 1.6."
+    try:
+        z = zipfile.ZipFile(f)
+    except zipfile.BadZipFile:
+        raise Refused(
+            "the list of contents at the end of the zip is missing: it was cut off"
+        ) from None
+    infos = z.infolist()
+    _check_contents(infos, size)
+    main = next(
+        (i for i in infos if i.filename.endswith("data.pkl") and i.filename.count("/") < 2), None
+    )
+    if not main:
+        raise Refused("it is a zip without a data.pkl, so not of torch.save")
+    records = _places(f, size, infos, main.filename.removesuffix("data.pkl") + "data/")
     try:
         if main.file_size > _LIMIT:
             raise TooMuch(

@@ -7,9 +7,10 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
            'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model', 'open_model',
-           'Saved', 'Writer', 'write_final', 'place_final']
+           'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4f897d89
+import logging
 import math
 import os
 import pickle
@@ -63,6 +64,9 @@ from ..model.adapters import LoRAConfig, LoRAGPT, adapter_values
 from ..model.gpt import GPT, GPTConfig, LanguageModel, from_hf, has_own_head
 from ..model.quantization import dequantize
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
+
+# %% ../../nbs/checkpoint/02_store.ipynb #4afd0601
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #ebca8b5e
 class CheckpointError(RuntimeError):
@@ -1287,14 +1291,25 @@ def _room(t: Tensor) -> int:
     n = t.numel() * t.element_size()
     return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
 
+# %% ../../nbs/checkpoint/02_store.ipynb #dd3e0ac2
+def out_of_memory(e: BaseException) -> bool:
+    "Is this how torch says that memory has run out?"
+    return (
+        isinstance(e, torch.cuda.OutOfMemoryError)
+        or isinstance(e, RuntimeError)
+        and any(
+            t in str(e) for t in ("can't allocate memory", "not enough memory", "out of memory")
+        )
+    )
+
 # %% ../../nbs/checkpoint/02_store.ipynb #2a5489aa
 class Writer:
     "Saves states on a thread; at most one copy of a state is in memory."
 
-    def __init__(self, say: Callable[[str], None] = print):
+    def __init__(self):
         self.pace, self.told = Pace(), False
         # `stall`: seconds that the caller was held up in all
-        self.say, self.buffers, self.held, self.stall = say, {}, None, 0.0
+        self.buffers, self.held, self.stall = {}, None, 0.0
         self.pool, self.jobs = ThreadPoolExecutor(1, "minigpt-save", self.pace.begin), []
 
     @property
@@ -1326,14 +1341,14 @@ class Writer:
                     self.held = step
                 except RuntimeError as e:
                     # of the allocator of pinned memory, which can have less than there is
-                    if "out of memory" not in str(e):
+                    if not out_of_memory(e):
                         raise
                     self.buffers = {}
         if self.held == step:
             self.jobs.append(self.pool.submit(self._write, store, self.copied(state)))
         else:  # no room for a copy
             if not self.told:
-                self.say(
+                logger.warning(
                     "there is no memory for a second copy of the state"
                     f" ({human_size(state_size(state))}): training waits while a checkpoint is"
                     " written"

@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 
 import orjson
@@ -69,165 +69,124 @@ _SHAPE = (
 )
 _RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
 
-# %% ../../nbs/config/01_options.ipynb #ccffbb56
-_ELSEWHERE = {  # name of another program → how it is done here
-    **dict.fromkeys(
-        (
-            "dropout",
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "n_kv_head",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-        ),
-        _SHAPE,
-    ),
+# %% ../../nbs/config/01_options.ipynb #e5d12883
+_OF_MODELS = {  # names in other programs → how it is done here
+    "dropout n_layer n_head n_embd n_kv_head hidden_size num_hidden_layers num_attention_heads"
+    " num_key_value_heads intermediate_size": _SHAPE,
     "use_moe": "there is no mixture of experts here",
     "bias": "there are no biases, as in Llama",
-    "optim": "it is optimizer: adamw or muon",
-    "eval_iters": "it is eval_sequences, counted in sequences",
-    "loss_type": "it is dpo_loss",
-    **dict.fromkeys(
-        ("label_smoothing", "label_smoothing_factor"),
-        "of preferences it is dpo_label_smoothing; for texts there is none",
-    ),
-    "packing": "rows are always packed; line_by_line makes each a sequence of its own",
-    "train_on_responses_only": "only what assistants say is learned",
     "load_in_4bit": "weights are trained in fp32; minigpt export makes int4 of them",
-    "target_modules": "it is lora(…, targets=[…]), or --lora-targets",
-    **dict.fromkeys(("out_dir", "save_dir"), "the run's folder is output_dir"),
-    "overwrite_output_dir": "it is overwrite=True, which moves the old run aside",
-    "run_name": "a run is called as its folder, output_dir",
-    "save_weight": "a run is called as its folder, output_dir",
-    **dict.fromkeys(("fp16", "bf16", "dtype", "tf32"), "it is precision: auto, fp32, bf16 or fp16"),
-    **dict.fromkeys(("use_cpu", "no_cuda"), "it is device='cpu'"),
-    **dict.fromkeys(("init_from", "from_resume", "ignore_data_skip"), _RESUME),
-    **dict.fromkeys(
-        ("from_weight", "model_name_or_path"),
-        "the model to begin with is fit's first argument, a directory (--config DIR)",
+    "from_weight model_name_or_path": (
+        "the model to begin with is fit's first argument, a directory (--config DIR)"
     ),
+    "target_modules": "it is lora(…, targets=[…]), or --lora-targets",
+    "use_rslora rslora": "it is lora(…, root_scale=True), in Python",
+    "use_dora init_lora_weights lora_bias modules_to_save rank_pattern alpha_pattern": (
+        "adapters are plain LoRA here: lora(model, r, alpha, targets, dropout, root_scale)"
+    ),
+    "lora_dropout": "it is lora(…, dropout=.05), in Python",
+    "peft_config": "it is fit(lora(load_model(DIR), r=8), …), or --lora-r",
+}
+
+# %% ../../nbs/config/01_options.ipynb #f01dc61a
+_OF_DATA = {
+    "train_dataset train_file data_path data_dir": (
+        "the data are fit's second argument (in a configuration file data_files)"
+    ),
+    "eval_dataset eval_data validation_file do_eval": (
+        "it is valid, a file; by default validation_split of the texts is held out"
+    ),
+    "validation_split_percentage validation_split_ratio": (
+        "it is validation_split, a share: 0.05 for 5 percent"
+    ),
+    "dataset_name dataset_config_name tokenized_data_path": (
+        "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub:"
+        " data.to_json('data.jsonl', force_ascii=False)"
+    ),
+    "dataset_text_field text_column dataset_kwargs formatting_func": (
+        "fields are known by their names (text, messages, conversations, prompt, completion,"
+        " chosen, rejected, …); a column of another name: columns='text=BODY' (--map text=BODY)"
+    ),
+    "dataset_num_proc preprocessing_num_workers": "all processors read the data",
+    "packing": "rows are always packed; line_by_line makes each a sequence of its own",
+    "group_by_length length_column_name padding_free packing_strategy": (
+        "rows are always packed, so nothing is gained by their order"
+    ),
+    "train_on_responses_only": "only what assistants say is learned",
+    "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs mask_prompt": (
+        "only what assistants say is learned, and of prompt and completion the completion; of plain"
+        " texts everything"
+    ),
+    "mode training_stage": "it is stage: pretrain, sft, tool_calling or dpo",
+    "loss_type": "it is dpo_loss",
+    "label_smoothing label_smoothing_factor": (
+        "of preferences it is dpo_label_smoothing; for texts there is none"
+    ),
+    "mlm_probability conditional_generation": (
+        "of an encoder it is blanks: spans, rest, all or mixed"
+    ),
+}
+
+# %% ../../nbs/config/01_options.ipynb #4b6be1b3
+_OF_STEPS = {
+    "do_train": "fit trains",
+    "optim": "it is optimizer: adamw or muon",
+    "optim_args adafactor": (
+        "optimizer is adamw or muon, with adam_beta1, adam_beta2 and weight_decay"
+    ),
+    "adam_epsilon eps epsilon": "it is always torch's 1e-8",
     "decay_lr": "it is lr_schedule='constant'",
     "lr_decay_iters": "the schedule ends with max_steps",
     "min_lr": "it is min_lr_ratio, a share of learning_rate",
     "warmup_ratio": "it is warmup_steps",
+    "fp16 bf16 dtype tf32": "it is precision: auto, fp32, bf16 or fp16",
+    "use_cpu no_cuda": "it is device='cpu'",
+    "deepspeed fsdp fsdp_config accelerator_config ddp_find_unused_parameters": (
+        "several GPUs of one machine share a step with devices=N"
+    ),
+    "unsloth use_unsloth": (
+        "nothing of Unsloth is used; what makes a training fast is chosen by itself, and"
+        " disable_optimizations=True (--disable-optimizations) is the plain loop"
+    ),
+    "data_seed neftune_noise_alpha use_liger_kernel max_prompt_length truncation_mode torch_dtype"
+    " trust_remote_code": "there is none here",
+}
+
+# %% ../../nbs/config/01_options.ipynb #bd5a6bfb
+_OF_RUNS = {
+    "out_dir save_dir": "the run's folder is output_dir",
+    "overwrite_output_dir": "it is overwrite=True, which moves the old run aside",
+    "run_name save_weight": "a run is called as its folder, output_dir",
+    "init_from from_resume ignore_data_skip": _RESUME,
+    "eval_iters": "it is eval_sequences, counted in sequences",
     "always_save_checkpoint": (
         "checkpoints are saved every save_steps, and the best model beside them"
     ),
-    **dict.fromkeys(
-        ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        "the best model by validation loss is kept in best/: run.model('best')",
+    "load_best_model_at_end metric_for_best_model greater_is_better": (
+        "the best model by validation loss is kept in best/: run.model('best')"
     ),
-    **dict.fromkeys(
-        ("report_to", "wandb_log", "use_wandb", "wandb_project", "logging_dir"),
-        "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback",
+    "save_safetensors save_only_model": (
+        "checkpoints are always safetensors and whole; snapshot_kind='light' is the weights alone"
     ),
-    **dict.fromkeys(
-        ("compute_metrics", "push_to_hub"),
+    "report_to wandb_log use_wandb wandb_project logging_dir": (
+        "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"
+    ),
+    "logging_strategy logging_first_step log_level disable_tqdm": (
+        "there are logging_steps and progress"
+    ),
+    "compute_metrics push_to_hub": (
         "there is none here; a Callback sees every step, and a checkpoint is a folder that"
-        " huggingface_hub uploads as it is",
+        " huggingface_hub uploads as it is"
     ),
-    **dict.fromkeys(
-        ("train_dataset", "train_file", "data_path", "data_dir"),
-        "the data are fit's second argument (in a configuration file data_files)",
+    "hub_model_id hub_token hub_strategy hub_private_repo push_to_hub_model_id": (
+        "nothing is uploaded here; a checkpoint is a folder that huggingface_hub uploads as it is"
     ),
-    **dict.fromkeys(
-        ("eval_dataset", "eval_data", "validation_file", "do_eval"),
-        "it is valid, a file; by default validation_split of the texts is held out",
-    ),
-    "do_train": "fit trains",
-    **dict.fromkeys(("use_rslora", "rslora"), "it is lora(…, root_scale=True), in Python"),
-    **dict.fromkeys(
-        (
-            "use_dora",
-            "init_lora_weights",
-            "lora_bias",
-            "modules_to_save",
-            "rank_pattern",
-            "alpha_pattern",
-        ),
-        "adapters are plain LoRA here: lora(model, r, alpha, targets, dropout, root_scale)",
-    ),
-    "lora_dropout": "it is lora(…, dropout=.05), in Python",
-    **dict.fromkeys(("adam_epsilon", "eps", "epsilon"), "it is always torch's 1e-8"),
-    **dict.fromkeys(
-        ("optim_args", "adafactor"),
-        "optimizer is adamw or muon, with adam_beta1, adam_beta2 and weight_decay",
-    ),
-    **dict.fromkeys(
-        ("dataset_text_field", "text_column", "dataset_kwargs", "formatting_func"),
-        "fields are known by their names (text, messages, conversations, prompt, completion,"
-        " chosen, rejected, …); a column of another name: columns='text=BODY' (--map text=BODY)",
-    ),
-    **dict.fromkeys(
-        (
-            "assistant_only_loss",
-            "completion_only_loss",
-            "train_on_prompt",
-            "train_on_inputs",
-            "mask_prompt",
-        ),
-        "only what assistants say is learned, and of prompt and completion the completion; of plain"
-        " texts everything",
-    ),
-    **dict.fromkeys(
-        ("hub_model_id", "hub_token", "hub_strategy", "hub_private_repo", "push_to_hub_model_id"),
-        "nothing is uploaded here; a checkpoint is a folder that huggingface_hub uploads as it is",
-    ),
-    **dict.fromkeys(
-        ("dataset_num_proc", "preprocessing_num_workers"), "all processors read the data"
-    ),
-    **dict.fromkeys(
-        ("group_by_length", "length_column_name", "padding_free", "packing_strategy"),
-        "rows are always packed, so nothing is gained by their order",
-    ),
-    **dict.fromkeys(
-        ("logging_strategy", "logging_first_step", "log_level", "disable_tqdm"),
-        "there are logging_steps and progress",
-    ),
-    **dict.fromkeys(
-        ("save_safetensors", "save_only_model"),
-        "checkpoints are always safetensors and whole; snapshot_kind='light' is the weights alone",
-    ),
-    **dict.fromkeys(
-        ("deepspeed", "fsdp", "fsdp_config", "accelerator_config", "ddp_find_unused_parameters"),
-        "several GPUs of one machine share a step with devices=N",
-    ),
-    **dict.fromkeys(
-        (
-            "data_seed",
-            "neftune_noise_alpha",
-            "use_liger_kernel",
-            "max_prompt_length",
-            "truncation_mode",
-            "torch_dtype",
-            "trust_remote_code",
-        ),
-        "there is none here",
-    ),
-    "peft_config": "it is fit(lora(load_model(DIR), r=8), …), or --lora-r",
-    **dict.fromkeys(
-        ("unsloth", "use_unsloth"),
-        "nothing of Unsloth is used; what makes a training fast is chosen by itself, and"
-        " disable_optimizations=True (--disable-optimizations) is the plain loop",
-    ),
-    **dict.fromkeys(("mode", "training_stage"), "it is stage: pretrain, sft, tool_calling or dpo"),
-    **dict.fromkeys(
-        ("validation_split_percentage", "validation_split_ratio"),
-        "it is validation_split, a share: 0.05 for 5 percent",
-    ),
-    **dict.fromkeys(
-        ("dataset_name", "dataset_config_name", "tokenized_data_path"),
-        "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub:"
-        " data.to_json('data.jsonl', force_ascii=False)",
-    ),
-    **dict.fromkeys(
-        ("mlm_probability", "conditional_generation"),
-        "of an encoder it is blanks: spans, rest, all or mixed",
-    ),
+}
+_ELSEWHERE = {  # name in another program → how it is done here
+    name: how
+    for table in (_OF_MODELS, _OF_DATA, _OF_STEPS, _OF_RUNS)
+    for names, how in table.items()
+    for name in names.split()
 }
 
 # %% ../../nbs/config/01_options.ipynb #764685fc
@@ -311,7 +270,168 @@ def elsewhere(
 # %% ../../nbs/config/01_options.ipynb #f56fac9d
 PATIENCE = 3  # evaluations, of `early_stopping: true`
 
-# %% ../../nbs/config/01_options.ipynb #7ff71f02
+# %% ../../nbs/config/01_options.ipynb #86bf6437
+_yes_no = lambda v: ("yes" if v else "no") if isinstance(v, bool) else v
+_MEANT = dict(  # option → what its value stands for
+    lr_schedule=lambda v: "constant" if v == "constant_with_warmup" else v,  # as any schedule has
+    precision=lambda v: dict(bfloat16="bf16", float16="fp16", float32="fp32").get(v, v),
+    enable_compile=lambda v: {"1": "yes", "true": "yes", "0": "no", "false": "no"}.get(
+        str(v).lower(), v
+    ),
+    columns=lambda v: ",".join(f"{k}={c}" for k, c in v.items()) if isinstance(v, dict) else v,
+    special_tokens=lambda v: " ".join(v) if isinstance(v, (list, tuple)) else v,
+    early_stopping=lambda v: PATIENCE * v if isinstance(v, bool) else v,
+    max_steps=lambda v: 0 if v == -1 else v,  # as the Trainer says it
+    save_strategy=_yes_no,  # a bool where a word is wanted is YAML's `no`
+    evaluation_strategy=_yes_no,
+)
+
+# %% ../../nbs/config/01_options.ipynb #c7542b65
+def _in_its_type(
+    f: Field,  # Of `TrainConfig`
+    value,  # As it was given
+):
+    "The value in the type of the field's default; else a `TypeError`."
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        value = value.item()  # NumPy's numbers
+    if f.name in _MEANT:
+        value = _MEANT[f.name](value)
+    kind = type(f.default)
+    if kind is str and isinstance(value, Path) or value is None and f.default == "":
+        return str(value or "")
+    if (
+        kind is float
+        and type(value) is int
+        or kind is int
+        and type(value) is float
+        and value.is_integer()
+    ):
+        return kind(value)
+    if type(value) is not kind:
+        raise TypeError(f"{f.name}={value!r} must be of type {kind.__name__}: {f.metadata['help']}")
+    return value
+
+# %% ../../nbs/config/01_options.ipynb #941f9b59
+_AT_LEAST = {
+    1: "batch_size gradient_accumulation max_seq_len devices save_steps eval_steps logging_steps"
+    " tokenizer_samples snapshot_total_limit backup_keep_last",
+    0: "max_steps save_total_limit eval_batch_size eval_sequences num_threads dataloader_workers"
+    " weight_decay grad_clip tokenizer_vocab_size time_save_interval_seconds backup_wait_seconds"
+    " early_stopping max_data_size",
+}
+_COLUMNS = "NAME=COLUMN, with commas between: the name that is known here, and the column's own"
+_EPOCHS = "above 0 and below a billion; to train until you stop it, give max_steps"
+_EVALUATED = (
+    "steps or epoch where early_stopping or save_best_only is set: they need the validation loss"
+)
+_PERCENTAGE = "above 0 and at most 100: it is a percentage"
+_RULES = (  # option, what must hold, and how that is said
+    ("columns", lambda c: all("=" in p for p in c.columns.split(",") if p.strip()), _COLUMNS),
+    ("seed", lambda c: -1 << 63 <= c.seed < 1 << 63, "a whole number of 64 bits"),
+    ("num_threads", lambda c: c.num_threads <= 1024, "at most 1024; 0: one a core"),
+    ("epochs", lambda c: 0 < c.epochs < 1e9 or c.max_steps, _EPOCHS),
+    ("max_steps", lambda c: c.max_steps < 1 << 53, "below 2**53"),
+    (
+        "evaluation_strategy",
+        lambda c: not (c.early_stopping or c.save_best_only) or c.evaluation_strategy != "no",
+        _EVALUATED,
+    ),
+    ("dpo_beta", lambda c: c.dpo_beta > 0, "above 0"),
+    (
+        "dpo_label_smoothing",
+        lambda c: 0 <= c.dpo_label_smoothing < 0.5,
+        "at least 0 and below 0.5",
+    ),
+    ("learning_rate", lambda c: 0 < c.learning_rate < math.inf, "above 0"),
+    (
+        "min_lr_ratio",
+        lambda c: 0 <= c.min_lr_ratio <= 1,
+        "from 0 to 1: it is a share of learning_rate",
+    ),
+    ("max_cpu", lambda c: 0 < c.max_cpu <= 100, _PERCENTAGE),
+    ("max_memory", lambda c: 0 < c.max_memory <= 100, _PERCENTAGE),
+    (
+        "validation_split",
+        lambda c: 0 <= c.validation_split < 1,
+        "at least 0 and below 1: it is a share of the texts",
+    ),
+    (
+        "data_subset",
+        lambda c: 0 < c.data_subset <= 1,
+        "above 0 and at most 1: it is a share of the rows",
+    ),
+    ("adam_beta1", lambda c: 0 <= c.adam_beta1 < 1, "at least 0 and below 1"),
+    ("adam_beta2", lambda c: 0 <= c.adam_beta2 < 1, "at least 0 and below 1"),
+)
+
+# %% ../../nbs/config/01_options.ipynb #9f606bad
+_CHOICES = dict(
+    optimizer=("adamw", "muon"),
+    dpo_loss=("sigmoid", "sigmoid_norm"),
+    lr_schedule=("cosine", "linear", "wsd", "constant"),
+    lr_extend=("stretch", "continue"),
+    save_strategy=("steps", "epoch", "no"),
+    evaluation_strategy=("steps", "epoch", "no"),
+    snapshot_kind=("full", "light"),
+    precision=("auto", "fp32", "bf16", "fp16"),
+    enable_compile=("auto", "yes", "no", "max-autotune", "reduce-overhead"),
+    on_bad_row=("warn", "skip", "error"),
+    long_rows=("skip", "cut"),
+    objective=(
+        "",
+        "next_token_prediction",
+        "conversation_modeling",
+        "tool_use_optimization",
+        "preference_alignment",
+    ),
+)
+
+
+def _check(c: "TrainConfig"):
+    "A `ValueError` for the first option that is out of its range."
+
+    def must(name, ok, what):
+        if not ok:
+            raise ValueError(f"{name}={getattr(c, name)!r} must be {what}")
+
+    for least, names in _AT_LEAST.items():
+        for n in names.split():
+            must(n, getattr(c, n) >= least, f"at least {least}")
+    for name, holds, what in _RULES:
+        must(name, holds(c), what)
+    for name, words in _CHOICES.items():
+        must(name, getattr(c, name) in words, "one of " + ", ".join(w or "''" for w in words))
+
+# %% ../../nbs/config/01_options.ipynb #564dea71
+def _unknown(name, known: list[str]) -> str:
+    "What to say of an option that there is not."
+    if name in ("lora_r", "lora_alpha", "lora_targets", "r"):
+        return (
+            ": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line and"
+            " configuration files"
+        )
+    if how := elsewhere(str(name)):
+        return f": {how}"
+    if near := difflib.get_close_matches(name, known, 1, 0.7):
+        return f"; did you mean {near[0]!r}?"
+    return f"; options are {', '.join(known)}"
+
+
+def _by_their_names(
+    options: list[tuple],  # Name and value; a later one goes before, whichever name is used
+    known: list[str],
+) -> dict:
+    "Options under the names of `TrainConfig`."
+    out = {}
+    for k, v in options:
+        name = _ALIASES.get(k, k)
+        if name not in known:
+            raise TypeError(f"there is no option {k!r}{_unknown(k, known)}")
+        if not (v is True and name == "early_stopping" and out.get(name)):
+            out[name] = v  # a patience of one's own stays
+    return out
+
+# %% ../../nbs/config/01_options.ipynb #63dba94e
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
@@ -479,143 +599,11 @@ class TrainConfig:
     progress: bool = _option(True, "show a progress bar and say what is decided")
 
     def __post_init__(self):
-        def must(name, ok, what):
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {what}")
-
-        for f in fields(self):  # a bool where a word is wanted is YAML's `no`
-            v, kind = getattr(self, f.name), type(f.default)
-            if hasattr(v, "item") and getattr(v, "shape", None) == ():
-                v = v.item()
-                object.__setattr__(self, f.name, v)  # NumPy's numbers
-            if f.name == "lr_schedule" and v == "constant_with_warmup":
-                object.__setattr__(self, f.name, "constant")  # as any schedule here has
-            elif f.name == "precision" and (
-                short := dict(bfloat16="bf16", float16="fp16", float32="fp32").get(v)
-            ):
-                object.__setattr__(self, f.name, short)
-            elif f.name == "enable_compile" and (
-                word := {"1": "yes", "true": "yes", "0": "no", "false": "no"}.get(str(v).lower())
-            ):
-                object.__setattr__(self, f.name, word)
-            elif f.name == "columns" and isinstance(v, dict):
-                object.__setattr__(self, f.name, ",".join(f"{new}={old}" for new, old in v.items()))
-            elif f.name == "special_tokens" and isinstance(v, (list, tuple)):
-                object.__setattr__(self, f.name, " ".join(v))
-            elif f.name == "early_stopping" and isinstance(v, bool):
-                object.__setattr__(self, f.name, PATIENCE * v)
-            elif f.name == "max_steps" and v == -1:
-                object.__setattr__(self, f.name, 0)  # as the Trainer says it
-            elif f.name in (
-                "enable_compile",
-                "save_strategy",
-                "evaluation_strategy",
-            ) and isinstance(v, bool):
-                object.__setattr__(self, f.name, "yes" if v else "no")
-            elif kind is str and isinstance(v, Path) or v is None and f.default == "":
-                object.__setattr__(self, f.name, str(v or ""))
-            elif kind is float and type(v) is int:
-                object.__setattr__(self, f.name, float(v))
-            elif kind is int and type(v) is float and v.is_integer():
-                object.__setattr__(self, f.name, int(v))
-            elif type(v) is not kind:
-                raise TypeError(
-                    f"{f.name}={v!r} must be of type {kind.__name__}: {f.metadata['help']}"
-                )
-        for n in (
-            "batch_size",
-            "gradient_accumulation",
-            "max_seq_len",
-            "devices",
-            "save_steps",
-            "eval_steps",
-            "logging_steps",
-            "tokenizer_samples",
-            "snapshot_total_limit",
-            "backup_keep_last",
-        ):
-            must(n, getattr(self, n) >= 1, "at least 1")
-        for n in (
-            "max_steps",
-            "save_total_limit",
-            "eval_batch_size",
-            "eval_sequences",
-            "num_threads",
-            "dataloader_workers",
-            "weight_decay",
-            "grad_clip",
-            "tokenizer_vocab_size",
-            "time_save_interval_seconds",
-            "backup_wait_seconds",
-            "early_stopping",
-            "max_data_size",
-        ):
-            must(n, getattr(self, n) >= 0, "at least 0")
+        for f in fields(self):
+            object.__setattr__(self, f.name, _in_its_type(f, getattr(self, f.name)))
         if self.gdrive_backup_dir.startswith("~"):
             object.__setattr__(self, "gdrive_backup_dir", str(at_home(self.gdrive_backup_dir)))
-        must(
-            "columns",
-            all("=" in pair for pair in self.columns.split(",") if pair.strip()),
-            "NAME=COLUMN, with commas between: the name that is known here, and the column's own",
-        )
-        must("seed", -1 << 63 <= self.seed < 1 << 63, "a whole number of 64 bits")
-        must("num_threads", self.num_threads <= 1024, "at most 1024; 0: one a core")
-        must(
-            "epochs",
-            0 < self.epochs < 1e9 or self.max_steps,
-            "above 0 and below a billion; to train until you stop it, give max_steps",
-        )
-        must("max_steps", self.max_steps < 1 << 53, "below 2**53")
-        if self.early_stopping or self.save_best_only:
-            must(
-                "evaluation_strategy",
-                self.evaluation_strategy != "no",
-                "steps or epoch where early_stopping or save_best_only is set: they need the"
-                " validation loss",
-            )
-        must("dpo_beta", self.dpo_beta > 0, "above 0")
-        must("dpo_label_smoothing", 0 <= self.dpo_label_smoothing < 0.5, "at least 0 and below 0.5")
-        must("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
-        must(
-            "min_lr_ratio",
-            0 <= self.min_lr_ratio <= 1,
-            "from 0 to 1: it is a share of learning_rate",
-        )
-        for n in ("max_cpu", "max_memory"):
-            must(n, 0 < getattr(self, n) <= 100, "above 0 and at most 100: it is a percentage")
-        must(
-            "validation_split",
-            0 <= self.validation_split < 1,
-            "at least 0 and below 1: it is a share of the texts",
-        )
-        must(
-            "data_subset",
-            0 < self.data_subset <= 1,
-            "above 0 and at most 1: it is a share of the rows",
-        )
-        for n in ("adam_beta1", "adam_beta2"):
-            must(n, 0 <= getattr(self, n) < 1, "at least 0 and below 1")
-        for n, choice in dict(
-            optimizer=("adamw", "muon"),
-            dpo_loss=("sigmoid", "sigmoid_norm"),
-            lr_schedule=("cosine", "linear", "wsd", "constant"),
-            lr_extend=("stretch", "continue"),
-            save_strategy=("steps", "epoch", "no"),
-            evaluation_strategy=("steps", "epoch", "no"),
-            snapshot_kind=("full", "light"),
-            precision=("auto", "fp32", "bf16", "fp16"),
-            enable_compile=("auto", "yes", "no", "max-autotune", "reduce-overhead"),
-            on_bad_row=("warn", "skip", "error"),
-            long_rows=("skip", "cut"),
-            objective=(
-                "",
-                "next_token_prediction",
-                "conversation_modeling",
-                "tool_use_optimization",
-                "preference_alignment",
-            ),
-        ).items():
-            must(n, getattr(self, n) in choice, "one of " + ", ".join(c or "''" for c in choice))
+        _check(self)
 
     @property
     def effective_batch(self) -> int:
@@ -625,12 +613,8 @@ class TrainConfig:
     @property
     def column_names(self) -> dict[str, str] | None:
         "`columns`, as `read_blocks` takes them."
-        return {
-            new.strip(): old.strip()
-            for new, _, old in (
-                pair.partition("=") for pair in self.columns.split(",") if pair.strip()
-            )
-        } or None
+        pairs = (p.partition("=") for p in self.columns.split(",") if p.strip())
+        return {new.strip(): old.strip() for new, _, old in pairs} or None
 
     def to_dict(self) -> dict:
         "JSON-able."
@@ -645,32 +629,7 @@ class TrainConfig:
     def make(cls, base: "TrainConfig|dict|None" = None, **options) -> "TrainConfig":
         "From a whole configuration and single options; names used elsewhere are known too."
         base = base.to_dict() if isinstance(base, cls) else dict(base or {})
-        known, out = cls.names(), {}
-        # an option goes before the base, whichever of its names is used
-        for k, v in [*base.items(), *options.items()]:
-            name = _ALIASES.get(k, k)
-            if name not in known:
-                near = difflib.get_close_matches(k, known, 1, 0.7)
-                raise TypeError(
-                    f"there is no option {k!r}"
-                    + (
-                        ": it is fit(lora(load_model(DIR), r=8), …); lora_r is for the command line"
-                        " and configuration files"
-                        if k in ("lora_r", "lora_alpha", "lora_targets", "r")
-                        else (
-                            f": {how}"
-                            if (how := elsewhere(str(k)))
-                            else (
-                                f"; did you mean {near[0]!r}?"
-                                if near
-                                else f"; options are {', '.join(known)}"
-                            )
-                        )
-                    )
-                )
-            if not (v is True and name == "early_stopping" and out.get(name)):
-                out[name] = v  # a patience of one's own stays
-        return cls(**out)
+        return cls(**_by_their_names([*base.items(), *options.items()], cls.names()))
 
 # %% ../../nbs/config/01_options.ipynb #2669d350
 def _fallen(

@@ -6,6 +6,7 @@
 __all__ = ['Schedule', 'checkpoint_size', 'storage_plan', 'time_plan']
 
 # %% ../../nbs/config/02_schedule.ipynb #a4016de6
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -13,27 +14,21 @@ from itertools import count, islice
 
 from .options import TrainConfig
 from ..core.files import human_size, human_time
+from ..core.notes import Note
 
-# %% ../../nbs/config/02_schedule.ipynb #9013f6b7
-class Schedule:
-    "When to save and when to evaluate."
+# %% ../../nbs/config/02_schedule.ipynb #2c6b8413
+class _Pace:
+    "Where things fall that are counted, in steps or in epochs; the end of training always counts."
 
-    def __init__(
-        self,
-        config: TrainConfig,  # Strategies, intervals and limits
-        max_steps: int,  # Steps of the whole run
-        windows: int,  # Sequences of an epoch
-        clock: Callable[[], float] = time.monotonic,  # In seconds
-        offset: int = 0,  # Sequences passed over at step 0, after a change of effective batch
-    ):
-        self.config, self.max_steps, self.windows, self.clock, self.offset = (
-            config,
-            max_steps,
-            windows,
-            clock,
-            offset,
-        )
-        self.saved_at = clock()
+    def __init__(self, max_steps: int, windows: int, batch: int, offset: int):  # See `Schedule`
+        self.max_steps, self.windows, self.batch, self.offset = max_steps, windows, batch, offset
+
+    def position(self, step: int) -> int:
+        "Sequences read before this step."
+        return self.offset + step * self.batch
+
+    def _epoch(self, step: int) -> int:
+        return self.position(step) // self.windows
 
     def due(
         self,
@@ -46,14 +41,46 @@ class Schedule:
             return True
         if strategy == "steps":
             return step % every == 0
-        return (
-            strategy == "epoch"
-            and self.position(step) // self.windows > self.position(step - 1) // self.windows
-        )
+        return strategy == "epoch" and self._epoch(step) > self._epoch(step - 1)
 
-    def position(self, step: int) -> int:
-        "Sequences read before this step."
-        return self.offset + step * self.config.effective_batch
+    def _times(self, strategy: str, every: int, since: int) -> Iterator[int]:
+        "The steps behind `since` after which something is `due`."
+        if strategy == "steps":
+            yield from range((since // every + 1) * every, self.max_steps, every)
+        for epoch in count(self._epoch(since) + 1) if strategy == "epoch" else ():
+            step = -(-(epoch * self.windows - self.offset) // self.batch)
+            if step >= self.max_steps:
+                break
+            if step > since:
+                since = step
+                yield step
+        yield self.max_steps
+
+    def _n_times(self, strategy: str, every: int) -> int:
+        "How many they are in the whole run."
+        last = self.max_steps - 1
+        if strategy == "steps":
+            return last // every + 1
+        if strategy == "no":
+            return 1
+        if self.batch >= self.windows:
+            return self.max_steps
+        return self._epoch(last) - self._epoch(0) + 1
+
+# %% ../../nbs/config/02_schedule.ipynb #92cab2b8
+class Schedule(_Pace):
+    "When to save and when to evaluate."
+
+    def __init__(
+        self,
+        config: TrainConfig,  # Strategies, intervals and limits
+        max_steps: int,  # Steps of the whole run
+        windows: int,  # Sequences of an epoch
+        clock: Callable[[], float] = time.monotonic,  # In seconds
+        offset: int = 0,  # Sequences passed over at step 0, after a change of effective batch
+    ):
+        super().__init__(max_steps, windows, config.effective_batch, offset)
+        self.config, self.clock, self.saved_at = config, clock, clock()
 
     def save(self, step: int) -> bool:
         "Is a checkpoint due?"
@@ -81,39 +108,12 @@ class Schedule:
 
     def checkpoints(self, since: int = 0) -> Iterator[int]:
         "The steps behind `since` at which checkpoints fall."
-        cfg = self.config
-        if cfg.save_strategy == "steps":
-            yield from range(
-                (since // cfg.save_steps + 1) * cfg.save_steps, self.max_steps, cfg.save_steps
-            )
-        for epoch in (
-            count(self.position(since) // self.windows + 1) if cfg.save_strategy == "epoch" else ()
-        ):
-            step = -(-(epoch * self.windows - self.offset) // cfg.effective_batch)
-            if step >= self.max_steps:
-                break
-            if step > since:
-                since = step
-                yield step
-        yield self.max_steps
+        return self._times(self.config.save_strategy, self.config.save_steps, since)
 
     @property
     def n_checkpoints(self) -> int:
         "How many checkpoints fall in the whole run."
-        how, batch = self.config.save_strategy, self.config.effective_batch
-        if how == "steps":
-            return (self.max_steps - 1) // self.config.save_steps + 1
-        return (
-            1
-            if how == "no"
-            else (
-                self.max_steps
-                if batch >= self.windows
-                else ((self.max_steps - 1) * batch + self.offset) // self.windows
-                - self.offset // self.windows
-                + 1
-            )
-        )
+        return self._n_times(self.config.save_strategy, self.config.save_steps)
 
 # %% ../../nbs/config/02_schedule.ipynb #bf930084
 def checkpoint_size(
@@ -132,7 +132,7 @@ def storage_plan(
     free_backup: float | None = None,  # Likewise where the backup is; None: no backup
     there: int = 0,  # Bytes that checkpoints of this run take already
     there_backup: int = 0,  # Likewise in the backup
-) -> list[str]:  # Lines to show; a warning begins with WARNING
+) -> list[Note]:  # Lines to show
     "What the run will take, against what is free."
     full, light = checkpoint_size(n_params), checkpoint_size(n_params, True)
     keep = 1 if config.save_best_only else min(saves, config.save_total_limit or saves)
@@ -144,32 +144,34 @@ def storage_plan(
     need = (keep + 1) * full + snap + best + light
     room = lambda n: "free space unknown" if n == math.inf else f"{human_size(n)} free"
     lines = [
-        f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights); {keep} kept,"
-        f" with snapshots, best and final model: {human_size(need)} at most; {room(free)}"
+        Note(
+            f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights);"
+            f" {keep} kept, with snapshots, best and final model: {human_size(need)} at most;"
+            f" {room(free)}"
+        )
     ]
 
     def warn(what, need, free, kept, limit):
         if need <= free:
             return
         fit = max(0, kept - math.ceil((need - free) / full))
-        lines.append(
-            f"WARNING: {what} will be full: {human_size(need)} wanted, {human_size(free)} free. "
-            + (
-                f"{fit} checkpoints would fit: set {limit}={fit}"
-                if fit
-                else (
-                    "not even one fits beside the others: make room, choose another place or a"
-                    " smaller model, or set snapshot_kind='light'"
-                )
-            )
+        cure = (
+            "not even one fits beside the others: make room, choose another place or a smaller"
+            " model, or set snapshot_kind='light'"
         )
+        if fit:
+            cure = f"{fit} checkpoints would fit: set {limit}={fit}"
+        sizes = f"{human_size(need)} wanted, {human_size(free)} free"
+        lines.append(Note(f"{what} will be full: {sizes}. {cure}", logging.WARNING))
 
     warn("the disk", need - there, free, keep, "save_total_limit")
     if free_backup is not None:
         need_backup = (config.backup_keep_last + 1) * full + best + light
         lines.append(
-            f"in the backup: {config.backup_keep_last} states, best and final model:"
-            f" {human_size(need_backup)} at most; {room(free_backup)}"
+            Note(
+                f"in the backup: {config.backup_keep_last} states, best and final model:"
+                f" {human_size(need_backup)} at most; {room(free_backup)}"
+            )
         )
         warn(
             "the backup",

@@ -183,8 +183,8 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 # %% ../../nbs/data/05_corpus.ipynb #05b9aaf9
-def facts_en(r: Random) -> dict[str, str]:
-    "Everything that holds in one English story."
+def _cast_en(r: Random) -> dict[str, str]:
+    "Four friends, what they are like, and the pronouns of each."
     d = {}
     who = take(r, [(n, "girl") for n in EN["girls"]] + [(n, "boy") for n in EN["boys"]], 4)
     for x, i, (name, sex), trait in zip("ABCD", ["", "2", "3", "4"], who, take(r, EN["traits"], 4)):
@@ -197,6 +197,12 @@ def facts_en(r: Random) -> dict[str, str]:
             "trait" + i: trait,
             "kind" + i: sex if r.random() < 0.5 else pick(r, EN["kinds"]),
         }
+    return d
+
+# %% ../../nbs/data/05_corpus.ipynb #244e6e77
+def facts_en(r: Random) -> dict[str, str]:
+    "Everything that holds in one English story."
+    d = _cast_en(r)
     places = [(p, "in") for p in EN["into"]] + [(p, "at") for p in EN["atto"]]
     rows = zip(
         "1234",
@@ -316,6 +322,10 @@ story: {open} {treasure} {outing} {gone} {seek} {comes} {ask} {tip} {found} {end
 open: [Once upon a time|Long ago|Once], there was a {trait} {kind} [named|called] {A}. {He} lived [near|not far from|right beside] {p1}.
   {A} was a {trait} {kind} who lived [near|not far from] {p1}.
   In a [small|little|cosy] house near {p1} lived a {trait} {kind} [named|called] {A}.
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #79971731
+ENGLISH |= read_grammar("""
 treasure: More than anything, {A} loved {his} {o1}.
   {His} [best|dearest] treasure was {a1}, a [gift|present] from {his} {family}.
   {He} had {a1} and [took it everywhere|carried it wherever {he} went].
@@ -352,6 +362,10 @@ owner: {In4} sat {D}. "Why are you crying, {D}?" "I have lost my {t1}!" "Is it {
   And there, {in4}, was {D}, a {trait4} {kind4}. "Did you lose {a1}?" asked {A}. "My {t1}!" cried {D}. "Where was it?" "It was {s1}."
 thanks: {D} was so happy that {he4} gave {A} some {f1}. [{A} kept a few for {B} and {C}, who had helped.|They ate them together, and {D} played with the {t1} all afternoon.]
   "You are a true friend, {A}," said {D}. [Now the {t1} is never out of {his4} sight.|From then on, {D} tied the {t1} to {his4} bag.]
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #4105f05c
+ENGLISH |= read_grammar("""
 swap1: {He} had {a1}, but what {he} really wanted was {a4}. One {day}, {in2}, {he} met {B}, who had {a2}. "I like your {t1}," said {B}. "Will you swap it for my {t2}?" "[Yes|All right|Why not]," said {A}.
   {He} owned {a1} and dreamed of {a4}. {B}, a {trait2} {kind2}, was standing {in2} with {a2}. "Oh, {a_t1}! May I have it for my {t2}?" {A} [agreed|nodded].
 swap2: [Now|So now] {A} had the {t2}. {In3} {he} saw {C} with {a3}. "{A}, I need {a_t2}," said {C}. "Take my {t3} for it." And so they did.
@@ -384,6 +398,10 @@ pick: So they hung {a1} {s1} to scare it away. The {thief} saw the {t1} and neve
   {A} set {a1} beside the bed. When the {thief} came again, the {t1} fell over with a thump, and the {thief} ran off.
 share: In summer there were {wless} tall sunflowers. {A} gave one to {C}, and {B} gave one to {D}. The {t1} still stands there.
   By {day2} in autumn, {wless} pumpkins lay in the sun. "[Well done|Not bad], {A}," said {B}. "And well done, {t1}!" laughed {A}.
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #4d6352ec
+ENGLISH |= read_grammar("""
 game: {A}, {B}, {C} and {D} were playing hide-and-seek near {p1}. {A} had to seek.
   "Let us play hide-and-seek!" said {A} when they met near {p1}. {B}, {C} and {D} ran off at once.
 count: While {he} counted to {wbig}, {B} hid {s1}, {C} hid {s2}, and {D} hid {s3}.
@@ -410,6 +428,10 @@ noise: "Is it a ghost?" {he} whispered. {He} took {his} {o1} and opened the door
   {He} held {his} {o1} tight and called, "Who is there?" Nobody answered, but something {c2} was moving {s1}.
 truth: "It is only me," said a small voice. It was {B} from {p2}. "I dropped my {t2} {s1}, and I can't see a thing." They found the {o2} together, and then {A} slept very well.
   Slowly {A} came closer with the {t1}. It was just {a2} that {B} had left there! The wind was moving the {t2} to and fro. {A} laughed at {himself}. On {day}, {he} gave the {t2} back to {B}.
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #f57019b7
+ENGLISH |= read_grammar("""
 letter: Dear {B}, ¶[I am staying|We are] near {p1} with {C}. The weather is {weather}. Yesterday, {s1}, we found {a1}! {C} wants to keep the {t1}, but I think somebody has lost it. On {day} we will go to {p2}. I will bring you {a2}. ¶Your friend, {A}
   Dear {B}, ¶how are you? I am with {C} near {p1}, and every day we eat {f1}. On {day} a cheeky {thief} took my {t1}! We found it {s1}. For you I have {a2}. ¶[Yours|Love], {A}
 reply: Dear {A}, ¶thank you for your letter. How nice that you are near {p1} with {C}! Where is the {o1} now? Not {s1} again, I hope. {D} and I are waiting for the {t2}. {D} says it should be {c2}, and it is! ¶[Yours|Love], {B}
@@ -600,6 +622,10 @@ story: {open}{treasure}{outing}{gone}{seek}{comes}{ask}{tip}{found}{end}
 open: 从前，有{one}，名字叫{A}。{ta}的家[离{b1}不远|就在{b1}附近]。
   {b1}附近住着{one}，大家都叫{ta}{A}。
   {A}是{one}，[家住|住在]{b1}附近。
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #cf83383d
+CHINESE |= read_grammar("""
 treasure: {A}最喜欢的东西是{a1}。
   {ta}有{a1}，是{family}送给{ta}的[礼物|生日礼物]。
   {ta}有{a1}，走到哪里都带着。
@@ -633,6 +659,10 @@ owner: {D}正坐在{p4}。“{D}，你为什么哭？”“我的{t1}丢了！�
   {A}赶到{p4}，看见了{D}。“这{m1}{o1}是你的吗？”“是我的！”{D}叫道，“你在哪儿找到的？”“在{s1}。”
 thanks: {D}高兴极了，送给{A}一些{f1}。[{A}分了几{mf1}给{B}和{C}。|他们一起吃{f1}，玩了一个下午。]
   “{A}，你真好！”{D}说。[从此，{D}再也没有弄丢过那{m1}{t1}。|后来，{A}和{D}常常一起玩那{m1}{t1}。]
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #f735730e
+CHINESE |= read_grammar("""
 swap1: {ta}有{a1}，可是{ta}真正想要的是{a4}。在{p2}，{ta}遇见了{B}，{B}拿着{a2}。“你的{t1}真漂亮！”{B}说，“我用{t2}跟你换，好吗？”“好啊！”{A}说。
   {A}有{a1}，却一直想要{a4}。{B}带着{a2}站在{p2}，对{ta}说：“把{t1}给我，我把{t2}给你，行吗？”{A}点点头。
 swap2: {A}拿着{t2}来到{p3}，看见{C}有{a3}。“{A}，我正需要{t2}呢。”{C}说，“用我的{t3}跟你换吧。”[他们就换了。|{A}答应了。]
@@ -665,6 +695,10 @@ scare: 他们在{s1}挂上{a1}。{thief}看见了{t1}，再也不敢来了。
   {A}把{a1}放在地边。{thief}又来了，碰到了{t1}，吓得跑掉了。
 share: 夏天，{wless}朵向日葵开了。{A}送给{C}一朵，{B}送给{D}一朵。那{m1}{t1}还在那里呢。
   秋天的{day2}，{A}和{B}收了{wless}个大南瓜。“{A}真能干！”{B}说。“{t1}也有功劳！”{A}笑着说。
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #bbd325b8
+CHINESE |= read_grammar("""
 game: {A}、{B}、{C}和{D}在{p1}捉迷藏，{A}来找。
   “我们来捉迷藏吧！”{A}在{p1}说，“我来找你们。”
 count: {ta}数到{wbig}的时候，{B}躲在{s1}，{C}躲在{s2}，{D}躲在{s3}。
@@ -691,6 +725,10 @@ noise: “是妖怪吗？”{ta}小声说。{ta}拿着{o1}，打开门一看，{
   {ta}紧紧抓着那{m1}{o1}，大声问：“谁在那儿？”没有人回答，可是{s1}有个{c2}的东西在动。
 truth: “是我呀。”原来是住在{b2}附近的{B}，“我把{t2}掉在{s1}了，什么也看不见。”他们一起找到了那{m2}{o2}，{A}回去睡得很香。
   {A}慢慢走过去，原来那是{a2}，是{B}忘在那里的！风一吹，{t2}就晃来晃去。{A}笑了起来。到了{day}，{ta}把{t2}还给了{B}。
+""")
+
+# %% ../../nbs/data/05_corpus.ipynb #1c34ff64
+CHINESE |= read_grammar("""
 letter: 亲爱的{B}：¶我和{C}在{p1}，这里{weather}。昨天，我们在{s1}捡到了{a1}！{C}很想要这{m1}{t1}，可我觉得丢东西的人一定很着急。{day}我们要去{p2}。我会给你带{a2}。¶你的朋友 {A}
   亲爱的{B}：¶你好吗？我和{C}在{p1}，天天都吃{f1}。{day}，一只{thief}把我的{t1}抢走了，后来我们在{s1}找到了它。我给你准备了{a2}。¶想你的 {A}
 reply: 亲爱的{A}：¶谢谢你的来信。你和{C}在{p1}玩得真开心！那{m1}{t1}现在在哪儿？不会又在{s1}吧？我和{D}都在等那{m2}{t2}。{D}猜它是{c2}的，猜对了！¶你的朋友 {B}
@@ -1052,219 +1090,234 @@ def _time(r: Random) -> str:
     return f"{between(r, 0, 23)}:{between(r, 0, 59):02}"
 
 # %% ../../nbs/data/05_corpus.ipynb #1e443768
-_REQUESTS = (
-    dict(  # a function's arguments; six ways to ask, and the answer, in English and in Chinese
-        add=(
-            lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-            (
-                "What is {a} plus {b}?",
-                "Add {a} and {b}.",
-                "What do {a} and {b} add up to?",
-                "Give me the sum of {a} and {b}.",
-                "How much is {a} plus {b}?",
-                "I need the sum of {a} and {b}.",
-                "{a} plus {b} is {sum}.",
-            ),
-            (
-                "{a}加{b}等于几？",
-                "请算{a}加{b}。",
-                "{a}和{b}的和是多少？",
-                "求{a}与{b}之和。",
-                "{a}加上{b}是多少？",
-                "帮我求一下{a}和{b}的和。",
-                "{a}加{b}等于{sum}。",
-            ),
+# a function's arguments; six ways to ask, and the answer, in English and in Chinese
+_REQUESTS = dict(
+    add=(
+        lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+        (
+            "What is {a} plus {b}?",
+            "Add {a} and {b}.",
+            "What do {a} and {b} add up to?",
+            "Give me the sum of {a} and {b}.",
+            "How much is {a} plus {b}?",
+            "I need the sum of {a} and {b}.",
+            "{a} plus {b} is {sum}.",
         ),
-        multiply=(
-            lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-            (
-                "What is {a} times {b}?",
-                "Multiply {a} by {b}.",
-                "Give me the product of {a} and {b}.",
-                "I multiply {a} by {b}. What do I get?",
-                "How much is {a} times {b}?",
-                "I need the product of {a} and {b}.",
-                "{a} times {b} is {product}.",
-            ),
-            (
-                "{a}乘{b}等于几？",
-                "请算{a}乘{b}。",
-                "{a}和{b}的积是多少？",
-                "求{a}与{b}之积。",
-                "{a}乘以{b}是多少？",
-                "帮我求一下{a}和{b}的积。",
-                "{a}乘{b}等于{product}。",
-            ),
+        (
+            "{a}加{b}等于几？",
+            "请算{a}加{b}。",
+            "{a}和{b}的和是多少？",
+            "求{a}与{b}之和。",
+            "{a}加上{b}是多少？",
+            "帮我求一下{a}和{b}的和。",
+            "{a}加{b}等于{sum}。",
         ),
-        change=(
-            lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
-            (
-                "It costs {price} coins and I pay {paid}. What is the change?",
-                "The price is {price}. How much change is there from {paid}?",
-                "A bill of {price} coins, paid with {paid}: what comes back?",
-                "What change do I get when {price} coins are paid with {paid}?",
-                "The bill is {price} coins. I pay {paid}. How much comes back?",
-                "For {price} coins I give {paid}. What is my change?",
-                "Of {paid} coins, {coins} come back.",
-            ),
-            (
-                "东西{price}元，付了{paid}元，找回多少？",
-                "价钱是{price}元，给{paid}元，应找多少？",
-                "{price}元的账，付{paid}元，要找几元？",
-                "买东西用了{price}元，给了{paid}元，找多少钱？",
-                "账单是{price}元，我付{paid}元，找回几元？",
-                "价钱{price}元，收了{paid}元，该找多少？",
-                "付{paid}元，找回{coins}元。",
-            ),
+    ),
+    multiply=(
+        lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+        (
+            "What is {a} times {b}?",
+            "Multiply {a} by {b}.",
+            "Give me the product of {a} and {b}.",
+            "I multiply {a} by {b}. What do I get?",
+            "How much is {a} times {b}?",
+            "I need the product of {a} and {b}.",
+            "{a} times {b} is {product}.",
         ),
-        count_letter=(
-            lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
-            (
-                'How many letters "{letter}" are in "{word}"?',
-                'Count each "{letter}" in "{word}".',
-                'How often is "{letter}" in the word "{word}"?',
-                'Look at "{word}" and count the letter "{letter}".',
-                'In the word "{word}", how many times is the letter "{letter}"?',
-                'Count how often "{letter}" is in "{word}".',
-                'The count of "{letter}" in "{word}" is {count}.',
-            ),
-            (
-                '单词 "{word}" 里有几个 "{letter}"？',
-                '数一数 "{word}" 里的 "{letter}"。',
-                '"{letter}" 在 "{word}" 里有几个？',
-                '看 "{word}"，数出字母 "{letter}"。',
-                '数一下单词 "{word}" 有几个字母 "{letter}"。',
-                '字母 "{letter}" 在单词 "{word}" 里有几个？',
-                '单词 "{word}" 里有{count}个 "{letter}"。',
-            ),
+        (
+            "{a}乘{b}等于几？",
+            "请算{a}乘{b}。",
+            "{a}和{b}的积是多少？",
+            "求{a}与{b}之积。",
+            "{a}乘以{b}是多少？",
+            "帮我求一下{a}和{b}的积。",
+            "{a}乘{b}等于{product}。",
         ),
-        reverse=(
-            lambda r, zh: dict(word=_word(r)),
-            (
-                'What is "{word}" backwards?',
-                'Spell "{word}" backwards.',
-                'Turn the word "{word}" around.',
-                'Which word is "{word}" when it is turned around?',
-                'Turn "{word}" around for me.',
-                'How is "{word}" spelled backwards?',
-                '"{word}" backwards is "{text}".',
-            ),
-            (
-                '"{word}" 倒过来怎么写？',
-                '把 "{word}" 倒着写。',
-                '把单词 "{word}" 反过来。',
-                '"{word}" 反过来是什么？',
-                '单词 "{word}" 倒着怎么写？',
-                '帮我把 "{word}" 倒过来。',
-                '"{word}" 倒过来是 "{text}"。',
-            ),
+    ),
+)
+
+# %% ../../nbs/data/05_corpus.ipynb #6569a1e5
+_REQUESTS |= dict(
+    change=(
+        lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
+        (
+            "It costs {price} coins and I pay {paid}. What is the change?",
+            "The price is {price}. How much change is there from {paid}?",
+            "A bill of {price} coins, paid with {paid}: what comes back?",
+            "What change do I get when {price} coins are paid with {paid}?",
+            "The bill is {price} coins. I pay {paid}. How much comes back?",
+            "For {price} coins I give {paid}. What is my change?",
+            "Of {paid} coins, {coins} come back.",
         ),
-        price=(
-            lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
-            (
-                "What do {number} {thing} cost?",
-                "What must I pay for {number} {thing}?",
-                "I want {number} {thing}. What is the price?",
-                "How much are {number} {thing}?",
-                "Tell me the price of {number} {thing}.",
-                "If I buy {number} {thing}, what do they cost?",
-                "{number} {thing} cost {coins} coins.",
-            ),
-            (
-                "{thing}买{number}个，要多少钱？",
-                "{thing}要{number}个，一共多少钱？",
-                "我想买{number}个{thing}，多少钱？",
-                "{number}个{thing}的价钱是多少？",
-                "买{number}个{thing}要付多少钱？",
-                "我要{thing}{number}个，价钱是多少？",
-                "{thing}{number}个要{coins}元。",
-            ),
+        (
+            "东西{price}元，付了{paid}元，找回多少？",
+            "价钱是{price}元，给{paid}元，应找多少？",
+            "{price}元的账，付{paid}元，要找几元？",
+            "买东西用了{price}元，给了{paid}元，找多少钱？",
+            "账单是{price}元，我付{paid}元，找回几元？",
+            "价钱{price}元，收了{paid}元，该找多少？",
+            "付{paid}元，找回{coins}元。",
         ),
-        weather=(
-            lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
-            (
-                "What is the weather in {town} on {date}?",
-                "How will {date} be in {town}?",
-                "Will it rain in {town} on {date}?",
-                "Tell me the weather of {date} in {town}.",
-                "On {date} I am in {town}. What will the weather be?",
-                "Is the weather good in {town} on {date}?",
-                "{town} will have {degrees} degrees and {sky} on {date}.",
-            ),
-            (
-                "{town}{date}天气怎么样？",
-                "我想知道{town}{date}的天气。",
-                "{date}{town}会下雨吗？",
-                "告诉我{date}{town}的天气。",
-                "{date}我在{town}，天气好吗？",
-                "{town}在{date}会是什么天气？",
-                "{town}{date}{degrees}度，{sky}。",
-            ),
+    ),
+    price=(
+        lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
+        (
+            "What do {number} {thing} cost?",
+            "What must I pay for {number} {thing}?",
+            "I want {number} {thing}. What is the price?",
+            "How much are {number} {thing}?",
+            "Tell me the price of {number} {thing}.",
+            "If I buy {number} {thing}, what do they cost?",
+            "{number} {thing} cost {coins} coins.",
         ),
-        alarm=(
-            lambda r, zh: dict(time=_time(r)),
-            (
-                "Wake me at {time}.",
-                "Set an alarm for {time}.",
-                "I must get up at {time}.",
-                "An alarm should ring at {time}.",
-                "Can you wake me up at {time}?",
-                "I need an alarm at {time}.",
-                "The alarm rings at {rings}.",
-            ),
-            (
-                "{time}叫醒我。",
-                "定一个{time}的闹钟。",
-                "我{time}要起床。",
-                "闹钟在{time}响。",
-                "请你{time}叫我起床。",
-                "我要一个闹钟，{time}响。",
-                "闹钟{rings}响。",
-            ),
+        (
+            "{thing}买{number}个，要多少钱？",
+            "{thing}要{number}个，一共多少钱？",
+            "我想买{number}个{thing}，多少钱？",
+            "{number}个{thing}的价钱是多少？",
+            "买{number}个{thing}要付多少钱？",
+            "我要{thing}{number}个，价钱是多少？",
+            "{thing}{number}个要{coins}元。",
         ),
-        phone=(
-            lambda r, zh: dict(name=_name(r, zh)),
-            (
-                "What is the phone number of {name}?",
-                "Give me the number of {name}.",
-                "I want to call {name}. What is the number?",
-                "How can I reach {name} by phone?",
-                "Find the phone number of {name} for me.",
-                "I would like to phone {name}. Which number is it?",
-                "The number of {name} is {number}.",
-            ),
-            (
-                "{name}的电话是多少？",
-                "给我{name}的号码。",
-                "我想打电话给{name}，号码是什么？",
-                "怎么打电话找{name}？",
-                "查一下{name}的电话号码。",
-                "我要给{name}打电话，电话是多少？",
-                "{name}的电话是{number}。",
-            ),
+    ),
+)
+
+# %% ../../nbs/data/05_corpus.ipynb #81877f8a
+_REQUESTS |= dict(
+    count_letter=(
+        lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
+        (
+            'How many letters "{letter}" are in "{word}"?',
+            'Count each "{letter}" in "{word}".',
+            'How often is "{letter}" in the word "{word}"?',
+            'Look at "{word}" and count the letter "{letter}".',
+            'In the word "{word}", how many times is the letter "{letter}"?',
+            'Count how often "{letter}" is in "{word}".',
+            'The count of "{letter}" in "{word}" is {count}.',
         ),
-        book=(
-            lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
-            (
-                "Book a table for {name} at {time}.",
-                "Keep a table for {time}, the name is {name}.",
-                "{name} would like a table at {time}.",
-                "We come at {time}. A table for {name}, please.",
-                "Can you book a table at {time} for {name}?",
-                "{name} comes to eat at {time}: book a table.",
-                "{name} has table {table} at {time}.",
-            ),
-            (
-                "给{name}订一张{time}的桌子。",
-                "{name}要订桌，{time}来。",
-                "我们{time}来，用{name}的名字订桌。",
-                "为{name}留一张桌子，{time}来吃饭。",
-                "帮{name}订桌，{time}到。",
-                "{time}来吃饭，给{name}订一张桌子。",
-                "{name}{time}的桌子是{table}号。",
-            ),
+        (
+            '单词 "{word}" 里有几个 "{letter}"？',
+            '数一数 "{word}" 里的 "{letter}"。',
+            '"{letter}" 在 "{word}" 里有几个？',
+            '看 "{word}"，数出字母 "{letter}"。',
+            '数一下单词 "{word}" 有几个字母 "{letter}"。',
+            '字母 "{letter}" 在单词 "{word}" 里有几个？',
+            '单词 "{word}" 里有{count}个 "{letter}"。',
         ),
-    )
+    ),
+    reverse=(
+        lambda r, zh: dict(word=_word(r)),
+        (
+            'What is "{word}" backwards?',
+            'Spell "{word}" backwards.',
+            'Turn the word "{word}" around.',
+            'Which word is "{word}" when it is turned around?',
+            'Turn "{word}" around for me.',
+            'How is "{word}" spelled backwards?',
+            '"{word}" backwards is "{text}".',
+        ),
+        (
+            '"{word}" 倒过来怎么写？',
+            '把 "{word}" 倒着写。',
+            '把单词 "{word}" 反过来。',
+            '"{word}" 反过来是什么？',
+            '单词 "{word}" 倒着怎么写？',
+            '帮我把 "{word}" 倒过来。',
+            '"{word}" 倒过来是 "{text}"。',
+        ),
+    ),
+)
+
+# %% ../../nbs/data/05_corpus.ipynb #33a8409e
+_REQUESTS |= dict(
+    weather=(
+        lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
+        (
+            "What is the weather in {town} on {date}?",
+            "How will {date} be in {town}?",
+            "Will it rain in {town} on {date}?",
+            "Tell me the weather of {date} in {town}.",
+            "On {date} I am in {town}. What will the weather be?",
+            "Is the weather good in {town} on {date}?",
+            "{town} will have {degrees} degrees and {sky} on {date}.",
+        ),
+        (
+            "{town}{date}天气怎么样？",
+            "我想知道{town}{date}的天气。",
+            "{date}{town}会下雨吗？",
+            "告诉我{date}{town}的天气。",
+            "{date}我在{town}，天气好吗？",
+            "{town}在{date}会是什么天气？",
+            "{town}{date}{degrees}度，{sky}。",
+        ),
+    ),
+    phone=(
+        lambda r, zh: dict(name=_name(r, zh)),
+        (
+            "What is the phone number of {name}?",
+            "Give me the number of {name}.",
+            "I want to call {name}. What is the number?",
+            "How can I reach {name} by phone?",
+            "Find the phone number of {name} for me.",
+            "I would like to phone {name}. Which number is it?",
+            "The number of {name} is {number}.",
+        ),
+        (
+            "{name}的电话是多少？",
+            "给我{name}的号码。",
+            "我想打电话给{name}，号码是什么？",
+            "怎么打电话找{name}？",
+            "查一下{name}的电话号码。",
+            "我要给{name}打电话，电话是多少？",
+            "{name}的电话是{number}。",
+        ),
+    ),
+)
+
+# %% ../../nbs/data/05_corpus.ipynb #9a2f9084
+_REQUESTS |= dict(
+    alarm=(
+        lambda r, zh: dict(time=_time(r)),
+        (
+            "Wake me at {time}.",
+            "Set an alarm for {time}.",
+            "I must get up at {time}.",
+            "An alarm should ring at {time}.",
+            "Can you wake me up at {time}?",
+            "I need an alarm at {time}.",
+            "The alarm rings at {rings}.",
+        ),
+        (
+            "{time}叫醒我。",
+            "定一个{time}的闹钟。",
+            "我{time}要起床。",
+            "闹钟在{time}响。",
+            "请你{time}叫我起床。",
+            "我要一个闹钟，{time}响。",
+            "闹钟{rings}响。",
+        ),
+    ),
+    book=(
+        lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
+        (
+            "Book a table for {name} at {time}.",
+            "Keep a table for {time}, the name is {name}.",
+            "{name} would like a table at {time}.",
+            "We come at {time}. A table for {name}, please.",
+            "Can you book a table at {time} for {name}?",
+            "{name} comes to eat at {time}: book a table.",
+            "{name} has table {table} at {time}.",
+        ),
+        (
+            "给{name}订一张{time}的桌子。",
+            "{name}要订桌，{time}来。",
+            "我们{time}来，用{name}的名字订桌。",
+            "为{name}留一张桌子，{time}来吃饭。",
+            "帮{name}订桌，{time}到。",
+            "{time}来吃饭，给{name}订一张桌子。",
+            "{name}{time}的桌子是{table}号。",
+        ),
+    ),
 )
 
 # %% ../../nbs/data/05_corpus.ipynb #5f9fe095
@@ -1510,6 +1563,8 @@ _SNACKS = (
     ],
     ["梨子", "橙子", "桃子", "苹果", "草莓", "葡萄", "蛋糕", "香蕉"],
 )
+
+# %% ../../nbs/data/05_corpus.ipynb #069aaa50
 _SUMS = [  # the task, the steps, a check, the answer; in English and in Chinese
     (
         (

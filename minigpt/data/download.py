@@ -345,52 +345,52 @@ def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size an
     return job.part, size, digest
 
 # %% ../../nbs/data/02_download.ipynb #576420a2
-def _fetch(
-    job: _Job,  # The file
-    progress: bool,  # Show a bar?
-) -> Path:  # The target
-    "Try until the file is whole, check it, and put it in its place."
-    if job.here():
-        return job.to
-    job.to.parent.mkdir(exist_ok=True)  # not its parents: a Drive that is not mounted is no place
-    have = lambda: job.part.stat().st_size if job.part.exists() else 0
-    tries, best = 0, have()
-    with tqdm(
-        desc=job.to.name, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-    ) as bar:
-        while True:
-            try:
-                got, size, digest = _once(job, bar)
-                break
-            except _Again as e:
-                if have() > best:
-                    tries, best = 0, have()
-                kept = (
-                    f"; {human_size(have())} of it are kept, and the next call goes on from there"
-                    if have()
-                    else ""
-                )
-                if (e.wait or 0) > _PATIENCE:
-                    raise job.error(
-                        f"{e}, and asks to wait for {human_time(e.wait)}; call again after"
-                        f" that{kept}"
-                    ) from None
-                if tries == len(_WAITS):
-                    raise job.error(
-                        f"{e}, {tries + 1} times in a row; look at the connection and call"
-                        f" again{kept}"
-                    ) from None
-                wait = _WAITS[tries] if e.wait is None else e.wait
-                tries += 1
-                bar.set_postfix_str(f"{e}; again in {wait:.0f} s")
-                time.sleep(wait)
-            except OSError as e:
-                if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                raise job.error(
-                    f"the disk is full; make room and call again: {human_size(have())} are kept"
-                ) from None
-        bar.set_postfix_str("")
+def _have(job: _Job) -> int:
+    "Bytes of it that have arrived."
+    return job.part.stat().st_size if job.part.exists() else 0
+
+
+def _pause(job: _Job, e: _Again, tries: int) -> float:
+    "Seconds to wait after so many tries that brought nothing; raises where it is time to give up."
+    kept = (
+        f"; {human_size(have)} of it are kept, and the next call goes on from there"
+        if (have := _have(job))
+        else ""
+    )
+    if (e.wait or 0) > _PATIENCE:
+        raise job.error(
+            f"{e}, and asks to wait for {human_time(e.wait)}; call again after that{kept}"
+        ) from None
+    if tries == len(_WAITS):
+        raise job.error(
+            f"{e}, {tries + 1} times in a row; look at the connection and call again{kept}"
+        ) from None
+    return _WAITS[tries] if e.wait is None else e.wait
+
+
+def _persist(job: _Job, bar: tqdm) -> tuple:  # As of `_once`
+    "Try until the file is whole."
+    tries, best = 0, _have(job)
+    while True:
+        try:
+            return _once(job, bar)
+        except _Again as e:
+            if _have(job) > best:
+                tries, best = 0, _have(job)
+            wait = _pause(job, e, tries)
+            tries += 1
+            bar.set_postfix_str(f"{e}; again in {wait:.0f} s")
+            time.sleep(wait)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise job.error(
+                f"the disk is full; make room and call again: {human_size(_have(job))} are kept"
+            ) from None
+
+# %% ../../nbs/data/02_download.ipynb #49370711
+def _settle(job: _Job, got: Path, size: int | None, digest: str | None):
+    "Check the part, or the target that is right already; keep its record, and put it in its place."
     if got == job.part and (why := _wrong(got, size, digest)):
         job.forget()
         raise job.error(
@@ -409,8 +409,24 @@ def _fetch(
     )
     if got == job.part:
         os.replace(got, job.to)
-        fsync(job.to.parent)  # after the record: a kill between the two costs nothing
+        fsync(job.to.parent)
     job.forget()
+
+
+def _fetch(
+    job: _Job,  # The file
+    progress: bool,  # Show a bar?
+) -> Path:  # The target
+    "Try until the file is whole, check it, and put it in its place."
+    if job.here():
+        return job.to
+    job.to.parent.mkdir(exist_ok=True)  # not its parents: a Drive that is not mounted is no place
+    with tqdm(
+        desc=job.to.name, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
+    ) as bar:
+        arrived = _persist(job, bar)
+        bar.set_postfix_str("")
+    _settle(job, *arrived)
     return job.to
 
 # %% ../../nbs/data/02_download.ipynb #243a0eed

@@ -9,7 +9,8 @@ __all__ = ['split_text', 'cut_conversation', 'prepare', 'prepare_summary']
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from minigpt.data.quality import (
 from minigpt.data.readers import (
     Block,
     DataError,
+    Look,
     Row,
     count_read,
     data_files,
@@ -108,6 +110,11 @@ def _gap(white: str) -> str:
     return "\n\n\n" if white.count("\n") > 3 else white.replace("\r\n", "\n")
 
 
+def _said(messages: list[dict]) -> str:
+    "What the messages say, thoughts included."
+    return "\n".join([x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x])
+
+
 def _cleaned(row: Row, changes: Counter, continues: bool = False) -> Row:
     "The row, written properly; `continues`: the same text as the row before."
     if not row.messages:
@@ -120,9 +127,7 @@ def _cleaned(row: Row, changes: Counter, continues: bool = False) -> Row:
         for k in "content", "reasoning_content":
             if m.get(k):
                 m[k] = clean(m[k], changes)
-    row.text = "\n".join(
-        [x for m in row.messages for x in (m.get("reasoning_content"), m["content"]) if x]
-    )
+    row.text = _said(row.messages)
     return row
 
 # %% ../../nbs/data/07_preparation.ipynb #69da990c
@@ -142,7 +147,118 @@ def _continued(line: bytes) -> bytes:
     "The line of a text that goes on in the next row: no end stands behind it."
     return line[:-2] + b',"ends":false}\n'
 
-# %% ../../nbs/data/07_preparation.ipynb #504efb45
+# %% ../../nbs/data/07_preparation.ipynb #21d06605
+_BLANK = "nothing but white space and control characters"
+
+
+def _useless(row: Row) -> Row | None:
+    "The refusal of a row of which cleaning left too little; None for a good row."
+    if not row.text.strip() and not any(m.get("tool_calls") for m in row.messages or ()):
+        return Row(row.line, reason="empty after cleaning", detail=_BLANK)
+    if row.rejected and row.messages == row.rejected:
+        why = "chosen and rejected are the same after cleaning"
+        return Row(row.line, reason="nothing to learn", detail=why)
+    if any(
+        m["role"] == "assistant"
+        and not (m["content"] or m.get("tool_calls") or m.get("reasoning_content"))
+        for m in (row.messages or []) + (row.rejected or [])
+    ):
+        return Row(row.line, reason="empty after cleaning", detail=f"an answer has {_BLANK}")
+    return None
+
+# %% ../../nbs/data/07_preparation.ipynb #fc600e06
+def _whole(row: Row, tok: Tokenizer, max_seq_len: int) -> list[tuple[Row, int]]:
+    "A preference, refused where one of its sides is too long."
+    n = max(len(tok.encode_chat(side)[0]) for side in (row.messages, row.rejected))
+    if n <= max_seq_len:
+        return [(row, n)]
+    why = f"{n:,} tokens; max_seq_len is {max_seq_len:,}"
+    return [(Row(row.line, reason="too long", detail=why), 0)]
+
+
+def _shortened(
+    row: Row, tok: Tokenizer, max_seq_len: int, changes: Counter
+) -> list[tuple[Row, int]]:
+    "A conversation, cut behind an answer; refused where none fits."
+    short = cut_conversation(row.messages, tok, max_seq_len)
+    if short is None:
+        why = f"not even the first answer ends within max_seq_len={max_seq_len:,} tokens"
+        return [(Row(row.line, reason="too long", detail=why), 0)]
+    if len(short) < len(row.messages):
+        changes["cut behind an answer"] += 1
+        row.messages, row.text = short, _said(short)
+    return [(row, len(tok.encode_chat(short)[0]))]
+
+
+def _split(row: Row, tok: Tokenizer, max_seq_len: int, changes: Counter) -> list[tuple[Row, int]]:
+    "A text in pieces that fit; the last one ends where the text does."
+    count, pieces = lambda text: len(tok.encode_array(text)), [row.text]
+    if count(row.text) > max_seq_len:
+        pieces = _filled(split_text(row.text, lambda t: count(t) <= max_seq_len))
+    if len(pieces) > 1:
+        changes["split"] += 1
+        changes["pieces of split texts"] += len(pieces)
+    last = len(pieces) - 1
+    return [(Row(row.line, p, ends=row.ends and k == last), count(p)) for k, p in enumerate(pieces)]
+
+# %% ../../nbs/data/07_preparation.ipynb #7ae21e8e
+def _fitted(
+    row: Row, tok: Tokenizer | None, max_seq_len: int, changes: Counter
+) -> list[tuple[Row, int]]:
+    "What becomes of a good row: rows with their tokens, a refused one if it is too long."
+    if tok is None:
+        return [(row, 0)]
+    if not max_seq_len:
+        ids = tok.encode_chat(row.messages)[0] if row.messages else tok.encode_array(row.text)
+        return [(row, len(ids))]
+    if row.rejected:
+        return _whole(row, tok, max_seq_len)
+    return (_shortened if row.messages else _split)(row, tok, max_seq_len, changes)
+
+
+def _line(row: Row, marks: bool) -> bytes:
+    "The row as it is written; `marks`: thoughts and calls stand in the texts."
+    write = (lambda ms: [_spoken(m) for m in ms]) if marks else (lambda ms: ms)
+    if row.rejected:
+        made = dict(chosen=write(row.messages), rejected=write(row.rejected))
+    elif row.messages:
+        made = dict(conversations=write(row.messages))
+    else:
+        made = dict(text=row.text)
+    return orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE)
+
+# %% ../../nbs/data/07_preparation.ipynb #6ddfb0b5
+@dataclass
+class _Prepared:
+    "The rows of a block: arrays and lists with an entry for each, and what happened on the way."
+
+    read: int
+    kinds: list[tuple[str, tuple[str, ...]]]  # `read` and `unread` of each good row
+    bad: list[Row]
+    mended: list[Row]
+    changes: Counter
+    lines: list[bytes]
+    numbers: list[int]  # Where each row begins in the source
+    ends: np.ndarray
+    tokens: np.ndarray
+    chars: np.ndarray
+    keys: np.ndarray
+    terms: np.ndarray  # (rows, terms) of the quality
+    near: np.ndarray | None  # (rows, bands) keys; None: near-duplicates are not asked for
+
+    def written(self, low: np.ndarray) -> bytes:
+        "The lines to write, without the rows that are `low`."
+        # not where the piece that follows is left out
+        goes_on = ~self.ends & ~np.append(low[1:], False)
+        return b"".join(
+            [
+                _continued(l) if more else l
+                for l, no, more in zip(self.lines, low, goes_on)
+                if not no
+            ]
+        )
+
+# %% ../../nbs/data/07_preparation.ipynb #cc10bb14
 def _prepare_block(
     block: Block,
     format: str | None,
@@ -150,13 +266,9 @@ def _prepare_block(
     max_seq_len: int,
     marks: bool,
     near: bool,
-) -> dict:
+) -> _Prepared:
     "Worker: the rows of a block, ready to be written."
     changes, good, bad, read, mended, kinds, goes_on = Counter(), [], [], 0, [], [], False
-
-    def no(row, reason, detail):
-        bad.append(Row(row.line, reason=reason, detail=detail))
-
     for row in parse_block(block, format):
         read += 1
         if row.reason:
@@ -166,104 +278,240 @@ def _prepare_block(
         if row.mended:
             mended.append(row)
         row, goes_on = _cleaned(row, changes, goes_on), not row.ends
-        if not row.text.strip() and not any(m.get("tool_calls") for m in row.messages or ()):
-            no(row, "empty after cleaning", "nothing but white space and control characters")
+        if refused := _useless(row):
+            bad.append(refused)
             continue
-        if row.rejected and row.messages == row.rejected:
-            no(row, "nothing to learn", "chosen and rejected are the same after cleaning")
-            continue
-        if any(
-            m["role"] == "assistant"
-            and not (m["content"] or m.get("tool_calls") or m.get("reasoning_content"))
-            for m in (row.messages or []) + (row.rejected or [])
-        ):
-            no(
-                row,
-                "empty after cleaning",
-                "an answer has nothing but white space and control characters",
-            )
-            continue
-        if tok is None:
-            good.append((row, 0))
-            continue
-        if not max_seq_len:
-            good.append(
-                (
-                    row,
-                    len(tok.encode_chat(row.messages)[0])
-                    if row.messages
-                    else len(tok.encode_array(row.text)),
-                )
-            )
-            continue
-        if row.rejected:
-            n = max(len(tok.encode_chat(side)[0]) for side in (row.messages, row.rejected))
-            if n > max_seq_len:
-                no(row, "too long", f"{n:,} tokens; max_seq_len is {max_seq_len:,}")
+        for made, n in _fitted(row, tok, max_seq_len, changes):
+            if made.reason:
+                bad.append(made)
             else:
-                good.append((row, n))
-        elif row.messages:
-            short = cut_conversation(row.messages, tok, max_seq_len)
-            if short is None:
-                no(
-                    row,
-                    "too long",
-                    f"not even the first answer ends within max_seq_len={max_seq_len:,} tokens",
-                )
-                continue
-            if len(short) < len(row.messages):
-                changes["cut behind an answer"] += 1
-                row.messages = short
-                row.text = "\n".join(
-                    [x for m in short for x in (m.get("reasoning_content"), m["content"]) if x]
-                )
-            good.append((row, len(tok.encode_chat(short)[0])))
-        else:
-            n = len(tok.encode_array(row.text))
-            pieces = (
-                [row.text]
-                if n <= max_seq_len
-                else _filled(
-                    split_text(row.text, lambda t: len(tok.encode_array(t)) <= max_seq_len)
-                )
-            )
-            if len(pieces) > 1:
-                changes["split"] += 1
-                changes["pieces of split texts"] += len(pieces)
-            good += [
-                (Row(row.line, p, ends=row.ends and k == len(pieces) - 1), len(tok.encode_array(p)))
-                for k, p in enumerate(pieces)
-            ]
+                good.append((made, n))
     rows = [r for r, _ in good]
-    lines, keys = [], np.empty(len(rows), np.uint64)
-    for i, r in enumerate(rows):
-        keys[i] = row_key(r)
-        write = (lambda ms: [_spoken(m) for m in ms]) if marks else (lambda ms: ms)
-        lines.append(
-            orjson.dumps(
-                dict(chosen=write(r.messages), rejected=write(r.rejected))
-                if r.rejected
-                else dict(conversations=write(r.messages))
-                if r.messages
-                else dict(text=r.text),
-                option=orjson.OPT_APPEND_NEWLINE,
-            )
-        )
-    return dict(
+    return _Prepared(
         read=read,
         kinds=kinds,
-        ends=np.array([r.ends for r in rows], bool),
         bad=bad,
         mended=mended,
         changes=changes,
-        lines=lines,
+        lines=[_line(r, marks) for r in rows],
         numbers=[r.line for r in rows],
+        ends=np.array([r.ends for r in rows], bool),
         tokens=np.array([n for _, n in good], np.int64),
         chars=np.array([len(r.text) for r in rows], np.int64),
-        keys=keys,
+        keys=np.array([row_key(r) for r in rows], np.uint64),
         terms=score(rows) if rows else np.ones((0, len(TERMS))),
         near=band_keys([r.text for r in rows]) if near and rows else None,
     )
+
+# %% ../../nbs/data/07_preparation.ipynb #2e26b7b5
+def _check_numbers(max_seq_len: int, min_quality: float, on_bad_row: str):
+    if max_seq_len < 0 or 0 < max_seq_len < 16:
+        raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
+    if not 0 <= min_quality <= 1:
+        raise ValueError(f"min_quality={min_quality} must be from 0 to 1")
+    if on_bad_row not in ("skip", "error"):
+        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+
+
+def _output(out: str | Path | None) -> Path:
+    out = at_home(out) if out else data_dir() / "dataset/preprocessed"
+    if out.suffix in (".gz", ".zst", ".txt"):
+        raise ValueError(
+            f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines,"
+            " not packed"
+        )
+    return out
+
+# %% ../../nbs/data/07_preparation.ipynb #22d46844
+def _is_file(out: Path) -> bool:
+    return out.suffix in (".jsonl", ".json")
+
+
+def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
+    "The file that each of the files is written to; an error where that would destroy something."
+    stem = lambda f: f.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[0] + ".jsonl"
+    targets = [out] * len(files) if _is_file(out) else [out / stem(f) for f in files]
+    for t in targets:
+        if t.exists() and t.resolve() in [x.resolve() for x in files]:
+            raise DataError(f"{t} is one of the files that are read; name another output")
+        if (t.parent / "run.json").exists():
+            raise FileExistsError(f"{t} would be in a run's folder; name another output")
+        if t.exists() and not overwrite:
+            raise FileExistsError(
+                f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to"
+                " replace it when the new one is whole"
+            )
+    if len({*targets}) < len(files) and not _is_file(out):
+        raise DataError(
+            f"two of the files would be written as one: {', '.join(map(str, files))}; rename one,"
+            " or prepare them one after the other"
+        )
+    return targets
+
+# %% ../../nbs/data/07_preparation.ipynb #cfef49cc
+def _counting(
+    tokenizer: Tokenizer | str | Path | None, needed: bool, files: list[Path], format, **how
+) -> Tokenizer | None:
+    "The tokenizer that counts; None where none is given and none is needed."
+    if tokenizer is not None or not needed:
+        return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if (data_dir() / "tokenizer" / "tokenizer.json").exists():
+        return load_tokenizer(data_dir() / "tokenizer")
+    check_text(files, format, **how)
+    return train_tokenizer(sample_texts(files, **how))
+
+# %% ../../nbs/data/07_preparation.ipynb #1f48400d
+class _Judge:
+    "Gives each row its quality; it remembers the rows of all blocks."
+
+    def __init__(self, least: float):  # Quality of a row that is kept; 0: all are kept
+        self.least = least
+        self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
+
+    def again(self, w: _Prepared) -> np.ndarray:
+        "(rows,) bool: has it been there before?"
+        again = self.exact.add(w.keys)
+        if w.near is not None:
+            use = w.near.any(1)
+            again[use] |= np.any([s.add(w.near[use, b]) for b, s in enumerate(self.bands)], axis=0)
+        return again
+
+    def __call__(self, w: _Prepared) -> tuple[np.ndarray, np.ndarray]:
+        "(rows,) quality, and bool: is it too low? Those rows are added to `bad`."
+        again = self.again(w)
+        w.terms[:, TERMS.index("duplication")] = np.where(again, 0.2, 1)
+        q = w.terms.prod(1)
+        low = q < self.least
+        for i in np.flatnonzero(low):
+            worst = f"low quality: {TERMS[int(w.terms[i].argmin())]}"
+            why = "duplicate" if again[i] else worst
+            w.bad.append(Row(w.numbers[i], reason=why, detail=f"quality {q[i]:.2f}"))
+        return q, low
+
+# %% ../../nbs/data/07_preparation.ipynb #32fdabee
+@dataclass
+class _Tally:
+    "What was read, kept, changed and refused so far."
+
+    table: dict  # Of `read_table`
+    judge: _Judge
+    read: int = 0
+    kept: int = 0
+    quality: float = 0.0  # This and the next two: sums over the rows that were kept
+    chars: int = 0
+    tokens: int = 0
+    changes: Counter = field(default_factory=Counter)
+    rejected: dict = field(default_factory=dict)
+    mended: dict = field(default_factory=dict)
+
+    def add(self, block: Block, w: _Prepared) -> np.ndarray:
+        "Count the rows of a block; (rows,) bool: is the row left out?"
+        q, low = self.judge(w)
+        count_refused(self.rejected, block, w.bad)
+        count_read(self.table, block.path, w.kinds)
+        for r in w.mended:
+            count_refused(self.mended, block, [Row(r.line, reason=m) for m in r.mended])
+        self.read += w.read
+        self.changes += w.changes
+        self.kept += int((~low).sum())
+        self.quality += q[~low].sum()
+        self.chars += int(w.chars[~low].sum())
+        self.tokens += int(w.tokens[~low].sum())
+        return low
+
+    def result(self, files: list[Path], made: list[str], passed: list[str], counted: bool) -> dict:
+        "The result, from the names of what was read, written and passed over."
+        return dict(
+            original_samples=self.read,
+            processed_samples=self.kept,
+            quality_score=float(self.quality) / max(1, self.kept),
+            average_length=self.chars / max(1, self.kept),
+            average_tokens=self.tokens / max(1, self.kept) if counted else None,
+            rejected=self.rejected,
+            mended=self.mended,
+            changes=dict(self.changes),
+            files=[str(f) for f in files],
+            output=made[0] if len(made) == 1 else made or None,
+            read=self.table,
+            passed_over=passed,
+        )
+
+# %% ../../nbs/data/07_preparation.ipynb #cb072bf7
+@contextlib.contextmanager
+def _appearing(
+    targets: list[Path | None], out: Path
+) -> Iterator[tuple[dict, list[str]]]:  # Target → open file; the names of those that appeared
+    "Files that appear when the block ends well; one without content does not."
+    opened, made = {}, []
+    try:
+        for t in dict.fromkeys(t for t in targets if t):
+            t.parent.mkdir(parents=True, exist_ok=True)
+            opened[t] = open_new(hidden(t, "tmp"), -1)
+        yield opened, made
+        for t, f in opened.items():
+            f.flush()
+            os.fsync(f.fileno())
+            size = f.tell()
+            f.close()
+            if size:
+                os.replace(hidden(t, "tmp"), t)
+                fsync(t.parent)
+                made.append(str(t))
+    except OSError as e:
+        raise OSError(
+            e.errno, f"{e.strerror or e}; nothing that was there is changed", str(e.filename or out)
+        ) from None
+    finally:
+        for t, f in opened.items():
+            with contextlib.suppress(OSError):
+                f.close()
+            with contextlib.suppress(OSError):
+                hidden(t, "tmp").unlink()
+
+# %% ../../nbs/data/07_preparation.ipynb #e0b89ceb
+def _blocks(
+    pairs: Iterable[tuple[Path, Path | None]], looks: dict[Path, Look], columns: dict | None
+) -> Iterator[tuple[Path | None, Block]]:
+    "The blocks of each file, with its target."
+    return ((t, b) for f, t in pairs for b in read_blocks(f, look=looks[f], columns=columns))
+
+
+def _write_blocks(
+    blocks: Iterable[tuple[Path | None, Block]],  # Targets, and what is to be written there
+    how: tuple,  # What else `_prepare_block` is given
+    tally: _Tally,
+    opened: dict,  # Target → file
+    stop: bool,  # At the first row that is refused?
+    threads: int,
+    files: list[Path],  # That are read
+    total: int,  # Their bytes
+    progress: bool,
+):
+    "Prepare the blocks side by side, and write what is kept."
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="preparing" if opened else "validating",
+        disable=not progress or total < 8e6,
+        leave=False,
+    ) as bar:
+        work = lambda tb: _prepare_block(tb[1], *how)
+        for (target, block), w in spread(work, blocks, threads, total > 16e6):
+            if w.bad and stop:
+                raise DataError(
+                    f"{block.path} line {w.bad[0].line}: {w.bad[0].reason}."
+                    f" {w.bad[0].detail}. Mend the row, or pass on_bad_row='skip'"
+                )
+            low = tally.add(block, w)
+            if target:
+                opened[target].write(w.written(low))
+            bar.update(min(block.size, total - bar.n))
+    if opened and not tally.kept:
+        why = "; ".join(
+            f"{v['count']:,} × {k} ({v['examples'][0]})" for k, v in tally.rejected.items()
+        )
+        raise DataError(f"nothing of {', '.join(map(str, files))} is left: {why or 'no rows'}")
 
 # %% ../../nbs/data/07_preparation.ipynb #4e9dacf1
 def prepare(
@@ -299,199 +547,27 @@ def prepare(
 
     The result has original_samples, processed_samples, quality_score, average_length (characters),
     average_tokens, rejected and mended (reason → count and examples), changes, files, output."""
-    if max_seq_len < 0 or 0 < max_seq_len < 16:
-        raise ValueError(f"max_seq_len={max_seq_len} must be 0 (any length) or at least 16 tokens")
-    if not 0 <= min_quality <= 1:
-        raise ValueError(f"min_quality={min_quality} must be from 0 to 1")
-    if on_bad_row not in ("skip", "error"):
-        raise ValueError(f"on_bad_row={on_bad_row!r} must be 'skip' or 'error'")
+    _check_numbers(max_seq_len, min_quality, on_bad_row)
     validate_only = validate_only or analyze and out is None
-    passed = []
-    files = data_files(
-        locate(source) if isinstance(source, (str, Path)) else source, passed.append, encoding
-    )
+    max_seq_len, passed = 0 if validate_only else max_seq_len, []
+    source = locate(source) if isinstance(source, (str, Path)) else source
+    files = data_files(source, passed.append, encoding)
     no_tables(files, format)
-    stem = lambda f: f.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[0] + ".jsonl"
-    out = at_home(out) if out else data_dir() / "dataset/preprocessed"
-    if out.suffix in (".gz", ".zst", ".txt"):
-        raise ValueError(
-            f"out={str(out)!r} must be a .jsonl file, or a folder: what is written are JSON lines,"
-            " not packed"
-        )
-    targets = (
-        [None] * len(files)
-        if validate_only
-        else (
-            [out] * len(files)
-            if out.suffix in (".jsonl", ".json")
-            else [out / stem(f) for f in files]
-        )
-    )
-    for t in targets:
-        if t and t.exists() and t.resolve() in [x.resolve() for x in files]:
-            raise DataError(f"{t} is one of the files that are read; name another output")
-        if t and (t.parent / "run.json").exists():
-            raise FileExistsError(f"{t} would be in a run's folder; name another output")
-        if t and t.exists() and not overwrite:
-            raise FileExistsError(
-                f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to"
-                " replace it when the new one is whole"
-            )
-    if len({*targets}) < len(files) and out.suffix not in (".jsonl", ".json") and not validate_only:
-        raise DataError(
-            f"two of the files would be written as one: {', '.join(map(str, files))}; rename one,"
-            " or prepare them one after the other"
-        )
-    how, looks = dict(encoding=encoding, columns=columns), {f: look_at(f, encoding) for f in files}
-    table = read_table(looks)
-    tok = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
-    if max_seq_len and not validate_only and tok is None:
-        tok = (
-            load_tokenizer(data_dir() / "tokenizer")
-            if (data_dir() / "tokenizer" / "tokenizer.json").exists()
-            else None
-        )
-    if max_seq_len and not validate_only and tok is None:
-        check_text(files, format, **how)
-        tok = train_tokenizer(sample_texts(files, **how))
+    out = _output(out)
+    targets = [None] * len(files) if validate_only else _targets(files, out, overwrite)
+    looks = {f: look_at(f, encoding) for f in files}
+    tally = _Tally(read_table(looks), _Judge(min_quality if quality_filter else 0))
+    tok = _counting(tokenizer, max_seq_len > 0, files, format, encoding=encoding, columns=columns)
+    how = format, tok, max_seq_len, add_special_tokens, near_duplicates
+    blocks = _blocks(zip(files, targets), looks, columns)
     total = sum(f.stat().st_size for f in files)
-    rejected, mended, changes, read, kept, quality, chars, tokens = (
-        {},
-        {},
-        Counter(),
-        0,
-        0,
-        0.0,
-        0,
-        0,
-    )
-    exact, bands, opened = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)], {}
-    try:
-        for t in dict.fromkeys(t for t in targets if t):
-            t.parent.mkdir(parents=True, exist_ok=True)
-            opened[t] = open_new(hidden(t, "tmp"), -1)
-        with tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc="validating" if validate_only else "preparing",
-            disable=not progress or total < 8e6,
-            leave=False,
-        ) as bar:
-            blocks = (
-                (t, b)
-                for f, t in zip(files, targets)
-                for b in read_blocks(f, look=looks[f], columns=columns)
-            )
-            for (target, block), w in spread(
-                lambda tb: _prepare_block(
-                    tb[1],
-                    format,
-                    tok,
-                    0 if validate_only else max_seq_len,
-                    add_special_tokens,
-                    near_duplicates,
-                ),
-                blocks,
-                threads or os.cpu_count() or 1,
-                total > 16e6,
-            ):
-                if w["bad"] and on_bad_row == "error":
-                    raise DataError(
-                        f"{block.path} line {w['bad'][0].line}: {w['bad'][0].reason}."
-                        f" {w['bad'][0].detail}. Mend the row, or pass on_bad_row='skip'"
-                    )
-                again = exact.add(w["keys"])
-                if w["near"] is not None:
-                    use = w["near"].any(1)
-                    again[use] |= np.any(
-                        [s.add(w["near"][use, b]) for b, s in enumerate(bands)], axis=0
-                    )
-                w["terms"][:, TERMS.index("duplication")] = np.where(again, 0.2, 1)
-                q = w["terms"].prod(1)
-                low = q < min_quality if quality_filter else np.zeros(len(q), bool)
-                w["bad"] += [
-                    Row(
-                        w["numbers"][i],
-                        reason=(
-                            "duplicate"
-                            if again[i]
-                            else f"low quality: {TERMS[int(w['terms'][i].argmin())]}"
-                        ),
-                        detail=f"quality {q[i]:.2f}",
-                    )
-                    for i in np.flatnonzero(low)
-                ]
-                count_refused(rejected, block, w["bad"])
-                count_read(table, block.path, w["kinds"])
-                for r in w["mended"]:
-                    count_refused(mended, block, [Row(r.line, reason=m) for m in r.mended])
-                read += w["read"]
-                changes += w["changes"]
-                kept += int((~low).sum())
-                quality += q[~low].sum()
-                chars += int(w["chars"][~low].sum())
-                tokens += int(w["tokens"][~low].sum())
-                # not where the piece that follows is left out
-                goes_on = ~w["ends"] & ~np.append(low[1:], False)
-                if target:
-                    opened[target].write(
-                        b"".join(
-                            [
-                                _continued(l) if more else l
-                                for l, no, more in zip(w["lines"], low, goes_on)
-                                if not no
-                            ]
-                        )
-                    )
-                bar.update(min(block.size, total - bar.n))
-        if not kept and not validate_only:
-            raise DataError(
-                f"nothing of {', '.join(map(str, files))} is left: "
-                + (
-                    "; ".join(
-                        f"{v['count']:,} × {k} ({v['examples'][0]})" for k, v in rejected.items()
-                    )
-                    or "no rows"
-                )
-            )
-        made = []
-        for t, f in opened.items():
-            f.flush()
-            os.fsync(f.fileno())
-            size = f.tell()
-            f.close()
-            if size:
-                os.replace(hidden(t, "tmp"), t)
-                fsync(t.parent)
-                made.append(str(t))  # of a file without a good row nothing is written
-    except OSError as e:
-        raise OSError(
-            e.errno, f"{e.strerror or e}; nothing that was there is changed", str(e.filename or out)
-        ) from None
-    finally:
-        for t, f in opened.items():
-            with contextlib.suppress(OSError):
-                f.close()
-            with contextlib.suppress(OSError):
-                hidden(t, "tmp").unlink()
-    result = dict(
-        original_samples=read,
-        processed_samples=kept,
-        quality_score=float(quality) / max(1, kept),
-        average_length=chars / max(1, kept),
-        average_tokens=tokens / max(1, kept) if tok else None,
-        rejected=rejected,
-        mended=mended,
-        changes=dict(changes),
-        files=[str(f) for f in files],
-        output=made[0] if len(made) == 1 else made or None,
-        read=table,
-        passed_over=passed,
-    )
-    return result | (
-        dict(report=_analyze(made or files, tok, progress=progress)) if analyze else {}
-    )
+    stop, threads = on_bad_row == "error", threads or os.cpu_count() or 1
+    with _appearing(targets, out) as (opened, made):
+        _write_blocks(blocks, how, tally, opened, stop, threads, files, total, progress)
+    result = tally.result(files, made, passed, tok is not None)
+    if analyze:
+        result["report"] = _analyze(made or files, tok, progress=progress)
+    return result
 
 # %% ../../nbs/data/07_preparation.ipynb #5bb6da98
 def prepare_summary(

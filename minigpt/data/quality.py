@@ -350,86 +350,88 @@ def band_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
     return keys
 
 # %% ../../nbs/data/04_quality.ipynb #d188bb06
-TOPICS = {
-    k: v.split()
-    for k, v in dict(
-        code=(
-            "def class import return function print python java code script loop integer string"
-            " compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段"
-            " 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言"
-        ),
-        mathematics=(
-            "equation number sum triangle angle probability divided multiply equals calculate"
-            " fraction percent square root solve formula graph total 方程 计算 数学 概率 函数"
-            " 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合"
-        ),
-        science=(
-            "energy atom cell species physics chemical planet temperature experiment light force"
-            " mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物"
-            " 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应"
-        ),
-        history=(
-            "century war king empire dynasty battle emperor ancient ruled army colony revolution"
-            " treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国"
-            " 明朝 清朝 唐代 宋代 皇 统治 史"
-        ),
-        literature=(
-            "poem novel story poet author character chapter verse poems poetry tale fiction"
-            " literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人"
-            " 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗"
-        ),
-        arts=(
-            "music song painting film actor album artist dance concert singer band artists movie"
-            " theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队"
-            " 作曲 戏剧 书法 摄影 音乐会 演出"
-        ),
-        health=(
-            "doctor patient disease health medical treatment symptoms hospital sleep exercise diet"
-            " blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠"
-            " 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒"
-        ),
-        food=(
-            "recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce"
-            " minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉"
-            " 面粉 牛奶 菜 汤 食材 炒"
-        ),
-        travel=(
-            "travel hotel flight city tourist visit beach museum trip island mountain train tour"
-            " guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机"
-            " 火车 公园 古镇 导游 美食"
-        ),
-        business=(
-            "company market price customer product sales investment bank money business financial"
-            " marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济"
-            " 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作"
-        ),
-        law=(
-            "law court rights contract legal government policy police crime act president election"
-            " state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家"
-            " 制度 权力"
-        ),
-        education=(
-            "school student teacher learn exam university homework lesson students teachers"
-            " classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育"
-            " 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文"
-        ),
-        sports=(
-            "team game player score match football basketball season players league championship"
-            " goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练"
-            " 奥运会 运动 锦标赛 联赛 跑步 游泳"
-        ),
-        technology=(
-            "computer software internet phone data network device model app website online digital"
-            " ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能"
-            " 技术 平台 用户 机器人 应用 算法 科技 计算机"
-        ),
-        daily_life=(
-            "family friend home mother weather morning dinner child birthday house love feel people"
-            " day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸"
-            " 回家 晚上 工作 心情 感受 时间"
-        ),
-    ).items()
-}
+_LEARNING = dict(
+    code=(
+        "def class import return function print python java code script loop integer string"
+        " compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段"
+        " 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言"
+    ),
+    mathematics=(
+        "equation number sum triangle angle probability divided multiply equals calculate"
+        " fraction percent square root solve formula graph total 方程 计算 数学 概率 函数"
+        " 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合"
+    ),
+    science=(
+        "energy atom cell species physics chemical planet temperature experiment light force"
+        " mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物"
+        " 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应"
+    ),
+    history=(
+        "century war king empire dynasty battle emperor ancient ruled army colony revolution"
+        " treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国"
+        " 明朝 清朝 唐代 宋代 皇 统治 史"
+    ),
+    literature=(
+        "poem novel story poet author character chapter verse poems poetry tale fiction"
+        " literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人"
+        " 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗"
+    ),
+    arts=(
+        "music song painting film actor album artist dance concert singer band artists movie"
+        " theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队"
+        " 作曲 戏剧 书法 摄影 音乐会 演出"
+    ),
+)
+
+# %% ../../nbs/data/04_quality.ipynb #adb9a44c
+_LIVING = dict(
+    health=(
+        "doctor patient disease health medical treatment symptoms hospital sleep exercise diet"
+        " blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠"
+        " 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒"
+    ),
+    food=(
+        "recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce"
+        " minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉"
+        " 面粉 牛奶 菜 汤 食材 炒"
+    ),
+    travel=(
+        "travel hotel flight city tourist visit beach museum trip island mountain train tour"
+        " guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机"
+        " 火车 公园 古镇 导游 美食"
+    ),
+    business=(
+        "company market price customer product sales investment bank money business financial"
+        " marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济"
+        " 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作"
+    ),
+    law=(
+        "law court rights contract legal government policy police crime act president election"
+        " state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家"
+        " 制度 权力"
+    ),
+    education=(
+        "school student teacher learn exam university homework lesson students teachers"
+        " classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育"
+        " 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文"
+    ),
+    sports=(
+        "team game player score match football basketball season players league championship"
+        " goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练"
+        " 奥运会 运动 锦标赛 联赛 跑步 游泳"
+    ),
+    technology=(
+        "computer software internet phone data network device model app website online digital"
+        " ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能"
+        " 技术 平台 用户 机器人 应用 算法 科技 计算机"
+    ),
+    daily_life=(
+        "family friend home mother weather morning dinner child birthday house love feel people"
+        " day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸"
+        " 回家 晚上 工作 心情 感受 时间"
+    ),
+)
+TOPICS = {k: v.split() for k, v in (_LEARNING | _LIVING).items()}
 
 # %% ../../nbs/data/04_quality.ipynb #7be5c24f
 @cache
@@ -474,116 +476,123 @@ def language(text: str) -> str:
         ) from None
     return detect(text, model="lite")[0]["lang"]
 
-# %% ../../nbs/data/04_quality.ipynb #39100c9a
+# %% ../../nbs/data/04_quality.ipynb #2699ace1
+def _most(shares: dict, n: int) -> str:
+    "The largest of some shares, in words."
+    return ", ".join(
+        f"{k} {v:.0%}" for k, v in sorted(shares.items(), key=lambda kv: -kv[1])[:n] if v >= 0.005
+    )
+
+
+def _read_lines(r: dict) -> list[tuple[str, str]]:
+    "Which files were read, as what, and how many rows and characters they have."
+    files = (f"{f['name']} ({human_size(f['size'])}; {f['look']})" for f in r["files"])
+    said = [*reading(r.get("read", {})), *r.get("passed_over", ())]
+    kinds = ", ".join(f"{n:,} {k}s" for k, n in r["kinds"].items())
+    refused = sum(v["count"] for v in r["format_errors"].values())
+    lengths = r["length_distribution"]
+    q, t = lengths["characters"], lengths.get("tokens")
+    out = [
+        ("files", "; ".join(files)),
+        *(("read" if i == 0 else "", line) for i, line in enumerate(said)),
+        ("rows", f"{r['total_samples']:,} good ({kinds}), {refused:,} refused"),
+        (
+            "length",
+            f"{r['average_length']:,.0f} characters on average; half have {q['25%']:,.0f} to"
+            f" {q['75%']:,.0f}, the longest {q['max']:,}",
+        ),
+    ]
+    if t:
+        out.append(
+            (
+                "",
+                f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to {t['75%']:,.0f},"
+                f" the longest {t['max']:,} ({t['sample']:,} rows sampled)",
+            )
+        )
+    return out
+
+# %% ../../nbs/data/04_quality.ipynb #4fd4b54b
+def _text_lines(r: dict) -> list[tuple[str, str]]:
+    "Quality, duplicates, languages and topics."
+    near, spoken = r["near_duplicate_rate"], r["language_diversity"]["languages"]
+    issues = ", ".join(f"{v['count']:,} × {k}" for k, v in r["encoding_issues"].items())
+    return [
+        (
+            "quality",
+            f"{r['quality_score']:.3f} on average; {r['low_quality_rate']:.2%} of the rows below"
+            " 0.5",
+        ),
+        (
+            "duplicates",
+            f"{r['duplicate_rate']:.2%} exact"
+            + (f", {near:.2%} more nearly" if near is not None else ""),
+        ),
+        (
+            "languages",
+            f"{_most(spoken, 6)} ({r['sampled']:,} rows sampled)" if spoken else "too few texts",
+        ),
+        ("characters", _most(r["language_diversity"]["characters"], 8)),
+        ("topics", _most(r["topic_coverage"], 8) or "none found"),
+        ("encoding", issues or "no trouble"),
+    ]
+
+
+def _chat_lines(r: dict) -> list[tuple[str, str]]:
+    "How many answers conversations have, and what is special about them."
+    if not (c := r["conversation_turns"]):
+        return []
+    shares = ", ".join(f"{k}: {v:.0%}" for k, v in c["distribution"].items())
+    return [
+        ("answers", f"{c['average']:.2f} a conversation; {shares}"),
+        (
+            "special rows",
+            f"{r['tool_call_frequency']:.2%} call tools, {r['reasoning_frequency']:.2%} think,"
+            f" {r['ultra_think_frequency']:.2%} ultra-think",
+        ),
+    ]
+
+
+def _trouble_lines(r: dict) -> list[tuple[str, str]]:
+    "What was refused, mended or looks wrong, the most frequent first, with a place for each."
+    return [
+        (what if i == 0 else "", f"{v['count']:,} × {k} ({v['examples'][0]['where']})")
+        for what, name in (
+            ("refused", "format_errors"),
+            ("mended", "mended"),
+            ("troubles", "troubles"),
+        )
+        for i, (k, v) in enumerate(sorted(r[name].items(), key=lambda kv: -kv[1]["count"]))
+    ]
+
+# %% ../../nbs/data/04_quality.ipynb #d57e4013
+def _figure(r: dict):
+    fig = figure(figsize=(9, 4.5), dpi=80, layout="constrained")
+    (a, b), (c, d) = fig.subplots(2, 2)
+    n = np.array(r["length_distribution"]["histogram"])
+    edges = 2.0 ** np.arange(len(n) + 1)
+    a.stairs(n, edges, fill=True)
+    a.set(xscale="log", xlabel="characters", ylabel="rows", title="length")
+    b.stairs(r["quality_histogram"], np.linspace(0, 1, 21), fill=True)
+    b.axvline(0.5, color="black", lw=0.8, ls=":")
+    b.set(xlabel="quality", ylabel="rows", title=f"quality, {r['quality_score']:.2f} on average")
+    for ax, table, title in (
+        (c, r["language_diversity"]["characters"], "characters"),
+        (d, r["topic_coverage"], f"topics of {r['sampled']:,} rows"),
+    ):
+        rows = sorted(((k, v) for k, v in table.items() if v > 0.002), key=lambda kv: kv[1])[-9:]
+        ax.barh([k for k, _ in rows], [100 * v for _, v in rows])
+        ax.set(xlabel="%", title=title)
+    return fig
+
+# %% ../../nbs/data/04_quality.ipynb #d071f9df
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
 
     def lines(self) -> list[tuple[str, str]]:
         "The table, as pairs of a name and a value."
-        r, share = self, lambda x: f"{x:.2%}"
-        top = lambda d, n=6: ", ".join(
-            f"{k} {v:.0%}" for k, v in sorted(d.items(), key=lambda kv: -kv[1])[:n] if v >= 0.005
-        )
-        t = r["length_distribution"].get("tokens")
-        q = r["length_distribution"]["characters"]
-        out = [
-            (
-                "files",
-                "; ".join(
-                    f"{f['name']} ({human_size(f['size'])}; {f['look']})" for f in r["files"]
-                ),
-            ),
-            *(
-                ("read" if i == 0 else "", line)
-                for i, line in enumerate([*reading(r.get("read", {})), *r.get("passed_over", ())])
-            ),
-            (
-                "rows",
-                (
-                    f"{r['total_samples']:,} good"
-                    f" ({', '.join(f'{n:,} {k}s' for k, n in r['kinds'].items())}),"
-                    f" {sum(v['count'] for v in r['format_errors'].values()):,} refused"
-                ),
-            ),
-            (
-                "length",
-                (
-                    f"{r['average_length']:,.0f} characters on average; half have {q['25%']:,.0f}"
-                    f" to {q['75%']:,.0f}, the longest {q['max']:,}"
-                ),
-            ),
-            *(
-                [
-                    (
-                        "",
-                        (
-                            f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to"
-                            f" {t['75%']:,.0f}, the longest {t['max']:,} ({t['sample']:,} rows"
-                            " sampled)"
-                        ),
-                    )
-                ]
-                if t
-                else []
-            ),
-            (
-                "quality",
-                (
-                    f"{r['quality_score']:.3f} on average; {share(r['low_quality_rate'])} of the"
-                    " rows below 0.5"
-                ),
-            ),
-            (
-                "duplicates",
-                f"{share(r['duplicate_rate'])} exact"
-                + (
-                    f", {share(r['near_duplicate_rate'])} more nearly"
-                    if r["near_duplicate_rate"] is not None
-                    else ""
-                ),
-            ),
-            (
-                "languages",
-                (
-                    top(r["language_diversity"]["languages"]) + f" ({r['sampled']:,} rows sampled)"
-                    if r["language_diversity"]["languages"]
-                    else "too few texts"
-                ),
-            ),
-            ("characters", top(r["language_diversity"]["characters"], 8)),
-            ("topics", top(r["topic_coverage"], 8) or "none found"),
-            (
-                "encoding",
-                ", ".join(f"{v['count']:,} × {k}" for k, v in r["encoding_issues"].items())
-                or "no trouble",
-            ),
-        ]
-        if c := r["conversation_turns"]:
-            out += [
-                (
-                    "answers",
-                    f"{c['average']:.2f} a conversation; "
-                    + ", ".join(f"{k}: {v:.0%}" for k, v in c["distribution"].items()),
-                ),
-                (
-                    "special rows",
-                    (
-                        f"{share(r['tool_call_frequency'])} call tools,"
-                        f" {share(r['reasoning_frequency'])} think,"
-                        f" {share(r['ultra_think_frequency'])} ultra-think"
-                    ),
-                ),
-            ]
-        for what, found in (
-            ("refused", r["format_errors"]),
-            ("mended", r["mended"]),
-            ("troubles", r["troubles"]),
-        ):
-            out += [
-                (what if i == 0 else "", f"{v['count']:,} × {k} ({v['examples'][0]['where']})")
-                for i, (k, v) in enumerate(sorted(found.items(), key=lambda kv: -kv[1]["count"]))
-            ]
-        return out
+        parts = _read_lines, _text_lines, _chat_lines, _trouble_lines
+        return [line for part in parts for line in part(self)]
 
     def __str__(self):
         return "\n".join(f"{k:13}{v}" for k, v in self.lines())
@@ -614,29 +623,7 @@ class Report(dict):
 
     def figure(self):
         "Lengths, quality, characters and topics, as a Matplotlib figure that a notebook shows."
-        fig = figure(figsize=(9, 4.5), dpi=80, layout="constrained")
-        (a, b), (c, d) = fig.subplots(2, 2)
-        n = np.array(self["length_distribution"]["histogram"])
-        edges = 2.0 ** np.arange(len(n) + 1)
-        a.stairs(n, edges, fill=True)
-        a.set(xscale="log", xlabel="characters", ylabel="rows", title="length")
-        b.stairs(self["quality_histogram"], np.linspace(0, 1, 21), fill=True)
-        b.axvline(0.5, color="black", lw=0.8, ls=":")
-        b.set(
-            xlabel="quality",
-            ylabel="rows",
-            title=f"quality, {self['quality_score']:.2f} on average",
-        )
-        for ax, table, title in (
-            (c, self["language_diversity"]["characters"], "characters"),
-            (d, self["topic_coverage"], f"topics of {self['sampled']:,} rows"),
-        ):
-            rows = sorted(((k, v) for k, v in table.items() if v > 0.002), key=lambda kv: kv[1])[
-                -9:
-            ]
-            ax.barh([k for k, _ in rows], [100 * v for _, v in rows])
-            ax.set(xlabel="%", title=title)
-        return fig
+        return _figure(self)
 
 # %% ../../nbs/data/04_quality.ipynb #b328fcbf
 def encoding_troubles(text: str) -> list[str]:  # Empty for a text as it should be
@@ -752,7 +739,174 @@ class _Rows:
             self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
         return self.all[i]
 
-# %% ../../nbs/data/04_quality.ipynb #4ec70c25
+# %% ../../nbs/data/04_quality.ipynb #38a49c1c
+def _scattered(lines: np.ndarray, block: int) -> np.ndarray:
+    "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."
+    x = (lines.astype(np.uint64) + np.uint64(block << 32)) * np.uint64(
+        0x9E3779B97F4A7C15
+    ) + np.arange(len(lines), dtype=np.uint64)
+    for shift, m in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
+        x = (x ^ x >> np.uint64(shift)) * np.uint64(m)
+    return x ^ x >> np.uint64(31)
+
+# %% ../../nbs/data/04_quality.ipynb #17e30706
+SAMPLE = 2000  # rows of which languages, topics and tokens are counted
+
+
+class _Sample:
+    "The rows with the smallest numbers, with the names of their files."
+
+    def __init__(self):
+        self.heap = []  # (-number, block, place in it, name, row)
+
+    def add(self, block: int, name: str, rows: _Rows):
+        "Draw from another block."
+        # a number for each row, whatever it says: copies are drawn as often as they occur
+        dice, heap = _scattered(rows.lines, block), self.heap
+        for i in range(len(dice)) if len(heap) < SAMPLE else np.flatnonzero(dice < -heap[0][0]):
+            entry = -int(dice[i]), block, int(i), name
+            if len(heap) < SAMPLE:
+                heapq.heappush(heap, (*entry, rows[i]))
+            elif entry[0] > heap[0][0]:
+                heapq.heapreplace(heap, (*entry, rows[i]))
+
+    def rows(self) -> list[tuple[str, Row]]:
+        "What was drawn, in an order that looks random, too."
+        return [(name, r) for *_, name, r in sorted(self.heap, key=lambda s: s[:3])]
+
+# %% ../../nbs/data/04_quality.ipynb #5a64bc83
+class _Tally:
+    "What is known of all blocks so far."
+
+    def __init__(self):
+        self.tables = dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
+        self.counted, self.turns = Counter(), Counter()
+        self.lengths, self.quality, self.classes = [], [], np.zeros(len(CLASSES), np.int64)
+        self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
+        self.sample = _Sample()
+
+    def add(self, block: Block, w: dict, rows: _Rows):
+        "Add what a worker found out about the next block."
+        _add(self.tables, w["found"])
+        self.counted += w["counted"]
+        self.turns += w["turns"]
+        self.classes += w["classes"]
+        self.lengths.append(w["lengths"])
+        twice = self.exact.add(w["keys"])
+        terms = w["terms"]
+        terms[:, TERMS.index("duplication")] = np.where(twice, 0.2, 1)
+        q = terms.prod(1)
+        self.quality.append(q)
+        close = self._close(w["near"], twice)
+        self.counted["near-duplicates"] += int(close.sum())
+        self._keep("duplicate", twice, block, rows)
+        self._keep("near-duplicate", close, block, rows)
+        for i, t in enumerate(TERMS):
+            if t != "duplication":
+                self._keep(f"low quality: {t}", (q < 0.5) & (terms.argmin(1) == i), block, rows, q)
+        self.sample.add(len(self.quality), block.path.name, rows)
+
+    def _close(self, near: np.ndarray | None, twice: np.ndarray) -> np.ndarray:
+        "Which rows share a number with an earlier one, and are not equal to one."
+        close = np.zeros(len(twice), bool)
+        if near is not None:
+            use = near.any(1)
+            close[use] = np.any([s.add(near[use, b]) for b, s in enumerate(self.bands)], axis=0)
+        return close & ~twice
+
+    def _keep(self, kind: str, which: np.ndarray, block: Block, rows: _Rows, q=None):
+        "Count a trouble of rows, and keep examples with how they begin, or their quality."
+        table = self.tables["troubles"]
+        had = table.get(kind, dict(count=0))["count"]
+        for i in np.flatnonzero(which)[: max(0, 10 - had)]:
+            _note(table, kind, block, rows[i], rows[i].text[:60] if q is None else f"{q[i]:.2f}")
+        if which.any():
+            table[kind]["count"] = had + int(which.sum())
+
+# %% ../../nbs/data/04_quality.ipynb #9a4929a5
+def _spread(x: np.ndarray) -> dict:
+    return (
+        dict(
+            mean=float(x.mean()),
+            min=int(x.min()),
+            max=int(x.max()),
+            **{f"{p}%": float(np.percentile(x, p)) for p in (5, 25, 50, 75, 95, 99)},
+        )
+        if len(x)
+        else dict(mean=0.0, min=0, max=0, **{f"{p}%": 0.0 for p in (5, 25, 50, 75, 95, 99)})
+    )
+
+
+def _lengths(lengths: np.ndarray, sample: Sequence[Row], tokenizer: Tokenizer | None) -> dict:
+    "How long rows are, in characters, and in tokens if there is a tokenizer."
+    out = dict(
+        characters=_spread(lengths),
+        histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist(),
+    )
+    if tokenizer:
+        tokens = [
+            len(
+                tokenizer.encode_chat(r.messages)[0]
+                if r.messages
+                else tokenizer.encode_array(r.text)
+            )
+            for r in sample
+        ]
+        out["tokens"] = dict(_spread(np.array(tokens)), sample=len(sample))
+    return out
+
+
+def _turn_shares(turns: Counter) -> dict:
+    "How many answers conversations have; empty if there are none."
+    if not turns:
+        return {}
+    chats = max(1, sum(turns.values()))
+    return dict(
+        average=sum(k * v for k, v in turns.items()) / chats,
+        distribution={str(k): v / chats for k, v in sorted(turns.items())[:8]},
+    )
+
+# %% ../../nbs/data/04_quality.ipynb #58ebee71
+def _report(
+    files: list[Path], looks: list, tally: _Tally, near: bool, tokenizer: Tokenizer | None
+) -> Report:
+    lengths = np.concatenate([np.empty(0, np.uint32), *tally.lengths])
+    quality = np.concatenate([np.empty(0, np.float32), *tally.quality])
+    sample, tables, counted = tally.sample.rows(), tally.tables, tally.counted
+    n, texts = max(1, len(lengths)), [r.text for _, r in sample]
+    found = Counter(t for text in texts for t in topics(text) or ["none of these"])
+    spoken = Counter(language(t) for t in texts if len(t) >= 20)
+    distribution = _lengths(lengths, [r for _, r in sample], tokenizer)
+    letters = max(1, int(tally.classes.sum()))
+    return Report(
+        total_samples=len(lengths),
+        files=[
+            dict(name=f.name, path=str(f), size=f.stat().st_size, look=str(l))
+            for f, l in zip(files, looks)
+        ],
+        kinds={k: counted[k] for k in ("text", "conversation", "preference") if counted[k]},
+        average_length=distribution["characters"]["mean"],
+        length_distribution=distribution,
+        quality_score=float(quality.mean()) if len(quality) else 0.0,
+        quality_histogram=np.histogram(quality, 20, (0, 1))[0].tolist(),
+        low_quality_rate=float((quality < 0.5).mean()) if len(quality) else 0.0,
+        duplicate_rate=tables["troubles"].get("duplicate", dict(count=0))["count"] / n,
+        near_duplicate_rate=counted["near-duplicates"] / n if near else None,
+        language_diversity=dict(
+            languages={k: v / max(1, sum(spoken.values())) for k, v in spoken.most_common()},
+            characters={k: int(v) / letters for k, v in zip(CLASSES, tally.classes)},
+        ),
+        topic_coverage={k: v / max(1, len(texts)) for k, v in found.most_common()},
+        **tables,
+        conversation_turns=_turn_shares(tally.turns),
+        tool_call_frequency=counted["tools"] / n,
+        reasoning_frequency=counted["thinks"] / n,
+        ultra_think_frequency=counted["ultra"] / n,
+        sampled=len(sample),
+        samples=sample[:500],
+    )
+
+# %% ../../nbs/data/04_quality.ipynb #586ed908
 def analyze(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
     tokenizer: Tokenizer | str | Path | None = None,  # Lengths in tokens too, of 2,000 rows
@@ -773,15 +927,7 @@ def analyze(
     files, threads = data_files(source, passed.append, encoding), threads or os.cpu_count() or 1
     no_tables(files, format)
     looks, total = [look_at(f, encoding) for f in files], sum(f.stat().st_size for f in files)
-    table = read_table(dict(zip(files, looks)))
-    tables, counted, turns = (
-        dict(format_errors={}, mended={}, encoding_issues={}, troubles={}),
-        Counter(),
-        Counter(),
-    )
-    lengths, quality, classes = [], [], np.zeros(len(CLASSES), np.int64)
-    exact, bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
-    sample = []  # a heap of the rows with the smallest numbers
+    table, tally = read_table(dict(zip(files, looks))), _Tally()
     blocks = (
         b for f, look in zip(files, looks) for b in read_blocks(f, look=look, columns=columns)
     )
@@ -797,159 +943,9 @@ def analyze(
             lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6
         ):
             count_read(table, block.path, w["read"])
-            _add(tables, w["found"])
-            counted += w["counted"]
-            turns += w["turns"]
-            classes += w["classes"]
-            lengths.append(w["lengths"])
-            keys, terms, rows = w["keys"], w["terms"], _Rows(block, format, w["lines"])
-            twice = exact.add(keys)
-            terms[:, TERMS.index("duplication")] = np.where(twice, 0.2, 1)
-            q = terms.prod(1)
-            quality.append(q)
-            close = np.zeros(len(keys), bool)
-            if w["near"] is not None:
-                use = w["near"].any(1)
-                close[use] = np.any([s.add(w["near"][use, b]) for b, s in enumerate(bands)], axis=0)
-                close &= ~twice
-            counted["near-duplicates"] += int(close.sum())
-            for kind, which in (
-                ("duplicate", twice),
-                ("near-duplicate", close),
-                *(
-                    (f"low quality: {t}", (q < 0.5) & (terms.argmin(1) == i))
-                    for i, t in enumerate(TERMS)
-                    if t != "duplication"
-                ),
-            ):
-                had = tables["troubles"].get(kind, dict(count=0))["count"]
-                for i in np.flatnonzero(which)[: max(0, 10 - had)]:
-                    _note(
-                        tables["troubles"],
-                        kind,
-                        block,
-                        rows[i],
-                        rows[i].text[:60] if "dup" in kind else f"{q[i]:.2f}",
-                    )
-                if which.any():
-                    tables["troubles"][kind]["count"] = had + int(which.sum())
-            # a number for each row, whatever it says: copies are drawn as often as they occur
-            dice = _scattered(w["lines"], len(quality))
-            for i in (
-                range(len(dice)) if len(sample) < SAMPLE else np.flatnonzero(dice < -sample[0][0])
-            ):
-                entry = -int(dice[i]), len(quality), int(i), block.path.name
-                if len(sample) < SAMPLE:
-                    heapq.heappush(sample, (*entry, rows[i]))
-                elif entry[0] > sample[0][0]:
-                    heapq.heapreplace(sample, (*entry, rows[i]))
+            tally.add(block, w, _Rows(block, format, w["lines"]))
             bar.update(min(block.size, total - bar.n))
     return Report(
-        _report(
-            files,
-            looks,
-            tables,
-            counted,
-            turns,
-            lengths,
-            quality,
-            classes,
-            near_duplicates,
-            [(name, r) for *_, name, r in sorted(sample, key=lambda s: s[:3])],
-            tokenizer,
-        )
+        _report(files, looks, tally, near_duplicates, tokenizer)
         | dict(read=table, passed_over=passed)
-    )
-
-# %% ../../nbs/data/04_quality.ipynb #67feb728
-def _scattered(lines: np.ndarray, block: int) -> np.ndarray:
-    "(n,) uint64 that look random and are not (splitmix64; Steele et al. 2014)."
-    x = (lines.astype(np.uint64) + np.uint64(block << 32)) * np.uint64(
-        0x9E3779B97F4A7C15
-    ) + np.arange(len(lines), dtype=np.uint64)
-    for shift, m in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
-        x = (x ^ x >> np.uint64(shift)) * np.uint64(m)
-    return x ^ x >> np.uint64(31)
-
-
-SAMPLE = 2000  # rows of which languages, topics and tokens are counted
-
-
-def _spread(x: np.ndarray) -> dict:
-    return (
-        dict(
-            mean=float(x.mean()),
-            min=int(x.min()),
-            max=int(x.max()),
-            **{f"{p}%": float(np.percentile(x, p)) for p in (5, 25, 50, 75, 95, 99)},
-        )
-        if len(x)
-        else dict(mean=0.0, min=0, max=0, **{f"{p}%": 0.0 for p in (5, 25, 50, 75, 95, 99)})
-    )
-
-# %% ../../nbs/data/04_quality.ipynb #357ef397
-def _report(
-    files, looks, tables, counted, turns, lengths, quality, classes, near, sample, tokenizer
-) -> Report:
-    lengths, quality = (
-        np.concatenate([np.empty(0, np.uint32), *lengths]),
-        np.concatenate([np.empty(0, np.float32), *quality]),
-    )
-    n, texts = max(1, len(lengths)), [r.text for _, r in sample]
-    found = Counter(t for text in texts for t in topics(text) or ["none of these"])
-    spoken = Counter(language(t) for t in texts if len(t) >= 20)
-    distribution = dict(
-        characters=_spread(lengths),
-        histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist(),
-    )
-    if tokenizer:
-        distribution["tokens"] = dict(
-            _spread(
-                np.array(
-                    [
-                        (
-                            len(tokenizer.encode_chat(r.messages)[0])
-                            if r.messages
-                            else len(tokenizer.encode_array(r.text))
-                        )
-                        for _, r in sample
-                    ]
-                )
-            ),
-            sample=len(sample),
-        )
-    letters, chats = max(1, int(classes.sum())), max(1, sum(turns.values()))
-    return Report(
-        total_samples=len(lengths),
-        files=[
-            dict(name=f.name, path=str(f), size=f.stat().st_size, look=str(l))
-            for f, l in zip(files, looks)
-        ],
-        kinds={k: counted[k] for k in ("text", "conversation", "preference") if counted[k]},
-        average_length=distribution["characters"]["mean"],
-        length_distribution=distribution,
-        quality_score=float(quality.mean()) if len(quality) else 0.0,
-        quality_histogram=np.histogram(quality, 20, (0, 1))[0].tolist(),
-        low_quality_rate=float((quality < 0.5).mean()) if len(quality) else 0.0,
-        duplicate_rate=tables["troubles"].get("duplicate", dict(count=0))["count"] / n,
-        near_duplicate_rate=counted["near-duplicates"] / n if near else None,
-        language_diversity=dict(
-            languages={k: v / max(1, sum(spoken.values())) for k, v in spoken.most_common()},
-            characters={k: int(v) / letters for k, v in zip(CLASSES, classes)},
-        ),
-        topic_coverage={k: v / max(1, len(texts)) for k, v in found.most_common()},
-        **tables,
-        conversation_turns=(
-            dict(
-                average=sum(k * v for k, v in turns.items()) / chats,
-                distribution={str(k): v / chats for k, v in sorted(turns.items())[:8]},
-            )
-            if turns
-            else {}
-        ),
-        tool_call_frequency=counted["tools"] / n,
-        reasoning_frequency=counted["thinks"] / n,
-        ultra_think_frequency=counted["ultra"] / n,
-        sampled=len(sample),
-        samples=sample[:500],
     )

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import signal
 from bisect import bisect_left, insort
@@ -36,9 +37,11 @@ from minigpt.core.files import (
     write_all,
     write_json,
 )
+from ..core.notes import Note
 from minigpt.data.readers import (
     Block,
     DataError,
+    Look,
     Row,
     count_read,
     data_files,
@@ -114,36 +117,57 @@ def sample_texts(
                         if not row.reason
                     )
 
-# %% ../../nbs/data/06_tokensets.ipynb #fa661689
-class TokenSet:
-    "A folder of token ids, to take windows from."
+# %% ../../nbs/data/06_tokensets.ipynb #a1402b91
+def _checked_meta(path: Path) -> dict:
+    "The meta.json of a token set, whose tokens.bin has the size that it says."
+    if not (path / "meta.json").exists():
+        raise FileNotFoundError(f"{path} is not a token set: it has no meta.json")
+    meta, tokens = read_json(path / "meta.json"), path / "tokens.bin"
+    if not isinstance(meta, dict) or not {"n_tokens", "dtype", "sources"} <= meta.keys():
+        raise DataError(
+            f"{path / 'meta.json'} does not describe a token set; delete the folder"
+            f" {path.parent} and it is built again"
+        )
+    want = meta["n_tokens"] * np.dtype(meta["dtype"]).itemsize
+    if (size := tokens.stat().st_size if tokens.exists() else 0) != want:
+        raise DataError(
+            f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder"
+            f" {path.parent} and it is built again from {meta['sources'][0]['path']}"
+        )
+    return meta
 
-    stream = True  # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
+
+def _row_starts(path: Path, meta: dict) -> np.ndarray:
+    "Of a token set: where each row begins, and where the last one ends."
+    n = meta["n_tokens"]
+    file = path / "docs.npy"
+    try:
+        starts = np.load(file)
+    except (ValueError, EOFError, SyntaxError):
+        starts = np.empty(0)  # NumPy's own message would advise to open it as a pickle
+    fits = (
+        starts.shape == (meta["n_docs"],)
+        and starts.dtype == np.int64
+        and np.all(np.diff(np.concatenate([[0], starts, [n]])) >= 0)
+    )
+    if not fits:
+        raise DataError(
+            f"{file} is damaged: it must say where each of {meta['n_docs']:,} rows begins;"
+            f" delete the folder {path.parent} and it is built again"
+        )
+    return np.append(starts, n)
+
+# %% ../../nbs/data/06_tokensets.ipynb #3e62c499
+class _TokenFiles:
+    "The files of a token set, mapped into memory."
 
     def __init__(
         self,
         path: str | Path,  # Folder with tokens.bin and meta.json
     ):
         self.path = Path(path)
-        if not (self.path / "meta.json").exists():
-            raise FileNotFoundError(f"{self.path} is not a token set: it has no meta.json")
-        self.meta, tokens = read_json(self.path / "meta.json"), self.path / "tokens.bin"
-        if (
-            not isinstance(self.meta, dict)
-            or not {"n_tokens", "dtype", "sources"} <= self.meta.keys()
-        ):
-            raise DataError(
-                f"{self.path / 'meta.json'} does not describe a token set; delete the folder"
-                f" {self.path.parent} and it is built again"
-            )
-        want = self.meta["n_tokens"] * np.dtype(self.meta["dtype"]).itemsize
-        if (size := tokens.stat().st_size if tokens.exists() else 0) != want:
-            raise DataError(
-                f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder"
-                f" {self.path.parent} and it is built again from {self.meta['sources'][0]['path']}"
-            )
+        self.meta = _checked_meta(self.path)
         self.tokens = self._mapped("tokens.bin", self.meta["dtype"])
-        self.difficulty, self.pace, self._orders = None, None, {}  # of a `curriculum`
 
     def _mapped(self, name: str, dtype) -> np.ndarray:
         return np.memmap(self.path / name, dtype, "r") if len(self) else np.empty(0, dtype)
@@ -168,33 +192,9 @@ class TokenSet:
         "xxh3-128 of the tokens, and of which of them are learned."
         return self.meta["fingerprint"]
 
-    @property
-    def curriculum_id(self) -> str:
-        "Of its order from easy to hard, if it has one."
-        return (
-            ""
-            if self.difficulty is None
-            else hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
-        )
-
     def row_starts(self) -> np.ndarray:  # (rows+1,) int64
         "Where each row begins, and where the last one ends; a `DataError` if docs.npy is damaged."
-        file = self.path / "docs.npy"
-        try:
-            starts = np.load(file)
-        except (ValueError, EOFError, SyntaxError):
-            starts = np.empty(0)  # NumPy's own message would advise to open it as a pickle
-        fits = (
-            starts.shape == (self.meta["n_docs"],)
-            and starts.dtype == np.int64
-            and np.all(np.diff(np.concatenate([[0], starts, [len(self)]])) >= 0)
-        )
-        if not fits:
-            raise DataError(
-                f"{file} is damaged: it must say where each of {self.meta['n_docs']:,} rows begins;"
-                f" delete the folder {self.path.parent} and it is built again"
-            )
-        return np.append(starts, len(self))
+        return _row_starts(self.path, self.meta)
 
     def damaged(self) -> bool:
         "Is the content another than meta.json tells? It is read once."
@@ -207,6 +207,73 @@ class TokenSet:
         return (
             hashes[0] if len(hashes) == 1 else hash_bytes(" ".join(hashes).encode())
         ) != self.meta["fingerprint"]
+
+# %% ../../nbs/data/06_tokensets.ipynb #983b244e
+class _Epochs(_TokenFiles):
+    "Windows in an order of its own for each epoch; a subclass says what a window is."
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self.difficulty, self.pace, self._orders = None, None, {}  # of a `curriculum`
+
+    @property
+    def curriculum_id(self) -> str:
+        "Of its order from easy to hard, if it has one."
+        if self.difficulty is None:
+            return ""
+        return hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
+
+    def sequences(
+        self,
+        place: np.ndarray,  # (n,) places in the endless line of epochs, each in an order of its own
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the orders
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (n, seq_len)
+        "The sequences that stand there."
+        n = self.n_windows(seq_len)
+        epoch, place = np.divmod(place, n)
+        index = np.empty(len(place), np.int64)
+        for e in np.unique(epoch):
+            index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed, int(e)))
+        if self.stream and epoch.any():
+            return self.windows(index, seq_len, self.shift(epoch, seq_len, seed))
+        return self.windows(index, seq_len)
+
+    def shift(
+        self,
+        epoch: np.ndarray,  # (n,)
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # As for `sequences`
+    ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
+        "How far into the stream an epoch cuts its first window: elsewhere, until all have been."
+        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
+        return (at[1:] - at[0]) % seq_len
+
+    def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
+        "Which windows stand at some places of an epoch."
+        if self.difficulty is None or key[1]:
+            return shuffled(place, n, key)
+        if (seq_len, key) not in self._orders:
+            difficulty = self.window_difficulty(seq_len)
+            self._orders[seq_len, key] = _by_competence(difficulty, *self.pace, key[0])
+        return self._orders[seq_len, key][place]
+
+    def batch(
+        self,
+        step: int,  # Optimizer step, from 0
+        size: int,  # Sequences of the effective batch
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the order of every epoch
+        offset: int = 0,  # Sequences that are passed over: where a run went on with another `size`
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (size, seq_len)
+        "The batch of a step."
+        return self.sequences(offset + step * size + np.arange(size), seq_len, seed)
+
+# %% ../../nbs/data/06_tokensets.ipynb #fa661689
+class TokenSet(_Epochs):
+    "A folder of token ids, to take windows from."
+
+    stream = True  # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
 
     def n_windows(
         self,
@@ -234,61 +301,12 @@ class TokenSet:
             labels=np.where(learned, self.tokens[at + 1], np.int64(-100)),
         )
 
-    def sequences(
-        self,
-        place: np.ndarray,  # (n,) places in the endless line of epochs, each in an order of its own
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # Decides the orders
-    ) -> dict[str, np.ndarray]:  # As `windows`, with (n, seq_len)
-        "The sequences that stand there."
-        n = self.n_windows(seq_len)
-        epoch, place = np.divmod(place, n)
-        index = np.empty(len(place), np.int64)
-        for e in np.unique(epoch):
-            index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed, int(e)))
-        return (
-            self.windows(index, seq_len, self.shift(epoch, seq_len, seed))
-            if self.stream and epoch.any()
-            else self.windows(index, seq_len)
-        )
-
-    def shift(
-        self,
-        epoch: np.ndarray,  # (n,)
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # As for `sequences`
-    ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
-        "How far into the stream an epoch cuts its first window: elsewhere, until all have been."
-        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
-        return (at[1:] - at[0]) % seq_len
-
-    def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
-        "Which windows stand at some places of an epoch."
-        if self.difficulty is None or key[1]:
-            return shuffled(place, n, key)
-        if (seq_len, key) not in self._orders:
-            self._orders[seq_len, key] = _by_competence(
-                self.window_difficulty(seq_len), *self.pace, key[0]
-            )
-        return self._orders[seq_len, key][place]
-
     def window_difficulty(self, seq_len: int) -> np.ndarray:
         "(n,) of each window: that of the text in its middle."
         middle = np.minimum(
             np.arange(self.n_windows(seq_len)) * seq_len + seq_len // 2, len(self) - 1
         )
         return self.difficulty[np.searchsorted(self.row_starts()[:-1], middle, "right") - 1]
-
-    def batch(
-        self,
-        step: int,  # Optimizer step, from 0
-        size: int,  # Sequences of the effective batch
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # Decides the order of every epoch
-        offset: int = 0,  # Sequences that are passed over: where a run went on with another `size`
-    ) -> dict[str, np.ndarray]:  # As `windows`, with (size, seq_len)
-        "The batch of a step."
-        return self.sequences(offset + step * size + np.arange(size), seq_len, seed)
 
 # %% ../../nbs/data/06_tokensets.ipynb #1af37c45
 def shuffled(
@@ -345,11 +363,32 @@ def pack(
     rows = np.argsort(where, kind="stable").astype(np.int32)
     return rows, np.searchsorted(where[rows], np.arange(n_packs + 1))
 
-# %% ../../nbs/data/06_tokensets.ipynb #ce432028
-class ChatSet(TokenSet):
-    """A token set of conversations: a window is a sequence of packed rows.
+# %% ../../nbs/data/06_tokensets.ipynb #0d32edca
+def _last_end(learned: np.ndarray, seq_len: int) -> int:
+    """The token that ends the last answer within `seq_len`; -1: none does.
 
-    `mask.bin` says which tokens are learned."""
+    `learned` is the mask of one row, and tokens are counted from its beginning."""
+    learned = learned[: seq_len + 2]
+    ends = np.flatnonzero(learned[:-1] & ~learned[1:])
+    return int(ends[-1]) if len(ends) else -1
+
+
+def _long(mask: np.ndarray, starts: np.ndarray, seq_len: int) -> Iterator[tuple[int, np.ndarray]]:
+    "The rows that are cut, with the mask of each."
+    for i in np.flatnonzero(np.diff(starts) - 1 > seq_len):
+        yield i, mask[starts[i] : starts[i + 1]]
+
+
+def _teaching(mask: np.ndarray, starts: np.ndarray, seq_len: int, skips: bool) -> np.ndarray:
+    "(rows,) bool: is anything of the row learned? `skips`: only where an answer ends within it."
+    out = np.add.reduceat(mask, starts[:-1], dtype=np.int64) > 0 if len(mask) else np.ones(0, bool)
+    for i, learned in _long(mask, starts, seq_len):
+        out[i] = _last_end(learned, seq_len) >= 0 if skips else learned[1 : seq_len + 1].any()
+    return out
+
+# %% ../../nbs/data/06_tokensets.ipynb #0ca030f2
+class _Conversations(TokenSet):
+    "A token set whose rows are conversations, of which a mask says what is learned."
 
     stream = False
 
@@ -362,11 +401,17 @@ class ChatSet(TokenSet):
                 f" {len(self):,}; delete the folder {self.path.parent} and it is built again"
             )
         self.starts = self.row_starts()
-        self._packs = {}
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self.mask = self._mapped("mask.bin", np.bool_)
+
+    @property
+    def skips(self) -> bool:
+        """Are rows left out that would be cut inside an answer?
+
+        Sets of older versions do not say so, and cut them."""
+        return self.meta.get("long_rows") == "skip"
 
     def lengths(self) -> np.ndarray:
         "(n,) positions that each row takes."
@@ -376,46 +421,78 @@ class ChatSet(TokenSet):
         """(n,) bool: is anything of the row learned, when it is cut to `seq_len`?
 
         Where long rows are left out: does an answer end within it?"""
-        out = (
-            np.add.reduceat(self.mask, self.starts[:-1], dtype=np.int64) > 0
-            if len(self)
-            else np.ones(0, bool)
-        )
-        for i in np.flatnonzero(np.diff(self.starts) - 1 > seq_len):
-            out[i] = (
-                self._last_end(i, seq_len) >= 0
-                if self.skips
-                else self.mask[self.starts[i] + 1 : self.starts[i] + seq_len + 1].any()
-            )
-        return out
-
-    @property
-    def skips(self) -> bool:
-        """Are rows left out that would be cut inside an answer?
-
-        Sets of older versions do not say so, and cut them."""
-        return self.meta.get("long_rows") == "skip"
-
-    def _last_end(self, i: int, seq_len: int) -> int:
-        """The token that ends the last answer within `seq_len`; -1: none does.
-
-        It is counted from the beginning of the row."""
-        learned = self.mask[self.starts[i] : min(self.starts[i] + seq_len + 2, self.starts[i + 1])]
-        ends = np.flatnonzero(learned[:-1] & ~learned[1:])
-        return int(ends[-1]) if len(ends) else -1
+        return _teaching(self.mask, self.starts, seq_len, self.skips)
 
     def cut_inside(self, seq_len: int) -> int:
         "Rows that are cut before their first answer ends."
-        return (
-            0
-            if self.skips
-            else sum(
-                self._last_end(i, seq_len) < 0
-                for i in np.flatnonzero(
-                    (np.diff(self.starts) - 1 > seq_len) & ChatSet.teaches(self, seq_len)
-                )
-            )
-        )
+        if self.skips:
+            return 0
+        teaches = _teaching(self.mask, self.starts, seq_len, False)
+        long = _long(self.mask, self.starts, seq_len)
+        return sum(_last_end(learned, seq_len) < 0 for i, learned in long if teaches[i])
+
+    def too_long(self, seq_len: int) -> tuple[int, int]:
+        "Rows that are longer; rows left out, because no answer would be left of them."
+        return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
+
+    def row(
+        self,
+        i: int,  # From 0
+        seq_len: int,  # Positions at most
+    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) ids and labels
+        "One conversation; a label is the token that follows where it is learned, else -100."
+        a, b = int(self.starts[i]), int(self.starts[i + 1])
+        if b - a - 1 > seq_len:  # cut behind the last answer that fits
+            end = _last_end(self.mask[a:b], seq_len)
+            b = a + (end + 1 if end >= 0 else seq_len + 1)
+        tokens = self.tokens[a:b].astype(np.int64)
+        return tokens[:-1], np.where(self.mask[a + 1 : b], tokens[1:], -100)
+
+# %% ../../nbs/data/06_tokensets.ipynb #9ea01bb4
+def _side_by_side(
+    packs: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]],  # Ids and labels of the rows of each
+    n: int,  # Packs
+    seq_len: int,
+) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) each
+    "Rows that share a sequence, one behind the other; -1 in `rows` stands behind the last."
+    out = dict(
+        ids=np.zeros((n, seq_len), np.int64),
+        labels=np.full((n, seq_len), -100),
+        rows=np.full((n, seq_len), -1),
+    )
+    for j, rows in enumerate(packs):
+        at = 0
+        for k, (ids, labels) in enumerate(rows):
+            here = slice(at, at + len(ids))
+            at += len(ids)
+            out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
+    return out
+
+
+def _pack_rows(
+    lengths: np.ndarray, use: np.ndarray, difficulty: np.ndarray | None, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    "As `pack`, of the rows `use`; easy rows share sequences with easy ones."
+    groups = [use]
+    if difficulty is not None:
+        use = use[np.argsort(difficulty[use], kind="stable")]
+        groups = np.array_split(use, min(20, max(1, len(use) // 50)))
+    rows, starts = [], [0]
+    for g in groups:
+        r, st = pack(lengths[g], seq_len)
+        rows.append(g[r].astype(np.int32))
+        starts += (st[1:] + starts[-1]).tolist()
+    return np.concatenate(rows), np.array(starts)
+
+# %% ../../nbs/data/06_tokensets.ipynb #ce432028
+class ChatSet(_Conversations):
+    """A token set of conversations: a window is a sequence of packed rows.
+
+    `mask.bin` says which tokens are learned."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(path)
+        self._packs = {}
 
     def packs(
         self,
@@ -423,43 +500,16 @@ class ChatSet(TokenSet):
     ) -> tuple[np.ndarray, np.ndarray]:  # As `pack`, without rows that teach nothing
         "Which rows share a sequence."
         if seq_len not in self._packs:
-            n, file = (
-                len(self.lengths()),
-                (
-                    self.path / f"packs-{seq_len}{'-whole' * self.skips}.npy"
-                    if self.difficulty is None
-                    else None
-                ),
+            easy, whole = self.difficulty is not None, "-whole" * self.skips
+            file = None if easy else self.path / f"packs-{seq_len}{whole}.npy"
+            self._packs[seq_len] = _packed(
+                file, len(self.lengths()), self.fingerprint, lambda: self._pack(seq_len)
             )
-            if (kept := _kept(file, self.fingerprint)) is not None:
-                rows, starts = np.split(kept, [n])
-            else:
-                rows, starts = self._pack(seq_len)
-                if file:
-                    _keep(
-                        file,
-                        np.concatenate(
-                            [rows, np.full(n - len(rows), -1, np.int32), starts.astype(np.int32)]
-                        ),
-                        self.fingerprint,
-                    )
-            self._packs[seq_len] = rows[: starts[-1]], starts
         return self._packs[seq_len]
 
     def _pack(self, seq_len: int):
         use = np.flatnonzero(self.teaches(seq_len))
-        if self.difficulty is not None:
-            # easy rows share sequences with easy ones
-            use = use[np.argsort(self.difficulty[use], kind="stable")]
-        groups = np.array_split(
-            use, 1 if self.difficulty is None else min(20, max(1, len(use) // 50))
-        )
-        rows, starts = [], [0]
-        for g in groups:
-            r, st = pack(self.lengths()[g], seq_len)
-            rows.append(g[r].astype(np.int32))
-            starts += (st[1:] + starts[-1]).tolist()
-        return np.concatenate(rows), np.array(starts)
+        return _pack_rows(self.lengths(), use, self.difficulty, seq_len)
 
     def n_windows(self, seq_len: int) -> int:
         "Sequences that an epoch takes."
@@ -475,19 +525,6 @@ class ChatSet(TokenSet):
         rows, starts = self.packs(seq_len)
         return np.sort(rows[starts[i] : starts[i + 1]])
 
-    def row(
-        self,
-        i: int,  # From 0
-        seq_len: int,  # Positions at most
-    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) ids and labels
-        "One conversation; a label is the token that follows where it is learned, else -100."
-        a, b = int(self.starts[i]), int(self.starts[i + 1])
-        if b - a - 1 > seq_len:  # cut behind the last answer that fits
-            end = self._last_end(i, seq_len)
-            b = a + (end + 1 if end >= 0 else seq_len + 1)
-        tokens = self.tokens[a:b].astype(np.int64)
-        return tokens[:-1], np.where(self.mask[a + 1 : b], tokens[1:], -100)
-
     def windows(
         self, index: np.ndarray, seq_len: int
     ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
@@ -495,29 +532,14 @@ class ChatSet(TokenSet):
         return self._lay([self.rows_of(int(i), seq_len) for i in index], seq_len)
 
     def _lay(self, packs: list[np.ndarray], seq_len: int):
-        out = dict(
-            ids=np.zeros((len(packs), seq_len), np.int64),
-            labels=np.full((len(packs), seq_len), -100),
-            rows=np.full((len(packs), seq_len), -1),
-        )
-        for j, rows in enumerate(packs):
-            at = 0
-            for k, r in enumerate(rows):
-                ids, labels = self.row(int(r), seq_len)
-                here = slice(at, at + len(ids))
-                at += len(ids)
-                out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
-        return out
+        packed = ((self.row(int(r), seq_len) for r in rows) for rows in packs)
+        return _side_by_side(packed, len(packs), seq_len)
 
     def padding(self, seq_len: int) -> float:
         "Share of the positions of an epoch that hold nothing."
         return 1 - np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum() / (
             seq_len * max(1, self.n_windows(seq_len))
         )
-
-    def too_long(self, seq_len: int) -> tuple[int, int]:
-        "Rows that are longer; rows left out, because no answer would be left of them."
-        return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
 
 # %% ../../nbs/data/06_tokensets.ipynb #518590fa
 def _digest(body: bytes, key: str) -> bytes:
@@ -548,6 +570,20 @@ def _keep(file: Path, array: np.ndarray, key: str):
     except OSError:
         with contextlib.suppress(OSError):
             tmp.unlink()
+
+# %% ../../nbs/data/06_tokensets.ipynb #614dcaac
+def _packed(
+    file: Path | None, n: int, key: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    "The packs of `n` rows that `file` keeps; where it does not, they are made and kept."
+    if (kept := _kept(file, key)) is not None:
+        rows, starts = np.split(kept, [n])
+    else:
+        rows, starts = make()
+        if file:
+            rest = np.full(n - len(rows), -1, np.int32)
+            _keep(file, np.concatenate([rows, rest, starts.astype(np.int32)]), key)
+    return rows[: starts[-1]], starts
 
 # %% ../../nbs/data/06_tokensets.ipynb #5e392825
 class LineSet(TokenSet):
@@ -910,15 +946,16 @@ def _begins(file: Path, marks: tuple[bytes, ...]) -> bool:
 def lost_rows(
     refused: dict,  # Of `count_refused`
     good: int,  # Rows that were not refused
-) -> str | None:
+) -> Note | None:
     "A warning, where more than a tenth of the rows were refused."
     lost = sum(v["count"] for v in refused.values())
-    return (
-        f"WARNING: {lost:,} of {lost + good:,} rows are not learned, more than a tenth. Mend them,"
-        " or say that they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused:"
-        f" {refusals(refused)}"
-        if lost > 0.1 * (lost + good)
-        else None
+    if lost <= 0.1 * (lost + good):
+        return None
+    return Note(
+        f"{lost:,} of {lost + good:,} rows are not learned, more than a tenth. Mend them, or say"
+        " that they may be left out: on_bad_row='skip' (--on-bad-row skip). rows refused:"
+        f" {refusals(refused)}",
+        logging.WARNING,
     )
 
 # %% ../../nbs/data/06_tokensets.ipynb #f005140e
@@ -1157,16 +1194,14 @@ def _not_ours(out: Path) -> list[str]:
 def read_again(
     meta: dict,  # Of a token set
     on_bad_row: str = "warn",  # As for `build_tokenset`
-) -> list[str]:
+) -> list[Note]:
     "What is said when a token set is built or used again: what was read, and what was refused."
-    refused = meta.get("refused") or {}
-    warning = (
-        lost_rows(refused, meta["n_good"]) if on_bad_row == "warn" and "n_good" in meta else None
-    )
-    return [
-        *reading(meta.get("read") or {}),
-        *([warning] if warning else [f"rows refused: {refusals(refused)}"] if refused else []),
-    ]
+    said = [Note(line) for line in reading(meta.get("read") or {})]
+    if refused := meta.get("refused"):
+        warns = on_bad_row == "warn" and "n_good" in meta
+        warning = lost_rows(refused, meta["n_good"]) if warns else None
+        said.append(warning or Note(f"rows refused: {refusals(refused)}"))
+    return said
 
 
 def same_rules(
@@ -1180,34 +1215,64 @@ def same_rules(
         and not any(tok.adds)
     )
 
-# %% ../../nbs/data/06_tokensets.ipynb #c4aee840
-def build_tokenset(
-    source: str | Path | Iterable[str | Path],  # File, folder, or a list of them
-    tok: Tokenizer,  # Its ids
-    out: str | Path,  # Folder to appear, with `train/` and `valid/` in it
-    validation_split: float = 0.05,  # Share of the texts held out, 0 to below 1
-    on_bad_row: str = "warn",  # What refused rows do: `warn`, `skip` (no warning), `error` (stop)
-    threads: int | None = None,  # Workers; default: one a core
-    progress: bool = True,  # Show a progress bar on files above 8 MB?
-    data_subset: float = 1.0,  # Share of the rows that is used, above 0
-    max_data_size: int = 0,  # Rows that are used, the first ones; 0: all
-    format: str | None = None,  # `pretrain`, `conversation`, `dpo`, `lines`; default: by the keys
-    say: Callable[[str], None] | None = None,  # Told of refused and mended rows; default: prints
-    keep: bool = False,  # Leave an `out` that holds anything else, and appear beside it?
-    encoding: str = "",  # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
-    columns: dict[str, str] | None = None,  # Name known here → the rows' own; '' leaves it out
-    long_rows: str | None = "skip",  # If no answer ends within `max_seq_len`: `skip` or `cut`
-) -> tuple[TokenSet, TokenSet | None]:  # Training and validation set; None: too little held out
-    """Tokenize files once; an `out` built from the same content in the same way is used again.
+# %% ../../nbs/data/06_tokensets.ipynb #1b858f5a
+def _beside(out: Path) -> Iterator[Path]:
+    return (out.with_name(f"{out.name}-{n}") for n in count(2))
 
-    - `on_bad_row`: `warn` counts refused rows, reports them, and warns where they are more than a
-      tenth; `skip` does not warn; `error` stops at the first.
-    - `format`: `lines` is for a `LineSet`; by default the keys of each row say what it is.
-    - `say`: by default a line on the screen, if `progress`.
-    - `keep`: the set appears as `out-2`, `out-3`, …; without, another set in `out` is replaced.
-    - `columns`: as in {'prompt': 'question_text'}.
-    - `long_rows`: `skip` leaves such conversations out, `cut` keeps their beginning. The tokens
-      are the same."""
+
+def _find_built(
+    out: Path, keep: bool, files: list[Path], facts: dict, tok: Tokenizer, long_rows: str | None
+) -> Path | None:
+    "Where a set lies that was built from the same content in the same way; fills in the sources."
+    same = lambda meta: [[s["xxh3"] for s in meta["sources"]], meta["tokenizer"], meta["options"]]
+    for place in [out, *(takewhile(Path.exists, _beside(out)) if keep else ())]:
+        old = _meta(place / "train")
+        facts["sources"] = source_facts(files, [*old.get("sources", ()), *facts["sources"]])
+        if (
+            old
+            and same(old) == same(facts)
+            and old.get("long_rows", long_rows) == long_rows
+            and same_rules(old, tok)
+        ):
+            return place
+    return None
+
+
+def _free_place(out: Path, keep: bool) -> Path:
+    "Where the set is to appear: at `out`, or with `keep` beside it if it holds anything else."
+    if keep:
+        places = chain([out], _beside(out))
+        return next(p for p in places if not _meta(p / "train") and not _not_ours(p))
+    if others := _not_ours(out):
+        raise FileExistsError(
+            f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is"
+            " overwritten; name another folder"
+        )
+    return out
+
+# %% ../../nbs/data/06_tokensets.ipynb #8cdedded
+def _use_again(
+    path: Path, on_bad_row: str, say: Callable[[Note], None]
+) -> tuple[TokenSet, TokenSet | None]:
+    "Open a set that was built before, and say what was said then."
+    old = _meta(path / "train")
+    if on_bad_row == "error" and old["refused"]:
+        raise DataError(
+            f"{path} was built without some rows:\n{refusals(old['refused'])}\nMend them,"
+            " or pass on_bad_row='skip'"
+        )
+    for note in read_again(old, on_bad_row):
+        say(note)
+    return open_tokenset(path)
+
+# %% ../../nbs/data/06_tokensets.ipynb #126f62b8
+def _check_options(
+    validation_split: float,
+    data_subset: float,
+    max_data_size: int,
+    on_bad_row: str,
+    long_rows: str | None,
+):
     if not 0 <= validation_split < 1:
         raise ValueError(
             f"validation_split={validation_split} must be at least 0 and below 1: it is a share of"
@@ -1223,131 +1288,162 @@ def build_tokenset(
         raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
     if long_rows not in ("skip", "cut", None):
         raise ValueError(f"long_rows={long_rows!r} must be 'skip' or 'cut'")
-    say = say or (tqdm.write if progress else lambda message: None)
-    out, files = at_home(out), data_files(source, say, encoding)
-    no_tables(files, format)
+
+
+def _check_place(out: Path):
     if os.path.lexists(out.parent) and not out.parent.is_dir():
         raise FileExistsError(
             f"{out.parent} is no folder, and tokens are to appear in one of that name; move it"
             " away, or name another output_dir"
         )
-    how = dict(validation_split=validation_split) | {
-        k: v
-        for k, v, usual in (
-            ("data_subset", data_subset, 1),
-            ("max_data_size", max_data_size, 0),
-            ("format", format, None),
-            ("encoding", encoding, ""),
-            ("columns", columns or None, None),
-        )
-        if v != usual
-    }
-    same = lambda meta: [[s["xxh3"] for s in meta["sources"]], meta["tokenizer"], meta["options"]]
-    facts = dict(sources=(), tokenizer=tok.hash, options=how, rules=tok.rules)
-    beside = lambda: (out.with_name(f"{out.name}-{n}") for n in count(2))
-    for place in [out, *(takewhile(Path.exists, beside()) if keep else ())]:
-        old = _meta(place / "train")
-        facts["sources"] = source_facts(files, [*old.get("sources", ()), *facts["sources"]])
-        if (
-            old
-            and same(old) == same(facts)
-            and old.get("long_rows", long_rows) == long_rows
-            and same_rules(old, tok)
-        ):
-            if on_bad_row == "error" and old["refused"]:
-                raise DataError(
-                    f"{place} was built without some rows:\n{refusals(old['refused'])}\nMend them,"
-                    " or pass on_bad_row='skip'"
+
+
+# what decides about the content of a set, with what is usual
+_USUAL = dict(data_subset=1, max_data_size=0, format=None, encoding="", columns=None)
+
+
+def _options(validation_split: float, *values) -> dict:
+    "The options that `meta.json` notes: those that are not the usual ones."
+    given = zip(_USUAL.items(), values)
+    return dict(validation_split=validation_split) | {k: v for (k, usual), v in given if v != usual}
+
+# %% ../../nbs/data/06_tokensets.ipynb #fa651e1f
+class _Sides:
+    "Both sides of a token set while they are being written."
+
+    def __init__(self, path: Path, tok: Tokenizer, kind: str, table: dict):
+        self.path, self.kind, self.table = path, kind, table
+        self.sides = [_Writer(path / n, tok.dtype, kind != "text") for n in ("train", "valid")]
+        self.per_row = 1 + (kind == "preference")
+        self.refused, self.mended, self.rows, self.n_good = {}, {}, 0, 0
+
+    def add(self, block: Block, e: _Encoded):
+        self.rows += len(e.lengths) // self.per_row
+        self.n_good += e.n_good
+        count_read(self.table, block.path, e.read[:: self.per_row])
+        for side, mine in zip(self.sides, (~e.held_out, e.held_out)):
+            if mine.all():
+                side.add(e.ids, e.learn, e.lengths)
+            elif mine.any():
+                tokens = np.repeat(mine, e.lengths)
+                side.add(
+                    e.ids[tokens],
+                    e.learn if e.learn is None else e.learn[tokens],
+                    e.lengths[mine],
                 )
-            for line in read_again(old, on_bad_row):
-                say(line)
-            return open_tokenset(place)
-    if keep:
-        out = next(p for p in chain([out], beside()) if not _meta(p / "train") and not _not_ours(p))
-    elif others := _not_ours(out):
-        raise FileExistsError(
-            f"{out} holds {others[0]}, which is no part of a token set, and nothing of it is"
-            " overwritten; name another folder"
-        )
-    total, threads = sum(s["size"] for s in facts["sources"]), threads or os.cpu_count() or 1
-    refused, mended, rows, n_good = {}, {}, 0, 0
-    looks = {f: look_at(f, encoding) for f in files}
-    table = read_table(looks)
-    kind = next(
+        count_refused(self.refused, block, e.refused)
+        mended = (replace(row, reason=m) for row in e.mended for m in row.mended)
+        count_refused(self.mended, block, mended)
+
+    def close(self, long_rows: str | None, facts: dict):
+        if long_rows and self.kind != "text":
+            facts = dict(long_rows=long_rows) | facts
+        for side in self.sides:
+            side.close(
+                refused=self.refused,
+                mended=self.mended,
+                read=self.table,
+                n_good=self.n_good,
+                **facts,
+            )
+        if not self.sides[0].n:  # the only texts there are were held out: they are to be trained on
+            for a, b in ("train", "none"), ("valid", "train"), ("none", "valid"):
+                (self.path / a).rename(self.path / b)
+
+# %% ../../nbs/data/06_tokensets.ipynb #53bc5e01
+def _kind(files: list[Path], looks: dict[Path, Look], how: dict) -> str:
+    "The kind of the first good row."
+    return next(
         (
             row.kind
             for f in files
-            for b in read_blocks(f, 1 << 16, looks[f], columns=columns)
-            for row in parse_block(b, format)
+            for b in read_blocks(f, 1 << 16, looks[f], columns=how.get("columns"))
+            for row in parse_block(b, how.get("format"))
             if not row.reason
         ),
         "text",
     )
-    facts["kind"] = kind
-    with (
-        new_dir(out, replace=True) as d,
-        tqdm(
-            total=total,
-            unit="B",
-            unit_scale=True,
-            desc="tokenizing",
-            disable=not progress or total < 8e6,
-            leave=False,
-        ) as bar,
-    ):
-        sides, sides_of_row = (
-            [_Writer(d / n, tok.dtype, kind != "text") for n in ("train", "valid")],
-            1 + (kind == "preference"),
-        )
-        blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
-        for block, e in spread(
-            lambda b: _encode_block(b, tok, how, kind), blocks, threads, total > 16e6
-        ):
-            if max_data_size:
-                e = e.first((max_data_size - rows) * sides_of_row)
-            rows += len(e.lengths) // sides_of_row
-            n_good += e.n_good
-            count_read(table, block.path, e.read[::sides_of_row])
-            for side, mine in enumerate((~e.held_out, e.held_out)):
-                if mine.all():
-                    sides[side].add(e.ids, e.learn, e.lengths)
-                elif mine.any():
-                    tokens = np.repeat(mine, e.lengths)
-                    sides[side].add(
-                        e.ids[tokens],
-                        e.learn if e.learn is None else e.learn[tokens],
-                        e.lengths[mine],
-                    )
-            if e.refused and on_bad_row == "error":
-                raise DataError(
-                    f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}."
-                    f" {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'"
-                )
-            count_refused(refused, block, e.refused)
-            count_refused(
-                mended, block, (replace(row, reason=m) for row in e.mended for m in row.mended)
+
+
+def _fill(
+    sides: _Sides,
+    files: list[Path],
+    looks: dict[Path, Look],
+    tok: Tokenizer,
+    how: dict,  # Of `_options`
+    stop: bool,  # At the first row that is refused?
+    threads: int,
+    bar: tqdm,
+):
+    "Encode the files, and put each row on its side."
+    work, most = lambda b: _encode_block(b, tok, how, sides.kind), how.get("max_data_size", 0)
+    columns = how.get("columns")
+    blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
+    for block, e in spread(work, blocks, threads, bar.total > 16e6):
+        if most:
+            e = e.first((most - sides.rows) * sides.per_row)
+        sides.add(block, e)
+        if e.refused and stop:
+            raise DataError(
+                f"{block.path} line {e.refused[0].line}: {e.refused[0].reason}."
+                f" {e.refused[0].detail}. Mend the row, or pass on_bad_row='skip'"
             )
-            bar.update(block.size)
-            if max_data_size and rows >= max_data_size:
-                break
-        if not sides[0].n + sides[1].n:
-            raise no_text(files, refused)
-        for side in sides:
-            side.close(
-                refused=refused,
-                mended=mended,
-                read=table,
-                n_good=n_good,
-                **(dict(long_rows=long_rows) if long_rows and kind != "text" else {}),
-                **facts,
-            )
-        if not sides[0].n:  # the only texts there are were all held out: they are what to train on
-            for a, b in ("train", "none"), ("valid", "train"), ("none", "valid"):
-                (d / a).rename(d / b)
-    for line in read_again(_meta(out / "train"), on_bad_row):
-        say(line)
-    if mended:
-        say(f"rows mended: {refusals(mended)}")
+        bar.update(block.size)
+        if most and sides.rows >= most:
+            break
+    if not any(side.n for side in sides.sides):
+        raise no_text(files, sides.refused)
+
+# %% ../../nbs/data/06_tokensets.ipynb #c4aee840
+def build_tokenset(
+    source: str | Path | Iterable[str | Path],  # File, folder, or a list of them
+    tok: Tokenizer,  # Its ids
+    out: str | Path,  # Folder to appear, with `train/` and `valid/` in it
+    validation_split: float = 0.05,  # Share of the texts held out, 0 to below 1
+    on_bad_row: str = "warn",  # What refused rows do: `warn`, `skip` (no warning), `error` (stop)
+    threads: int | None = None,  # Workers; default: one a core
+    progress: bool = True,  # Show a progress bar on files above 8 MB?
+    data_subset: float = 1.0,  # Share of the rows that is used, above 0
+    max_data_size: int = 0,  # Rows that are used, the first ones; 0: all
+    format: str | None = None,  # `pretrain`, `conversation`, `dpo`, `lines`; default: by the keys
+    say: Callable[[Note], None] | None = None,  # Told of refused and mended rows; default: prints
+    keep: bool = False,  # Leave an `out` that holds anything else, and appear beside it?
+    encoding: str = "",  # Of all files, by Python's name, such as `koi8-r`; empty: as each looks
+    columns: dict[str, str] | None = None,  # Name known here → the rows' own; '' leaves it out
+    long_rows: str | None = "skip",  # If no answer ends within `max_seq_len`: `skip` or `cut`
+) -> tuple[TokenSet, TokenSet | None]:  # Training and validation set; None: too little held out
+    """Tokenize files once; an `out` built from the same content in the same way is used again.
+
+    - `on_bad_row`: `warn` counts refused rows, reports them, and warns where they are more than a
+      tenth; `skip` does not warn; `error` stops at the first.
+    - `format`: `lines` is for a `LineSet`; by default the keys of each row say what it is.
+    - `say`: by default a line on the screen, if `progress`.
+    - `keep`: the set appears as `out-2`, `out-3`, …; without, another set in `out` is replaced.
+    - `columns`: as in {'prompt': 'question_text'}.
+    - `long_rows`: `skip` leaves such conversations out, `cut` keeps their beginning. The tokens
+      are the same."""
+    _check_options(validation_split, data_subset, max_data_size, on_bad_row, long_rows)
+    say = say or (lambda note: tqdm.write(str(note)) if progress else None)
+    out, files = at_home(out), data_files(source, lambda line: say(Note(line)), encoding)
+    no_tables(files, format)
+    _check_place(out)
+    how = _options(validation_split, data_subset, max_data_size, format, encoding, columns or None)
+    facts = dict(sources=(), tokenizer=tok.hash, options=how, rules=tok.rules)
+    if place := _find_built(out, keep, files, facts, tok, long_rows):
+        return _use_again(place, on_bad_row, say)
+    out, looks = _free_place(out, keep), {f: look_at(f, encoding) for f in files}
+    facts["kind"] = _kind(files, looks, how)
+    total, stop = sum(s["size"] for s in facts["sources"]), on_bad_row == "error"
+    silent = not progress or total < 8e6
+    shown = dict(total=total, unit="B", unit_scale=True, desc="tokenizing", leave=False)
+    with new_dir(out, replace=True) as d, tqdm(**shown, disable=silent) as bar:
+        sides = _Sides(d, tok, facts["kind"], read_table(looks))
+        _fill(sides, files, looks, tok, how, stop, threads or os.cpu_count() or 1, bar)
+        sides.close(long_rows, facts)
+    for note in read_again(_meta(out / "train"), on_bad_row):
+        say(note)
+    if sides.mended:
+        say(Note(f"rows mended: {refusals(sides.mended)}"))
     return open_tokenset(out)
 
 # %% ../../nbs/data/06_tokensets.ipynb #8030979b

@@ -116,6 +116,86 @@ def _targets(
 # the matrices of a block
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# %% ../../nbs/model/03_adapters.ipynb #5306b081
+def _chosen(
+    targets: Iterable[str],  # Names of LINEAR; or one of them, `all` or `all-linear`
+) -> tuple[str, ...]:  # In the order of LINEAR
+    "Which matrices of each block are adapted."
+    given = (
+        LINEAR
+        if targets in ("all", "all-linear")
+        else (targets,)
+        if isinstance(targets, str)
+        else tuple(targets)
+    )
+    if bad := [t for t in given if t not in LINEAR]:
+        raise ValueError(
+            f"targets: {bad[0]!r} is no matrix of a block; name some of {', '.join(LINEAR)}, or"
+            " 'all'"
+        )
+    if not given:
+        raise ValueError(f"targets is empty; name some of {', '.join(LINEAR)}, or 'all'")
+    return tuple(t for t in LINEAR if t in given)
+
+# %% ../../nbs/model/03_adapters.ipynb #102093c9
+_SETTINGS = dict(
+    peft_type="LORA",
+    task_type="CAUSAL_LM",
+    base_model_name_or_path=None,
+    revision=None,
+    inference_mode=True,
+    r=8,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    target_modules=None,
+    use_rslora=False,
+    bias="none",
+    fan_in_fan_out=False,
+    init_lora_weights=True,
+    modules_to_save=None,
+    layers_to_transform=None,
+)
+
+
+def _settings(
+    d: dict,  # Content of an adapter_config.json
+) -> dict:  # With PEFT's defaults for what it leaves out
+    "An adapter in PEFT's words; a `ValueError` where it asks for something else than LoRA."
+    if not isinstance(d, dict):
+        raise ValueError(
+            f"adapter_config.json holds a {type(d).__name__}; it must be an object with the"
+            " settings of an adapter"
+        )
+    if (kind := d.get("peft_type")) != "LORA":
+        raise ValueError(
+            f"adapter_config.json has peft_type {kind!r}; this library computes 'LORA' adapters"
+            " only; open this one with peft"
+        )
+    off = lambda v: v is None or v is False or v in ("", [], {})
+    other = [
+        f"{k} {v!r:.80}" for k, v in d.items() if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)
+    ]
+    if other:
+        raise ValueError(
+            f"adapter_config.json asks for {'; '.join(other)}, which this library does not"
+            f" compute; {_MERGE}"
+        )
+    given = _SETTINGS | {k: v for k, v in d.items() if k in ("r", "lora_alpha") or v is not None}
+    _check_start(given["init_lora_weights"])
+    if given["bias"] != "none":
+        raise ValueError(
+            f"adapter_config.json asks for bias {given['bias']!r}, which this library does not"
+            f" compute; {_MERGE}"
+        )
+    if type(given["use_rslora"]) is not bool:
+        raise ValueError(
+            f"adapter_config.json has use_rslora {given['use_rslora']!r}; it must be true or false"
+        )
+    for k in ("lora_alpha", "lora_dropout"):
+        if type(given[k]) not in (int, float):
+            raise ValueError(f"adapter_config.json has {k} {given[k]!r}; it must be a number")
+    return given
+
 # %% ../../nbs/model/03_adapters.ipynb #7e5e7cf0
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -128,20 +208,7 @@ class LoRAConfig:
     root_scale: bool = False  # Multiply by `alpha/sqrt(r)` instead (Kalajdzievski 2023, "rsLoRA")
 
     def __post_init__(self):
-        given = (
-            LINEAR
-            if self.targets in ("all", "all-linear")
-            else (self.targets,)
-            if isinstance(self.targets, str)
-            else tuple(self.targets)
-        )
-        if bad := [t for t in given if t not in LINEAR]:
-            raise ValueError(
-                f"targets: {bad[0]!r} is no matrix of a block; name some of {', '.join(LINEAR)}, or"
-                " 'all'"
-            )
-        if not given:
-            raise ValueError(f"targets is empty; name some of {', '.join(LINEAR)}, or 'all'")
+        targets = _chosen(self.targets)
         check_size("r", self.r, MOST["dim"], "8 to 64 is usual")
         check_number("alpha", self.alpha, which="above 0; twice r is usual")
         check_number(
@@ -150,7 +217,7 @@ class LoRAConfig:
             lambda x: 0 <= x < 1,
             "at least 0 and below 1: it is the share that is dropped",
         )
-        object.__setattr__(self, "targets", tuple(t for t in LINEAR if t in given))
+        object.__setattr__(self, "targets", targets)
 
     @property
     def scale(self) -> float:
@@ -162,22 +229,13 @@ class LoRAConfig:
         base: str | None = None,  # Where the base model is
     ) -> dict:  # Content of adapter_config.json
         "The same in PEFT's words."
-        return dict(
-            peft_type="LORA",
-            task_type="CAUSAL_LM",
+        return _SETTINGS | dict(
             base_model_name_or_path=base,
-            revision=None,
-            inference_mode=True,
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=list(self.targets),
             use_rslora=self.root_scale,
-            bias="none",
-            fan_in_fan_out=False,
-            init_lora_weights=True,
-            modules_to_save=None,
-            layers_to_transform=None,
         )
 
     @classmethod
@@ -187,51 +245,7 @@ class LoRAConfig:
         n_layer: int | None = None,  # Blocks of the base; default: as `target_modules` counts
     ) -> "LoRAConfig":
         "From PEFT's words; a `ValueError` where it computes something else."
-        if not isinstance(d, dict):
-            raise ValueError(
-                f"adapter_config.json holds a {type(d).__name__}; it must be an object with the"
-                " settings of an adapter"
-            )
-        if (kind := d.get("peft_type")) != "LORA":
-            raise ValueError(
-                f"adapter_config.json has peft_type {kind!r}; this library computes 'LORA' adapters"
-                " only; open this one with peft"
-            )
-        off = lambda v: v is None or v is False or v in ("", [], {})
-        other = [
-            f"{k} {v!r:.80}"
-            for k, v in d.items()
-            if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)
-        ]
-        if other:
-            raise ValueError(
-                f"adapter_config.json asks for {'; '.join(other)}, which this library does not"
-                f" compute; {_MERGE}"
-            )
-        given = dict(
-            r=8,
-            lora_alpha=8,
-            lora_dropout=0.0,
-            use_rslora=False,
-            bias="none",
-            init_lora_weights=True,
-        ) | {
-            k: v for k, v in d.items() if k in ("r", "lora_alpha") or v is not None
-        }  # PEFT's defaults
-        _check_start(given["init_lora_weights"])
-        if given["bias"] != "none":
-            raise ValueError(
-                f"adapter_config.json asks for bias {given['bias']!r}, which this library does not"
-                f" compute; {_MERGE}"
-            )
-        if type(given["use_rslora"]) is not bool:
-            raise ValueError(
-                f"adapter_config.json has use_rslora {given['use_rslora']!r}; it must be true or"
-                " false"
-            )
-        for k in ("lora_alpha", "lora_dropout"):
-            if type(given[k]) not in (int, float):
-                raise ValueError(f"adapter_config.json has {k} {given[k]!r}; it must be a number")
+        given = _settings(d)
         return cls(
             r=given["r"],
             alpha=given["lora_alpha"],

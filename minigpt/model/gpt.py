@@ -297,7 +297,51 @@ def check_hf(
     if not isinstance(layers, list) or not all(isinstance(x, str) for x in layers):
         raise ValueError(f"config.json: layer_types={layers!r:.60} must be a list of names")
 
+# %% ../../nbs/model/01_gpt.ipynb #36388da4
+def _rope(
+    d: dict,  # Content of a config.json
+) -> tuple[dict, str]:  # Its settings; how it is scaled
+    "The rotary embedding, of which a config.json may speak in three places."
+    ropes = [d.get("rope_scaling") or {}, d.get("rope_parameters") or {}]
+    thetas = {r["rope_theta"] for r in (*ropes, d) if "rope_theta" in r}
+    if len(thetas) > 1:
+        raise ValueError(
+            f"config.json names several values of rope_theta, {' and '.join(map(str, thetas))}, of"
+            " which programs take the one or the other; make them the same"
+        )
+    kinds = (r.get("rope_type", r.get("type", "default")) for r in ropes)
+    return ropes[0] | ropes[1], next((k for k in kinds if k != "default"), "default")
+
+
+def _check_plain(d: dict, rope: dict, scaling: str):
+    "A `ValueError` that names all that a config.json asks for and is not computed here."
+    share = rope.get("partial_rotary_factor", d.get("partial_rotary_factor", 1))
+    layers = {*(d.get("layer_types") or ())} - {"full_attention"}
+    asked = (
+        ("rope type", scaling, "default"),
+        ("hidden_act", d.get("hidden_act", "silu"), "silu"),
+        ("partial_rotary_factor", share, 1),
+        ("attention_bias", bool(d.get("attention_bias")), False),
+        ("mlp_bias", bool(d.get("mlp_bias")), False),
+        ("use_sliding_window", bool(d.get("use_sliding_window")), False),
+        ("layer_types", sorted(layers), []),
+    )
+    if other := [f"{k} {v!r} (must be {want!r})" for k, v, want in asked if v != want]:
+        raise ValueError(
+            f"config.json asks for {'; '.join(other)}, which this library does not compute; open"
+            " that model with transformers"
+        )
+
 # %% ../../nbs/model/01_gpt.ipynb #66cbffd6
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+)
+
+
 def from_hf(
     d: dict,  # Content of a config.json
 ) -> GPTConfig:  # Or the shape of another family
@@ -312,50 +356,9 @@ def from_hf(
             f"config.json has model_type {kind!r:.60}; this library computes 'llama', 'qwen3' and"
             " 'roberta' models only; open this one with transformers"
         )
-    check_hf(
-        d,
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-        ),
-    )
-    ropes = [d.get("rope_scaling") or {}, d.get("rope_parameters") or {}]
-    rope, thetas = ropes[0] | ropes[1], {r["rope_theta"] for r in (*ropes, d) if "rope_theta" in r}
-    if len(thetas) > 1:
-        raise ValueError(
-            f"config.json names several values of rope_theta, {' and '.join(map(str, thetas))}, of"
-            " which programs take the one or the other; make them the same"
-        )
-    scaling = next(
-        (t for r in ropes if (t := r.get("rope_type", r.get("type", "default"))) != "default"),
-        "default",
-    )
-    layers = {*(d.get("layer_types") or ())} - {"full_attention"}
-    other = [
-        f"{k} {v!r} (must be {want!r})"
-        for k, v, want in (
-            ("rope type", scaling, "default"),
-            ("hidden_act", d.get("hidden_act", "silu"), "silu"),
-            (
-                "partial_rotary_factor",
-                rope.get("partial_rotary_factor", d.get("partial_rotary_factor", 1)),
-                1,
-            ),
-            ("attention_bias", bool(d.get("attention_bias")), False),
-            ("mlp_bias", bool(d.get("mlp_bias")), False),
-            ("use_sliding_window", bool(d.get("use_sliding_window")), False),
-            ("layer_types", sorted(layers), []),
-        )
-        if v != want
-    ]
-    if other:
-        raise ValueError(
-            f"config.json asks for {'; '.join(other)}, which this library does not compute; open"
-            " that model with transformers"
-        )
+    check_hf(d, _NEEDED)
+    rope, scaling = _rope(d)
+    _check_plain(d, rope, scaling)
     qwen, head = kind == "qwen3", d["num_attention_heads"]
     return GPTConfig(
         vocab_size=d["vocab_size"],

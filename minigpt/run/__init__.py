@@ -16,8 +16,8 @@ __all__, __getattr__, __dir__ = lazy_names(
         """,
         "metrics": """
             TAGS Metrics read_metrics Curves Follower decimate smooth plot_losses save_plots
-            plot_runs LossPicture PlotWriter EventWriter RunLog read_log trouble memory
-            in_notebook
+            plot_runs LossPicture PlotWriter EventWriter RunLog note_of Shown listening read_log
+            memory in_notebook
         """,
         "folder": """
             ANSWER Run split_checkpoint open_run list_runs text_table runs_table run_table
@@ -26,6 +26,8 @@ __all__, __getattr__, __dir__ = lazy_names(
             SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows
             notes status_text sparkline monitor
         """,
-        "live": "BOX_STYLE html_table run_html display_widget LiveLoss",
+        "live": """
+            BOX_STYLE html_table run_html display_widget LiveLoss
+        """,
     },
 )

@@ -11,6 +11,7 @@ __all__ = ['COLAB_MOUNT', 'BEAT', 'RETRY', 'POLL', 'QUIET', 'DATA_LIMIT', 'Backu
 # %% ../../nbs/run/01_backup.ipynb #66f95fed
 import errno
 import hashlib
+import logging
 import os
 import sys
 import threading
@@ -58,6 +59,9 @@ from minigpt.core.files import (
     write_file,
     write_json,
 )
+
+# %% ../../nbs/run/01_backup.ipynb #e1c6fd23
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/run/01_backup.ipynb #32af1ed7
 class BackupError(RuntimeError):
@@ -376,7 +380,7 @@ class Backup:
             clock,
         )
         self.session, self.run_id = uuid.uuid4().hex, None
-        # for the user, from the main thread: Colab does not show what others print
+        # (level, text) for the user, from the main thread: Colab does not show what others print
         self.messages = deque()
         # group → (source, target); the stores whose directories are being copied
         self.pending, self.stores = {}, {}
@@ -415,8 +419,9 @@ class Backup:
         if self.lost:
             return
         if os.path.islink(source):
-            self.messages.append(
-                f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored"
+            self._tell(
+                logging.WARNING,
+                f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored",
             )
             return
         light = (
@@ -541,7 +546,7 @@ class Backup:
             self._ask()
             self._prune()
             if self.announced:
-                self.messages.append(f"the backup to {self.folder} works again")
+                self._tell(logging.INFO, f"the backup to {self.folder} works again")
             self.failed, self.failures, self.announced = None, 0, False
             self.doing = (
                 f"waiting for the server to get {waiting[0].name}"
@@ -552,7 +557,7 @@ class Backup:
             return
         except Taken as e:
             self.lost = str(e)
-            self.messages.append(f"NO BACKUP any more: {e}")
+            self._tell(logging.WARNING, f"NO BACKUP any more: {e}")
             with self.wake:
                 self.pending, self.copying = {}, None
                 self._pin()
@@ -578,11 +583,20 @@ class Backup:
         if not self.announced and (not self.ever or time.time() - since > QUIET):
             self.announced = self.ever = True
             has = self.status()["copied"]
-            self.messages.append(
+            self._tell(
+                logging.WARNING,
                 f"NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again"
                 " and again; this is said once."
-                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}"
+                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}",
             )
+
+    def _tell(self, level: int, message: str):
+        self.messages.append((level, message))
+
+    def pass_on(self):
+        "Log what the worker has to say. Call it from the main thread."
+        while self.messages:
+            logger.log(*self.messages.popleft())
 
     def _reason(self, e: Exception) -> str:
         hint = {
@@ -961,7 +975,6 @@ def _beat(heart: dict) -> tuple:
 
 def wait_for_others(
     backup: Backup,
-    say: Callable[[str], None] = print,
 ):
     """A `BackupError` if another process writes to this backup.
 
@@ -979,7 +992,7 @@ def wait_for_others(
         return
     interval = _interval(first)
     end = time.monotonic() + 2.5 * interval
-    say(
+    logger.info(
         f"the last process that wrote to {backup.path} has not said that it ended; looking whether"
         f" it still does ({human_time(2.5 * interval)})"
     )
@@ -1051,7 +1064,6 @@ def _content(path: Path) -> bytes:
 # %% ../../nbs/run/01_backup.ipynb #e3521b4c
 def restore_run(
     backup: Backup,
-    say: Callable[[str], None] = print,
 ) -> bool:  # Was there anything to restore?
     """Bring a run's own files from its backup to its folder, `run.json` last.
 
@@ -1101,10 +1113,10 @@ def restore_run(
                 " what is here, pass another gdrive_backup_dir; to go on with what is there, move"
                 f" {here} away"
             )
-        say(f"{here.name} has gone on elsewhere meanwhile")
+        logger.info(f"{here.name} has gone on elsewhere meanwhile")
         for c in [c for s in stores_in(here) for c in s.all() if not c.problem]:
             if given_up(read_json(c.path / "trainer_state.json"), theirs):
-                say(
+                logger.info(
                     f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and"
                     f" is set aside as {set_aside(c.path, 'superseded')}"
                 )
@@ -1112,7 +1124,7 @@ def restore_run(
             read_json(here / "trainer_state.json"), theirs
         ):
             set_aside(here / "MANIFEST.json", "superseded")  # its state is among those above
-    say(f"restoring {here.name} from {backup.folder}")
+    logger.info(f"restoring {here.name} from {backup.folder}")
     here.mkdir(parents=True, exist_ok=True)
     groups = {}
     for name, want in listed(there).items():
@@ -1137,10 +1149,10 @@ def restore_run(
         try:
             made = _restored(there, here / f"{group}.restored", group, files)
         except CheckpointError as e:
-            say(f"{group}/ is not restored: {e}")
+            logger.warning(f"{group}/ is not restored: {e}")
             continue
         if lexists(here / group):
-            say(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
+            logger.info(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
         os.rename(made, here / group)
     # every checkpoint has it as well; and the data can be built again
     if not (here / "tokenizer" / "tokenizer.json").exists():
@@ -1163,7 +1175,9 @@ def restore_run(
                     or hash_file(here / name) != hash_file(there / "final" / name)
                 )
             ):
-                say(f"what stood in {here / name} is kept as {set_aside(here / name, 'old')}")
+                logger.info(
+                    f"what stood in {here / name} is kept as {set_aside(here / name, 'old')}"
+                )
         delete(made := hidden(here / "final", "tmp"))
         copy_checkpoint(there / "final", made)
         if wrong := problem(made):
@@ -1176,7 +1190,7 @@ def restore_run(
         try:
             fetch(backup, best)
         except CheckpointError as e:
-            say(f"{best.path} is not restored: {e}")
+            logger.warning(f"{best.path} is not restored: {e}")
     if (there / "run.log").exists():
         known = {*_content(here / "run.log").splitlines()} if (here / "run.log").exists() else set()
         new = [

@@ -37,7 +37,7 @@ def html_table(rows: list[tuple[str, ...]]) -> str:
         + "</table>"
     )
 
-
+# %% ../../nbs/run/06_live.ipynb #d3f2e9b2
 def run_html(s: dict) -> str:
     "The head of both widgets: step, bar, numbers, a sample."
     done = 100 * s["step"] / max(1, s["max_steps"])
@@ -58,7 +58,7 @@ def run_html(s: dict) -> str:
         )
     )
 
-
+# %% ../../nbs/run/06_live.ipynb #7ef1c93e
 def display_widget(widget, text: str, **more):
     """Show a widget, or, where the notebook is read without a kernel, a text.
 

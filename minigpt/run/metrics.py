@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TAGS', 'Metrics', 'read_metrics', 'Curves', 'Follower', 'decimate', 'smooth', 'plot_losses', 'save_plots',
-           'plot_runs', 'LossPicture', 'PlotWriter', 'EventWriter', 'RunLog', 'read_log', 'trouble', 'memory',
-           'in_notebook']
+           'plot_runs', 'LossPicture', 'PlotWriter', 'EventWriter', 'RunLog', 'note_of', 'Shown', 'listening',
+           'read_log', 'memory', 'in_notebook']
 
 # %% ../../nbs/run/03_metrics.ipynb #04396639
 import contextlib
 import io
+import logging
 import re
 import sys
 import threading
@@ -23,7 +24,8 @@ import numpy as np
 import orjson
 import psutil
 
-from ..core.files import regular, write_file
+from ..core.files import plain, regular, write_file
+from ..core.notes import Note
 from ..core.picture import figure
 
 # %% ../../nbs/run/03_metrics.ipynb #85957072
@@ -581,29 +583,69 @@ class EventWriter:
             self.file.close()
 
 # %% ../../nbs/run/03_metrics.ipynb #2caddefc
-class RunLog:
-    "Appends lines to run.log; as a context it notes what ended it."
+class RunLog(logging.Handler):
+    "Appends log records to run.log; as a context it notes what ended it."
 
     def __init__(self, path: str | Path):  # it says now if that cannot be
+        super().__init__()
         # `counts`: is an error the end of a training, and not of a call that was refused?
         self.path, self.counts = Path(path), True
         if self.path.is_fifo():
             regular(path)
         open(path, "ab").close()
 
-    def __call__(self, message: str):
-        "Add a line."
+    def emit(self, record: logging.LogRecord):
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {note_of(record)}\n"
         with contextlib.suppress(OSError), open(self.path, "ab", buffering=0) as f:
-            f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="replace"))
+            f.write(line.encode(errors="replace"))
+
+    def write(self, message: str, level: int = logging.INFO):
+        "Add a line that is not shown elsewhere."
+        self.emit(logging.LogRecord("minigpt", level, "", 0, message, None, None))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
         if kind and self.counts:
-            self(f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}")
+            ended = f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}"
+            self.write(ended, logging.ERROR)
+
+
+def note_of(record: logging.LogRecord) -> Note:
+    "A log record as it is shown and written down."
+    return Note(record.getMessage(), record.levelno)
+
+# %% ../../nbs/run/03_metrics.ipynb #9d5072bb
+class Shown(logging.Handler):
+    "Shows log records in a terminal or a notebook, without breaking a progress bar."
+
+    def emit(self, record: logging.LogRecord):
+        # a terminal that is gone, or cannot write ×
+        with contextlib.suppress(OSError, ValueError):
+            from tqdm.auto import tqdm  # asks for IPython
+
+            tqdm.write(plain(str(note_of(record))))
+
+
+@contextlib.contextmanager
+def listening(*handlers: logging.Handler):
+    "Give the records of minigpt to these handlers alone."
+    root = logging.getLogger("minigpt")
+    before = root.handlers, root.level, root.propagate
+    root.handlers, root.propagate = [*handlers], False
+    root.setLevel(min(logging.INFO, root.level or logging.INFO))
+    try:
+        yield
+    finally:
+        root.handlers, root.propagate = before[0], before[2]
+        root.setLevel(before[1])
 
 # %% ../../nbs/run/03_metrics.ipynb #71d38f91
+# the date, the time, and a level that a reader must see
+_TROUBLE = re.compile(r"\S+ \S+ (WARNING|ERROR|CRITICAL): ")
+
+
 def read_log(
     path: str | Path,  # A run.log
     n: int = 8,  # Lines at most, the newest
@@ -616,19 +658,7 @@ def read_log(
             lines = f.read().decode(errors="replace").splitlines()
     except OSError:
         return []
-    return [l for l in lines if l.strip() and (not troubles or trouble(l))][-n:]
-
-
-def trouble(line: str) -> bool:
-    "Does a line tell of something that is wrong?"
-    return bool(_TROUBLE.search(line))
-
-
-# what minigpt wants to be seen it writes in capitals
-_TROUBLE = re.compile(
-    r"\b(WARNING|ERROR|NOT|FAILED|STOPPED|ENDED|MORE|SLOWER|NO GPU)\b|cannot|could not|passed"
-    r" over|damaged|refused"
-)
+    return [l for l in lines if l.strip() and (not troubles or _TROUBLE.match(l))][-n:]
 
 # %% ../../nbs/run/03_metrics.ipynb #df1e9640
 def memory(

@@ -8,12 +8,14 @@ __all__ = ['SILENT', 'is_held', 'pace', 'Watch', 'run_status', 'numbers', 'headl
 
 # %% ../../nbs/run/05_status.ipynb #0a043f63
 import json
+import logging
 import math
 import os
 import shlex
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,6 +23,7 @@ from filelock import FileLock, Timeout
 from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
 from ..core.files import at_home, dir_size, free_space, human_size, human_time, plain
+from ..core.notes import Note
 from ..model.gpt import shape_from_dict
 from .backup import drive_mount, read_heartbeat
 from .folder import Run, open_run, text_table
@@ -223,7 +226,7 @@ class Watch:
         out["unread"], self.problems = self.problems, before
         return out
 
-    def storage(self) -> list[str]:
+    def storage(self) -> list[Note]:
         "What the run takes now and will take at its end, against what is free."
         cfg, n = (
             TrainConfig.make(
@@ -243,7 +246,7 @@ class Watch:
         )
         if self.mirror:
             return [
-                l.replace("in the backup:", "here:")
+                replace(l, text=l.text.replace("in the backup:", "here:"))
                 for l in storage_plan(
                     cfg, n, saves, sys.maxsize, free, 0, there + dir_size(self.path / "final")
                 )[1:]
@@ -386,33 +389,22 @@ def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
     ]
 
 
-def notes(s: dict) -> list[str]:
+def notes(s: dict) -> list[Note]:
     "What else there is to say: signs of life, storage, backup, problems, troubles in the log."
     age = (
         f"the last line of metrics is {human_time(max(0, time.time() - s['updated']))} old"
         if s["updated"]
         else "no metrics yet"
     )
+    safe = f"step {s['safe_step']:,} is safe" if s["safe_step"] else "nothing is saved yet"
+    warning = logging.WARNING
     return [
-        "; ".join(
-            filter(
-                None,
-                [
-                    s["sign"],
-                    age,
-                    (
-                        f"step {s['safe_step']:,} is safe"
-                        if s["safe_step"]
-                        else "nothing is saved yet"
-                    ),
-                ],
-            )
-        ),
-        f"storage: {human_size(s['size'])} now, {human_size(s['free'])} free",
+        Note("; ".join(o for o in (s["sign"], age, safe) if o)),
+        Note(f"storage: {human_size(s['size'])} now, {human_size(s['free'])} free"),
         *s["storage"],
-        *([s["backup"]] if s["backup"] else []),
-        *(f"CANNOT BE READ: {p}" for p in s["problems"]),
-        *s["troubles"],
+        *([Note(s["backup"])] if s["backup"] else []),
+        *(Note(f"CANNOT BE READ: {p}", warning) for p in s["problems"]),
+        *(Note(t, warning) for t in s["troubles"]),
     ]
 
 # %% ../../nbs/run/05_status.ipynb #e00f8815
@@ -432,7 +424,7 @@ def status_text(
                 " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
                 *([f"it writes: {s['sample']}"] if s["sample"] else []),
                 text_table(rows) if rows[1:] else "nothing is saved yet",
-                *notes(s),
+                *map(str, notes(s)),
                 f"{when}: {code.splitlines()[-1]}, or {command}",
             ]
         )
@@ -479,12 +471,7 @@ def _dashboard(s: dict, curves: Curves):
         *([written(f"it writes: {s['sample'][:300]}", "italic")] if s["sample"] else []),
         written(""),
         *([table, written("")] if rows else []),
-        *(
-            written(
-                n, "yellow" if n in s["troubles"] or n.startswith(("WARNING", "CANNOT")) else ""
-            )
-            for n in notes(s)
-        ),
+        *(written(n.text, "yellow" if n.warns else "") for n in notes(s)),
     ]
     return Panel(
         Group(*shown), title=written(s["path"]), subtitle="Ctrl-C ends the watching, not the run"

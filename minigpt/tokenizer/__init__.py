@@ -9,8 +9,8 @@ __all__, __getattr__, __dir__ = lazy_names(
             SECONDS TemplateLimit render_template
         """,
         "bpe": """
-            EOS IM_START IM_END SPECIALS MARKS CHAT_TEMPLATE RULES chat_messages chat_pieces
-            Tokenizer train_tokenizer characters load_tokenizer
+            PATTERN EOS IM_START IM_END SPECIALS MARKS CHAT_TEMPLATE RULES chat_messages
+            chat_pieces Tokenizer train_tokenizer characters load_tokenizer
         """,
     },
 )

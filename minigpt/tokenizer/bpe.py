@@ -437,67 +437,83 @@ def _check_ids(tok):  # Content of a tokenizer.json
             f"it has a token with the id {largest:,}; ids may go up to {_LARGEST - 1:,}"
         )
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #e0db297c
-class Tokenizer:
-    "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
+# %% ../../nbs/tokenizer/02_bpe.ipynb #ce2aea12
+def _own_config() -> dict:
+    "Content of tokenizer_config.json."
+    return dict(
+        tokenizer_class="PreTrainedTokenizerFast",
+        eos_token=EOS,
+        pad_token=EOS,
+        model_max_length=1_000_000,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
 
-    def __init__(
-        self,
-        hf: HFTokenizer,  # The `tokenizers` object
-        config: dict | None = None,  # Content of tokenizer_config.json; default: ours
-        rules: int = RULES,  # 1: encode as older versions did, for a run that was begun with them
-    ):
-        self.hf, self.json, self.rules = hf, json.loads(hf.to_str()), rules
-        self.config = (
-            config
-            if config is not None
-            else dict(
-                tokenizer_class="PreTrainedTokenizerFast",
-                eos_token=EOS,
-                pad_token=EOS,
-                model_max_length=1_000_000,
-                clean_up_tokenization_spaces=False,
-                chat_template=CHAT_TEMPLATE,
-            )
+
+def _pick_template(
+    found,  # `chat_template` of a tokenizer_config.json
+    tools: bool,  # Is it for a conversation with functions?
+) -> str | None:  # None where there is none
+    "The template in Jinja."
+    wrong = lambda: ValueError(
+        f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or"
+        ' a list of objects with "name" and "template"'
+    )
+    if isinstance(found, list):
+        if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in found):
+            raise wrong()
+        named = {t["name"]: t.get("template") for t in found}
+    elif isinstance(found, dict):
+        named = found
+    else:
+        named = dict(default=found)
+    template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
+    if template is None and named and found is not None:
+        raise ValueError(
+            f"tokenizer_config.json has chat templates for {', '.join(map(str, named))}, and"
+            ' none is the "default"; give one that name'
         )
-        _check_growth(self.json)
-        self.fast = _tiktoken(self.json)
-        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # of a token on disk
-        # the same hash, the same ids
-        self.hash = hash_bytes(json.dumps(self.json, sort_keys=True).encode())
+    if template is not None and not isinstance(template, str):
+        raise wrong()
+    return template
 
-    def __repr__(self):
-        return f"Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})"
+# %% ../../nbs/tokenizer/02_bpe.ipynb #a2ff03ed
+def _rendered(template: str, **given) -> str:
+    "What a tokenizer's chat template makes of a conversation; a `ValueError` where it is broken."
+    try:
+        return render_template(template, **given)
+    except ValueError:
+        raise  # among them what the template refuses
+    except Exception as e:
+        where = f", line {e.lineno}" if getattr(e, "lineno", None) else ""
+        raise ValueError(
+            f"the tokenizer's chat template{where}: {type(e).__name__}: {e}; mend it in"
+            " tokenizer_config.json or chat_template.jinja, or check the conversation"
+        ) from None
 
-    def id(self, token: str) -> int | None:
-        "The id of one token, or None."
-        return self.hf.token_to_id(token)
+# %% ../../nbs/tokenizer/02_bpe.ipynb #a0c2c06d
+def _token_text(name: str, found) -> str | None:
+    "A control token, from what stands under its name in tokenizer_config.json."
+    token = found.get("content") if isinstance(found, dict) else getattr(found, "content", found)
+    if token is None and found is None or isinstance(token, str):
+        return token
+    raise ValueError(
+        f"{name} is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or an"
+        ' object with a text as its "content"'
+    )
 
-    @cached_property
-    def _ordinary(self) -> HFTokenizer:
-        "The tokenizer, for which every added token but words is only its letters."
-        made = {
-            **self.json,
-            "added_tokens": [{**t, "special": not _is_word(t)} for t in self.json["added_tokens"]],
-        }
-        if self.rules > 1:
-            made = _without_names(made)
-        hf = HFTokenizer.from_str(json.dumps(made))
-        hf.encode_special_tokens = True
-        hf.no_truncation()
-        hf.no_padding()
-        return hf
 
-    @cached_property
-    def _whole(self) -> HFTokenizer:
-        "The tokenizer, without the length that a tokenizer.json may cut or fill texts to."
-        if not (self.hf.truncation or self.hf.padding):
-            return self.hf
-        hf = HFTokenizer.from_str(self.hf.to_str())
-        hf.no_truncation()
-        hf.no_padding()
-        return hf
+def _token_names(config: dict) -> set[str]:
+    "Those under which a chat template finds tokens."
+    named = (k for k in config if k.endswith("_token") and not k.startswith("add_"))
+    return {"eos_token", "bos_token", *named}
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #ae365bc9
+class _Config:
+    "A tokenizer_config.json: its control tokens by name, and its chat template."
+
+    def __init__(self, config: dict | None):  # Default: ours
+        self.config = config if config is not None else _own_config()
 
     def token(
         self,
@@ -507,26 +523,73 @@ class Tokenizer:
 
         It stands there as a text, or as an object that has it as its `content`.
         """
-        found = self.config.get(name)
-        token = (
-            found.get("content") if isinstance(found, dict) else getattr(found, "content", found)
+        return _token_text(name, self.config.get(name))
+
+    def chat_template(
+        self,
+        tools: bool = False,  # Is it for a conversation with functions?
+    ) -> str | None:  # None where there is none
+        """The template in Jinja.
+
+        Of several with names, `tool_use` is for functions and `default` for the rest.
+        """
+        return _pick_template(self.config.get("chat_template"), tools)
+
+    def render(
+        self,
+        messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
+        tools: list[dict] | None = None,  # Schemas of functions; default: the system message's
+        add_generation_prompt: bool = False,  # End with the opening of an assistant turn
+        thinking: bool | None = None,  # Begin with thoughts? None: the template's default
+    ) -> str:
+        """The conversation as the model reads it.
+
+        `thinking` is for a template that asks, as MiniMind's (`open_thinking`) and Qwen3's
+        (`enable_thinking`) do.
+        """
+        messages, own = chat_messages(messages)
+        tools = tools or own
+        template = self.chat_template(bool(tools))
+        if not template:
+            raise ValueError(
+                'this tokenizer has no chat template; put one under "chat_template" into its'
+                " tokenizer_config.json"
+            )
+        thinking = (
+            {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
         )
-        if token is None and found is None or isinstance(token, str):
-            return token
-        raise ValueError(
-            f"{name} is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or an"
-            ' object with a text as its "content"'
+        tokens = {k: self.token(k) or "" for k in _token_names(self.config)}
+        return _rendered(
+            template,
+            messages=messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            **thinking,
+            **tokens,
         )
 
-    @cached_property
-    def adds(self) -> tuple[list[int], list[int]]:  # Both are empty for our own tokenizers
-        "The control tokens that the post-processor puts in front of a text and behind it."
-        if self.rules < 2 or self.hf.post_processor is None:
-            return [], []
-        made = _no_panic(self._whole.encode, "a")
-        added = [i for i in range(len(made)) if made.special_tokens_mask[i]]
-        front = [i for k, i in enumerate(added) if k == i]
-        return [made.ids[i] for i in front], [made.ids[i] for i in added[len(front) :]]
+# %% ../../nbs/tokenizer/02_bpe.ipynb #9470af22
+class _Vocabulary(_Config):
+    "The tokens of a tokenizer, and their ids."
+
+    def __init__(
+        self,
+        hf: HFTokenizer,  # The `tokenizers` object
+        config: dict | None = None,  # Content of tokenizer_config.json; default: ours
+        rules: int = RULES,  # 1: encode as older versions did, for a run that was begun with them
+    ):
+        super().__init__(config)
+        self.hf, self.json, self.rules = hf, json.loads(hf.to_str()), rules
+        _check_growth(self.json)
+        self.fast = _tiktoken(self.json)
+        self.vocab_size = max(hf.get_vocab(with_added_tokens=True).values()) + 1
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # of a token on disk
+        # the same hash, the same ids
+        self.hash = hash_bytes(json.dumps(self.json, sort_keys=True).encode())
+
+    def id(self, token: str) -> int | None:
+        "The id of one token, or None."
+        return self.hf.token_to_id(token)
 
     @cached_property
     def eos_id(self) -> int:
@@ -546,6 +609,104 @@ class Tokenizer:
             sorted({self.eos_id, *(i for t in (EOS, IM_END) if (i := self.id(t)) is not None)})
         )
 
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        "The special tokens."
+        return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #f99209a6
+def _letters_only(
+    made: dict,  # Content of a tokenizer.json
+    rules: int,
+) -> HFTokenizer:
+    "The tokenizer, for which every added token but words is only its letters."
+    added = [{**t, "special": not _is_word(t)} for t in made["added_tokens"]]
+    made = {**made, "added_tokens": added}
+    if rules > 1:
+        made = _without_names(made)
+    hf = HFTokenizer.from_str(json.dumps(made))
+    hf.encode_special_tokens = True
+    hf.no_truncation()
+    hf.no_padding()
+    return hf
+
+
+def _unlimited(hf: HFTokenizer) -> HFTokenizer:
+    "The tokenizer, without the length that a tokenizer.json may cut or fill texts to."
+    if not (hf.truncation or hf.padding):
+        return hf
+    hf = HFTokenizer.from_str(hf.to_str())
+    hf.no_truncation()
+    hf.no_padding()
+    return hf
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #282c4216
+def _gap_patterns(
+    added: Iterable[str],  # Added tokens
+) -> tuple[re.Pattern, re.Pattern]:
+    """The white space in front of another one that belongs to the next word.
+
+    What stands next is no word if it is the end of a text or, in the second pattern, an added
+    token.
+    """
+    names = [re.escape(_CUT), *map(re.escape, added)]
+    return tuple(
+        re.compile(f"[{_WHITE}](?=[{_WHITE}](?!{'|'.join(n)})[^\r\n{_WHITE}])")
+        for n in (names[:1], names)
+    )
+
+
+def _encode_joined(
+    fast: tiktoken.Encoding,
+    gaps: re.Pattern,  # One of `_gap_patterns`
+    joined: str,  # Texts, with a `_CUT` between two
+    special: bool,  # As for `Tokenizer.encode`
+) -> tuple[np.ndarray, np.ndarray]:  # Ids; tokens of each text
+    "Token ids of all texts in one call of tiktoken."
+    ids = fast.encode_to_numpy(
+        gaps.sub(rf"\g<0>{_GAP}", joined),
+        allowed_special="all" if special else {_CUT, _GAP},
+        disallowed_special=(),
+    )
+    cut, gap = (fast.encode_single_token(t) for t in (_CUT, _GAP))
+    ids = ids[ids != gap]
+    lengths = np.diff(np.flatnonzero(ids == cut), prepend=-1, append=len(ids)) - 1
+    return ids[ids != cut], lengths
+
+
+def _encode_each(
+    hf: HFTokenizer, texts: Sequence[str], dtype: type
+) -> tuple[np.ndarray, np.ndarray]:  # Ids; tokens of each text
+    "Token ids of texts, one after another."
+    made = [np.array(_encoded(hf, t).ids, dtype) for t in texts]
+    return np.concatenate([np.empty(0, dtype), *made]), np.array([len(i) for i in made], np.int64)
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #1859d4ab
+class _Encoder(_Vocabulary):
+    "Text to token ids."
+
+    @cached_property
+    def _ordinary(self) -> HFTokenizer:
+        return _letters_only(self.json, self.rules)
+
+    @cached_property
+    def _whole(self) -> HFTokenizer:
+        return _unlimited(self.hf)
+
+    @cached_property
+    def _gaps(self) -> tuple[re.Pattern, re.Pattern]:
+        return _gap_patterns(t["content"] for t in self.json["added_tokens"])
+
+    @cached_property
+    def adds(self) -> tuple[list[int], list[int]]:  # Both are empty for our own tokenizers
+        "The control tokens that the post-processor puts in front of a text and behind it."
+        if self.rules < 2 or self.hf.post_processor is None:
+            return [], []
+        made = _no_panic(self._whole.encode, "a")
+        added = [i for i in range(len(made)) if made.special_tokens_mask[i]]
+        front = [i for k, i in enumerate(added) if k == i]
+        return [made.ids[i] for i in front], [made.ids[i] for i in added[len(front) :]]
+
     def encode(
         self,
         text: str,
@@ -553,35 +714,6 @@ class Tokenizer:
     ) -> list[int]:
         "Token ids of `text`."
         return self.encode_array(text, special).tolist()
-
-    def begin(
-        self,
-        text: str,  # Of a document; may be empty
-    ) -> list[int]:  # At least one
-        "Token ids of the beginning of a document, for a model to continue."
-        return [*self.adds[0], *self.encode(text)] or [self.eos_id]
-
-    def encode_documents(
-        self,
-        texts: Sequence[str],  # Documents, or pieces of them in their order
-        begins: Sequence[bool],  # Does a document begin with this one?
-        ends: Sequence[bool],  # Does one end with it?
-    ) -> tuple[np.ndarray, np.ndarray]:  # As `encode_batch`
-        "Texts to be learned: with what the tokenizer adds to each document, and one end."
-        ids, lengths = self.encode_batch(texts)
-        begins, ends = np.array(begins, bool), np.array(ends, bool)
-        front, back = self.adds
-        back = back if self.eos_id in back else [*back, self.eos_id]
-        ids = np.insert(
-            ids, np.repeat(lengths.cumsum()[ends], len(back)), np.tile(back, ends.sum())
-        )
-        lengths = lengths + len(back) * ends
-        ids = np.insert(
-            ids,
-            np.repeat((lengths.cumsum() - lengths)[begins], len(front)),
-            np.tile(front, begins.sum()),
-        )
-        return ids, lengths + len(front) * begins
 
     def encode_array(self, text: str, special: bool = False) -> np.ndarray:  # (n,) of `dtype`
         "`encode` without the list."
@@ -598,35 +730,13 @@ class Tokenizer:
         """
         joined = _CUT.join(texts)
         if not self.fast or _GAP in joined or joined.count(_CUT) >= max(1, len(texts)):
-            made = [
-                np.array(_encoded(self._whole if special else self._ordinary, t).ids, self.dtype)
-                for t in texts
-            ]
-            return np.concatenate([np.empty(0, self.dtype), *made]), np.array(
-                [len(i) for i in made], np.int64
-            )
-        ids = self.fast.encode_to_numpy(
-            self._gaps[special].sub(rf"\g<0>{_GAP}", joined),
-            allowed_special="all" if special else {_CUT, _GAP},
-            disallowed_special=(),
-        )
-        cut, gap = (self.fast.encode_single_token(t) for t in (_CUT, _GAP))
-        ids = ids[ids != gap]
-        lengths = np.diff(np.flatnonzero(ids == cut), prepend=-1, append=len(ids)) - 1
-        return ids[ids != cut].astype(self.dtype), lengths[: len(texts)]
+            return _encode_each(self._whole if special else self._ordinary, texts, self.dtype)
+        ids, lengths = _encode_joined(self.fast, self._gaps[special], joined, special)
+        return ids.astype(self.dtype), lengths[: len(texts)]
 
-    @cached_property
-    def _gaps(self) -> tuple[re.Pattern, re.Pattern]:
-        """The white space in front of another one that belongs to the next word.
-
-        What stands next is no word if it is the end of a text or, in the second pattern, an added
-        token.
-        """
-        names = [re.escape(_CUT), *(re.escape(t["content"]) for t in self.json["added_tokens"])]
-        return tuple(
-            re.compile(f"[{_WHITE}](?=[{_WHITE}](?!{'|'.join(n)})[^\r\n{_WHITE}])")
-            for n in (names[:1], names)
-        )
+# %% ../../nbs/tokenizer/02_bpe.ipynb #df03bbe1
+class _Decoder(_Vocabulary):
+    "Token ids to text."
 
     def decode(
         self,
@@ -643,11 +753,6 @@ class Tokenizer:
             for i in map(int, ids)
             if i not in self.control_ids and self.hf.id_to_token(i) is not None
         ]
-
-    @cached_property
-    def control_ids(self) -> frozenset[int]:
-        "The special tokens."
-        return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:  # Empty for a byte-level tokenizer
@@ -680,114 +785,311 @@ class Tokenizer:
         decoder = self.json["decoder"] or {}
         return [d["type"] for d in decoder.get("decoders", [decoder]) if d]
 
-    def render(
-        self,
-        messages: list[dict],  # A conversation, in any dialect that `chat_messages` reads
-        tools: list[dict] | None = None,  # Schemas of functions; default: the system message's
-        add_generation_prompt: bool = False,  # End with the opening of an assistant turn
-        thinking: bool | None = None,  # Begin with thoughts? None: the template's default
-    ) -> str:
-        """The conversation as the model reads it.
+# %% ../../nbs/tokenizer/02_bpe.ipynb #0ce4647a
+class _Names:
+    "The added tokens of a tokenizer, which nobody's words may spell."
 
-        `thinking` is for a template that asks, as MiniMind's (`open_thinking`) and Qwen3's
-        (`enable_thinking`) do.
-        """
-        messages, own = chat_messages(messages)
-        tools = tools or own
-        template = self.chat_template(bool(tools))
-        if not template:
-            raise ValueError(
-                'this tokenizer has no chat template; put one under "chat_template" into its'
-                " tokenizer_config.json"
-            )
-        thinking = (
-            {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
+    def __init__(self, tok: _Vocabulary):
+        added = [t for t in tok.json["added_tokens"] if t["content"].strip() and not _is_word(t)]
+        # what counts as one token in a rendered text, the longest first
+        self.ids = {t["content"]: t["id"] for t in sorted(added, key=lambda t: -len(t["content"]))}
+        self.starts, self.all = tuple(self.ids), _any_of(self.ids)
+        # those that nobody's words may hold; what an assistant wrote may hold marks
+        self.steering = _any_of(
+            t for t, i in self.ids.items() if i in tok.control_ids and t not in MARKS
         )
-        names = {
-            "eos_token",
-            "bos_token",
-            *(k for k in self.config if k.endswith("_token") and not k.startswith("add_")),
-        }
-        tokens = {k: self.token(k) or "" for k in names}
+        self.nonce = secrets.token_hex(8)  # what nobody can have written
+        # what `hide` leaves; a template may have escaped it
+        self.hidden = re.compile(rf"(?:\ue000|\\ue000){self.nonce}:(\d+)(?:\ue000|\\ue000)")
+
+    def hide(self, x, names: re.Pattern):
+        "Somebody's words, without the names of tokens that they hold."
+        if isinstance(x, str):
+            return names.sub(lambda m: f"\ue000{self.nonce}:{self.ids[m[0]]}\ue000", x)
+        if isinstance(x, dict):
+            return {self.hide(k, names): self.hide(v, names) for k, v in x.items()}
+        return [self.hide(v, names) for v in x] if isinstance(x, list) else x
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #153ca498
+def _openings(config: _Config) -> list[str]:
+    """What the template writes behind the opening of an assistant's turn, the longest first.
+
+    As a rule, nothing.
+    """
+    found = set()
+    for thinking in None, True, False:
         try:
-            return render_template(
-                template,
-                messages=messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                **thinking,
-                **tokens,
+            text = config.render(
+                [dict(role="user", content="")], add_generation_prompt=True, thinking=thinking
             )
         except ValueError:
-            raise  # among them what the template refuses
-        except Exception as e:
-            where = f", line {e.lineno}" if getattr(e, "lineno", None) else ""
-            raise ValueError(
-                f"the tokenizer's chat template{where}: {type(e).__name__}: {e}; mend it in"
-                " tokenizer_config.json or chat_template.jinja, or check the conversation"
-            ) from None
-
-    def chat_template(
-        self,
-        tools: bool = False,  # Is it for a conversation with functions?
-    ) -> str | None:  # None where there is none
-        """The template in Jinja.
-
-        Of several with names, `tool_use` is for functions and `default` for the rest.
-        """
-        found = self.config.get("chat_template")
-        wrong = lambda: ValueError(
-            f"chat_template is {str(found)[:60]!r} in tokenizer_config.json; it must be a text, or"
-            ' a list of objects with "name" and "template"'
+            continue  # it wants another conversation
+        found.add(
+            text.rpartition(f"{IM_START}assistant\n")[2] if f"{IM_START}assistant\n" in text else ""
         )
-        if isinstance(found, list):
-            if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in found):
-                raise wrong()
-            named = {t["name"]: t.get("template") for t in found}
-        elif isinstance(found, dict):
-            named = found
-        else:
-            named = dict(default=found)
-        template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
-        if template is None and named and found is not None:
-            raise ValueError(
-                f"tokenizer_config.json has chat templates for {', '.join(map(str, named))}, and"
-                ' none is the "default"; give one that name'
-            )
-        if template is not None and not isinstance(template, str):
-            raise wrong()
-        return template
+    return sorted(filter(None, found), key=len, reverse=True)
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #4a0ba60a
+class _Seams:
+    "Where the questions of a conversation meet its answers."
+
+    def __init__(self, tok: "_ChatEncoder"):
+        self.tok = tok
+        self.settled = lru_cache(1000)(self.settled)
 
     @cached_property
-    def _lengths(self) -> np.ndarray | None:  # (vocab_size,) bytes, where tiktoken knows them
-        if not self.fast:
-            return None
+    def openings(self) -> list[str]:
+        return _openings(self.tok)
+
+    def needs_parts(self, pieces: list[str]) -> bool:
+        """Must these be encoded part by part?
+
+        Otherwise all at once gives the same, unless a token crosses a cut.
+        """
+        if self.tok._names.nonce in "".join(pieces):
+            return True
+        for before, said in zip(pieces[::2], pieces[1::2]):
+            if self.unclear(before, said):
+                return True
+            if not self.openings or not (opened := self.opened(said)):
+                continue
+            if not opened.endswith(("\n", *self.tok._names.starts)) or self.unclear(
+                opened, said[len(opened) :]
+            ):
+                return True
+        return False
+
+    def opened(self, said: str) -> str:
+        "What a prompt writes of this answer, such as empty thoughts."
+        return next((o for o in self.openings if said.startswith(o)), "")
+
+    def unclear(self, before: str, said: str) -> bool:
+        "May the end of `before` be other tokens in front of this answer than in front of a letter?"
+        return (
+            said[:1].isspace()
+            or said.startswith(self.tok._names.starts)
+            and not self.settled(before[-64:])
+        )
+
+    def settled(self, text: str) -> bool:
+        "Is the end of a text the same tokens in front of a letter as at the end of everything?"
+        whole = self.tok._whole
+        return _between(whole, [""], text, True) == _encoded(whole, text).ids
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #f212d682
+def _leads(names: _Names, before: str) -> list[str]:
+    """What to encode in front of a text that begins behind `before`.
+
+    Some tokenizers treat a beginning in another way.
+    """
+    if not before:
+        return [""]
+    return (
+        [next((t for t in names.ids if before.endswith(t)), "")]
+        if before.endswith(names.starts)
+        else _BEFORE
+    )
+
+
+def _leads_of_letters(tok: "_ChatEncoder", before: str) -> list[str]:
+    "As `_leads`, for `_ordinary`, which knows no names."
+    if not before:
+        return [""]
+    if not before.endswith(tok._names.starts):
+        return _BEFORE
+    alone = _encoded(tok._ordinary, _LETTER).ids
+    return (
+        [""] if _encoded(tok._whole, tok._names.starts[0] + _LETTER).ids[1:] == alone else _BEFORE
+    )
+
+
+def _spell(tok: "_ChatEncoder", text: str, before: str, followed: bool) -> list[int]:
+    "Ids of a text in which something is hidden."
+    out, names = [], tok._names
+    bits = re.split(f"({names.all.pattern})", text)
+    for k, bit in enumerate(bits):
+        letters = names.hidden.sub(lambda m: tok.hf.id_to_token(int(m[1])), bit)
+        if k % 2:
+            out.append(names.ids[bit])
+        elif letters:
+            out += _between(
+                tok._ordinary,
+                _leads_of_letters(tok, before),
+                letters,
+                followed and k + 1 == len(bits),
+            )
+        before = bit or before
+    return out
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #4e75a1ea
+def _encode_parts(
+    tok: "_ChatEncoder",
+    pieces: list[str],  # Of a rendered text; every second one is an answer
+    open_end: bool = False,  # Is an answer to come behind the last one?
+) -> list[list[int]]:  # Ids of each
+    "Tokens that do not cross from a question into its answer, and what was hidden as letters."
+    out, before = [], ""
+    for k, text in enumerate(pieces):
+        opened = tok._seams.opened(text) if k % 2 else ""
+        out.append([])
+        for part, followed in (
+            (opened, True),
+            (text[len(opened) :], k % 2 == 0 and (open_end or k + 1 < len(pieces))),
+        ):
+            if tok._names.hidden.search(part):
+                out[-1] += _spell(tok, part, before, followed)
+            elif part:
+                out[-1] += _between(tok._whole, _leads(tok._names, before), part, followed)
+            before = part or before
+    return out
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #560d9774
+def _pieces(
+    tok: "_ChatEncoder", messages: list[dict], tools: list[dict] | None
+) -> list[str]:  # An odd number; every second one is an answer
+    "The rendered conversation, cut where an assistant's words begin and end."
+    messages, own = chat_messages(messages)
+    tools = tools or own
+    if tok.rules > 1 and (names := tok._names).steering.search(_words(messages, tools)):
+        messages, tools = (names.hide(x, names.steering) for x in (messages, tools))
+    if tok.config.get("chat_template") in _OWN_TEMPLATES:
+        pieces = chat_pieces(messages, tools)
+    else:
+        pieces = _cut_answers(tok.render(messages, tools))
+    if len(pieces) < 2:
+        raise ValueError(
+            "no assistant turn is found in the rendered conversation: the chat template must"
+            f" write {IM_START}assistant, a line end, the answer, {IM_END}; it gives"
+            f" {pieces[0][:80]!r}"
+        )
+    return pieces
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #8972b92a
+def _prompt(
+    tok: "_ChatEncoder", messages: list[dict], tools: list[dict] | None, thinking: bool | None
+) -> str:
+    "A conversation as a text for the model to answer, with the names hidden in what people say."
+    messages, own = chat_messages(messages)
+    tools = tools or own
+    names = tok._names
+    messages = [
+        names.hide(m, names.all if m["role"] in ("user", "tool") else names.steering)
+        for m in messages
+    ]
+    if tools and tok.config.get("chat_template") not in _OWN_TEMPLATES:
+        tools = [
+            t if "function" in t else dict(type="function", function=t) for t in tools
+        ]  # as transformers hands them to a template
+    return tok.render(
+        messages,
+        names.hide(tools, names.all) or None,
+        add_generation_prompt=True,
+        thinking=thinking,
+    )
+
+
+def _encode_prompt(
+    tok: "_ChatEncoder",
+    text: str,  # Of `_prompt`
+) -> list[int]:
+    "Token ids of a prompt; at once, unless something is hidden in it or a token would cross."
+    pieces = _cut_answers(text)
+    if not tok._seams.needs_parts(pieces):
+        made = _encoded(tok._whole, text + _LETTER)
+        starts = [*np.cumsum([*map(len, pieces)])[::2].tolist()]
+        if _clean(made, starts):
+            return [i for i, (at, _) in zip(made.ids, made.offsets) if at < len(text)]
+    return [i for part in _encode_parts(tok, pieces, open_end=True) for i in part]
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #789d0ee7
+def _encode_at_once(
+    tok: "_ChatEncoder", texts: list[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # Ids; tokens of each text; where each token begins
+    "Rendered conversations as ids, with the bytes or characters in front of each token."
+    if tok.fast:
+        ids, lengths = tok.encode_batch(texts, special=True)
+        sizes = tok._lengths[ids]
+        return ids, lengths, sizes.cumsum() - sizes
+    made = [_encoded(tok._whole, t) for t in texts]
+    ids = np.array([i for m in made for i in m.ids], tok.dtype)
+    lengths = np.array([len(m.ids) for m in made], np.int64)
+    before = np.cumsum([0, *map(len, texts)])[:-1]
+    start = np.array([o[0] for m in made for o in m.offsets], np.int64)
+    return ids, lengths, start + np.repeat(before, lengths)
+
+
+def _edges(
+    pieces: list[list[str]],  # Of each conversation, as `_pieces` gives them
+    size: Callable[[str], int],
+) -> list[int]:  # Begin, end, begin, …
+    "Where the answers begin and end, all conversations one behind another."
+    edges, at = [], 0
+    for p in pieces:
+        for n in map(size, p):
+            at += n
+            edges.append(at)
+        edges.pop()
+    return edges
+
+
+def _bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #5245920d
+def _learned(
+    cuts: np.ndarray,  # Tokens in front of each of `_edges`
+    n: int,  # Tokens in all
+) -> np.ndarray:  # (n,) bool
+    "Is a token part of an answer?"
+    turns = np.zeros(n + 1, np.int8)
+    turns[cuts[::2]] = 1
+    turns[cuts[1::2]] = -1
+    return turns[:-1].cumsum(dtype=np.int8).view(bool)
+
+
+def _crossed(
+    pieces: list[list[str]], edges: list[int], start: np.ndarray, cuts: np.ndarray
+) -> set[int]:
+    "Conversations in which a token crosses from a question into its answer."
+    rows = np.repeat(np.arange(len(pieces)), [len(p) // 2 for p in pieces])  # of each answer
+    return {*rows[np.append(start, -1)[cuts[::2]] != edges[::2]].tolist()}
+
+
+def _replace(
+    ids: np.ndarray,
+    learn: np.ndarray,
+    lengths: np.ndarray,
+    again: dict[int, list[list[int]]],  # Number of a conversation → ids of its parts
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # As `encode_chats`
+    "Encoded conversations, some of which were encoded again part by part."
+    rows = [*zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (ids, learn)))]
+    for r, parts in again.items():
+        rows[r] = (
+            np.array([i for p in parts for i in p], ids.dtype),
+            np.repeat(np.arange(len(parts)) % 2 == 1, [len(p) for p in parts]),
+        )
+    ids, learn = (np.concatenate(x) for x in zip(*rows))
+    return ids, learn, np.array([len(i) for i, _ in rows], np.int64)
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #3dd910f2
+class _ChatEncoder(_Encoder):
+    "Conversations to token ids."
+
+    @cached_property
+    def _names(self) -> _Names:
+        return _Names(self)
+
+    @cached_property
+    def _seams(self) -> _Seams:
+        return _Seams(self)
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:  # (vocab_size,) bytes, as tiktoken knows them
         size = np.zeros(self.vocab_size, np.int64)
         for i in range(self.vocab_size):
             with suppress(KeyError):
                 size[i] = len(self.fast.decode_single_token_bytes(i))
         return size
-
-    def _chat_pieces(self, messages: list[dict], tools: list[dict] | None) -> list[str]:
-        "The rendered conversation, cut where an assistant's words begin and end."
-        messages, own = chat_messages(messages)
-        tools = tools or own
-        if self.rules > 1 and self._steering.search(_words(messages, tools)):
-            messages, tools = (
-                self._hide(messages, self._steering),
-                self._hide(tools, self._steering),
-            )
-        if self.config.get("chat_template") in _OWN_TEMPLATES:
-            pieces = chat_pieces(messages, tools)
-        else:
-            pieces = _cut_answers(self.render(messages, tools))
-        if len(pieces) < 2:
-            raise ValueError(
-                "no assistant turn is found in the rendered conversation: the chat template must"
-                f" write {IM_START}assistant, a line end, the answer, {IM_END}; it gives"
-                f" {pieces[0][:80]!r}"
-            )
-        return pieces
 
     def encode_prompt(
         self,
@@ -796,188 +1098,7 @@ class Tokenizer:
         thinking: bool | None = None,  # As for `render`
     ) -> list[int]:  # Token ids, up to the opening of the assistant's turn
         "A conversation for the model to answer; nobody's words can pass for control tokens."
-        messages, own = chat_messages(messages)
-        tools = tools or own
-        messages = [
-            self._hide(m, self._names if m["role"] in ("user", "tool") else self._steering)
-            for m in messages
-        ]
-        if tools and self.config.get("chat_template") not in _OWN_TEMPLATES:
-            tools = [
-                t if "function" in t else dict(type="function", function=t) for t in tools
-            ]  # as transformers hands them to a template
-        text = self.render(
-            messages,
-            self._hide(tools, self._names) or None,
-            add_generation_prompt=True,
-            thinking=thinking,
-        )
-        pieces = _cut_answers(text)
-        if not self._needs_parts(pieces):
-            made = _encoded(self._whole, text + _LETTER)
-            starts = [*np.cumsum([*map(len, pieces)])[::2].tolist()]
-            if _clean(made, starts):
-                return [i for i, (at, _) in zip(made.ids, made.offsets) if at < len(text)]
-        return [i for part in self._encode_parts(pieces, open_end=True) for i in part]
-
-    @cached_property
-    def _added(self) -> dict[str, int]:
-        "What counts as one token in a rendered text, the longest first, and its id."
-        added = [t for t in self.json["added_tokens"] if t["content"].strip() and not _is_word(t)]
-        return {t["content"]: t["id"] for t in sorted(added, key=lambda t: -len(t["content"]))}
-
-    @cached_property
-    def _names(self) -> re.Pattern:
-        "All of these."
-        return _any_of(self._added)
-
-    @cached_property
-    def _steering(self) -> re.Pattern:
-        "Those that nobody's words may hold; what an assistant wrote may hold marks."
-        return _any_of(
-            t for t, i in self._added.items() if i in self.control_ids and t not in MARKS
-        )
-
-    @cached_property
-    def _nonce(self) -> str:
-        "What nobody can have written."
-        return secrets.token_hex(8)
-
-    @cached_property
-    def _hidden(self) -> re.Pattern:
-        "What `_hide` leaves; a template may have escaped it."
-        return re.compile(rf"(?:\ue000|\\ue000){self._nonce}:(\d+)(?:\ue000|\\ue000)")
-
-    def _hide(self, x, names: re.Pattern):
-        "Somebody's words, without the names of tokens that they hold."
-        if isinstance(x, str):
-            return names.sub(lambda m: f"\ue000{self._nonce}:{self._added[m[0]]}\ue000", x)
-        if isinstance(x, dict):
-            return {self._hide(k, names): self._hide(v, names) for k, v in x.items()}
-        return [self._hide(v, names) for v in x] if isinstance(x, list) else x
-
-    def _needs_parts(self, pieces: list[str]) -> bool:
-        """Must these be encoded part by part?
-
-        Otherwise all at once gives the same, unless a token crosses a cut.
-        """
-        if self._nonce in "".join(pieces):
-            return True
-        for before, said in zip(pieces[::2], pieces[1::2]):
-            if self._unclear(before, said):
-                return True
-            if not self._openings or not (opened := self._opened(said)):
-                continue
-            if not opened.endswith(("\n", *self._starts)) or self._unclear(
-                opened, said[len(opened) :]
-            ):
-                return True
-        return False
-
-    def _opened(self, said: str) -> str:
-        "What a prompt writes of this answer, such as empty thoughts."
-        return next((o for o in self._openings if said.startswith(o)), "")
-
-    @cached_property
-    def _openings(self) -> list[str]:
-        """What the template writes behind the opening of an assistant's turn, the longest first.
-
-        As a rule, nothing.
-        """
-        found = set()
-        for thinking in None, True, False:
-            try:
-                text = self.render(
-                    [dict(role="user", content="")], add_generation_prompt=True, thinking=thinking
-                )
-            except ValueError:
-                continue  # it wants another conversation
-            found.add(
-                text.rpartition(f"{IM_START}assistant\n")[2]
-                if f"{IM_START}assistant\n" in text
-                else ""
-            )
-        return sorted(filter(None, found), key=len, reverse=True)
-
-    def _unclear(self, before: str, said: str) -> bool:
-        "May the end of `before` be other tokens in front of this answer than in front of a letter?"
-        return (
-            said[:1].isspace() or said.startswith(self._starts) and not self._settled(before[-64:])
-        )
-
-    @cached_property
-    def _starts(self) -> tuple[str, ...]:
-        return tuple(self._added)
-
-    @cached_property
-    def _settled(self):
-        "Is the end of a text the same tokens in front of a letter as at the end of everything?"
-        return lru_cache(1000)(
-            lambda text: _between(self._whole, [""], text, True) == _encoded(self._whole, text).ids
-        )
-
-    def _encode_parts(
-        self,
-        pieces: list[str],  # Of a rendered text; every second one is an answer
-        open_end: bool = False,  # Is an answer to come behind the last one?
-    ) -> list[list[int]]:  # Ids of each
-        "Tokens that do not cross from a question into its answer, and what was hidden as letters."
-        out, before = [], ""
-        for k, text in enumerate(pieces):
-            opened = self._opened(text) if k % 2 else ""
-            out.append([])
-            for part, followed in (
-                (opened, True),
-                (text[len(opened) :], k % 2 == 0 and (open_end or k + 1 < len(pieces))),
-            ):
-                if self._hidden.search(part):
-                    out[-1] += self._spell(part, before, followed)
-                elif part:
-                    out[-1] += _between(self._whole, self._leads(before), part, followed)
-                before = part or before
-        return out
-
-    def _leads(self, before: str) -> list[str]:
-        """What to encode in front of a text that begins behind `before`.
-
-        Some tokenizers treat a beginning in another way.
-        """
-        if not before:
-            return [""]
-        return (
-            [next((t for t in self._added if before.endswith(t)), "")]
-            if before.endswith(self._starts)
-            else _BEFORE
-        )
-
-    def _spell(self, text: str, before: str, followed: bool) -> list[int]:
-        "Ids of a text in which something is hidden."
-        out = []
-        bits = re.split(f"({self._names.pattern})", text)
-        for k, bit in enumerate(bits):
-            letters = self._hidden.sub(lambda m: self.hf.id_to_token(int(m[1])), bit)
-            if k % 2:
-                out.append(self._added[bit])
-            elif letters:
-                out += _between(
-                    self._ordinary,
-                    self._leads_of_letters(before),
-                    letters,
-                    followed and k + 1 == len(bits),
-                )
-            before = bit or before
-        return out
-
-    def _leads_of_letters(self, before: str) -> list[str]:
-        "As `_leads`, for `_ordinary`, which knows no names."
-        if not before:
-            return [""]
-        if not before.endswith(self._starts):
-            return _BEFORE
-        alone = _encoded(self._ordinary, _LETTER).ids
-        return (
-            [""] if _encoded(self._whole, self._starts[0] + _LETTER).ids[1:] == alone else _BEFORE
-        )
+        return _encode_prompt(self, _prompt(self, messages, tools, thinking))
 
     def encode_chat(
         self,
@@ -998,58 +1119,54 @@ class Tokenizer:
 
         The ids, and for each whether it is learned, come for all conversations one behind another.
         """
-        pieces = [self._chat_pieces(messages, tools) for messages, tools in chats]
-        size = (
-            (lambda p: len(p) if p.isascii() else len(p.encode("utf-8", "replace")))
-            if self.fast
-            else len
-        )
-        edges, at = [], 0
-        for p in pieces:
-            for n in map(size, p):
-                at += n
-                edges.append(at)
-            edges.pop()
-        texts = [*map("".join, pieces)]
-        if self.fast:
-            ids, lengths = self.encode_batch(texts, special=True)
-            sizes = self._lengths[ids]
-            start = sizes.cumsum() - sizes  # bytes in front of each token
-        else:
-            made = [_encoded(self._whole, t) for t in texts]
-            ids, lengths = (
-                np.array([i for m in made for i in m.ids], self.dtype),
-                np.array([len(m.ids) for m in made], np.int64),
-            )
-            before = np.cumsum([0, *map(len, texts)])[:-1]
-            start = np.array([o[0] for m in made for o in m.offsets], np.int64) + np.repeat(
-                before, lengths
-            )  # characters in front of each token
-        turns = np.zeros(len(ids) + 1, np.int8)
-        # a token belongs to the piece in which it begins
+        pieces = [_pieces(self, messages, tools) for messages, tools in chats]
+        edges = _edges(pieces, _bytes if self.fast else len)
+        ids, lengths, start = _encode_at_once(self, [*map("".join, pieces)])
         cuts = np.searchsorted(start, edges, "left")
-        turns[cuts[::2]] = 1
-        turns[cuts[1::2]] = -1
-        learn = turns[:-1].cumsum(dtype=np.int8).view(bool)
+        learn = _learned(cuts, len(ids))
         if self.rules < 2:
             return ids, learn, lengths
-        crossed = np.append(start, -1)[cuts[::2]] != edges[::2]
-        again = {
-            int(r)
-            for r in np.repeat(np.arange(len(pieces)), [len(p) // 2 for p in pieces])[crossed]
-        }
-        again |= {r for r, p in enumerate(pieces) if r not in again and self._needs_parts(p)}
-        if not again:
-            return ids, learn, lengths
-        rows = [*zip(*(np.split(x, lengths.cumsum()[:-1]) for x in (ids, learn)))]
-        for r in again:
-            parts = self._encode_parts(pieces[r])
-            rows[r] = (
-                np.array([i for p in parts for i in p], self.dtype),
-                np.repeat(np.arange(len(parts)) % 2 == 1, [len(p) for p in parts]),
-            )
-        ids, learn = (np.concatenate(x) for x in zip(*rows))
-        return ids, learn, np.array([len(i) for i, _ in rows], np.int64)
+        again = _crossed(pieces, edges, start, cuts)
+        again |= {r for r, p in enumerate(pieces) if r not in again and self._seams.needs_parts(p)}
+        if again:
+            parts = {r: _encode_parts(self, pieces[r]) for r in again}
+            ids, learn, lengths = _replace(ids, learn, lengths, parts)
+        return ids, learn, lengths
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #531ece3f
+def _insert(ids: np.ndarray, places: np.ndarray, tokens: list[int]) -> np.ndarray:
+    "The ids, with all of `tokens` in front of each of these places."
+    return np.insert(ids, np.repeat(places, len(tokens)), np.tile(tokens, len(places)))
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #cabfd01d
+class Tokenizer(_ChatEncoder, _Decoder):
+    "A tokenizer with its chat template: ours, or any from a Hugging Face directory."
+
+    def __repr__(self):
+        return f"Tokenizer({self.vocab_size:,} tokens, hash {self.hash[:8]})"
+
+    def begin(
+        self,
+        text: str,  # Of a document; may be empty
+    ) -> list[int]:  # At least one
+        "Token ids of the beginning of a document, for a model to continue."
+        return [*self.adds[0], *self.encode(text)] or [self.eos_id]
+
+    def encode_documents(
+        self,
+        texts: Sequence[str],  # Documents, or pieces of them in their order
+        begins: Sequence[bool],  # Does a document begin with this one?
+        ends: Sequence[bool],  # Does one end with it?
+    ) -> tuple[np.ndarray, np.ndarray]:  # As `encode_batch`
+        "Texts to be learned: with what the tokenizer adds to each document, and one end."
+        ids, lengths = self.encode_batch(texts)
+        begins, ends = np.array(begins, bool), np.array(ends, bool)
+        front, back = self.adds
+        back = back if self.eos_id in back else [*back, self.eos_id]
+        ids = _insert(ids, lengths.cumsum()[ends], back)
+        lengths = lengths + len(back) * ends
+        ids = _insert(ids, (lengths.cumsum() - lengths)[begins], front)
+        return ids, lengths + len(front) * begins
 
     def extend(
         self,
@@ -1171,11 +1288,9 @@ def characters(
     hf.add_special_tokens([AddedToken(EOS, normalized=False)])
     return Tokenizer(hf)
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #4ef7e30c
-def load_tokenizer(
-    folder: str | Path,  # A directory with tokenizer.json, or that file: of any model
-) -> Tokenizer:
-    "Read a tokenizer. No code of the directory is run."
+# %% ../../nbs/tokenizer/02_bpe.ipynb #c97728f9
+def _tokenizer_file(folder: str | Path) -> Path:
+    "The tokenizer.json of a folder; where there is none, an error that says what to do."
     folder = at_home(folder)
     file = folder if folder.suffix == ".json" else folder / "tokenizer.json"
     if folder.is_file() and folder.suffix != ".json":
@@ -1201,6 +1316,32 @@ def load_tokenizer(
             f" {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers'"
             " save_pretrained"
         )
+    return file
+
+
+def _read_config(
+    file: Path,  # A tokenizer.json
+) -> dict | None:  # None where there is none
+    "The tokenizer_config.json beside it, with the chat templates that have files of their own."
+    config = read_json(f) if (f := file.with_name("tokenizer_config.json")).exists() else None
+    if config is None:
+        return None
+    if (f := file.with_name("chat_template.jinja")).exists():
+        config = {**config, "chat_template": regular(f).read_text("utf-8")}
+    if more := sorted(file.parent.glob("additional_chat_templates/*.jinja")):
+        named = config.get("chat_template")
+        if not isinstance(named, list):
+            named = [dict(name="default", template=named)] if named else []
+        more = [dict(name=f.stem, template=f.read_text("utf-8")) for f in more]
+        config = {**config, "chat_template": named + more}
+    return config
+
+# %% ../../nbs/tokenizer/02_bpe.ipynb #4ef7e30c
+def load_tokenizer(
+    folder: str | Path,  # A directory with tokenizer.json, or that file: of any model
+) -> Tokenizer:
+    "Read a tokenizer. No code of the directory is run."
+    file = _tokenizer_file(folder)
     data = regular(file).read_bytes()
     try:
         _check_ids(orjson.loads(data))
@@ -1214,24 +1355,4 @@ def load_tokenizer(
         raise ValueError(
             f"{file} is not a tokenizer that this version of tokenizers reads ({e})"
         ) from None
-    config = read_json(f) if (f := file.with_name("tokenizer_config.json")).exists() else None
-    if config is not None and (f := file.with_name("chat_template.jinja")).exists():
-        config = {**config, "chat_template": regular(f).read_text("utf-8")}
-    if config is not None and (
-        more := sorted(file.parent.glob("additional_chat_templates/*.jinja"))
-    ):
-        default = config.get("chat_template")
-        named = (
-            default
-            if isinstance(default, list)
-            else [dict(name="default", template=default)]
-            if default
-            else []
-        )
-        config = {
-            **config,
-            "chat_template": (
-                named + [dict(name=f.stem, template=f.read_text("utf-8")) for f in more]
-            ),
-        }
-    return Tokenizer(hf, config)
+    return Tokenizer(hf, _read_config(file))

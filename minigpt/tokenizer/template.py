@@ -345,6 +345,20 @@ def _watched(items):
     _running.budget.step(len(items) + 1)
     return items
 
+# %% ../../nbs/tokenizer/01_template.ipynb #fee7539c
+def _addends(node: nodes.Add) -> list[nodes.Expr]:
+    "The parts of `a+b+…`."
+    parts = []
+    while isinstance(node, nodes.Add):
+        parts.insert(0, node.right)
+        node = node.left
+    return [node, *parts]
+
+
+def _counted(frame, finalize):
+    "What a macro or a block writes is kept, and counted one by one."
+    return finalize if frame.buffer else finalize._replace(src=None)
+
 # %% ../../nbs/tokenizer/01_template.ipynb #a55e9ce6
 class _Code(CodeGenerator):
     "Loops, lists, slices and `~`, within the budget."
@@ -379,11 +393,7 @@ class _Code(CodeGenerator):
             super().visit_Getitem(node, frame)
 
     def visit_Add(self, node, frame):
-        parts, written = [], node is self.written
-        while isinstance(node, nodes.Add):
-            parts.insert(0, node.right)
-            node = node.left
-        parts.insert(0, node)
+        parts, written = _addends(node), node is self.written
         if not written or len(parts) > 16:
             return self.within("added", super().visit_Tuple, nodes.Tuple(parts, "load"), frame)
         for i, p in enumerate(parts):
@@ -399,14 +409,10 @@ class _Code(CodeGenerator):
 
     def _output_child_pre(self, node, frame, finalize):
         self.written = node
-        super()._output_child_pre(node, frame, self.counted(frame, finalize))
+        super()._output_child_pre(node, frame, _counted(frame, finalize))
 
     def _output_child_post(self, node, frame, finalize):
-        super()._output_child_post(node, frame, self.counted(frame, finalize))
-
-    def counted(self, frame, finalize):
-        "What a macro or a block writes is kept, and counted one by one."
-        return finalize if frame.buffer else finalize._replace(src=None)
+        super()._output_child_post(node, frame, _counted(frame, finalize))
 
     def visit_ScopedEvalContextModifier(self, node, frame):
         raise TemplateLimit("it switches autoescape on or off, which is for web pages")

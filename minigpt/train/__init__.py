@@ -19,7 +19,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         """,
         "speed": """
             best_device choose can_keep autocast attention_kernel same_bits throw_away
-            micro_step set_compiled decide_compile smaller out_of_memory memory_advice fit_batch
+            micro_step set_compiled decide_compile smaller memory_advice fit_batch
             flops_per_token machine_flops benchmark benchmark_table
         """,
         "inputs": """

@@ -10,6 +10,7 @@ __all__ = ['BUILT_IN', 'PATH', 'REGISTERED', 'CORPUS', 'OVERRIDES', 'meaning', '
 # %% ../../nbs/train/06_inputs.ipynb #7ed494d1
 import contextlib
 import difflib
+import logging
 from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +20,7 @@ import orjson
 from ..checkpoint.store import stores_in
 from ..config.options import TrainConfig
 from ..core.files import at_home, in_folder, set_aside, write_file
+from ..core.notes import Note
 from minigpt.data.corpus import (
     stdlib_text,
     write_calls,
@@ -53,6 +55,13 @@ from minigpt.data.tokensets import (
     source_facts,
 )
 from ..tokenizer.bpe import Tokenizer, load_tokenizer, train_tokenizer
+
+# %% ../../nbs/train/06_inputs.ipynb #8ec25bbb
+logger = logging.getLogger(__name__)
+
+
+def _log(note: Note):
+    logger.log(note.level, note.text)
 
 # %% ../../nbs/train/06_inputs.ipynb #82692e6d
 BUILT_IN: dict[str, Callable[[Path], Path]] = dict(
@@ -389,7 +398,6 @@ def _same_source(
     source,
     cfg: TrainConfig,
     override: tuple[str, ...],
-    say,
     decided: dict[str, str],
 ) -> tuple[TokenSet, TokenSet | None]:
     "The run's token set, if `source` is still what it was built from."
@@ -402,8 +410,8 @@ def _same_source(
         refuse(folder, "columns", old, cfg.column_names)
     if (old := was.get("long_rows", cfg.long_rows)) != cfg.long_rows:
         refuse(folder, "long_rows", old, cfg.long_rows)
-    for line in read_again(was, cfg.on_bad_row):
-        say(line)
+    for note in read_again(was, cfg.on_bad_row):
+        _log(note)
     if (old := was["options"].get("format") == "lines") != cfg.line_by_line:
         refuse(folder, "line_by_line", old, cfg.line_by_line)
     if "validation_split" not in override and was["options"]["validation_split"] not in (
@@ -430,7 +438,7 @@ def _same_source(
     except (FileNotFoundError, ValueError) as e:
         if isinstance(e, DataError):
             raise
-        say(
+        logger.info(
             f"{getattr(source, 'name', source)} is not here any more: training goes on with the"
             f" token set in {place}"
         )
@@ -447,8 +455,8 @@ def _same_source(
     return train, valid
 
 # %% ../../nbs/train/06_inputs.ipynb #b3dc7c58
-def _learn_tokenizer(files: list[Path], cfg: TrainConfig, say) -> Tokenizer:
-    say(
+def _learn_tokenizer(files: list[Path], cfg: TrainConfig) -> Tokenizer:
+    logger.info(
         "training a tokenizer on"
         f" {', '.join(f.name for f in files[:3])}{' …' if len(files) > 3 else ''}"
     )
@@ -460,7 +468,7 @@ def _learn_tokenizer(files: list[Path], cfg: TrainConfig, say) -> Tokenizer:
         cfg.tokenizer_samples,
         marks=cfg.special_tokens.split(),
     )
-    say(f"vocabulary: {tok.vocab_size:,} tokens")
+    logger.info(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
 
 # %% ../../nbs/train/06_inputs.ipynb #a08d0dcc
@@ -520,7 +528,7 @@ def _usual(n_parts: int) -> list[str]:
     return [f"data/{i}" for i in range(n_parts)] or ["data"]
 
 # %% ../../nbs/train/06_inputs.ipynb #c861a96b
-def _own_tokenizer(folder: Path, wanted: str, say) -> Tokenizer:
+def _own_tokenizer(folder: Path, wanted: str) -> Tokenizer:
     "The run's tokenizer, which stands in every checkpoint as well."
     try:
         return load_tokenizer(folder / "tokenizer")
@@ -530,7 +538,7 @@ def _own_tokenizer(folder: Path, wanted: str, say) -> Tokenizer:
                 if (tok := load_tokenizer(c.path)).hash != wanted:
                     continue
                 tok.save(folder / "tokenizer")
-                say(
+                logger.warning(
                     f"{folder / 'tokenizer'} was damaged or missing ({str(e).partition(';')[0]}),"
                     f" and is written again from {c.path.name}"
                 )
@@ -557,8 +565,10 @@ def _damage(place: Path) -> str | None:
         return str(e).partition(";")[0]
 
 
-def _rebuild(place: Path, wrong: str, say):
-    say(f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again")
+def _rebuild(place: Path, wrong: str):
+    logger.warning(
+        f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again"
+    )
 
 # %% ../../nbs/train/06_inputs.ipynb #3b28dc97
 def _how_read(known: dict | None, cfg: TrainConfig) -> dict:
@@ -576,7 +586,6 @@ def _open_valid(
     valid,
     tok: Tokenizer,
     cfg: TrainConfig,
-    say,
     decided: dict[str, str],
 ) -> TokenSet:
     "A validation set of the caller's own."
@@ -586,14 +595,16 @@ def _open_valid(
         )
     place = folder / (token_places(known)["valid"] or "data-valid")
     try:
-        files, form = source_files(valid, folder, decided, say=say, encoding=cfg.encoding)
+        files, form = source_files(valid, folder, decided, say=logger.info, encoding=cfg.encoding)
     except (FileNotFoundError, ValueError):
         if not known or not (place / "train" / "meta.json").exists():
             raise
-        say(f"{valid} is not here any more: validation goes on with the token set in {place}")
+        logger.info(
+            f"{valid} is not here any more: validation goes on with the token set in {place}"
+        )
         return open_tokenset(place)[0]
     if known and (wrong := _damage(place)):
-        _rebuild(place, wrong, say)
+        _rebuild(place, wrong)
     return build_tokenset(
         files,
         tok,
@@ -602,7 +613,7 @@ def _open_valid(
         cfg.on_bad_row,
         progress=cfg.progress,
         format="lines" if cfg.line_by_line else form,
-        say=say,
+        say=_log,
         keep=True,
         **_how_read(known, cfg),
     )[0]
@@ -631,10 +642,10 @@ def _same_options(source: TokenSet | Mixture, cfg: TrainConfig):
             )
 
 
-def _older_tokens(data: TokenSet, tok: Tokenizer, say):
+def _older_tokens(data: TokenSet, tok: Tokenizer):
     "A token set of an older version, for a new run."
     if data.meta.get("kind", "text") != "text":
-        say(
+        logger.warning(
             f"the token set {data.path} is of an older version, which encoded some conversations in"
             " another way (see minigpt.tokenizer.RULES); minigpt.data.build_tokenset builds it"
             " again"
@@ -655,7 +666,6 @@ def open_source(
     tokenizer: Tokenizer | str | Path | None,  # The caller's
     cfg: TrainConfig,
     override: tuple[str, ...] = (),  # Fields that may differ from the run that goes on
-    say: Callable[[str], None] = print,  # Told what is done
     decided: dict[str, str] | None = None,  # What names stand for: of `meanings`
     of_model: bool = False,  # Is the tokenizer the one that the model was trained with?
 ) -> tuple[Tokenizer, TokenSet, TokenSet | None, dict]:  # The last: as `token_places`
@@ -670,7 +680,7 @@ def open_source(
     for line in what_is_read("training data", train, decided, folder) + what_is_read(
         "validation data", valid, decided, folder
     ):
-        say(line)
+        logger.info(line)
     if (
         known
         and not _is_set(train)
@@ -690,7 +700,7 @@ def open_source(
             f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a"
             " tokenizer.json (another library's save_pretrained writes one)"
         )
-    tok = _own_tokenizer(folder, known["identity"].get("tokenizer"), say) if known else given
+    tok = _own_tokenizer(folder, known["identity"].get("tokenizer")) if known else given
     if known:
         tok.rules = known["identity"].get("rules", 1)  # the run goes on as it was begun
     if given and cfg.retrain_tokenizer:
@@ -715,7 +725,7 @@ def open_source(
         and not cfg.retrain_tokenizer
     ):
         tok = load_tokenizer(ready)
-        say(
+        logger.info(
             f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
             " trains another"
         )
@@ -732,7 +742,7 @@ def open_source(
             (
                 None
                 if _is_set(s) or there and not anew
-                else source_files(s, folder, decided, say=say, encoding=cfg.encoding)
+                else source_files(s, folder, decided, say=logger.info, encoding=cfg.encoding)
             )
             for (s, _), there in zip(parts, here)
         ]
@@ -748,9 +758,9 @@ def open_source(
         ) from None
     for p, w in zip(places, wrong):
         if w:
-            _rebuild(p, w, say)
+            _rebuild(p, w)
     if tok is None:
-        tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg, say)
+        tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg)
     if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
         if known:
             raise ValueError(
@@ -789,14 +799,14 @@ def open_source(
                     d for d in getattr(source, "sets", [source]) if not same_rules(d.meta, tok)
                 ]
             ):
-                _older_tokens(older[0], tok, say)
+                _older_tokens(older[0], tok)
             opened.append((source, None))
         elif there and not anew:
-            opened.append(_same_source(folder, place, source, cfg, override, say, decided))
+            opened.append(_same_source(folder, place, source, cfg, override, decided))
         else:
             if there and "data" not in override:
                 # for another share, the texts are the same
-                _same_source(folder, place, source, cfg, override, say, decided)
+                _same_source(folder, place, source, cfg, override, decided)
             # beside the run's own, until `fit` has accepted it
             built = build_tokenset(
                 found[0],
@@ -808,13 +818,13 @@ def open_source(
                 data_subset=cfg.data_subset,
                 max_data_size=cfg.max_data_size,
                 format="lines" if cfg.line_by_line else found[1],
-                say=say,
+                say=_log,
                 keep=True,
                 **_how_read(known, cfg),
             )
             opened.append(built)
             if known and (at := built[0].path.parent) != place:
-                say(f"these tokens are in {at}")
+                logger.info(f"these tokens are in {at}")
     if isinstance(train, Mix):
         weights = [w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(parts, opened)]
         was = (
@@ -859,7 +869,7 @@ def open_source(
     if valid is None and not _is_set(train):
         valid = held_out
         if valid is None and cfg.validation_split:
-            say(
+            logger.info(
                 "no validation: "
                 + (
                     "too few texts were held out"
@@ -875,10 +885,10 @@ def open_source(
                 + "; there is no validation loss"
             )
     elif valid is not None and not _is_set(valid):
-        valid = _open_valid(folder, known, valid, tok, cfg, say, decided)
+        valid = _open_valid(folder, known, valid, tok, cfg, decided)
         own = inside(valid)
     if valid is not None and not valid.n_windows(cfg.max_seq_len):
-        valid = say(
+        valid = logger.warning(
             "no validation: in no row held out does an answer end within"
             f" max_seq_len={cfg.max_seq_len}; there is no validation loss"
         )
@@ -888,7 +898,7 @@ def open_source(
         except (OSError, ValueError):
             own_tokenizer = False
         if not own_tokenizer:
-            say(f"what stood in {there} is kept as {set_aside(there, 'old')}")
+            logger.info(f"what stood in {there} is kept as {set_aside(there, 'old')}")
     if not (folder / "tokenizer" / "tokenizer.json").exists():
         tok.save(folder / "tokenizer")
     return (

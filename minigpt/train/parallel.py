@@ -38,12 +38,21 @@ def _leave(place: str):
         delete(place)
 
 
+def _ended(helpers: list[subprocess.Popen], size: int) -> str:
+    "Which helpers are gone, in words."
+    return ", ".join(
+        f"process {r} of {size} ended with code {p.returncode}"
+        for r, p in enumerate(helpers, 1)
+        if p.poll() is not None
+    )
+
+
 class TeamError(RuntimeError):
     "Another process could not go on, or is gone; says what is known of it."
 
-# %% ../../nbs/train/04_parallel.ipynb #0f044e96
-class Team:
-    "The processes of one training, as one of them sees it."
+# %% ../../nbs/train/04_parallel.ipynb #ca9950f7
+class _Group:
+    "Processes that hear one another."
 
     def __init__(
         self,
@@ -53,13 +62,8 @@ class Team:
         helpers: Iterable[subprocess.Popen] = (),  # Those that this one has started
         place: str | None = None,  # The folder of the store, if it is to go at the end
     ):
-        self.rank, self.size, self.helpers, self.place, self.threads = (
-            rank,
-            size,
-            list(helpers),
-            place,
-            torch.get_num_threads(),
-        )
+        self.rank, self.size, self.helpers = rank, size, list(helpers)
+        self.place, self.threads = place, torch.get_num_threads()
         self.idle = True  # do the others wait for a share?
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
 
@@ -70,15 +74,10 @@ class Team:
             yield
         except RuntimeError as e:
             time.sleep(0.5)
-            ended = [
-                f"process {r} of {self.size} ended with code {p.returncode}"
-                for r, p in enumerate(self.helpers, 1)
-                if p.poll() is not None
-            ]
             raise TeamError(
                 "a process that shares the steps is gone:"
-                f" {', '.join(ended) or str(e).splitlines()[0][:200]}. The same call goes on from"
-                " the last checkpoint"
+                f" {_ended(self.helpers, self.size) or str(e).splitlines()[0][:200]}."
+                " The same call goes on from the last checkpoint"
             ) from None
 
     def _meet(self):
@@ -89,6 +88,45 @@ class Team:
         while self.rank == 0 and not here.is_completed():
             time.sleep(0.0002)
         here.wait()
+
+    def _tell(self, trouble: str | None) -> list[str | None]:
+        said = [None] * self.size
+        with self._connected():
+            self._meet()
+            dist.all_gather_object(said, trouble)
+        return said
+
+    @contextlib.contextmanager
+    def together(self):
+        "What fails inside in one process fails in all of them."
+        try:
+            yield
+        except Exception as e:
+            self._tell(f"{type(e).__name__}: {e}")
+            self.idle = True
+            raise
+        for rank, trouble in enumerate(self._tell(None)):
+            if trouble:
+                self.idle = True
+                raise TeamError(f"process {rank} of {self.size}: {trouble}")
+
+# %% ../../nbs/train/04_parallel.ipynb #f80a9db3
+def _broadcast(
+    data: memoryview,  # Empty but in the first process
+    rank: int,
+) -> Tensor:  # uint8, in each process
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0)
+    if rank == 0:
+        message = torch.frombuffer(data, dtype=torch.uint8)
+    else:
+        message = torch.empty(int(size), dtype=torch.uint8)
+    dist.broadcast(message, 0)
+    return message
+
+
+class _Handout(_Group):
+    "What the first process gives to the others."
 
     def share(
         self,
@@ -110,15 +148,8 @@ class Team:
         "Share out a step; returned are the first process's own micro-batches."
         mine, *others = (parts[r :: self.size] for r in range(self.size))
         # cloned, since a slice that is sent would take the whole batch along
-        self.share(
-            [
-                True,
-                *(
-                    (*facts, [{k: t.clone() for k, t in p.items()} for p in share])
-                    for share in others
-                ),
-            ]
-        )
+        copied = lambda share: [{k: t.clone() for k, t in p.items()} for p in share]
+        self.share([True, *((*facts, copied(share)) for share in others)])
         return mine
 
     def show(
@@ -130,15 +161,8 @@ class Team:
         data = io.BytesIO()
         if self.rank == 0:
             torch.save(package, data)
-        size = torch.tensor(data.tell())
         with self._connected():
-            dist.broadcast(size, 0)
-            message = (
-                torch.frombuffer(data.getbuffer(), dtype=torch.uint8)
-                if self.rank == 0
-                else torch.empty(int(size), dtype=torch.uint8)
-            )
-            dist.broadcast(message, 0)
+            message = _broadcast(data.getbuffer(), self.rank)
         with self.together():
             if self.rank:
                 # from a process of this training, not from a file
@@ -147,6 +171,26 @@ class Team:
                 )
         self.idle = True
         return package
+
+# %% ../../nbs/train/04_parallel.ipynb #91a0073e
+def _seed(*numbers: int) -> int:
+    "One of 63 bits, from several."
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(1))
+
+
+def _see_off(helpers: list[subprocess.Popen]):
+    "Wait for their end, and where it does not come, bring it."
+    for p in helpers:
+        try:
+            p.wait(10)
+        except subprocess.TimeoutExpired:
+            p.kill()
+            p.wait()
+
+# %% ../../nbs/train/04_parallel.ipynb #70da694c
+class Team(_Handout):
+    "The processes of one training, as one of them sees it."
 
     def connect(
         self,
@@ -163,27 +207,6 @@ class Team:
                 backend="nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
             )
 
-    @contextlib.contextmanager
-    def together(self):
-        "What fails inside in one process fails in all of them."
-        try:
-            yield
-        except Exception as e:
-            self._tell(f"{type(e).__name__}: {e}")
-            self.idle = True
-            raise
-        for rank, trouble in enumerate(self._tell(None)):
-            if trouble:
-                self.idle = True
-                raise TeamError(f"process {rank} of {self.size}: {trouble}")
-
-    def _tell(self, trouble: str | None) -> list[str | None]:
-        said = [None] * self.size
-        with self._connected():
-            self._meet()
-            dist.all_gather_object(said, trouble)
-        return said
-
     def add_up(
         self,
         tensors: Iterable[Tensor],  # On the device; in every process as many, in the same order
@@ -198,14 +221,7 @@ class Team:
         """Random numbers of a helper.
 
         They depend on the step alone, so that nothing has to be saved of them."""
-        torch.manual_seed(
-            int(
-                np.random.SeedSequence((seed % 2**64, step, self.rank)).generate_state(
-                    1, np.uint64
-                )[0]
-                >> np.uint64(1)
-            )
-        )
+        torch.manual_seed(_seed(seed % 2**64, step, self.rank))
 
     def close(self):
         """Send the others home.
@@ -224,12 +240,7 @@ class Team:
         # torch 2.4 holds it while it waits for them
         time.sleep(0.1)
         dist.destroy_process_group()
-        for p in self.helpers:
-            try:
-                p.wait(10)
-            except subprocess.TimeoutExpired:
-                p.kill()
-                p.wait()
+        _see_off(self.helpers)
         if self.place:
             _leave(self.place)
 
@@ -314,21 +325,18 @@ def join() -> Team:
         time.sleep(0.05)
     return Team(rank, size, store)
 
-# %% ../../nbs/train/04_parallel.ipynb #c0c71912
-def assemble(
-    devices: int,  # How many are asked for
-    device: str,  # What was chosen: cpu, cuda, cuda:1, mps
-) -> Team | None:  # None: this process is alone
-    "The team of the first process; a `ValueError` where there are not that many devices."
-    if launched() is not None:
-        if devices not in (1, size := int(os.environ["WORLD_SIZE"])):
-            raise ValueError(
-                f"devices={devices}, and torchrun has started {size} processes; leave devices out,"
-                " it is torchrun that decides"
-            )
-        return _torchrun_team() if size > 1 else None
-    if devices == 1:
-        return None
+# %% ../../nbs/train/04_parallel.ipynb #c5117613
+def _team_of_torchrun(devices: int) -> Team | None:
+    if devices not in (1, size := int(os.environ["WORLD_SIZE"])):
+        raise ValueError(
+            f"devices={devices}, and torchrun has started {size} processes; leave devices out,"
+            " it is torchrun that decides"
+        )
+    return _torchrun_team() if size > 1 else None
+
+
+def _check_devices(devices: int, device: str):
+    "A `ValueError` where that many processes cannot be started here."
     if not dist.is_available():
         raise ValueError(
             f"devices={devices} needs torch.distributed, and this torch was built without; leave"
@@ -352,6 +360,30 @@ def assemble(
             f"devices={devices} makes a process group, and this process has one; call"
             " torch.distributed.destroy_process_group() first"
         )
+
+# %% ../../nbs/train/04_parallel.ipynb #7f7f7c73
+def _await(helpers: list[subprocess.Popen], store: "dist.Store"):
+    "Until each has said that it is here."
+    for rank, p in enumerate(helpers, 1):
+        while not store.check([f"here {rank}"]):
+            if p.poll() is not None:
+                raise RuntimeError(
+                    f"process {rank} of {len(helpers) + 1} ended with code {p.returncode} before it"
+                    " could help; what it said stands above"
+                )
+            time.sleep(0.05)
+
+
+def assemble(
+    devices: int,  # How many are asked for
+    device: str,  # What was chosen: cpu, cuda, cuda:1, mps
+) -> Team | None:  # None: this process is alone
+    "The team of the first process; a `ValueError` where there are not that many devices."
+    if launched() is not None:
+        return _team_of_torchrun(devices)
+    if devices == 1:
+        return None
+    _check_devices(devices, device)
     place = tempfile.mkdtemp(prefix="minigpt-")
     with _inside_the_machine():
         store = dist.FileStore(f"{place}/team", devices)
@@ -359,14 +391,7 @@ def assemble(
         try:
             for rank in range(1, devices):
                 helpers.append(_start(rank, devices, f"{place}/team"))
-            for rank, p in enumerate(helpers, 1):
-                while not store.check([f"here {rank}"]):
-                    if p.poll() is not None:
-                        raise RuntimeError(
-                            f"process {rank} of {devices} ended with code {p.returncode} before it"
-                            " could help; what it said stands above"
-                        )
-                    time.sleep(0.05)
+            _await(helpers, store)
             store.set("begin", "")
             return Team(0, devices, store, helpers, place)
         except BaseException:

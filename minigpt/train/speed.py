@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['best_device', 'choose', 'can_keep', 'autocast', 'attention_kernel', 'same_bits', 'throw_away', 'micro_step',
-           'set_compiled', 'decide_compile', 'smaller', 'out_of_memory', 'memory_advice', 'fit_batch',
-           'flops_per_token', 'machine_flops', 'benchmark', 'benchmark_table']
+           'set_compiled', 'decide_compile', 'smaller', 'memory_advice', 'fit_batch', 'flops_per_token',
+           'machine_flops', 'benchmark', 'benchmark_table']
 
 # %% ../../nbs/train/05_speed.ipynb #0e9455db
 import contextlib
+import logging
 import math
 import os
 import statistics
@@ -18,11 +19,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.store import out_of_memory
 from ..config.options import TrainConfig
 from ..core.files import human_size, human_time
 from ..model.gpt import GPT, GPTConfig, LanguageModel
 from ..run.metrics import memory
 from .optim import make_optimizer
+
+# %% ../../nbs/train/05_speed.ipynb #2c995d15
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/train/05_speed.ipynb #545f9e11
 def _bf16_pays(n: int = 768) -> bool:
@@ -272,7 +277,6 @@ def decide_compile(
     micro_steps: int,  # How many of these are to come
     precision: str = "fp32",  # fp32, bf16 or fp16
     how: str = "auto",  # auto, yes, no or max-autotune
-    say=print,
     loss_of=_plain_loss,  # As for `micro_step`
     least: float = 180.0,  # `auto` leaves a training alone that takes less than this many seconds
 ) -> bool:  # Are its blocks compiled now?
@@ -281,7 +285,7 @@ def decide_compile(
     if how == "no" or not micro_steps:
         return False
     if how == "reduce-overhead":
-        say(
+        logger.warning(
             "enable_compile='reduce-overhead' stands for CUDA graphs, with which losses were wrong"
             " here; the model is compiled without them, as with 'yes'"
         )
@@ -299,7 +303,7 @@ def decide_compile(
                 return False
             if (plain := median()) * micro_steps < least:
                 return False
-            say(
+            logger.info(
                 f"{human_time(plain * micro_steps)} of training without torch.compile; measuring it"
                 ' with (enable_compile="no" skips this)'
             )
@@ -310,13 +314,13 @@ def decide_compile(
             took = time.perf_counter() - began
         except Exception as e:  # of dynamo, of inductor, of the C++ compiler: each has its own
             set_compiled(model, False)
-            say(
+            logger.warning(
                 f"torch.compile failed, training goes on without it: {type(e).__name__}:"
                 f" {str(e).strip().splitlines()[0][:300] if str(e).strip() else ''}"
             )
             return False
         if how == "auto":
-            say(
+            logger.info(
                 f"a micro-batch takes {1000 * plain:.0f} ms, compiled {1000 * compiled:.0f} ms;"
                 f" compiling took {human_time(took)}"
             )
@@ -333,17 +337,6 @@ def smaller(
     n = config.effective_batch
     b = max((b for b in range(1, config.batch_size) if n % b == 0), default=None)
     return b and (b, n // b)
-
-
-def out_of_memory(e: BaseException) -> bool:
-    "Is this how torch says that memory has run out?"
-    return (
-        isinstance(e, torch.cuda.OutOfMemoryError)
-        or isinstance(e, RuntimeError)
-        and any(
-            t in str(e) for t in ("can't allocate memory", "not enough memory", "out of memory")
-        )
-    )
 
 
 def memory_advice(
@@ -383,13 +376,14 @@ def fit_batch(
     batch: dict[str, Tensor],  # The first effective batch, on the CPU
     config: TrainConfig,
     precision: str = "fp32",  # fp32, bf16 or fp16
-    say=print,
     loss_of=_plain_loss,  # As for `micro_step`
 ) -> TrainConfig:  # The same, with the largest micro-batch that fits
     "Ask a GPU how many sequences it holds; elsewhere, and where nothing fits, nothing changes."
     device = next(model.parameters()).device
     if device.type != "cuda":
-        say(f"auto_batch_size asks a GPU; on {device.type} batch_size={config.batch_size} stays")
+        logger.warning(
+            f"auto_batch_size asks a GPU; on {device.type} batch_size={config.batch_size} stays"
+        )
         return config
     trial = replace(config, batch_size=config.effective_batch, gradient_accumulation=1)
     with throw_away(model):
@@ -419,7 +413,7 @@ def fit_batch(
         del state
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    say(f"auto_batch_size: {trial.batch_size} × {trial.gradient_accumulation} sequences")
+    logger.info(f"auto_batch_size: {trial.batch_size} × {trial.gradient_accumulation} sequences")
     return trial
 
 # %% ../../nbs/train/05_speed.ipynb #586e99dd
@@ -459,7 +453,6 @@ def benchmark(
     model: str | GPTConfig = "small",  # A preset's name or a shape
     config: TrainConfig | None = None,  # Batch, length, steps, precision, device, optimizer …
     seconds: float = 20.0,  # To measure for, compiling and warm-up apart
-    say=print,
 ) -> dict:  # What was measured and chosen; seconds, bytes
     "Train on random tokens: tokens/s, model FLOPs utilisation, memory, and the time of a run."
     cfg = config or TrainConfig()
@@ -480,7 +473,6 @@ def benchmark(
         steps * cfg.gradient_accumulation,
         precision,
         "no" if cfg.disable_optimizations else cfg.enable_compile,
-        say,
     )
 
     def step():

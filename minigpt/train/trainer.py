@@ -9,6 +9,7 @@ __all__ = ['Callback', 'TrainingError', 'NextToken', 'Learner', 'Trainer', 'meas
 import contextlib
 import errno
 import gc
+import logging
 import math
 import os
 import platform
@@ -67,7 +68,6 @@ from minigpt.core.files import (
     may_pass,
     on_hub,
     only_one,
-    plain,
     read_json,
     set_aside,
     sweep,
@@ -106,10 +106,11 @@ from minigpt.run.metrics import (
     Metrics,
     PlotWriter,
     RunLog,
+    Shown,
     in_notebook,
+    listening,
     memory,
     read_metrics,
-    trouble,
 )
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 from minigpt.train.inputs import (
@@ -146,6 +147,9 @@ from minigpt.train.speed import (
     same_bits,
     set_compiled,
 )
+
+# %% ../../nbs/train/07_trainer.ipynb #322d0dab
+logger = logging.getLogger(__name__)
 
 # %% ../../nbs/train/07_trainer.ipynb #f8e2fc06
 class Callback:
@@ -430,7 +434,7 @@ class _Save(Callback):
     def save(self, t, store):
         if not os.path.exists(t.run_path / "run.json"):
             with contextlib.suppress(OSError):  # where that cannot be, nor can the save: it says so
-                t.say(t.settle_anew())
+                logger.info(t.settle_anew())
         t.schedule.saved()
         if store.kind != "light":
             self.saved = t.step  # what a resume can go on from
@@ -447,7 +451,7 @@ class _Save(Callback):
             else:
                 # a best model, being small, may fit where a state does not
                 if self.failed and (self.failed.store is t.best) == (s.store is t.best):
-                    t.say(f"saved again: {s.path.name}")
+                    logger.info(f"saved again: {s.path.name}")
                     self.failed = None
                 if s.store in t.stores:
                     t.last_saved = s.path
@@ -459,7 +463,7 @@ class _Save(Callback):
         if s.store is t.best:
             t.best_loss = None  # the next one is the best of those that could be kept
         if not self.failed:
-            t.say(
+            logger.warning(
                 f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}:"
                 f" {s.error}. Training goes on, and every later save is tried; this is said once"
             )
@@ -471,21 +475,18 @@ class _Save(Callback):
         if self.compared:
             return
         self.compared, planned = True, checkpoint_size(_n_saved(t.model))
-        t.say(
-            f"{s.path.name} takes {human_size(s.size)}"
-            + (
-                f": MORE than the {human_size(planned)} of the plan"
-                if s.size > 1.1 * planned + 2**24
-                else ""
-            )
-        )
+        takes = f"{s.path.name} takes {human_size(s.size)}"
+        if s.size > 1.1 * planned + 2**24:
+            logger.warning(f"{takes}: MORE than the {human_size(planned)} of the plan")
+        else:
+            logger.info(takes)
 
     def on_end(self, t):
         t.writer.wait()
         self.collect(t)
         if (t.stop or t.complete) and self.saved != t.step:
             if t.stop:
-                t.say("saving; another Ctrl-C stops at once, without saving")
+                logger.info("saving; another Ctrl-C stops at once, without saving")
             self.save(t, t.store)
             t.writer.wait()
             self.collect(t)
@@ -503,7 +504,7 @@ class _Evaluate(Callback):
 
     def on_start(self, t):
         if n := t.config.early_stopping:
-            t.say(
+            logger.info(
                 f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''}"
                 " without a better validation loss"
             )
@@ -547,7 +548,7 @@ class _Evaluate(Callback):
             t.worse += 1  # it is, where the evaluation of a step is done again
         if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
             t.stopped_early = True
-            t.say(
+            logger.info(
                 f"stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below"
                 f" {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with"
                 " early_stopping=0 or a larger number"
@@ -561,8 +562,7 @@ class _Backup(Callback):
         self.backup = backup
 
     def on_step(self, t):
-        while self.backup.messages:
-            t.say(self.backup.messages.popleft())
+        self.backup.pass_on()
 
     def on_save(self, t, path):
         self.backup.submit(path, {s.folder: s for s in (t.store, t.snapshots, t.best)}[path.parent])
@@ -585,7 +585,7 @@ class _Estimate(Callback):
             self.first, self.began = t.step, time.perf_counter()
         elif not self.told and n >= 5 and seconds > 10:
             self.told = True
-            t.say(time_plan(t.schedule, t.step, seconds / n))
+            logger.info(time_plan(t.schedule, t.step, seconds / n))
 
 
 class _LossLines(Callback):
@@ -599,11 +599,11 @@ class _LossLines(Callback):
     def on_log(self, t, row):
         where = f"step {row['step']:,} of {t.max_steps:,}: "
         if "eval_loss" in row:
-            self.log(where + f"validation loss {row['eval_loss']:.4f}")
+            self.log.write(where + f"validation loss {row['eval_loss']:.4f}")
         if "loss" not in row or time.monotonic() - self.told < 60 and row["step"] < t.max_steps:
             return
         self.told = time.monotonic()
-        self.log(
+        self.log.write(
             where + f"loss {row['loss']:.4f}, learning rate {row['lr']:.2e},"
             f" {row['tokens_per_second']:,.0f} tokens/s"
         )
@@ -617,12 +617,12 @@ class _Guard(Callback):
         if t.config.max_cpu < 100:
             t.resting = self.guard.resting
         if self.guard.warning:
-            t.say(self.guard.warning)
+            logger.warning(self.guard.warning)
 
     def on_step(self, t):
         if self.guard.slow and not self.told:
             self.told = True
-            t.say(self.guard.slow)
+            logger.info(self.guard.slow)
         if why := self.guard.check():
             t.stop = t.stop or (
                 f"{why} (close other programs first, or train with less memory:"
@@ -649,7 +649,7 @@ class _Plot(Callback):
 
     def tell(self, t):
         if self.plots.problem and not self.told:
-            t.say(f"{self.plots.problem}. Training goes on")
+            logger.warning(f"{self.plots.problem}. Training goes on")
         self.told = self.plots.problem
 
 
@@ -662,7 +662,7 @@ class _TensorBoard(Callback):
     def on_log(self, t, row):
         if not self.events.log(row) and not self.told:
             self.told = self.events.problem
-            t.say(
+            logger.warning(
                 f"tensorboard/ cannot be written from step {t.step} on: {self.told}. Training"
                 " goes on"
             )
@@ -682,7 +682,7 @@ class _Live(Callback):
             self.live.update()
         except Exception as e:  # a view is not worth a training
             self.on_log = lambda t, row: None
-            t.say(f"the live view stops here: {type(e).__name__}: {e}. Training goes on")
+            logger.warning(f"the live view stops here: {type(e).__name__}: {e}. Training goes on")
 
 # %% ../../nbs/train/07_trainer.ipynb #9c73b205
 class _Progress(Callback):
@@ -864,14 +864,14 @@ def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
     )
 
 
-def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...], say):
+def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...]):
     for k in {**was, **now}:
         if was.get(k) == now.get(k):
             continue
         if k == "curriculum" and bool(was[k]) != bool(now.get(k)):
             refuse(folder, "curriculum_learning", bool(was[k]), bool(now.get(k)))
         if {"curriculum": "data"}.get(k, k) in override:
-            say(f"overridden: {k} {was[k]} → {now.get(k)}")
+            logger.info(f"overridden: {k} {was[k]} → {now.get(k)}")
             continue
         hint = {
             "lora.base": (
@@ -898,18 +898,12 @@ class _RunTrainer(Trainer):
         tokenizer: Tokenizer,
         attempt: int,
         valid,
-        say,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         cfg = self.config
-        self.run_path, self.run_id, self.tokenizer, self.attempt, self.say = (
-            folder,
-            run_id,
-            tokenizer,
-            attempt,
-            say,
-        )
+        self.run_path, self.run_id = folder, run_id
+        self.tokenizer, self.attempt = tokenizer, attempt
         # two validation losses are of the same measure if this is
         self.measured_on = (
             None
@@ -929,7 +923,7 @@ class _RunTrainer(Trainer):
             "light" if cfg.snapshot_kind == "light" else "snapshot",
         )
         self.best = CheckpointStore(folder / "best", 1, kind="best")
-        self.stores, self.writer = [self.store, self.snapshots], Writer(say)
+        self.stores, self.writer = [self.store, self.snapshots], Writer()
         self.last_loss = self.best_loss = self.best_step = self.last_saved = None
         # the step of the last evaluation; evaluations since the best one
         self.evaluated = self.worse = 0
@@ -969,7 +963,7 @@ class _RunTrainer(Trainer):
         "Write a row of metrics, and tell every callback."
         problem = self.metrics.problem
         if not self.metrics.write(**row) and not problem:
-            self.say(
+            logger.warning(
                 f"metrics.jsonl cannot be written from step {self.step} on: {self.metrics.problem}."
                 " Training goes on"
             )
@@ -1025,7 +1019,7 @@ class _RunTrainer(Trainer):
         if state.optimizer:
             unpack_optimizer(self.optimizer, self.model, state.optimizer)
         else:
-            self.say(
+            logger.warning(
                 "these are weights alone: the optimizer's moments and the random generators start"
                 " anew, so the losses will not be those of the uninterrupted run"
             )
@@ -1037,7 +1031,7 @@ class _RunTrainer(Trainer):
         )
         was = s.get("measured_on")
         if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
-            self.say(
+            logger.info(
                 "what validation measures is not what it was: the best validation loss so far,"
                 f" {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one"
                 " takes its place in best/"
@@ -1062,7 +1056,7 @@ class _RunTrainer(Trainer):
                 if g.partition(".")[0] == s["device"].partition(":")[0]
             ]
         ):
-            self.say(
+            logger.warning(
                 f"this machine does not have the generators {', '.join(missing)}: dropout will"
                 " differ from the uninterrupted run"
             )
@@ -1115,7 +1109,7 @@ def _add_references(sets: list, t: _RunTrainer, begun: dict):
                 f" with ({begun['hash'][:12]}…). Pass the model that it began"
                 f" with{', ' + begun['path'] if begun['path'] else ''}"
             )
-        t.say(
+        logger.info(
             f"computing what the model says of {data.meta['n_docs']:,} answers before it is trained"
             f" (kept in {data.path})"
         )
@@ -1349,7 +1343,7 @@ class _Choice:
             self.unreadable[c.path] = c.step, why
         elif c.path not in self.told:
             self.told.add(c.path)
-            self.t.say(
+            logger.warning(
                 f"{c.path.parent.name}/{c.path.name}{' of the backup' if self.in_backup(c) else ''}"
                 f" is passed over: {why}"
             )
@@ -1382,7 +1376,7 @@ class _Choice:
         except OSError as e:
             self.unreadable[c.path] = c.step, Defect("unreadable", f"it could not be copied: {e}")
             return None
-        self.t.say(f"{c.path.name} comes from the backup")
+        logger.info(f"{c.path.name} comes from the backup")
         return replace(c, path=here)
 
     def __call__(self) -> Checkpoint | None:
@@ -1510,7 +1504,7 @@ def _strangers_aside(t: _RunTrainer):
         for c in s.all():
             with contextlib.suppress(OSError, ValueError):
                 if read_json(c.path / "trainer_state.json").get("run", t.run_id) != t.run_id:
-                    t.say(
+                    logger.info(
                         f"{c.path.parent.name}/{c.path.name} belongs to another run and is set"
                         f" aside as {set_aside(c.path, 'other-run')}"
                     )
@@ -1520,8 +1514,8 @@ def _give_up(t: _RunTrainer, step: int):
     "What lies beyond `step` is set aside: it belongs to a course that is given up."
     for s in *t.stores, t.best:
         for p in s.supersede(step):
-            t.say(f"training goes back to step {step}: {p.stem} is set aside as {p}")
-    t.say(
+            logger.info(f"training goes back to step {step}: {p.stem} is set aside as {p}")
+    logger.info(
         f"going back to step {step} once: to go on after an interruption, leave resume out of the"
         " call"
     )
@@ -1532,16 +1526,16 @@ def _give_up(t: _RunTrainer, step: int):
         set_aside(root / "MANIFEST.json", "superseded")  # the final model of that course
 
 # %% ../../nbs/train/07_trainer.ipynb #3d0ca90c
-def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool, say) -> Backup | None:
+def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool) -> Backup | None:
     "The backup, if one is wanted; and the run from it, where this machine does not have it."
     if not cfg.gdrive_backup_dir:
         return None
     check_there(cfg.gdrive_backup_dir)
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
-    _patiently(lambda: wait_for_others(backup, say), backup)
+    _patiently(lambda: wait_for_others(backup), backup)
     fresh = read_run_id(folder) is None
     if fresh and overwrite and backup.path.exists():
-        say(
+        logger.info(
             f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with"
             " this run later, leave overwrite out of the call"
         )
@@ -1550,7 +1544,7 @@ def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool, say) -> Bac
             f"{backup.path} holds a backup of such a run, and resume=False; choose a new"
             " output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside"
         )
-    _patiently(lambda: restore_run(backup, say), backup)
+    _patiently(lambda: restore_run(backup), backup)
     return backup
 
 
@@ -1569,7 +1563,7 @@ def _patiently(ask: Callable, backup: Backup):
     return None
 
 # %% ../../nbs/train/07_trainer.ipynb #c5a62fb3
-def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confirm: bool = True):
+def _finish_backup(backup: Backup, cfg: TrainConfig, seconds: float, confirm: bool = True):
     "Wait for the backup, and say what is and what is not there."
     end = time.monotonic() + seconds
     with tqdm(
@@ -1582,27 +1576,26 @@ def _finish_backup(backup: Backup, cfg: TrainConfig, say, seconds: float, confir
                 f"{s['doing']}; {human_time(max(0, end - time.monotonic()))} left"
             ),
         )
-    while backup.messages:
-        say(backup.messages.popleft())
+    backup.pass_on()
     s = backup.status()
     if whole and s["waiting"]:
-        say(
+        logger.warning(
             f"copied to {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'};"
             f" NOT YET UPLOADED: {', '.join(s['waiting'])}. Keep this machine running for a while"
         )
     elif whole:
-        say(
+        logger.info(
             f"backed up in {backup.path}: {s['copied']['name'] if s['copied'] else 'no state yet'}"
             + (", and Google has it" if s["server_tells"] and s["confirmed"] == s["copied"] else "")
         )
     elif s["waiting"] and not s["pending"] and not s["failed"]:
-        say(
+        logger.warning(
             f"COPIED, NOT YET UPLOADED: {', '.join(s['waiting'])} wait in this machine's cache for"
             " Google's server. Keep the machine running and run this cell again, which only waits;"
             " or call google.colab.drive.flush_and_unmount()"
         )
     else:
-        say(
+        logger.warning(
             f"NOT BACKED UP: {s['pending'] or 'the last save'} ("
             f"{s['stopped'] or (s['failed'] or {}).get('reason') or 'there was not enough time'});"
             f" the backup has {s['copied']['name'] if s['copied'] else 'nothing'}. Everything is in"
@@ -1636,7 +1629,7 @@ def _plan(t: _RunTrainer, backup: Backup | None):
     if backup and drive_mount(backup.folder):
         # Drive's cache is on this disk as well
         free -= t.config.backup_keep_last * checkpoint_size(_n_saved(t.model))
-    for line in storage_plan(
+    for note in storage_plan(
         t.config,
         _n_saved(t.model),
         t.schedule.n_checkpoints,
@@ -1645,7 +1638,7 @@ def _plan(t: _RunTrainer, backup: Backup | None):
         there,
         dir_size(backup.path) if backup else 0,
     ):
-        t.say(line)
+        logger.log(note.level, note.text)
 
 
 def _space(t: _RunTrainer, folder: Path) -> float:
@@ -1653,7 +1646,7 @@ def _space(t: _RunTrainer, folder: Path) -> float:
     try:
         return free_space(folder)
     except OSError as e:
-        t.say(
+        logger.info(
             f"the free space of {folder} is not known ({e.strerror or e}), so whether the run fits"
             " there is not known either"
         )
@@ -1667,18 +1660,6 @@ def _versions() -> dict:
         numpy=np.__version__,
         python=platform.python_version(),
     )
-
-
-def _speaker(log: RunLog, aloud: bool):
-    "Says a line to run.log and to the user; to one who wants it quiet, only what is wrong."
-
-    def say(message: str):
-        log(message)
-        with contextlib.suppress(OSError, ValueError):  # a terminal that is gone, or cannot write ×
-            if aloud or trouble(message):
-                tqdm.write(plain(message))
-
-    return say
 
 # %% ../../nbs/train/07_trainer.ipynb #8b536255
 def _views(t: _RunTrainer, at_end: contextlib.ExitStack, widget: bool | None) -> list[Callback]:
@@ -1796,7 +1777,9 @@ def fit(
         moved.append(aside)
         lock = at_end.enter_context(only_one(folder))
         log = at_end.enter_context(RunLog(folder / "run.log"))
-        say, log.counts = _speaker(log, cfg.progress), False  # until the call is accepted
+        log.counts = False  # until the call is accepted
+        shown = Shown(logging.INFO if cfg.progress else logging.WARNING)
+        at_end.enter_context(listening(log, shown))
         _check_readable(folder)
         for f in (
             folder,
@@ -1805,13 +1788,13 @@ def fit(
         ):
             sweep(f)
         if not lock.works:
-            say(
-                f"WARNING: the file system of {folder} has no locks, so nothing keeps a second"
+            logger.warning(
+                f"the file system of {folder} has no locks, so nothing keeps a second"
                 " process from training this run at the same time; see to it yourself"
             )
         if aside:
-            say(f"what stood in {folder} is kept as {aside}")
-        backup = _mirror(folder, cfg, resume, overwrite, say)
+            logger.info(f"what stood in {folder} is kept as {aside}")
+        backup = _mirror(folder, cfg, resume, overwrite)
         known = Run(folder).facts if (folder / "run.json").exists() else None
         if known and (gone := {"id", "identity", "data", "choices", "attempts"} - known.keys()):
             raise ValueError(
@@ -1890,7 +1873,6 @@ def fit(
             tokenizer,
             cfg,
             override,
-            say,
             decided,
             of_model=home is not None and tokenizer is home,
         )
@@ -1901,8 +1883,8 @@ def fit(
             and (home / "tokenizer.json").exists()
             and load_tokenizer(home).hash != tok.hash
         ):
-            say(
-                f"WARNING: {home} was trained with another tokenizer, so its weights know none of"
+            logger.warning(
+                f"{home} was trained with another tokenizer, so its weights know none of"
                 " these tokens; to use its own, leave tokenizer and retrain_tokenizer out"
             )
         check_size(data, cfg.effective_batch, cfg.max_seq_len)
@@ -1931,7 +1913,6 @@ def fit(
                 identity,
                 override
                 + ("data",) * ("validation_split" in override and not hasattr(train, "sequences")),
-                say,
             )
 
         run = Run(folder)
@@ -1948,7 +1929,6 @@ def fit(
             tokenizer=tok,
             attempt=len(attempts) + 1,
             valid=valid,
-            say=say,
             objective=objective,
         )
         t.team, t.at_end, t.lock = team, at_end, lock
@@ -1963,7 +1943,7 @@ def fit(
                 _course(cfg, windows, done, read_json(folder / "training_args.json"))[0],
             )
         ):
-            say(
+            logger.info(
                 f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to"
                 " train on, raise epochs or max_steps"
                 + (", or set early_stopping=0" if done.get("stopped_early") else "")
@@ -1972,7 +1952,7 @@ def fit(
             if backup:
                 _catch_up(backup, t, id, newest(t.stores))
                 backup.submit(folder)
-                _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+                _finish_backup(backup, cfg, cfg.backup_wait_seconds)
             return run
         if isinstance(objective, Preference):
             with _enough_memory(t, "before the first step"):
@@ -2005,9 +1985,9 @@ def fit(
             write_json(folder / "run.json", known | dict(attempts=attempts))
             _give_up(t, start.step)
         with _enough_memory(t):
-            cfg = t.config = _tune(t, choices, known["choices"] if known else {}, say)
+            cfg = t.config = _tune(t, choices, known["choices"] if known else {})
         if known:
-            _say_changes(known, cfg, choices, start, say)
+            _say_changes(known, cfg, choices, start)
         t.facts = dict(
             format="minigpt run",
             version=1,
@@ -2034,7 +2014,7 @@ def fit(
         log.counts = True
         at_end.callback(lambda: t.metrics.close())
         if unread := unread_tokens(folder, [data, valid], places):
-            say(
+            logger.info(
                 f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing"
                 " else needs them"
             )
@@ -2052,7 +2032,7 @@ def fit(
         ]
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         packed = any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, "sets", [data]))
-        say(
+        logger.info(
             f"{net.config.n_params:,} parameters"
             f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
             f" on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']},"
@@ -2063,7 +2043,7 @@ def fit(
             f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
         )
         for line in _describe(data, cfg.max_seq_len):
-            say(line)
+            logger.info(line)
         _plan(t, backup)
         at_end.callback(_prune, t)
         if backup:
@@ -2075,22 +2055,22 @@ def fit(
         began = time.perf_counter()
         if team:
             if choices["device"] == "cpu":
-                say(
+                logger.info(
                     f"{team.size} processes share the cores of this CPU, which saves no time:"
                     " devices is for GPUs"
                 )
             with _enough_memory(t):
                 _begin(t, choices)
         elif (more := torch.cuda.device_count()) > 1 and choices["device"] == "cuda":
-            say(f"there are {more} GPUs here; devices={more} trains on all of them")
+            logger.info(f"there are {more} GPUs here; devices={more} trains on all of them")
         with _enough_memory(t), _signals(t):
             t.run()
         if team:
             team.close()
         if t.stop:
             if backup:
-                _finish_backup(backup, cfg, say, min(60, cfg.backup_wait_seconds), confirm=False)
-            say(
+                _finish_backup(backup, cfg, min(60, cfg.backup_wait_seconds), confirm=False)
+            logger.info(
                 message := f"stopped after step {t.step:,} and saved"
                 f" {t.last_saved or start and start.path}; the same call goes on from there"
             )
@@ -2100,7 +2080,7 @@ def fit(
                 KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128 + t.stop)
             )
         net.eval()
-        say(
+        logger.info(
             f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}"
             + (
                 f", validation loss {t.best_loss:.4f} at best (step {t.best_step:,})"
@@ -2110,7 +2090,7 @@ def fit(
             + f"; the model is in {folder}"
         )
         if backup:
-            _finish_backup(backup, cfg, say, cfg.backup_wait_seconds)
+            _finish_backup(backup, cfg, cfg.backup_wait_seconds)
         return run
 
 # %% ../../nbs/train/07_trainer.ipynb #e9d5a2f3
@@ -2147,15 +2127,15 @@ def _settle_rate(t: _RunTrainer, state: dict, was: dict):
         f" {t.max_steps:,} steps it goes on with {now:.3g}"
     )
     if now <= 1.1 * last:
-        t.say(said)
+        logger.info(said)
     else:
-        t.say(
-            f"WARNING: {said}, so the loss may rise for a while. To go on from {last:.3g}, and only"
+        logger.warning(
+            f"{said}, so the loss may rise for a while. To go on from {last:.3g}, and only"
             " down, stop now and pass lr_extend='continue'"
         )
 
 # %% ../../nbs/train/07_trainer.ipynb #86c034e8
-def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
+def _tune(t: _RunTrainer, choices: dict, old: dict) -> TrainConfig:
     """The choices for which the model must be asked: its micro-batch, and whether it is compiled.
 
     A run that goes on on the same kind of device takes them over."""
@@ -2174,7 +2154,7 @@ def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
             0
         ]
         if cfg.auto_batch_size and not old.get("batch_size"):
-            cfg = fit_batch(t.model, batch, cfg, t.precision, say, loss_of)
+            cfg = fit_batch(t.model, batch, cfg, t.precision, loss_of)
         cfg = _shared(cfg, size)
         if not decide_compile(
             t.model,
@@ -2182,13 +2162,12 @@ def _tune(t: _RunTrainer, choices: dict, old: dict, say) -> TrainConfig:
             (t.max_steps - t.step) * cfg.gradient_accumulation // size,
             t.precision,
             how,
-            say,
             loss_of,
         ):
             how = "no"
     cfg = _shared(cfg, size)
     if size > 1 and cfg.batch_size < t.config.batch_size:
-        say(
+        logger.info(
             f"micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that"
             f" each of {size} devices gets as many"
         )
@@ -2344,9 +2323,9 @@ def _prune(t: _RunTrainer):
             store.prune()
 
 # %% ../../nbs/train/07_trainer.ipynb #40c53466
-def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint | None, say):
+def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint | None):
     "What goes on, from where, and what is not as it was."
-    say(
+    logger.info(
         f"resuming from {start.path.name}"
         if start
         else "no checkpoint that could be used: starting again with the same seed"
@@ -2355,19 +2334,19 @@ def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint
         if known["train"].get(k, v) == v or k in ("progress", "plot_loss"):
             continue
         if "tokenizer" in k:
-            say(
+            logger.info(
                 f"{k} {known['train'][k]} → {v} changes nothing: the run keeps its tokenizer; for"
                 " another, choose a new output_dir"
             )
         else:
-            say(f"changed at this resume: {k} {known['train'][k]} → {v}")
+            logger.info(f"changed at this resume: {k} {known['train'][k]} → {v}")
     for k, v in {**choices, **{f"{k} version": v for k, v in _versions().items()}}.items():
         was = {
             **known["choices"],
             **{f"{k} version": v for k, v in known["attempts"][-1]["versions"].items()},
         }.get(k, v)
         if was != v:
-            say(
+            logger.warning(
                 f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the"
                 " interruption"
             )

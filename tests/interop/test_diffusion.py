@@ -495,5 +495,5 @@ def test_storage_plan_of_roberta_base():
     )
     line = storage_plan(
         TrainConfig(save_total_limit=5, time_save_interval_seconds=0), n, 10, 10**12
-    )[0]
+    )[0].text
     assert "1.4 GiB" in line and "475.7 MiB" in line and "5 kept" in line

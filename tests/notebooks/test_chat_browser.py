@@ -5,10 +5,7 @@ import re
 import ipykernel  # after the reasons to skip
 
 from tests.conftest import ROOT
-from tests.notebooks.test_browser import (
-    expect,
-    shot,
-)  # noqa: F401 fixtures, and the same reasons to skip
+from tests.notebooks.test_browser import expect, lab, shot, show
 
 CHAT = r"""
 import sys, time

@@ -8,6 +8,7 @@ the status tells the truth, and what is restored verifies.
 import contextlib
 import errno
 import json
+import logging
 import os
 import random
 import shutil
@@ -33,11 +34,12 @@ from minigpt.model.gpt import GPT, GPTConfig
 from minigpt.run import backup as backup_module
 from minigpt.run.backup import Backup, BackupError, restore_run
 from minigpt.run.folder import open_run
+from minigpt.run.metrics import listening
 from minigpt.tokenizer.bpe import train_tokenizer
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
 from tests.harness.faulty import Disk, Server, keeps_attributes, put
-from tests.recovery.test_faults import (
+from tests.recovery.test_faults import (  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
     SHORT,
     STEPS,
     At,
@@ -46,7 +48,9 @@ from tests.recovery.test_faults import (
     log,
     power_cut,
     weights,
-)  # noqa: F401 (the last two are fixtures: an undisturbed run, and a folder for another)
+    whole,
+    work,
+)
 
 ERRORS = {
     "EIO": errno.EIO,
@@ -373,7 +377,7 @@ def test_the_machine_dies_while_files_arrive(seed, saves, google, tmp_path):
         if c or not (late.path / "run.json").exists()
         else pytest.raises(BackupError, match="neither its tokenizer nor a checkpoint")
     ):
-        assert restore_run(late, lambda message: None) == (late.path / "run.json").exists()
+        assert restore_run(late) == (late.path / "run.json").exists()
 
 
 # --- whole trainings ------------------------------------------------------------------------------
@@ -761,7 +765,10 @@ def watched(tmp_path):
     "A backup that another machine has written to, and what is said of it"
     (tmp_path / "disk" / "run").mkdir(parents=True)
     (tmp_path / "run").mkdir()
-    return Backup(tmp_path / "disk", tmp_path / "run"), []
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    with listening(handler):
+        yield Backup(tmp_path / "disk", tmp_path / "run"), said
 
 
 @pytest.mark.parametrize("clock", [-5000, -1000, 0, 5000])
@@ -774,7 +781,7 @@ def test_another_machine_is_seen_whatever_its_clock(watched, clock):
         while not (b.path / "heartbeat.json").exists():
             time.sleep(0.01)
         with pytest.raises(BackupError, match="another process is training this run"):
-            backup_module.wait_for_others(b, said.append)
+            backup_module.wait_for_others(b)
     finally:
         stop.set()
         other.join()
@@ -794,7 +801,7 @@ def test_a_machine_that_is_gone_is_waited_for_as_long_as_it_must_be(watched, clo
     )
     write_json(b.path / "heartbeat.json", heart | change)
     began = time.monotonic()
-    backup_module.wait_for_others(b, said.append)
+    backup_module.wait_for_others(b)
     took = time.monotonic() - began
     assert (0.25 <= took < 2 and len(said) == 1) if waits else (took < 0.2 and not said)
 
@@ -805,7 +812,7 @@ def test_a_heart_that_says_nonsense_is_watched_as_usual(watched, text, monkeypat
     b, said = watched
     monkeypatch.setattr(backup_module, "BEAT", 0.05)
     (b.path / "heartbeat.json").write_text(text)
-    backup_module.wait_for_others(b, said.append)
+    backup_module.wait_for_others(b)
     assert len(said) == 1
 
 

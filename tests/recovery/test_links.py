@@ -153,7 +153,7 @@ def everything(work, source):
         lambda: prepare(
             source, run / "prepared.jsonl", max_seq_len=0, overwrite=True, progress=False
         ),
-        lambda: restore_run(Backup(disk, work / "again" / "run"), lambda m: None),
+        lambda: restore_run(Backup(disk, work / "again" / "run")),
         lambda: retrain(overwrite=True, max_steps=2),
         *(lambda p=p: discard(p) for p in sorted(disk.rglob("*"))[::3]),
         lambda: remove_dir(run),
@@ -255,7 +255,7 @@ def test_a_backup_that_is_a_link(made, outside, tmp_path):
     b.step()
     assert "is a link" in b.status()["failed"]["reason"]
     with pytest.raises(BackupError, match="is a link to .*a backup is a folder of its own"):
-        restore_run(b, lambda m: None)
+        restore_run(b)
     assert told(outside) == before
 
 

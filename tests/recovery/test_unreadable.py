@@ -24,22 +24,21 @@ from minigpt.run.folder import Run, list_runs, open_run, run_table, runs_table
 from minigpt.train.trainer import fit
 from tests.harness import kill_child as child
 from tests.harness.faulty import Disk, Server, keeps_attributes
-from tests.recovery.test_backup import (
-    ID,
-    state,
-    steps_saved,
-)  # noqa: F401 (fixtures among them)
-from tests.recovery.test_faults import (
+from tests.recovery.test_backup import ID, drive, parts, repeat, saves, state, steps_saved  # noqa: F401 (fixtures among them)
+from tests.recovery.test_faults import (  # noqa: F401
     At,
     PowerCut,
     copied,
+    cut,
     go,
     log,
     power_cut,
     same_as,
     steps,
     weights,
-)  # noqa: F401
+    whole,
+    work,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +252,7 @@ def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
         and rounds <= files + 1
         and len(read) <= 2 * files
     )
-    assert sum("NOT BACKED UP" in m for m in b.messages) == 1 and b.failures == 0
+    assert sum("NOT BACKED UP" in text for _, text in b.messages) == 1 and b.failures == 0
 
 
 def test_a_whole_piece_is_not_copied_twice(tmp_path, monkeypatch):

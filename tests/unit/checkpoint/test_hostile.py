@@ -361,7 +361,7 @@ def test_a_pipe_in_a_run(copy, name):
 def test_a_pipe_in_a_backup(copy, name):
     piped(copy / "run" / name)
     with within(20), pytest.raises(NotAFile, match=f"{name} is a FIFO, not a file"):
-        restore_run(Backup(copy, copy / "new" / "run"), lambda line: None)
+        restore_run(Backup(copy, copy / "new" / "run"))
 
 
 def test_a_pipe_as_lock(tmp_path):

@@ -198,7 +198,6 @@ def test_advice_about_special_tokens_applies(home, tmp_path):
         None,
         tok,
         TrainConfig(special_tokens="<mine>"),
-        say=lambda s: None,
         **o,
     )
     with pytest.raises(ValueError, match="leave tokenizer out, and one is trained that has it"):

@@ -677,14 +677,16 @@ def test_a_line_for_each_file(tok, tmp_path):
     c.write_text("Snow fell.\n")
     assert lines_of(a) == ["a.jsonl: conversations → messages; left out: id, source"]
     said = []
-    train, _ = build_tokenset([b, c], tok, tmp_path / "set", 0.0, say=said.append)
+    train, _ = build_tokenset(
+        [b, c], tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
+    )
     want = [
         "b.txt: plain text; read as KOI8-U, which is a guess: encoding= names another",
         "c.txt: plain text",
     ]
     assert said == want and tok.decode(train.tokens).startswith("Сегодня очень")
     said.clear()
-    build_tokenset([b, c], tok, tmp_path / "set", 0.0, say=said.append)
+    build_tokenset([b, c], tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note)))
     assert said == want  # a set that is used again says the same
     report = analyze([b, c], near_duplicates=False)
     assert all(w in str(report) for w in want) and [*report["read"]] == [str(b), str(c)]
@@ -719,7 +721,9 @@ def test_what_a_folder_holds_besides(tok, tmp_path):
     assert [f.name for f in data_files(tmp_path / "in", said.append)] == [
         "a.jsonl"
     ] and "4 passed over (b.csv, c.parquet, d.ndjson, more/)" in said[0]
-    build_tokenset(tmp_path / "in", tok, tmp_path / "set", 0.0, say=said.append)
+    build_tokenset(
+        tmp_path / "in", tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
+    )
     assert (
         len([s for s in said if "passed over" in s]) == 2
         and "passed over" in str(analyze(tmp_path / "in", near_duplicates=False))
@@ -738,7 +742,9 @@ def test_many_lost_rows_are_a_warning(tok, tmp_path):
 
     def told_of(**how):
         said = []
-        build_tokenset(a, tok, tmp_path / "set", 0.0, say=said.append, **how)
+        build_tokenset(
+            a, tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note)), **how
+        )
         return said
 
     first = told_of()

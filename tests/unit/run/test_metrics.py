@@ -278,7 +278,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
 for step in range(1, 40):
     m.write(step=step, loss=1/step)
     e.log(dict(step=step, loss=1/step))
-    log(f'step {step} '+'x'*60)
+    log.write(f'step {step} '+'x'*60)
 plots = PlotWriter(folder); plots.save(39); plots.close()
 problems = m.problem, e.problem, plots.problem
 assert m.problem and e.problem and 'File too large' in plots.problem, problems
@@ -287,7 +287,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 for step in range(40, 50):
     m.write(step=step, loss=1/step)
     e.log(dict(step=step, loss=1/step))
-    log(f'step {step}')
+    log.write(f'step {step}')
 plots.save(49); assert plots.close()
 m.close(); e.close()
 """
@@ -313,7 +313,7 @@ def test_files_that_may_not_grow(tmp_path):
 )
 def test_a_log_on_a_full_disk():
     with RunLog("/dev/full") as log:
-        log("a line")
+        log.write("a line")
 
 
 # --- the state of a run ---------------------------------------------------------------------------
@@ -479,7 +479,7 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path):
     evil = "\x1b]0;owned\x07\x1b[2J"
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=10, train={}, model={})))
     (run / "metrics.jsonl").write_text(json.dumps(dict(step=5, loss=1, sample=evil)) + "\n")
-    (run / "run.log").write_text(f"WARNING {evil}\n")
+    (run / "run.log").write_text(f"2026-01-01 00:00:00 WARNING: {evil}\n")
     (run / "checkpoints" / "checkpoint-5" / "MANIFEST.json").write_text(
         json.dumps(
             dict(

@@ -304,14 +304,14 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
         data=dict(source=str(tmp_path / "a.jsonl"), places=dict(train=["data"], valid=None)),
     )
     config = TrainConfig(validation_split=0.0, max_seq_len=8, progress=False)
-    opened = lambda: open_source(run, known, tmp_path / "a.jsonl", None, None, config, say=str)
+    opened = lambda: open_source(run, known, tmp_path / "a.jsonl", None, None, config)
     kept = opened()
     assert kept[1].fingerprint == was.fingerprint and kept[0].rules == 1 and not any(kept[0].adds)
     shutil.rmtree(run / "data")  # on another machine
     built = opened()[1]
     assert built.fingerprint == was.fingerprint
     with pytest.raises(ValueError, match="lack what this tokenizer adds to each .<s>."):
-        open_source(tmp_path / "new", None, built, None, tok, config, say=str)
+        open_source(tmp_path / "new", None, built, None, tok, config)
     known["identity"]["rules"] = 2
     shutil.rmtree(run / "data")
     with pytest.raises(ValueError, match="data = "):

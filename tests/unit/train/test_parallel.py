@@ -341,7 +341,7 @@ def test_a_model_that_the_others_cannot_make(text, script, tmp_path):
     script.write_text(
         script.read_text()
         .replace("class Say", "from minigpt.model.gpt import GPT\nclass Mine(GPT): pass\nclass Say")
-        .replace("fit(GPTConfig", "fit(Mine(GPTConfig")
+        .replace("    GPTConfig(", "    Mine(GPTConfig(")
         .replace("sys.argv[1], output_dir", "sys.argv[1], devices=2, output_dir")
         .replace("}), sys", "})), sys")
     )
