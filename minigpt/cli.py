@@ -789,9 +789,12 @@ def bench(
     """This machine: tokens/s, utilisation and memory with these options.
 
     It also says how long `--max-steps` would take."""
+    from minigpt.run.metrics import Shown, listening
     from minigpt.train.speed import benchmark, benchmark_table
 
-    typer.echo(benchmark_table(benchmark(config, TrainConfig.make(**options), seconds, typer.echo)))
+    with listening(Shown()):
+        found = benchmark(config, TrainConfig.make(**options), seconds)
+    typer.echo(benchmark_table(found))
 
 # %% ../nbs/06_cli.ipynb #4626a171
 @app.command()

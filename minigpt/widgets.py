@@ -181,7 +181,7 @@ def data_explorer(
 # %% ../nbs/04_widgets.ipynb #cedfced4
 from functools import cached_property
 
-from .run.live import display_widget, html_table, run_html
+from .run.live import LiveLoss as LiveLoss, display_widget, html_table, run_html
 from .run.metrics import in_notebook
 from .run.status import Watch, checkpoint_rows, notes, resume_code, status_text
 
@@ -223,16 +223,8 @@ class RunDashboard:
     def refresh(self) -> dict:
         "Look again; returns what `run_status` says."
         s = self.watch.status(fresh=True)
-        rows, (code, command), seen = (
-            checkpoint_rows(s),
-            resume_code(s),
-            s["problems"] + s["troubles"],
-        )
-        note = lambda n: (
-            '<div style="'
-            f"{'color:#b00020' if n.startswith(('WARNING', 'CANNOT')) or n in seen else ''}"
-            f'">{escape(n)}</div>'
-        )
+        rows, (code, command) = checkpoint_rows(s), resume_code(s)
+        note = lambda n: f'<div style="{"color:#b00020" if n.warns else ""}">{escape(n.text)}</div>'
         self.html.value = (
             run_html(s)
             + (html_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")

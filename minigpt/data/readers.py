@@ -774,70 +774,86 @@ def _lines(f: io.BufferedReader, text: bool) -> Iterator[tuple[int, bytes]]:
 _JSON_PART = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*("?)|[][{}]', re.S)
 _BETWEEN = b"[], \t\r\n" + codecs.BOM_UTF8
 
-# %% ../../nbs/data/01_readers.ipynb #7a1ad56b
+# %% ../../nbs/data/01_readers.ipynb #bd8bb19c
+class _Scan:
+    "Finds objects in JSON: one behind another, in an array, or in one inside of another object."
+
+    def __init__(self, inside: bool):
+        self.text, self.done, self.at = b"", 0, 0  # given away up to `done`, scanned up to `at`
+        self.line, self.depth = 1, 0  # of `done`; brackets around `at`
+        self.top, self.open = int(inside), not inside  # brackets around the array; are we in it?
+        self.key = b""  # the last string that may be the key of the array
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        "What ends in the next piece of the file."
+        self.text += data
+        for m in _JSON_PART.finditer(self.text, self.at):
+            if (quote := m[1]) == b"":
+                break  # the end of this string is still to come
+            self.at = m.end()
+            if self.depth == self.top == 1:
+                yield from self._enter(m[0], m.start())
+            if quote:
+                continue
+            if m[0] == b"{":
+                if self.depth == self.top and self.open:
+                    yield from self.between(m.start())
+                self.depth += 1
+            elif m[0] == b"}" and self.depth:
+                self.depth -= 1
+                if self.depth == self.top and self.open:
+                    line, found = self._take(self.at)
+                    yield line, found + b"\n"
+        if self.depth == self.top or not self.open:
+            if self.open:
+                self.at = len(self.text) - len(self.text[self.at :].lstrip(_BETWEEN))
+            yield from self.between(self.at)
+        self.text, self.at, self.done = self.text[self.done :], self.at - self.done, 0
+
+    def _enter(self, part: bytes, start: int) -> Iterator[tuple[int, bytes]]:
+        "Enter the array of the rows, or leave it."
+        if self.open and part == b"]":
+            yield from self.between(start)
+            self._take(self.at)
+            self.open, self.key = False, b""
+        elif not self.open and part[:1] == b'"':
+            self.key = part[1:-1]
+        elif not self.open and part == b"[" and self.key.decode("utf-8", "replace") in _WRAPPERS:
+            self._take(self.at)
+            self.open = True
+
+    def between(self, end: int) -> Iterator[tuple[int, bytes]]:
+        "What stands between two objects; a row as well, which gets its reason."
+        line, found = self._take(end)
+        if self.open and (found := found.strip(_BETWEEN)):
+            yield line, found + b"\n"
+
+    def _take(self, end: int) -> tuple[int, bytes]:
+        "The text up to here, which is given away, and its line."
+        line, found = self.line, self.text[self.done : end]
+        self.line, self.done = line + found.count(b"\n"), end
+        return line, found
+
+# %% ../../nbs/data/01_readers.ipynb #1b1825b3
 def _objects(f: io.BufferedReader, path: Path, inside: bool = False) -> Iterator[tuple[int, bytes]]:
-    """The objects of an array, or one behind another, with the lines where they begin.
+    """The objects of a file, with the lines where they begin.
 
     `inside`: those in the array under a key of another object.
     """
-    rest, word = b"", b""
-    number, depth, begin, at = 1, 0, 0, 0
-    top, open_ = int(inside), not inside
-
-    def between(part):  # what stands between two objects is a row as well, which gets its reason
-        if open_ and (part := part.strip(_BETWEEN)):
-            yield number, part + b"\n"
-
+    scan, whole = _Scan(inside), False
     while data := f.read(1 << 20):
-        rest += data
-        done = 0
-        for m in _JSON_PART.finditer(rest, at):
-            if m[1] == b"":
-                break  # the end of this string is still to come
-            part, at = m[0], m.end()
-            if inside and depth == top and not open_:
-                if part[:1] == b'"':
-                    word = part[1:-1]
-                elif part == b"[" and word.decode("utf-8", "replace") in _WRAPPERS:
-                    open_ = True
-                    number += rest.count(b"\n", done, at)
-                    done = at
-            elif inside and depth == top and part == b"]":
-                yield from between(rest[done : m.start()])
-                open_ = False
-                number += rest.count(b"\n", done, at)
-                done = at
-                word = b""
-            if part == b"{":
-                if depth == top and open_:
-                    yield from between(rest[done : m.start()])
-                    number += rest.count(b"\n", done, m.start())
-                    done = begin = m.start()
-                depth += 1
-            elif part == b"}" and depth:
-                depth -= 1
-                if depth == top and open_:
-                    yield number, rest[begin : m.end()] + b"\n"
-                    number += rest.count(b"\n", begin, m.end())
-                    done = m.end()
-        if depth == top or not open_:
-            if open_:
-                at = len(rest) - len(rest[at:].lstrip(_BETWEEN))
-            yield from between(rest[done:at])
-            number += rest.count(b"\n", done, at)
-            done = at
-        whole = depth > top and open_
-        if len(rest) - (begin if whole else at) > LONGEST:
+        yield from scan.feed(data)
+        whole = scan.open and scan.depth > scan.top  # an object, which waits for its end
+        if len(scan.text) - (0 if whole else scan.at) > LONGEST:
             raise DataError(
-                f"{path}: the {'object' if whole else 'text'} that begins in line {number:,} has no"
-                f" end within {LONGEST >> 20} MiB; a bracket or a quote is missing. Mend it, or"
+                f"{path}: the {'object' if whole else 'text'} that begins in line {scan.line:,} has"
+                f" no end within {LONGEST >> 20} MiB; a bracket or a quote is missing. Mend it, or"
                 " write one object a line"
             )
-        rest, at, begin = rest[done:], at - done, 0
-    if depth > top and open_:
-        yield number, rest
+    if whole:
+        yield scan.line, scan.text
     else:
-        yield from between(rest)
+        yield from scan.between(len(scan.text))
 
 # %% ../../nbs/data/01_readers.ipynb #1589310f
 def read_blocks(
@@ -917,7 +933,58 @@ def _depth(x) -> int:
         )
     return n
 
-# %% ../../nbs/data/01_readers.ipynb #c664ea26
+# %% ../../nbs/data/01_readers.ipynb #6040a4c9
+def _lenient(text: str) -> tuple[list, tuple[str, ...]]:
+    "The values on a line by Python's parser, and what it overlooked."
+    decoder = json.JSONDecoder(
+        strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s)
+    )
+    values, at, mended = [], 0, []
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        if _depth(value) >= 200:
+            raise RecursionError
+        values.append(clean := _no_surrogates(value))
+        mended.append("lone surrogate" if clean != value else "lenient JSON")
+        while at < len(text) and text[at] in " \t\r\n,":
+            at += 1
+    return values, tuple(
+        {m for m in mended if len(values) == 1 or m == "lone surrogate"}
+        | ({"several objects on a line"} if len(values) > 1 else set())
+    )
+
+
+def _spelled_by_python(text: str):
+    "The value that Python would write so; None: there is none."
+    if (
+        text.startswith("{")
+        and "'" in text
+        and len(text) < 1 << 20
+        and max(text.count("["), text.count("{")) < 200
+    ):
+        try:
+            return _no_surrogates(ast.literal_eval(text))
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            pass
+    return None
+
+# %% ../../nbs/data/01_readers.ipynb #f2f08618
+def _text_on(line: bytes) -> str:
+    "A line that is no JSON, as text; raises `_Unreadable` where there is none."
+    if len(line) > LONGEST:
+        raise _Unreadable("row too long", f"more than {LONGEST >> 20} MiB")
+    if not line.strip(b"\0 \t\r\n"):
+        raise _Unreadable(
+            "NUL bytes",
+            f"{len(line):,} bytes without a text, as a machine leaves them that lost power while"
+            " writing",
+        )
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError as e:
+        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+
+
 def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
     "The values on a line, one unless it is broken in a known way; and what was mended."
     line = line.removeprefix(codecs.BOM_UTF8)
@@ -928,49 +995,15 @@ def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
         return [value], ()
     except orjson.JSONDecodeError as e:
         why = str(e) if e.pos < len(line.rstrip()) else "it ends too early"
-    if len(line) > LONGEST:
-        raise _Unreadable("row too long", f"more than {LONGEST >> 20} MiB")
-    if not line.strip(b"\0 \t\r\n"):
-        raise _Unreadable(
-            "NUL bytes",
-            f"{len(line):,} bytes without a text, as a machine leaves them that lost power while"
-            " writing",
-        )
+    text = _text_on(line)
     try:
-        text = line.decode().strip()
-    except UnicodeDecodeError as e:
-        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
-    decoder = json.JSONDecoder(
-        strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s)
-    )
-    values, at, mended = [], 0, []
-    try:
-        while at < len(text):
-            value, at = decoder.raw_decode(text, at)
-            if _depth(value) >= 200:
-                raise RecursionError
-            values.append(clean := _no_surrogates(value))
-            mended.append("lone surrogate" if clean != value else "lenient JSON")
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
-        return values, tuple(
-            {m for m in mended if len(values) == 1 or m == "lone surrogate"}
-            | ({"several objects on a line"} if len(values) > 1 else set())
-        )
+        return _lenient(text)
     except RecursionError:
         raise _Unreadable("nested too deeply", why) from None
     except ValueError:
         pass
-    if (
-        text.startswith("{")
-        and "'" in text
-        and len(text) < 1 << 20
-        and max(text.count("["), text.count("{")) < 200
-    ):
-        try:
-            return [_no_surrogates(ast.literal_eval(text))], ("Python spelling",)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            pass
+    if (value := _spelled_by_python(text)) is not None:
+        return [value], ("Python spelling",)
     raise _Unreadable("broken JSON", why)
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a12
@@ -1116,7 +1149,7 @@ def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
         )
     )
 
-# %% ../../nbs/data/01_readers.ipynb #3c18a274
+# %% ../../nbs/data/01_readers.ipynb #c84e3bc6
 class _Columns:
     """The columns of a row by the names that are known here.
 
@@ -1169,148 +1202,7 @@ class _Columns:
     def own(self, name: str) -> str:
         return self.names.get(name, name)
 
-    def asked(self) -> str | None:
-        return (
-            self.some(*_ASKED)
-            if self.has(*_ASKED) or not self.has(*_ASKED_ELSE)
-            else self.has(*_ASKED_ELSE)
-        )
-
-    def answered(self) -> str | None:
-        return (
-            self.has(*_ANSWERED)
-            or self.has(*_ANSWERED_ELSE)
-            or ("a" if self.has("q") and self.has("a") else None)
-            or self.some(*_ANSWERED)
-        )
-
-    def talk(self) -> str | None:
-        "The column with the messages."
-        usual = self.has(*_TALKS[:2])
-        if usual or "text" in self.full:
-            return usual
-        return next(
-            (
-                n
-                for n in _TALKS[2:]
-                if isinstance(self.full.get(n), list)
-                or n == "conversation"
-                and n in self.full
-                or n in ("chat", "conversation", "dialogue", "dialog")
-                and _is_transcript(self.full.get(n))
-            ),
-            None,
-        )
-
-    def in_fields(self) -> bool:
-        "Do question and answer stand in columns of their own?"
-        return bool(self.asked() and self.answered()) and (
-            "text" not in self.full or {"instruction", "output"} <= self.full.keys()
-        )
-
-    def both(self) -> bool:
-        "Do two answers stand in one list, the better one first?"
-        return (
-            isinstance(v := self.full.get(self.answered()), list)
-            and len(v) == 2
-            and all(isinstance(x, str) for x in v)
-        )
-
-    def kind(self) -> str:
-        "The format of the row, as its columns tell."
-        if len(self.row) == 1 and "text" in self.full:
-            return "pretrain"
-        if self.like("rejected") or self.has("chosen"):
-            return "dpo"
-        if self.talk():
-            return "conversation"
-        if self.in_fields():
-            return "dpo" if self.both() else "conversation"
-        if "text" in self.full:
-            return "pretrain"
-        return next(
-            (
-                f
-                for k, f in dict(
-                    rejected="dpo",
-                    chosen="dpo",
-                    conversations="conversation",
-                    messages="conversation",
-                ).items()
-                if k in self.names
-            ),
-            "pretrain",
-        )
-
-    def refuse(self, kind: str):
-        "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
-        row = self.row
-        if {"message_id", "parent_id"} <= row.keys() or "message_tree_id" in row:
-            raise _Unreadable(
-                "a message of a tree",
-                "rows with message_id and parent_id are parts of conversations; put each path from"
-                " a question to its last answer into one row, as messages",
-            )
-        if {"cells", "nbformat"} <= row.keys():
-            raise _Unreadable(
-                "a notebook",
-                "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
-            )
-        if kind == "text" and not self.talk() and _role(row):
-            raise _Unreadable(
-                "a message alone",
-                f"it has the role {row.get('role', row.get('from'))!r}; the "
-                f'messages of a conversation belong into one row, as a list under "messages"',
-            )
-        if (
-            (k := self.like("picture"))
-            and isinstance(self.full[k], (str, list, dict))
-            and (
-                kind != "text"
-                or _PICTURE.fullmatch(k)[1]
-                or "<image>" in str(self.full.get("text"))
-            )
-        ):
-            raise _Unreadable(
-                "pictures, sound or video",
-                f"it has {self.own(k)}: {str(self.full[k])[:40]!r}, and a text without them answers"
-                " what nobody can see; leave such rows out, or the column:"
-                f" columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)",
-            )
-        judged = next(
-            (
-                k
-                for k, v in self.full.items()
-                if "label" in _like(k) and str(v).strip().lower().removesuffix(".0") in _JUDGED
-            ),
-            None,
-        )
-        if kind == "conversation" and (k := judged):
-            raise _Unreadable(
-                "answers with a label",
-                f"{self.own(k)} tells good answers from bad ones; keep the good ones, without the"
-                " label, or make pairs of chosen and rejected. To learn all alike:"
-                f" columns={{{self.own(k)!r}: ''}} (--map {self.own(k)}=)",
-            )
-        for k, v in self.full.items():
-            if k in _UNLEARNED and _unlearned(k, v):
-                raise _Unreadable("marked as not to be learned", f"{self.own(k)} is {v}")
-
-    def made(self, number: int, kind: str, **facts) -> Row:
-        "The row, with what was read and what was left out."
-        unread = [
-            str(self.names[n])
-            for n in self.full
-            if self.names[n] not in self.read and n not in _UNLEARNED and n != "ends"
-        ]
-        return Row(
-            number,
-            read=f"{', '.join(map(str, self.read))} → {kind}" if self.read != [kind] else kind,
-            unread=(*unread, *sorted(self.extra)),
-            **facts,
-        )
-
-# %% ../../nbs/data/01_readers.ipynb #f0807b3a
+# %% ../../nbs/data/01_readers.ipynb #09e2d17e
 _PLAIN_COLUMNS = {
     *_TALKS,
     *_ASKED,
@@ -1332,6 +1224,152 @@ _PLAIN_COLUMNS = {
 
 def _columns(row) -> _Columns:
     return row if isinstance(row, _Columns) else _Columns(row)
+
+
+def _made(c: _Columns, number: int, kind: str, **facts) -> Row:
+    "The row, with what was read and what was left out."
+    unread = [
+        str(c.names[n])
+        for n in c.full
+        if c.names[n] not in c.read and n not in _UNLEARNED and n != "ends"
+    ]
+    return Row(
+        number,
+        read=f"{', '.join(map(str, c.read))} → {kind}" if c.read != [kind] else kind,
+        unread=(*unread, *sorted(c.extra)),
+        **facts,
+    )
+
+# %% ../../nbs/data/01_readers.ipynb #ff176322
+def _asked(c: _Columns) -> str | None:
+    "The column with the question."
+    return c.some(*_ASKED) if c.has(*_ASKED) or not c.has(*_ASKED_ELSE) else c.has(*_ASKED_ELSE)
+
+
+def _answered(c: _Columns) -> str | None:
+    "The column with the answer."
+    return (
+        c.has(*_ANSWERED)
+        or c.has(*_ANSWERED_ELSE)
+        or ("a" if c.has("q") and c.has("a") else None)
+        or c.some(*_ANSWERED)
+    )
+
+
+def _talk(c: _Columns) -> str | None:
+    "The column with the messages."
+    usual = c.has(*_TALKS[:2])
+    if usual or "text" in c.full:
+        return usual
+    return next(
+        (
+            n
+            for n in _TALKS[2:]
+            if isinstance(c.full.get(n), list)
+            or n == "conversation"
+            and n in c.full
+            or n in ("chat", "conversation", "dialogue", "dialog")
+            and _is_transcript(c.full.get(n))
+        ),
+        None,
+    )
+
+# %% ../../nbs/data/01_readers.ipynb #e986dbce
+def _in_fields(c: _Columns) -> bool:
+    "Do question and answer stand in columns of their own?"
+    return bool(_asked(c) and _answered(c)) and (
+        "text" not in c.full or {"instruction", "output"} <= c.full.keys()
+    )
+
+
+def _both(c: _Columns) -> bool:
+    "Do two answers stand in one list, the better one first?"
+    return (
+        isinstance(v := c.full.get(_answered(c)), list)
+        and len(v) == 2
+        and all(isinstance(x, str) for x in v)
+    )
+
+
+def _format(c: _Columns) -> str:
+    "The format of the row, as its columns tell."
+    if len(c.row) == 1 and "text" in c.full:
+        return "pretrain"
+    if c.like("rejected") or c.has("chosen"):
+        return "dpo"
+    if _talk(c):
+        return "conversation"
+    if _in_fields(c):
+        return "dpo" if _both(c) else "conversation"
+    if "text" in c.full:
+        return "pretrain"
+    empty = dict(
+        rejected="dpo", chosen="dpo", conversations="conversation", messages="conversation"
+    )
+    return next((f for k, f in empty.items() if k in c.names), "pretrain")
+
+# %% ../../nbs/data/01_readers.ipynb #7c6d98dd
+def _refuse_parts(c: _Columns, kind: str):
+    "Raise `_Unreadable` for a row that is a part of something, and no text by itself."
+    row = c.row
+    if {"message_id", "parent_id"} <= row.keys() or "message_tree_id" in row:
+        raise _Unreadable(
+            "a message of a tree",
+            "rows with message_id and parent_id are parts of conversations; put each path from"
+            " a question to its last answer into one row, as messages",
+        )
+    if {"cells", "nbformat"} <= row.keys():
+        raise _Unreadable(
+            "a notebook",
+            "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
+        )
+    if kind == "text" and not _talk(c) and _role(row):
+        raise _Unreadable(
+            "a message alone",
+            f"it has the role {row.get('role', row.get('from'))!r}; the "
+            f'messages of a conversation belong into one row, as a list under "messages"',
+        )
+
+
+def _refuse_pictures(c: _Columns, kind: str):
+    "Raise `_Unreadable` for a row whose text means nothing without its picture."
+    if (
+        (k := c.like("picture"))
+        and isinstance(c.full[k], (str, list, dict))
+        and (kind != "text" or _PICTURE.fullmatch(k)[1] or "<image>" in str(c.full.get("text")))
+    ):
+        raise _Unreadable(
+            "pictures, sound or video",
+            f"it has {c.own(k)}: {str(c.full[k])[:40]!r}, and a text without them answers"
+            " what nobody can see; leave such rows out, or the column:"
+            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
+        )
+
+# %% ../../nbs/data/01_readers.ipynb #5922c090
+def _refuse_judged(c: _Columns, kind: str):
+    "Raise `_Unreadable` for a row whose answer may be a bad one, or that is not to be learned."
+    judged = (
+        k
+        for k, v in c.full.items()
+        if "label" in _like(k) and str(v).strip().lower().removesuffix(".0") in _JUDGED
+    )
+    if kind == "conversation" and (k := next(judged, None)):
+        raise _Unreadable(
+            "answers with a label",
+            f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the"
+            " label, or make pairs of chosen and rejected. To learn all alike:"
+            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
+        )
+    for k, v in c.full.items():
+        if k in _UNLEARNED and _unlearned(k, v):
+            raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
+
+
+def _refuse(c: _Columns, kind: str):
+    "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
+    _refuse_parts(c, kind)
+    _refuse_pictures(c, kind)
+    _refuse_judged(c, kind)
 
 # %% ../../nbs/data/01_readers.ipynb #1d59e454
 # of chat templates
@@ -1362,7 +1400,7 @@ def parse_pretrain(
     "The `text` of a pretraining row."
     c = _columns(row)
     try:
-        c.refuse("text")
+        _refuse(c, "text")
         text = c.take(c.some("text") or c.has("content") or "text")
         if text is None:
             raise _Unreadable('no "text"', _advice(tuple(sorted(map(str, c.row)))))
@@ -1373,8 +1411,8 @@ def parse_pretrain(
     except _Unreadable as e:
         return Row(number, reason=e.args[0], detail=e.args[1])
     # `ends` is what `data prepare` writes for the pieces of a text
-    return c.made(
-        number, "text", text=text, ends=c.row.get("ends") is not False, mended=_turn_marks(text)
+    return _made(
+        c, number, "text", text=text, ends=c.row.get("ends") is not False, mended=_turn_marks(text)
     )
 
 
@@ -1620,10 +1658,9 @@ def _is_learned(i: int, m: dict) -> bool:
         )
     return 0 not in flags.values()
 
-# %% ../../nbs/data/01_readers.ipynb #76d4cb47
-def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
-    "A message in one spelling; raises `_Unreadable`."
-    had, m = m, {k: v for k, v in m.items() if v is not None}
+# %% ../../nbs/data/01_readers.ipynb #06c551d5
+def _role_in(i: int, m: dict, mended: list[str]) -> tuple[str, str]:
+    "The role of a message, and its name there; taken out of it."
     name = m.pop("role", m.pop("from", None))
     if not isinstance(name, str) or (role := _role_of(name)) is None:
         raise _Unreadable(
@@ -1632,8 +1669,14 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
         )
     if name != role:
         mended.append(f"role {name[:20]!r} for {role}")
-    where = next((k for k in ("content", "value", "text") if not _empty(m.get(k))), None) or next(
-        (k for k in ("content", "value", "text") if k in had), None
+    return role, name
+
+
+def _content_in(i: int, m: dict, had: dict):
+    "What a message says, taken out of it; `had`: the message as it came, with what is null."
+    names = "content", "value", "text"
+    where = next((k for k in names if not _empty(m.get(k))), None) or next(
+        (k for k in names if k in had), None
     )
     if (
         where is None
@@ -1649,6 +1692,14 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     for k in "content", "value":
         if _empty(m.get(k)):
             m.pop(k, None)
+    return content
+
+# %% ../../nbs/data/01_readers.ipynb #be3fda84
+def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
+    "A message in one spelling; raises `_Unreadable`."
+    had, m = m, {k: v for k, v in m.items() if v is not None}
+    role, name = _role_in(i, m, mended)
+    content = _content_in(i, m, had)
     if name.strip().lower() in _CALLERS:
         calls = _json(content, "a call")
         m["tool_calls"], content = (calls if isinstance(calls, list) else [calls]), ""
@@ -1733,26 +1784,8 @@ def _sort_results(messages: list[dict]):
             )
 
 # %% ../../nbs/data/01_readers.ipynb #d3c21023
-def _with_tools(messages: list[dict], tools) -> list[dict]:
-    """The messages, with the row's own `tools` on the system message.
-
-    Raises `_Unreadable` where tools or calls are none.
-    """
-    if tools:
-        if messages[0]["role"] != "system":
-            messages.insert(0, dict(role="system", content=""))
-        if not _in_system(messages[0]["content"], tools):
-            messages[0] = {"tools": tools, **messages[0]}
-    if not any(m.get("tools") or m.get("tool_calls") for m in messages):
-        return messages
-    for m in messages:
-        if m.get("tool_calls"):
-            for c in (
-                calls
-                if isinstance(calls := _json(m["tool_calls"], "tool_calls"), list)
-                else [calls]
-            ):
-                _check_call(c)
+def _try_tools(messages: list[dict]):
+    "Raise `_Unreadable` where the template, or JSON, cannot take tools and calls."
     try:
         made, tools = chat_messages(messages)
         # refuses half a surrogate pair
@@ -1776,7 +1809,6 @@ def _with_tools(messages: list[dict], tools) -> list[dict]:
         raise _Unreadable("empty answer", "tool_calls holds no call")
     if b"<|" in text and any(t.encode() in text for t in SPECIALS):
         raise _Unreadable("control token in a text", "in tools or tool_calls")
-    return messages
 
 # %% ../../nbs/data/01_readers.ipynb #74bcb6d2
 def _check_call(c):
@@ -1809,6 +1841,30 @@ def _in_system(said: str, tools) -> bool:
         isinstance(t, dict) and isinstance(n := _call(t).get("name"), str) and f'"{n}"' in said
         for t in tools
     )
+
+# %% ../../nbs/data/01_readers.ipynb #51e56acf
+def _with_tools(messages: list[dict], tools) -> list[dict]:
+    """The messages, with the row's own `tools` on the system message.
+
+    Raises `_Unreadable` where tools or calls are none.
+    """
+    if tools:
+        if messages[0]["role"] != "system":
+            messages.insert(0, dict(role="system", content=""))
+        if not _in_system(messages[0]["content"], tools):
+            messages[0] = {"tools": tools, **messages[0]}
+    if not any(m.get("tools") or m.get("tool_calls") for m in messages):
+        return messages
+    for m in messages:
+        if m.get("tool_calls"):
+            for c in (
+                calls
+                if isinstance(calls := _json(m["tool_calls"], "tool_calls"), list)
+                else [calls]
+            ):
+                _check_call(c)
+    _try_tools(messages)
+    return messages
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a23
 _SPEAKER = re.compile(
@@ -2031,8 +2087,8 @@ def _with_options(c: _Columns, asked: str) -> str:
 # %% ../../nbs/data/01_readers.ipynb #dd422db3
 def _question(c: _Columns):
     "What stands before the answer, as messages: in a field of its own, or as a conversation."
-    if not (k := c.asked()):
-        return _turns(c.take(talk), c.own(talk), c.extra) if (talk := c.talk()) else []
+    if not (k := _asked(c)):
+        return _turns(c.take(talk), c.own(talk), c.extra) if (talk := _talk(c)) else []
     asked = c.take(k)
     if _is_transcript(asked) and asked.rstrip().endswith(":"):
         asked = [m for m in _transcript(asked) if m["content"] or m["role"] != "assistant"]
@@ -2063,7 +2119,7 @@ def _question(c: _Columns):
 def _answer(c: _Columns) -> tuple[str, list[dict]]:
     "The column with the answer, and the answer as messages."
     there = {k: c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
-    k = c.answered()
+    k = _answered(c)
     if len(there) > 1:  # one may hold the others: the result of a worked solution
         k = (
             "solution"
@@ -2165,9 +2221,9 @@ def parse_conversation(
     "The messages of a conversation, tool calls and reasoning included."
     c, how, tools = _columns(row), [], None
     try:
-        c.refuse("conversation")
-        talk = c.talk() or next(
-            (k for k in _TALKS[:2] if not c.answered() and c.row.get(c.own(k)) is not None), None
+        _refuse(c, "conversation")
+        talk = _talk(c) or next(
+            (k for k in _TALKS[:2] if not _answered(c) and c.row.get(c.own(k)) is not None), None
         )
         if talk:
             raw = _turns(c.take(talk), c.own(talk), c.extra)
@@ -2179,7 +2235,7 @@ def parse_conversation(
             ):
                 said, tools = _prompt_with_tools(c.take("system"))
                 raw = [dict(role="system", content=said), *raw]
-        elif c.in_fields():
+        elif _in_fields(c):
             if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1:
                 raise _Unreadable(
                     "two questions",
@@ -2187,7 +2243,7 @@ def parse_conversation(
                     " one of them would be lost; make one field of them, or leave one out with"
                     " columns (--map NAME=)",
                 )
-            asked, question, (answered, answer) = c.asked(), _question(c), _answer(c)
+            asked, question, (answered, answer) = _asked(c), _question(c), _answer(c)
             if not isinstance(question, list) or not isinstance(answer, list):
                 raise _Unreadable(
                     "question or answer is no text",
@@ -2210,8 +2266,8 @@ def parse_conversation(
         messages = _with_tools(messages, c.take("tools") if c.has("tools") else tools)
     except _Unreadable as e:
         return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(
-        number, "messages", text=_said(messages), messages=messages, mended=tuple(mended + how)
+    return _made(
+        c, number, "messages", text=_said(messages), messages=messages, mended=tuple(mended + how)
     )
 
 
@@ -2221,8 +2277,8 @@ def _is_blank(answer: list) -> bool:
 # %% ../../nbs/data/01_readers.ipynb #b5d1d465
 def _sides(c: _Columns) -> tuple[dict, list | None]:
     "The two answers, and what stands before them where it is told by the first."
-    if c.both() and not c.like("rejected"):
-        return dict(zip(("chosen", "rejected"), c.take(c.answered()))), None
+    if _both(c) and not c.like("rejected"):
+        return dict(zip(("chosen", "rejected"), c.take(_answered(c)))), None
     bad = c.has("rejected") or c.like("rejected") or c.some("rejected")
     good = c.has("chosen") or c.like("chosen") or c.some("chosen")
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
@@ -2233,7 +2289,7 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
         )
     if sides["chosen"] is not None:
         return sides, None
-    if talk := c.talk():  # ms-swift: a conversation, and another answer in place of its last one
+    if talk := _talk(c):  # ms-swift: a conversation, and another answer in place of its last one
         messages = _turns(c.take(talk), c.own(talk), c.extra)
         if isinstance(messages, list) and _role(messages[-1]) == "assistant":
             return dict(sides, chosen=messages[-1:]), messages[:-1]
@@ -2241,15 +2297,57 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
         raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ("chosen",)))
     return dict(sides, chosen=_answer(c)[1]), None
 
-# %% ../../nbs/data/01_readers.ipynb #a25ae2a4
+# %% ../../nbs/data/01_readers.ipynb #67f77c0d
+def _before(c: _Columns, answers: dict, before: list | None):
+    "The messages that stand before both answers; none where the answers begin with the question."
+    asked = [
+        m.get("content", m.get("value"))
+        for v in answers.values()
+        for m in (v if isinstance(v, list) else ())
+        if _role(m) == "user"
+    ]
+    told = c.take("prompt") if asked and c.has("prompt") else None
+    if before is None and not asked:
+        before = _question(c)
+    elif before is None:
+        said = [a.strip() if isinstance(a, str) else a for a in asked]
+        again = told is None or isinstance(told, str) and told.strip() in said
+        before = [] if again else _as_messages(told, "user")
+    if not asked and isinstance(before, list) and before and _role(before[-1]) == "assistant":
+        raise _Unreadable(
+            "no prompt",
+            "the conversation before chosen and rejected ends with an answer; it must end with"
+            " the question",
+        )
+    return before
+
+
+def _side(c: _Columns, name: str, given, prompt) -> tuple[list[dict], list[str]]:
+    "One answer, behind what stands before it, as a conversation; and what was mended."
+    answer = _as_messages(given, "assistant")
+    if not isinstance(answer, list) or not isinstance(prompt, list):
+        raise _Unreadable(
+            "prompt or answer is no text",
+            f"{name} is a {type(given).__name__}, the prompt a {type(prompt).__name__}",
+        )
+    made, how = _messages(
+        _with_system((prompt if answer[: len(prompt)] != prompt else []) + answer, c),
+        name,
+        c.extra,
+    )
+    if made[-1]["role"] != "assistant":
+        raise _Unreadable("no answer", f"{name} ends with a message of the {made[-1]['role']}")
+    return made, how
+
+# %% ../../nbs/data/01_readers.ipynb #136d648a
 def parse_preference(
     row: dict,  # What a line holds: `chosen` and `rejected`, and the question where they lack it
     number: int,  # Its number, from 1
 ) -> Row:  # `messages` end with the chosen answer, `rejected` with the other
     "Two conversations that differ in what the assistant answers."
-    c = _columns(row)
+    c, sides, mended = _columns(row), [], set()
     try:
-        c.refuse("preference")
+        _refuse(c, "preference")
         answers, before = _sides(c)
         answers = {
             k: (
@@ -2261,55 +2359,17 @@ def parse_preference(
             )
             for k, v in answers.items()
         }
-        asked = [
-            m.get("content", m.get("value"))
-            for v in answers.values()
-            for m in (v if isinstance(v, list) else ())
-            if _role(m) == "user"
-        ]
-        whole = bool(asked)  # the question is in them
-        told = c.take("prompt") if whole and c.has("prompt") else None
-        inside = (
-            told is None
-            or isinstance(told, str)
-            and told.strip() in [a.strip() if isinstance(a, str) else a for a in asked]
-        )
-        prompt = (
-            before
-            if before is not None
-            else _question(c)
-            if not whole
-            else []
-            if inside
-            else _as_messages(told, "user")
-        )
-        if not whole and isinstance(prompt, list) and prompt and _role(prompt[-1]) == "assistant":
-            raise _Unreadable(
-                "no prompt",
-                "the conversation before chosen and rejected ends with an answer; it must end with"
-                " the question",
-            )
-        sides, mended, tools = [], set(), c.take("tools") if c.has("tools") else None
+        prompt = _before(c, answers, before)
+        tools = c.take("tools") if c.has("tools") else None
         for k in "chosen", "rejected":
-            answer = _as_messages(answers[k], "assistant")
-            if not isinstance(answer, list) or not isinstance(prompt, list):
-                raise _Unreadable(
-                    "prompt or answer is no text",
-                    f"{k} is a {type(answers[k]).__name__}, the prompt a {type(prompt).__name__}",
-                )
-            made, how = _messages(
-                _with_system((prompt if answer[: len(prompt)] != prompt else []) + answer, c),
-                k,
-                c.extra,
-            )
-            if made[-1]["role"] != "assistant":
-                raise _Unreadable("no answer", f"{k} ends with a message of the {made[-1]['role']}")
+            made, how = _side(c, k, answers[k], prompt)
             sides.append(_with_tools(made, tools))
             mended |= {*how}
         _check_sides(*sides)
     except _Unreadable as e:
         return Row(number, reason=e.args[0], detail=e.args[1])
-    return c.made(
+    return _made(
+        c,
         number,
         "pair",
         text=_said(sides[0]),
@@ -2493,7 +2553,7 @@ def parse_row(
         row = _plain_row(v, number) if len(v) == 1 and not format else None
         if row is None:
             c = _Columns(v)
-            row = FORMATS[format or c.kind()](c, number)
+            row = FORMATS[format or _format(c)](c, number)
         if mended:
             row = replace(row, mended=mended + row.mended)
         out += [row] if row.messages or row.reason else _documents(row)

@@ -2397,7 +2397,7 @@ def resume(
             else "",
         ):
             check_there(folder)
-            with only_one(run):
+            with only_one(run), listening(Shown()):
                 restore_run(Backup(folder, run))
         facts = open_run(run).facts
     return fit(
