@@ -6,8 +6,8 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "readers": """
-            LONGEST ROLES FORMATS DataError Look look_at open_data no_tables data_files Block
-            read_blocks Row parse_pretrain parse_conversation parse_preference parse_text
+            LONGEST NO_ROW ROLES FORMATS DataError Look look_at open_data no_tables data_files
+            Block read_blocks Row parse_pretrain parse_conversation parse_preference parse_text
             parse_lines parse_row parse_block read_table count_read reading
         """,
         "download": """

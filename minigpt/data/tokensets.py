@@ -39,6 +39,7 @@ from minigpt.core.files import (
 )
 from ..core.notes import Note
 from minigpt.data.readers import (
+    NO_ROW,
     Block,
     DataError,
     Look,
@@ -928,7 +929,7 @@ def no_text(files: list[Path], refused: dict) -> DataError:
         if refused
         else "it is blank, or data_subset leaves nothing of it"
     )
-    if any(k.startswith(("broken JSON", 'no "')) for k in refused):
+    if refused.keys() & {*NO_ROW}:
         why += (
             '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user",'
             ' "content": "…"}, {"role": "assistant", "content": "…"}]}'

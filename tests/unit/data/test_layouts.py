@@ -471,6 +471,13 @@ def test_thoughts_are_kept(value):
     assert told(r) == [U, dict(A, reasoning_content="hm")] and not r.unread
 
 
+def test_thoughts_that_are_no_text_are_refused():
+    "In a part of the content, beside a field of thoughts"
+    part = dict(type="thinking", thinking="hm")
+    r = row(dict(messages=[U, dict(A, content=[part], reasoning_content=5)]))
+    assert r.reason == "reasoning_content is not a string" and "it is a int" in r.detail
+
+
 def test_a_column_may_be_named():
     r = row(dict(q="2?", a="Two.", label=True), columns=dict(prompt="q", completion="a", label=""))
     assert told(r) == [U, A] and r.read == "prompt, completion → messages" and not r.unread
