@@ -11,10 +11,12 @@ from pathlib import Path
 from project import ROOT
 
 hook = """#!/bin/sh
-# Written by `make hooks`: refuses a commit with a notebook that is not clean.
-names=$(git diff --cached --name-only --diff-filter=ACM -- '*.ipynb')
-[ -z "$names" ] && exit 0
-echo "$names" | tr '\\n' '\\0' | xargs -0 "{python}" tools/clean.py --check
+# Written by `make hooks`: refuses a commit with files that ruff would change or complain of, or
+# with a notebook that is not clean.
+staged() {{ git diff --cached --name-only -z --diff-filter=ACM -- "$@"; }}
+staged '*.ipynb' '*.py' | xargs -0 -r "{bin}/ruff" format --check --quiet --force-exclude || exit 1
+staged '*.ipynb' '*.py' | xargs -0 -r "{bin}/ruff" check --quiet --force-exclude || exit 1
+staged '*.ipynb' | xargs -0 -r "{bin}/python" tools/clean.py --check
 """
 
 
@@ -30,8 +32,8 @@ if __name__ == "__main__":
     git("config", "merge.jupyternotebook.driver", f'"{python.parent / "nbdev-merge"}" %O %A %B %P')
     path = ROOT / git("rev-parse", "--git-path", "hooks") / "pre-commit"
     if path.exists() and "make hooks" not in path.read_text():
-        sys.exit(f"{path} is not ours: left as it is. Add to it:\n{hook.format(python=python)}")
+        sys.exit(f"{path} is not ours: left as it is. Add to it:\n{hook.format(bin=python.parent)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(hook.format(python=python))
+    path.write_text(hook.format(bin=python.parent))
     path.chmod(0o755)
     print("Notebooks are merged by nbdev-merge, and checked before each commit.")
