@@ -354,7 +354,7 @@ def test_the_server_has_something_else(saves, google, tmp_path):
 def test_the_machine_dies_while_files_arrive(seed, saves, google, tmp_path):
     "In random order, some never: what is restored verifies, no older than what was confirmed"
     google.server.rng = rng = random.Random(seed)
-    b, confirmed = Backup(tmp_path / "drive", saves, keep=1), 0
+    b, confirmed = Backup(tmp_path / "drive", saves, keep=1, beat=60), 0
     with google.at_work():
 
         def look():
