@@ -1201,7 +1201,8 @@ def read_again(
     if refused := meta.get("refused"):
         warns = on_bad_row == "warn" and "n_good" in meta
         warning = lost_rows(refused, meta["n_good"]) if warns else None
-        said.append(warning or Note(f"rows refused: {refusals(refused)}"))
+        level = logging.WARNING if on_bad_row == "warn" else logging.INFO
+        said.append(warning or Note(f"rows refused: {refusals(refused)}", level))
     return said
 
 
@@ -1425,7 +1426,10 @@ def build_tokenset(
       are the same."""
     _check_options(validation_split, data_subset, max_data_size, on_bad_row, long_rows)
     say = say or (lambda note: tqdm.write(str(note)) if progress else None)
-    out, files = at_home(out), data_files(source, lambda line: say(Note(line)), encoding)
+    out, files = (
+        at_home(out),
+        data_files(source, lambda line: say(Note(line, logging.WARNING)), encoding),
+    )
     no_tables(files, format)
     _check_place(out)
     how = _options(validation_split, data_subset, max_data_size, format, encoding, columns or None)

@@ -595,7 +595,9 @@ def _open_valid(
         )
     place = folder / (token_places(known)["valid"] or "data-valid")
     try:
-        files, form = source_files(valid, folder, decided, say=logger.info, encoding=cfg.encoding)
+        files, form = source_files(
+            valid, folder, decided, say=logger.warning, encoding=cfg.encoding
+        )
     except (FileNotFoundError, ValueError):
         if not known or not (place / "train" / "meta.json").exists():
             raise
@@ -742,7 +744,7 @@ def open_source(
             (
                 None
                 if _is_set(s) or there and not anew
-                else source_files(s, folder, decided, say=logger.info, encoding=cfg.encoding)
+                else source_files(s, folder, decided, say=logger.warning, encoding=cfg.encoding)
             )
             for (s, _), there in zip(parts, here)
         ]

@@ -622,7 +622,7 @@ class _Guard(Callback):
     def on_step(self, t):
         if self.guard.slow and not self.told:
             self.told = True
-            logger.info(self.guard.slow)
+            logger.warning(self.guard.slow)
         if why := self.guard.check():
             t.stop = t.stop or (
                 f"{why} (close other programs first, or train with less memory:"

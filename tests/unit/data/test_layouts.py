@@ -762,7 +762,7 @@ def test_many_lost_rows_are_a_warning(tok, tmp_path):
     )
     assert told_of() == first and told_of(on_bad_row="skip")[1].startswith("rows refused: 1 × ")
     write(a, *good * 2, dict(x=1))
-    assert [s[:13] for s in told_of()][1] == "rows refused:"
+    assert told_of()[1].startswith("WARNING: rows refused: 1 × ")
 
 
 # --- files ----------------------------------------------------------------------------------------
