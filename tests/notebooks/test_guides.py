@@ -47,9 +47,9 @@ SMALLER = {  # text: what runs in its place
     "max_steps=5000": "max_steps=2",  # 8 layers of 128
     "--config small --max-steps 5000": "--config tiny --max-steps 5 --max-seq-len 64 --seconds 1",
     "max_steps=500,": "max_steps=12,",
-    "save_steps=100, eval_steps=250": "save_steps=5, eval_steps=10",
+    "save_steps=100,\n    eval_steps=250": "save_steps=5,\n    eval_steps=10",
     "t.step == 120": "t.step == 7",
-    "save_steps=50, ": "save_steps=5, ",
+    "save_steps=50,": "save_steps=5,",
     "max_steps=300,": "max_steps=12,",
     "--dataset stories=0.2": (
         "--dataset my.txt=0.2 --max-steps 2 --max-seq-len 64"
