@@ -13,6 +13,7 @@ from project import ROOT, directives, joined, lessons
 
 LINES, DEFINITIONS, CLASS = 60, 3, 150
 CLASSES = (
+    "Backup",
     "CheckpointStore",
     "ChatBox",
     "CheckpointExplorer",
@@ -25,7 +26,6 @@ CLASSES = (
     "LiveLoss",
     "Mixture",
     "Muon",
-    "RunDashboard",
     "Trainer",
     "Writer",
 )

@@ -486,6 +486,39 @@ _HEADER = 100_000_000  # bytes that a header may have, as in the format's own li
 # that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
 _TENSORS = 50_000
 
+# %% ../../nbs/checkpoint/02_store.ipynb #9317b1f1
+def _parse_header(head: bytes) -> tuple[dict, list[tuple]]:
+    "Metadata, and (begin, end, name, dtype, shape) of each tensor; nonsense raises anything."
+    header = orjson.loads(head)
+    metadata = header.pop("__metadata__", None) or {}
+    entries = sorted(
+        (
+            (*v["data_offsets"], k, _NAMES.get(v["dtype"], v["dtype"]), tuple(v["shape"]))
+            for k, v in header.items()
+        ),
+        key=lambda e: e[:2],
+    )
+    if not all(
+        isinstance(x, int) and 0 <= x < 1 << 48 for b, e, _, _, s in entries for x in (b, e, *s)
+    ):
+        raise ValueError
+    return metadata, entries
+
+
+def _misplaced(entries: list[tuple]) -> str | None:
+    "Why the tensors cannot be where a header says."
+    at = 0
+    for begin, end, k, dtype, shape in entries:
+        if not isinstance(dtype, torch.dtype):
+            return f"{k} has the dtype {dtype!r}, which this version does not read"
+        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
+            return (
+                f"{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which"
+                " does not fit"
+            )
+        at = end
+    return None
+
 # %% ../../nbs/checkpoint/02_store.ipynb #b38cda44
 class SafeTensors:
     "A safetensors file, plain or compressed (`.zst`): its header, then tensor after tensor."
@@ -508,42 +541,19 @@ class SafeTensors:
         if head.count(b"{") > _TENSORS:
             self._refuse(f"its header has more than {_TENSORS:,} entries")
         try:
-            header = orjson.loads(head)
-            self.metadata = header.pop("__metadata__", None) or {}
-            entries = sorted(
-                (
-                    (*v["data_offsets"], k, _NAMES.get(v["dtype"], v["dtype"]), tuple(v["shape"]))
-                    for k, v in header.items()
-                ),
-                key=lambda e: e[:2],
-            )
-            if not all(
-                isinstance(x, int) and 0 <= x < 1 << 48
-                for b, e, _, _, s in entries
-                for x in (b, e, *s)
-            ):
-                raise ValueError
+            self.metadata, entries = _parse_header(head)
         except (ValueError, KeyError, TypeError, AttributeError):
             self._refuse("its header is not that of a safetensors file")
-        at = 0
-        for begin, end, k, dtype, shape in entries:
-            if not isinstance(dtype, torch.dtype):
-                self._refuse(f"{k} has the dtype {dtype!r}, which this version does not read")
-            if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
-                self._refuse(
-                    f"{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which"
-                    " does not fit"
-                )
-            at = end
+        if why := _misplaced(entries):
+            self._refuse(why)
+        at = entries[-1][1] if entries else 0
         if packed and at > 100 * size + _HEADER or not packed and at != size - 8 - n:
             self._refuse(f"its header tells of {at:,} bytes of tensors, and the file has {size:,}")
-        # in the order of the file
-        self.header = {k: (dtype, shape) for _, _, k, dtype, shape in entries}
+        self.header = {k: (dtype, shape) for _, _, k, dtype, shape in entries}  # in file order
 
     def _refuse(self, why: str):
-        raise CheckpointError(
-            f"{self.path} is not used: {why}; it is damaged, or no file of weights"
-        )
+        why += "; it is damaged, or no file of weights"
+        raise CheckpointError(f"{self.path} is not used: {why}")
 
     def _some(self, into: memoryview) -> int:
         "As many bytes as come at once; 0 at the end."
@@ -562,14 +572,13 @@ class SafeTensors:
         return into
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        "Once."
+        "Once. At the end of a compressed file, zstd compares its checksum."
         with self.file:
             for k, (dtype, shape) in self.header.items():
                 t = torch.empty(shape, dtype=dtype)
                 self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
                 yield k, t
             if self.path.suffix == ".zst" and self._some(memoryview(bytearray(1))):
-                # and at the end zstd compares its checksum
                 self._refuse("more comes after the last tensor")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5bb02067
@@ -580,6 +589,16 @@ def _endless(path: Path) -> str | None:
     except Refused as e:
         return str(e) if isinstance(e, TooMuch) else None
     return found.too_much or None
+
+
+def _packed(archive: Path) -> bool:
+    "Is anything in a zip archive packed, so that more comes out of it than the file has?"
+    with zipfile.ZipFile(archive) as z:
+        found = z.infolist()
+    return (
+        any(i.compress_type for i in found)
+        or sum(i.file_size for i in found) > archive.stat().st_size
+    )
 
 
 def read_pickle(
@@ -595,23 +614,16 @@ def read_pickle(
     if why := _endless(path):
         refuse(f"{why}. Save its tensors alone, in a dict by name")
     try:
-        if archive:
-            with zipfile.ZipFile(path) as z:
-                packed = (
-                    any(i.compress_type for i in z.infolist())
-                    or sum(i.file_size for i in z.infolist()) > path.stat().st_size
-                )
-            if packed:
-                refuse("the archive is packed, and torch.save packs nothing")
+        if archive and _packed(path):
+            refuse("the archive is packed, and torch.save packs nothing")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as e:
-        what = re.search(r"GLOBAL (\S+)", str(e))
-        refuse(
-            f"it asks for {what[1]}, which is no tensor and could run code. If you made the file"
-            " yourself, save its tensors alone"
-            if what
-            else "it is not what torch.save writes, or damaged"
-        )
+        if what := re.search(r"GLOBAL (\S+)", str(e)):
+            refuse(
+                f"it asks for {what[1]}, which is no tensor and could run code. If you made the"
+                " file yourself, save its tensors alone"
+            )
+        refuse("it is not what torch.save writes, or damaged")
     except (
         RuntimeError,
         EOFError,
@@ -623,10 +635,8 @@ def read_pickle(
         AssertionError,
         zipfile.BadZipFile,
     ) as e:
-        refuse(
-            "torch cannot read it; it is cut off or damaged"
-            f" ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-        )
+        said = str(e).splitlines()[0] if str(e) else type(e).__name__
+        refuse(f"torch cannot read it; it is cut off or damaged ({said})")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5438eb42
 def weight_files(
@@ -678,6 +688,104 @@ def weight_files(
         )
     return [path / n for n in names]
 
+# %% ../../nbs/checkpoint/02_store.ipynb #2df72d0e
+def _pairs(part: "SafeTensors | dict[str, Tensor]") -> Iterable[tuple[str, Tensor]]:
+    "Names and tensors of a part; those of a file once."
+    return part if isinstance(part, SafeTensors) else part.items()
+
+
+def _header(part: "SafeTensors | dict[str, Tensor]") -> dict[str, tuple[torch.dtype, tuple]]:
+    "Name → dtype and shape, without reading a tensor."
+    if isinstance(part, SafeTensors):
+        return part.header
+    return {k: (t.dtype, tuple(t.shape)) for k, t in part.items()}
+
+# %% ../../nbs/checkpoint/02_store.ipynb #fdb7811b
+def _check_part(part, name: str | Path):
+    "A `CheckpointError` if it is not tensors by name."
+    if (
+        not isinstance(part, (SafeTensors, dict))
+        or isinstance(part, dict)
+        and not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in part.items())
+    ):
+        raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
+
+
+def _widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
+    "The quantized matrices of a part: name → weights in a row."
+    try:
+        facts = orjson.loads(getattr(part, "metadata", {}).get("minigpt", "{}"))
+        return {k: min(max(int(w), 0), 1 << 31) for k, w in facts.get("widths", {}).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{part.path} is not used: its metadata are not those of a quantized model"
+        ) from None
+
+# %% ../../nbs/checkpoint/02_store.ipynb #18aaee24
+def _whole(
+    items: Iterable[tuple],  # Names, and tensors or their shapes
+    widths: dict[str, int],  # Which of them are quantized
+    join: Callable,  # Name, numbers and scales → the matrix
+    name: str | Path,  # Where they come from, for errors
+) -> Iterator[tuple]:
+    "Items by name, the two halves of a quantized matrix as one."
+    half = {}
+    for k, x in items:
+        matrix = k.removesuffix(".scale")
+        if matrix not in widths:
+            yield k, x
+        elif matrix not in half:
+            half[matrix] = k, x
+        else:
+            two = dict([half.pop(matrix), (k, x)])
+            yield matrix, join(matrix, two[matrix], two[matrix + ".scale"])
+    if half:
+        raise CheckpointError(
+            f"{name} is not used: {[*half][0]} is quantized, and its numbers or its scales"
+            " are missing"
+        )
+
+# %% ../../nbs/checkpoint/02_store.ipynb #c054ea3f
+def _own_head(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
+    "Is there an output layer beside the embedding, with other numbers?"
+    pair = "model.embed_tokens.weight", "lm_head.weight"
+    if not any(pair[1] in _header(p) for p in parts):
+        return False
+    # a file can be read once only, so it is opened anew
+    again = [
+        SafeTensors(p.path) if isinstance(p, SafeTensors) else p
+        for p in parts
+        if _header(p).keys() & {*pair}
+    ]
+    return has_own_head({k: t for p in again for k, t in _pairs(p) if k in pair})
+
+# %% ../../nbs/checkpoint/02_store.ipynb #78ab2387
+def _fitting(
+    found: dict[str, tuple[torch.dtype, tuple]], config: GPTConfig, name: str | Path
+) -> dict[str, tuple[torch.dtype, tuple]]:
+    "Those that the model has; a `CheckpointError` if it cannot be made of them."
+    if (n := getattr(config, "n_layer", 0)) > len(found):
+        raise CheckpointError(
+            f"{name} is not used: its configuration has {n:,} layers, and its weights are"
+            f" {len(found):,} tensors in all"
+        )
+    with torch.device("meta"):  # shapes without memory
+        try:
+            shapes = {k: torch.empty(shape) for k, (_, shape) in found.items()}
+            want = config.build().load_weights(shapes).weights()
+        except (ValueError, RuntimeError) as e:
+            raise CheckpointError(f"{name} is not used: {e}") from None
+    return {k: x for k, x in found.items() if k in want}
+
+
+def _check_stored(part: "SafeTensors | dict[str, Tensor]", names: Iterable[str], name: str | Path):
+    "A `CheckpointError` if a tensor is a view that repeats the few values it has."
+    for k, t in part.items() if isinstance(part, dict) else ():
+        if k in names and t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{name} is not used: {k} claims more values than are stored for it"
+            )
+
 # %% ../../nbs/checkpoint/02_store.ipynb #7b3c103d
 class Weights:
     "The weights that a model takes, one by one, however stored; quantized ones in float32."
@@ -688,114 +796,24 @@ class Weights:
         config: GPTConfig,  # Of the model; a `CheckpointError` if they do not fit it
         name: str | Path,  # Where they come from, for errors
     ):
-        # `config`: as given, but not tied where the weights are not
-        self.parts, self.name, self.widths, self.config = parts, name, {}, config
+        self.parts, self.name, self.widths = parts, name, {}
         for p in parts:
-            if (
-                not isinstance(p, (SafeTensors, dict))
-                or isinstance(p, dict)
-                and not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in p.items())
-            ):
-                raise CheckpointError(
-                    f"{name} is not used: it holds other things than tensors by name"
-                )
-            try:
-                self.widths |= {
-                    k: min(max(int(w), 0), 1 << 31)
-                    for k, w in (
-                        orjson.loads(getattr(p, "metadata", {}).get("minigpt", "{}"))
-                        .get("widths", {})
-                        .items()
-                    )
-                }
-            except (ValueError, TypeError, AttributeError):
-                raise CheckpointError(
-                    f"{p.path} is not used: its metadata are not those of a quantized model"
-                ) from None
-        header = [
-            kx
-            for p in parts
-            for kx in (
-                p.header
-                if isinstance(p, SafeTensors)
-                else {k: (t.dtype, tuple(t.shape)) for k, t in p.items()}
-            ).items()
-        ]
+            _check_part(p, name)
+            self.widths |= _widths(p)
+        header = [kx for p in parts for kx in _header(p).items()]
         if len(dict(header)) < len(header):
             raise CheckpointError(
                 f"{name} is not used: two of its files hold a tensor of the same name"
             )
-        if getattr(config, "tied", False) and self._own_head():
-            self.config = replace(config, tied=False)
-        found = dict(
-            self._whole(
-                header, lambda k, packed, scale: (torch.float32, (*packed[1][:1], self.widths[k]))
-            )
-        )
-        if (n := getattr(config, "n_layer", 0)) > len(found):
-            raise CheckpointError(
-                f"{name} is not used: its configuration has {n:,} layers, and its weights are"
-                f" {len(found):,} tensors in all"
-            )
-        with torch.device("meta"):  # shapes without memory
-            try:
-                want = (
-                    self.config.build()
-                    .load_weights({k: torch.empty(shape) for k, (_, shape) in found.items()})
-                    .weights()
-                )
-            except (ValueError, RuntimeError) as e:
-                raise CheckpointError(f"{name} is not used: {e}") from None
+        untie = getattr(config, "tied", False) and _own_head(parts)
+        # as given, but not tied where the weights are not
+        self.config = replace(config, tied=False) if untie else config
+        join = lambda k, packed, scale: (torch.float32, (*packed[1][:1], self.widths[k]))
+        found = dict(_whole(header, self.widths, join, name))
         # name → dtype and shape, in the order of the tensors
-        self.header = {k: x for k, x in found.items() if k in want}
-        views = (
-            k
-            for p in parts
-            if isinstance(p, dict)
-            for k, t in p.items()
-            if k in self.header and t.numel() * t.element_size() > t.untyped_storage().nbytes()
-        )
-        if k := next(views, None):
-            raise CheckpointError(
-                f"{name} is not used: {k} claims more values than are stored for it"
-            )
-
-    def _own_head(self) -> bool:
-        "Is there an output layer beside the embedding, with other numbers?"
-        pair = "model.embed_tokens.weight", "lm_head.weight"
-        names = lambda p: {*pair} & {*(p.header if isinstance(p, SafeTensors) else p)}
-        if not any(pair[1] in names(p) for p in self.parts):
-            return False
-        # a file can be read once only, so it is opened anew
-        again = [
-            SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in self.parts if names(p)
-        ]
-        return has_own_head(
-            {
-                k: t
-                for p in again
-                for k, t in (p if isinstance(p, SafeTensors) else p.items())
-                if k in pair
-            }
-        )
-
-    def _whole(self, items, join):
-        "Items by name, the two halves of a quantized matrix as one."
-        half = {}
-        for k, x in items:
-            matrix = k.removesuffix(".scale")
-            if matrix not in self.widths:
-                yield k, x
-            elif matrix not in half:
-                half[matrix] = k, x
-            else:
-                two = dict([half.pop(matrix), (k, x)])
-                yield matrix, join(matrix, two[matrix], two[matrix + ".scale"])
-        if half:
-            raise CheckpointError(
-                f"{self.name} is not used: {[*half][0]} is quantized, and its numbers or its scales"
-                " are missing"
-            )
+        self.header = _fitting(found, self.config, name)
+        for p in parts:
+            _check_stored(p, self.header, name)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         "Once; one tensor at a time is in memory."
@@ -806,8 +824,9 @@ class Weights:
             except ValueError as e:
                 raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
 
-        stored = (kt for p in self.parts for kt in (p if isinstance(p, SafeTensors) else p.items()))
-        return ((k, t) for k, t in self._whole(stored, join) if k in self.header)
+        stored = (kt for p in self.parts for kt in _pairs(p))
+        whole = _whole(stored, self.widths, join, self.name)
+        return ((k, t) for k, t in whole if k in self.header)
 
     def fill(
         self,
@@ -924,7 +943,61 @@ def find_base(
         (p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None
     )
 
-# %% ../../nbs/checkpoint/02_store.ipynb #90606ba0
+# %% ../../nbs/checkpoint/02_store.ipynb #70323903
+def _check_base(path: Path, where, found: Path | None):
+    "A `CheckpointError` if `found` cannot be the base that the adapter in `path` names as `where`."
+    if not found and _models(where, path):
+        raise CheckpointError(
+            f"{path} names itself as the model that it is an adapter of: {where:.200}. Write"
+            " where that model is into adapter_config.json, as base_model_name_or_path; or"
+            " pass it as base=load_model(…)"
+        )
+    if not found:
+        base = where[:200] if where and isinstance(where, str) else "a model that it does not name"
+        raise CheckpointError(
+            f"{path} is an adapter of {base},"
+            " which is not here. Bring that model; or write where it is into"
+            " adapter_config.json, as base_model_name_or_path; or pass it as"
+            " base=load_model(…)"
+        )
+    if (found / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path} is an adapter of {found}, which is an adapter too, and must be a whole"
+            " model. Merge that one into its base, save the result, and write where it is into"
+            " adapter_config.json, as base_model_name_or_path"
+        )
+
+# %% ../../nbs/checkpoint/02_store.ipynb #cdcc1524
+def _open_base(path: Path, device: str, base: GPT | None) -> tuple[GPT, LoRAConfig]:
+    "The base of the adapter in `path`, unless it is given, and the adapter's settings."
+    facts = read_json(path / "adapter_config.json")
+    where = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
+    found = find_base(where, path) if base is None else None
+    shape = getattr(base, "config", None)
+    if found and (found / "config.json").exists():
+        shape = read_config(found)
+    try:
+        config = LoRAConfig.from_peft(facts, getattr(shape, "n_layer", None))
+    except ValueError as e:
+        raise CheckpointError(f"{path} is not used: {e}") from None
+    if base is None:
+        _check_base(path, where, found)
+        base = load_model(found, device)
+    return base, config
+
+# %% ../../nbs/checkpoint/02_store.ipynb #0ca63da9
+def _base_hash(path: Path) -> str | None:
+    "The fingerprint of the base that the adapter in `path` was trained on, if that is known."
+    state = read_json(f) if (f := path / "trainer_state.json").exists() else {}
+    known = state.get("base") if isinstance(state, dict) else state
+    if not isinstance(known, (str, type(None))):
+        raise CheckpointError(
+            f"{path} is not used: trainer_state.json does not say what its base is; it was edited,"
+            " or is of another program. Take it away"
+        )
+    return known
+
+# %% ../../nbs/checkpoint/02_store.ipynb #f2531239
 def _values(weights) -> int:
     "How many values are stored, in a file or in a dict of tensors."
     if isinstance(weights, SafeTensors):
@@ -934,57 +1007,11 @@ def _values(weights) -> int:
     )
     return sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors)
 
-# %% ../../nbs/checkpoint/02_store.ipynb #88eb8ca1
-def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT | None) -> LoRAGPT:
-    if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
-        raise CheckpointError(f"{path} is not used: {wrong}")
-    facts = read_json(path / "adapter_config.json")
-    where = facts.get("base_model_name_or_path") if isinstance(facts, dict) else None
-    found = find_base(where, path) if base is None else None
-    shape = (
-        read_config(found)
-        if found and (found / "config.json").exists()
-        else getattr(base, "config", None)
-    )
-    try:
-        config = LoRAConfig.from_peft(facts, getattr(shape, "n_layer", None))
-    except ValueError as e:
-        raise CheckpointError(f"{path} is not used: {e}") from None
-    if base is None:
-        if not found and _models(where, path):
-            raise CheckpointError(
-                f"{path} names itself as the model that it is an adapter of: {where:.200}. Write"
-                " where that model is into adapter_config.json, as base_model_name_or_path; or"
-                " pass it as base=load_model(…)"
-            )
-        if not found:
-            base = (
-                where[:200] if where and isinstance(where, str) else "a model that it does not name"
-            )
-            raise CheckpointError(
-                f"{path} is an adapter of {base},"
-                " which is not here. Bring that model; or write where it is into"
-                " adapter_config.json, as base_model_name_or_path; or pass it as"
-                " base=load_model(…)"
-            )
-        if (found / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{path} is an adapter of {found}, which is an adapter too, and must be a whole"
-                " model. Merge that one into its base, save the result, and write where it is into"
-                " adapter_config.json, as base_model_name_or_path"
-            )
-        base = load_model(found, device)
-    state = read_json(f) if (f := path / "trainer_state.json").exists() else {}
-    known = state.get("base") if isinstance(state, dict) else state
-    if not isinstance(known, (str, type(None))):
-        raise CheckpointError(
-            f"{path} is not used: trainer_state.json does not say what its base is; it was edited,"
-            " or is of another program. Take it away"
-        )
-    file = next(
-        (f for n in ("adapter_model.safetensors", "adapter_model.bin") if (f := path / n).exists()),
-        None,
-    )
+
+def _adapter_weights(path: Path, base: GPT, config: LoRAConfig) -> SafeTensors | dict:
+    "The weights of the adapter in `path`; a `CheckpointError` if they are too few."
+    names = "adapter_model.safetensors", "adapter_model.bin"
+    file = next((f for n in names if (f := path / n).exists()), None)
     if file is None:
         raise CheckpointError(
             f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin"
@@ -996,6 +1023,14 @@ def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT 
             f"{path} is not used: its weights do not fit: with r={config.r:,} and these"
             f" target_modules an adapter of this base has {n:,} values, and {file.name} has {has:,}"
         )
+    return weights
+
+# %% ../../nbs/checkpoint/02_store.ipynb #ff508278
+def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT | None) -> LoRAGPT:
+    if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
+        raise CheckpointError(f"{path} is not used: {wrong}")
+    base, config = _open_base(path, device, base)
+    known, weights = _base_hash(path), _adapter_weights(path, base, config)
     model = LoRAGPT(base, config)
     if known and known != model.base_hash and base.head.dtype == torch.float32:
         raise CheckpointError(

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 import xxhash
@@ -349,8 +350,640 @@ QUIET = 60.0
 # A token set above this many bytes is not mirrored, but built again from its source
 DATA_LIMIT = 256 * 2**20
 
-# %% ../../nbs/run/01_backup.ipynb #27c44daa
-class Backup:
+# %% ../../nbs/run/01_backup.ipynb #fc3c357b
+def _refuse_others(
+    path: Path,  # The run's folder in the backup
+    run_id: str,
+    session: str | None,  # Of this process; None before its first beat
+):
+    "`Taken` if the folder is another run's, or another process has taken it over."
+    if (there := read_run_id(path)) not in (None, run_id):
+        raise Taken(f"{path} belongs to another run (id {there[:8]}, this one has {run_id[:8]})")
+    if session is not None and (h := read_heartbeat(path)) and h.get("session") != session:
+        raise Taken(
+            f"another process has taken over {path} (its last sign of life:"
+            f" {human_time(max(0, time.time() - h.get('time', 0)))} ago); if that is not meant,"
+            " stop it, and run this again"
+        )
+
+# %% ../../nbs/run/01_backup.ipynb #ec0d3b64
+class _Heart:
+    "The sign of life that a process leaves in a backup."
+
+    def __init__(self, folder: Path, path: Path, every: float, clock: Callable[[], float]):
+        self.folder, self.path, self.every, self.clock = folder, path, every, clock
+        self.session, self.last, self.beats = uuid.uuid4().hex, None, 0
+
+    def beat(self, run_id: str, ended: bool = False):
+        "Leave a sign of life, if the folder is there, is this run's, and nobody else writes to it."
+        now = self.clock()
+        if self.last is not None and now - self.last < self.every and not ended:
+            return
+        if self.last is None:
+            check_there(self.folder)
+            no_link(self.path).mkdir(exist_ok=True)
+        elif not self.path.is_dir():
+            # never made anew: it would not be on Drive
+            raise OSError(errno.ENOTCONN, "the backup folder has vanished", str(self.path))
+        _refuse_others(self.path, run_id, None if self.last is None else self.session)
+        self.beats += 1
+        if os.path.islink(beat := self.path / "heartbeat.json"):
+            delete(beat)
+        beat.write_bytes(
+            orjson.dumps(
+                dict(
+                    run_id=run_id,
+                    session=self.session,
+                    beat=self.beats,
+                    time=time.time(),
+                    seconds=self.every,
+                    ended=ended,
+                )
+            )
+        )
+        self.last = now
+
+# %% ../../nbs/run/01_backup.ipynb #6c9df4af
+_GROUPS = ("state", "light", "best", "final")  # In the order in which they are copied
+
+
+class _Job(NamedTuple):
+    source: Path
+    target: Path
+    store: CheckpointStore | None  # Does not delete the source meanwhile
+
+
+def _group(source: Path, run_path: Path) -> str:
+    "The group of a save: its newest one is copied."
+    light = (
+        source.parent.name == "snapshots"
+        and (_json_or(source / "MANIFEST.json", None) or {}).get("kind") == "light"
+    )
+    if source == run_path:
+        return "final"
+    if source.parent.name == "best":
+        return "best"
+    return "light" if light else "state"
+
+# %% ../../nbs/run/01_backup.ipynb #5ad9fa01
+class _Jobs:
+    "The newest save of each group, until it has been copied."
+
+    def __init__(self):
+        self.wake = threading.Condition()
+        self.pending, self.copying = {}, None  # group → job; the job that is being copied
+        self.stores = {}  # whose directories are being copied
+        self.passed_over = 0
+        self.asked = False  # has the server been asked since a job came, or was taken?
+
+    def put(self, group: str, job: _Job):
+        with self.wake:
+            old = self.pending.get(group)
+            self.pending[group], self.asked = job, False
+            self._pin()
+            # deleted already, so something newer is on its way
+            if not (job.source / "MANIFEST.json").exists():
+                del self.pending[group]
+                self._pin()
+                self.passed_over += 1
+                return
+            if old and old.source != job.source:
+                self.passed_over += 1
+            self.wake.notify_all()
+
+    def take(self, group: str) -> _Job:
+        "The job stays pending until it is `finished`: an error may come between."
+        with self.wake:
+            job = self.copying = self.pending[group]
+            self.asked = False
+            self._pin()
+        return job
+
+    def finished(self, group: str, job: _Job):
+        "Unless a newer one waits by now, nothing of this group does."
+        with self.wake:
+            if self.pending.get(group) == job:
+                del self.pending[group]
+            self.copying = None
+            self._pin()
+
+    def clear(self):
+        with self.wake:
+            self.pending, self.copying = {}, None
+            self._pin()
+
+    def _pin(self):
+        jobs = [*self.pending.values(), *([self.copying] if self.copying else [])]
+        self.stores |= {id(job.store): job.store for job in jobs if job.store}
+        for s in self.stores.values():
+            s.pinned = frozenset(job.source for job in jobs if job.store is s)
+
+# %% ../../nbs/run/01_backup.ipynb #4e4d100e
+def _changing(run_path: Path) -> list[Path]:
+    "The small files that change while a run trains."
+    return [
+        f
+        for n in ("run.json", "metrics.jsonl", "run.log", "plots/loss_curve_latest.png")
+        if _is_plain(f := run_path / n)
+    ] + sorted(f for f in (run_path / "tensorboard").glob("**/*") if _is_plain(f))
+
+
+def _places(run_path: Path) -> list[str]:
+    "The folders of a run whose files never change."
+    told = (_json_or(run_path / "run.json", None) or {}).get("data", {}).get("places")
+    if not told:
+        return ["tokenizer", "data", "data-valid"]  # not told by older versions
+    tokens = [
+        p
+        for p in (*told["train"], told["valid"])
+        if in_folder(p)
+        and ((run_path / p / "train" / "meta.json").exists() or not (run_path / p).exists())
+    ]
+    return ["tokenizer", *tokens]
+
+
+def _fixed(run_path: Path, places: list[str]) -> list[Path]:
+    "Their files; the tokenizer's alone, where the tokens are too big to be mirrored."
+    fixed = [
+        f
+        for n in places
+        for f in sorted((run_path / n).rglob("*"))
+        if _is_plain(f) and not any(x.startswith(".") for x in f.relative_to(run_path).parts)
+    ]
+    if sum(f.stat().st_size for f in fixed) > DATA_LIMIT:
+        fixed = [f for f in fixed if f.parent.name == "tokenizer"]
+    return fixed
+
+# %% ../../nbs/run/01_backup.ipynb #420331d8
+def _make_folders(target: Path, root: Path):
+    "Make the folders that a target needs inside of the run's, which is never made anew."
+    for d in reversed(stay_inside(target, root).relative_to(root).parents[:-1]):
+        no_link(root / d).mkdir(exist_ok=True)
+
+
+def _place(source: Path, root: Path, name: str, append: bool = False):
+    "Copy a file; one that only grows is continued where that is possible."
+    target = root / name
+    _make_folders(target, root)
+    if os.path.islink(target):
+        delete(target)
+    size = target.stat().st_size if append and target.exists() else 0
+    if size > source.stat().st_size:
+        set_aside(target, "old")
+        size = 0  # it has begun anew, and the copy may be all there is of what was before
+    if size == 0:
+        copy_file(source, target)
+        return
+    with open(source, "rb") as f, open(target, "ab", buffering=0) as g:
+        f.seek(size)
+        write_all(g, f.read())
+
+
+def _replace_file(path: Path, data: bytes):
+    "Write a small file under a new name first: without it a backup is nobody's."
+    new = path.with_name(f"{path.name}.new")
+    with open_new(new) as f:
+        write_all(f, data)
+    os.replace(new, path)
+
+# %% ../../nbs/run/01_backup.ipynb #2e4aa288
+def _below(name: str, places: list[str] | set[str]) -> bool:
+    "Is the file in one of the folders?"
+    return bool({*places} & {p.as_posix() for p in Path(name).parents})
+
+
+class _Mirror:
+    "The small files of a run in its backup, and which of them are there."
+
+    def __init__(self, run_path: Path, path: Path, replace: Callable[[str, bytes], None]):
+        self.run_path, self.path, self.replace = run_path, path, replace
+        # what mirror.json lists, once it is written; size and time of what changes
+        self.files, self.sent = None, {}
+
+    def begin(self, run_id: str, places: list[str], fixed: list[Path]):
+        "Copy what never changes, and list it."
+        there = {
+            k: v
+            for k, v in listed(self.path).items()
+            if _is_plain(self.path / k) and (self.path / k).stat().st_size == v["size"]
+        }
+        files = {}
+        for f in fixed:
+            name = f.relative_to(self.run_path).as_posix()
+            files[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
+            if there.get(name) != files[name]:
+                _place(f, self.path, name)
+        here = {p for p in places if (self.run_path / p).exists()}
+        # what this machine lacks, and what run.json names until it is replaced
+        files = {k: v for k, v in there.items() if not _below(k, here)} | files
+        self._list(run_id, files)
+        self.files = files
+
+    def update(self, changing: list[Path]):
+        "Copy what has changed."
+        for f in changing:
+            if not _is_plain(f):
+                continue
+            name, s = f.relative_to(self.run_path).as_posix(), f.stat()
+            if self.sent.get(name) == (s.st_size, s.st_mtime_ns):
+                continue
+            if name == "run.json":
+                self.replace(name, f.read_bytes())
+            else:
+                append = name in self.sent and name.endswith((".jsonl", ".log"))
+                _place(f, self.path, name, append)
+            self.sent[name] = s.st_size, s.st_mtime_ns
+
+    def forget(self, run_id: str, places: list[str]):
+        "Delete tokens from before a change, which run.json names no more."
+        if gone := [k for k in self.files if not _below(k, places)]:
+            self.files = {k: v for k, v in self.files.items() if k not in gone}
+            self._list(run_id, self.files)
+            for k in gone:
+                delete(self.path / k, self.path)
+
+    def _list(self, run_id: str, files: dict[str, dict]):
+        data = orjson.dumps(dict(run_id=run_id, files=files), option=orjson.OPT_INDENT_2)
+        self.replace("mirror.json", data)
+
+# %% ../../nbs/run/01_backup.ipynb #8330cde9
+class _Copier:
+    "The copy of a save; after an error it goes on."
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.current, self.before = None, 0  # the copy; bytes of it at the last error
+
+    def begun(self, target: Path) -> bool:
+        return self.current is not None and self.current.target == target
+
+    def came_on(self) -> bool:
+        "Has the copy come on since this was asked last?"
+        before, self.before = self.before, self.current.size if self.current else 0
+        return self.before > before
+
+    def make_way(self, source: Path, target: Path, doubt: bool) -> Path | None:
+        "Decide what becomes of what stands there; where another whole copy has been put."
+        if not lexists(target):
+            return None
+        if os.path.islink(target):
+            delete(target)
+            return None
+        manifest = (source / "MANIFEST.json").read_bytes()
+        same = _is_plain(f := target / "MANIFEST.json") and f.read_bytes() == manifest
+        if self.begun(target):
+            if self.current.source == source and self.current.manifest == manifest:
+                return None  # an error interrupted it
+            self.current = None
+        wrong = problem(target) if not same or doubt else None
+        if not same and wrong is None:
+            # of a course that was given up, or an earlier end
+            return set_aside(target, "superseded", self.root)
+        if wrong and wrong.kind == "unreadable":
+            raise OSError(errno.EIO, f"{target} {wrong}")
+        if wrong:
+            discard(target, self.root)
+        return None
+
+    def run(self, source: Path, target: Path) -> dict[str, str]:  # Name of each file → md5
+        if not self.begun(target):
+            self.current, self.before = CheckpointCopy(source, target), 0
+        try:
+            md5s = self.current.run()
+        except CheckpointError:
+            self.current = None
+            raise  # to go on would not help
+        self.current = None
+        return md5s
+
+# %% ../../nbs/run/01_backup.ipynb #3f728065
+class _Server:
+    "What the server has got, as far as it tells."
+
+    def __init__(self, path: Path):
+        self.path, self.tells = path, None
+        # whole directories in the backup, when last looked at; those that have arrived
+        self.seen, self.confirmed = {}, set()
+        self.md5s = {}  # of copied files: directory → name → md5
+
+    def unconfirmed(self) -> list[Path]:
+        return [p for p in [*self.seen] if p not in self.confirmed]
+
+    def ask(self, p: Path):
+        "Has the server got this directory? The run's folder stands for its small files."
+        names = (
+            ["run.json", "mirror.json", *listed(p)]
+            if p == self.path
+            else [*read_json(p / "MANIFEST.json")["files"], "MANIFEST.json"]
+        )
+        answers = [arrived(p / n, self.md5s.get(p, {}).get(n)) for n in names]
+        if any(a is not None for a in answers):
+            self.tells = True
+        elif self.tells is None:
+            self.tells = False
+        if all(a is True for a in answers):
+            self.confirmed.add(p)
+
+    @property
+    def waits(self) -> list[Path]:
+        "What it has not got, where it tells."
+        return self.unconfirmed() if self.tells else []
+
+# %% ../../nbs/run/01_backup.ipynb #ae01f4d2
+def _prune_states(root: Path, copies: list[Checkpoint], safe: list[Checkpoint], keep: int):
+    "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
+    kept = {c.path for c in safe[-keep:]}
+    for c in copies:
+        if (
+            safe
+            and c.kind != "light"
+            and c.path not in kept
+            and c.step < safe[-1].step
+            and not _may_be_whole(c)
+        ):
+            discard(c.path, root)
+    for folder in ("checkpoints", "snapshots", "best") if safe else ():
+        for p in entries(root / folder):
+            if ".damaged-" in p.name:
+                # a copy that did not verify, set aside until another one did
+                discard(p, root)
+    for c in [c for c in copies if c.kind == "light"][:-keep]:
+        discard(c.path, root)
+
+
+def _prune_best(root: Path, models: list[Checkpoint], server: _Server):
+    "Keep the newest that is safe, and what may be whole."
+    best = [c for c in models if c.path in server.confirmed or not c.problem and not server.tells]
+    for c in models:
+        if best and c.path != best[-1].path and (c in best or c.problem and not _may_be_whole(c)):
+            discard(c.path, root)
+
+
+def _supersede(root: Path, step: int):
+    "Set aside the states beyond this step, and the final model, of a course that was given up."
+    for s in stores_in(root):
+        for c in s.all():
+            if c.step > step:
+                set_aside(c.path, "superseded", root)
+    if lexists(root / "final"):
+        set_aside(root / "final", "superseded")
+
+# %% ../../nbs/run/01_backup.ipynb #7146eff4
+_HINTS = {
+    errno.ENOSPC: " (full)",
+    errno.EDQUOT: " (the quota of Google Drive is used up; empty its trash)",
+    errno.ENOTCONN: " (the mount is gone; mount it again)",
+    errno.EIO: " (the mount does not answer well)",
+}
+
+
+def _reason(e: Exception) -> str:
+    return f"{e}{_HINTS.get(getattr(e, 'errno', None), '')}"
+
+
+class _Trouble:
+    "The failure that lasts, if one does."
+
+    def __init__(self):
+        self.failures, self.failed = 0, None
+        self.announced, self.ever = False, False  # has the user been told of this failure? Of any?
+
+    def note(self, e: Exception, came_on: bool) -> bool:  # Is it to be told now?
+        self.failures = 1 if came_on else self.failures + 1
+        since = self.failed["since"] if self.failed else time.time()
+        tries = self.failed["tries"] + 1 if self.failed else 1
+        self.failed = dict(reason=_reason(e), tries=tries, since=since)
+        if self.announced or self.ever and time.time() - since <= QUIET:
+            return False
+        self.announced = self.ever = True
+        return True
+
+    def over(self):
+        self.failed, self.failures, self.announced = None, 0, False
+
+# %% ../../nbs/run/01_backup.ipynb #849e9217
+class _Folder:
+    "The backup of a run: where it is, what is in it, and what of that is safe."
+
+    def __init__(self, folder: str | Path, run_path: str | Path):
+        self.folder, self.run_path = Path(folder), Path(run_path)
+        self.path = self.folder / Path(os.path.abspath(run_path)).name
+        self.server = _Server(self.path)
+        there, here = self.path.resolve(), self.run_path.resolve()
+        if there == here or here in there.parents or there in here.parents:
+            raise BackupError(
+                f"gdrive_backup_dir={str(folder)!r}: the backup would be {self.path}, which is the"
+                f" run's own folder {run_path}, or in it, or around it; choose a folder somewhere"
+                " else"
+            )
+
+    def state_stores(self) -> list[CheckpointStore]:
+        "Where the states are."
+        return [*stores_in(self.path)[:2]]
+
+    def best_models(self) -> list[Checkpoint]:
+        "The newest last: a course that was given up may have had its best at a later step."
+        return sorted(stores_in(self.path)[2].all(), key=made_later)
+
+    def copies(self) -> list[Checkpoint]:
+        "The states in the backup, by step."
+        return sorted((c for s in self.state_stores() for c in s.all()), key=lambda c: c.step)
+
+    def safe(self) -> list[Checkpoint]:
+        "The states that are in the backup for certain: arrived, or, where nobody tells, copied."
+        return [
+            c
+            for c in self.copies()
+            if not c.problem
+            and c.kind != "light"
+            and (c.path in self.server.confirmed or not self.server.tells)
+        ]
+
+    def _whole(self) -> dict[Path, Checkpoint | None]:
+        """Whole directories, with the checkpoint of those that training can go on from.
+
+        The last one stands for run.json, tokenizer and data.
+        """
+        states = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
+        best = {c.path: None for c in self.best_models() if not c.problem}
+        return (
+            states
+            | best
+            | {f: None for f in [self.path / "final"] if problem(f, hashes=False) is None}
+            | {self.path: None}
+        )
+
+# %% ../../nbs/run/01_backup.ipynb #712b71d6
+class _Status(_Folder):
+    "What is known of a backup while it is written."
+
+    def __init__(self, folder, run_path, beat: float, clock: Callable[[], float]):
+        super().__init__(folder, run_path)
+        self.run_id, self.doing, self.lost = None, "idle", None
+        self.jobs, self.trouble = _Jobs(), _Trouble()
+        self.heart = _Heart(self.folder, self.path, beat, clock)
+        # (level, text) for the user, from the main thread: Colab does not show what others print
+        self.messages = deque()
+
+    failed = property(lambda self: self.trouble.failed)
+    failures = property(lambda self: self.trouble.failures)
+    pending = property(lambda self: self.jobs.pending)
+
+    def status(self) -> dict:
+        "What is backed up, and what is not: as far as is known now, without asking the folder."
+        server = self.server
+        states = {p: c.step for p, c in [*server.seen.items()] if c}
+        last = lambda ps: (
+            dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
+        )
+        pending = self.pending.get("state") or next(iter(self.pending.values()), None)
+        return dict(
+            folder=str(self.path),
+            run_id=self.run_id,
+            time=time.time(),
+            doing=self.lost and "stopped" or self.doing,
+            pending=pending and pending.source.name,
+            copied=last([*states]),
+            confirmed=last([p for p in states if p in server.confirmed]) if server.tells else None,
+            server_tells=server.tells,
+            waiting=[p.name for p in server.waits],
+            passed_over=self.jobs.passed_over,
+            failed=self.failed,
+            stopped=self.lost,
+            session=self.heart.session,
+        )
+
+    def _write_status(self):
+        with suppress(OSError):  # the local disk is full: the next one will do
+            write_json(self.run_path / "backup.json", self.status())
+
+    def _tell(self, level: int, message: str):
+        self.messages.append((level, message))
+
+    def pass_on(self):
+        "Log what the worker has to say. Call it from the main thread."
+        while self.messages:
+            logger.log(*self.messages.popleft())
+
+# %% ../../nbs/run/01_backup.ipynb #521c1801
+class _Steps(_Status):
+    "What a round does."
+
+    def __init__(self, folder, run_path, keep: int, beat: float, clock: Callable[[], float]):
+        super().__init__(folder, run_path, beat, clock)
+        self.keep, self.copier = keep, _Copier(self.path)
+        self.mirror = _Mirror(self.run_path, self.path, self._replace)
+        # states beyond this step belong to a course that was given up; copies that did not verify
+        self.superseded, self.rejected = None, set()
+
+    def _give_up(self):
+        for p in [p for p in self.rejected if lexists(p)]:
+            set_aside(p, "damaged", self.path)  # it must not count as the newest
+        self.rejected.clear()
+        if self.superseded is not None:
+            _supersede(self.path, self.superseded)
+            self.superseded = None
+
+    def _mirror(self):
+        "Copy run.json, tokenizer, data, metrics and the like: whatever has changed."
+        changing, places = _changing(self.run_path), _places(self.run_path)
+        fixed = _fixed(self.run_path, places)
+        if self.mirror.files is None:
+            self.doing = "copying the tokenizer and the data"
+            self.mirror.begin(self.run_id, places, fixed)
+        self.mirror.update(changing)
+        self.mirror.forget(self.run_id, places)
+
+    def _replace(self, name: str, data: bytes):
+        _replace_file(self.path / name, data)
+        self.server.confirmed.discard(self.path)
+
+    def _copy(self, group: str):
+        "Copy a save, and read it back."
+        source, target, _ = job = self.jobs.take(group)
+        self.doing = f"copying {source.name}"
+        self._write_status()
+        _make_folders(target, self.path)
+        old = self.copier.make_way(source, target, doubt=self.failures > 2)
+        if not lexists(target) or self.copier.begun(target):
+            self.server.confirmed.discard(target)
+            self.server.md5s[target] = self.copier.run(source, target)
+        if wrong := problem(target):
+            raise OSError(errno.EIO, f"{target} does not read back as it was written: {wrong}")
+        self.jobs.finished(group, job)
+        if old and group != "state":
+            discard(old, self.path)
+
+    def _ask(self):
+        "Which directories has the server got?"
+        self.server.seen = self._whole()
+        for p in self.server.unconfirmed():
+            self.doing = f"waiting for the server to get {p.name}"
+            self.server.ask(p)
+        self.jobs.asked = True
+
+    def _prune(self):
+        _prune_states(self.path, self.copies(), self.safe(), self.keep)
+        _prune_best(self.path, self.best_models(), self.server)
+
+# %% ../../nbs/run/01_backup.ipynb #64f2e0cd
+class _Rounds(_Steps):
+    "Rounds of a backup, one at a time."
+
+    in_round = False
+
+    def step(self):
+        """One round: sign of life, small files, newest save, questions to the server, old copies.
+
+        An error ends the round and is in the status.
+        """
+        if self.lost:
+            return
+        self.in_round = True
+        try:
+            self._round()
+        except _Stop:
+            return
+        except Taken as e:
+            self.lost = str(e)
+            self._tell(logging.WARNING, f"NO BACKUP any more: {e}")
+            self.jobs.clear()
+        except Exception as e:
+            self._fails(e)  # an error of a folder, whatever it is, is a status
+        finally:
+            self.in_round = False
+        self._write_status()
+
+    def _round(self):
+        self.heart.beat(self.run_id)
+        self._give_up()
+        self._mirror()
+        for group in _GROUPS:
+            if group in self.pending:
+                self._copy(group)
+        self._ask()
+        self._prune()
+        if self.trouble.announced:
+            self._tell(logging.INFO, f"the backup to {self.folder} works again")
+        self.trouble.over()
+        waiting = self.server.waits
+        self.doing = f"waiting for the server to get {waiting[0].name}" if waiting else "idle"
+
+    def _fails(self, e: Exception):
+        "Note an error, and tell the user where that is due."
+        came_on = self.copier.came_on()
+        self.doing = "failing"
+        if self.trouble.note(e, came_on):
+            has = self.status()["copied"]
+            self._tell(
+                logging.WARNING,
+                f"NOT BACKED UP: {_reason(e)}. Training goes on, and the backup is tried again"
+                " and again; this is said once."
+                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}",
+            )
+
+# %% ../../nbs/run/01_backup.ipynb #8435aa87
+class Backup(_Rounds):
     "Mirrors a run; `submit` saves to it, `finish` waits for it, `status` tells the truth about it."
 
     def __init__(
@@ -364,46 +997,11 @@ class Backup:
         poll: float | None = None,  # Seconds between questions whether files have arrived
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.folder, self.run_path, self.keep = Path(folder), Path(run_path), keep
-        self.path = self.folder / Path(os.path.abspath(run_path)).name
-        there, here = self.path.resolve(), self.run_path.resolve()
-        if there == here or here in there.parents or there in here.parents:
-            raise BackupError(
-                f"gdrive_backup_dir={str(folder)!r}: the backup would be {self.path}, which is the"
-                f" run's own folder {run_path}, or in it, or around it; choose a folder somewhere"
-                " else"
-            )
-        self.beat, self.retry, self.poll, self.clock = (
-            beat or BEAT,
-            retry or RETRY,
-            poll or POLL,
-            clock,
-        )
-        self.session, self.run_id = uuid.uuid4().hex, None
-        # (level, text) for the user, from the main thread: Colab does not show what others print
-        self.messages = deque()
-        # group → (source, target); the stores whose directories are being copied
-        self.pending, self.stores = {}, {}
-        # of copied files; size and time of mirrored ones; the copy that an error interrupted
-        self.md5s, self.mirrored, self.copy = {}, {}, None
-        # whole directories in the backup, when last looked at; those that have arrived;
-        # is that so now?
-        self.seen, self.confirmed, self.asked = {}, set(), False
-        self.skipped, self.failures, self.failed, self.lost = 0, 0, None, None
-        # bytes of `copy` at the last error; has the user been told of this failure? Of any?
-        self.copied_at, self.announced, self.ever = 0, False, False
-        self.doing, self.confirms, self.last_beat, self.beats = "idle", None, None, 0
-        self.wake, self.thread, self.closing, self.in_round = (
-            threading.Condition(),
-            None,
-            False,
-            False,
-        )
-        self.pace, self.copying = Pace(self._alive), None  # the job that is being copied
-        # states beyond this step belong to a course that was given up; copies that did not verify
-        self.superseded, self.rejected = None, set()
+        super().__init__(folder, run_path, keep, beat or BEAT, clock)
+        self.beat, self.retry, self.poll = beat or BEAT, retry or RETRY, poll or POLL
+        self.clock, self.thread, self.closing = clock, None, False
+        self.pace = Pace(self._alive)
 
-    # --- what the training calls ---
     def start(self, run_id: str, superseded: int | None = None):
         "Begin to mirror the run with this id."
         self.run_id, self.superseded = run_id, superseded
@@ -424,35 +1022,9 @@ class Backup:
                 f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored",
             )
             return
-        light = (
-            source.parent.name == "snapshots"
-            and (_json_or(source / "MANIFEST.json", None) or {}).get("kind") == "light"
-        )
-        group = (
-            "final"
-            if source == self.run_path
-            else "best"
-            if source.parent.name == "best"
-            else "light"
-            if light
-            else "state"
-        )
-        target = self.path / (
-            "final" if group == "final" else f"{source.parent.name}/{source.name}"
-        )
-        with self.wake:
-            old = self.pending.get(group)
-            self.pending[group], self.asked = (source, target, store), False
-            self._pin()
-            # deleted already, so something newer is on its way
-            if not (source / "MANIFEST.json").exists():
-                del self.pending[group]
-                self._pin()
-                self.skipped += 1
-                return
-            if old and old[0] != source:
-                self.skipped += 1
-            self.wake.notify_all()
+        group = _group(source, self.run_path)
+        name = "final" if group == "final" else f"{source.parent.name}/{source.name}"
+        self.jobs.put(group, _Job(source, self.path / name, store))
 
     def finish(
         self,
@@ -462,10 +1034,10 @@ class Backup:
     ) -> bool:  # Is all of it there?
         "Wait for what is under way, and stop."
         end = self.clock() + seconds
-        self.failures = min(self.failures, 1)  # try again soon
+        self.trouble.failures = min(self.failures, 1)  # try again soon
         self.pace.hurry.set()
-        with self.wake:
-            self.wake.notify_all()
+        with self.jobs.wake:
+            self.jobs.wake.notify_all()
         while (
             self.thread
             and self.thread.is_alive()
@@ -476,9 +1048,9 @@ class Backup:
             tell(self.status())
             time.sleep(min(0.5, self.poll))
         done = self.done(confirm)
-        with self.wake:
+        with self.jobs.wake:
             self.closing = True
-            self.wake.notify_all()
+            self.jobs.wake.notify_all()
         if self.thread:
             self.thread.join(max(5.0, 2 * self.poll) if done else 1.0)
         if done:
@@ -489,477 +1061,41 @@ class Backup:
     def done(self, confirm: bool = True) -> bool:
         "Is everything copied, and, where the server tells, arrived?"
         return (
-            self.asked
+            self.jobs.asked
             and not self.in_round
             and not self.pending
             and not self.failed
             and not self.lost
-            and not (confirm and self.confirms and self._unconfirmed())
+            and not (confirm and self.server.waits)
         )
 
-    # --- the thread ---
     def _loop(self):
         self.pace.begin()
         while not (self.closing or self.lost):
             self.step()
-            with self.wake:
+            with self.jobs.wake:
                 if not (self.closing or self.lost):
-                    self.wake.wait(self._pause())
+                    self.jobs.wake.wait(self._pause())
         if not self.lost:
             self.pace.also = lambda: None
-            try:
+            with suppress(OSError, BackupError, _Stop):
                 self._mirror()
-                self._heartbeat(ended=True)
-                if self.confirms:
+                self.heart.beat(self.run_id, ended=True)
+                if self.server.tells:
                     self._ask()
-            except (OSError, BackupError, _Stop):
-                pass
 
     def _alive(self):
         "Between two pieces of a long copy."
         if self.closing:
             raise _Stop
-        self._heartbeat()
+        self.heart.beat(self.run_id)
 
     def _pause(self) -> float:
         if self.failed:
             return min(self.beat, self.retry * 2 ** (self.failures - 1))
         if self.pending:
             return 0
-        return self.poll if self.confirms and self._unconfirmed() else self.beat
-
-    def step(self):
-        """One round: sign of life, small files, newest save, questions to the server, old copies.
-
-        An error ends the round and is in the status.
-        """
-        if self.lost:
-            return
-        self.in_round = True
-        try:
-            self._heartbeat()
-            self._give_up()
-            self._mirror()
-            for group in ("state", "light", "best", "final"):
-                if group in self.pending:
-                    self._copy(group)
-            self._ask()
-            self._prune()
-            if self.announced:
-                self._tell(logging.INFO, f"the backup to {self.folder} works again")
-            self.failed, self.failures, self.announced = None, 0, False
-            self.doing = (
-                f"waiting for the server to get {waiting[0].name}"
-                if self.confirms and (waiting := self._unconfirmed())
-                else "idle"
-            )
-        except _Stop:
-            return
-        except Taken as e:
-            self.lost = str(e)
-            self._tell(logging.WARNING, f"NO BACKUP any more: {e}")
-            with self.wake:
-                self.pending, self.copying = {}, None
-                self._pin()
-        except Exception as e:
-            self._fails(e)  # an error of a folder, whatever it is, is a status
-        finally:
-            self.in_round = False
-        self._write_status()
-
-    def _fails(self, e: Exception):
-        "Note an error. The user is told of the first one at once, of later ones if they last."
-        came_on = self.copy is not None and self.copy.size > self.copied_at
-        self.copied_at = self.copy.size if self.copy else 0
-        # where a copy comes on between the errors, the next try is soon
-        self.failures = 1 if came_on else self.failures + 1
-        self.doing = "failing"
-        since = self.failed["since"] if self.failed else time.time()
-        self.failed = dict(
-            reason=self._reason(e),
-            tries=self.failed["tries"] + 1 if self.failed else 1,
-            since=since,
-        )
-        if not self.announced and (not self.ever or time.time() - since > QUIET):
-            self.announced = self.ever = True
-            has = self.status()["copied"]
-            self._tell(
-                logging.WARNING,
-                f"NOT BACKED UP: {self._reason(e)}. Training goes on, and the backup is tried again"
-                " and again; this is said once."
-                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}",
-            )
-
-    def _tell(self, level: int, message: str):
-        self.messages.append((level, message))
-
-    def pass_on(self):
-        "Log what the worker has to say. Call it from the main thread."
-        while self.messages:
-            logger.log(*self.messages.popleft())
-
-    def _reason(self, e: Exception) -> str:
-        hint = {
-            errno.ENOSPC: " (full)",
-            errno.EDQUOT: " (the quota of Google Drive is used up; empty its trash)",
-            errno.ENOTCONN: " (the mount is gone; mount it again)",
-            errno.EIO: " (the mount does not answer well)",
-        }.get(getattr(e, "errno", None), "")
-        return f"{e}{hint}"
-
-    def _heartbeat(self, ended: bool = False):
-        "Leave a sign of life, if the folder is there, is this run's, and nobody else writes to it."
-        now = self.clock()
-        if self.last_beat is not None and now - self.last_beat < self.beat and not ended:
-            return
-        if self.last_beat is None:
-            check_there(self.folder)
-            no_link(self.path).mkdir(exist_ok=True)
-        elif not self.path.is_dir():
-            # never made anew: it would not be on Drive
-            raise OSError(errno.ENOTCONN, "the backup folder has vanished", str(self.path))
-        if (there := read_run_id(self.path)) not in (None, self.run_id):
-            raise Taken(
-                f"{self.path} belongs to another run (id {there[:8]}, this one has"
-                f" {self.run_id[:8]})"
-            )
-        if (
-            self.last_beat is not None
-            and (h := read_heartbeat(self.path))
-            and h.get("session") != self.session
-        ):
-            raise Taken(
-                f"another process has taken over {self.path} (its last sign of life:"
-                f" {human_time(max(0, time.time() - h.get('time', 0)))} ago); if that is not meant,"
-                " stop it, and run this again"
-            )
-        self.beats += 1
-        if os.path.islink(beat := self.path / "heartbeat.json"):
-            delete(beat)
-        beat.write_bytes(
-            orjson.dumps(
-                dict(
-                    run_id=self.run_id,
-                    session=self.session,
-                    beat=self.beats,
-                    time=time.time(),
-                    seconds=self.beat,
-                    ended=ended,
-                )
-            )
-        )
-        self.last_beat = now
-
-    def _give_up(self):
-        for p in [p for p in self.rejected if lexists(p)]:
-            set_aside(p, "damaged", self.path)  # it must not count as the newest
-        self.rejected.clear()
-        if self.superseded is None:
-            return
-        for s in stores_in(self.path):
-            for c in s.all():
-                if c.step > self.superseded:
-                    set_aside(c.path, "superseded", self.path)
-        if lexists(self.path / "final"):
-            set_aside(self.path / "final", "superseded")
-        self.superseded = None
-
-    def _mirror(self):
-        """Copy run.json, tokenizer, data, metrics and the like: whatever has changed.
-
-        What never changes is listed in mirror.json, last, with its hashes.
-        """
-        small = [
-            f
-            for n in ("run.json", "metrics.jsonl", "run.log", "plots/loss_curve_latest.png")
-            if _is_plain(f := self.run_path / n)
-        ] + sorted(f for f in (self.run_path / "tensorboard").glob("**/*") if _is_plain(f))
-        told = (_json_or(self.run_path / "run.json", None) or {}).get("data", {}).get("places")
-        # not told by older versions
-        places = [
-            "tokenizer",
-            *(
-                [
-                    p
-                    for p in (*told["train"], told["valid"])
-                    if in_folder(p)
-                    and (
-                        (self.run_path / p / "train" / "meta.json").exists()
-                        or not (self.run_path / p).exists()
-                    )
-                ]
-                if told
-                else ("data", "data-valid")
-            ),
-        ]
-        fixed = [
-            f
-            for n in places
-            for f in sorted((self.run_path / n).rglob("*"))
-            if _is_plain(f)
-            and not any(x.startswith(".") for x in f.relative_to(self.run_path).parts)
-        ]
-        if sum(f.stat().st_size for f in fixed) > DATA_LIMIT:
-            fixed = [f for f in fixed if f.parent.name == "tokenizer"]
-        if "mirror.json" not in self.mirrored:
-            self.doing = "copying the tokenizer and the data"
-            there = {
-                k: v
-                for k, v in listed(self.path).items()
-                if _is_plain(self.path / k) and (self.path / k).stat().st_size == v["size"]
-            }
-            entries = {}
-            for f in fixed:
-                name = f.relative_to(self.run_path).as_posix()
-                entries[name] = dict(size=f.stat().st_size, xxh3_128=hash_file(f))
-                if there.get(name) != entries[name]:
-                    self._place(f, name)
-            here = {p for p in places if (self.run_path / p).exists()}
-            # what this machine lacks, and what run.json names until it is replaced
-            entries = {
-                k: v for k, v in there.items() if not here & {p.as_posix() for p in Path(k).parents}
-            } | entries
-            self._replace(
-                "mirror.json",
-                orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2),
-            )
-            self.mirrored["mirror.json"] = entries
-        for f in small:
-            if not _is_plain(f):
-                continue
-            name, s = f.relative_to(self.run_path).as_posix(), f.stat()
-            if self.mirrored.get(name) == (s.st_size, s.st_mtime_ns):
-                continue
-            if name == "run.json":
-                self._replace(name, f.read_bytes())
-            else:
-                self._place(
-                    f, name, append=name in self.mirrored and name.endswith((".jsonl", ".log"))
-                )
-            self.mirrored[name] = s.st_size, s.st_mtime_ns
-        entries = self.mirrored["mirror.json"]
-        # tokens from before a change, which run.json names no more
-        if gone := [k for k in entries if not {*places} & {p.as_posix() for p in Path(k).parents}]:
-            self.mirrored["mirror.json"] = entries = {
-                k: v for k, v in entries.items() if k not in gone
-            }
-            self._replace(
-                "mirror.json",
-                orjson.dumps(dict(run_id=self.run_id, files=entries), option=orjson.OPT_INDENT_2),
-            )
-            for k in gone:
-                delete(self.path / k, self.path)
-
-    def _replace(self, name: str, data: bytes):
-        "Write a small file under a new name first: without it a backup is nobody's."
-        with open_new(self.path / f"{name}.new") as f:
-            write_all(f, data)
-        os.replace(self.path / f"{name}.new", self.path / name)
-        self.confirmed.discard(self.path)
-
-    def _folders(self, target: Path):
-        "Make the folders that a target needs inside of the run's, which is never made anew."
-        for d in reversed(stay_inside(target, self.path).relative_to(self.path).parents[:-1]):
-            no_link(self.path / d).mkdir(exist_ok=True)
-
-    def _place(self, source: Path, name: str, append: bool = False):
-        "Copy a file; one that only grows is continued where that is possible."
-        target = self.path / name
-        self._folders(target)
-        if os.path.islink(target):
-            delete(target)
-        size = target.stat().st_size if append and target.exists() else 0
-        if size > source.stat().st_size:
-            set_aside(target, "old")
-            size = 0  # it has begun anew, and the copy may be all there is of what was before
-        if size == 0:
-            copy_file(source, target)
-            return
-        with open(source, "rb") as f, open(target, "ab", buffering=0) as g:
-            f.seek(size)
-            write_all(g, f.read())
-
-    def _copy(self, group: str):
-        "Copy a save, and read it back."
-        with self.wake:
-            source, target, store = job = self.copying = self.pending[group]
-            self.asked = False
-            self._pin()
-        self.doing = f"copying {source.name}"
-        self._write_status()
-        self._folders(target)
-        old = self._make_way(source, target)
-        if not lexists(target) or self.copy and self.copy.target == target:
-            self.confirmed.discard(target)
-            if not (self.copy and self.copy.target == target):
-                self.copy, self.copied_at = CheckpointCopy(source, target), 0
-            try:
-                self.md5s[target] = self.copy.run()
-            except CheckpointError:
-                self.copy = None
-                raise  # to go on would not help
-            self.copy = None
-        if wrong := problem(target):
-            raise OSError(errno.EIO, f"{target} does not read back as it was written: {wrong}")
-        with self.wake:
-            if self.pending.get(group) == job:
-                del self.pending[group]
-            self.copying = None
-            self._pin()
-        if old and group != "state":
-            discard(old, self.path)
-
-    def _make_way(self, source: Path, target: Path) -> Path | None:
-        """Decide what becomes of what stands where a copy is to go.
-
-        The same copy stays or is continued, what never became whole is deleted, and another whole
-        one is set aside: the place where it is then is returned.
-        """
-        if not lexists(target):
-            return None
-        if os.path.islink(target):
-            delete(target)
-            return None
-        manifest = (source / "MANIFEST.json").read_bytes()
-        same = _is_plain(f := target / "MANIFEST.json") and f.read_bytes() == manifest
-        if self.copy and self.copy.target == target:
-            if self.copy.source == source and self.copy.manifest == manifest:
-                return None  # an error interrupted it
-            self.copy = None
-        wrong = problem(target) if not same or self.failures > 2 else None
-        if not same and wrong is None:
-            # of a course that was given up, or an earlier end
-            return set_aside(target, "superseded", self.path)
-        if wrong and wrong.kind == "unreadable":
-            raise OSError(errno.EIO, f"{target} {wrong}")
-        if wrong:
-            discard(target, self.path)
-        return None
-
-    def _pin(self):
-        jobs = [*self.pending.values(), *([self.copying] if self.copying else [])]
-        self.stores |= {id(store): store for _, _, store in jobs if store}
-        for s in self.stores.values():
-            s.pinned = frozenset(source for source, _, store in jobs if store is s)
-
-    # --- what has arrived ---
-    def state_stores(self) -> list[CheckpointStore]:
-        "Where the states are."
-        return [*stores_in(self.path)[:2]]
-
-    def best_models(self) -> list[Checkpoint]:
-        "The newest last: a course that was given up may have had its best at a later step."
-        return sorted(stores_in(self.path)[2].all(), key=made_later)
-
-    def copies(self) -> list[Checkpoint]:
-        "The states in the backup, by step."
-        return sorted((c for s in self.state_stores() for c in s.all()), key=lambda c: c.step)
-
-    def _whole(self) -> dict[Path, Checkpoint | None]:
-        """Whole directories, with the checkpoint of those that training can go on from.
-
-        The last one stands for run.json, tokenizer and data.
-        """
-        states = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
-        best = {c.path: None for c in self.best_models() if not c.problem}
-        return (
-            states
-            | best
-            | {f: None for f in [self.path / "final"] if problem(f, hashes=False) is None}
-            | {self.path: None}
-        )
-
-    def _unconfirmed(self) -> list[Path]:
-        return [p for p in [*self.seen] if p not in self.confirmed]
-
-    def _ask(self):
-        "Which directories has the server got?"
-        self.seen = self._whole()
-        for p in self._unconfirmed():
-            self.doing = f"waiting for the server to get {p.name}"
-            names = (
-                ["run.json", "mirror.json", *listed(p)]
-                if p == self.path
-                else [*read_json(p / "MANIFEST.json")["files"], "MANIFEST.json"]
-            )
-            answers = [arrived(p / n, self.md5s.get(p, {}).get(n)) for n in names]
-            if any(a is not None for a in answers):
-                self.confirms = True
-            elif self.confirms is None:
-                self.confirms = False
-            if all(a is True for a in answers):
-                self.confirmed.add(p)
-        self.asked = True
-
-    def safe(self) -> list[Checkpoint]:
-        "The states that are in the backup for certain: arrived, or, where nobody tells, copied."
-        return [
-            c
-            for c in self.copies()
-            if not c.problem
-            and c.kind != "light"
-            and (c.path in self.confirmed or not self.confirms)
-        ]
-
-    def _prune(self):
-        "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
-        copies, safe = self.copies(), self.safe()
-        if safe:
-            kept = {c.path for c in safe[-self.keep :]}
-            for c in copies:
-                if (
-                    c.kind != "light"
-                    and c.path not in kept
-                    and c.step < safe[-1].step
-                    and not _may_be_whole(c)
-                ):
-                    discard(c.path, self.path)
-            for folder in ("checkpoints", "snapshots", "best"):
-                for p in entries(self.path / folder):
-                    if ".damaged-" in p.name:
-                        # a copy that did not verify, set aside until another one did
-                        discard(p, self.path)
-        for c in [c for c in copies if c.kind == "light"][: -self.keep]:
-            discard(c.path, self.path)
-        models = self.best_models()
-        best = [
-            c for c in models if c.path in self.confirmed or not c.problem and not self.confirms
-        ]
-        for c in models:
-            if (
-                best
-                and c.path != best[-1].path
-                and (c in best or c.problem and not _may_be_whole(c))
-            ):
-                discard(c.path, self.path)
-
-    # --- the status ---
-    def status(self) -> dict:
-        "What is backed up, and what is not: as far as is known now, without asking the folder."
-        states = {p: c.step for p, c in [*self.seen.items()] if c}
-        last = lambda ps: (
-            dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
-        )
-        pending = self.pending.get("state") or next(iter(self.pending.values()), None)
-        return dict(
-            folder=str(self.path),
-            run_id=self.run_id,
-            time=time.time(),
-            doing=self.lost and "stopped" or self.doing,
-            pending=pending and pending[0].name,
-            copied=last([*states]),
-            confirmed=last([p for p in states if p in self.confirmed]) if self.confirms else None,
-            server_tells=self.confirms,
-            waiting=[p.name for p in self._unconfirmed()] if self.confirms else [],
-            passed_over=self.skipped,
-            failed=self.failed,
-            stopped=self.lost,
-            session=self.session,
-        )
-
-    def _write_status(self):
-        with suppress(OSError):  # the local disk is full: the next one will do
-            write_json(self.run_path / "backup.json", self.status())
+        return self.poll if self.server.waits else self.beat
 
 # %% ../../nbs/run/01_backup.ipynb #725c2c84
 def _interval(heart: dict) -> float:
@@ -1061,7 +1197,160 @@ def _content(path: Path) -> bytes:
     "Of a file of a run, which is neither a link nor a pipe."
     return regular(no_link(path)).read_bytes()
 
-# %% ../../nbs/run/01_backup.ipynb #e3521b4c
+# %% ../../nbs/run/01_backup.ipynb #4bd197b0
+def _clear_signs(backup: Backup):
+    "Delete the signs of a process that copied nothing; a `BackupError` if there are checkpoints."
+    if backup.copies():
+        raise BackupError(
+            f"{backup.path} holds checkpoints, but its run.json has not arrived: wait until Drive"
+            " has it, or pass overwrite=True, which moves that folder aside"
+        )
+    for name in ("heartbeat.json", "mirror.json"):
+        delete(backup.path / name, backup.folder)
+
+# %% ../../nbs/run/01_backup.ipynb #8b9e5872
+def _leave_course(here: Path, attempts: list[dict]):
+    "Set aside the states that the attempts made elsewhere have given up."
+    for c in [c for s in stores_in(here) for c in s.all() if not c.problem]:
+        if given_up(read_json(c.path / "trainer_state.json"), attempts):
+            logger.info(
+                f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and"
+                f" is set aside as {set_aside(c.path, 'superseded')}"
+            )
+    if problem(here, hashes=False) is None and given_up(
+        read_json(here / "trainer_state.json"), attempts
+    ):
+        set_aside(here / "MANIFEST.json", "superseded")  # its state is among those above
+
+
+def _went_on_there(there: Path, here: Path) -> bool:
+    "Has the run gone on elsewhere? A `BackupError` if here as well."
+    theirs, own = (
+        (_json_or(p / "run.json", None) or {}).get("attempts", []) for p in (there, here)
+    )
+    same = next(
+        (i for i, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs))
+    )
+    if same == len(theirs):
+        if (there / "metrics.jsonl").exists() and not (here / "metrics.jsonl").exists():
+            write_file(here / "metrics.jsonl", _content(there / "metrics.jsonl"))
+        return False
+    if same < len(own) and _went_on(here, own, same):
+        raise BackupError(
+            f"{here.name} has gone on here and, in another way, on the machine that wrote"
+            f" {there}: the two cannot be joined, and nothing is overwritten. To go on with"
+            " what is here, pass another gdrive_backup_dir; to go on with what is there, move"
+            f" {here} away"
+        )
+    logger.info(f"{here.name} has gone on elsewhere meanwhile")
+    _leave_course(here, theirs)
+    return True
+
+# %% ../../nbs/run/01_backup.ipynb #e43cf398
+def _groups(there: Path) -> dict[str, dict[str, dict]]:  # Folder → name → size and hash
+    "What mirror.json lists, by folder; a `BackupError` for a name that minigpt would not list."
+    groups = {}
+    for name, want in listed(there).items():
+        if (
+            not in_folder(name)
+            or len(Path(name).parts) < 2
+            or not name.startswith(("tokenizer/", "data"))
+        ):
+            raise BackupError(
+                f"{there}/mirror.json lists {name!r}, which is outside of the tokenizer and the"
+                " data of a run: this is not a backup that minigpt made"
+            )
+        groups.setdefault(Path(name).parts[0], {})[name] = want
+    return groups
+
+
+def _restore_group(there: Path, here: Path, group: str, files: dict[str, dict]):
+    "Bring a folder back; one that is damaged is named, and restoring goes on."
+    if all(
+        (f := here / n).is_file()
+        and f.stat().st_size == want["size"]
+        and hash_file(f) == want["xxh3_128"]
+        for n, want in files.items()
+    ):
+        return
+    try:
+        made = _restored(there, here / f"{group}.restored", group, files)
+    except CheckpointError as e:
+        logger.warning(f"{group}/ is not restored: {e}")
+        return
+    if lexists(here / group):
+        logger.info(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
+    os.rename(made, here / group)
+
+# %% ../../nbs/run/01_backup.ipynb #1abbcd78
+def _restore_tokenizer(backup: Backup):
+    "From the newest checkpoint, where mirror.json had none."
+    there, here = backup.path, backup.run_path
+    if (here / "tokenizer" / "tokenizer.json").exists():
+        return
+    if not (c := newest(backup.state_stores())):
+        raise BackupError(
+            f"{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is"
+            " whole. Wait if files are still arriving; to train anew, choose another"
+            " output_dir, or pass overwrite=True"
+        )
+    with new_dir(here / "tokenizer", replace=True) as d:
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            copy_file(c.path / name, d / name)
+
+
+def _restore_final(there: Path, here: Path, fresh: bool):
+    "Into a folder that is `fresh` to the run, nothing is put over what stands there."
+    if problem(there / "final") is not None:
+        return
+    for name in [*read_json(there / "final" / "MANIFEST.json")["files"], "MANIFEST.json"]:
+        old, new = here / name, there / "final" / name
+        if fresh and lexists(old) and (os.path.islink(old) or hash_file(old) != hash_file(new)):
+            logger.info(f"what stood in {old} is kept as {set_aside(old, 'old')}")
+    delete(made := hidden(here / "final", "tmp"))
+    copy_checkpoint(there / "final", made)
+    if wrong := problem(made):
+        raise BackupError(
+            f"{made} does not read back as it was copied: {wrong}. Make room, and call again"
+        )
+    place_final(here, made)
+
+
+def _restore_best(backup: Backup):
+    "The newest best model that is whole."
+    best = next((c for c in reversed(backup.best_models()) if problem(c.path) is None), None)
+    if best and not (backup.run_path / "best" / best.path.name).exists():
+        try:
+            fetch(backup, best)
+        except CheckpointError as e:
+            logger.warning(f"{best.path} is not restored: {e}")
+
+# %% ../../nbs/run/01_backup.ipynb #c5ab9824
+def _restore_log(there: Path, here: Path):
+    if not (there / "run.log").exists():
+        return
+    known = {*_content(here / "run.log").splitlines()} if (here / "run.log").exists() else set()
+    lines = _content(there / "run.log").splitlines(True)
+    new = [l for l in lines if l.rstrip(b"\r\n") not in known]
+    with open(no_link(here / "run.log"), "ab") as f:
+        f.write(b"".join(new))  # it is open already, for what is said now
+
+
+def _restore_history(there: Path, here: Path, fresh: bool):
+    "Metrics, and `run.json` last: with it the folder is the run's."
+    for name in ("metrics.jsonl", "run.json"):
+        if not (there / name).exists():
+            continue
+        copied = _content(there / name)
+        if (here / name).exists():
+            own = _content(here / name)
+            if name == "metrics.jsonl" and own.startswith(copied):
+                continue
+            if fresh if name == "run.json" else not copied.startswith(own):
+                set_aside(here / name, "old")
+        write_file(here / name, copied)
+
+# %% ../../nbs/run/01_backup.ipynb #297e9eb4
 def restore_run(
     backup: Backup,
 ) -> bool:  # Was there anything to restore?
@@ -1078,139 +1367,27 @@ def restore_run(
             " the folder in which that one is as gdrive_backup_dir"
         )
     id, mine = read_run_id(there), read_run_id(here)
-    if mine is None and not (_json_or(there / "run.json", None) or {}).get("id"):
-        # a process that was killed before it had copied anything: nothing is lost, and its signs
-        # must not stand for another run
-        if not backup.copies():
-            for name in ("heartbeat.json", "mirror.json"):
-                delete(there / name, backup.folder)
-            return False
+    fresh = mine is None
+    if fresh and not (_json_or(there / "run.json", None) or {}).get("id"):
+        _clear_signs(backup)
+        return False
+    if not fresh and id not in (None, mine):
         raise BackupError(
-            f"{there} holds checkpoints, but its run.json has not arrived: wait until Drive has it,"
-            " or pass overwrite=True, which moves that folder aside"
+            f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and"
+            " nothing is overwritten. Choose another output_dir (its name is the folder's name"
+            " in the backup), or another gdrive_backup_dir, or move one of the two away"
         )
-    if mine is not None:
-        if id not in (None, mine):
-            raise BackupError(
-                f"{there} holds the backup of another run (id {id[:8]}; {here} has {mine[:8]}), and"
-                " nothing is overwritten. Choose another output_dir (its name is the folder's name"
-                " in the backup), or another gdrive_backup_dir, or move one of the two away"
-            )
-        theirs, own = (
-            (_json_or(p / "run.json", None) or {}).get("attempts", []) for p in (there, here)
-        )
-        same = next(
-            (i for i, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs))
-        )
-        if same == len(theirs):
-            if (there / "metrics.jsonl").exists() and not (here / "metrics.jsonl").exists():
-                write_file(here / "metrics.jsonl", _content(there / "metrics.jsonl"))
-            return False
-        if same < len(own) and _went_on(here, own, same):
-            raise BackupError(
-                f"{here.name} has gone on here and, in another way, on the machine that wrote"
-                f" {there}: the two cannot be joined, and nothing is overwritten. To go on with"
-                " what is here, pass another gdrive_backup_dir; to go on with what is there, move"
-                f" {here} away"
-            )
-        logger.info(f"{here.name} has gone on elsewhere meanwhile")
-        for c in [c for s in stores_in(here) for c in s.all() if not c.problem]:
-            if given_up(read_json(c.path / "trainer_state.json"), theirs):
-                logger.info(
-                    f"{c.path.parent.name}/{c.path.name} belongs to a course that was given up, and"
-                    f" is set aside as {set_aside(c.path, 'superseded')}"
-                )
-        if problem(here, hashes=False) is None and given_up(
-            read_json(here / "trainer_state.json"), theirs
-        ):
-            set_aside(here / "MANIFEST.json", "superseded")  # its state is among those above
+    if not fresh and not _went_on_there(there, here):
+        return False
     logger.info(f"restoring {here.name} from {backup.folder}")
     here.mkdir(parents=True, exist_ok=True)
-    groups = {}
-    for name, want in listed(there).items():
-        if (
-            not in_folder(name)
-            or len(Path(name).parts) < 2
-            or not name.startswith(("tokenizer/", "data"))
-        ):
-            raise BackupError(
-                f"{there}/mirror.json lists {name!r}, which is outside of the tokenizer and the"
-                " data of a run: this is not a backup that minigpt made"
-            )
-        groups.setdefault(Path(name).parts[0], {})[name] = want
-    for group, files in groups.items():
-        if all(
-            (f := here / n).is_file()
-            and f.stat().st_size == want["size"]
-            and hash_file(f) == want["xxh3_128"]
-            for n, want in files.items()
-        ):
-            continue
-        try:
-            made = _restored(there, here / f"{group}.restored", group, files)
-        except CheckpointError as e:
-            logger.warning(f"{group}/ is not restored: {e}")
-            continue
-        if lexists(here / group):
-            logger.info(f"what stood in {here / group} is kept as {set_aside(here / group, 'old')}")
-        os.rename(made, here / group)
-    # every checkpoint has it as well; and the data can be built again
-    if not (here / "tokenizer" / "tokenizer.json").exists():
-        if not (c := newest(backup.state_stores())):
-            raise BackupError(
-                f"{there} cannot be restored: it has neither its tokenizer nor a checkpoint that is"
-                " whole. Wait if files are still arriving; to train anew, choose another"
-                " output_dir, or pass overwrite=True"
-            )
-        with new_dir(here / "tokenizer", replace=True) as d:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                copy_file(c.path / name, d / name)
-    if problem(there / "final") is None:
-        for name in [*read_json(there / "final" / "MANIFEST.json")["files"], "MANIFEST.json"]:
-            if (
-                mine is None
-                and lexists(here / name)
-                and (
-                    os.path.islink(here / name)
-                    or hash_file(here / name) != hash_file(there / "final" / name)
-                )
-            ):
-                logger.info(
-                    f"what stood in {here / name} is kept as {set_aside(here / name, 'old')}"
-                )
-        delete(made := hidden(here / "final", "tmp"))
-        copy_checkpoint(there / "final", made)
-        if wrong := problem(made):
-            raise BackupError(
-                f"{made} does not read back as it was copied: {wrong}. Make room, and call again"
-            )
-        place_final(here, made)
-    best = next((c for c in reversed(backup.best_models()) if problem(c.path) is None), None)
-    if best and not (here / "best" / best.path.name).exists():
-        try:
-            fetch(backup, best)
-        except CheckpointError as e:
-            logger.warning(f"{best.path} is not restored: {e}")
-    if (there / "run.log").exists():
-        known = {*_content(here / "run.log").splitlines()} if (here / "run.log").exists() else set()
-        new = [
-            l
-            for l in _content(there / "run.log").splitlines(True)
-            if l.rstrip(b"\r\n") not in known
-        ]
-        with open(no_link(here / "run.log"), "ab") as f:
-            f.write(b"".join(new))  # it is open already, for what is said now
-    for name in ("metrics.jsonl", "run.json"):
-        if not (there / name).exists():
-            continue
-        copied = _content(there / name)
-        if (here / name).exists():
-            own = _content(here / name)
-            if name == "metrics.jsonl" and own.startswith(copied):
-                continue
-            if mine is None if name == "run.json" else not copied.startswith(own):
-                set_aside(here / name, "old")
-        write_file(here / name, copied)
+    for group, files in _groups(there).items():
+        _restore_group(there, here, group, files)
+    _restore_tokenizer(backup)
+    _restore_final(there, here, fresh)
+    _restore_best(backup)
+    _restore_log(there, here)
+    _restore_history(there, here, fresh)
     return True
 
 # %% ../../nbs/run/01_backup.ipynb #b44d92a4

@@ -33,9 +33,9 @@ from ..tokenizer.bpe import Tokenizer, load_tokenizer
 # %% ../../nbs/run/04_folder.ipynb #bd5ef333
 ANSWER = 10.0  # Seconds after which a backup's folder counts as hanging
 
-# %% ../../nbs/run/04_folder.ipynb #ae1841e5
-class Run:
-    "What a run's folder says."
+# %% ../../nbs/run/04_folder.ipynb #ef22a266
+class _RunFiles:
+    "What stands in a run's folder."
 
     def __init__(
         self,
@@ -43,12 +43,6 @@ class Run:
     ):
         self.path = at_home(path)
         self.store, self.snapshot_store, self.best_store = stores_in(self.path)
-
-    def __repr__(self):
-        return (
-            f"Run({self.path}, {self.progress}, {len(self.checkpoints)}"
-            f" checkpoint{'s' * (len(self.checkpoints) != 1)})"
-        )
 
     @property
     def facts(self) -> dict:
@@ -91,6 +85,28 @@ class Run:
         "Where the final model is, or will be: the folder itself; of a backup, `final/` in it."
         return self.path / "final" if (self.path / "heartbeat.json").exists() else self.path
 
+# %% ../../nbs/run/04_folder.ipynb #054a474a
+def _backup_words(note) -> str:
+    "What a backup.json says, in words."
+    if not isinstance(note, dict) or not isinstance(note.get("time"), (int, float)):
+        return "backup.json is not one that minigpt writes; it was edited, or damaged"
+    name = lambda k: str(note[k].get("name")) if isinstance(note.get(k), dict) else ""
+    failed = note["failed"].get("reason") if isinstance(note.get("failed"), dict) else None
+    said = [f"backup, {human_time(max(0, time.time() - note['time']))} ago: {note.get('doing')}"]
+    said += [f"{k} {name(k)}" for k in ("copied", "confirmed") if name(k)]
+    if note.get("pending"):
+        said.append(f"waiting for {note['pending']}")
+    if failed:
+        said.append(f"FAILED: {failed}")
+    if note.get("stopped"):
+        said.append(f"STOPPED: {note['stopped']}")
+    unsure = name("copied") and not note.get("server_tells")
+    return ", ".join(said) + " (this folder does not tell what has arrived)" * bool(unsure)
+
+# %% ../../nbs/run/04_folder.ipynb #afebdb93
+class _RunState(_RunFiles):
+    "How far a run is, and what is in its backup."
+
     @property
     def finished(self) -> bool:
         "Has training come to its end, and is the final model whole?"
@@ -110,6 +126,13 @@ class Run:
         if problem(self.final, hashes=False) is None:
             states.append(read_json(self.final / "trainer_state.json")["global_step"])
         return max(states, default=0)
+
+    @property
+    def progress(self) -> str:
+        return (
+            f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,}"
+            f" ({100 * self.step / max(1, self.max_steps):.0f}%)"
+        )
 
     @property
     def backup(self) -> list[Checkpoint]:
@@ -132,34 +155,27 @@ class Run:
     @property
     def backup_said(self) -> str:
         "What the backup said of itself when it last did something; empty where there is none."
-        if not (self.path / "backup.json").exists():
-            return ""
-        b = read_json(self.path / "backup.json")
-        if not isinstance(b, dict) or not isinstance(b.get("time"), (int, float)):
-            return "backup.json is not one that minigpt writes; it was edited, or damaged"
-        name = lambda k: str(b[k].get("name")) if isinstance(b.get(k), dict) else ""
-        failed = b["failed"].get("reason") if isinstance(b.get("failed"), dict) else None
-        said = [
-            f"backup, {human_time(max(0, time.time() - b['time']))} ago: {b.get('doing')}",
-            *(f"{k} {name(k)}" for k in ("copied", "confirmed") if name(k)),
-        ]
-        if b.get("pending"):
-            said.append(f"waiting for {b['pending']}")
-        if failed:
-            said.append(f"FAILED: {failed}")
-        if b.get("stopped"):
-            said.append(f"STOPPED: {b['stopped']}")
-        return ", ".join(said) + (
-            " (this folder does not tell what has arrived)"
-            if name("copied") and not b.get("server_tells")
-            else ""
-        )
+        note = self.path / "backup.json"
+        return _backup_words(read_json(note)) if note.exists() else ""
 
-    @property
-    def progress(self) -> str:
+# %% ../../nbs/run/04_folder.ipynb #6ff5b7b7
+def _model_path(run: _RunState, which: str | None) -> Path | None:
+    "Where `Run.model` looks for the model; None: nothing was saved."
+    if which not in (None, "best"):
+        return run.path / ("snapshots" if which.startswith("snapshot") else "checkpoints") / which
+    if which is None and run.finished:
+        return run.final
+    found = run.best if which else newest([run.store, run.snapshot_store])
+    return found.path if found else None
+
+# %% ../../nbs/run/04_folder.ipynb #82f4d081
+class Run(_RunState):
+    "What a run's folder says."
+
+    def __repr__(self):
         return (
-            f"{'finished, ' if self.finished else ''}step {self.step:,} of {self.max_steps:,}"
-            f" ({100 * self.step / max(1, self.max_steps):.0f}%)"
+            f"Run({self.path}, {self.progress}, {len(self.checkpoints)}"
+            f" checkpoint{'s' * (len(self.checkpoints) != 1)})"
         )
 
     @cached_property
@@ -179,18 +195,7 @@ class Run:
         `which` names a checkpoint, a snapshot (`snapshot-620`) or `best`. By default it is the
         final model or, before there is one, the newest whole checkpoint or snapshot.
         """
-        if which is None:
-            path = (
-                self.final
-                if self.finished
-                else getattr(newest([self.store, self.snapshot_store]), "path", None)
-            )
-        elif which == "best":
-            path = getattr(self.best, "path", None)
-        else:
-            path = (
-                self.path / ("snapshots" if which.startswith("snapshot") else "checkpoints") / which
-            )
+        path = _model_path(self, which)
         if path is None or which and not path.is_dir():
             saved = (
                 ", ".join(c.path.name for c in self.checkpoints + self.snapshots)
@@ -214,9 +219,8 @@ class Run:
         **options,  # max_new_tokens, temperature, top_k, top_p, seed: as for `generate`
     ) -> str:  # The prompt, if it is a text, and what follows
         "Text from the trained model."
-        return (prompt if isinstance(prompt, str) else "") + "".join(
-            self.stream(prompt, which, **options)
-        )
+        text = "".join(self.stream(prompt, which, **options))
+        return prompt + text if isinstance(prompt, str) else text
 
     def plot(self):
         "The loss curve; the same picture as in plots/."

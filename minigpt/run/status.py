@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -77,33 +78,15 @@ def pace(
         else None
     )
 
-# %% ../../nbs/run/05_status.ipynb #366f3d3d
-class Watch:
-    """A run that is looked at again and again.
+# %% ../../nbs/run/05_status.ipynb #7989361d
+class _Parts:
+    "Parts of a whole. One that cannot be read is a problem to show, not the end of all."
 
-    What is cheap is read each time. The run's folders are listed twice a minute, its backup only
-    when asked for, since a mount may be slow or hang.
-    """
+    def __init__(self, path: Path):
+        self.path, self.problems = path, []
 
-    def __init__(
-        self,
-        path: str | Path,  # A run's folder, or its copy in a backup
-        every: float = 30.0,  # Seconds between two listings
-    ):
-        path = self.path = at_home(path)
-        self.mirror = (self.path / "heartbeat.json").exists()  # the copy in a backup
-        # a run that has just been started has no run.json yet
-        self.run = Run(path) if self.mirror or is_held(path) else open_run(path)
-        self.follower, self.every, self.listing, self.listed, self.problems = (
-            Follower(self.path / "metrics.jsonl"),
-            every,
-            {},
-            -math.inf,
-            [],
-        )
-
-    def part(self, name: str, read, otherwise):
-        "A part of the whole. One that cannot be read is a problem to show, not the end of all."
+    def read(self, name: str, read: Callable, otherwise):
+        "What `read` gives, or `otherwise`, and then a problem more."
         try:
             return read()
         except (OSError, ValueError, RuntimeError) as e:
@@ -114,160 +97,62 @@ class Watch:
             self.problems.append(f"{name} is damaged: {type(e).__name__} {e}")
         return otherwise
 
-    def read_facts(self) -> dict:
-        f = self.run.facts
-        return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
 
-    def progress(self) -> dict:
-        "Step, losses, speed and time left, from run.json and metrics.jsonl."
-        self.problems = []
-        self.facts = self.part("run.json", self.read_facts, {})
-        self.follower.read()
-        if self.follower.problem and (self.follower.offset or self.follower.path.exists()):
-            self.problems.append(f"metrics.jsonl: {self.follower.problem}")
-        c, end = self.follower.curves, self.facts.get("max_steps", 0)
-        seconds, (at, held) = pace(c), c("eval_loss")
-        return dict(
-            path=str(self.path),
-            mirror=self.mirror,
-            step=c.step,
-            max_steps=end,
-            seconds_per_step=seconds,
-            seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
-            updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
-            **{
-                k: c.last(k)
-                for k in (
-                    "epoch",
-                    "loss",
-                    "eval_loss",
-                    "lr",
-                    "grad_norm",
-                    "tokens",
-                    "tokens_per_second",
-                    "resting",
-                    "memory",
-                    "memory_reserved",
-                )
-            },
-            best_loss=float(held.min()) if len(held) else None,
-            best_step=int(at[held.argmin()]) if len(held) else None,
-            sample=c.sample and c.sample["sample"],
-            attempt=len(self.facts.get("attempts", ())),
-        )
+def _read_facts(run: Run) -> dict:
+    "The content of run.json, as far as it is needed here in one form."
+    f = run.facts
+    return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
 
-    def status(self, fresh: bool = False) -> dict:
-        "All of it; `fresh` lists the backup too, and the folders even if that was just done."
-        s = self.progress()
-        alive, sign = self.part(".lock", lambda: _alive(self.path), (False, ""))
-        if (
-            fresh
-            or time.monotonic() - self.listed > self.every
-            or alive != self.listing["training"]
-        ):
-            self.listing, self.listed = self.look(alive, fresh), time.monotonic()
-        state = (
-            "finished"
-            if self.listing["finished"] and not alive
-            else "stopped"
-            if not alive
-            else "training"
-            if s["updated"]
-            else "starting"
-        )
-        return dict(
-            s,
-            **self.listing,
-            state=state,
-            sign=sign,
-            backup=self.part("backup.json", lambda: self.run.backup_said, ""),
-            troubles=read_log(self.path / "run.log", 5, troubles=True),
-            resume=self.resume(),
-            problems=[*self.problems, *self.listing["unread"]],
-        )
+# %% ../../nbs/run/05_status.ipynb #48e3472e
+_CURVES = (
+    "epoch",
+    "loss",
+    "eval_loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "resting",
+    "memory",
+    "memory_reserved",
+)
 
-    def look(self, training: bool, backup: bool) -> dict:
-        "What is saved, and the space it takes."
-        before, self.problems, run = self.problems, [], self.run
-        here = [
-            (name, store.all)
-            for name, store in dict(
-                checkpoints=run.store, snapshots=run.snapshot_store, best=run.best_store
-            ).items()
-        ]
-        there = (
-            [("backup", lambda: run.backup)] if backup and self.facts and not self.mirror else []
-        )
-        listed = [(name, c) for name, all in here + there for c in self.part(name, all, [])]
-        found = [
-            dict(
-                where="backup" if self.mirror or name == "backup" else "run",
-                name=c.path.name,
-                step=c.step,
-                kind=c.kind,
-                time=c.time,
-                size=c.size,
-                problem=c.problem and str(c.problem),
-            )
-            for name, c in listed
-        ]
-        out = dict(
-            training=training,
-            finished=bool(self.facts) and self.part("final model", lambda: run.finished, False),
-            safe_step=self.part("checkpoints", lambda: run.step, 0),
-            checkpoints=found,
-            size=dir_size(self.path),
-            free=self.part("disk", lambda: free_space(self.path), 0),
-            storage=self.part("storage", self.storage, []) if self.facts else [],
-            **_state_sizes(
-                self.facts, [c for name, c in listed if name in ("checkpoints", "snapshots")]
-            ),
-        )
-        out["unread"], self.problems = self.problems, before
-        return out
 
-    def storage(self) -> list[Note]:
-        "What the run takes now and will take at its end, against what is free."
-        cfg, n = (
-            TrainConfig.make(
-                {
-                    k: v
-                    for k, v in self.facts["train"].items()
-                    if k in TrainConfig.__dataclass_fields__
-                }
-            ),
-            self.facts.get("saved_params") or shape_from_dict(self.facts["model"]).n_params,
-        )
-        # older versions did not say
-        saves = self.facts.get("saves") or -(-self.facts["max_steps"] // cfg.save_steps)
-        free, there = (
-            free_space(self.path),
-            sum(dir_size(self.path / d) for d in ("checkpoints", "snapshots", "best")),
-        )
-        if self.mirror:
-            return [
-                replace(l, text=l.text.replace("in the backup:", "here:"))
-                for l in storage_plan(
-                    cfg, n, saves, sys.maxsize, free, 0, there + dir_size(self.path / "final")
-                )[1:]
-            ]
-        folder = cfg.gdrive_backup_dir
-        # Drive's cache is on this disk as well
-        cache = cfg.backup_keep_last * checkpoint_size(n) if folder and drive_mount(folder) else 0
-        return storage_plan(cfg, n, saves, free - cache, there=there)
+def _progress(c: Curves, end: int) -> dict:
+    "Step, losses, speed and time left; `end`: the last step, or 0."
+    seconds, (at, held) = pace(c), c("eval_loss")
+    return dict(
+        step=c.step,
+        max_steps=end,
+        seconds_per_step=seconds,
+        seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
+        updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
+        **{k: c.last(k) for k in _CURVES},
+        best_loss=float(held.min()) if len(held) else None,
+        best_step=int(at[held.argmin()]) if len(held) else None,
+        sample=c.sample and c.sample["sample"],
+    )
 
-    def resume(self) -> dict:
-        "The run and the options for `minigpt.train.resume`."
-        return (
-            dict(
-                run=f"runs/{self.path.resolve().name}",
-                gdrive_backup_dir=str(self.path.resolve().parent),
-            )
-            if self.mirror
-            else dict(run=str(self.path))
-        )
+# %% ../../nbs/run/05_status.ipynb #6f7707e9
+def _storage(path: Path, facts: dict, mirror: bool) -> list[Note]:
+    "What the run takes now and will take at its end, against what is free."
+    known = TrainConfig.__dataclass_fields__
+    cfg = TrainConfig.make({k: v for k, v in facts["train"].items() if k in known})
+    n = facts.get("saved_params") or shape_from_dict(facts["model"]).n_params
+    # older versions did not say
+    saves = facts.get("saves") or -(-facts["max_steps"] // cfg.save_steps)
+    free = free_space(path)
+    there = sum(dir_size(path / d) for d in ("checkpoints", "snapshots", "best"))
+    if mirror:
+        there += dir_size(path / "final")
+        plan = storage_plan(cfg, n, saves, sys.maxsize, free, 0, there)[1:]
+        return [replace(l, text=l.text.replace("in the backup:", "here:")) for l in plan]
+    folder = cfg.gdrive_backup_dir
+    # Drive's cache is on this disk as well
+    cache = cfg.backup_keep_last * checkpoint_size(n) if folder and drive_mount(folder) else 0
+    return storage_plan(cfg, n, saves, free - cache, there=there)
 
-# %% ../../nbs/run/05_status.ipynb #7142a1b6
+# %% ../../nbs/run/05_status.ipynb #38e29908
 def _state_sizes(facts: dict, states: list) -> dict:
     """Bytes of the weights and of the optimizer, as the newest whole state has them.
 
@@ -289,7 +174,112 @@ def _state_sizes(facts: dict, states: list) -> dict:
         optimizer_size=bytes_of("optimizer.safetensors"),
     )
 
+# %% ../../nbs/run/05_status.ipynb #5d513338
+def _list_run(run: Run, facts: dict, mirror: bool, training: bool, backup: bool) -> dict:
+    "What is saved, and the space it takes; `unread`: what could not be read."
+    parts = _Parts(run.path)
+    stores = dict(
+        checkpoints=run.store.all, snapshots=run.snapshot_store.all, best=run.best_store.all
+    )
+    if backup and facts and not mirror:
+        stores["backup"] = lambda: run.backup
+    listed = [(name, c) for name, all in stores.items() for c in parts.read(name, all, [])]
+    states = [c for name, c in listed if name in ("checkpoints", "snapshots")]
+    found = [
+        dict(
+            where="backup" if mirror or name == "backup" else "run",
+            name=c.path.name,
+            step=c.step,
+            kind=c.kind,
+            time=c.time,
+            size=c.size,
+            problem=c.problem and str(c.problem),
+        )
+        for name, c in listed
+    ]
+    storage = lambda: _storage(run.path, facts, mirror)
+    return dict(
+        training=training,
+        finished=bool(facts) and parts.read("final model", lambda: run.finished, False),
+        safe_step=parts.read("checkpoints", lambda: run.step, 0),
+        checkpoints=found,
+        size=dir_size(run.path),
+        free=parts.read("disk", lambda: free_space(run.path), 0),
+        storage=parts.read("storage", storage, []) if facts else [],
+        **_state_sizes(facts, states),
+        unread=parts.problems,
+    )
 
+# %% ../../nbs/run/05_status.ipynb #109bab1d
+def _state(training: bool, finished: bool, logged: bool) -> str:
+    "The state of a run in a word; `logged`: has it written metrics?"
+    if training:
+        return "training" if logged else "starting"
+    return "finished" if finished else "stopped"
+
+
+def _resume_options(path: Path, mirror: bool) -> dict:
+    "The run and the options for `minigpt.train.resume`."
+    if not mirror:
+        return dict(run=str(path))
+    path = path.resolve()
+    return dict(run=f"runs/{path.name}", gdrive_backup_dir=str(path.parent))
+
+# %% ../../nbs/run/05_status.ipynb #40538874
+class Watch:
+    """A run that is looked at again and again.
+
+    What is cheap is read each time. The run's folders are listed twice a minute, its backup only
+    when asked for, since a mount may be slow or hang.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,  # A run's folder, or its copy in a backup
+        every: float = 30.0,  # Seconds between two listings
+    ):
+        path = self.path = at_home(path)
+        self.mirror = (path / "heartbeat.json").exists()  # the copy in a backup
+        # a run that has just been started has no run.json yet
+        self.run = Run(path) if self.mirror or is_held(path) else open_run(path)
+        self.follower = Follower(path / "metrics.jsonl")
+        self.every, self.listing, self.listed = every, {}, -math.inf
+        self.parts, self.facts = _Parts(path), {}
+
+    def progress(self) -> dict:
+        "Step, losses, speed and time left, from run.json and metrics.jsonl."
+        self.parts = _Parts(self.path)
+        self.facts = self.parts.read("run.json", lambda: _read_facts(self.run), {})
+        self.follower.read()
+        if self.follower.problem and (self.follower.offset or self.follower.path.exists()):
+            self.parts.problems.append(f"metrics.jsonl: {self.follower.problem}")
+        return dict(
+            path=str(self.path),
+            mirror=self.mirror,
+            **_progress(self.follower.curves, self.facts.get("max_steps", 0)),
+            attempt=len(self.facts.get("attempts", ())),
+        )
+
+    def status(self, fresh: bool = False) -> dict:
+        "All of it; `fresh` lists the backup too, and the folders even if that was just done."
+        s, read = self.progress(), self.parts.read
+        alive, sign = read(".lock", lambda: _alive(self.path), (False, ""))
+        old = time.monotonic() - self.listed > self.every
+        if fresh or old or alive != self.listing["training"]:
+            self.listing = _list_run(self.run, self.facts, self.mirror, alive, fresh)
+            self.listed = time.monotonic()
+        return dict(
+            s,
+            **self.listing,
+            state=_state(alive, self.listing["finished"], s["updated"] is not None),
+            sign=sign,
+            backup=read("backup.json", lambda: self.run.backup_said, ""),
+            troubles=read_log(self.path / "run.log", 5, troubles=True),
+            resume=_resume_options(self.path, self.mirror),
+            problems=[*self.parts.problems, *self.listing["unread"]],
+        )
+
+# %% ../../nbs/run/05_status.ipynb #a87ea733
 def run_status(
     path: str | Path,  # A run's folder, or its copy in a backup
 ) -> dict:  # As printed below

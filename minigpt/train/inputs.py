@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -391,64 +392,87 @@ def refuse(folder: Path, field: str, was, now, hint: str = ""):
         " pass overwrite=True, which moves the old run aside"
     )
 
-# %% ../../nbs/train/06_inputs.ipynb #8103ddef
-def _same_source(
-    folder: Path,
-    place: Path,
-    source,
-    cfg: TrainConfig,
-    override: tuple[str, ...],
-    decided: dict[str, str],
-) -> tuple[TokenSet, TokenSet | None]:
-    "The run's token set, if `source` is still what it was built from."
-    train, valid = open_tokenset(place)
-    was = train.meta
+# %% ../../nbs/train/06_inputs.ipynb #60c513cc
+@dataclass(frozen=True)
+class _Call:
+    "What `fit` was asked to read, and the run that goes on with it."
+
+    folder: Path  # The run's
+    known: dict | None  # Its run.json, if it is to go on
+    train: object  # As in the call
+    valid: object
+    cfg: TrainConfig
+    override: tuple[str, ...]  # Fields that may differ
+    decided: dict[str, str]  # What names stand for: of `meanings`
+
+    @property
+    def same_data(self) -> bool:
+        "Must the data be those of the run?"
+        return bool(self.known) and "data" not in self.override
+
+    @property
+    def anew(self) -> bool:
+        "Are the run's tokens to be built again?"
+        return bool({"data", "validation_split"} & {*self.override})
+
+# %% ../../nbs/train/06_inputs.ipynb #c945fd32
+def _same_reading(call: _Call, was: dict):
+    "Refuse options that make other tokens than those that `was`, their facts, tells of."
+    folder, cfg, options = call.folder, call.cfg, was["options"]
     for k, usual in dict(data_subset=1.0, max_data_size=0, encoding="").items():
-        if (old := was["options"].get(k, usual)) != getattr(cfg, k):
+        if (old := options.get(k, usual)) != getattr(cfg, k):
             refuse(folder, k, old, getattr(cfg, k))
-    if (old := was["options"].get("columns")) != cfg.column_names:
+    if (old := options.get("columns")) != cfg.column_names:
         refuse(folder, "columns", old, cfg.column_names)
     if (old := was.get("long_rows", cfg.long_rows)) != cfg.long_rows:
         refuse(folder, "long_rows", old, cfg.long_rows)
     for note in read_again(was, cfg.on_bad_row):
         _log(note)
-    if (old := was["options"].get("format") == "lines") != cfg.line_by_line:
+    if (old := options.get("format") == "lines") != cfg.line_by_line:
         refuse(folder, "line_by_line", old, cfg.line_by_line)
-    if "validation_split" not in override and was["options"]["validation_split"] not in (
-        0.0,
-        cfg.validation_split,
-    ):
-        refuse(folder, "validation_split", was["options"]["validation_split"], cfg.validation_split)
+    old = options["validation_split"]
+    if "validation_split" not in call.override and old not in (0.0, cfg.validation_split):
+        refuse(folder, "validation_split", old, cfg.validation_split)
+
+# %% ../../nbs/train/06_inputs.ipynb #c9a9e512
+def _facts_now(call: _Call, place: Path, source, then: list[dict]) -> list[dict] | None:
+    "Facts of the files that are meant today, which were `then` when the run began. None: gone."
+    folder, decided = call.folder, call.decided
     if (
         meaning(source, decided, folder) == CORPUS
-        and was["sources"][0]["path"].replace("\\", "/").endswith(f"data-source/{source}.jsonl")
+        and then[0]["path"].replace("\\", "/").endswith(f"data-source/{source}.jsonl")
         and not (folder / "data-source" / f"{source}.jsonl").exists()
     ):
-        # a built-in corpus may change with the package; the tokens are the run's
-        return train, valid
+        return None
     try:
-        now = source_facts(
-            (
-                data_files(named.data_path)
-                if (named := _named(source, decided, folder))
-                else source_files(source, folder, decided, encoding=cfg.encoding)[0]
-            ),
-            was["sources"],
+        files = (
+            data_files(named.data_path)
+            if (named := _named(source, decided, folder))
+            else source_files(source, folder, decided, encoding=call.cfg.encoding)[0]
         )
-    except (FileNotFoundError, ValueError) as e:
-        if isinstance(e, DataError):
-            raise
+        return source_facts(files, then)
+    except DataError:
+        raise
+    except (FileNotFoundError, ValueError):
         logger.info(
             f"{getattr(source, 'name', source)} is not here any more: training goes on with the"
             f" token set in {place}"
         )
-        return train, valid
+        return None
+
+
+def _same_source(call: _Call, place: Path, source) -> tuple[TokenSet, TokenSet | None]:
+    "The run's token set, if `source` is still what it was built from."
+    train, valid = open_tokenset(place)
+    _same_reading(call, train.meta)
+    then = train.meta["sources"]
+    now = _facts_now(call, place, source, then)
     hashes = lambda facts: " ".join(s["xxh3"][:8] for s in facts)
-    if hashes(was["sources"]) != hashes(now):
+    if now is not None and hashes(then) != hashes(now):
         refuse(
-            folder,
+            call.folder,
             "data",
-            f"{was['sources'][0]['path']} ({hashes(was['sources'])})",
+            f"{then[0]['path']} ({hashes(then)})",
             f"{now[0]['path']} ({hashes(now)})",
             ": the content is another",
         )
@@ -470,6 +494,75 @@ def _learn_tokenizer(files: list[Path], cfg: TrainConfig) -> Tokenizer:
     )
     logger.info(f"vocabulary: {tok.vocab_size:,} tokens")
     return tok
+
+# %% ../../nbs/train/06_inputs.ipynb #e16aa307
+def _given_tokenizer(tokenizer) -> Tokenizer | None:
+    "The caller's, loaded."
+    given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if given is not None and not isinstance(given, Tokenizer):
+        raise TypeError(
+            f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a"
+            " tokenizer.json (another library's save_pretrained writes one)"
+        )
+    return given
+
+
+def _find_tokenizer(call: _Call, given: Tokenizer | None) -> Tokenizer | None:
+    "The run's, the caller's, or one that is ready; None: it is to be learned from the texts."
+    known, tok = call.known, given
+    if known:
+        tok = _own_tokenizer(call.folder, known["identity"].get("tokenizer"))
+        tok.rules = known["identity"].get("rules", 1)  # the run goes on as it was begun
+    if given and call.cfg.retrain_tokenizer:
+        raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
+    if given and given.hash != tok.hash:
+        refuse(call.folder, "tokenizer", tok.hash, given.hash)
+    return _ready_tokenizer(call) if tok is None else tok
+
+
+def _ready_tokenizer(call: _Call) -> Tokenizer | None:
+    "The one that stands beside the registered data sets, where one of them is read."
+    sources = _parts(call.train)
+    if any(_is_set(s) for s in sources):
+        raise ValueError(
+            "train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it"
+            " was built with"
+        )
+    if (
+        any(_named(s, call.decided, call.folder) for s in sources)
+        and (ready := data_dir() / "tokenizer").exists()
+        and not call.cfg.retrain_tokenizer
+    ):
+        tok = load_tokenizer(ready)
+        logger.info(
+            f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
+            " trains another"
+        )
+        return tok
+    return None
+
+# %% ../../nbs/train/06_inputs.ipynb #28629534
+def _check_special(call: _Call, tok: Tokenizer, given: Tokenizer | None, of_model: bool):
+    "Refuse special tokens that the tokenizer lacks."
+    missing = [t for t in call.cfg.special_tokens.split() if tok.id(t) is None]
+    if not missing:
+        return
+    if call.known:
+        raise ValueError(
+            f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {call.folder},"
+            " which the run keeps; leave special_tokens out, or choose a new output_dir"
+        )
+    if of_model:
+        way_out = (
+            "it is the tokenizer that the model was trained with, so leave special_tokens out, or"
+            " pass retrain_tokenizer=True, which trains another, for which the weights have learned"
+            " nothing"
+        )
+    elif given:
+        way_out = "leave tokenizer out, and one is trained that has it"
+    else:
+        way_out = "pass retrain_tokenizer=True, and one is trained that has it"
+    raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {way_out}")
 
 # %% ../../nbs/train/06_inputs.ipynb #a08d0dcc
 def _n_parts(source) -> int:
@@ -545,12 +638,16 @@ def _own_tokenizer(folder: Path, wanted: str) -> Tokenizer:
                 return tok
         raise
 
+# %% ../../nbs/train/06_inputs.ipynb #b81d4e46
+def _has_tokens(place: Path) -> bool:
+    return (place / "train" / "meta.json").exists()
+
 
 def _damage(place: Path) -> str | None:
     """What is wrong with a run's token set, if there is one.
 
     What cannot be read at this moment is an error, and may be whole."""
-    if not (place / "train" / "meta.json").exists():
+    if not _has_tokens(place):
         return None
     try:
         return next(
@@ -570,36 +667,97 @@ def _rebuild(place: Path, wrong: str):
         f"damaged tokens: {wrong}. They are kept as {set_aside(place, 'damaged')}, and built again"
     )
 
-# %% ../../nbs/train/06_inputs.ipynb #3b28dc97
-def _how_read(known: dict | None, cfg: TrainConfig) -> dict:
-    "Options of `build_tokenset`. A run of an older version cuts long rows, and goes on doing so."
-    return dict(
+# %% ../../nbs/train/06_inputs.ipynb #0194c431
+@dataclass(frozen=True)
+class _Part:
+    "One of the data sets that are trained on, and what the run has of it."
+
+    source: object  # As in the call
+    weight: float | None  # In the mixture
+    place: Path  # Of the run's tokens
+    new: Path  # Of tokens that are built now
+    wrong: str | None  # What is damaged in `place`
+    here: bool  # Are the tokens in `place` whole?
+
+
+def _look(call: _Call) -> list[_Part]:
+    "The parts of the training data as they stand."
+    mixed = isinstance(call.train, Mix)
+    parts = call.train.parts if mixed else ((call.train, None),)
+    usual = _usual(len(parts) * mixed)
+    stand = token_places(call.known)["train"][: len(parts)]
+    looked = []
+    for (source, weight), (was, new) in zip(parts, zip_longest(stand, usual)):
+        place = call.folder / (was or new)
+        wrong = _damage(place) if call.known else None
+        here = bool(call.known) and not wrong and _has_tokens(place)
+        looked.append(_Part(source, weight, place, call.folder / new, wrong, here))
+    return looked
+
+# %% ../../nbs/train/06_inputs.ipynb #0971ac78
+# files, and their format where it is known; None: the tokens are enough
+_Texts = tuple[list[Path], str | None] | None
+
+
+def _find_texts(call: _Call, parts: list[_Part]) -> list[_Texts]:
+    "What is to be read of each part."
+    try:
+        return [
+            None
+            if _is_set(p.source) or p.here and not call.anew
+            else source_files(
+                p.source, call.folder, call.decided, say=logger.warning, encoding=call.cfg.encoding
+            )
+            for p in parts
+        ]
+    except FileNotFoundError as e:
+        if not call.same_data:
+            raise
+        why = "The tokens of the run are not here either, so they"
+        if all(p.here for p in parts):
+            why = "To hold out another share, the tokens"
+        raise FileNotFoundError(
+            f"{e}. {why} must be built again: bring the text that it was trained on,"
+            f" {call.known['data']['source']}"
+        ) from None
+
+# %% ../../nbs/train/06_inputs.ipynb #9645cefd
+def _build(
+    call: _Call, texts: _Texts, tok: Tokenizer, place: Path, validation_split: float, **share
+) -> tuple[TokenSet, TokenSet | None]:
+    "Tokens of texts; `share`: which part of the rows, as for `build_tokenset`."
+    cfg, (files, form) = call.cfg, texts
+    return build_tokenset(
+        files,
+        tok,
+        place,
+        validation_split,
+        cfg.on_bad_row,
+        progress=cfg.progress,
+        format="lines" if cfg.line_by_line else form,
+        say=_log,
+        keep=True,
         encoding=cfg.encoding,
         columns=cfg.column_names,
-        long_rows=cfg.long_rows if not known or "long_rows" in known["train"] else None,
+        long_rows=cfg.long_rows if not call.known or "long_rows" in call.known["train"] else None,
+        **share,
     )
 
-
-def _open_valid(
-    folder: Path,
-    known: dict | None,
-    valid,
-    tok: Tokenizer,
-    cfg: TrainConfig,
-    decided: dict[str, str],
-) -> TokenSet:
+# %% ../../nbs/train/06_inputs.ipynb #bd1cc673
+def _open_valid(call: _Call, tok: Tokenizer) -> TokenSet:
     "A validation set of the caller's own."
+    folder, known, valid = call.folder, call.known, call.valid
     if isinstance(valid, Mix):
         raise ValueError(
             "valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets"
         )
     place = folder / (token_places(known)["valid"] or "data-valid")
     try:
-        files, form = source_files(
-            valid, folder, decided, say=logger.warning, encoding=cfg.encoding
+        texts = source_files(
+            valid, folder, call.decided, say=logger.warning, encoding=call.cfg.encoding
         )
     except (FileNotFoundError, ValueError):
-        if not known or not (place / "train" / "meta.json").exists():
+        if not known or not _has_tokens(place):
             raise
         logger.info(
             f"{valid} is not here any more: validation goes on with the token set in {place}"
@@ -607,18 +765,7 @@ def _open_valid(
         return open_tokenset(place)[0]
     if known and (wrong := _damage(place)):
         _rebuild(place, wrong)
-    return build_tokenset(
-        files,
-        tok,
-        folder / "data-valid",
-        0.0,
-        cfg.on_bad_row,
-        progress=cfg.progress,
-        format="lines" if cfg.line_by_line else form,
-        say=_log,
-        keep=True,
-        **_how_read(known, cfg),
-    )[0]
+    return _build(call, texts, tok, folder / "data-valid", 0.0)[0]
 
 # %% ../../nbs/train/06_inputs.ipynb #1639b0ca
 def _same_options(source: TokenSet | Mixture, cfg: TrainConfig):
@@ -659,7 +806,155 @@ def _older_tokens(data: TokenSet, tok: Tokenizer):
         f" adds to each ({added}); build it again with minigpt.data.build_tokenset"
     )
 
-# %% ../../nbs/train/06_inputs.ipynb #e93c497c
+# %% ../../nbs/train/06_inputs.ipynb #7175ff07
+def _check_set(call: _Call, source: TokenSet | Mixture, tok: Tokenizer):
+    "Refuse a token set of the caller's that does not fit."
+    sets = getattr(source, "sets", [source])
+    if spoilt := [d for d in sets if d.damaged()]:
+        raise DataError(
+            f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged."
+            " Build it again with minigpt.data.build_tokenset"
+        )
+    if source.meta["tokenizer"] != tok.hash:
+        raise ValueError(
+            f"the token set {source.path} was built with tokenizer {source.meta['tokenizer']}, and"
+            f" this run's is {tok.hash}; build it again with minigpt.data.build_tokenset"
+        )
+    _same_options(source, call.cfg)
+    if not call.known and (older := [d for d in sets if not same_rules(d.meta, tok)]):
+        _older_tokens(older[0], tok)
+
+# %% ../../nbs/train/06_inputs.ipynb #08875bdd
+def _open_part(
+    call: _Call, part: _Part, texts: _Texts, tok: Tokenizer
+) -> tuple[TokenSet | Mixture, TokenSet | None]:
+    "The tokens of a part, and of what is held out of it."
+    if _is_set(part.source):
+        _check_set(call, part.source, tok)
+        return part.source, None
+    if part.here and call.same_data:
+        own = _same_source(call, part.place, part.source)
+        if not call.anew:
+            return own
+    cfg = call.cfg
+    share = dict(data_subset=cfg.data_subset, max_data_size=cfg.max_data_size)
+    split = cfg.validation_split if call.valid is None else 0.0
+    built = _build(call, texts, tok, part.new, split, **share)
+    if call.known and (at := built[0].path.parent) != part.place:
+        logger.info(f"these tokens are in {at}")
+    return built
+
+# %% ../../nbs/train/06_inputs.ipynb #f9dc66b1
+def _check_named(call: _Call):
+    "Say what is read, and refuse another number of data sets."
+    for line in what_is_read("training data", call.train, call.decided, call.folder) + what_is_read(
+        "validation data", call.valid, call.decided, call.folder
+    ):
+        logger.info(line)
+    if call.same_data and not _is_set(call.train):
+        was, now = call.known["data"]["source"], source_to_json(call.train)
+        if (a := _n_parts(was)) != (b := _n_parts(now)):
+            refuse(call.folder, "data", was, now, f": {a} data sets, and now {b}")
+
+# %% ../../nbs/train/06_inputs.ipynb #5b611534
+def _join(
+    call: _Call, opened: list[tuple[TokenSet | Mixture, TokenSet | None]]
+) -> tuple[TokenSet | Mixture, TokenSet | Mixture | None]:
+    "The training data, and what is held out of them."
+    if not isinstance(call.train, Mix):
+        return opened[0]
+    weights = [
+        w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(call.train.parts, opened)
+    ]
+    _check_weights(call, weights)
+    data = Mixture([(d, w) for (d, _), w in zip(opened, weights)])
+    held_out = [
+        (v, w)
+        for (_, v), w in zip(opened, weights)
+        if v is not None and v.n_windows(call.cfg.max_seq_len)
+    ]
+    return data, Mixture(held_out) if held_out else None
+
+
+def _check_weights(call: _Call, weights: list[float]):
+    "Refuse other shares than those of the run."
+    if not call.same_data or not isinstance(source := call.known["data"]["source"], dict):
+        return
+    was = [w for _, w in source["mix"]]
+    if None not in was and any(
+        abs(a / sum(was) - b / sum(weights)) > 1e-6 for a, b in zip(was, weights)
+    ):
+        refuse(
+            call.folder,
+            "data",
+            f"a mixture with the weights {was}",
+            f"one with the weights {weights}",
+        )
+
+# %% ../../nbs/train/06_inputs.ipynb #1df9d6e8
+def _check_tokens(call: _Call, parts: list[_Part], data: TokenSet | Mixture):
+    "Refuse tokens that were built again and are others."
+    missing = [p.place for p in parts if not p.here]
+    if not call.same_data or not missing or _is_set(call.train):
+        return
+    if data.fingerprint != (was := call.known["identity"]["data"]):
+        for place in missing:
+            if _has_tokens(place):
+                set_aside(place, "refused")
+        refuse(call.folder, "data", was, data.fingerprint, " (fingerprints of the tokens)")
+
+# %% ../../nbs/train/06_inputs.ipynb #dc5e7b89
+def _inside(call: _Call, data: TokenSet) -> str:
+    "Where a token set of the run's own is, below its folder."
+    return data.path.parent.relative_to(call.folder).as_posix()
+
+
+def _no_share(data: TokenSet | Mixture) -> str:
+    "Why nothing is held out."
+    sets = getattr(data, "sets", [data])
+    if all(getattr(d, "meta", {}).get("options", {}).get("validation_split") for d in sets):
+        return "too few texts were held out"
+    return (
+        "the run's tokens were made with validation_split=0; override='validation_split' holds"
+        " some out"
+    )
+
+
+def _validation(
+    call: _Call, tok: Tokenizer, data: TokenSet | Mixture, held_out: TokenSet | Mixture | None
+) -> tuple[TokenSet | Mixture | None, str | None]:
+    "What to validate on, and where it is if it was read from files of the caller's own."
+    valid, own, cfg = call.valid, None, call.cfg
+    if valid is None and not _is_set(call.train):
+        valid = held_out
+        if valid is None and cfg.validation_split:
+            logger.info(f"no validation: {_no_share(data)}; there is no validation loss")
+    elif valid is not None and not _is_set(valid):
+        valid = _open_valid(call, tok)
+        own = _inside(call, valid)
+    if valid is not None and not valid.n_windows(cfg.max_seq_len):
+        logger.warning(
+            "no validation: in no row held out does an answer end within"
+            f" max_seq_len={cfg.max_seq_len}; there is no validation loss"
+        )
+        valid = None
+    return valid, own
+
+# %% ../../nbs/train/06_inputs.ipynb #65f72801
+def _keep_tokenizer(call: _Call, tok: Tokenizer):
+    "Write the tokenizer into the run's folder, unless it is there."
+    place = call.folder / "tokenizer"
+    if not call.known and place.exists():
+        try:
+            same = load_tokenizer(place).hash == tok.hash
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            logger.info(f"what stood in {place} is kept as {set_aside(place, 'old')}")
+    if not (place / "tokenizer.json").exists():
+        tok.save(place)
+
+# %% ../../nbs/train/06_inputs.ipynb #1e661a63
 def open_source(
     folder: Path,  # The run's
     known: dict | None,  # Its run.json, if it is to go on
@@ -674,238 +969,27 @@ def open_source(
     """Everything that `fit` reads, in the run's folder.
 
     The tokenizer, the training and the validation set, and where these are."""
-    decided = (
-        meanings((train, valid), None if "data" in override else known, folder)
-        if decided is None
-        else decided
-    )
-    for line in what_is_read("training data", train, decided, folder) + what_is_read(
-        "validation data", valid, decided, folder
-    ):
-        logger.info(line)
-    if (
-        known
-        and not _is_set(train)
-        and "data" not in override
-        and (a := _n_parts(known["data"]["source"])) != (b := _n_parts(source_to_json(train)))
-    ):
-        refuse(
-            folder,
-            "data",
-            known["data"]["source"],
-            source_to_json(train),
-            f": {a} data sets, and now {b}",
-        )
-    given = load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
-    if given is not None and not isinstance(given, Tokenizer):
-        raise TypeError(
-            f"tokenizer={given!r:.80} must be a minigpt.tokenizer.Tokenizer, or a directory with a"
-            " tokenizer.json (another library's save_pretrained writes one)"
-        )
-    tok = _own_tokenizer(folder, known["identity"].get("tokenizer")) if known else given
-    if known:
-        tok.rules = known["identity"].get("rules", 1)  # the run goes on as it was begun
-    if given and cfg.retrain_tokenizer:
-        raise ValueError("retrain_tokenizer=True and tokenizer= exclude each other; leave one out")
-    if given and given.hash != tok.hash:
-        refuse(folder, "tokenizer", tok.hash, given.hash)
-    parts = train.parts if isinstance(train, Mix) else ((train, None),)
-    usual = [folder / p for p in _usual(len(parts) * isinstance(train, Mix))]
-    places = [
-        folder / was if was else place
-        for was, place in zip_longest(token_places(known)["train"][: len(parts)], usual)
-    ]
-    if tok is None and any(_is_set(s) for s, _ in parts):
-        raise ValueError(
-            "train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it"
-            " was built with"
-        )
-    if (
-        tok is None
-        and any(_named(s, decided, folder) for s, _ in parts)
-        and (ready := data_dir() / "tokenizer").exists()
-        and not cfg.retrain_tokenizer
-    ):
-        tok = load_tokenizer(ready)
-        logger.info(
-            f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
-            " trains another"
-        )
-    wrong = [_damage(p) if known else None for p in places]
-    here, anew = (
-        [
-            bool(known) and not w and (p / "train" / "meta.json").exists()
-            for p, w in zip(places, wrong)
-        ],
-        bool({"data", "validation_split"} & {*override}),
-    )
-    try:
-        files = [
-            (
-                None
-                if _is_set(s) or there and not anew
-                else source_files(s, folder, decided, say=logger.warning, encoding=cfg.encoding)
-            )
-            for (s, _), there in zip(parts, here)
-        ]
-    except FileNotFoundError as e:
-        if not known or "data" in override:
-            raise
-        why = "The tokens of the run are not here either, so they"
-        if all(here):
-            why = "To hold out another share, the tokens"
-        raise FileNotFoundError(
-            f"{e}. {why} must be built again: bring the text that it was trained on,"
-            f" {known['data']['source']}"
-        ) from None
-    for p, w in zip(places, wrong):
-        if w:
-            _rebuild(p, w)
+    if decided is None:
+        decided = meanings((train, valid), None if "data" in override else known, folder)
+    call = _Call(folder, known, train, valid, cfg, override, decided)
+    _check_named(call)
+    given = _given_tokenizer(tokenizer)
+    tok = _find_tokenizer(call, given)
+    parts = _look(call)
+    texts = _find_texts(call, parts)
+    for p in parts:
+        if p.wrong:
+            _rebuild(p.place, p.wrong)
     if tok is None:
-        tok = _learn_tokenizer([f for fs in files for f in fs[0]], cfg)
-    if missing := [t for t in cfg.special_tokens.split() if tok.id(t) is None]:
-        if known:
-            raise ValueError(
-                f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {folder}, which"
-                " the run keeps; leave special_tokens out, or choose a new output_dir"
-            )
-        own = (
-            "it is the tokenizer that the model was trained with, so leave special_tokens out, or"
-            " pass retrain_tokenizer=True, which trains another, for which the weights have learned"
-            " nothing"
-            if of_model
-            else (
-                "leave tokenizer out, and one is trained that has it"
-                if given
-                else "pass retrain_tokenizer=True, and one is trained that has it"
-            )
-        )
-        raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {own}")
-    opened = []
-    for (source, _), place, new, there, found in zip(parts, places, usual, here, files):
-        if _is_set(source):
-            if spoilt := [d for d in getattr(source, "sets", [source]) if d.damaged()]:
-                raise DataError(
-                    f"{spoilt[0].path} does not hold what it was built with: a file of it is"
-                    " damaged. Build it again with minigpt.data.build_tokenset"
-                )
-            if source.meta["tokenizer"] != tok.hash:
-                raise ValueError(
-                    f"the token set {source.path} was built with tokenizer"
-                    f" {source.meta['tokenizer']}, and this run's is {tok.hash}; build it again"
-                    " with minigpt.data.build_tokenset"
-                )
-            _same_options(source, cfg)
-            if not known and (
-                older := [
-                    d for d in getattr(source, "sets", [source]) if not same_rules(d.meta, tok)
-                ]
-            ):
-                _older_tokens(older[0], tok)
-            opened.append((source, None))
-        elif there and not anew:
-            opened.append(_same_source(folder, place, source, cfg, override, decided))
-        else:
-            if there and "data" not in override:
-                # for another share, the texts are the same
-                _same_source(folder, place, source, cfg, override, decided)
-            # beside the run's own, until `fit` has accepted it
-            built = build_tokenset(
-                found[0],
-                tok,
-                new,
-                cfg.validation_split if valid is None else 0.0,
-                cfg.on_bad_row,
-                progress=cfg.progress,
-                data_subset=cfg.data_subset,
-                max_data_size=cfg.max_data_size,
-                format="lines" if cfg.line_by_line else found[1],
-                say=_log,
-                keep=True,
-                **_how_read(known, cfg),
-            )
-            opened.append(built)
-            if known and (at := built[0].path.parent) != place:
-                logger.info(f"these tokens are in {at}")
-    if isinstance(train, Mix):
-        weights = [w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(parts, opened)]
-        was = (
-            [w for _, w in known["data"]["source"]["mix"]]
-            if known and isinstance(known["data"]["source"], dict)
-            else [None]
-        )
-        if (
-            known
-            and "data" not in override
-            and None not in was
-            and any(abs(a / sum(was) - b / sum(weights)) > 1e-6 for a, b in zip(was, weights))
-        ):
-            refuse(
-                folder,
-                "data",
-                f"a mixture with the weights {was}",
-                f"one with the weights {weights}",
-            )
-        data = Mixture([(d, w) for (d, _), w in zip(opened, weights)])
-        held_out = [
-            (v, w)
-            for (_, v), w in zip(opened, weights)
-            if v is not None and v.n_windows(cfg.max_seq_len)
-        ]
-        held_out = Mixture(held_out) if held_out else None
-    else:
-        data, held_out = opened[0]
-    if (
-        known
-        and not all(here)
-        and not _is_set(train)
-        and "data" not in override
-        and data.fingerprint != (was := known["identity"]["data"])
-    ):
-        for p, there in zip(places, here):
-            if not there and (p / "train" / "meta.json").exists():
-                set_aside(p, "refused")
-        refuse(folder, "data", was, data.fingerprint, " (fingerprints of the tokens)")
-    inside = lambda d: d.path.parent.relative_to(folder).as_posix()
-    places, own = [None if _is_set(s) else inside(d) for (s, _), (d, _) in zip(parts, opened)], None
-    if valid is None and not _is_set(train):
-        valid = held_out
-        if valid is None and cfg.validation_split:
-            logger.info(
-                "no validation: "
-                + (
-                    "too few texts were held out"
-                    if all(
-                        getattr(d, "meta", {}).get("options", {}).get("validation_split")
-                        for d in getattr(data, "sets", [data])
-                    )
-                    else (
-                        "the run's tokens were made with validation_split=0;"
-                        " override='validation_split' holds some out"
-                    )
-                )
-                + "; there is no validation loss"
-            )
-    elif valid is not None and not _is_set(valid):
-        valid = _open_valid(folder, known, valid, tok, cfg, decided)
-        own = inside(valid)
-    if valid is not None and not valid.n_windows(cfg.max_seq_len):
-        valid = logger.warning(
-            "no validation: in no row held out does an answer end within"
-            f" max_seq_len={cfg.max_seq_len}; there is no validation loss"
-        )
-    if not known and (there := folder / "tokenizer").exists():
-        try:
-            own_tokenizer = load_tokenizer(there).hash == tok.hash
-        except (OSError, ValueError):
-            own_tokenizer = False
-        if not own_tokenizer:
-            logger.info(f"what stood in {there} is kept as {set_aside(there, 'old')}")
-    if not (folder / "tokenizer" / "tokenizer.json").exists():
-        tok.save(folder / "tokenizer")
-    return (
-        tok,
-        curriculum(data) if cfg.curriculum_learning else data,
-        valid,
-        dict(train=places, valid=own or (token_places(known)["valid"] if known else None)),
+        tok = _learn_tokenizer([f for files, _ in texts for f in files], cfg)
+    _check_special(call, tok, given, of_model)
+    opened = [_open_part(call, p, t, tok) for p, t in zip(parts, texts)]
+    data, held_out = _join(call, opened)
+    _check_tokens(call, parts, data)
+    valid, own = _validation(call, tok, data, held_out)
+    _keep_tokenizer(call, tok)
+    places = dict(
+        train=[None if _is_set(p.source) else _inside(call, d) for p, (d, _) in zip(parts, opened)],
+        valid=own or (token_places(known)["valid"] if known else None),
     )
+    return tok, curriculum(data) if cfg.curriculum_learning else data, valid, places

@@ -22,10 +22,11 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -33,30 +34,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import minigpt
-from minigpt.checkpoint.store import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointStore,
-    Defect,
-    State,
-    Writer,
-    find_base,
-    home_of,
-    load_model,
-    newest,
-    pack_optimizer,
-    pack_rng,
-    problem,
-    read_checkpoint,
-    refuse_links,
-    stores_in,
-    unpack_optimizer,
-    unpack_rng,
-    write_final,
-)
-from ..config.options import TrainConfig, lr_at
-from ..config.schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from minigpt.core.files import (
+    RunLock,
     at_home,
     can_lock,
     dir_size,
@@ -74,6 +53,10 @@ from minigpt.core.files import (
     write_file,
     write_json,
 )
+
+# %% ../../nbs/train/07_trainer.ipynb #a8c46baa
+from ..config.options import TrainConfig, lr_at
+from ..config.schedule import Schedule, checkpoint_size, storage_plan, time_plan
 from minigpt.data.tokensets import (
     ChatSet,
     LineSet,
@@ -87,31 +70,6 @@ from minigpt.data.tokensets import (
 from ..model.adapters import LoRAConfig, LoRAGPT, weights_hash
 from ..model.generation import complete
 from ..model.gpt import GPT, PRESETS, GPTConfig, LanguageModel, shape_from_dict
-from minigpt.run.backup import (
-    Backup,
-    BackupError,
-    check_there,
-    drive_mount,
-    fetch,
-    given_up,
-    made_later,
-    read_run_id,
-    restore_run,
-    wait_for_others,
-)
-from ..run.folder import Run, open_run, split_checkpoint
-from ..run.guard import Guard
-from minigpt.run.metrics import (
-    EventWriter,
-    Metrics,
-    PlotWriter,
-    RunLog,
-    Shown,
-    in_notebook,
-    listening,
-    memory,
-    read_metrics,
-)
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 from minigpt.train.inputs import (
     OVERRIDES,
@@ -146,6 +104,54 @@ from minigpt.train.speed import (
     out_of_memory,
     same_bits,
     set_compiled,
+)
+
+# %% ../../nbs/train/07_trainer.ipynb #5f9f7e40
+from minigpt.checkpoint.store import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointStore,
+    Defect,
+    State,
+    Writer,
+    find_base,
+    home_of,
+    load_model,
+    newest,
+    pack_optimizer,
+    pack_rng,
+    problem,
+    read_checkpoint,
+    refuse_links,
+    stores_in,
+    unpack_optimizer,
+    unpack_rng,
+    write_final,
+)
+from minigpt.run.backup import (
+    Backup,
+    BackupError,
+    check_there,
+    drive_mount,
+    fetch,
+    given_up,
+    made_later,
+    read_run_id,
+    restore_run,
+    wait_for_others,
+)
+from ..run.folder import Run, open_run, split_checkpoint
+from ..run.guard import Guard
+from minigpt.run.metrics import (
+    EventWriter,
+    Metrics,
+    PlotWriter,
+    RunLog,
+    Shown,
+    in_notebook,
+    listening,
+    memory,
+    read_metrics,
 )
 
 # %% ../../nbs/train/07_trainer.ipynb #322d0dab
@@ -416,12 +422,45 @@ class _Log(Callback):
         self.since, self.tokens, t.losses, t.last_loss = now, t.tokens, [], row["loss"]
         t.log(row)
 
+# %% ../../nbs/train/07_trainer.ipynb #1deceb41
+class _Failures:
+    "Saves that failed: the first is said, and the first that succeeds again."
+
+    def __init__(self):
+        self.last = None  # until a save of its kind succeeds
+
+    def add(self, t, s):
+        if s.store is t.best:
+            t.best_loss = None  # the next one is the best of those that could be kept
+        if not self.last:
+            logger.warning(
+                f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}:"
+                f" {s.error}. Training goes on, and every later save is tried; this is said once"
+            )
+        self.last = s
+
+    def over(self, t, s):
+        # a best model, being small, may fit where a state does not
+        if self.last and (self.last.store is t.best) == (s.store is t.best):
+            logger.info(f"saved again: {s.path.name}")
+            self.last = None
+
+
+def _compare_with_plan(t, s):
+    "Say what a checkpoint takes, and whether that is more than was planned."
+    planned = checkpoint_size(_n_saved(t.model))
+    takes = f"{s.path.name} takes {human_size(s.size)}"
+    if s.size > 1.1 * planned + 2**24:
+        logger.warning(f"{takes}: MORE than the {human_size(planned)} of the plan")
+    else:
+        logger.info(takes)
+
 # %% ../../nbs/train/07_trainer.ipynb #44370386
 class _Save(Callback):
     "Checkpoints, snapshots, and what remains of a run at its end."
 
     def on_start(self, t):
-        self.saved, self.failed, self.compared = t.step, None, False
+        self.saved, self.failures, self.compared = t.step, _Failures(), False
         t.schedule.saved()
 
     def on_step(self, t):
@@ -434,7 +473,7 @@ class _Save(Callback):
     def save(self, t, store):
         if not os.path.exists(t.run_path / "run.json"):
             with contextlib.suppress(OSError):  # where that cannot be, nor can the save: it says so
-                logger.info(t.settle_anew())
+                logger.info(_settle_anew(t))
         t.schedule.saved()
         if store.kind != "light":
             self.saved = t.step  # what a resume can go on from
@@ -447,39 +486,17 @@ class _Save(Callback):
         "What has become of earlier saves?"
         for s in t.writer.results():
             if s.error:
-                self.trouble(t, s)
-            else:
-                # a best model, being small, may fit where a state does not
-                if self.failed and (self.failed.store is t.best) == (s.store is t.best):
-                    logger.info(f"saved again: {s.path.name}")
-                    self.failed = None
-                if s.store in t.stores:
-                    t.last_saved = s.path
-                if s.store is t.store:
-                    self.compare(t, s)
-                t.call("on_save", s.path)
-
-    def trouble(self, t, s):
-        if s.store is t.best:
-            t.best_loss = None  # the next one is the best of those that could be kept
-        if not self.failed:
-            logger.warning(
-                f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}:"
-                f" {s.error}. Training goes on, and every later save is tried; this is said once"
-            )
-        self.failed = s
-        if s.store in t.stores and s.step == self.saved:
-            self.saved = -1
-
-    def compare(self, t, s):
-        if self.compared:
-            return
-        self.compared, planned = True, checkpoint_size(_n_saved(t.model))
-        takes = f"{s.path.name} takes {human_size(s.size)}"
-        if s.size > 1.1 * planned + 2**24:
-            logger.warning(f"{takes}: MORE than the {human_size(planned)} of the plan")
-        else:
-            logger.info(takes)
+                self.failures.add(t, s)
+                if s.store in t.stores and s.step == self.saved:
+                    self.saved = -1
+                continue
+            self.failures.over(t, s)
+            if s.store in t.stores:
+                t.last_saved = s.path
+            if s.store is t.store and not self.compared:
+                self.compared = True
+                _compare_with_plan(t, s)
+            t.call("on_save", s.path)
 
     def on_end(self, t):
         t.writer.wait()
@@ -491,7 +508,7 @@ class _Save(Callback):
             t.writer.wait()
             self.collect(t)
         if self.saved != t.step:
-            raise self.failed.error
+            raise self.failures.last.error
         if t.complete:
             write_final(t.run_path, t.state())
 
@@ -886,35 +903,58 @@ def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...]):
         }.get(k, "")
         refuse(folder, k, was.get(k), now.get(k), hint)
 
-# %% ../../nbs/train/07_trainer.ipynb #461000d6
+# %% ../../nbs/train/07_trainer.ipynb #571949bf
+def _measured_on(valid, cfg: TrainConfig, objective) -> str | None:
+    "What validation measures: two losses can be compared if this is the same."
+    if valid is None:
+        return None
+    return (
+        f"{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}"
+        + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
+        * getattr(objective, "draws", False)
+    )
+
+
+def _trainer_state(t: "_RunTrainer") -> dict:
+    "What trainer_state.json holds."
+    return dict(
+        global_step=t.step,
+        max_steps=t.max_steps,
+        progress=f"{100 * t.step / t.max_steps:.1f}%",
+        epoch=t.epoch,
+        tokens=t.tokens,
+        data_position=t.schedule.position(t.step),
+        last_loss=t.last_loss,
+        recent_losses=_check_losses(t),
+        best_loss=t.best_loss,
+        best_step=t.best_step,
+        evaluated=t.evaluated,
+        worse=t.worse,
+        stopped_early=t.stopped_early,
+        learning_rate=t.optimizer.param_groups[0]["lr"],
+        lr_schedule=t.config.lr_schedule,
+        grad_scaler=t.scaler.state_dict(),
+        measured_on=t.measured_on,
+        seed=t.config.seed,
+        device=t.device,
+        precision=t.precision,
+        run=t.run_id,
+        attempt=t.attempt,
+        **(dict(lr_start=t.lr_start) if t.lr_start else {}),
+    )
+
+# %% ../../nbs/train/07_trainer.ipynb #dc745108
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
 
     def __init__(
-        self,
-        *args,
-        folder: Path,
-        run_id: str,
-        tokenizer: Tokenizer,
-        attempt: int,
-        valid,
-        **kwargs,
+        self, *args, folder: Path, run_id: str, tokenizer: Tokenizer, attempt: int, valid, **kwargs
     ):
         super().__init__(*args, **kwargs)
         cfg = self.config
         self.run_path, self.run_id = folder, run_id
         self.tokenizer, self.attempt = tokenizer, attempt
-        # two validation losses are of the same measure if this is
-        self.measured_on = (
-            None
-            if valid is None
-            else (
-                f"{valid.fingerprint}, max_seq_len={cfg.max_seq_len},"
-                f" eval_sequences={cfg.eval_sequences}"
-            )
-            + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
-            * getattr(self.objective, "draws", False)
-        )
+        self.measured_on = _measured_on(valid, cfg, self.objective)
         self.store = CheckpointStore(folder / "checkpoints", self.schedule.keep)
         self.snapshots = CheckpointStore(
             folder / "snapshots",
@@ -928,37 +968,6 @@ class _RunTrainer(Trainer):
         # the step of the last evaluation; evaluations since the best one
         self.evaluated = self.worse = 0
 
-    def settle(self):
-        "Write what makes a folder this run's."
-        write_json(self.run_path / "run.json", self.facts)
-        if not (self.run_path / "tokenizer" / "tokenizer.json").exists():
-            self.tokenizer.save(self.run_path / "tokenizer")
-        self.metrics = Metrics(self.run_path / "metrics.jsonl", self.attempt, self.step)
-
-    def settle_anew(self) -> str:  # What had happened, for the user
-        """Likewise where run.json or the whole folder has disappeared.
-
-        A `RuntimeError` if another process has taken its place."""
-        whole = self.lock.is_there()  # is it the folder that was locked?
-        if not whole:
-            self.run_path.mkdir(parents=True, exist_ok=True)
-            self.lock = self.at_end.enter_context(only_one(self.run_path))
-        if not lexists(self.run_path / "metrics.jsonl"):
-            # an open file outlives its name
-            write_file(self.run_path / "metrics.jsonl", self.metrics.content())
-        self.metrics.close()
-        self.settle()
-        if whole:
-            return (
-                f"{self.run_path / 'run.json'} has been deleted while its training goes on, and is"
-                " written again"
-            )
-        return (
-            f"{self.run_path} has been deleted, moved or renamed while its training goes on. From"
-            " here on it is saved there anew; the checkpoints that were in it are not there any"
-            " more"
-        )
-
     def log(self, row: dict):
         "Write a row of metrics, and tell every callback."
         problem = self.metrics.problem
@@ -971,33 +980,8 @@ class _RunTrainer(Trainer):
 
     def state(self) -> State:
         "Everything that a checkpoint holds."
-        trainer = dict(
-            global_step=self.step,
-            max_steps=self.max_steps,
-            progress=f"{100 * self.step / self.max_steps:.1f}%",
-            epoch=self.epoch,
-            tokens=self.tokens,
-            data_position=self.schedule.position(self.step),
-            last_loss=self.last_loss,
-            recent_losses=_check_losses(self),
-            best_loss=self.best_loss,
-            best_step=self.best_step,
-            evaluated=self.evaluated,
-            worse=self.worse,
-            stopped_early=self.stopped_early,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
-            lr_schedule=self.config.lr_schedule,
-            grad_scaler=self.scaler.state_dict(),
-            measured_on=self.measured_on,
-            seed=self.config.seed,
-            device=self.device,
-            precision=self.precision,
-            run=self.run_id,
-            attempt=self.attempt,
-            **(dict(lr_start=self.lr_start) if self.lr_start else {}),
-        )
-        adapter = None
-        if isinstance(m := self.model, LoRAGPT):
+        trainer, m, adapter = _trainer_state(self), self.model, None
+        if isinstance(m, LoRAGPT):
             adapter, trainer["base"] = m.lora.to_peft(m.base_path), m.base_hash
         return State(
             m.config,
@@ -1010,56 +994,92 @@ class _RunTrainer(Trainer):
             adapter,
         )
 
-    def restore(self, state: State):
-        """Become what was saved.
+# %% ../../nbs/train/07_trainer.ipynb #24240ec9
+def _settle(t: _RunTrainer):
+    "Write what makes a folder this run's."
+    write_json(t.run_path / "run.json", t.facts)
+    if not (t.run_path / "tokenizer" / "tokenizer.json").exists():
+        t.tokenizer.save(t.run_path / "tokenizer")
+    t.metrics = Metrics(t.run_path / "metrics.jsonl", t.attempt, t.step)
 
-        Random generators come last, so that nothing draws from them before the first step does."""
-        s = state.trainer
-        self.model.load_weights(state.weights)
-        if state.optimizer:
-            unpack_optimizer(self.optimizer, self.model, state.optimizer)
-        else:
-            logger.warning(
-                "these are weights alone: the optimizer's moments and the random generators start"
-                " anew, so the losses will not be those of the uninterrupted run"
-            )
-        if self.scaler.is_enabled() and s["grad_scaler"]:
-            self.scaler.load_state_dict(s["grad_scaler"])
-        self.step, self.tokens, self.losses = s["global_step"], s["tokens"], s["recent_losses"]
-        self.last_loss, self.best_loss, self.best_step, self.evaluated, self.worse = (
-            s[k] for k in ("last_loss", "best_loss", "best_step", "evaluated", "worse")
+
+def _settle_anew(t: _RunTrainer) -> str:  # What had happened, for the user
+    """Likewise where run.json or the whole folder has disappeared.
+
+    A `RuntimeError` if another process has taken its place."""
+    whole = t.lock.is_there()  # is it the folder that was locked?
+    if not whole:
+        t.run_path.mkdir(parents=True, exist_ok=True)
+        t.lock = t.at_end.enter_context(only_one(t.run_path))
+    if not lexists(t.run_path / "metrics.jsonl"):
+        # an open file outlives its name
+        write_file(t.run_path / "metrics.jsonl", t.metrics.content())
+    t.metrics.close()
+    _settle(t)
+    if whole:
+        return (
+            f"{t.run_path / 'run.json'} has been deleted while its training goes on, and is"
+            " written again"
         )
-        was = s.get("measured_on")
-        if self.best_loss is not None and self.measured_on and was not in (None, self.measured_on):
-            logger.info(
-                "what validation measures is not what it was: the best validation loss so far,"
-                f" {self.best_loss:.4f} at step {self.best_step:,}, counts no more; the next one"
-                " takes its place in best/"
-            )
-            self.best_loss, self.best_step, self.worse = None, None, 0
-        self.measured_on = self.measured_on or was
-        # a save comes before the evaluation of its step, and does not know it yet
-        for c in self.best.all():
-            if c.step > self.step or problem(c.path):
-                continue
-            b = read_json(c.path / "trainer_state.json")
-            if b.get("measured_on") == self.measured_on and (
-                self.best_loss is None or b["best_loss"] < self.best_loss
-            ):
-                self.best_loss, self.best_step, self.worse = b["best_loss"], b["best_step"], 0
-        self.stopped_early = 0 < self.config.early_stopping <= self.worse
-        self.lr_start = s["lr_start"] and tuple(s["lr_start"]) if "lr_start" in s else None
-        if state.rng and (
-            missing := [
-                g
-                for g in unpack_rng(state.rng)
-                if g.partition(".")[0] == s["device"].partition(":")[0]
-            ]
+    return (
+        f"{t.run_path} has been deleted, moved or renamed while its training goes on. From"
+        " here on it is saved there anew; the checkpoints that were in it are not there any"
+        " more"
+    )
+
+# %% ../../nbs/train/07_trainer.ipynb #1f3bc000
+def _restore(t: _RunTrainer, state: State):
+    """Become what was saved.
+
+    Random generators come last, so that nothing draws from them before the first step does."""
+    s = state.trainer
+    t.model.load_weights(state.weights)
+    if state.optimizer:
+        unpack_optimizer(t.optimizer, t.model, state.optimizer)
+    else:
+        logger.warning(
+            "these are weights alone: the optimizer's moments and the random generators start"
+            " anew, so the losses will not be those of the uninterrupted run"
+        )
+    if t.scaler.is_enabled() and s["grad_scaler"]:
+        t.scaler.load_state_dict(s["grad_scaler"])
+    t.step, t.tokens, t.losses = s["global_step"], s["tokens"], s["recent_losses"]
+    t.last_loss, t.best_loss, t.best_step, t.evaluated, t.worse = (
+        s[k] for k in ("last_loss", "best_loss", "best_step", "evaluated", "worse")
+    )
+    _restore_best(t, s.get("measured_on"))
+    t.stopped_early = 0 < t.config.early_stopping <= t.worse
+    t.lr_start = s["lr_start"] and tuple(s["lr_start"]) if "lr_start" in s else None
+    if state.rng and (
+        missing := [
+            g for g in unpack_rng(state.rng) if g.partition(".")[0] == s["device"].partition(":")[0]
+        ]
+    ):
+        logger.warning(
+            f"this machine does not have the generators {', '.join(missing)}: dropout will"
+            " differ from the uninterrupted run"
+        )
+
+# %% ../../nbs/train/07_trainer.ipynb #a5acff9b
+def _restore_best(t: _RunTrainer, was: str | None):
+    "The best validation loss, as far as it counts: it `was` measured on this, as a state says."
+    if t.best_loss is not None and t.measured_on and was not in (None, t.measured_on):
+        logger.info(
+            "what validation measures is not what it was: the best validation loss so far,"
+            f" {t.best_loss:.4f} at step {t.best_step:,}, counts no more; the next one"
+            " takes its place in best/"
+        )
+        t.best_loss, t.best_step, t.worse = None, None, 0
+    t.measured_on = t.measured_on or was
+    # a save comes before the evaluation of its step, and does not know it yet
+    for c in t.best.all():
+        if c.step > t.step or problem(c.path):
+            continue
+        b = read_json(c.path / "trainer_state.json")
+        if b.get("measured_on") == t.measured_on and (
+            t.best_loss is None or b["best_loss"] < t.best_loss
         ):
-            logger.warning(
-                f"this machine does not have the generators {', '.join(missing)}: dropout will"
-                " differ from the uninterrupted run"
-            )
+            t.best_loss, t.best_step, t.worse = b["best_loss"], b["best_step"], 0
 
 # %% ../../nbs/train/07_trainer.ipynb #bf24d7f8
 _OBJECTIVES = dict(
@@ -1325,6 +1345,27 @@ def _unwanted(c: Checkpoint, t: _RunTrainer, attempts: list[dict]) -> Defect | N
         )
     return None
 
+# %% ../../nbs/train/07_trainer.ipynb #c823abd9
+def _in_backup(c: Checkpoint, backup: Backup | None) -> bool:
+    return backup is not None and backup.path in c.path.parents
+
+
+def _not_readable(
+    path: Path, why: Defect, older: Checkpoint | None, backup: Backup | None
+) -> CheckpointError | BackupError:
+    "What to raise for a state that may be whole and cannot be read; `older`: one that can."
+    back = (
+        f", or go back on purpose, to an older state: resume={older.path.name!r}" if older else ""
+    )
+    ours = not (backup and (path == backup.path or backup.path in path.parents))
+    return (CheckpointError if ours else BackupError)(
+        f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give"
+        " it up. Make it readable (a mount may have to be mounted again, a folder may lack a"
+        " permission, a disk may be full), and call"
+        f" again{back}"
+        f"{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}"
+    )
+
 # %% ../../nbs/train/07_trainer.ipynb #17ae876a
 class _Choice:
     "The search for the newest state that is whole, here or in the backup."
@@ -1335,19 +1376,14 @@ class _Choice:
         # damaged copies by path; what was said; step and reason of what cannot be read, by path
         self.failed, self.told, self.unreadable = {}, set(), {}
 
-    def in_backup(self, c: Checkpoint) -> bool:
-        return self.backup is not None and self.backup.path in c.path.parents
-
     def passed_over(self, c: Checkpoint, why: Defect):
         if why.kind == "unreadable":
             self.unreadable[c.path] = c.step, why
         elif c.path not in self.told:
             self.told.add(c.path)
-            logger.warning(
-                f"{c.path.parent.name}/{c.path.name}{' of the backup' if self.in_backup(c) else ''}"
-                f" is passed over: {why}"
-            )
-            if self.in_backup(c) and c.path not in self.failed:
+            mirrored, name = _in_backup(c, self.backup), f"{c.path.parent.name}/{c.path.name}"
+            logger.warning(f"{name}{' of the backup' * mirrored} is passed over: {why}")
+            if mirrored and c.path not in self.failed:
                 self.backup.rejected.add(c.path)
 
     def look(self) -> Checkpoint | None:
@@ -1366,7 +1402,7 @@ class _Choice:
             )
             return None
         self.unreadable = {p: x for p, x in self.unreadable.items() if not c or x[0] > c.step}
-        if not c or self.unreadable or not self.in_backup(c):
+        if not c or self.unreadable or not _in_backup(c, self.backup):
             return c
         try:
             here = fetch(self.backup, c)
@@ -1380,9 +1416,7 @@ class _Choice:
         return replace(c, path=here)
 
     def __call__(self) -> Checkpoint | None:
-        """The state to go on from.
-
-        An error where one that may be newer cannot be read."""
+        "The state to go on from; an error where one that may be newer cannot be read."
         for wait in *_WAITS, None:
             c = self.look()
             if not self.unreadable:
@@ -1390,15 +1424,7 @@ class _Choice:
             if wait:
                 time.sleep(wait)
         path, (_, why) = next(iter(self.unreadable.items()))
-        back = f", or go back on purpose, to an older state: resume={c.path.name!r}" if c else ""
-        ours = not (self.backup and (path == self.backup.path or self.backup.path in path.parents))
-        raise (CheckpointError if ours else BackupError)(
-            f"{path} may be whole, and {why}. Nothing is trained meanwhile, since that would give"
-            " it up. Make it readable (a mount may have to be mounted again, a folder may lack a"
-            " permission, a disk may be full), and call"
-            f" again{back}"
-            f"{'' if ours else '; to go on without the backup, leave gdrive_backup_dir out'}"
-        )
+        raise _not_readable(path, why, c, self.backup)
 
 # %% ../../nbs/train/07_trainer.ipynb #6e5279b7
 @contextlib.contextmanager
@@ -1463,11 +1489,7 @@ def _pick(t: _RunTrainer, resume, backup: Backup | None, attempts: list[dict]) -
     whole = next((c for c in found if not problem(c.path)), None)
     if not whole:
         raise CheckpointError(f"{found[0].path} cannot be resumed from: {problem(found[0].path)}")
-    return (
-        replace(whole, path=fetch(backup, whole))
-        if backup and backup.path in whole.path.parents
-        else whole
-    )
+    return replace(whole, path=fetch(backup, whole)) if _in_backup(whole, backup) else whole
 
 # %% ../../nbs/train/07_trainer.ipynb #42eb336a
 def _check_readable(folder: Path):
@@ -1688,7 +1710,92 @@ def _quietly(f):
     with contextlib.suppress(Exception):
         f()
 
-# %% ../../nbs/train/07_trainer.ipynb #1d7edf1b
+# %% ../../nbs/train/07_trainer.ipynb #4631cd46
+@dataclass
+class _Call:
+    "What a call of `fit` gives; an error where a part of it cannot be meant."
+
+    model: object
+    train: object
+    valid: object
+    tokenizer: Tokenizer | str | Path | None
+    output_dir: str | Path
+    resume: str | Path | bool
+    callbacks: Iterable[Callback]
+    config: TrainConfig | dict | None
+    overwrite: bool
+    override: str | Iterable[str]
+    widget: bool | None
+    options: dict
+
+    def __post_init__(self):
+        if not isinstance(self.config, (TrainConfig, dict, type(None))):
+            raise TypeError(
+                f"config={self.config!r:.80} must be a TrainConfig, or a dict of options; those in"
+                " a file: config=minigpt.config.read_options(path)"
+            )
+        self.callbacks = [*self.callbacks]
+        if bad := [c for c in self.callbacks if not isinstance(c, Callback)]:
+            raise TypeError(
+                f"callbacks: {bad[0]!r} must be a Callback; derive a class from"
+                " minigpt.train.Callback, and pass an object of it"
+            )
+        self.cfg = self.configured(None)
+        if not isinstance(self.resume, (str, Path, bool)):
+            raise TypeError(
+                f"resume={self.resume!r} must be 'auto', the name of a checkpoint, or False"
+            )
+        self.override = (self.override,) if isinstance(self.override, str) else tuple(self.override)
+        if bad := [o for o in self.override if o not in OVERRIDES]:
+            raise ValueError(
+                f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else"
+                " the weights would not fit; start a new run"
+            )
+
+    def configured(self, decided: dict | None) -> TrainConfig:
+        "The options, and those that are usual for data of which it is `decided` what they are."
+        if isinstance(self.config, TrainConfig):
+            return TrainConfig.make(self.config, **self.options)
+        usual = usual_options(self.train, decided)
+        return TrainConfig.make(usual | (self.config or {}), **self.options)
+
+    @property
+    def automatic(self) -> bool:
+        "Does it go on from the newest state, rather than from one that it names?"
+        return self.resume in ("auto", True)
+
+# %% ../../nbs/train/07_trainer.ipynb #b830ea02
+class _Job:
+    "A call that is carried out, and what is known of it so far."
+
+    # the folder
+    folder: Path
+    lock: RunLock
+    log: RunLog
+    backup: Backup | None
+    known: dict | None  # run.json, of a run that goes on
+    attempts: list[dict]  # its starts
+    # what is decided
+    decided: dict[str, str]  # what names of data mean
+    choices: dict  # device, precision, threads; later compilation and micro-batch
+    team: Team | None
+    # what is read
+    given_valid: dict | None  # the validation data, as the call names them
+    tok: Tokenizer
+    data: TokenSet | Mixture
+    valid: TokenSet | Mixture | None
+    places: dict  # where the tokens are
+    # the model
+    model: object  # opened, if a directory was named
+    net: LanguageModel
+    objective: Callable  # what is learned
+    begun: dict  # of the weights of step 0
+    identity: dict
+
+    def __init__(self, call: _Call, at_end: contextlib.ExitStack):
+        self.call, self.at_end = call, at_end  # the last: what is closed when the call ends
+
+# %% ../../nbs/train/07_trainer.ipynb #7d0ec1f0
 @_leaving_nothing
 @_one_at_a_time
 def fit(
@@ -1721,377 +1828,479 @@ def fit(
     `resume`: 'auto', the name or path of a checkpoint, or False, which refuses a folder that holds
     a run. `override` may name effective_batch, max_seq_len, data, validation_split and seed. The
     `widget` needs ipywidgets."""
-    if not isinstance(config, (TrainConfig, dict, type(None))):
-        raise TypeError(
-            f"config={config!r:.80} must be a TrainConfig, or a dict of options; those in a file:"
-            " config=minigpt.config.read_options(path)"
-        )
-    callbacks = [*callbacks]
-    if bad := [c for c in callbacks if not isinstance(c, Callback)]:
-        raise TypeError(
-            f"callbacks: {bad[0]!r} must be a Callback; derive a class from minigpt.train.Callback,"
-            " and pass an object of it"
-        )
-    configured = lambda decided: TrainConfig.make(
-        (
-            config
-            if isinstance(config, TrainConfig)
-            else usual_options(train, decided) | (config or {})
-        ),
-        **options,
+    call = _Call(
+        model,
+        train,
+        valid,
+        tokenizer,
+        output_dir,
+        resume if resume_from_checkpoint is None else resume_from_checkpoint,
+        callbacks,
+        config,
+        overwrite,
+        override,
+        widget,
+        options,
     )
-    cfg = configured(None)
-    if resume_from_checkpoint is not None:
-        resume = resume_from_checkpoint
-    if not isinstance(resume, (str, Path, bool)):
-        raise TypeError(f"resume={resume!r} must be 'auto', the name of a checkpoint, or False")
-    override = (override,) if isinstance(override, str) else tuple(override)
-    if bad := [o for o in override if o not in OVERRIDES]:
-        raise ValueError(
-            f"override={bad[0]!r} must be one of {', '.join(OVERRIDES)}: with anything else the"
-            " weights would not fit; start a new run"
-        )
     if launched():
         help_out()
         return Run(output_dir)
-    # it is read more than once
-    train, valid = ([*x] if isinstance(x, Iterator) else x for x in (train, valid))
-    is_set = hasattr(train, "sequences")
+    return _carry_out(call)
+
+# %% ../../nbs/train/07_trainer.ipynb #ebaa178f
+def _carry_out(call: _Call) -> Run:
+    "A call from its first look at the folder to the finished run."
+    _read_once(call)
+    with _as_it_was(call.output_dir) as moved, contextlib.ExitStack() as at_end:
+        job = _Job(call, at_end)
+        _enter(job, moved)
+        _look_around(job)
+        _decide(job)
+        _read(job)
+        _build(job)
+        t = _run_trainer(job)
+        if done := _done(job, t):
+            _return_finished(job, t, done)
+            return Run(job.folder)
+        _references(job, t)
+        start = _resume(job, t)
+        _accept(job, t, start)
+        _announce(job, t)
+        _mirror_from(job, t, start)
+        began = _train(job, t)
+        if t.stop:
+            _stopped(job, t, start)
+        _finished(job, t, began)
+        return Run(job.folder)
+
+
+def _read_once(call: _Call):
+    "Keep what comes out of an iterator: it is read more than once."
+    call.train, call.valid = (
+        [*x] if isinstance(x, Iterator) else x for x in (call.train, call.valid)
+    )
+    is_set = hasattr(call.train, "sequences")
     _need_validation(
-        cfg,
-        valid is not None or cfg.validation_split > 0 and not is_set,
+        call.cfg,
+        call.valid is not None or call.cfg.validation_split > 0 and not is_set,
         (
             "train is a token set, of which nothing is held out"
             if is_set
             else "validation_split=0 holds no text out"
         ),
     )
-    with _as_it_was(output_dir) as moved, contextlib.ExitStack() as at_end:
-        folder, aside = _folder(
-            output_dir,
-            resume,
-            overwrite,
-            (train, valid),
-            (model, tokenizer, getattr(model, "base_path", None)),
-        )
-        moved.append(aside)
-        lock = at_end.enter_context(only_one(folder))
-        log = at_end.enter_context(RunLog(folder / "run.log"))
-        log.counts = False  # until the call is accepted
-        shown = Shown(logging.INFO if cfg.progress else logging.WARNING)
-        at_end.enter_context(listening(log, shown))
-        _check_readable(folder)
-        for f in (
-            folder,
-            *(folder / n for n in ("checkpoints", "snapshots", "best", "tokenizer")),
-            *(p for p in entries(folder) if p.name.startswith("data")),
-        ):
-            sweep(f)
-        if not lock.works:
-            logger.warning(
-                f"the file system of {folder} has no locks, so nothing keeps a second"
-                " process from training this run at the same time; see to it yourself"
-            )
-        if aside:
-            logger.info(f"what stood in {folder} is kept as {aside}")
-        backup = _mirror(folder, cfg, resume, overwrite)
-        known = Run(folder).facts if (folder / "run.json").exists() else None
-        if known and (gone := {"id", "identity", "data", "choices", "attempts"} - known.keys()):
-            raise ValueError(
-                f"{folder / 'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of"
-                " another program. Bring back the one that fit wrote (a backup has one), or name"
-                " another folder"
-            )
-        if not known and (found := _ownerless(folder)):
-            raise FileExistsError(
-                f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json,"
-                " so it cannot be known what they belong to, and nothing is trained over them. To"
-                " go on with that run, bring its run.json back (its backup has one: pass"
-                " gdrive_backup_dir); to begin with their weights, pass one of them as the model"
-                " and choose a new output_dir; to train anew here, pass overwrite=True, which"
-                " moves the folder aside"
-            )
-        if not known and resume not in ("auto", True, False):
-            raise CheckpointError(
-                f"resume={str(resume)!r}, and {folder} holds no run with checkpoints; name that"
-                " run's folder as output_dir, or leave resume out to train anew"
-                + (
-                    f"; to begin with the weights in {resume}, pass it as the model (--config"
-                    f" {resume})"
-                    if (Path(resume) / "config.json").exists()
-                    else ""
-                )
-            )
-        decided = meanings((train, valid), None if "data" in override else known, folder)
-        cfg = configured(decided)  # a name is what the run took it for, so its usual options are
-        choices = choose(cfg)
-        if (
-            known
-            and (old := known["choices"])["device"].split(":")[0] == choices["device"].split(":")[0]
-        ):
-            choices = {
-                k: (
-                    old[k]
-                    if getattr(cfg, o) in ("auto", 0) and can_keep(k, old[k], choices["device"])
-                    else v
-                )
-                for (k, v), o in zip(choices.items(), ("device", "precision", "num_threads"))
-            }
-        if cfg.devices > 1 and cfg.device == "auto":
-            # and not the one that it had alone
-            choices["device"] = torch.device(choices["device"]).type
-        # refused now, if it cannot be
-        share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices)
-        team = assemble(cfg.devices, choices["device"])
-        if team:
-            at_end.callback(team.close)
-            choices["device"] = own_device(choices["device"])
-        torch.set_num_threads(choices["threads"])
-        at_end.enter_context(same_bits(cfg.deterministic))
 
-        given_valid = source_to_json(valid) if valid is not None else None
-        model = _given(model, known)
-        if (
-            (home := home_of(model))
-            and tokenizer is None
-            and not known
-            and not cfg.retrain_tokenizer
-        ):
-            if not (home / "tokenizer.json").exists():
-                raise ValueError(
-                    f"{home} has no tokenizer.json, and its weights know tokens by their numbers,"
-                    " which another tokenizer gives to other texts. Pass the one that it was"
-                    " trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains"
-                    " another, for which the weights have learned nothing"
-                )
-            tokenizer = home
-        tok, data, valid, places = open_source(
-            folder,
-            known,
-            train,
-            valid,
-            tokenizer,
-            cfg,
-            override,
-            decided,
-            of_model=home is not None and tokenizer is home,
+# %% ../../nbs/train/07_trainer.ipynb #d98b7009
+def _enter(job: _Job, moved: list):
+    "Take the folder: its lock and its log. What a process that was killed left behind goes."
+    call, enter = job.call, job.at_end.enter_context
+    folder, aside = _folder(
+        call.output_dir,
+        call.resume,
+        call.overwrite,
+        (call.train, call.valid),
+        (call.model, call.tokenizer, getattr(call.model, "base_path", None)),
+    )
+    moved.append(aside)
+    job.folder = folder
+    job.lock = enter(only_one(folder))
+    job.log = enter(RunLog(folder / "run.log"))
+    job.log.counts = False  # until the call is accepted
+    shown = Shown(logging.INFO if call.cfg.progress else logging.WARNING)
+    enter(listening(job.log, shown))
+    _check_readable(folder)
+    for f in (
+        folder,
+        *(folder / n for n in ("checkpoints", "snapshots", "best", "tokenizer")),
+        *(p for p in entries(folder) if p.name.startswith("data")),
+    ):
+        sweep(f)
+    if not job.lock.works:
+        logger.warning(
+            f"the file system of {folder} has no locks, so nothing keeps a second"
+            " process from training this run at the same time; see to it yourself"
         )
-        _need_validation(cfg, valid is not None, "no row that could be measured was held out")
-        if (
-            not known
-            and home
-            and (home / "tokenizer.json").exists()
-            and load_tokenizer(home).hash != tok.hash
-        ):
-            logger.warning(
-                f"{home} was trained with another tokenizer, so its weights know none of"
-                " these tokens; to use its own, leave tokenizer and retrain_tokenizer out"
-            )
-        check_size(data, cfg.effective_batch, cfg.max_seq_len)
-        net = _model(model, tok, cfg)
-        objective = _objective(net, data, cfg)
-        # the weights of step 0
-        begun = (known or {}).get("began") or dict(
-            hash=weights_hash(net),
-            path=net.origin or getattr(net, "base_path", None),
-            given=isinstance(model, nn.Module),
-        )
-        net = _moved(net, choices["device"])
-        net.recompute = cfg.gradient_checkpointing
-        if net.recompute and net.config.dropout and choices["device"].startswith("mps"):
-            raise ValueError(
-                f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other"
-                " on an Apple GPU: torch draws other numbers there when it computes a block again;"
-                " leave one out"
-            )
-        identity = _identity(net, tok, data, cfg)
-        if known:
-            # the texts are the same, or open_source had refused them
-            _check_same(
-                folder,
-                known["identity"],
-                identity,
-                override
-                + ("data",) * ("validation_split" in override and not hasattr(train, "sequences")),
-            )
+    if aside:
+        logger.info(f"what stood in {folder} is kept as {aside}")
 
-        run = Run(folder)
-        attempts, id = (known["attempts"], known["id"]) if known else ([], uuid.uuid4().hex)
-        windows = data.n_windows(cfg.max_seq_len)
-        t = _RunTrainer(
-            net,
-            data,
-            cfg,
-            _course(cfg, windows)[0],
-            choices,
-            folder=folder,
-            run_id=id,
-            tokenizer=tok,
-            attempt=len(attempts) + 1,
-            valid=valid,
-            objective=objective,
-        )
-        t.team, t.at_end, t.lock = team, at_end, lock
-        _strangers_aside(t)
-        if (
-            known
-            and resume in ("auto", True)
-            and problem(folder) is None
-            and _is_done(
-                done := read_json(folder / "trainer_state.json"),
-                t,
-                _course(cfg, windows, done, read_json(folder / "training_args.json"))[0],
-            )
-        ):
-            logger.info(
-                f"{folder} is finished: {done['global_step']:,} steps. It is returned as it is; to"
-                " train on, raise epochs or max_steps"
-                + (", or set early_stopping=0" if done.get("stopped_early") else "")
-            )
-            net.load_weights(read_checkpoint(folder).weights)
-            if backup:
-                _catch_up(backup, t, id, newest(t.stores))
-                backup.submit(folder)
-                _finish_backup(backup, cfg, cfg.backup_wait_seconds)
-            return run
-        if isinstance(objective, Preference):
-            with _enough_memory(t, "before the first step"):
-                _add_references([data, valid], t, begun)
-        start = _pick(t, resume, backup, attempts) if known else None
-        if known and not start and begun["given"] and weights_hash(net) != begun["hash"]:
-            raise CheckpointError(
-                f"{folder} has no checkpoint yet, and began with weights that this call does not"
-                " give: pass the model that it began"
-                f" with{', ' + begun['path'] if begun['path'] else ''}"
-            )
-        if start:
-            state = read_checkpoint(start.path)
-            max_steps, offset = _course(cfg, windows, state.trainer, state.arguments)
-            if start.step > max_steps:
-                raise ValueError(
-                    f"{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or"
-                    " resume from an earlier checkpoint"
-                )
-            t.schedule = Schedule(cfg, max_steps, windows, offset=offset)
-            t.restore(state)
-            _settle_rate(t, state.trainer, state.arguments)
-            del state  # as large as the training itself
-        attempts = attempts + [
-            dict(started=time.time(), step=t.step, device=choices["device"], versions=_versions())
-        ]
-        if start and resume not in ("auto", True):
-            # first: should it be killed from here on, what lies beyond is known to be given up, in
-            # the backup too
-            write_json(folder / "run.json", known | dict(attempts=attempts))
-            _give_up(t, start.step)
-        with _enough_memory(t):
-            cfg = t.config = _tune(t, choices, known["choices"] if known else {})
-        if known:
-            _say_changes(known, cfg, choices, start)
-        t.facts = dict(
-            format="minigpt run",
-            version=1,
-            id=id,
-            identity=identity,
-            model=net.config.to_dict(),
-            lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None,
-            began=begun,
-            saved_params=_n_saved(net),
-            train=cfg.to_dict(),
-            max_steps=t.max_steps,
-            saves=t.schedule.n_checkpoints,
-            data=dict(
-                source=source_to_json(train),
-                valid=given_valid,
-                named=decided,
-                tokens=len(data),
-                places=places,
-            ),
-            choices=choices,
-            attempts=attempts,
-        )
-        t.settle()
-        log.counts = True
-        at_end.callback(lambda: t.metrics.close())
-        if unread := unread_tokens(folder, [data, valid], places):
-            logger.info(
-                f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing"
-                " else needs them"
-            )
+# %% ../../nbs/train/07_trainer.ipynb #26bfc475
+def _look_around(job: _Job):
+    "The backup, and what the run is already."
+    call = job.call
+    job.backup = _mirror(job.folder, call.cfg, call.resume, call.overwrite)
+    job.known = _known(job.folder)
+    if not job.known:
+        _check_new(job.folder, call)
+    job.attempts = job.known["attempts"] if job.known else []
 
-        t.callbacks = [
-            _Log(),
-            _Save(),
-            _LossLines(log),
-            _Estimate(),
-            *([_Backup(backup)] if backup else []),
-            *_views(t, at_end, widget),
-            *([] if cfg.disable_monitoring else [_Guard()]),
-            *callbacks,
-            *([_Evaluate(valid)] if valid is not None else []),
-        ]
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        packed = any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, "sets", [data]))
-        logger.info(
-            f"{net.config.n_params:,} parameters"
-            f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
-            f" on {f'{team.size} × ' if team else ''}{choices['device']} in {choices['precision']},"
-            f" {'compiled' if choices['compile'] != 'no' else 'not compiled'},"
-            f" {attention_kernel(net, choices, packed)} attention, {choices['threads']} threads,"
-            f" {cfg.dataloader_workers} workers;"
-            f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
-            f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
+
+def _known(folder: Path) -> dict | None:
+    "The content of run.json, where there is one."
+    known = Run(folder).facts if (folder / "run.json").exists() else None
+    if known and (gone := {"id", "identity", "data", "choices", "attempts"} - known.keys()):
+        raise ValueError(
+            f"{folder / 'run.json'} lacks {', '.join(sorted(gone))}: it was edited, or is of"
+            " another program. Bring back the one that fit wrote (a backup has one), or name"
+            " another folder"
         )
-        for line in _describe(data, cfg.max_seq_len):
-            logger.info(line)
-        _plan(t, backup)
-        at_end.callback(_prune, t)
-        if backup:
-            _catch_up(
-                backup, t, id, start, t.step if start and resume not in ("auto", True) else None
-            )
-            at_end.callback(backup.finish, 5, False)
-        at_end.callback(t.writer.close)
-        began = time.perf_counter()
-        if team:
-            if choices["device"] == "cpu":
-                logger.info(
-                    f"{team.size} processes share the cores of this CPU, which saves no time:"
-                    " devices is for GPUs"
-                )
-            with _enough_memory(t):
-                _begin(t, choices)
-        elif (more := torch.cuda.device_count()) > 1 and choices["device"] == "cuda":
-            logger.info(f"there are {more} GPUs here; devices={more} trains on all of them")
-        with _enough_memory(t), _signals(t):
-            t.run()
-        if team:
-            team.close()
-        if t.stop:
-            if backup:
-                _finish_backup(backup, cfg, min(60, cfg.backup_wait_seconds), confirm=False)
-            logger.info(
-                message := f"stopped after step {t.step:,} and saved"
-                f" {t.last_saved or start and start.path}; the same call goes on from there"
-            )
-            if isinstance(t.stop, str):
-                raise TrainingError(f"{t.stop}: {message}")
-            raise (
-                KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128 + t.stop)
-            )
-        net.eval()
-        logger.info(
-            f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}"
+    return known
+
+
+def _check_new(folder: Path, call: _Call):
+    "An error where a new run would stand over something else, or is told to go on from a state."
+    if found := _ownerless(folder):
+        raise FileExistsError(
+            f"{folder} holds {', '.join(found[:4])}{' …' if found[4:] else ''} and no run.json,"
+            " so it cannot be known what they belong to, and nothing is trained over them. To"
+            " go on with that run, bring its run.json back (its backup has one: pass"
+            " gdrive_backup_dir); to begin with their weights, pass one of them as the model"
+            " and choose a new output_dir; to train anew here, pass overwrite=True, which"
+            " moves the folder aside"
+        )
+    if not call.automatic and call.resume is not False:
+        raise CheckpointError(
+            f"resume={str(call.resume)!r}, and {folder} holds no run with checkpoints; name that"
+            " run's folder as output_dir, or leave resume out to train anew"
             + (
-                f", validation loss {t.best_loss:.4f} at best (step {t.best_step:,})"
-                if t.best_loss is not None
+                f"; to begin with the weights in {call.resume}, pass it as the model (--config"
+                f" {call.resume})"
+                if (Path(call.resume) / "config.json").exists()
                 else ""
             )
-            + f"; the model is in {folder}"
         )
-        if backup:
-            _finish_backup(backup, cfg, cfg.backup_wait_seconds)
-        return run
+
+# %% ../../nbs/train/07_trainer.ipynb #91f34013
+def _decide(job: _Job):
+    "The options, device, precision and threads; and the processes that help."
+    call, known = job.call, job.known
+    job.decided = meanings(
+        (call.train, call.valid), None if "data" in call.override else known, job.folder
+    )
+    # a name is what the run took it for, so its usual options are
+    cfg = call.cfg = call.configured(job.decided)
+    job.choices = choices = _keep(known["choices"], choose(cfg), cfg) if known else choose(cfg)
+    if cfg.devices > 1 and cfg.device == "auto":
+        # and not the one that it had alone
+        choices["device"] = torch.device(choices["device"]).type
+    # refused now, if it cannot be
+    share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices)
+    job.team = assemble(cfg.devices, choices["device"])
+    if job.team:
+        job.at_end.callback(job.team.close)
+        choices["device"] = own_device(choices["device"])
+    torch.set_num_threads(choices["threads"])
+    job.at_end.enter_context(same_bits(cfg.deterministic))
+
+
+def _keep(old: dict, choices: dict, cfg: TrainConfig) -> dict:
+    "What is chosen automatically stays as it was, on the same kind of device."
+    if old["device"].split(":")[0] != choices["device"].split(":")[0]:
+        return choices
+    return {
+        k: (
+            old[k]
+            if getattr(cfg, o) in ("auto", 0) and can_keep(k, old[k], choices["device"])
+            else v
+        )
+        for (k, v), o in zip(choices.items(), ("device", "precision", "num_threads"))
+    }
+
+# %% ../../nbs/train/07_trainer.ipynb #cb1379fb
+def _read(job: _Job):
+    "The tokenizer and the tokens, to train and to validate on."
+    call, cfg, known = job.call, job.call.cfg, job.known
+    job.given_valid = source_to_json(call.valid) if call.valid is not None else None
+    job.model = _given(call.model, known)
+    home = home_of(job.model)
+    tokenizer = call.tokenizer
+    if home and tokenizer is None and not known and not cfg.retrain_tokenizer:
+        if not (home / "tokenizer.json").exists():
+            raise ValueError(
+                f"{home} has no tokenizer.json, and its weights know tokens by their numbers,"
+                " which another tokenizer gives to other texts. Pass the one that it was"
+                " trained with: tokenizer='DIR'; or retrain_tokenizer=True, which trains"
+                " another, for which the weights have learned nothing"
+            )
+        tokenizer = home
+    job.tok, job.data, job.valid, job.places = open_source(
+        job.folder,
+        known,
+        call.train,
+        call.valid,
+        tokenizer,
+        cfg,
+        call.override,
+        job.decided,
+        of_model=home is not None and tokenizer is home,
+    )
+    _need_validation(cfg, job.valid is not None, "no row that could be measured was held out")
+    if (
+        not known
+        and home
+        and (home / "tokenizer.json").exists()
+        and load_tokenizer(home).hash != job.tok.hash
+    ):
+        logger.warning(
+            f"{home} was trained with another tokenizer, so its weights know none of"
+            " these tokens; to use its own, leave tokenizer and retrain_tokenizer out"
+        )
+    check_size(job.data, cfg.effective_batch, cfg.max_seq_len)
+
+# %% ../../nbs/train/07_trainer.ipynb #e1cfde61
+def _build(job: _Job):
+    "The model on its device, what it learns, and whether that is what the run is."
+    call, cfg, known, device = job.call, job.call.cfg, job.known, job.choices["device"]
+    net = _model(job.model, job.tok, cfg)
+    job.objective = _objective(net, job.data, cfg)
+    # the weights of step 0
+    job.begun = (known or {}).get("began") or dict(
+        hash=weights_hash(net),
+        path=net.origin or getattr(net, "base_path", None),
+        given=isinstance(job.model, nn.Module),
+    )
+    job.net = net = _moved(net, device)
+    net.recompute = cfg.gradient_checkpointing
+    if net.recompute and net.config.dropout and device.startswith("mps"):
+        raise ValueError(
+            f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other"
+            " on an Apple GPU: torch draws other numbers there when it computes a block again;"
+            " leave one out"
+        )
+    job.identity = _identity(net, job.tok, job.data, cfg)
+    if known:
+        # the texts are the same, or open_source had refused them
+        same = "validation_split" in call.override and not hasattr(call.train, "sequences")
+        _check_same(job.folder, known["identity"], job.identity, call.override + ("data",) * same)
+
+
+def _run_trainer(job: _Job) -> _RunTrainer:
+    "The trainer of this call, at step 0."
+    cfg = job.call.cfg
+    t = _RunTrainer(
+        job.net,
+        job.data,
+        cfg,
+        _course(cfg, job.data.n_windows(cfg.max_seq_len))[0],
+        job.choices,
+        folder=job.folder,
+        run_id=job.known["id"] if job.known else uuid.uuid4().hex,
+        tokenizer=job.tok,
+        attempt=len(job.attempts) + 1,
+        valid=job.valid,
+        objective=job.objective,
+    )
+    t.team, t.at_end, t.lock = job.team, job.at_end, job.lock
+    _strangers_aside(t)
+    return t
+
+# %% ../../nbs/train/07_trainer.ipynb #092b7381
+def _done(job: _Job, t: _RunTrainer) -> dict | None:
+    "The final state of a run that has nothing left to train."
+    if not (job.known and job.call.automatic and problem(job.folder) is None):
+        return None
+    done = read_json(job.folder / "trainer_state.json")
+    was = read_json(job.folder / "training_args.json")
+    steps, _ = _course(t.config, t.schedule.windows, done, was)
+    return done if _is_done(done, t, steps) else None
+
+
+def _return_finished(job: _Job, t: _RunTrainer, done: dict):
+    "Return a finished run as it is."
+    logger.info(
+        f"{job.folder} is finished: {done['global_step']:,} steps. It is returned as it is; to"
+        " train on, raise epochs or max_steps"
+        + (", or set early_stopping=0" if done.get("stopped_early") else "")
+    )
+    t.model.load_weights(read_checkpoint(job.folder).weights)
+    if job.backup:
+        _catch_up(job.backup, t, t.run_id, newest(t.stores))
+        job.backup.submit(job.folder)
+        _finish_backup(job.backup, t.config, t.config.backup_wait_seconds)
+
+# %% ../../nbs/train/07_trainer.ipynb #c8e4eabf
+def _references(job: _Job, t: _RunTrainer):
+    "What preferences are compared with."
+    if isinstance(t.objective, Preference):
+        with _enough_memory(t, "before the first step"):
+            _add_references([job.data, job.valid], t, job.begun)
+
+
+def _resume(job: _Job, t: _RunTrainer) -> Checkpoint | None:
+    "Become the state to go on from, and name it; None: the run begins."
+    if not job.known:
+        return None
+    start, begun = _pick(t, job.call.resume, job.backup, job.attempts), job.begun
+    if start:
+        _go_on(t, start)
+    elif begun["given"] and weights_hash(t.model) != begun["hash"]:
+        raise CheckpointError(
+            f"{job.folder} has no checkpoint yet, and began with weights that this call does not"
+            " give: pass the model that it began"
+            f" with{', ' + begun['path'] if begun['path'] else ''}"
+        )
+    return start
+
+
+def _go_on(t: _RunTrainer, start: Checkpoint):
+    "Become what `start` holds. Its state, as large as the training itself, is let go of at once."
+    state, windows = read_checkpoint(start.path), t.schedule.windows
+    max_steps, offset = _course(t.config, windows, state.trainer, state.arguments)
+    if start.step > max_steps:
+        raise ValueError(
+            f"{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or"
+            " resume from an earlier checkpoint"
+        )
+    t.schedule = Schedule(t.config, max_steps, windows, offset=offset)
+    _restore(t, state)
+    _settle_rate(t, state.trainer, state.arguments)
+
+# %% ../../nbs/train/07_trainer.ipynb #97cfd37f
+def _accept(job: _Job, t: _RunTrainer, start: Checkpoint | None):
+    "Settle what is left to choose, and write run.json."
+    known, choices = job.known, job.choices
+    job.attempts = job.attempts + [
+        dict(started=time.time(), step=t.step, device=choices["device"], versions=_versions())
+    ]
+    if start and not job.call.automatic:
+        # first: should it be killed from here on, what lies beyond is known to be given up, in
+        # the backup too
+        write_json(job.folder / "run.json", known | dict(attempts=job.attempts))
+        _give_up(t, start.step)
+    with _enough_memory(t):
+        t.config = _tune(t, choices, known["choices"] if known else {})
+    if known:
+        _say_changes(known, t.config, choices, start)
+    t.facts = _facts(job, t)
+    _settle(t)
+    job.log.counts = True
+    job.at_end.callback(lambda: t.metrics.close())
+    if unread := unread_tokens(job.folder, [job.data, job.valid], job.places):
+        logger.info(
+            f"this run does not read the tokens in {', '.join(unread)}; delete them if nothing"
+            " else needs them"
+        )
+
+
+def _facts(job: _Job, t: _RunTrainer) -> dict:
+    "The content of run.json."
+    net = t.model
+    return dict(
+        format="minigpt run",
+        version=1,
+        id=t.run_id,
+        identity=job.identity,
+        model=net.config.to_dict(),
+        lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None,
+        began=job.begun,
+        saved_params=_n_saved(net),
+        train=t.config.to_dict(),
+        max_steps=t.max_steps,
+        saves=t.schedule.n_checkpoints,
+        data=dict(
+            source=source_to_json(job.call.train),
+            valid=job.given_valid,
+            named=job.decided,
+            tokens=len(job.data),
+            places=job.places,
+        ),
+        choices=job.choices,
+        attempts=job.attempts,
+    )
+
+# %% ../../nbs/train/07_trainer.ipynb #f0a35714
+def _announce(job: _Job, t: _RunTrainer):
+    "Set the callbacks, and say what is trained, on what, and what it will take."
+    t.callbacks = [
+        _Log(),
+        _Save(),
+        _LossLines(job.log),
+        _Estimate(),
+        *([_Backup(job.backup)] if job.backup else []),
+        *_views(t, job.at_end, job.call.widget),
+        *([] if t.config.disable_monitoring else [_Guard()]),
+        *job.call.callbacks,
+        *([_Evaluate(job.valid)] if job.valid is not None else []),
+    ]
+    logger.info(_outline(t, job.choices))
+    for line in _describe(t.data, t.config.max_seq_len):
+        logger.info(line)
+    _plan(t, job.backup)
+
+
+def _outline(t: _RunTrainer, choices: dict) -> str:
+    "The training in a line."
+    net, data, cfg = t.model, t.data, t.config
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    packed = any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, "sets", [data]))
+    return (
+        f"{net.config.n_params:,} parameters"
+        f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
+        f" on {f'{t.team.size} × ' if t.team else ''}{choices['device']} in {choices['precision']},"
+        f" {'compiled' if choices['compile'] != 'no' else 'not compiled'},"
+        f" {attention_kernel(net, choices, packed)} attention, {choices['threads']} threads,"
+        f" {cfg.dataloader_workers} workers;"
+        f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
+        f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
+    )
+
+# %% ../../nbs/train/07_trainer.ipynb #4d774357
+def _mirror_from(job: _Job, t: _RunTrainer, start: Checkpoint | None):
+    "Begin to mirror; at the end first the writer stops, then the backup, and then is tidied up."
+    job.at_end.callback(_prune, t)
+    if job.backup:
+        superseded = t.step if start and not job.call.automatic else None
+        _catch_up(job.backup, t, t.run_id, start, superseded)
+        job.at_end.callback(job.backup.finish, 5, False)
+    job.at_end.callback(t.writer.close)
+
+
+def _train(job: _Job, t: _RunTrainer) -> float:  # When it began, by `time.perf_counter`
+    "Train, alone or with others, to the end or to a stop."
+    began, team, choices = time.perf_counter(), job.team, job.choices
+    if team:
+        if choices["device"] == "cpu":
+            logger.info(
+                f"{team.size} processes share the cores of this CPU, which saves no time:"
+                " devices is for GPUs"
+            )
+        with _enough_memory(t):
+            _begin(t, choices)
+    elif (more := torch.cuda.device_count()) > 1 and choices["device"] == "cuda":
+        logger.info(f"there are {more} GPUs here; devices={more} trains on all of them")
+    with _enough_memory(t), _signals(t):
+        t.run()
+    if team:
+        team.close()
+    return began
+
+# %% ../../nbs/train/07_trainer.ipynb #954f62ce
+def _stopped(job: _Job, t: _RunTrainer, start: Checkpoint | None) -> NoReturn:
+    "Leave after a stop, whose state is saved."
+    if job.backup:
+        _finish_backup(job.backup, t.config, min(60, t.config.backup_wait_seconds), confirm=False)
+    logger.info(
+        message := f"stopped after step {t.step:,} and saved"
+        f" {t.last_saved or start and start.path}; the same call goes on from there"
+    )
+    if isinstance(t.stop, str):
+        raise TrainingError(f"{t.stop}: {message}")
+    raise KeyboardInterrupt(message) if t.stop == signal.SIGINT else SystemExit(128 + t.stop)
+
+
+def _finished(job: _Job, t: _RunTrainer, began: float):
+    "Say what has become of it, and wait for the backup."
+    t.model.eval()
+    logger.info(
+        f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}"
+        + (
+            f", validation loss {t.best_loss:.4f} at best (step {t.best_step:,})"
+            if t.best_loss is not None
+            else ""
+        )
+        + f"; the model is in {job.folder}"
+    )
+    if job.backup:
+        _finish_backup(job.backup, t.config, t.config.backup_wait_seconds)
 
 # %% ../../nbs/train/07_trainer.ipynb #e9d5a2f3
 def _course(
