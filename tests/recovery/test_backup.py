@@ -564,6 +564,9 @@ def test_a_server_to_which_files_arrive_late(work, whole, google, tmp_path):
 def test_what_has_not_arrived_at_the_end_is_said(work, whole, google, tmp_path):
     with google.at_work():
         run, losses = go(work, gdrive_backup_dir=str(tmp_path / "drive"), backup_wait_seconds=1)
+        for thread in threading.enumerate():  # what it still writes must be seen by the server
+            if thread.name == "minigpt-backup":
+                thread.join()
     same(work, losses, whole)
     s = state_of(work)
     assert s["copied"]["step"] == 20 and s["confirmed"] is None and "checkpoint-20" in s["waiting"]
