@@ -7,7 +7,6 @@ __all__ = ['PRESETS', 'alpha_bars', 'simplex', 'noised', 'TessConfig', 'from_dic
            'draw_blanks', 'Denoising', 'denoise', 'fill', 'Film', 'infill', 'line_entities', 'extend', 'mlm']
 
 # %% ../nbs/03_diffusion.ipynb #703df3a4
-import difflib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoint.store import load_model
 from .config.options import TrainConfig, elsewhere, read_options, without_idle
 from .core.files import on_hub
+from .core.suggest import did_you_mean
 from .data.readers import data_files, read_blocks
 from .data.tokensets import ChatSet
 from .model.generation import text_pieces
@@ -84,8 +84,7 @@ PRESETS = dict(
 
 
 def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known := list(known), 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+    return did_you_mean(name, known := list(known)) or f"; there are {', '.join(known)}"
 
 # %% ../nbs/03_diffusion.ipynb #91f2b938
 def _must(

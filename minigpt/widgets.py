@@ -181,7 +181,8 @@ def data_explorer(
 # %% ../nbs/04_widgets.ipynb #cedfced4
 from functools import cached_property
 
-from .run.live import LiveLoss as LiveLoss, display_widget, html_table, run_html
+from .core.tables import html_table
+from .run.live import LiveLoss as LiveLoss, display_widget, run_html
 from .run.metrics import in_notebook
 from .run.status import Watch, checkpoint_rows, notes, resume_code, status_text
 

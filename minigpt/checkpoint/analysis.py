@@ -7,7 +7,6 @@ __all__ = ['TensorInfo', 'layer_of', 'natural', 'Table', 'treemap', 'Analysis', 
            'create_demo']
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #72a467da
-import difflib
 import math
 import os
 import re
@@ -45,6 +44,8 @@ from minigpt.core.files import (
     read_json,
 )
 from ..core.picture import figure
+from ..core.suggest import did_you_mean
+from ..core.tables import html_table, text_table
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #2a7cb1e0
 @dataclass
@@ -109,31 +110,17 @@ class Table(list):
     def __str__(self):
         if not self:
             return "nothing"
-        rows, number = (
-            self.cells(),
-            [
-                all(isinstance(r.get(k), (int, float, type(None))) for r in self)
-                for k in self.keys()
-            ],
-        )
-        wide = [max(map(len, c)) for c in zip(*rows)]
-        return "\n".join(
-            "  ".join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(r, wide, number)).rstrip()
-            for r in rows
-        )
+        return text_table(self.cells(), self._numbers())
 
     __repr__ = __str__
 
+    def _numbers(self) -> list[int]:
+        "The columns that hold numbers."
+        number = lambda k: all(isinstance(r.get(k), (int, float, type(None))) for r in self)
+        return [i for i, k in enumerate(self.keys()) if number(k)]
+
     def _repr_html_(self):
-        line = lambda r, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in r) + "</tr>"
-        head, *rows = self.cells()
-        return (
-            "<style>.minigpt-table :is(th,td){text-align:left!important}</style><table"
-            ' class="minigpt-table">'
-            + line(head, "th")
-            + "".join(line(r, "td") for r in rows)
-            + "</table>"
-        )
+        return html_table(self.cells(), self._numbers())
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #89f321b5
 def _summed(pairs: Iterable[tuple[str, int]]) -> Counter:
@@ -992,14 +979,8 @@ def analyze(
     elif path.exists():
         raise ValueError(f"{path} is neither a file nor a directory")
     else:
-        near = (
-            difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3, 0.3)
-            if path.parent.is_dir()
-            else []
-        )
-        raise FileNotFoundError(
-            f"there is no {path}" + (f"; near it: {', '.join(near)}" if near else "")
-        )
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"there is no {path}{did_you_mean(path.name, names, 0.3)}")
     a.size, a.components = sum(a.files.values()), {k: n for k, n in a.components.items() if n}
     _find_copies(a)
     if a.kind == "LoRA adapter":

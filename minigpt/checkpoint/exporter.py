@@ -50,6 +50,7 @@ from minigpt.core.files import (
     write_json,
 )
 from ..core.picture import figure
+from ..core.tables import html_table, text_table
 from ..data.tokensets import open_set, spread_over
 from ..model.adapters import LoRAGPT
 from ..model.gpt import GPT, GPTConfig, LanguageModel, from_hf, need_gpt
@@ -679,32 +680,16 @@ class ExportReport(dict):
         return out + [(k, "", human_size(size), "", "", "")[:n] for k, size in kinds]
 
     def __str__(self):
-        lines = self.lines()
-        width = [max(map(len, c)) for c in zip(*lines)]
         said = f"{self['parameters']:,} parameters"
         if self["tokens"]:
             said += f"; loss in nats and likeliest token on {self['tokens']:,} tokens"
-        aligned = (
-            "  ".join([l[0].ljust(width[0]), *map(str.rjust, l[1:], width[1:])]) for l in lines
-        )
-        return "\n".join([said, *(l.rstrip() for l in aligned)])
+        return f"{said}\n{text_table(self.lines(), range(1, 6))}"
 
     __repr__ = __str__
 
     def _repr_html_(self):
         said, *_ = str(self).splitlines()
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f"<{'th' if i == 0 else 'td'}"
-                f' style="text-align:{"left" if j == 0 else "right"}">'
-                f"{escape(x)}</{'th' if i == 0 else 'td'}>"
-                for j, x in enumerate(l)
-            )
-            + "</tr>"
-            for i, l in enumerate(self.lines())
-        )
-        return f"<p>{escape(said)}</p><table>{rows}</table>"
+        return f"<p>{escape(said)}</p>{html_table(self.lines(), range(1, 6))}"
 
     def figure(self):
         "Size in each precision, with what it costs."

@@ -6,7 +6,6 @@
 __all__ = ['TrainConfig', 'lr_at', 'read_options']
 
 # %% ../../nbs/config/01_options.ipynb #19306a1d
-import difflib
 import math
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 import orjson
 
 from ..core.files import at_home
+from ..core.suggest import did_you_mean
 
 # %% ../../nbs/config/01_options.ipynb #8d10e0c2
 def _option(default, help: str):
@@ -412,9 +412,7 @@ def _unknown(name, known: list[str]) -> str:
         )
     if how := elsewhere(str(name)):
         return f": {how}"
-    if near := difflib.get_close_matches(name, known, 1, 0.7):
-        return f"; did you mean {near[0]!r}?"
-    return f"; options are {', '.join(known)}"
+    return did_you_mean(name, known, 0.7) or f"; options are {', '.join(known)}"
 
 
 def _by_their_names(

@@ -27,6 +27,7 @@ import orjson
 import zstandard
 
 from ..core.files import NotAFile, at_home, regular
+from ..core.suggest import did_you_mean
 from ..tokenizer.bpe import EOS, SPECIALS, chat_messages
 
 # %% ../../nbs/data/01_readers.ipynb #cd40f8e8
@@ -215,14 +216,10 @@ def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
             " minigpt.data.get(ADDRESS, 'data.jsonl')"
         )
     if not path.exists():
-        near = (
-            difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1, 0.75)
-            if path.parent.is_dir()
-            else []
-        )
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(
             f"there is no file {path} (looked in"
-            f" {Path.cwd()}){f'; did you mean {near[0]}?' if near else ';'} check the name, and on"
+            f" {Path.cwd()}){did_you_mean(path.name, names, 0.75) or ';'} check the name, and on"
             " Colab that the file was uploaded or Drive is mounted"
         )
     try:

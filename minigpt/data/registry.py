@@ -7,12 +7,12 @@ __all__ = ['FOLDERS', 'data_dir', 'find_file', 'locate', 'DatasetConfig', 'find_
            'register_dataset', 'dataset', 'all_here', 'Mix', 'mix']
 
 # %% ../../nbs/data/03_registry.ipynb #2af8e23d
-import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..core.suggest import did_you_mean
 from .readers import DataError, look_at
 
 # %% ../../nbs/data/03_registry.ipynb #c6cddbcc
@@ -222,12 +222,9 @@ def get_dataset_config(
     "What is known of a data set; a `ValueError` lists the names, and the nearest one."
     if found := find_dataset(name):
         return found
-    near = difflib.get_close_matches(str(name), _SETS, 1, 0.5)
     raise ValueError(
-        f"there is no data set {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f" Registered are {', '.join(_SETS)}; add yours with register_dataset, or pass the path"
-        " of a file"
+        f"there is no data set {name!r}{did_you_mean(name, _SETS) or '.'} Registered are"
+        f" {', '.join(_SETS)}; add yours with register_dataset, or pass the path of a file"
     )
 
 

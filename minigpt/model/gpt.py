@@ -8,7 +8,6 @@ __all__ = ['MOST', 'MOST_PARAMS', 'FAMILIES', 'check_size', 'check_number', 'che
            'linear_cross_entropy', 'linear_log_probs', 'KVCache', 'LanguageModel', 'has_own_head', 'GPT', 'need_gpt']
 
 # %% ../../nbs/model/01_gpt.ipynb #658ad1e7
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..core.suggest import did_you_mean
 
 # %% ../../nbs/model/01_gpt.ipynb #bd7f74f0
 PRESETS = dict(
@@ -154,10 +155,9 @@ class GPTConfig:
     def preset(cls, name: str, **changes) -> "GPTConfig":
         "A ready size (`tiny`, `small`, `medium`, `large`), with any field changed."
         if name not in PRESETS:
-            near = difflib.get_close_matches(name, PRESETS, 1, 0)
             raise ValueError(
-                f"there is no preset {name!r}; the presets are"
-                f" {', '.join(PRESETS)}{f'. Did you mean {near[0]!r}?' if near else ''}"
+                f"there is no preset {name!r}{did_you_mean(name, PRESETS) or '.'} The presets are"
+                f" {', '.join(PRESETS)}"
             )
         return cls.from_dict({**PRESETS[name], **changes})
 

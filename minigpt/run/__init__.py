@@ -20,14 +20,14 @@ __all__, __getattr__, __dir__ = lazy_names(
             memory in_notebook
         """,
         "folder": """
-            ANSWER Run split_checkpoint open_run list_runs text_table runs_table run_table
+            ANSWER Run split_checkpoint open_run list_runs runs_table run_table text_table
         """,
         "status": """
             SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows
             notes status_text sparkline monitor
         """,
         "live": """
-            BOX_STYLE html_table run_html display_widget LiveLoss
+            BOX_STYLE run_html display_widget LiveLoss
         """,
     },
 )

@@ -25,9 +25,10 @@ from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
 from ..core.files import at_home, dir_size, free_space, human_size, human_time, plain
 from ..core.notes import Note
+from ..core.tables import text_table
 from ..model.gpt import shape_from_dict
 from .backup import drive_mount, read_heartbeat
-from .folder import Run, open_run, text_table
+from .folder import Run, open_run
 from .metrics import Curves, Follower, LossPicture, in_notebook, read_log
 
 # %% ../../nbs/run/05_status.ipynb #d762b318

@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from ..checkpoint.store import open_model
 from ..core.files import at_home, hash_bytes
+from ..core.tables import text_table
 from ..data.tokensets import TokenSet, build_tokenset, open_set, spread_over
 from ..model.gpt import GPT, need_gpt
-from ..run.folder import Run, text_table
+from ..run.folder import Run
 from ..tokenizer.bpe import Tokenizer
 from .inputs import source_files
 from .speed import best_device

@@ -9,7 +9,6 @@ __all__ = ['BUILT_IN', 'PATH', 'REGISTERED', 'CORPUS', 'OVERRIDES', 'meaning', '
 
 # %% ../../nbs/train/06_inputs.ipynb #7ed494d1
 import contextlib
-import difflib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ..checkpoint.store import stores_in
 from ..config.options import TrainConfig
 from ..core.files import at_home, in_folder, set_aside, write_file
 from ..core.notes import Note
+from ..core.suggest import did_you_mean
 from minigpt.data.corpus import (
     stdlib_text,
     write_calls,
@@ -139,10 +139,8 @@ def _named(
         return source
     if meaning(source, decided, folder) != REGISTERED:
         return None
-    if not find_dataset(source) and (near := difflib.get_close_matches(source, BUILT_IN, 1, 0.7)):
-        raise ValueError(
-            f"there is no data set {source!r}; did you mean the built-in corpus {near[0]!r}?"
-        )
+    if not find_dataset(source) and (near := did_you_mean(source, BUILT_IN, 0.7)):
+        raise ValueError(f"there is no data set {source!r}{near} That is a built-in corpus")
     return get_dataset_config(source)
 
 

@@ -6,19 +6,16 @@
 __all__ = ['STAGES', 'HARDWARE', 'RECIPES', 'stage', 'detect_hardware', 'hardware', 'recipe']
 
 # %% ../../nbs/train/01_presets.ipynb #8e789262
-import difflib
-
+from ..core.suggest import did_you_mean
 from ..data.registry import mix
 
 # %% ../../nbs/train/01_presets.ipynb #224a3246
 def _choose(what: str, table: dict, name: str) -> dict:
     if name in table:
         return dict(table[name])
-    near = difflib.get_close_matches(str(name), table, 1, 0.5)
     raise ValueError(
-        f"there is no {what} {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f" There are {', '.join(table)}"
+        f"there is no {what} {name!r}{did_you_mean(name, table) or '.'} There are"
+        f" {', '.join(table)}"
     )
 
 # %% ../../nbs/train/01_presets.ipynb #bcd72195

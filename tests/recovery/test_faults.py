@@ -366,7 +366,7 @@ MISTAKES = {
     ),
     "data-near": (
         lambda w: new_run(w, train=w / "texts.jsonl"),
-        ["no file", "did you mean text.jsonl?"],
+        ["no file", "did you mean 'text.jsonl'?"],
     ),
     "data-an-address": (
         lambda w: new_run(w, train="https://example.com/a.txt"),
@@ -377,7 +377,7 @@ MISTAKES = {
         lambda w: new_run(w, model=None),
         ["model=None must be a preset's name (tiny, "],
     ),
-    "model-mistyped": (lambda w: new_run(w, model="tinny"), ["'tinny'", "Did you mean 'tiny'"]),
+    "model-mistyped": (lambda w: new_run(w, model="tinny"), ["'tinny'", "did you mean 'tiny'"]),
     "model-of-a-name": (
         lambda w: GPT("tiny"),
         ["config='tiny' must be a GPTConfig", "GPTConfig.preset('tiny')"],

@@ -516,7 +516,7 @@ def test_order_by_step_then_time(tmp_path):
     ]
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         compare(tmp_path / ".checkpoint-40.tmp-1")
-    with pytest.raises(FileNotFoundError, match="near it: final_model.pt"):
+    with pytest.raises(FileNotFoundError, match="did you mean 'final_model.pt'"):
         analyze(tmp_path / "final-model.pt")
 
 
@@ -627,7 +627,7 @@ def test_demo(tmp_path, capsys):
     }
     assert a.params == a.trainable == config.n_params and (a.step, a.loss) == (2, d["loss"])
     assert all(s["exp_avg"].abs().sum() > 0 for s in d["optimizer_state_dict"]["state"].values())
-    with pytest.raises(ValueError, match="Did you mean 'medium'"):
+    with pytest.raises(ValueError, match="did you mean 'medium'"):
         create_demo(tmp_path, "medum")
 
 
