@@ -14,6 +14,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -69,73 +70,15 @@ MARKS = (
     "</ultra_think>",
 )
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #6f980994
-_AS_JSON = r"""
-{%- macro as_json(text) %}
-    {%- set now = namespace(place='outside', code='', high=0) %}
-    {%- for c in text %}
-        {%- if now.place == 'string' and c not in '"\\' %}{{- c }}
-        {%- elif now.place == 'outside' and c != '"' %}{{- c + ' ' if c in ',:' else c | trim }}
-        {%- elif c == '"' and now.place != 'escape' %}{%- set now.place = 'outside' if now.place == 'string' else 'string' %}{{- c }}
-        {%- elif now.place == 'string' %}{%- set now.place = 'escape' %}
-        {%- elif now.place == 'escape' %}
-            {%- set now.place = 'code' if c == 'u' else 'string' %}
-            {%- if c != 'u' %}{{- c if c == '/' else '\\' + c }}{%- endif %}
-        {%- else %}
-            {%- set now.code = now.code + c %}
-            {%- if now.code | length == 4 %}
-                {%- set n = now.code | int(0, 16) %}
-                {%- set now.place = 'string' %}{%- set now.code = '' %}
-                {%- if n >= 55296 and n < 56320 %}{%- set now.high = n - 55287 %}
-                {%- else %}{{- ('%c' | format(n + 1024 * now.high) | tojson)[1:-1] }}{%- set now.high = 0 %}{%- endif %}
-            {%- endif %}
-        {%- endif %}
-    {%- endfor %}
-{%- endmacro %}"""
+# %% ../../nbs/tokenizer/02_bpe.ipynb #ecb40503
+def _own_template(name: str) -> str:
+    "A chat template of the package, as it stands in a tokenizer_config.json."
+    return (files("minigpt.tokenizer") / name).read_text("utf-8").removesuffix("\n")
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #02245ed2
-_CALL = r"""            {%- set f = call['function'] or call %}
-            {{- '\n' if m['content'] or not loop.first else '' }}
-            {{- '<tool_call>\n{"name": "' + f['name'] + '", "arguments": ' }}
-            {%- if f['arguments'] is string %}{{- as_json(f['arguments']) or '{}' }}{%- else %}{{- (f['arguments'] or {}) | tojson }}{%- endif %}
-            {{- '}\n</tool_call>' }}"""
 
-_CALL_BEFORE = r"""            {{- '\n' if m['content'] or not loop.first else '' }}
-            {{- '<tool_call>\n{"name": "' + call['name'] + '", "arguments": ' }}{{- call['arguments'] | tojson }}{{- '}\n</tool_call>' }}"""
-
-_TEMPLATE = r"""
-{%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else '' %}
-{%- if system or tools %}
-    {{- '<|im_start|>system\n' + system + ('\n\n' if system and tools else '') }}
-    {%- if tools %}
-        {{- 'Functions at hand, a JSON schema a line:\n<tools>\n' }}
-        {%- for tool in tools %}{{- tool | tojson }}{{- '\n' }}{%- endfor %}
-        {{- '</tools>\nA call is written <tool_call>{"name": name, "arguments": object}</tool_call>.' }}
-    {%- endif %}
-    {{- '<|im_end|>\n' }}
-{%- endif %}
-{%- for m in messages %}
-    {%- if m['role'] == 'tool' %}
-        {%- if loop.first or loop.previtem['role'] != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem['role'] != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- elif m['role'] == 'assistant' %}
-        {{- '<|im_start|>assistant\n' }}
-        {%- if m['reasoning_content'] %}{{- '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' }}{%- endif %}
-        {{- m['content'] or '' }}
-        {%- for call in m['tool_calls'] or [] %}
-CALL
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif m['role'] != 'system' or not loop.first %}
-        {{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-
-CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace("CALL", _CALL)
+CHAT_TEMPLATE = _own_template("chat_template.jinja")
 # The second is of older versions; what `chat_messages` gives is rendered alike
-_OWN_TEMPLATES = (CHAT_TEMPLATE, _TEMPLATE.replace("CALL", _CALL_BEFORE))
+_OWN_TEMPLATES = (CHAT_TEMPLATE, _own_template("chat_template.old.jinja"))
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #f2fc8313
 def chat_messages(
