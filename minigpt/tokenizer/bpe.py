@@ -150,10 +150,7 @@ def _blank() -> HFTokenizer:
 
 
 def _byte_of() -> dict[str, int]:
-    """The byte for each of the printable characters that stand for bytes in tokenizer.json.
-
-    The table is GPT-2's.
-    """
+    "The byte for each of the printable characters that stand for bytes in tokenizer.json: GPT-2's."
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
@@ -167,10 +164,7 @@ _CUT, _GAP = "\ue000cut\ue001", "\ue000gap\ue001"
 
 
 def _is_word(token: dict) -> bool:
-    """Is an added token a word, and neither a control token nor a mark?
-
-    A word counts wherever it stands.
-    """
+    "Is an added token a word (it counts wherever it stands), neither control token nor mark?"
     return not token["special"] and token["normalized"]
 
 
@@ -285,10 +279,8 @@ def _between(
     return _encoded(hf, text).ids
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #cf04b1ef
-def _without_names(
-    made: dict,  # Content of a tokenizer.json
-) -> dict:
-    """The same, whose vocabulary spells no control token.
+def _without_names(made: dict) -> dict:
+    """The same tokenizer.json, whose vocabulary spells no control token.
 
     Unigram and WordPiece would take it for one of their pieces.
     """
@@ -346,16 +338,15 @@ def _check_ids(tok):  # Content of a tokenizer.json
         raise ValueError(f"it has a token with the id {largest:,}; {most}")
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #ce2aea12
-def _own_config() -> dict:
-    "Content of tokenizer_config.json."
-    return dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        eos_token=EOS,
-        pad_token=EOS,
-        model_max_length=1_000_000,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+# Content of tokenizer_config.json
+_OWN_CONFIG = dict(
+    tokenizer_class="PreTrainedTokenizerFast",
+    eos_token=EOS,
+    pad_token=EOS,
+    model_max_length=1_000_000,
+    clean_up_tokenization_spaces=False,
+    chat_template=CHAT_TEMPLATE,
+)
 
 
 def _pick_template(
@@ -419,7 +410,7 @@ class _Config:
     "A tokenizer_config.json: its control tokens by name, and its chat template."
 
     def __init__(self, config: dict | None):  # Default: ours
-        self.config = config if config is not None else _own_config()
+        self.config = config if config is not None else dict(_OWN_CONFIG)
 
     def token(
         self,
@@ -513,11 +504,8 @@ class _Vocabulary(_Config):
         return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #f99209a6
-def _letters_only(
-    made: dict,  # Content of a tokenizer.json
-    rules: int,
-) -> HFTokenizer:
-    "The tokenizer, for which every added token but words is only its letters."
+def _letters_only(made: dict, rules: int) -> HFTokenizer:
+    "The tokenizer of a tokenizer.json, for which every added token but words is only its letters."
     added = [{**t, "special": not _is_word(t)} for t in made["added_tokens"]]
     made = {**made, "added_tokens": added}
     if rules > 1:
@@ -537,9 +525,7 @@ def _unlimited(hf: HFTokenizer) -> HFTokenizer:
     return hf
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #282c4216
-def _gap_patterns(
-    added: Iterable[str],  # Added tokens
-) -> tuple[re.Pattern, re.Pattern]:
+def _gap_patterns(added: Iterable[str]) -> tuple[re.Pattern, re.Pattern]:
     """The white space in front of another one that belongs to the next word.
 
     What stands next is no word if it is the end of a text or, in the second pattern, an added
@@ -854,11 +840,8 @@ def _prompt(
     return tok.render(messages, tools, add_generation_prompt=True, thinking=thinking)
 
 
-def _encode_prompt(
-    tok: "_ChatEncoder",
-    text: str,  # Of `_prompt`
-) -> list[int]:
-    "Token ids of a prompt; at once, unless something is hidden in it or a token would cross."
+def _encode_prompt(tok: "_ChatEncoder", text: str) -> list[int]:
+    "Token ids of a `_prompt`; at once, unless something is hidden in it or a token would cross."
     pieces = _cut_answers(text)
     if not tok._seams.needs_parts(pieces):
         made = _encoded(tok._whole, text + _LETTER)
@@ -884,11 +867,8 @@ def _encode_at_once(
     return ids, lengths, start + np.repeat(before, lengths)
 
 
-def _edges(
-    pieces: list[list[str]],  # Of each conversation, as `_pieces` gives them
-    size: Callable[[str], int],
-) -> list[int]:  # Begin, end, begin, …
-    "Where the answers begin and end, all conversations one behind another."
+def _edges(pieces: list[list[str]], size: Callable[[str], int]) -> list[int]:
+    "Where the answers of `_pieces` begin, end, begin, …, all conversations one behind another."
     edges, at = [], 0
     for p in pieces:
         for n in map(size, p):
@@ -1164,10 +1144,8 @@ def _tokenizer_file(folder: str | Path) -> Path:
     return file
 
 
-def _read_config(
-    file: Path,  # A tokenizer.json
-) -> dict | None:  # None where there is none
-    "The tokenizer_config.json beside it, with the chat templates that have files of their own."
+def _read_config(file: Path) -> dict | None:  # None where there is none
+    "The config beside a tokenizer.json, with the chat templates that have files of their own."
     config = read_json(f) if (f := file.with_name("tokenizer_config.json")).exists() else None
     if config is None:
         return None
