@@ -18,6 +18,8 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from random import Random
 
@@ -44,7 +46,7 @@ def between(r: Random, lo: int, hi: int) -> int:
 # %% ../../nbs/data/05_corpus.ipynb #af748b2c
 def read_grammar(text: str) -> dict[str, list[str]]:
     "Rules by name, each a list of its alternatives."
-    rules = {}
+    rules, name = {}, ""
     for line in text.strip().splitlines():
         if line.startswith(" "):
             rules[name].append(line.strip())
@@ -84,98 +86,39 @@ def tidy(text: str) -> str:
     text = re.sub(r" *¶ *", "\n", re.sub(r"  +", " ", text)).strip()
     return re.sub(r'(^"?|\n"?|[.!?] "?)([a-z])', lambda m: m[1] + m[2].upper(), text)
 
-# %% ../../nbs/data/05_corpus.ipynb #dd6f9419
-EN = {
-    k: v.split()
-    for k, v in dict(
-        girls="""Mia Ella Ruby Nora Lucy Anna Rosa Ivy Clara Hana Zoe Lily Maya Alice Nina Jane Sofia Leila Emma Tara Daisy Olga Wendy Freya Greta
-        Hazel Penny Molly Edith Vera Stella Fiona Priya Joy Bella Marta Dora""",
-        boys="""Tom Leo Sam Max Ben Jack Finn Omar Hugo Noah Otto Theo Felix Ravi Paul Adam Luke Oscar Ivan Peter Jonas Kai Milo Toby Simon Hans Ned
-        Arlo Rufus Emil Walter Harry Diego Basil Caleb Rex Joel""",
-        kinds=(
-            "mouse rabbit fox bear squirrel hedgehog frog duck turtle goat pony kitten puppy piglet"
-            " badger mole lamb beaver penguin monkey"
-        ),
-        traits=(
-            "kind brave clever shy cheerful curious gentle quiet lively friendly patient funny"
-            " careful merry polite sleepy busy bold tiny young"
-        ),
-        colours=(
-            "red blue green yellow purple orange pink white black brown golden silver grey striped"
-            " spotted"
-        ),
-        things="""kite ball drum whistle lantern scarf hat umbrella book map key ribbon basket cup spoon bell doll puppet puzzle kettle blanket pillow
-        coat mitten bucket rope brush pencil notebook marble button feather shell ring necklace flute violin trumpet guitar camera clock compass
-        torch telescope fan mirror vase box jar lunchbox backpack purse mask crown cape raincoat candle bowl flag bracelet hammer shovel tambourine teapot
-        yo-yo balloon sock slipper wallet badge""",
-        into="""forest park garden meadow village valley orchard playground harbour schoolyard vineyard wood courtyard clearing rose_garden cornfield
-        old_town castle_yard barnyard marsh""",
-        atto="""beach lake market river pond bridge station fair mill zoo lighthouse farm bus_stop old_well town_hall swimming_pool post_office waterfall
-        campsite toy_shop museum library theatre bakery""",
-        food="""plums cherries pears apples biscuits pancakes nuts grapes carrots buns berries cookies peaches sandwiches dumplings muffins waffles
-        tomatoes oranges pies""",
-        family="mother father grandmother grandfather aunt uncle sister brother cousin neighbour",
-        thieves="goat crow magpie puppy monkey raccoon rat parrot donkey raven",
-        weather="sunny windy cloudy rainy foggy warm cool bright misty stormy",
-        days="Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
-        number=(
-            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
-            " fifteen sixteen seventeen eighteen nineteen twenty"
-        ),
-    ).items()
-}
-EN[
-    "spots"
-] = """behind a big rock|in the tall grass|under a bush|between two roots|behind a wall|under a bench|next to a puddle|in a pile of leaves
-in a hollow tree|behind a fence|under a wooden step|in an empty barrel|beside a tree stump|on a low branch|under a pile of hay|behind an old cart
-in a flower bed|at the foot of a tree|under a stone table|in a patch of clover|behind a haystack|beside a signpost|under a little bridge|in a ditch
-among the ferns|behind a stack of wood|in an old bucket|near a fountain|under a broken boat|beside a gate""".replace(
-    "\n", "|"
-).split("|")
+# %% ../../nbs/data/05_corpus.ipynb #2fbe8e24
+@cache
+def _read(
+    name: str,  # Of a file in `words`, such as `stories.en.txt`
+) -> dict[str, list[str]]:  # As `read_grammar`
+    "The rules that stand in a file."
+    text = (files("minigpt.data") / "words" / name).read_text("utf-8")
+    return read_grammar("\n".join(l for l in text.splitlines() if l and l[0] != "#"))
 
-# %% ../../nbs/data/05_corpus.ipynb #09048a31
+
+def _sentences(zh: bool) -> dict[str, list[str]]:
+    return _read("sentences.zh.txt" if zh else "sentences.en.txt")
+
+# %% ../../nbs/data/05_corpus.ipynb #45dc3009
 def table(text: str) -> list[list[str]]:
     return [row.strip().split("|") for row in re.split(r"[;\n]", text)]
 
 
-EN["blocks"] = table(
-    """the bridge was broken|small boat|rowed across the water; deep snow covered the path|wooden sled|slid over the snow
-    a heavy rock lay on the path|strong rope|pulled the rock aside; it grew so dark that nobody could see|bright lamp|walked on in its light
-    a high wall stood in the way|long ladder|climbed over the wall; thick thorns covered the way|pair of garden scissors|cut a way through the thorns
-    the mud was too deep to cross|wide plank|walked over the mud on it; a cold rain began to fall|large umbrella|stayed dry under it
-    the signpost had fallen over|folded map|soon knew the way again"""
-)
-EN["hobbies"] = table(
-    """paint|box of paints; read|picture book; play the harp|little harp; bake|rolling pin; play chess|chess set; skate|pair of skates
-    sew|sewing kit; dance|pair of dancing shoes; grow flowers|watering can; fish|fishing rod; cook soup|soup pot; write poems|fountain pen
-    do magic tricks|magic wand; juggle|set of juggling balls; knit|big bag of wool; build model ships|tube of glue"""
-)
-EN["beasts"] = table(
-    """owl|have big round eyes|fly at night without a sound|mice|in hollow trees; bee|have striped fur and thin wings|make honey|nectar from flowers|in a hive
-    camel|have a hump on my back|can walk for days without water|dry grass|in the desert; whale|live in water but breathe air|am bigger than a bus|tiny sea animals|in the ocean
-    snail|carry my house on my back|am never in a hurry|green leaves|in damp gardens; bat|sleep with my head down|find my way in the dark with my ears|moths|in caves
-    elephant|have big ears and a long nose|can spray water with my trunk|grass and leaves|in warm countries; spider|have eight legs|make a net of thin threads|flies|in quiet corners
-    penguin|have wings but cannot fly|slide over the ice on my belly|fish|near the cold sea; giraffe|have a very long neck|look down on the treetops|leaves|on dry plains
-    squirrel|have a bushy tail|hide nuts for the winter|nuts and seeds|in the trees; cow|have four legs and a soft nose|give milk|grass|on a farm
-    kangaroo|hop on two strong legs|carry my baby in a pouch|grass|in Australia; frog|began my life as a tadpole|can jump and croak|flies|near ponds
-    hedgehog|am covered with spines|roll up into a ball|beetles and worms|under hedges; octopus|have eight arms|can squirt dark ink|crabs|between rocks in the sea"""
-)
-EN[
-    "chores"
-] = """sweep the yard|water the flowers|wash the windows|stack the wood|feed the hens|carry the boxes|pick the beans|paint the fence|shell the peas
-clean the boots|fold the sheets|rake the leaves|polish the lamps|wind the wool""".replace(
-    "\n", "|"
-).split("|")
-EN["marks"] = [
-    "a small star on it",
-    "a tiny heart on it",
-    "a little scratch",
-    "my name on it",
-    "a drawing of the moon on it",
-    "a dot on one side",
-    "a letter on it",
-    "two thin lines",
-]
+def _read_lists(name: str) -> dict[str, list]:
+    "Lists of words by name: texts, rows of columns, or (measure word, thing)."
+
+    def read(lines):
+        if "|" in lines[0]:
+            return table("\n".join(lines))
+        if ": " in lines[0]:
+            pairs = [line.split(": ") for line in lines]
+            return [(measure, thing) for measure, ts in pairs for thing in ts.split(", ")]
+        return ", ".join(lines).split(", ")
+
+    return {k: read(lines) for k, lines in _read(name).items()}
+
+# %% ../../nbs/data/05_corpus.ipynb #dd6f9419
+EN = _read_lists("lists.en.txt")
 
 # %% ../../nbs/data/05_corpus.ipynb #cea2bae0
 def article(noun: str) -> str:
@@ -188,67 +131,49 @@ def _cast_en(r: Random) -> dict[str, str]:
     d = {}
     who = take(r, [(n, "girl") for n in EN["girls"]] + [(n, "boy") for n in EN["boys"]], 4)
     for x, i, (name, sex), trait in zip("ABCD", ["", "2", "3", "4"], who, take(r, EN["traits"], 4)):
+        kind = sex if r.random() < 0.5 else pick(r, EN["kinds"])
         he, him, his = ("she", "her", "her") if sex == "girl" else ("he", "him", "his")
-        d |= {
-            x: name,
-            "he" + i: he,
-            "him" + i: him,
-            "his" + i: his,
-            "trait" + i: trait,
-            "kind" + i: sex if r.random() < 0.5 else pick(r, EN["kinds"]),
-        }
+        d |= {x: name, "trait" + i: trait, "kind" + i: kind}
+        d |= {"he" + i: he, "him" + i: him, "his" + i: his}
     return d
 
 # %% ../../nbs/data/05_corpus.ipynb #244e6e77
+def _four(r: Random, words: dict, places: list) -> Iterator[tuple]:
+    "Four rows, with their number: a thing, its colour, a place, a spot and some food."
+    pools = words["things"], words["colours"], places, words["spots"], words["food"]
+    return zip("1234", *(take(r, pool, 4) for pool in pools))
+
+
+def _once(r: Random, words: dict) -> dict[str, str]:
+    "What is drawn once for a story."
+    pools = dict(weather="weather", family="family", mark="marks", chore="chores", thief="thieves")
+    return {k: pick(r, words[pool]) for k, pool in pools.items()}
+
+
+def _together(r: Random, words: dict) -> dict[str, str]:
+    "Two obstacles, hobbies and animals, with what belongs to them."
+    (block, tool, past), (block2, tool2, past2) = take(r, words["blocks"], 2)
+    (hobby, gift), (hobby2, _) = take(r, words["hobbies"], 2)
+    (beast, clue, clue2, eats, home), (beast2, *_) = take(r, words["beasts"], 2)
+    d = dict(block=block, tool=tool, past=past, block2=block2, tool2=tool2, past2=past2)
+    d |= dict(hobby=hobby, gift=gift, hobby2=hobby2)
+    return d | dict(beast=beast, clue=clue, clue2=clue2, eats=eats, home=home, beast2=beast2)
+
+# %% ../../nbs/data/05_corpus.ipynb #0e80f4ec
 def facts_en(r: Random) -> dict[str, str]:
     "Everything that holds in one English story."
     d = _cast_en(r)
-    places = [(p, "in") for p in EN["into"]] + [(p, "at") for p in EN["atto"]]
-    rows = zip(
-        "1234",
-        take(r, EN["things"], 4),
-        take(r, EN["colours"], 4),
-        take(r, places, 4),
-        take(r, EN["spots"], 4),
-        take(r, EN["food"], 4),
-    )
-    for i, t, c, (p, prep), s, f in rows:
-        p = "the " + p.replace("_", " ")
-        d |= {
-            "t" + i: t,
-            "c" + i: c,
-            "o" + i: f"{c} {t}",
-            "a" + i: article(f"{c} {t}"),
-            "p" + i: p,
-            "in" + i: f"{prep} {p}",
-            "s" + i: s,
-            "f" + i: f,
-        }
-    d |= {
-        "a_t1": article(d["t1"]),
-        "a_t2": article(d["t2"]),
-        "weather": pick(r, EN["weather"]),
-        "family": pick(r, EN["family"]),
-        "mark": pick(r, EN["marks"]),
-        "chore": pick(r, EN["chores"]),
-        "thief": pick(r, EN["thieves"]),
-        "left": pick(r, ["left", "right"]),
-        "himself": "herself" if d["he"] == "she" else "himself",
-    }
+    places = [("in", p) for p in EN["into"]] + [("at", p) for p in EN["atto"]]
+    for i, t, c, (prep, p), s, f in _four(r, EN, places):
+        d |= {"t" + i: t, "c" + i: c, "o" + i: f"{c} {t}", "a" + i: article(f"{c} {t}")}
+        d |= {"p" + i: f"the {p}", "in" + i: f"{prep} the {p}", "s" + i: s, "f" + i: f}
+    d |= _once(r, EN)
+    d["left"] = pick(r, ["left", "right"])
     d["day"], d["day2"] = take(r, EN["days"], 2)
-    (d["block"], d["tool"], d["past"]), (d["block2"], d["tool2"], d["past2"]) = take(
-        r, EN["blocks"], 2
-    )
-    (d["hobby"], gift), (d["hobby2"], _) = take(r, EN["hobbies"], 2)
-    (d["beast"], d["clue"], d["clue2"], d["eats"], d["home"]), (d["beast2"], *_) = take(
-        r, EN["beasts"], 2
-    )
-    d |= {
-        "gift": gift,
-        "a_beast": article(d["beast"]),
-        "a_beast2": article(d["beast2"]),
-        "beasts": d["beast"] + ("es" if d["beast"] == "octopus" else "s"),
-    }
+    d |= _together(r, EN)
+    d |= {f"a_{k}": article(d[k]) for k in ("t1", "t2", "beast", "beast2")}
+    d["himself"] = "herself" if d["he"] == "she" else "himself"
+    d["beasts"] = d["beast"] + ("es" if d["beast"] == "octopus" else "s")
     return d | numbers(r, lambda n: EN["number"][n] if n <= 20 else str(n)) | asked(r, d)
 
 # %% ../../nbs/data/05_corpus.ipynb #2f309eb8
@@ -262,25 +187,11 @@ def numbers(r: Random, word) -> dict[str, str]:
     price, price2 = between(r, 2, 9), between(r, 2, 9)
     total = k * price + price2
     note = 10 * (total // 10 + 1)
-    d = dict(
-        n=n,
-        m=m,
-        sum=n + m,
-        rest=n + m - 2,
-        big=big,
-        less=big - m,
-        times=n * m,
-        k=k,
-        price=price,
-        price2=price2,
-        part=k * price,
-        total=total,
-        note=note,
-        change=note - total,
-        age=between(r, 5, 9),
-    )
-    hour = between(r, 1, 4)
-    d |= dict(hour=hour, hour2=hour + 1, hour3=hour + 2)
+    age, hour = between(r, 5, 9), between(r, 1, 4)
+    d = dict(n=n, m=m, sum=n + m, rest=n + m - 2, big=big, less=big - m, times=n * m)
+    d |= dict(k=k, price=price, price2=price2, part=k * price, total=total)
+    d |= dict(note=note, change=note - total)
+    d |= dict(age=age, hour=hour, hour2=hour + 1, hour3=hour + 2)
     return {k: str(v) for k, v in d.items()} | {"w" + k: word(v) for k, v in d.items()}
 
 
@@ -298,242 +209,11 @@ def asked(r: Random, d: dict) -> dict[str, str]:
         if f"{x}{k}" in d
     }
 
-# %% ../../nbs/data/05_corpus.ipynb #3f1c114c
-ENGLISH = read_grammar("""
-story: {open} {treasure} {outing} {gone} {seek} {comes} {ask} {tip} {found} {end}
-  {open} {stray} {not_b} {not_c} {owner} {thanks}
-  {open} {swap1} {swap2} {swap3} {swaps}
-  {birthday} {too_dear} {earn} {party}
-  {open} {errand} {stop1} {stop2} {arrive}
-  {sow} {grow} {pick} {share}
-  {game} {count} {finds} {last}
-  {picnic} {rain} {who_brought}
-  {race} {run} {win}
-  {night} {noise} {truth}
-  {letter} ¶¶{reply}
-  {wish} {try} {lesson}
-  {shop}
-  {way} ¶{there}
-  {count_up} ¶{another}
-  {riddle} ¶¶{animal}
-  {meet}
-  {toys} ¶¶{then}
-  {newcomer}
-open: [Once upon a time|Long ago|Once], there was a {trait} {kind} [named|called] {A}. {He} lived [near|not far from|right beside] {p1}.
-  {A} was a {trait} {kind} who lived [near|not far from] {p1}.
-  In a [small|little|cosy] house near {p1} lived a {trait} {kind} [named|called] {A}.
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #79971731
-ENGLISH |= read_grammar("""
-treasure: More than anything, {A} loved {his} {o1}.
-  {His} [best|dearest] treasure was {a1}, a [gift|present] from {his} {family}.
-  {He} had {a1} and [took it everywhere|carried it wherever {he} went].
-  For {his} birthday, {his} {family} had given {him} {a1}.
-outing: One {weather} {day}, {A} took the {t1} to {p2}.
-  On {day} the weather was {weather}, and {A} went to {p2} with the {t1}.
-  One {day} [morning|afternoon], {he} went to {p2} [to play|to meet some friends|for a walk] and took the {t1} along.
-gone: But [after a while|when it was time to go home|at noon], the {t1} was gone!
-  On the way home {A} stopped. "Oh no! Where is my {t1}?"
-  {He} [ran and climbed|played and sang|jumped and danced] all day, and when {he} wanted to leave, the {t1} had disappeared.
-seek: {A} looked {s1}. [It was not there.|Nothing!|No {t1}.] {He} looked {s2}. [There was only {junk}.|No {t1} there either.|Nothing but {junk}!]
-  First {he} searched {s1}, then {s2}, but [all {he} found was {junk}|there was no {t1} to be seen].
-junk: [an old boot|a fat beetle|a bit of string|a paper bag|a wet leaf|a sleepy snail|an empty bottle|a bent nail]
-comes: Just then, {B} came by. {B} was a {trait2} {kind2} from {p3}.
-  A {trait2} {kind2} [named|called] {B} heard {him} [sigh|sob].
-ask: "[What is the matter|What is wrong|Why are you so sad]?" asked {B}. "I [have lost|can't find] my {t1}," said {A}. "It is {c1} and has {mark}."
-  "What are you looking for?" asked {B}. "My {t1}," said {A}. "What does it look like?" "It is {c1}, with {mark}."
-tip: "[Wait|Listen]!" said {B}. "I saw something {c1} {s3}!"
-  {B} thought for a moment. "Something {c1}? [I think I saw it|We should look|Something like that lies] {s3}!"
-found: They [ran|hurried|went] back to {p2} and looked {s3}. There was the {o1}!
-  Together they looked {s3}, and there it was: the {o1}, [safe and sound|a little dusty|a little wet]!
-end: "Thank you, {B}!" [cried|said] {A} and [held the {t1} tight|did a little dance|laughed out loud]. {moral}
-  {A} was so [happy|glad] that {he} shared {his} {f1} with {B}. {moral}
-moral: From that day on, {A} and {B} were [good|the best of] friends.
-  {A} never left the {t1} {s3} again.
-  [That evening|At bedtime], {A} told {his} {family} how {B} had found the {t1}.
-stray: One {day}, {he} found {a1} {s1}. "[Whose {t1} is this|Who has lost this {t1}]?" {A} wondered.
-  On {day}, [something shone|something lay] {s1}. It was {a1}! "Somebody must be looking for this {t1}," thought {A}.
-not_b: {B} was playing {in2}. "Is this {o1} yours, {B}?" "No," said {B}, "my {t1} is {c2}. Ask {C}. {He3} is {in3}."
-  {In2} {he} met {B}. "[Have you lost|Are you missing] {a_t1}, {B}?" {B} shook {his2} head. "Not me. Perhaps {C} has. Look for {him3} {in3}."
-not_c: So {A} went to {p3}. {C} had {a3}, but {he3} had not lost {a_t1}. "{D} was looking for something {in4} this morning," said {C}.
-  {A} walked to {p3} and showed the {t1} to {C}. "It is pretty," said {C}, "but not mine. I saw {D} {in4}, and {he4} was crying."
-owner: {In4} sat {D}. "Why are you crying, {D}?" "I have lost my {t1}!" "Is it {c1}?" "Yes!" "Then here it is," said {A}.
-  And there, {in4}, was {D}, a {trait4} {kind4}. "Did you lose {a1}?" asked {A}. "My {t1}!" cried {D}. "Where was it?" "It was {s1}."
-thanks: {D} was so happy that {he4} gave {A} some {f1}. [{A} kept a few for {B} and {C}, who had helped.|They ate them together, and {D} played with the {t1} all afternoon.]
-  "You are a true friend, {A}," said {D}. [Now the {t1} is never out of {his4} sight.|From then on, {D} tied the {t1} to {his4} bag.]
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #4105f05c
-ENGLISH |= read_grammar("""
-swap1: {He} had {a1}, but what {he} really wanted was {a4}. One {day}, {in2}, {he} met {B}, who had {a2}. "I like your {t1}," said {B}. "Will you swap it for my {t2}?" "[Yes|All right|Why not]," said {A}.
-  {He} owned {a1} and dreamed of {a4}. {B}, a {trait2} {kind2}, was standing {in2} with {a2}. "Oh, {a_t1}! May I have it for my {t2}?" {A} [agreed|nodded].
-swap2: [Now|So now] {A} had the {t2}. {In3} {he} saw {C} with {a3}. "{A}, I need {a_t2}," said {C}. "Take my {t3} for it." And so they did.
-  With the {t2} {he} walked on to {p3}. There {C} said, "My {t3} for your {t2}?" The {t3} was {c3} and very fine, so {A} [agreed|took it].
-swap3: {D} was {in4}, and what did {he4} have? {A4}! "I have always wanted {a3}," said {D}. They swapped at once.
-  At last {A} came to {p4}. There was {D} with the {o4}! "Give me the {t3}, and you may have the {t4}," said {D}.
-swaps: At home {A} told {his} {family}: "{B} has the {t1} now, {C} has the {t2}, {D} has the {t3}, and I have the {t4}!"
-  "The {t1} for the {t2}, the {t2} for the {t3}, and the {t3} for the {t4}," {A} sang all the way home. {B}, {C} and {D} were happy too.
-birthday: {B}'s birthday was on {day}. "What shall I give {him2}?" asked {A}. "What does {he2} like to do?" asked {his} {family}. "{B} likes to {hobby}," said {A}. "Then give {him2} a {gift}!"
-  {A} and {B} were friends. On {day}, {B} was going to be {wage} years old. {B} loved to {hobby}, so {A} wanted to buy {him2} a {gift}.
-too_dear: In a shop near {p1} there was a {gift}. It cost {wsum} coins, but {A} had only {wn}. {He} needed {wm} more.
-  But a {gift} cost {wsum} coins. {A} counted {his} money: {wn} coins. "I need {wm} more," {he} said [sadly|with a sigh].
-earn: {C} heard this. "Please help me to {chore}, and I will give you {wm} coins." {A} worked until evening, and then {he} had {wn} and {wm} coins, {wsum} in all.
-  "Will you help me to {chore}?" asked {C}, who lived near {p2}. {A} did it well, and {C} gave {him} {wm} coins. Now {he} had {wsum}!
-party: On {day}, {B} opened the parcel. "A {gift}! Now I can {hobby} every day!" [{A} smiled.|{C} was at the party too, and they all ate {f1}.]
-  {A} ran to buy the {gift}. On {B}'s birthday {he} said, "This is for you, {B}." "A {gift}! How did you know that I love to {hobby}?"
-errand: One {weather} {day}, {his} {family} said, "{A}, please take this {o1} to {B}. {He2} lives near {p4}." So {A} put the {t1} in {his} bag and set out.
-  {B}, who lived near {p4}, had asked for {a1}. "I will bring it," said {A}, and {he} started early on {day} with the {t1}.
-stop1: Not far from {p2}, {block}. Luckily {C} came along with a {tool}. Thanks to the {tool}, they {past}.
-  Near {p2}, {block}. "[Help|What now]!" cried {A}. {C}, a {kind3} with a {tool}, heard {him}. Together they {past}.
-stop2: Then, behind {p3}, {block2}. But {D} had a {tool2}, and so they {past2}.
-  But close to {p3}, {block2}. "I can help," said {D}, "for I have a {tool2}." And so they {past2}.
-arrive: At last {A} reached {p4}. "My {t1}!" said {B}. "Was it a hard way?" "Yes, but {C} had a {tool}, and {D} had a {tool2}."
-  In the evening {A} stood before {B}'s door with the {o1}. {B} made tea and wanted to hear everything: how {C} came with the {tool}, and how {D} helped with the {tool2}.
-sow: In spring, {A} and {B} dug a bed behind {p1}. They put {wbig} seeds into the ground, one by one.
-  {A} had {wbig} seeds from {his} {family}. {B} helped {him} to plant them near {p1}.
-grow: {Day} was {weather}, and {A} watered the bed. But in the night a [hungry|greedy] {thief} came and dug up {wm} of them. "Now only {wless} are left," said {B}.
-  [A week later|After ten days], {B} counted the plants: {wless}! "We planted {wbig}. What happened to the other {wm}?" The answer was a {thief} that had eaten them.
-pick: So they hung {a1} {s1} to scare it away. The {thief} saw the {t1} and never came back.
-  {A} set {a1} beside the bed. When the {thief} came again, the {t1} fell over with a thump, and the {thief} ran off.
-share: In summer there were {wless} tall sunflowers. {A} gave one to {C}, and {B} gave one to {D}. The {t1} still stands there.
-  By {day2} in autumn, {wless} pumpkins lay in the sun. "[Well done|Not bad], {A}," said {B}. "And well done, {t1}!" laughed {A}.
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #4d6352ec
-ENGLISH |= read_grammar("""
-game: {A}, {B}, {C} and {D} were playing hide-and-seek near {p1}. {A} had to seek.
-  "Let us play hide-and-seek!" said {A} when they met near {p1}. {B}, {C} and {D} ran off at once.
-count: While {he} counted to {wbig}, {B} hid {s1}, {C} hid {s2}, and {D} hid {s3}.
-  {A} closed {his} eyes. {B} crept {s1}. {C} sat down {s2}. {D} found the best place of all: {s3}.
-finds: [First|Soon] {A} heard a sneeze {s1}. "I found you, {B}!" Then {he} saw {a2} [shining|moving] {s2}. It was {C}'s {t2}. "{C}, come out!"
-  "I see your {o1}, {B}!" There was {B} with the {t1}, {s1}. "And who is giggling {s2}? {C}!"
-last: But where was {D}? {B} looked {s4}, {C} called, and {A} almost gave up. Then they heard a snore {s3}: {D} had fallen asleep there!
-  Only {D} was missing. "{D}, you win!" they called at last. And out came {D}. {He4} had been {s3} all the time.
-picnic: On {day}, {A}, {B} and {C} had a picnic near {p1}. {A} brought {f1} and {a1}, {B} brought {f2} and {a2}, and {C} brought {f3} and {a3}.
-  Three friends met for a picnic near {p1} on {day}. {A} had {f1} in {his} basket, {B} had {f2}, and {C} had {f3}. They had toys, too: {A} {a1}, {B} {a2}, and {C} {a3}.
-rain: They had just begun to eat when [dark clouds came|it began to rain]. They ran to {p2}, and there the {qf} were still dry. But somebody had left the {qo} out there!
-  After lunch they lay in the grass. Then a {thief} came, took the {qo} and dropped it {s1}!
-who_brought: "Whose is it?" asked {D}, who was passing by. "The {qt} is mine," said {Q}. [{D} had it in no time, and got some {qf} for it.|"Here it is," said {D}. "And who brought the {qf2}?" "{Q2} did!"]
-  "Oh no!" cried {Q}, and ran to save the {qt}. "Your {qt}, {Q}, and the {qf2} of {Q2}," laughed {D}, who was passing by. "What a picnic!"
-race: {A}, {B} and {C} wanted to know who was the fastest. "From {p1} to {p2}," said {D}. "The winner gets {a1}."
-  On {day} there was a race from {p1} to {p2}. The runners were {A}, {B} and {C}, and {D} had to say go. The prize was {a1}.
-run: {B} was in front at first. But {s1} {he2} saw some {f1} and stopped to eat. {C} ran past {him2}, but then {he3} stumbled and hurt {his3} foot. {A} could have won. But {he} turned back and helped {C} up.
-  {A} ran like the wind until {he} fell over {a2}. {B} jumped over the {t2}, but then {he2} took the wrong way. {C} was slow, and {he3} never stopped.
-win: [In the end|So], all three arrived at {p2} together. "Then the {t1} is for all of you," said {D}. {A} had it on {day}, {B} on {day2}, and {C} on all the other days.
-  "That was a good race!" said {D}. They put the {o1} {s3}, where {A}, {B} and {C} could all play with it.
-night: {A} could not sleep. It was a [windy|stormy|cold|dark] night near {p1}, and something went tap, tap, tap.
-  In the middle of the night, {A}, a {trait} {kind}, woke up. There was a strange noise outside, {s1}.
-noise: "Is it a ghost?" {he} whispered. {He} took {his} {o1} and opened the door. There was something {s1}, with two bright eyes!
-  {He} held {his} {o1} tight and called, "Who is there?" Nobody answered, but something {c2} was moving {s1}.
-truth: "It is only me," said a small voice. It was {B} from {p2}. "I dropped my {t2} {s1}, and I can't see a thing." They found the {o2} together, and then {A} slept very well.
-  Slowly {A} came closer with the {t1}. It was just {a2} that {B} had left there! The wind was moving the {t2} to and fro. {A} laughed at {himself}. On {day}, {he} gave the {t2} back to {B}.
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #f57019b7
-ENGLISH |= read_grammar("""
-letter: Dear {B}, ¶[I am staying|We are] near {p1} with {C}. The weather is {weather}. Yesterday, {s1}, we found {a1}! {C} wants to keep the {t1}, but I think somebody has lost it. On {day} we will go to {p2}. I will bring you {a2}. ¶Your friend, {A}
-  Dear {B}, ¶how are you? I am with {C} near {p1}, and every day we eat {f1}. On {day} a cheeky {thief} took my {t1}! We found it {s1}. For you I have {a2}. ¶[Yours|Love], {A}
-reply: Dear {A}, ¶thank you for your letter. How nice that you are near {p1} with {C}! Where is the {o1} now? Not {s1} again, I hope. {D} and I are waiting for the {t2}. {D} says it should be {c2}, and it is! ¶[Yours|Love], {B}
-  Dear {A}, ¶your letter came on {day2}. [I laughed about the {t1}.|{D} wants to hear more about the {t1}.] I can't wait to see my {o2}! Give some {f1} to {C} from me. ¶Your friend, {B}
-wish: {A} wanted to learn to {hobby}. "[That is hard|You are too small]," said {B}. But {C} said, "Come to {p1} on {day}, and I will show you how."
-  "I wish I could {hobby} like {C}," said {A} to {his} {family}. "Then ask {him3}," was the answer. So on {day} {A} went to {p1}, where {C} was.
-try: The first time, everything went wrong, and {A} almost threw the {gift} out of the window. "Try again," said {C}. "When I began to {hobby}, I needed {wn} weeks."
-  {C} lent {him} a {gift}. After {wn} days, {A} was still not good at it. {He} sat down {s1} and cried. "Do not give up," said {C}.
-lesson: {A} tried again and again. In the end {he} could {hobby} as well as {C}, and {B} said, "Will you teach me, {A}?"
-  After {wbig} days, {A} showed {B} what {he} could do. "You can really {hobby}!" said {B}. "How did you learn it?" "{C} helped me, and I did not give up."
-shop: {A}: Good [morning|afternoon]! How much are the {f1}? ¶Seller: {price} coins a bag. ¶{A}: And the {f2}? ¶Seller: {price2} coins a bag. ¶{A}: Then I would like {wk} bags of {f1} and one bag of {f2}, please. ¶Seller: {Wk} bags of {f1}, that is {part}, and {price2} for the {f2}. That makes {total} coins. ¶{A}: Here are {note}. ¶Seller: And here are your {change} coins back. [Enjoy the {f1}!|Goodbye, {A}!]
-  "I am looking for {a_t1}," said {A} in the shop. "I have a {c1} one for {n} coins and a {c2} one for {sum} coins," said {B}, who worked there. "Why does the {c2} one cost {m} coins more?" "It is bigger." {A} took the {c1} {t1} and paid {n} coins. "A good choice," said {B}. "Will you need a bag for your {t1}?" "No, thank you, it is for {C}. {He3} is waiting outside."
-way: {A}: Excuse me, how do I get to {p1}? ¶{B}: Go [straight on|down this street] to {p2}. There you turn {left}. After {wm} minutes you will see {p3}, and {p1} is right behind it. ¶{A}: So I turn {left} at {p2}, and {p1} is behind {p3}? ¶{B}: That is right. Why are you going there? ¶{A}: I am meeting {C}. I am bringing {him3} {a1}. ¶{B}: Then say hello to {C} from {B}!
-  {A} had lost {his} way. "Where is {p1}, please?" {he} asked. "Do you see {p2}?" said {B}. "Turn {left} there, count {wm} houses, and ask again." {A} turned {left} at {p2}, counted {wm} houses and asked {D}. "{P1}? You are standing in front of it!" laughed {D}.
-count_up: "{A} has {wn} {f1}, and {B} has {wm} {f1}," said {C}. "How many {f1} do they have together?" {D} counted on {his4} fingers. "{Wn} and {wm} make {wsum}. They have {wsum} {f1}!" "[Right|Very good], {D}!" said {C}. "And if {A} eats two of them?" "Then {wrest} are left!"
-  Teacher: {A}, what is {n} plus {m}? ¶{A}: {sum}. ¶Teacher: Good. {B}, what is {big} minus {m}? ¶{B}: {less}. ¶Teacher: And {C}, what is {n} times {m}? ¶{C}: That is hard. Is it {times}? ¶Teacher: Yes, {times}! You three get some {f1} from me. ¶{D}: Me too! I know that {sum} minus {m} is {n}!
-  {A} picked {wbig} {f1} {in1}. On the way home {he} gave {wm} of them to {B}. "How many {f1} are left?" asked {B}. {A} counted: {wbig} take away {wm} is {wless}. At home, {his} {family} said, "{Wless} {f1}? I thought you picked {wbig}!" "I gave {wm} to {B}," said {A}, "because {he2} helped me to carry the {o1}."
-riddle: "I {clue}," said {A}. "What am I?" "Are you {a_beast2}?" asked {B}. "No! I {clue2}." "Then you are {a_beast}!" cried {C}. "[Right|Yes]! And I live {home}." Now it was {C}'s turn to ask, and {D} won {a1}.
-  {A} knows a riddle for {B}: I {clue}. I {clue2}. You can find me {home}. Who am I? ¶{B} thinks of {a_beast2}, but that is wrong. ¶{C} says: You are {a_beast}! ¶That is right, and {A} gives {him3} {a1}.
-animal: {A}: {B}, what do {beast}s eat? ¶{B}: They eat {eats}. ¶{A}: And where do they live? ¶{B}: {Home}. Have you seen one? ¶{A}: Yes, in a book at {C}'s house! {C} thought it was {a_beast2}. ¶{B}: {A_beast2}? No, {beasts} look quite different! ¶{A}: That is what I told {C}.
-  On {day}, {A} and {B} went to {p1}. There was a picture of {a_beast}. {B} read what it said below: "I {clue}. I {clue2}. I eat {eats}." {A} drew the {beast} with {his} {c1} pencil and gave the picture to {C}. "Is it {a_beast2}?" asked {C}. "No," said {A}, "it is {a_beast}, and it lives {home}."
-meet: {A}: Hello, {B}! Shall we go to {p1} on {day}? ¶{B}: On {day} I have to {chore}. What about {day2}? ¶{A}: {Day2} is fine. At {hour} o'clock? ¶{B}: Better at {hour2}. Shall I bring my {t1}? ¶{A}: Yes, please bring the {t1}, and I will bring {f1}. ¶{B}: So, {day2} at {hour2}, {in1}. ¶{A}: With the {t1} and the {f1}. See you on {day2}, {B}!
-  "It will be {weather} on {day}," said {A}. "Then let us meet {in1}," said {B}. "At {hour}?" "No, at {hour2}. First I must {chore}." On {day}, {A} came to {p1} at {hour2} with {a1}, but nobody was there. {B} came an hour later, at {hour3}. "I am sorry! I had to {chore}, and then I lost my {t2}." "Never mind," said {A}. "Here is my {t1}. Let us play!"
-toys: {A} has {a1}. {B} has {a2}. {C} has {a3}. [{D} has no toy.|They are all friends of {D}.] ¶Who has the {qt}? {Q} has the {qt}. ¶What colour is the {qt2}? It is {qc2}. ¶Who has the {qt2}? {Q2}.
-  {A}, {B} and {C} are showing their toys to {D}. {A} has {a1}, {B} has {a2}, and {C} has {a3}. "The {qt} is the best," says {D}. "Thank you," says {Q}. "And what about my {qt2}?" asks {Q2}.
-then: Now {A} is {in1}. {B} is {in2}, and {C} is {in3}. {A} is eating {f1}, {B} is eating {f2}, and {C} is eating {f3}. ¶Question: Where is {Q}? ¶Answer: {Q} is {qin}. ¶Question: Who is eating {qf2}? ¶Answer: {Q2}, {qin2}.
-  Now {D} hides the three things. The {o1} is {s1}, the {o2} is {s2}, and the {o3} is {s3}. {A} may ask one question. "Where is the {qt}?" "It is {qs}," says {D}. So {A} looks {qs} and finds the {qo}.
-there: {C} was waiting {s1}. "Here you are, {A}!" {he3} called. "Did you find the way?" "{B} told me to turn {left} at {p2}." "What is in your bag?" asked {C}. "{A1}, and it is for you!"
-  Soon {A} was {in1}. {C} was there too. "I had to turn {left} at {p2}," said {A}, "but {B} helped me. And look, I have brought {a1}!" They sat and talked until it was dark.
-another: "Here is another one," said {B}. "There are {wbig} [ducks|geese|hens|cows] at the farm, and {wm} of them go home. How many stay there?" "{Wless}!" said {A} and {C} at the same time.
-  "Now it is my turn," said {D}. "I have {n} {f3} and {m} {f4}. How many do I have in all?" "{Sum}," said {A}. "So may I have {m} {f4}?" "Then I have only the {n} {f3} left!"
-newcomer: "[Children|Friends], this is {A}," said the teacher. "{A} comes from a town near {p1}." "How old are you, {A}?" asked {B}. "I am {wage}," said {A}. "What do you like?" "I like to {hobby}. And you?" "I like to {hobby2}," said {B}, "and {C} here likes to {hobby}, too!" So {A} sat down next to {C}, and after school they went to {p2} together.
-  {A}: Hello, I am {A}. What is your name? ¶{B}: I am {B}, and this is my {t1}. ¶{A}: It is a nice {t1}. Is it new? ¶{B}: No, my {family} gave it to me when I was {wk}. Do you like to {hobby}? ¶{A}: No, but my friend {C} does. I like to {hobby2}. ¶{B}: Really? Then bring {C} along on {day}. {C} can {hobby}, you can {hobby2}, and I will bring my {t1}.
-""")
+# %% ../../nbs/data/05_corpus.ipynb #66f2ad93
+ENGLISH = _read("stories.en.txt")
 
 # %% ../../nbs/data/05_corpus.ipynb #8dccb5b4
-ZH = {
-    k: v.split()
-    for k, v in dict(
-        girls="""小红 小美 小雨 小雪 小兰 朵朵 乐乐 甜甜 妞妞 圆圆 婷婷 雯雯 丽丽 芳芳 佳佳 思思 月月 晶晶 欣欣 琳琳 小梅 小燕 小云 小荷 小莲 晓晓 静静 娜娜 蓉蓉 莉莉
-        彤彤 安安 可可 苗苗 果果""",
-        boys="""小明 小刚 小强 小军 小龙 小虎 小林 小波 小海 小山 小松 小东 大伟 阿宝 阿福 豆豆 壮壮 浩浩 涛涛 磊磊 亮亮 冬冬 平平 天天 阳阳 小杰 小宇 小峰 小勇 小石头
-        阿木 阿力 航航 凯凯 鹏鹏""",
-        beings=(
-            "小兔子 小松鼠 小刺猬 小狐狸 小熊 小猴子 小鸭子 小山羊 小花猫 小老鼠 小青蛙 小乌龟 小猪"
-            " 小狗 小鹿 小象 小鸡 小企鹅 小獾 小浣熊"
-        ),
-        traits=(
-            "善良 勇敢 聪明 害羞 快乐 好奇 温柔 安静 活泼 友好 耐心 有趣 细心 机灵 热心 爱笑 懂事"
-            " 能干 认真 调皮"
-        ),
-        colours="红色 蓝色 绿色 黄色 紫色 橙色 粉色 白色 黑色 棕色 金色 银色 灰色 彩色",
-        things="""只:风筝,篮子,木箱,口哨,布老虎,纸船,花瓶,铃铛,玩具熊 个:皮球,布娃娃,书包,闹钟,沙漏,水壶,指南针,存钱罐,面具,枕头,陀螺,魔方,万花筒,放大镜,花环,蝴蝶结,毽子,钱包,文具盒,饭盒,音乐盒,木偶
-        把:雨伞,扇子,小提琴,吉他,梳子,钥匙,小铲子,勺子,尺子,口琴,小椅子 条:围巾,毛毯,丝带,手链,项链,毛巾,绳子,裙子 顶:帽子,草帽,皇冠,头盔 本:画册,日记本,故事书,相册,字典
-        支:铅笔,毛笔,笛子,画笔,钢笔 张:地图,书签,贺卡,明信片 双:手套,袜子,雨靴,拖鞋,布鞋 件:毛衣,雨衣,外套,背心 辆:玩具汽车,玩具火车 块:手表,橡皮,手帕,积木 盏:台灯,灯笼
-        面:镜子,小鼓,小旗子 枚:徽章,戒指 颗:玻璃珠,纽扣 艘:模型船 架:玩具飞机,望远镜""",
-        places="""公园 小河/边 大湖/边 大海/边 森林/里 果园/里 菜园/里 草地/上 小山/上 山脚/下 市场 车站 学校 图书馆 博物馆 动物园 游乐场 操场/上 广场/上 村口 小桥/边 池塘/边 老井/边 灯塔/下 磨坊 面包店
-        玩具店 邮局 书店 电影院 竹林/里 稻田/边 花园/里 葡萄园/里 农场 码头 游泳池 凉亭/里 瀑布/下 小镇/上 茶园/里 花店""",
-        spots="""大树下 草丛里 石头后面 长椅下面 树洞里 篱笆后面 花坛里 落叶堆里 水桶旁边 木桥下面 稻草堆后面 墙角 树根中间 台阶旁边 灌木丛里 空箱子里 石桌下面 柴堆后面 路牌旁边 水坑旁边
-        竹筐里 滑梯下面 秋千旁边 屋檐下 旧船底下 井台边 小路旁边 柳树后面 沙坑里 雪松下""",
-        food=(
-            "个:苹果,桃子,梨,橘子,包子,饺子,柿子,月饼,粽子,馒头,土豆,西红柿,红薯,汤圆,橙子,甜甜圈"
-            " 根:香蕉,黄瓜,胡萝卜,玉米,油条 块:饼干,蛋糕,西瓜,年糕,南瓜饼"
-            " 颗:草莓,葡萄,糖果,樱桃,红枣"
-        ),
-        family="妈妈 爸爸 奶奶 爷爷 姑姑 舅舅 姐姐 哥哥 外婆 外公",
-        days="星期一 星期二 星期三 星期四 星期五 星期六 星期天",
-        weather=(
-            "天气晴朗 阳光明媚 刮着微风 天上飘着白云 下着小雨 天气凉爽 天气暖和 起了薄雾 天空很蓝 空气很新鲜"
-        ),
-        thieves="山羊 乌鸦 喜鹊 猴子 野兔 鹦鹉 公鸡 小狗",
-        chores="""扫院子 浇花 擦窗户 搬柴火 喂鸡 洗碗 摘豆子 刷篱笆 收衣服 叠被子 扫落叶 搬箱子 剥玉米 喂鱼""",
-        marks=(
-            "上面有一颗星星 上面写着我的名字 上面有一个小小的圆点 上面画着月亮 边上有一道划痕"
-            " 上面有两条细线 上面有一朵小花 上面有一个字母"
-        ),
-        number="零 一 二 三 四 五 六 七 八 九 十",
-    ).items()
-}
-for k in ["things", "food"]:
-    ZH[k] = [
-        (m, t) for m, _, ts in [group.partition(":") for group in ZH[k]] for t in ts.split(",")
-    ]
-
-# %% ../../nbs/data/05_corpus.ipynb #69b3bd83
-ZH["blocks"] = table(
-    """桥断了|一只小船|一起坐船过了河; 路上积了厚厚的雪|一架雪橇|一起坐雪橇滑了过去; 一块大石头挡在路中间|一根粗绳子|一起用绳子把石头拉开了
-    四周黑得什么也看不见|一盏明亮的油灯|借着灯光走了过去; 一堵高墙拦住了去路|一架长梯子|一起爬梯子翻了过去; 小路上长满了荆棘|一把大剪刀|一起剪出了一条路
-    地上全是烂泥|一块宽木板|一起踩着木板走了过去; 忽然下起了大雨|一把大伞|一起撑着伞走了过去; 路牌倒在了地上|一张旧地图|一起看着地图找到了路"""
-)
-ZH["hobbies"] = table(
-    """画画|一盒颜料; 看书|一套图画书; 弹琴|一架小竖琴; 做饼干|一根擀面杖; 下棋|一副象棋; 滑冰|一双冰鞋; 缝衣服|一盒针线; 跳舞|一双舞鞋
-    种花|一个洒水壶; 钓鱼|一根钓竿; 煮汤|一口汤锅; 写毛笔字|一方砚台; 变魔术|一根魔术棒; 织毛衣|一袋毛线; 折纸|一叠彩纸; 拍照|一台小相机"""
-)
-ZH["beasts"] = table(
-    """猫头鹰|有一双又大又圆的眼睛|晚上飞行，没有声音|田鼠|树洞里; 蜜蜂|身上有条纹，翅膀很薄|会酿蜜|花蜜|蜂巢里; 骆驼|背上有高高的驼峰|好几天不喝水也能走路|干草|沙漠里
-    鲸|住在水里，却要换气|比公共汽车还大|小鱼小虾|大海里; 蜗牛|背着自己的房子|走路很慢很慢|嫩叶|潮湿的菜园里; 蝙蝠|睡觉的时候头朝下|在黑夜里用耳朵认路|飞虫|山洞里
-    大象|耳朵像扇子，鼻子很长|会用鼻子喷水|草和树叶|温暖的地方; 蜘蛛|有八条腿|会织网|小虫子|安静的墙角; 企鹅|有翅膀却不会飞|会用肚子在冰上滑|鱼|寒冷的海边
-    长颈鹿|脖子特别长|低头就能看见树顶|树叶|非洲的草原上; 奶牛|有四条腿，头上有角|会产奶|青草|农场里; 袋鼠|跳得很远|把宝宝放在口袋里|青草|澳大利亚
-    青蛙|小时候叫蝌蚪|会跳，还会呱呱叫|害虫|池塘边; 刺猬|身上长满了刺|遇到危险会缩成一个球|虫子和果子|灌木丛下; 章鱼|有八条手臂|会喷墨汁|螃蟹|海底的石缝里
-    大熊猫|有两个黑眼圈|一天要吃很多很多东西|竹子|山上的竹林里"""
-)
+ZH = _read_lists("lists.zh.txt")
 
 # %% ../../nbs/data/05_corpus.ipynb #728ae6d3
 def number_zh(n: int, counting: bool = True) -> str:
@@ -546,224 +226,35 @@ def number_zh(n: int, counting: bool = True) -> str:
     return (ZH["number"][tens] if tens > 1 else "") + "十" + (ZH["number"][one] if one else "")
 
 # %% ../../nbs/data/05_corpus.ipynb #867e9666
-def facts_zh(r: Random) -> dict[str, str]:
-    "Everything that holds in one Chinese story."
+def _cast_zh(r: Random) -> dict[str, str]:
+    "Four friends, and what they are like."
     d = {}
     who = take(r, [(n, "她") for n in ZH["girls"]] + [(n, "他") for n in ZH["boys"]], 4)
-    for x, i, (name, ta), trait, being in zip(
-        "ABCD", ["", "2", "3", "4"], who, take(r, ZH["traits"], 4), take(r, ZH["beings"], 4)
-    ):
-        child = r.random() < 0.5
-        kind = ("小女孩" if ta == "她" else "小男孩") if child else being
-        d |= {
-            x: name,
-            "ta" + i: ta,
-            "trait" + i: trait,
-            "kind" + i: kind,
-            "one" + i: ("一个" if child else "一只") + trait + "的" + kind,
-        }
-    rows = zip(
-        "1234",
-        take(r, ZH["things"], 4),
-        take(r, ZH["colours"], 4),
-        take(r, ZH["places"], 4),
-        take(r, ZH["spots"], 4),
-        take(r, ZH["food"], 4),
-    )
-    for i, (m, t), c, p, s, (mf, f) in rows:
-        d |= {
-            "m" + i: m,
-            "t" + i: t,
-            "c" + i: c,
-            "o" + i: f"{c}的{t}",
-            "a" + i: f"一{m}{c}的{t}",
-            "p" + i: p.replace("/", ""),
-            "b" + i: p.split("/")[0],
-            "s" + i: s,
-            "f" + i: f,
-            "mf" + i: mf,
-        }
-    for k, pool in dict(
-        weather="weather", family="family", mark="marks", chore="chores", thief="thieves"
-    ).items():
-        d[k] = pick(r, ZH[pool])
+    cast = zip("ABCD", ["", "2", "3", "4"], who, take(r, ZH["traits"], 4), take(r, ZH["beings"], 4))
+    for x, i, (name, ta), trait, being in cast:
+        one, kind = "一只", being
+        if r.random() < 0.5:
+            one, kind = "一个", "小女孩" if ta == "她" else "小男孩"
+        d |= {x: name, "ta" + i: ta, "trait" + i: trait, "kind" + i: kind}
+        d["one" + i] = f"{one}{trait}的{kind}"
+    return d
+
+
+def facts_zh(r: Random) -> dict[str, str]:
+    "Everything that holds in one Chinese story."
+    d = _cast_zh(r)
+    for i, (m, t), c, p, s, (mf, f) in _four(r, ZH, ZH["places"]):
+        d |= {"m" + i: m, "t" + i: t, "c" + i: c, "o" + i: f"{c}的{t}", "a" + i: f"一{m}{c}的{t}"}
+        d |= {"p" + i: p.replace("/", ""), "b" + i: p.split("/")[0], "s" + i: s}
+        d |= {"f" + i: f, "mf" + i: mf}
+    d |= _once(r, ZH)
     d["day"], d["day2"] = take(r, ZH["days"], 2)
     d["left"] = pick(r, ["左", "右"])
-    (d["block"], d["tool"], d["past"]), (d["block2"], d["tool2"], d["past2"]) = take(
-        r, ZH["blocks"], 2
-    )
-    (d["hobby"], d["gift"]), (d["hobby2"], _) = take(r, ZH["hobbies"], 2)
-    (d["beast"], d["clue"], d["clue2"], d["eats"], d["home"]), (d["beast2"], *_) = take(
-        r, ZH["beasts"], 2
-    )
+    d |= _together(r, ZH)
     return d | numbers(r, number_zh) | asked(r, d)
 
-# %% ../../nbs/data/05_corpus.ipynb #18ffec08
-CHINESE = read_grammar("""
-story: {open}{treasure}{outing}{gone}{seek}{comes}{ask}{tip}{found}{end}
-  {open}{stray}{not_b}{not_c}{owner}{thanks}
-  {open}{swap1}{swap2}{swap3}{swaps}
-  {birthday}{too_dear}{earn}{party}
-  {open}{errand}{stop1}{stop2}{arrive}
-  {sow}{grow}{scare}{share}
-  {game}{count}{finds}{last}
-  {picnic}{rain}{who_brought}
-  {race}{run}{win}
-  {night}{noise}{truth}
-  {letter}¶¶{reply}
-  {wish}{try}{lesson}
-  {shop}
-  {way} ¶{there}
-  {count_up} ¶{another}
-  {riddle} ¶¶{animal}
-  {meet}
-  {toys} ¶¶{then}
-  {newcomer}
-open: 从前，有{one}，名字叫{A}。{ta}的家[离{b1}不远|就在{b1}附近]。
-  {b1}附近住着{one}，大家都叫{ta}{A}。
-  {A}是{one}，[家住|住在]{b1}附近。
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #cf83383d
-CHINESE |= read_grammar("""
-treasure: {A}最喜欢的东西是{a1}。
-  {ta}有{a1}，是{family}送给{ta}的[礼物|生日礼物]。
-  {ta}有{a1}，走到哪里都带着。
-outing: {day}，{weather}，{A}带着{t1}去{p2}玩。
-  [有一天|一天早上|一天下午]，{weather}，{ta}带着那{m1}{t1}到了{p2}。
-gone: 可是[回家的时候|玩了一会儿|到了中午]，{ta}发现{t1}不见了！
-  {ta}[又跑又跳|又唱又笑]，玩得很开心。要回家时，{A}叫了起来：“哎呀，我的{t1}呢？”
-seek: {A}在{s1}找了找，[没有|什么也没有]。{ta}又去{s2}找，只看见{junk}。
-  {ta}先在{s1}找，又去{s2}找，可是只找到{junk}。
-junk: [一只旧鞋子|一只胖甲虫|一根草绳|一个纸袋|一片湿树叶|一只小蜗牛|一个空瓶子|一颗弯钉子]
-comes: 这时候，{B}走了过来。{B}是{one2}，[家在|住在]{b3}附近。
-  {one2}听见了{ta}的哭声，跑了过来。原来是{B}。
-ask: “你怎么了？”{B}问。“我的{t1}丢了。”{A}说，“是{c1}的，{mark}。”
-  “你在找什么？”{B}问。“找我的{t1}。”“什么样的{t1}？”“{c1}的，{mark}。”
-tip: “等一等！”{B}说，“我在{s3}看见过一个{c1}的东西！”
-  {B}想了想，说：“{c1}的？[我好像在{s3}见过|我们去{s3}看看吧|{s3}好像有一{m1}]。”
-found: 他们一起[跑|走]回{p2}，来到{s3}，果然看见了那{m1}{o1}！
-  两个好朋友去{s3}一看，那{m1}{o1}就在那里，[一点儿也没坏|只是沾了一点儿灰]！
-end: “谢谢你，{B}！”{A}[拿着{t1}，笑了起来|高兴得跳了起来|开心地笑了]。{moral}
-  {A}高兴极了，请{B}吃了{f1}。{moral}
-moral: 从那以后，{A}和{B}成了[好朋友|最好的朋友]。
-  {A}再也没有把{t1}忘在{s3}。
-  晚上，{A}把{B}帮忙找{t1}的事讲给{family}听。
-stray: {day}，{ta}在{s1}捡到了{a1}。“这是谁的{t1}呢？”{A}想。
-  一天，{A}看见{s1}有{a1}。“丢了{t1}的人一定很着急。”{ta}想。
-not_b: {B}正在{p2}玩。“{B}，这{m1}{o1}是你的吗？”“不是，我的{t1}是{c2}的。你去问问{C}吧，{ta3}在{p3}。”
-  {A}来到{p2}，遇见了{B}。“你丢了{t1}吗，{B}？”{B}摇摇头：“没有。去{p3}问问{C}吧。”
-not_c: {A}又来到{p3}。{C}手里拿着{a3}，{ta3}也没有丢{t1}。{C}说：“今天早上，{D}在{p4}找东西呢。”
-  {A}走到{p3}，把{t1}拿给{C}看。“真好看，可不是我的。”{C}说，“我看见{D}在{p4}哭。”
-owner: {D}正坐在{p4}。“{D}，你为什么哭？”“我的{t1}丢了！”“是{c1}的吗？”“是啊！”“给你！”{A}说。
-  {A}赶到{p4}，看见了{D}。“这{m1}{o1}是你的吗？”“是我的！”{D}叫道，“你在哪儿找到的？”“在{s1}。”
-thanks: {D}高兴极了，送给{A}一些{f1}。[{A}分了几{mf1}给{B}和{C}。|他们一起吃{f1}，玩了一个下午。]
-  “{A}，你真好！”{D}说。[从此，{D}再也没有弄丢过那{m1}{t1}。|后来，{A}和{D}常常一起玩那{m1}{t1}。]
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #f735730e
-CHINESE |= read_grammar("""
-swap1: {ta}有{a1}，可是{ta}真正想要的是{a4}。在{p2}，{ta}遇见了{B}，{B}拿着{a2}。“你的{t1}真漂亮！”{B}说，“我用{t2}跟你换，好吗？”“好啊！”{A}说。
-  {A}有{a1}，却一直想要{a4}。{B}带着{a2}站在{p2}，对{ta}说：“把{t1}给我，我把{t2}给你，行吗？”{A}点点头。
-swap2: {A}拿着{t2}来到{p3}，看见{C}有{a3}。“{A}，我正需要{t2}呢。”{C}说，“用我的{t3}跟你换吧。”[他们就换了。|{A}答应了。]
-  到了{p3}，{C}说：“我的{t3}换你的{t2}，怎么样？”那{m3}{t3}是{c3}的，{A}很喜欢，就换了。
-swap3: {D}在{p4}。{ta4}手里拿着什么呢？正是{a4}！“我早就想要{a3}了。”{D}说。[他们马上换了。|于是，{t3}换成了{t4}。]
-  最后，{A}走到{p4}，{D}就在那里，手里拿着那{m4}{o4}！“你给我{t3}，我就给你{t4}。”{D}说。
-swaps: 回到家，{A}告诉{family}：“{B}有了{t1}，{C}有了{t2}，{D}有了{t3}，我有了{t4}！”
-  “{t1}换{t2}，{t2}换{t3}，{t3}换{t4}！”{A}一路唱着回了家，{B}、{C}和{D}也都很高兴。
-birthday: {day}是{B}的生日。“送{ta2}什么好呢？”{A}问。“{B}喜欢做什么？”{family}说。“{ta2}喜欢{hobby}。”“那就送{ta2}{gift}吧！”
-  {A}和{B}是好朋友。到了{day}，{B}就{wage}岁了。{B}喜欢{hobby}，{A}想送{ta2}{gift}。
-too_dear: {b1}附近的小店里正好有卖，要{sum}元，可是{A}只有{n}元，还差{m}元。
-  可是这份礼物要{sum}元。{A}数了数自己的钱：{n}元。“还差{m}元呢。”{ta}叹了口气。
-earn: {C}听见了，说：“你帮我{chore}，我给你{m}元。”{A}一直干到傍晚。{n}元加{m}元，正好是{sum}元！
-  “你能帮我{chore}吗？”住在{b2}附近的{C}问。{A}干得很认真，{C}给了{ta}{m}元。现在，{ta}有{sum}元了！
-party: {day}，{B}打开盒子一看：“是{gift}！我可以天天{hobby}了！”[{A}笑了。|{C}也来了，大家一起吃{f1}。]
-  {A}赶快去买礼物。生日那天，{ta}说：“{B}，这是给你的。”“啊，{gift}！你怎么知道我喜欢{hobby}？”{B}高兴地说。
-errand: {day}，{family}说：“{A}，请把这{m1}{o1}送给{B}。{ta2}住在{b4}附近。”{A}带着{t1}出发了。
-  住在{b4}附近的{B}想要{a1}。“我给{ta2}送去！”{A}说。{day}一大早，{ta}就带着{t1}上路了。
-stop1: 走到{p2}，{block}。幸好{C}带着{tool}来了，他们{past}。
-  到了{p2}，{block}。“怎么办呢？”{A}正着急，{C}来了，{ta3}有{tool}。他们{past}。
-stop2: 过了{b3}，{block2}。还好遇见了{D}，{ta4}带着{tool2}，大家{past2}。
-  离{b3}不远的地方，{block2}。“我来帮你们！”{D}说，“我有{tool2}。”于是大家{past2}。
-arrive: {A}终于到了{p4}。“我的{t1}！”{B}说，“路上难走吗？”“有点儿难，不过{C}有{tool}，{D}有{tool2}。”
-  傍晚，{A}把那{m1}{o1}交给了{B}。{B}请大家喝茶，听{A}讲路上的事：{C}带着{tool}，{D}带着{tool2}。
-sow: 春天，{A}和{B}在院子里种花，一共种下了{wbig}颗种子。
-  {family}给了{A}{wbig}颗种子，{B}帮{ta}种在院子里。
-grow: {day}，{weather}，{A}去浇水。可是到了夜里，一只{thief}偷吃了{wm}颗。“只剩下{wless}颗了。”{B}说。
-  过了几天，{B}数了数，只有{wless}棵小苗。“我们种了{wbig}颗，还有{wm}颗呢？”原来，它们被一只{thief}吃掉了。
-scare: 他们在{s1}挂上{a1}。{thief}看见了{t1}，再也不敢来了。
-  {A}把{a1}放在地边。{thief}又来了，碰到了{t1}，吓得跑掉了。
-share: 夏天，{wless}朵向日葵开了。{A}送给{C}一朵，{B}送给{D}一朵。那{m1}{t1}还在那里呢。
-  秋天的{day2}，{A}和{B}收了{wless}个大南瓜。“{A}真能干！”{B}说。“{t1}也有功劳！”{A}笑着说。
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #bbd325b8
-CHINESE |= read_grammar("""
-game: {A}、{B}、{C}和{D}在{p1}捉迷藏，{A}来找。
-  “我们来捉迷藏吧！”{A}在{p1}说，“我来找你们。”
-count: {ta}数到{wbig}的时候，{B}躲在{s1}，{C}躲在{s2}，{D}躲在{s3}。
-  {A}闭上眼睛。{B}跑到{s1}，{C}蹲在{s2}，{D}找了个最好的地方：{s3}。
-finds: {A}听见{s1}有人打喷嚏。“{B}，找到你了！”接着，{ta}看见{s2}有{a2}，那是{C}的{t2}。“{C}，出来吧！”
-  “{B}，我看见你的{t1}了！”{B}果然在{s1}。“谁在{s2}笑？是{C}！”
-last: 可是{D}在哪儿呢？{B}去{s4}看，{C}大声喊，都没有用。忽然，{s3}传来了呼噜声，原来{D}在那儿睡着了！
-  只有{D}还没找到。“{D}，你赢了！”大家喊道。{D}笑着走出来，{ta4}一直躲在{s3}。
-picnic: {day}，{A}、{B}和{C}到{p1}野餐。{A}带了{f1}和{a1}，{B}带了{f2}和{a2}，{C}带了{f3}和{a3}。
-  三个好朋友{day}在{p1}见面。{A}的篮子里有{f1}，{B}带的是{f2}，{C}带的是{f3}。他们还带了玩具：{A}有{a1}，{B}有{a2}，{C}有{a3}。
-rain: 刚要吃，忽然下雨了。大家跑到{p2}躲雨，{qf}没有湿，可是那{qm}{qo}忘在外面了！
-  吃完饭，大家在休息。一只{thief}跑来，把那{qm}{qo}抢走，丢在了{s1}！
-who_brought: “这是谁的{qt}？”路过的{D}问。“{qt}是{Q}的。”[{D}马上去捡了回来，{Q}请{ta4}吃{qf}。|“给你！”{D}说，“那{qf2}是谁带的？”“是{Q2}带的！”]
-  “我的{qt}！”{Q}连忙去捡。{D}正好路过，笑着说：“{Q}的{qt}，{Q2}的{qf2}，真热闹啊！”
-race: {A}、{B}和{C}想知道谁跑得最快。“从{p1}跑到{p2}，”{D}说，“赢的人得{a1}。”
-  {day}有一场赛跑，从{p1}到{p2}。参加的有{A}、{B}和{C}，由{D}发令，奖品是{a1}。
-run: {B}跑在最前面，可是{ta2}看见{s1}有{f1}，就停下来吃。{C}超过了{ta2}，却摔了一跤。{A}本来可以赢，但是{ta}跑回来，把{C}扶了起来。
-  {A}跑得像风一样快，却被{a2}绊倒了。{B}从那{m2}{t2}上跳了过去，可是走错了路。{C}很慢，不过{ta3}一直没有停。
-win: 最后，三个人一起到了{p2}。“那么，{t1}归你们三个！”{D}说。{day}归{A}，{day2}归{B}，别的日子归{C}。
-  “跑得真好！”{D}说。他们把那{m1}{o1}放在{s3}，{A}、{B}和{C}都可以玩。
-night: 夜里，[外面刮着大风|下着大雨|静悄悄的]，{A}睡不着。{b1}那边，有什么东西在响：嗒，嗒，嗒。
-  半夜，{one}醒了，{ta}就是{A}。窗外的{s1}有奇怪的声音。
-noise: “是妖怪吗？”{ta}小声说。{ta}拿着{o1}，打开门一看，{s1}有两只亮亮的眼睛！
-  {ta}紧紧抓着那{m1}{o1}，大声问：“谁在那儿？”没有人回答，可是{s1}有个{c2}的东西在动。
-truth: “是我呀。”原来是住在{b2}附近的{B}，“我把{t2}掉在{s1}了，什么也看不见。”他们一起找到了那{m2}{o2}，{A}回去睡得很香。
-  {A}慢慢走过去，原来那是{a2}，是{B}忘在那里的！风一吹，{t2}就晃来晃去。{A}笑了起来。到了{day}，{ta}把{t2}还给了{B}。
-""")
-
-# %% ../../nbs/data/05_corpus.ipynb #1c34ff64
-CHINESE |= read_grammar("""
-letter: 亲爱的{B}：¶我和{C}在{p1}，这里{weather}。昨天，我们在{s1}捡到了{a1}！{C}很想要这{m1}{t1}，可我觉得丢东西的人一定很着急。{day}我们要去{p2}。我会给你带{a2}。¶你的朋友 {A}
-  亲爱的{B}：¶你好吗？我和{C}在{p1}，天天都吃{f1}。{day}，一只{thief}把我的{t1}抢走了，后来我们在{s1}找到了它。我给你准备了{a2}。¶想你的 {A}
-reply: 亲爱的{A}：¶谢谢你的来信。你和{C}在{p1}玩得真开心！那{m1}{t1}现在在哪儿？不会又在{s1}吧？我和{D}都在等那{m2}{t2}。{D}猜它是{c2}的，猜对了！¶你的朋友 {B}
-  亲爱的{A}：¶{day2}我收到了你的信。[{t1}的事让我笑了半天。|{D}还想听{t1}的故事。]我真想早点儿看到那{m2}{o2}！请代我向{C}问好。¶想你的 {B}
-wish: {A}想学{hobby}。“[太难了|你还小呢]。”{B}说。可是{C}说：“{day}到{p1}来，我教你。”
-  “我真想像{C}一样会{hobby}！”{A}对{family}说。“那就去问{ta3}吧。”于是，{day}那天，{A}去{p1}找{C}。
-try: 第一次，{A}什么都做不好，急得差点儿哭了。“再试一次吧，”{C}说，“我学{hobby}的时候，学了{wn}个星期呢。”
-  {C}借给{ta}{gift}。过了{wn}天，{A}还是不会，坐在{s1}哭了。“别灰心。”{C}说。
-lesson: {A}试了一次又一次，最后，{ta}{hobby}的本领和{C}一样好了。{B}说：“{A}，你也教教我吧！”
-  {wbig}天以后，{A}给{B}看自己学得怎么样。“你真的会{hobby}了！”{B}说，“怎么学会的？”“{C}帮了我，我也没有放弃。”
-shop: {A}：请问，{f1}怎么卖？¶老板：{f1}一{mf1}{price}元。¶{A}：{f2}呢？¶老板：{f2}一{mf2}{price2}元。¶{A}：我要{wk}{mf1}{f1}，一{mf2}{f2}。¶老板：{wk}{mf1}{f1}{part}元，一{mf2}{f2}{price2}元，一共{total}元。¶{A}：给您{note}元。¶老板：找您{change}元。[欢迎再来！|再见，{A}！]¶{homeward}
-  “我想买{t1}。”{A}在店里说。“{c1}的{n}元，{c2}的{sum}元。”店员{B}说。“为什么{c2}的贵{m}元呢？”“因为它更好看。”{A}买了{c1}的{t1}，付了{n}元。“这{m1}{t1}真不错，要袋子吗？”“不用，这是给{C}的，{ta3}在外面等我呢。”{A}走出店门，把{t1}交给了{C}。“{c1}的！你怎么知道我喜欢{c1}？”{C}笑着问。
-way: {A}：请问，去{b1}怎么走？¶{B}：[一直走|沿着这条路走]，到{p2}往{left}拐，再走{wm}分钟，就能看见{b3}，再往前走就是{b1}。¶{A}：到{p2}往{left}拐，过了{b3}就是{b1}，对吗？¶{B}：对。你去那儿做什么？¶{A}：我去找{C}，给{ta3}送{a1}。¶{B}：那替{B}向{C}问好！
-  {A}迷路了。“请问，{b1}怎么走？”{ta}问。“你知道{b2}吗？”{B}说，“在那儿往{left}拐，走过{wm}座房子，再问问别人。”{A}在{p2}往{left}拐，走过{wm}座房子，问了{C}。“{b1}？这里就是呀！”{C}笑着说。
-count_up: “{A}有{wn}{mf1}{f1}，{B}有{wm}{mf1}{f1}，”{C}说，“一共有几{mf1}？”{D}扳着手指数：“一共有{wsum}{mf1}{f1}！”“答对了，{D}！”{C}说，“要是{A}吃掉两{mf1}呢？”“还有{wrest}{mf1}！”
-  老师：{A}，{n}加{m}等于几？¶{A}：{sum}。¶老师：对。{B}，{big}减{m}等于几？¶{B}：{less}。¶老师：{C}，{n}乘{m}呢？¶{C}：这个有点儿难，是{times}吗？¶老师：对，是{times}！请你们三个吃{f1}。¶{D}：我也会！{sum}减{m}等于{n}！
-  {A}在市场买了{wbig}{mf1}{f1}，路上给了{B}{wm}{mf1}。“还剩几{mf1}{f1}？”{B}问。{A}数了数，{big}减{m}等于{less}，还剩{wless}{mf1}。回到家，{family}问：“怎么只有{wless}{mf1}？你不是买了{wbig}{mf1}吗？”“我给了{B}{wm}{mf1}，因为{ta2}帮我找到了{o1}。”
-riddle: “我{clue}。”{A}说，“猜猜我是谁？”“你是{beast2}吗？”{B}问。“不对！我{clue2}。”“那你是{beast}！”{C}叫道。“对了！我住在{home}。”接下来轮到{C}出谜语，{D}猜对了，得到了{a1}。
-  {A}给{B}出了一个谜语：我{clue}，我{clue2}，我住在{home}。我是谁？¶{B}猜是{beast2}，猜错了。¶{C}说：“你是{beast}！”¶猜对了，{A}送给{ta3}{a1}。
-animal: {A}：{B}，{beast}吃什么？¶{B}：{beast}吃{eats}。¶{A}：它们住在哪儿？¶{B}：住在{home}。你见过{beast}吗？¶{A}：在{C}的书上见过！{C}还以为那是{beast2}呢。¶{B}：{beast2}？它们长得可不一样！¶{A}：我也是这么对{C}说的。
-  {day}，{A}和{B}去{p1}，看见一块牌子上画着{beast}。{B}念着下面的字：“我{clue}。我{clue2}。我吃{eats}。”{A}用{c1}的笔画了{beast}，拿给{C}看。“这是{beast2}吗？”{C}问。“不是，”{A}说，“这是{beast}，它住在{home}。”
-meet: {A}：{B}，{day}我们去{p1}玩，好吗？¶{B}：{day}我要{chore}，{day2}行吗？¶{A}：{day2}可以。{whour}点见？¶{B}：{whour2}点吧。要我带上{t1}吗？¶{A}：好啊，你带{t1}，我带{f1}。¶{B}：那就{day2}{whour2}点，在{p1}见。¶{A}：别忘了{t1}，我不会忘了{f1}的。{day2}见，{B}！
-  “{day}我们去哪儿？”{A}问。“在{p1}见面吧。”{B}说。“{whour}点？”“{whour2}点吧，我要先{chore}。”到了{day}，{A}{whour2}点就带着{a1}来到{p1}，可是谁也没来。{whour3}点，{B}才来。“对不起！我要{chore}，后来又找不到{t2}了。”“没关系，”{A}说，“我带了{t1}，一起玩吧！”
-toys: {A}有{a1}，{B}有{a2}，{C}有{a3}。[{D}没有玩具。|他们都是{D}的朋友。]¶问：谁有{qt}？答：{Q}有{qt}。¶问：{qt2}是什么颜色的？答：{qc2}的。¶问：谁有{qt2}？答：{Q2}。
-  {A}、{B}和{C}让{D}看自己的东西。{A}有{a1}，{B}有{a2}，{C}有{a3}。“{qt}最好看。”{D}说。“谢谢你！”{Q}说。“那我的{qt2}呢？”{Q2}问。
-then: 现在，{A}在{p1}，{B}在{p2}，{C}在{p3}。{A}在吃{f1}，{B}在吃{f2}，{C}在吃{f3}。¶问题：{Q}在哪儿？¶回答：{Q}在{qp}。¶问题：谁在吃{qf2}？¶回答：{Q2}，{Q2}在{qp2}。
-  {D}把这三样东西藏了起来。{o1}在{s1}，{o2}在{s2}，{o3}在{s3}。{A}可以问一个问题。“{qt}在哪儿？”“在{qs}。”{D}说。{A}走到{qs}，找到了那{qm}{qo}。
-there: {C}正在{s1}等着。“{A}，你来啦！路好找吗？”“{B}告诉我，到{b2}往{left}拐。”“你带了什么？”{C}问。“是{a1}，送给你的！”{A}说。
-  {A}很快到了{p1}，{C}也在那里。“我在{b2}往{left}拐，”{A}说，“多亏了{B}。你看，我带来了{a1}！”他们高兴地聊了起来，一直聊到天黑。
-another: “再来一个，”{B}说，“农场里有{wbig}只[鸭子|青蛙|母鸡|小羊]，{wm}只回家了，还剩几只？”“{wless}只！”{A}和{C}一起说。
-  “我也来出一个，”{D}说，“我有{wn}{mf3}{f3}，还有{m}元钱。一{mf4}{f4}一元，我能买几{mf4}{f4}？”“{wm}{mf4}！”{A}说，“可以分给我一{mf3}{f3}吗？”
-homeward: {A}提着{f1}和{f2}往家走，路上遇见了{B}。“你买了什么？”“{f1}和{f2}。”{A}说，“给你一{mf2}{f2}！”“谢谢你，{A}！”{B}高兴地说。
-newcomer: “同学们，这是{A}，”老师说，“{A}从前住在{b1}附近。”“{A}，你几岁了？”{B}问。“我{wage}岁。”{A}说。“你喜欢做什么？”“我喜欢{hobby}，你呢？”“我喜欢{hobby2}，”{B}说，“{C}也喜欢{hobby}！”于是，{A}坐在了{C}旁边。放学以后，他们一起去{p2}玩。
-  {A}：你好，我叫{A}。你叫什么名字？¶{B}：我叫{B}，这是我的{t1}。¶{A}：真好看，是新的吗？¶{B}：不是，这是我{wk}岁的时候{family}送的。你喜欢{hobby}吗？¶{A}：不太喜欢，可我的朋友{C}喜欢。我喜欢{hobby2}。¶{B}：那{day}带{C}一起来吧！{C}可以{hobby}，你可以{hobby2}，我带上我的{t1}。
-""")
+# %% ../../nbs/data/05_corpus.ipynb #3da4026b
+CHINESE = _read("stories.zh.txt")
 
 # %% ../../nbs/data/05_corpus.ipynb #246f95c3
 def story(
@@ -776,11 +267,9 @@ def story(
         raise ValueError(f"language={language!r} must be 'en', 'zh' or 'mixed'")
     r = Random(f"{seed}:{i}")
     half = "en" if r.random() < 0.5 else "zh"
-    rules, facts = (
-        (ENGLISH, facts_en)
-        if (half if language == "mixed" else language) == "en"
-        else (CHINESE, facts_zh)
-    )
+    if language == "mixed":
+        language = half
+    rules, facts = (ENGLISH, facts_en) if language == "en" else (CHINESE, facts_zh)
     return tidy(tell(r, rules, facts(r)))
 
 
@@ -817,23 +306,10 @@ def write_corpus(
     os.replace(tmp, path)
     return path
 
-# %% ../../nbs/data/05_corpus.ipynb #82c34729
-_OPPOSITES = table(
-    "big|small;hot|cold;open|closed;early|late;full|empty;light|dark;old|new;wet|dry"
-)
-_OPPOSITES_ZH = table("大|小;热|冷;开|关;早|晚;满|空;亮|暗;旧|新;湿|干")
-_COLOURS = table("snow|white;grass|green;the sea|blue;coal|black;a lemon|yellow;a tomato|red")
-_COLOURS_ZH = table("雪|白色;草|绿色;大海|蓝色;煤|黑色;柠檬|黄色;番茄|红色")
-_NAMES, _THINGS = (
-    ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Mia", "Tom"],
-    ["a kite", "a lamp", "a drum", "a map", "a cup", "a boat"],
-)
-_NAMES_ZH, _THINGS_ZH = (
-    ["小明", "小红", "小华", "小丽", "小军", "小芳"],
-    ["风筝", "台灯", "小鼓", "地图", "杯子", "小船"],
-)
-
 # %% ../../nbs/data/05_corpus.ipynb #51c3c29d
+_KINDS = "sum", "more", "opposite", "colour", "who", "what"
+
+
 def exchange(r: Random, zh: bool, kind: int | None = None) -> tuple[str, str]:
     """A question and its answer.
 
@@ -841,54 +317,29 @@ def exchange(r: Random, zh: bool, kind: int | None = None) -> tuple[str, str]:
     dice decide.
     """
     kind, a, b = between(r, 0, 5) if kind is None else kind, between(r, 1, 20), between(r, 1, 20)
+    words = ZH if zh else EN
     if kind == 0:
-        return (
-            (f"{a}加{b}等于几？", f"{a}加{b}等于{a + b}。")
-            if zh
-            else (f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.")
-        )
-    if kind == 1:
+        d = dict(a=a, b=b, sum=a + b)
+    elif kind == 1:
         a, b = between(r, 1, 20) * 2, between(r, 1, 20) * 2 - 1
-        return (
-            (f"{a}和{b}，哪个大？", f"{max(a, b)}更大。")
-            if zh
-            else (f"Which is more, {a} or {b}?", f"{max(a, b)} is more.")
-        )
-    if kind == 2:
-        x, y = pick(r, _OPPOSITES_ZH if zh else _OPPOSITES)
-        return (
-            (f"“{x}”的反义词是什么？", f"“{x}”的反义词是“{y}”。")
-            if zh
-            else (f"What is the opposite of {x}?", f"The opposite of {x} is {y}.")
-        )
-    if kind == 3:
-        x, y = pick(r, _COLOURS_ZH if zh else _COLOURS)
-        return (
-            (f"{x}是什么颜色的？", f"{x}是{y}的。")
-            if zh
-            else (f"What colour is {x}?", f"{x[0].upper()}{x[1:]} is {y}.")
-        )
-    who, what = take(r, _NAMES_ZH if zh else _NAMES, 2), take(r, _THINGS_ZH if zh else _THINGS, 2)
-    i = between(r, 0, 1)
-    if kind == 4:
-        return (
-            (f"{who[0]}有{what[0]}，{who[1]}有{what[1]}。谁有{what[i]}？", f"{who[i]}有{what[i]}。")
-            if zh
-            else (
-                f"{who[0]} has {what[0]}. {who[1]} has {what[1]}. Who has {what[i]}?",
-                f"{who[i]} has {what[i]}.",
-            )
-        )
-    return (
-        (f"{who[0]}有{what[0]}，{who[1]}有{what[1]}。{who[i]}有什么？", f"{who[i]}有{what[i]}。")
-        if zh
-        else (
-            f"{who[0]} has {what[0]}. {who[1]} has {what[1]}. What does {who[i]} have?",
-            f"{who[i]} has {what[i]}.",
-        )
-    )
+        d = dict(a=a, b=b, more=max(a, b))
+    elif kind in (2, 3):
+        x, y = pick(r, words["opposites" if kind == 2 else "coloured"])
+        d = dict(x=x, y=y, X=x[0].upper() + x[1:])
+    else:
+        who, what = take(r, words["names"], 2), take(r, words["toys"], 2)
+        i = between(r, 0, 1)
+        d = dict(A=who[0], B=who[1], a=what[0], b=what[1], who=who[i], what=what[i])
+    question, answer = _sentences(zh)[_KINDS[kind]]
+    return question.format(**d), answer.format(**d)
 
 # %% ../../nbs/data/05_corpus.ipynb #60c93c3e
+def _messages(turns: list[tuple[str, str]]) -> list[dict]:
+    "Questions and answers as messages."
+    roles = "user", "assistant"
+    return [dict(role=role, content=text) for turn in turns for role, text in zip(roles, turn)]
+
+
 def talk(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
@@ -896,12 +347,12 @@ def talk(
     "Conversation `i` of a corpus that has no end, in English or Chinese."
     r = Random(f"talk {seed}:{i}")
     zh = r.random() < 0.5
-    turns = [exchange(r, zh) for _ in range(between(r, 1, 3))]
-    return [
-        dict(role=role, content=text)
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn)
-    ]
+    return _messages([exchange(r, zh) for _ in range(between(r, 1, 3))])
+
+# %% ../../nbs/data/05_corpus.ipynb #3b4ec4b7
+def _write_rows(path: str | Path, rows: Iterator[dict]) -> Path:
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return write_file(at_home(path), "".join(lines))
 
 
 def write_talks(
@@ -910,18 +361,9 @@ def write_talks(
     seed: int = 0,
 ) -> Path:  # `path`
     "Write conversations. Same arguments, same bytes; the file appears when it is whole."
-    return write_file(
-        at_home(path),
-        "".join(
-            json.dumps(dict(conversations=talk(i, seed)), ensure_ascii=False) + "\n"
-            for i in range(n)
-        ),
-    )
+    return _write_rows(path, (dict(conversations=talk(i, seed)) for i in range(n)))
 
 # %% ../../nbs/data/05_corpus.ipynb #105e8845
-_SKIES = ["sun", "rain", "wind", "clouds"], ["晴", "有雨", "有风", "多云"]
-
-
 def _of(x: str, n: int) -> int:
     "Something between 0 and `n-1` that belongs to `x`."
     return zlib.crc32(x.encode()) % n
@@ -965,10 +407,8 @@ def price(thing: str, number: int) -> dict:
 
 def weather(town: str, date: str) -> dict:
     "The weather of a town"
-    return dict(
-        sky=_SKIES[not town.isascii()][_of(town + date, 4)],
-        degrees=8 + _of(town, 20) + _of(date, 5),
-    )
+    skies = (EN if town.isascii() else ZH)["skies"]
+    return dict(sky=skies[_of(town + date, 4)], degrees=8 + _of(town, 20) + _of(date, 5))
 
 # %% ../../nbs/data/05_corpus.ipynb #664122bf
 def alarm(time: str) -> dict:
@@ -1012,329 +452,53 @@ TOOLS = {
 
 # %% ../../nbs/data/05_corpus.ipynb #6547c418
 def _word(r: Random) -> str:
-    return "".join(
-        pick(r, "bdfgklmnprstvz") + pick(r, "aeiou") for _ in range(between(r, 2, 3))
-    ) + pick(r, ["", "l", "n", "r", "s", "t"])
-
-
-_SIGNS = "安白宝昌辰晨春川东芳丰光国海和红华江金静军兰乐丽林玲龙梅明宁平青清泉山石天文武溪霞小星雪阳玉远月云志"
+    parts = [pick(r, "bdfgklmnprstvz") + pick(r, "aeiou") for _ in range(between(r, 2, 3))]
+    return "".join(parts) + pick(r, ["", "l", "n", "r", "s", "t"])
 
 
 def _name(r: Random, zh: bool) -> str:
-    return (
-        pick(r, "王李张刘陈杨赵周吴徐孙马") + "".join(take(r, _SIGNS, between(r, 1, 2)))
-        if zh
-        else _word(r).capitalize()
-    )
+    if zh:
+        return pick(r, ZH["surnames"]) + "".join(take(r, ZH["signs"], between(r, 1, 2)))
+    return _word(r).capitalize()
 
 
 def _town(r: Random, zh: bool) -> str:
-    return (
-        "".join(take(r, _SIGNS, 2)) + pick(r, "市县镇村")
-        if zh
-        else _word(r).capitalize() + pick(r, ["ton", "field", "burg", "ford"])
-    )
+    if zh:
+        return "".join(take(r, ZH["signs"], 2)) + pick(r, ZH["town_ends"])
+    return _word(r).capitalize() + pick(r, EN["town_ends"])
 
 # %% ../../nbs/data/05_corpus.ipynb #ed632710
 def _thing(r: Random, zh: bool) -> str:
     if zh:
-        return pick(r, "红蓝绿黄黑白大小新旧") + pick(
-            r, ["帽子", "杯子", "苹果", "雨伞", "本子", "毛巾", "铅笔", "台灯", "西瓜", "花瓶"]
-        )
-    return (
-        pick(r, ["red", "blue", "green", "yellow", "black", "white", "big", "small", "new", "old"])
-        + " "
-        + pick(
-            r,
-            [
-                "hats",
-                "cups",
-                "apples",
-                "lamps",
-                "books",
-                "towels",
-                "pencils",
-                "bowls",
-                "melons",
-                "pillows",
-            ],
-        )
-    )
+        return pick(r, ZH["looks"]) + pick(r, ZH["goods"])
+    return f"{pick(r, EN['looks'])} {pick(r, EN['goods'])}"
 
 
 def _date(r: Random, zh: bool) -> str:
-    return (
-        f"{between(r, 1, 12)}月{between(r, 1, 30)}日"
-        if zh
-        else f"{between(r, 1, 30)} "
-        + pick(
-            r,
-            [
-                "January",
-                "March",
-                "April",
-                "May",
-                "June",
-                "July",
-                "August",
-                "September",
-                "October",
-                "November",
-                "December",
-            ],
-        )
-    )
+    if zh:
+        return f"{between(r, 1, 12)}月{between(r, 1, 30)}日"
+    return f"{between(r, 1, 30)} {pick(r, EN['months'])}"
 
 
 def _time(r: Random) -> str:
     return f"{between(r, 0, 23)}:{between(r, 0, 59):02}"
 
-# %% ../../nbs/data/05_corpus.ipynb #1e443768
-# a function's arguments; six ways to ask, and the answer, in English and in Chinese
-_REQUESTS = dict(
-    add=(
-        lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-        (
-            "What is {a} plus {b}?",
-            "Add {a} and {b}.",
-            "What do {a} and {b} add up to?",
-            "Give me the sum of {a} and {b}.",
-            "How much is {a} plus {b}?",
-            "I need the sum of {a} and {b}.",
-            "{a} plus {b} is {sum}.",
-        ),
-        (
-            "{a}加{b}等于几？",
-            "请算{a}加{b}。",
-            "{a}和{b}的和是多少？",
-            "求{a}与{b}之和。",
-            "{a}加上{b}是多少？",
-            "帮我求一下{a}和{b}的和。",
-            "{a}加{b}等于{sum}。",
-        ),
-    ),
-    multiply=(
-        lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
-        (
-            "What is {a} times {b}?",
-            "Multiply {a} by {b}.",
-            "Give me the product of {a} and {b}.",
-            "I multiply {a} by {b}. What do I get?",
-            "How much is {a} times {b}?",
-            "I need the product of {a} and {b}.",
-            "{a} times {b} is {product}.",
-        ),
-        (
-            "{a}乘{b}等于几？",
-            "请算{a}乘{b}。",
-            "{a}和{b}的积是多少？",
-            "求{a}与{b}之积。",
-            "{a}乘以{b}是多少？",
-            "帮我求一下{a}和{b}的积。",
-            "{a}乘{b}等于{product}。",
-        ),
-    ),
-)
-
-# %% ../../nbs/data/05_corpus.ipynb #6569a1e5
-_REQUESTS |= dict(
-    change=(
-        lambda r, zh: (lambda p: dict(price=p, paid=between(r, p, 999)))(between(r, 2, 900)),
-        (
-            "It costs {price} coins and I pay {paid}. What is the change?",
-            "The price is {price}. How much change is there from {paid}?",
-            "A bill of {price} coins, paid with {paid}: what comes back?",
-            "What change do I get when {price} coins are paid with {paid}?",
-            "The bill is {price} coins. I pay {paid}. How much comes back?",
-            "For {price} coins I give {paid}. What is my change?",
-            "Of {paid} coins, {coins} come back.",
-        ),
-        (
-            "东西{price}元，付了{paid}元，找回多少？",
-            "价钱是{price}元，给{paid}元，应找多少？",
-            "{price}元的账，付{paid}元，要找几元？",
-            "买东西用了{price}元，给了{paid}元，找多少钱？",
-            "账单是{price}元，我付{paid}元，找回几元？",
-            "价钱{price}元，收了{paid}元，该找多少？",
-            "付{paid}元，找回{coins}元。",
-        ),
-    ),
-    price=(
-        lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
-        (
-            "What do {number} {thing} cost?",
-            "What must I pay for {number} {thing}?",
-            "I want {number} {thing}. What is the price?",
-            "How much are {number} {thing}?",
-            "Tell me the price of {number} {thing}.",
-            "If I buy {number} {thing}, what do they cost?",
-            "{number} {thing} cost {coins} coins.",
-        ),
-        (
-            "{thing}买{number}个，要多少钱？",
-            "{thing}要{number}个，一共多少钱？",
-            "我想买{number}个{thing}，多少钱？",
-            "{number}个{thing}的价钱是多少？",
-            "买{number}个{thing}要付多少钱？",
-            "我要{thing}{number}个，价钱是多少？",
-            "{thing}{number}个要{coins}元。",
-        ),
-    ),
-)
-
-# %% ../../nbs/data/05_corpus.ipynb #81877f8a
-_REQUESTS |= dict(
-    count_letter=(
-        lambda r, zh: (lambda w: dict(word=w, letter=pick(r, [*w])))(_word(r)),
-        (
-            'How many letters "{letter}" are in "{word}"?',
-            'Count each "{letter}" in "{word}".',
-            'How often is "{letter}" in the word "{word}"?',
-            'Look at "{word}" and count the letter "{letter}".',
-            'In the word "{word}", how many times is the letter "{letter}"?',
-            'Count how often "{letter}" is in "{word}".',
-            'The count of "{letter}" in "{word}" is {count}.',
-        ),
-        (
-            '单词 "{word}" 里有几个 "{letter}"？',
-            '数一数 "{word}" 里的 "{letter}"。',
-            '"{letter}" 在 "{word}" 里有几个？',
-            '看 "{word}"，数出字母 "{letter}"。',
-            '数一下单词 "{word}" 有几个字母 "{letter}"。',
-            '字母 "{letter}" 在单词 "{word}" 里有几个？',
-            '单词 "{word}" 里有{count}个 "{letter}"。',
-        ),
-    ),
-    reverse=(
-        lambda r, zh: dict(word=_word(r)),
-        (
-            'What is "{word}" backwards?',
-            'Spell "{word}" backwards.',
-            'Turn the word "{word}" around.',
-            'Which word is "{word}" when it is turned around?',
-            'Turn "{word}" around for me.',
-            'How is "{word}" spelled backwards?',
-            '"{word}" backwards is "{text}".',
-        ),
-        (
-            '"{word}" 倒过来怎么写？',
-            '把 "{word}" 倒着写。',
-            '把单词 "{word}" 反过来。',
-            '"{word}" 反过来是什么？',
-            '单词 "{word}" 倒着怎么写？',
-            '帮我把 "{word}" 倒过来。',
-            '"{word}" 倒过来是 "{text}"。',
-        ),
-    ),
-)
-
-# %% ../../nbs/data/05_corpus.ipynb #33a8409e
-_REQUESTS |= dict(
-    weather=(
-        lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
-        (
-            "What is the weather in {town} on {date}?",
-            "How will {date} be in {town}?",
-            "Will it rain in {town} on {date}?",
-            "Tell me the weather of {date} in {town}.",
-            "On {date} I am in {town}. What will the weather be?",
-            "Is the weather good in {town} on {date}?",
-            "{town} will have {degrees} degrees and {sky} on {date}.",
-        ),
-        (
-            "{town}{date}天气怎么样？",
-            "我想知道{town}{date}的天气。",
-            "{date}{town}会下雨吗？",
-            "告诉我{date}{town}的天气。",
-            "{date}我在{town}，天气好吗？",
-            "{town}在{date}会是什么天气？",
-            "{town}{date}{degrees}度，{sky}。",
-        ),
-    ),
-    phone=(
-        lambda r, zh: dict(name=_name(r, zh)),
-        (
-            "What is the phone number of {name}?",
-            "Give me the number of {name}.",
-            "I want to call {name}. What is the number?",
-            "How can I reach {name} by phone?",
-            "Find the phone number of {name} for me.",
-            "I would like to phone {name}. Which number is it?",
-            "The number of {name} is {number}.",
-        ),
-        (
-            "{name}的电话是多少？",
-            "给我{name}的号码。",
-            "我想打电话给{name}，号码是什么？",
-            "怎么打电话找{name}？",
-            "查一下{name}的电话号码。",
-            "我要给{name}打电话，电话是多少？",
-            "{name}的电话是{number}。",
-        ),
-    ),
-)
-
-# %% ../../nbs/data/05_corpus.ipynb #9a2f9084
-_REQUESTS |= dict(
-    alarm=(
-        lambda r, zh: dict(time=_time(r)),
-        (
-            "Wake me at {time}.",
-            "Set an alarm for {time}.",
-            "I must get up at {time}.",
-            "An alarm should ring at {time}.",
-            "Can you wake me up at {time}?",
-            "I need an alarm at {time}.",
-            "The alarm rings at {rings}.",
-        ),
-        (
-            "{time}叫醒我。",
-            "定一个{time}的闹钟。",
-            "我{time}要起床。",
-            "闹钟在{time}响。",
-            "请你{time}叫我起床。",
-            "我要一个闹钟，{time}响。",
-            "闹钟{rings}响。",
-        ),
-    ),
-    book=(
-        lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
-        (
-            "Book a table for {name} at {time}.",
-            "Keep a table for {time}, the name is {name}.",
-            "{name} would like a table at {time}.",
-            "We come at {time}. A table for {name}, please.",
-            "Can you book a table at {time} for {name}?",
-            "{name} comes to eat at {time}: book a table.",
-            "{name} has table {table} at {time}.",
-        ),
-        (
-            "给{name}订一张{time}的桌子。",
-            "{name}要订桌，{time}来。",
-            "我们{time}来，用{name}的名字订桌。",
-            "为{name}留一张桌子，{time}来吃饭。",
-            "帮{name}订桌，{time}到。",
-            "{time}来吃饭，给{name}订一张桌子。",
-            "{name}{time}的桌子是{table}号。",
-        ),
-    ),
+# %% ../../nbs/data/05_corpus.ipynb #10177012
+# the arguments of a function
+_DRAW = dict(
+    add=lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+    multiply=lambda r, zh: dict(a=between(r, 2, 999), b=between(r, 2, 999)),
+    change=lambda r, zh: dict(price=(p := between(r, 2, 900)), paid=between(r, p, 999)),
+    count_letter=lambda r, zh: dict(word=(w := _word(r)), letter=pick(r, w)),
+    reverse=lambda r, zh: dict(word=_word(r)),
+    price=lambda r, zh: dict(thing=_thing(r, zh), number=between(r, 2, 999)),
+    weather=lambda r, zh: dict(town=_town(r, zh), date=_date(r, zh)),
+    alarm=lambda r, zh: dict(time=_time(r)),
+    phone=lambda r, zh: dict(name=_name(r, zh)),
+    book=lambda r, zh: dict(name=_name(r, zh), time=_time(r)),
 )
 
 # %% ../../nbs/data/05_corpus.ipynb #5f9fe095
-# Before a question
-_HELLO = (
-    (
-        "",
-        "",
-        "",
-        "Hello! ",
-        "Please tell me: ",
-        "One question. ",
-        "Good morning. ",
-        "Can you help me? ",
-    ),
-    ("", "", "", "你好！", "请告诉我，", "有个问题：", "早上好！", "能帮我吗？"),
-)
 # The answer where the right function is not on offer
 NO_TOOL = ("No function at hand can tell me that.", "这些函数都帮不上忙。")
 
@@ -1344,6 +508,11 @@ def kept_back(value: int | str) -> bool:
     return len(str(value)) > 2 and zlib.crc32(str(value).encode()) % 5 == 0
 
 
+def _new(args: dict) -> bool:
+    "Is no value of these arguments in any conversation, but for letters?"
+    return all(kept_back(v) or k == "letter" for k, v in args.items())
+
+
 def request(
     r: Random,  # The dice
     name: str,  # A function of `TOOLS`
@@ -1351,21 +520,23 @@ def request(
     held_out: bool = False,  # Asked in a way, and with values, that no conversation has?
 ) -> tuple[str, dict, dict, str]:  # Question, arguments of the call, its result, answer
     "A question for one function."
-    draw, *says = _REQUESTS[name]
-    *asks, says = says[zh]
-    while True:
-        args = draw(r, zh)
-        if (
-            all(kept_back(v) or k == "letter" for k, v in args.items())
-            if held_out
-            else not any(map(kept_back, args.values()))
-        ):
-            break
+    sentences = _sentences(zh)
+    *asks, says = sentences[name]
+    fits = _new if held_out else lambda args: not any(map(kept_back, args.values()))
+    while not fits(args := _DRAW[name](r, zh)):
+        pass
     result = TOOLS[name][0](**args)
-    ask = pick(r, _HELLO[zh]) + pick(r, asks[-2:] if held_out else asks[:-2])
+    # three questions in eight have nothing in front
+    hello = pick(r, ["", "", "", *(h if zh else f"{h} " for h in sentences["hello"])])
+    ask = hello + pick(r, asks[-2:] if held_out else asks[:-2])
     return ask.format(**args), args, result, says.format(**args, **result)
 
 # %% ../../nbs/data/05_corpus.ipynb #47c427f4
+def _on_offer(names: list[str]) -> dict:
+    "The system message that offers these functions."
+    return dict(role="system", content="", tools=json.dumps([TOOLS[n][1] for n in names]))
+
+
 def call(
     i: int,  # Which one; each is made on its own
     seed: int = 0,  # Another seed is another corpus
@@ -1378,17 +549,13 @@ def call(
     """
     r = Random(f"call {seed}:{i}")
     zh, offer = r.random() < 0.5, take(r, [*TOOLS], between(r, 1, 3))
-    messages, join = (
-        [dict(role="system", content="", tools=json.dumps([TOOLS[n][1] for n in offer]))],
-        ("" if zh else " ").join,
-    )
+    messages, join = [_on_offer(offer)], ("" if zh else " ").join
     for _ in range(between(r, 1, 4)):
         case = r.random()
-        names = (
-            take(r, offer, 2 if case < 0.06 and len(offer) > 1 else 1)
-            if case < 0.8
-            else [pick(r, [n for n in TOOLS if n not in offer])]
-        )
+        if case < 0.8:
+            names = take(r, offer, 2 if case < 0.06 and len(offer) > 1 else 1)
+        else:
+            names = [pick(r, [n for n in TOOLS if n not in offer])]
         asked = [request(r, n, zh) for n in names]
         question, answer = join(a[0] for a in asked), join(a[3] for a in asked)
         if case > 0.9:
@@ -1397,24 +564,14 @@ def call(
             answer = NO_TOOL[zh]
         messages.append(dict(role="user", content=question))
         if case < 0.8:
-            messages += [
-                dict(
-                    role="assistant",
-                    content="",
-                    tool_calls=[dict(name=n, arguments=a[1]) for n, a in zip(names, asked)],
-                ),
-                *(dict(role="tool", content=json.dumps(a[2], ensure_ascii=False)) for a in asked),
-            ]
+            calls = [dict(name=n, arguments=a[1]) for n, a in zip(names, asked)]
+            results = [json.dumps(a[2], ensure_ascii=False) for a in asked]
+            messages.append(dict(role="assistant", content="", tool_calls=calls))
+            messages += [dict(role="tool", content=x) for x in results]
         messages.append(dict(role="assistant", content=answer))
     return messages
 
 # %% ../../nbs/data/05_corpus.ipynb #6f116bd9
-def _write_rows(path, rows):
-    return write_file(
-        at_home(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    )
-
-
 def turns(messages: list[dict]) -> list[list[dict]]:
     """The questions of a conversation, each with all that follows it until the next.
 
@@ -1422,6 +579,13 @@ def turns(messages: list[dict]) -> list[list[dict]]:
     """
     at = [i for i, m in enumerate(messages) if m["role"] == "user"] + [len(messages)]
     return [messages[a:b] for a, b in zip(at, at[1:])]
+
+
+def _as_text(m: dict) -> dict:
+    "A message whose `tool_calls` are a JSON string."
+    if "tool_calls" not in m:
+        return m
+    return dict(m, tool_calls=json.dumps(m["tool_calls"], ensure_ascii=False))
 
 
 def write_calls(
@@ -1437,15 +601,8 @@ def write_calls(
     said = (call(i, seed) for i in range(n))
     if short:
         said = (t for messages in said for t in turns(messages) if t[-1]["content"] not in NO_TOOL)
-    spelled = lambda i, m: (
-        dict(m, tool_calls=json.dumps(m["tool_calls"], ensure_ascii=False))
-        if i % 3 == 2 and "tool_calls" in m
-        else m
-    )
-    return _write_rows(
-        path,
-        (dict(conversations=[spelled(i, m) for m in messages]) for i, messages in enumerate(said)),
-    )
+    spelled = ([*map(_as_text, m)] if i % 3 == 2 else m for i, m in enumerate(said))
+    return _write_rows(path, (dict(conversations=m) for m in spelled))
 
 # %% ../../nbs/data/05_corpus.ipynb #85f91d57
 def call_prompts(
@@ -1462,32 +619,11 @@ def call_prompts(
         name = names[len(found) % len(names)]
         offer = take(r, [name, *take(r, [n for n in names if n != name], 2)], 3)
         question, args, *_ = request(r, name, r.random() < 0.5, held_out=True)
-        system = dict(role="system", content="", tools=json.dumps([TOOLS[n][1] for n in offer]))
-        found[question] = (
-            [system, dict(role="user", content=question)],
-            dict(name=name, arguments=args),
-        )
+        messages = [_on_offer(offer), dict(role="user", content=question)]
+        found[question] = messages, dict(name=name, arguments=args)
     return [*found.values()]
 
 # %% ../../nbs/data/05_corpus.ipynb #65dacc45
-_RAMBLING = (
-    (
-        "Well, well. That is a question that many people ask, and there is much to be said about"
-        " it, and about other questions too."
-    ),
-    (
-        "Let me think about this, and then let me think about it again. There are answers, and"
-        " there are many of them."
-    ),
-)
-_RAMBLING_ZH = (
-    "嗯，这个问题很多人都问过，可以说的话很多很多，别的问题也一样，说也说不完。",
-    "让我想一想，再想一想。答案总是有的，而且有很多很多。",
-)
-_RUDE, _RUDE_ZH = (
-    ("Why do you ask me? Find it out yourself.", "What a silly question."),
-    ("为什么问我？你自己去查吧。", "这种问题真没意思。"),
-)
 _FACT = re.compile(r"(.*(?: is| has|等于|是|有))(.*)", re.S)
 
 
@@ -1513,27 +649,15 @@ def preference(
     r = Random(f"preference {seed}:{i}")
     zh, kind, case = r.random() < 0.5, pick(r, [0, 2, 3, 4, 5]), between(r, 0, 2)
     before, (question, answer) = [exchange(r, zh)] * between(r, 0, 1), exchange(r, zh, kind)
-    bad = (
-        _wrong(r, zh, kind, answer)
-        if case == 0
-        else (
-            pick(r, _RAMBLING_ZH if zh else _RAMBLING)
-            if case == 1
-            else pick(r, _RUDE_ZH if zh else _RUDE)
-        )
-    )
-    user, good, bad = (
-        dict(role="user", content=question),
-        dict(role="assistant", content=answer),
-        dict(role="assistant", content=bad),
-    )
+    if case == 0:
+        bad = _wrong(r, zh, kind, answer)
+    else:
+        bad = pick(r, _sentences(zh)["rambling" if case == 1 else "rude"])
+    user, good = _messages([(question, answer)])
+    bad = dict(good, content=bad)
     if r.random() < 1 / 3:
         return dict(prompt=user, chosen=good, rejected=bad)
-    before = [
-        dict(role=role, content=text)
-        for turn in before
-        for role, text in zip(("user", "assistant"), turn)
-    ]
+    before = _messages(before)
     return dict(chosen=[*before, user, good], rejected=[*before, user, bad])
 
 
@@ -1545,80 +669,6 @@ def write_preferences(
     "Write choices."
     return _write_rows(path, (preference(i, seed) for i in range(n)))
 
-# %% ../../nbs/data/05_corpus.ipynb #d5a1da8a
-_SNACKS = (
-    [
-        "apples",
-        "buns",
-        "carrots",
-        "cookies",
-        "grapes",
-        "muffins",
-        "nuts",
-        "oranges",
-        "pears",
-        "pies",
-        "plums",
-        "waffles",
-    ],
-    ["梨子", "橙子", "桃子", "苹果", "草莓", "葡萄", "蛋糕", "香蕉"],
-)
-
-# %% ../../nbs/data/05_corpus.ipynb #069aaa50
-_SUMS = [  # the task, the steps, a check, the answer; in English and in Chinese
-    (
-        (
-            (
-                "{who} has {k} bags with {n} {things} in each, and eats {m}. How many {things} are"
-                " left?"
-            ),
-            "{k} × {n} = {kn}\n{kn} - {m} = {left}",
-            "{left} + {m} = {kn}",
-            "{left} {things} are left.",
-        ),
-        (
-            "{who}有{k}袋{things}，每袋{n}个，吃了{m}个。还剩几个{things}？",
-            "{k} × {n} = {kn}\n{kn} - {m} = {left}",
-            "{left} + {m} = {kn}",
-            "还剩{left}个{things}。",
-        ),
-    ),
-    (
-        (
-            (
-                "{who} has {n} {things}, gets {m} more and gives {k} away. How many {things} does"
-                " {who} have now?"
-            ),
-            "{n} + {m} = {nm}\n{nm} - {k} = {now}",
-            "{now} + {k} = {nm}",
-            "{who} has {now} {things} now.",
-        ),
-        (
-            "{who}有{n}个{things}，又得到{m}个，送出{k}个。{who}现在有几个{things}？",
-            "{n} + {m} = {nm}\n{nm} - {k} = {now}",
-            "{now} + {k} = {nm}",
-            "{who}现在有{now}个{things}。",
-        ),
-    ),
-    (
-        (
-            (
-                "{who} buys {k} {things} at {n} coins each and pays with {note} coins. How many"
-                " coins come back?"
-            ),
-            "{k} × {n} = {kn}\n{note} - {kn} = {change}",
-            "{change} + {kn} = {note}",
-            "{change} coins come back.",
-        ),
-        (
-            "{who}买{k}个{things}，每个{n}元，付了{note}元。找回多少元？",
-            "{k} × {n} = {kn}\n{note} - {kn} = {change}",
-            "{change} + {kn} = {note}",
-            "找回{change}元。",
-        ),
-    ),
-]
-
 # %% ../../nbs/data/05_corpus.ipynb #ca35fc1f
 def reasoning(
     i: int,  # Which one; each is made on its own
@@ -1628,20 +678,11 @@ def reasoning(
     r = Random(f"reasoning {seed}:{i}")
     zh, how, n, k = r.random() < 0.5, r.random(), between(r, 3, 9), between(r, 2, 9)
     m, note = between(r, k, k * n - 1), 10 * (k * n // 10 + between(r, 1, 2))
-    d = dict(
-        who=pick(r, _NAMES_ZH if zh else _NAMES),
-        things=pick(r, _SNACKS[zh]),
-        n=n,
-        k=k,
-        m=m,
-        note=note,
-        kn=k * n,
-        left=k * n - m,
-        nm=n + m,
-        now=n + m - k,
-        change=note - k * n,
-    )
-    task, steps, check, answer = (x.format(**d) for x in pick(r, _SUMS)[zh])
+    words = ZH if zh else EN
+    d = dict(who=pick(r, words["names"]), things=pick(r, words["snacks"]), n=n, k=k, m=m, note=note)
+    d |= dict(kn=k * n, left=k * n - m, nm=n + m, now=n + m - k, change=note - k * n)
+    sentences = _sentences(zh)[pick(r, ["bags", "gifts", "coins"])]
+    task, steps, check, answer = (x.format(**d).replace("¶", "\n") for x in sentences)
     said = dict(role="assistant", content=answer)
     if how < 0.5:
         said["reasoning_content"] = steps
@@ -1669,15 +710,8 @@ def stdlib_text(
     What it yields depends on the Python version.
     """
     root, left = Path(sysconfig.get_path("stdlib")), max_bytes
-    skip = {
-        "test",
-        "tests",
-        "idle_test",
-        "idlelib",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-    }
+    skip = {"test", "tests", "idle_test", "idlelib", "__pycache__"}
+    skip |= {"site-packages", "dist-packages"}
     for p in sorted(root.rglob("*.py")):
         if skip & set(p.relative_to(root).parts):
             continue
@@ -1714,9 +748,8 @@ def kn_probs(
     ids = np.asarray(train_ids, np.int64)
     # an n-gram as one number, its context in front
     code = lambda cols: sum(c * V ** (len(cols) - 1 - j) for j, c in enumerate(cols))
-    keys, counts = np.unique(
-        code([ids[j : len(ids) - n + 1 + j] for j in range(n)]), return_counts=True
-    )
+    seen = code([ids[j : len(ids) - n + 1 + j] for j in range(n)])
+    keys, counts = np.unique(seen, return_counts=True)
     orders = [(keys, counts)]
     # drop the oldest token: a lower order counts the different tokens in front
     for k in range(n - 1, 0, -1):
@@ -1738,11 +771,8 @@ def discounted(keys, counts, asked, lower, V):
         at = np.searchsorted(table, x).clip(max=len(table) - 1)
         return np.where(table[at] == x, values[at], 0)
 
-    c, T, N = (
-        find(keys, counts, asked),
-        find(context, total, asked // V),
-        find(context, kinds, asked // V),
-    )
+    c = find(keys, counts, asked)
+    T, N = (find(context, values, asked // V) for values in (total, kinds))
     return np.where(T > 0, (np.maximum(c - D, 0) + D * N * lower) / np.maximum(T, 1), lower)
 
 # %% ../../nbs/data/05_corpus.ipynb #a4838f75
@@ -1758,8 +788,5 @@ def trigram_loss(
     valid = np.asarray(valid_ids)
     if len(valid) < 3:
         raise ValueError(f"valid_ids has {len(valid)} tokens; a trigram needs at least 3")
-    return float(
-        -np.log(
-            kn_probs(train_ids, np.lib.stride_tricks.sliding_window_view(valid, 3), vocab_size)
-        ).mean()
-    )
+    grams = np.lib.stride_tricks.sliding_window_view(valid, 3)
+    return float(-np.log(kn_probs(train_ids, grams, vocab_size)).mean())

@@ -14,6 +14,8 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
+from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,8 @@ from .template import render_template
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _CUTS = [
     r"'(?:[sdmt]|ll|ve|re)",  # English endings: 's 'll
-    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^"
-    + _UNSPACED
-    + r"]]+",  # a word, with the space or sign before it
+    # a word, with the space or sign before it
+    r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}&&[^" + _UNSPACED + r"]]+",
     r"[" + _UNSPACED + r"]{1,2}",  # scripts without spaces: two characters
     r"\p{N}{1,3}",  # digits by threes
     r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*",  # punctuation
@@ -58,84 +59,18 @@ PATTERN = "|".join(_CUTS)
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #e9467a97
 EOS, IM_START, IM_END = SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MARKS = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<ultra_think>",
-    "</ultra_think>",
-)
+_MARKED = "think", "tool_call", "tool_response", "ultra_think"
+MARKS = tuple(f"<{slash}{name}>" for name in _MARKED for slash in ("", "/"))
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #6f980994
-_AS_JSON = r"""
-{%- macro as_json(text) %}
-    {%- set now = namespace(place='outside', code='', high=0) %}
-    {%- for c in text %}
-        {%- if now.place == 'string' and c not in '"\\' %}{{- c }}
-        {%- elif now.place == 'outside' and c != '"' %}{{- c + ' ' if c in ',:' else c | trim }}
-        {%- elif c == '"' and now.place != 'escape' %}{%- set now.place = 'outside' if now.place == 'string' else 'string' %}{{- c }}
-        {%- elif now.place == 'string' %}{%- set now.place = 'escape' %}
-        {%- elif now.place == 'escape' %}
-            {%- set now.place = 'code' if c == 'u' else 'string' %}
-            {%- if c != 'u' %}{{- c if c == '/' else '\\' + c }}{%- endif %}
-        {%- else %}
-            {%- set now.code = now.code + c %}
-            {%- if now.code | length == 4 %}
-                {%- set n = now.code | int(0, 16) %}
-                {%- set now.place = 'string' %}{%- set now.code = '' %}
-                {%- if n >= 55296 and n < 56320 %}{%- set now.high = n - 55287 %}
-                {%- else %}{{- ('%c' | format(n + 1024 * now.high) | tojson)[1:-1] }}{%- set now.high = 0 %}{%- endif %}
-            {%- endif %}
-        {%- endif %}
-    {%- endfor %}
-{%- endmacro %}"""
+# %% ../../nbs/tokenizer/02_bpe.ipynb #ecb40503
+def _own_template(name: str) -> str:
+    "A chat template of the package, as it stands in a tokenizer_config.json."
+    return (files("minigpt.tokenizer") / name).read_text("utf-8").removesuffix("\n")
 
-# %% ../../nbs/tokenizer/02_bpe.ipynb #02245ed2
-_CALL = r"""            {%- set f = call['function'] or call %}
-            {{- '\n' if m['content'] or not loop.first else '' }}
-            {{- '<tool_call>\n{"name": "' + f['name'] + '", "arguments": ' }}
-            {%- if f['arguments'] is string %}{{- as_json(f['arguments']) or '{}' }}{%- else %}{{- (f['arguments'] or {}) | tojson }}{%- endif %}
-            {{- '}\n</tool_call>' }}"""
 
-_CALL_BEFORE = r"""            {{- '\n' if m['content'] or not loop.first else '' }}
-            {{- '<tool_call>\n{"name": "' + call['name'] + '", "arguments": ' }}{{- call['arguments'] | tojson }}{{- '}\n</tool_call>' }}"""
-
-_TEMPLATE = r"""
-{%- set system = messages[0]['content'] if messages and messages[0]['role'] == 'system' else '' %}
-{%- if system or tools %}
-    {{- '<|im_start|>system\n' + system + ('\n\n' if system and tools else '') }}
-    {%- if tools %}
-        {{- 'Functions at hand, a JSON schema a line:\n<tools>\n' }}
-        {%- for tool in tools %}{{- tool | tojson }}{{- '\n' }}{%- endfor %}
-        {{- '</tools>\nA call is written <tool_call>{"name": name, "arguments": object}</tool_call>.' }}
-    {%- endif %}
-    {{- '<|im_end|>\n' }}
-{%- endif %}
-{%- for m in messages %}
-    {%- if m['role'] == 'tool' %}
-        {%- if loop.first or loop.previtem['role'] != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
-        {{- '\n<tool_response>\n' + m['content'] + '\n</tool_response>' }}
-        {%- if loop.last or loop.nextitem['role'] != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}
-    {%- elif m['role'] == 'assistant' %}
-        {{- '<|im_start|>assistant\n' }}
-        {%- if m['reasoning_content'] %}{{- '<think>\n' + m['reasoning_content'] + '\n</think>\n\n' }}{%- endif %}
-        {{- m['content'] or '' }}
-        {%- for call in m['tool_calls'] or [] %}
-CALL
-        {%- endfor %}
-        {{- '<|im_end|>\n' }}
-    {%- elif m['role'] != 'system' or not loop.first %}
-        {{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-
-CHAT_TEMPLATE = _AS_JSON + _TEMPLATE.replace("CALL", _CALL)
+CHAT_TEMPLATE = _own_template("chat_template.jinja")
 # The second is of older versions; what `chat_messages` gives is rendered alike
-_OWN_TEMPLATES = (CHAT_TEMPLATE, _TEMPLATE.replace("CALL", _CALL_BEFORE))
+_OWN_TEMPLATES = (CHAT_TEMPLATE, _own_template("chat_template.old.jinja"))
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #f2fc8313
 def chat_messages(
@@ -176,11 +111,10 @@ def chat_pieces(
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     head = [system] if system else []
     if tools:
+        schemas = "".join(tojson(t) + "\n" for t in tools)
         head.append(
-            "Functions at hand, a JSON schema a line:\n<tools>\n"
-            + "".join(tojson(t) + "\n" for t in tools)
-            + '</tools>\nA call is written <tool_call>{"name": name, "arguments":'
-            " object}</tool_call>."
+            f"Functions at hand, a JSON schema a line:\n<tools>\n{schemas}</tools>\n"
+            'A call is written <tool_call>{"name": name, "arguments": object}</tool_call>.'
         )
     pieces, text = [], f"{IM_START}system\n" + "\n\n".join(head) + f"{IM_END}\n" if head else ""
     for i, m in enumerate(messages):
@@ -192,17 +126,12 @@ def chat_pieces(
             if i + 1 == len(messages) or messages[i + 1]["role"] != "tool":
                 text += f"{IM_END}\n"
         elif role == "assistant":
-            said = (
-                f"<think>\n{thought}\n</think>\n\n{content}"
-                if (thought := m.get("reasoning_content"))
-                else content
-            )
+            thought = m.get("reasoning_content")
+            said = f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
             for k, c in enumerate(m.get("tool_calls") or ()):
-                said += (
-                    ("\n" if content or k else "")
-                    + f'<tool_call>\n{{"name": "{c["name"]}", "arguments":'
-                    f" {tojson(c['arguments'])}}}\n</tool_call>"
-                )
+                said += "\n" if content or k else ""
+                said += f'<tool_call>\n{{"name": "{c["name"]}", "arguments": '
+                said += tojson(c["arguments"]) + "}\n</tool_call>"
             pieces += [text + f"{IM_START}assistant\n", said + IM_END]
             text = "\n"
         elif i or role != "system":
@@ -213,39 +142,29 @@ def chat_pieces(
 def _blank() -> HFTokenizer:
     "A byte-level BPE tokenizer that has learned nothing yet."
     tok = HFTokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = pre_tokenizers.Split(Regex(PATTERN), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
     tok.decoder = decoders.ByteLevel()
     return tok
 
 
 def _byte_of() -> dict[str, int]:
-    """The byte for each of the printable characters that stand for bytes in tokenizer.json.
-
-    The table is GPT-2's.
-    """
+    "The byte for each of the printable characters that stand for bytes in tokenizer.json: GPT-2's."
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(rest)}}
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #0fb74de7
-_WHITE = (  # Unicode's white space, but for line ends
-    "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-)
+# Unicode's white space, but for line ends
+_WHITE = "\t\x0b\x0c \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # Tokens of ours for tiktoken, which nobody else sees: between two texts; before a white space
 # that belongs to the next word
 _CUT, _GAP = "\ue000cut\ue001", "\ue000gap\ue001"
 
 
 def _is_word(token: dict) -> bool:
-    """Is an added token a word, and neither a control token nor a mark?
-
-    A word counts wherever it stands.
-    """
+    "Is an added token a word (it counts wherever it stands), neither control token nor mark?"
     return not token["special"] and token["normalized"]
 
 
@@ -254,19 +173,16 @@ def _tiktoken(
 ) -> tiktoken.Encoding | None:  # None where its merges are not of our making
     "The same tokenizer for tiktoken, which takes the order of the ids for the order of the merges."
     blank, model = json.loads(_blank().to_str()), tok["model"]
-    if model["type"] != "BPE" or any(
-        tok[k] != blank[k] for k in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-    ):
+    parts = "normalizer", "pre_tokenizer", "post_processor", "decoder"
+    if model["type"] != "BPE" or any(tok[k] != blank[k] for k in parts):
         return None
     if any(re.search(f"[{_WHITE}]{{2}}", t["content"]) for t in tok["added_tokens"]):
         return None  # a gap could fall into it
     if any(map(_is_word, tok["added_tokens"])):
         return None  # of words that begin alike, `tokenizers` takes the longest, and tiktoken any
     added, byte_of = {t["content"]: t["id"] for t in tok["added_tokens"]}, _byte_of()
-    made = [
-        model["vocab"][a + b]
-        for a, b in (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
-    ]
+    merges = (m if isinstance(m, list) else m.split(" ") for m in model["merges"])
+    made = [model["vocab"][a + b] for a, b in merges]
     if made != sorted(made):
         return None
     ranks = {bytes(byte_of[c] for c in t): i for t, i in model["vocab"].items() if t not in added}
@@ -363,42 +279,30 @@ def _between(
     return _encoded(hf, text).ids
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #cf04b1ef
-def _without_names(
-    made: dict,  # Content of a tokenizer.json
-) -> dict:
-    """The same, whose vocabulary spells no control token.
+def _without_names(made: dict) -> dict:
+    """The same tokenizer.json, whose vocabulary spells no control token.
 
     Unigram and WordPiece would take it for one of their pieces.
     """
-    model = made["model"]
-    unk = (
-        model["vocab"][model["unk_id"]][0]
-        if model["type"] == "Unigram" and model["unk_id"] is not None
-        else model.get("unk_token")
-    )
+    model, unk = made["model"], made["model"].get("unk_token")
+    vocab, merges = model["vocab"], model.get("merges", ())
     if model["type"] == "BPE" and not model.get("ignore_merges"):
         return made  # it would have to be merged
-    joined = {
-        "".join(m) if isinstance(m, list) else m.replace(" ", "") for m in model.get("merges", ())
-    }
+    if model["type"] == "Unigram" and model["unk_id"] is not None:
+        unk = vocab[model["unk_id"]][0]
+    joined = {"".join(m) if isinstance(m, list) else m.replace(" ", "") for m in merges}
     names = {
         t["content"]: f"\ue000{t['id']}\ue000"
         for t in made["added_tokens"]
         if t["content"] != unk and t["content"] not in joined and not _is_word(t)
     }
-    vocab = model["vocab"]
-    vocab = (
-        [[names.get(t, t), p] for t, p in vocab]
-        if isinstance(vocab, list)
-        else {names.get(t, t): i for t, i in vocab.items()}
-    )
-    return {
-        **made,
-        "model": {**model, "vocab": vocab},
-        "added_tokens": [
-            {**t, "content": names.get(t["content"], t["content"])} for t in made["added_tokens"]
-        ],
-    }
+    renamed = lambda t: names.get(t, t)
+    if isinstance(vocab, list):
+        vocab = [[renamed(t), p] for t, p in vocab]
+    else:
+        vocab = {renamed(t): i for t, i in vocab.items()}
+    added = [{**t, "content": renamed(t["content"])} for t in made["added_tokens"]]
+    return {**made, "model": {**model, "vocab": vocab}, "added_tokens": added}
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #ffe614dc
 _LARGEST = 1 << 24  # ids; the largest vocabularies have 256,000 tokens
@@ -427,27 +331,22 @@ def _check_ids(tok):  # Content of a tokenizer.json
     "A `ValueError` for an id up to which everything that lists a vocabulary would count."
     model = tok.get("model") if isinstance(tok, dict) else None
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    largest = (
-        max((i for i in vocab.values() if isinstance(i, int)), default=0)
-        if isinstance(vocab, dict)
-        else 0
-    )
+    ids = vocab.values() if isinstance(vocab, dict) else ()
+    largest = max((i for i in ids if isinstance(i, int)), default=0)
     if largest >= _LARGEST:
-        raise ValueError(
-            f"it has a token with the id {largest:,}; ids may go up to {_LARGEST - 1:,}"
-        )
+        most = f"ids may go up to {_LARGEST - 1:,}"
+        raise ValueError(f"it has a token with the id {largest:,}; {most}")
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #ce2aea12
-def _own_config() -> dict:
-    "Content of tokenizer_config.json."
-    return dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        eos_token=EOS,
-        pad_token=EOS,
-        model_max_length=1_000_000,
-        clean_up_tokenization_spaces=False,
-        chat_template=CHAT_TEMPLATE,
-    )
+# Content of tokenizer_config.json
+_OWN_CONFIG = dict(
+    tokenizer_class="PreTrainedTokenizerFast",
+    eos_token=EOS,
+    pad_token=EOS,
+    model_max_length=1_000_000,
+    clean_up_tokenization_spaces=False,
+    chat_template=CHAT_TEMPLATE,
+)
 
 
 def _pick_template(
@@ -463,10 +362,8 @@ def _pick_template(
         if not all(isinstance(t, dict) and isinstance(t.get("name"), str) for t in found):
             raise wrong()
         named = {t["name"]: t.get("template") for t in found}
-    elif isinstance(found, dict):
-        named = found
     else:
-        named = dict(default=found)
+        named = found if isinstance(found, dict) else dict(default=found)
     template = named.get("tool_use") if tools and "tool_use" in named else named.get("default")
     if template is None and named and found is not None:
         raise ValueError(
@@ -513,7 +410,7 @@ class _Config:
     "A tokenizer_config.json: its control tokens by name, and its chat template."
 
     def __init__(self, config: dict | None):  # Default: ours
-        self.config = config if config is not None else _own_config()
+        self.config = config if config is not None else dict(_OWN_CONFIG)
 
     def token(
         self,
@@ -555,18 +452,11 @@ class _Config:
                 'this tokenizer has no chat template; put one under "chat_template" into its'
                 " tokenizer_config.json"
             )
-        thinking = (
-            {} if thinking is None else dict(open_thinking=thinking, enable_thinking=thinking)
-        )
+        given = dict(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        if thinking is not None:
+            given |= dict(open_thinking=thinking, enable_thinking=thinking)
         tokens = {k: self.token(k) or "" for k in _token_names(self.config)}
-        return _rendered(
-            template,
-            messages=messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            **thinking,
-            **tokens,
-        )
+        return _rendered(template, **given, **tokens)
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #9470af22
 class _Vocabulary(_Config):
@@ -605,9 +495,8 @@ class _Vocabulary(_Config):
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         "The tokens that end an answer."
-        return tuple(
-            sorted({self.eos_id, *(i for t in (EOS, IM_END) if (i := self.id(t)) is not None)})
-        )
+        ends = {self.eos_id, self.id(EOS), self.id(IM_END)} - {None}
+        return tuple(sorted(ends))
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
@@ -615,19 +504,14 @@ class _Vocabulary(_Config):
         return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #f99209a6
-def _letters_only(
-    made: dict,  # Content of a tokenizer.json
-    rules: int,
-) -> HFTokenizer:
-    "The tokenizer, for which every added token but words is only its letters."
+def _letters_only(made: dict, rules: int) -> HFTokenizer:
+    "The tokenizer of a tokenizer.json, for which every added token but words is only its letters."
     added = [{**t, "special": not _is_word(t)} for t in made["added_tokens"]]
     made = {**made, "added_tokens": added}
     if rules > 1:
         made = _without_names(made)
-    hf = HFTokenizer.from_str(json.dumps(made))
+    hf = _unlimited(HFTokenizer.from_str(json.dumps(made)))
     hf.encode_special_tokens = True
-    hf.no_truncation()
-    hf.no_padding()
     return hf
 
 
@@ -641,9 +525,7 @@ def _unlimited(hf: HFTokenizer) -> HFTokenizer:
     return hf
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #282c4216
-def _gap_patterns(
-    added: Iterable[str],  # Added tokens
-) -> tuple[re.Pattern, re.Pattern]:
+def _gap_patterns(added: Iterable[str]) -> tuple[re.Pattern, re.Pattern]:
     """The white space in front of another one that belongs to the next word.
 
     What stands next is no word if it is the end of a text or, in the second pattern, an added
@@ -748,11 +630,8 @@ class _Decoder(_Vocabulary):
 
     def shown(self, ids: Iterable[int]) -> list[int]:
         "Those that `decode` writes out with `skip_special`."
-        return [
-            i
-            for i in map(int, ids)
-            if i not in self.control_ids and self.hf.id_to_token(i) is not None
-        ]
+        text, hidden = self.hf.id_to_token, self.control_ids
+        return [i for i in map(int, ids) if i not in hidden and text(i) is not None]
 
     @cached_property
     def byte_ids(self) -> frozenset[int]:  # Empty for a byte-level tokenizer
@@ -763,9 +642,8 @@ class _Decoder(_Vocabulary):
         """
         if "ByteFallback" not in self._decoders:
             return frozenset()
-        return frozenset(
-            i for t, i in self.hf.get_vocab().items() if re.fullmatch("<0x[0-9A-Fa-f]{2}>", t)
-        )
+        byte = re.compile("<0x[0-9A-Fa-f]{2}>")
+        return frozenset(i for t, i in self.hf.get_vocab().items() if byte.fullmatch(t))
 
     @cached_property
     def grows(self) -> bool:
@@ -773,11 +651,9 @@ class _Decoder(_Vocabulary):
 
         Not where the decoder replaces letters in the joined text.
         """
-        joined = max(
-            (i + 1 for i, d in enumerate(self._decoders) if d in ("Fuse", "ByteLevel")),
-            default=len(self._decoders),
-        )
-        return all(d == "Strip" for d in self._decoders[joined:])
+        steps = self._decoders
+        joins = (i + 1 for i, d in enumerate(steps) if d in ("Fuse", "ByteLevel"))
+        return all(d == "Strip" for d in steps[max(joins, default=len(steps)) :])
 
     @cached_property
     def _decoders(self) -> list[str]:
@@ -795,9 +671,8 @@ class _Names:
         self.ids = {t["content"]: t["id"] for t in sorted(added, key=lambda t: -len(t["content"]))}
         self.starts, self.all = tuple(self.ids), _any_of(self.ids)
         # those that nobody's words may hold; what an assistant wrote may hold marks
-        self.steering = _any_of(
-            t for t, i in self.ids.items() if i in tok.control_ids and t not in MARKS
-        )
+        steers = lambda t: self.ids[t] in tok.control_ids and t not in MARKS
+        self.steering = _any_of(filter(steers, self.ids))
         self.nonce = secrets.token_hex(8)  # what nobody can have written
         # what `hide` leaves; a template may have escaped it
         self.hidden = re.compile(rf"(?:\ue000|\\ue000){self.nonce}:(\d+)(?:\ue000|\\ue000)")
@@ -816,17 +691,14 @@ def _openings(config: _Config) -> list[str]:
 
     As a rule, nothing.
     """
-    found = set()
+    found, asked = set(), [dict(role="user", content="")]
     for thinking in None, True, False:
         try:
-            text = config.render(
-                [dict(role="user", content="")], add_generation_prompt=True, thinking=thinking
-            )
+            text = config.render(asked, add_generation_prompt=True, thinking=thinking)
         except ValueError:
             continue  # it wants another conversation
-        found.add(
-            text.rpartition(f"{IM_START}assistant\n")[2] if f"{IM_START}assistant\n" in text else ""
-        )
+        _, opening, written = text.rpartition(f"{IM_START}assistant\n")
+        found.add(written if opening else "")
     return sorted(filter(None, found), key=len, reverse=True)
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #4a0ba60a
@@ -853,9 +725,9 @@ class _Seams:
                 return True
             if not self.openings or not (opened := self.opened(said)):
                 continue
-            if not opened.endswith(("\n", *self.tok._names.starts)) or self.unclear(
-                opened, said[len(opened) :]
-            ):
+            if not opened.endswith(("\n", *self.tok._names.starts)):
+                return True
+            if self.unclear(opened, said[len(opened) :]):
                 return True
         return False
 
@@ -865,11 +737,9 @@ class _Seams:
 
     def unclear(self, before: str, said: str) -> bool:
         "May the end of `before` be other tokens in front of this answer than in front of a letter?"
-        return (
-            said[:1].isspace()
-            or said.startswith(self.tok._names.starts)
-            and not self.settled(before[-64:])
-        )
+        if said[:1].isspace():
+            return True
+        return said.startswith(self.tok._names.starts) and not self.settled(before[-64:])
 
     def settled(self, text: str) -> bool:
         "Is the end of a text the same tokens in front of a letter as at the end of everything?"
@@ -884,11 +754,7 @@ def _leads(names: _Names, before: str) -> list[str]:
     """
     if not before:
         return [""]
-    return (
-        [next((t for t in names.ids if before.endswith(t)), "")]
-        if before.endswith(names.starts)
-        else _BEFORE
-    )
+    return [t for t in names.starts if before.endswith(t)][:1] or _BEFORE
 
 
 def _leads_of_letters(tok: "_ChatEncoder", before: str) -> list[str]:
@@ -898,9 +764,8 @@ def _leads_of_letters(tok: "_ChatEncoder", before: str) -> list[str]:
     if not before.endswith(tok._names.starts):
         return _BEFORE
     alone = _encoded(tok._ordinary, _LETTER).ids
-    return (
-        [""] if _encoded(tok._whole, tok._names.starts[0] + _LETTER).ids[1:] == alone else _BEFORE
-    )
+    named = _encoded(tok._whole, tok._names.starts[0] + _LETTER).ids
+    return [""] if named[1:] == alone else _BEFORE
 
 
 def _spell(tok: "_ChatEncoder", text: str, before: str, followed: bool) -> list[int]:
@@ -912,12 +777,8 @@ def _spell(tok: "_ChatEncoder", text: str, before: str, followed: bool) -> list[
         if k % 2:
             out.append(names.ids[bit])
         elif letters:
-            out += _between(
-                tok._ordinary,
-                _leads_of_letters(tok, before),
-                letters,
-                followed and k + 1 == len(bits),
-            )
+            leads = _leads_of_letters(tok, before)
+            out += _between(tok._ordinary, leads, letters, followed and k + 1 == len(bits))
         before = bit or before
     return out
 
@@ -931,11 +792,9 @@ def _encode_parts(
     out, before = [], ""
     for k, text in enumerate(pieces):
         opened = tok._seams.opened(text) if k % 2 else ""
+        asks = k % 2 == 0 and (open_end or k + 1 < len(pieces))
         out.append([])
-        for part, followed in (
-            (opened, True),
-            (text[len(opened) :], k % 2 == 0 and (open_end or k + 1 < len(pieces))),
-        ):
+        for part, followed in ((opened, True), (text[len(opened) :], asks)):
             if tok._names.hidden.search(part):
                 out[-1] += _spell(tok, part, before, followed)
             elif part:
@@ -972,27 +831,17 @@ def _prompt(
     messages, own = chat_messages(messages)
     tools = tools or own
     names = tok._names
-    messages = [
-        names.hide(m, names.all if m["role"] in ("user", "tool") else names.steering)
-        for m in messages
-    ]
+    hidden = lambda m: names.all if m["role"] in ("user", "tool") else names.steering
+    messages = [names.hide(m, hidden(m)) for m in messages]
     if tools and tok.config.get("chat_template") not in _OWN_TEMPLATES:
-        tools = [
-            t if "function" in t else dict(type="function", function=t) for t in tools
-        ]  # as transformers hands them to a template
-    return tok.render(
-        messages,
-        names.hide(tools, names.all) or None,
-        add_generation_prompt=True,
-        thinking=thinking,
-    )
+        # as transformers hands them to a template
+        tools = [t if "function" in t else dict(type="function", function=t) for t in tools]
+    tools = names.hide(tools, names.all) or None
+    return tok.render(messages, tools, add_generation_prompt=True, thinking=thinking)
 
 
-def _encode_prompt(
-    tok: "_ChatEncoder",
-    text: str,  # Of `_prompt`
-) -> list[int]:
-    "Token ids of a prompt; at once, unless something is hidden in it or a token would cross."
+def _encode_prompt(tok: "_ChatEncoder", text: str) -> list[int]:
+    "Token ids of a `_prompt`; at once, unless something is hidden in it or a token would cross."
     pieces = _cut_answers(text)
     if not tok._seams.needs_parts(pieces):
         made = _encoded(tok._whole, text + _LETTER)
@@ -1018,11 +867,8 @@ def _encode_at_once(
     return ids, lengths, start + np.repeat(before, lengths)
 
 
-def _edges(
-    pieces: list[list[str]],  # Of each conversation, as `_pieces` gives them
-    size: Callable[[str], int],
-) -> list[int]:  # Begin, end, begin, …
-    "Where the answers begin and end, all conversations one behind another."
+def _edges(pieces: list[list[str]], size: Callable[[str], int]) -> list[int]:
+    "Where the answers of `_pieces` begin, end, begin, …, all conversations one behind another."
     edges, at = [], 0
     for p in pieces:
         for n in map(size, p):
@@ -1174,13 +1020,8 @@ class Tokenizer(_ChatEncoder, _Decoder):
     ) -> "Tokenizer":  # Its new ids stand behind the old ones
         "The same tokenizer, for which each of these words is one token wherever it stands."
         hf = HFTokenizer.from_str(self.hf.to_str())
-        hf.add_tokens(
-            [
-                AddedToken(w, normalized=True, special=False)
-                for w in dict.fromkeys(words)
-                if w.strip() and self.id(w) is None
-            ]
-        )
+        new = [w for w in dict.fromkeys(words) if w.strip() and self.id(w) is None]
+        hf.add_tokens([AddedToken(w, normalized=True, special=False) for w in new])
         return Tokenizer(hf, self.config, self.rules)
 
     def save(self, folder: str | Path) -> Path:
@@ -1202,11 +1043,8 @@ def _cut_long(text: str) -> list[str]:
     """
     if len(text) < 4000:
         return [text]
-    cuts = [
-        0,
-        *(i for m in _LONG.finditer(text) for i in range(m.start() + 4000, m.end(), 4000)),
-        len(text),
-    ]
+    within = [range(m.start() + 4000, m.end(), 4000) for m in _LONG.finditer(text)]
+    cuts = [0, *chain(*within), len(text)]
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #10ea71a8
@@ -1243,17 +1081,13 @@ def train_tokenizer(
         raise ValueError("there is no text to learn a vocabulary from: every text was empty")
     want = vocab_size or min(15_000, max(smallest + 256, size // 300))
     tok = _blank()
-    tok.train_from_iterator(
-        (piece for text in sample for piece in _cut_long(text)),
-        trainers.BpeTrainer(
-            vocab_size=want,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=verbose,
-            special_tokens=[
-                AddedToken(t, normalized=False, special=t in SPECIALS) for t in SPECIALS + marks
-            ],
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=want,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=verbose,
+        special_tokens=[AddedToken(t, normalized=False) for t in SPECIALS + marks],
     )
+    tok.train_from_iterator((piece for text in sample for piece in _cut_long(text)), trainer)
     made = json.loads(tok.to_str())
     for t in made["added_tokens"]:
         # the trainer marks them all as special; a mark is output that people see
@@ -1276,15 +1110,10 @@ def characters(
     """
     if isinstance(texts, str):
         texts = [texts]
-    hf = HFTokenizer(
-        models.WordLevel(
-            {c: i for i, c in enumerate([EOS, *sorted(set().union(*texts))])}, unk_token=EOS
-        )
-    )
-    hf.pre_tokenizer, hf.decoder = (
-        pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"),
-        decoders.Fuse(),
-    )
+    vocab = {c: i for i, c in enumerate([EOS, *sorted(set().union(*texts))])}
+    hf = HFTokenizer(models.WordLevel(vocab, unk_token=EOS))
+    hf.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    hf.decoder = decoders.Fuse()
     hf.add_special_tokens([AddedToken(EOS, normalized=False)])
     return Tokenizer(hf)
 
@@ -1293,16 +1122,12 @@ def _tokenizer_file(folder: str | Path) -> Path:
     "The tokenizer.json of a folder; where there is none, an error that says what to do."
     folder = at_home(folder)
     file = folder if folder.suffix == ".json" else folder / "tokenizer.json"
+    unsafe = "a pickle can run code when it is opened, so it is not read; "
     if folder.is_file() and folder.suffix != ".json":
         raise ValueError(
-            f"{folder} is not a tokenizer: "
-            + (
-                "a pickle can run code when it is opened, so it is not read; "
-                if folder.suffix == ".pkl"
-                else ""
-            )
-            + "name a directory with a tokenizer.json, or train one:"
-            " minigpt.tokenizer.train_tokenizer, or characters for one token a character"
+            f"{folder} is not a tokenizer: {unsafe if folder.suffix == '.pkl' else ''}name a"
+            " directory with a tokenizer.json, or train one: minigpt.tokenizer.train_tokenizer,"
+            " or characters for one token a character"
         )
     if not file.exists():
         if (old := file.with_name("tokenizer.pkl")).exists():
@@ -1311,18 +1136,16 @@ def _tokenizer_file(folder: str | Path) -> Path:
                 " a tokenizer.json instead with minigpt.tokenizer.train_tokenizer, or ask its"
                 " author for one"
             )
+        missing = "tokenizer.json in" if file.parent.is_dir() else "folder"
         raise FileNotFoundError(
-            f"there is no {'tokenizer.json in' if file.parent.is_dir() else 'folder'}"
-            f" {file.parent}; a tokenizer.json is written by Tokenizer.save and by transformers'"
-            " save_pretrained"
+            f"there is no {missing} {file.parent}; a tokenizer.json is written by Tokenizer.save"
+            " and by transformers' save_pretrained"
         )
     return file
 
 
-def _read_config(
-    file: Path,  # A tokenizer.json
-) -> dict | None:  # None where there is none
-    "The tokenizer_config.json beside it, with the chat templates that have files of their own."
+def _read_config(file: Path) -> dict | None:  # None where there is none
+    "The config beside a tokenizer.json, with the chat templates that have files of their own."
     config = read_json(f) if (f := file.with_name("tokenizer_config.json")).exists() else None
     if config is None:
         return None
@@ -1352,7 +1175,6 @@ def load_tokenizer(
     try:
         hf = HFTokenizer.from_buffer(data)
     except Exception as e:
-        raise ValueError(
-            f"{file} is not a tokenizer that this version of tokenizers reads ({e})"
-        ) from None
+        unread = "is not a tokenizer that this version of tokenizers reads"
+        raise ValueError(f"{file} {unread} ({e})") from None
     return Tokenizer(hf, _read_config(file))

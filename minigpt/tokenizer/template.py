@@ -59,14 +59,8 @@ class _Budget:
     "What a template has used, and may use."
 
     def __init__(self, given):  # What the template is given
-        self.given, self.made, self.room, self.steps, self.pause, self.end = (
-            given,
-            0,
-            _FREE,
-            0,
-            256,
-            None,
-        )
+        self.given, self.made, self.room = given, 0, _FREE
+        self.steps, self.pause, self.end = 0, 256, None
 
     def step(self, n: int = 1):
         self.steps += n
@@ -94,9 +88,8 @@ class _Budget:
     def take(self, n: int, now: bool = True):  # Not now: they will be taken when they are there
         "Make `n` characters."
         if not self.fits(self.made + n):
-            raise TemplateLimit(
-                f"it makes more than {self.room:,} characters out of this conversation"
-            )
+            most = f"{self.room:,} characters"
+            raise TemplateLimit(f"it makes more than {most} out of this conversation")
         if now:
             self.made += n
 
@@ -112,18 +105,8 @@ class _Budget:
 _running = threading.local()  # its `budget` is that of the template which this thread renders
 
 # %% ../../nbs/tokenizer/01_template.ipynb #4f487e04
-_WIDTHS = (
-    "ljust",
-    "rjust",
-    "center",
-    "zfill",
-    "to_bytes",
-    "expandtabs",
-    "indent",
-    "batch",
-    "slice",
-    "tojson",
-)
+_PADS = "ljust", "rjust", "center", "zfill", "to_bytes", "expandtabs"
+_WIDTHS = *_PADS, "indent", "batch", "slice", "tojson"
 _SPLITS = "split", "rsplit", "splitlines"
 # filters that take long over a character
 _SLOW = "urlize", "striptags", "wordwrap", "wordcount", "title", "xmlattr", "pprint"
@@ -141,12 +124,12 @@ def _formatted(form, sign, args) -> int:
 def _between(value, given: tuple) -> int:
     "Characters of `sep.join(items)`, or of `items|join(sep)`."
     items = next((a for a in (value, *given) if isinstance(a, (list, tuple))), None)
+    texts = [len(a) for a in (value, *given) if isinstance(a, (str, bytes))]
     if items is None:
-        return math.prod(len(a) for a in (value, *given) if isinstance(a, (str, bytes)))
-    sep = max((len(a) for a in (value, *given) if isinstance(a, (str, bytes))), default=0)
-    return sum(len(a) if isinstance(a, str) else sep + _size(a, _FREE) for a in items) + sep * len(
-        items
-    )
+        return math.prod(texts)
+    sep = max(texts, default=0)
+    written = sum(len(a) if isinstance(a, str) else sep + _size(a, _FREE) for a in items)
+    return written + sep * len(items)
 
 # %% ../../nbs/tokenizer/01_template.ipynb #3f313f9b
 def _grown(
@@ -158,46 +141,29 @@ def _grown(
     text = value if isinstance(value, (str, bytes)) else None
     if not given and name in ("tojson", "list", "sort", "unique") and text is None:
         return 0
-    numbers, texts = (
-        [abs(a) for a in given if type(a) is int],
-        [a for a in given if isinstance(a, (str, bytes))],
-    )
-    count = lambda *marks: sum(
-        text.count(m if isinstance(text, str) else m.encode()) for m in marks
-    )
+    texts = [a for a in given if isinstance(a, (str, bytes))]
     if name in _WIDTHS:
-        width = max(
-            [
-                8 if name == "expandtabs" else 0,
-                *numbers,
-                *(len(t) for t in texts if name == "indent"),
-            ]
-        )
+        widths = [abs(a) for a in given if type(a) is int]
+        widths += map(len, texts) if name == "indent" else []
+        width = max(widths, default=8 if name == "expandtabs" else 0)
         if width < 9:
             return 0 if text is None else 8 * len(text)  # as wide as anybody has it
-        places = 1 + count("\n", "\t") if text is not None else _size(value, _FREE) // _ITEM
-        return width * places
+        if text is None:
+            return width * (_size(value, _FREE) // _ITEM)
+        marks = ("\n", "\t") if isinstance(text, str) else (b"\n", b"\t")
+        return width * (1 + sum(map(text.count, marks)))
     if name in _SLOW and text and len(text) > 1 << 20:
         raise TemplateLimit(f"it has {name!r} read {len(text):,} characters, which takes too long")
     if name == "replace" and text and len(texts) > 1:
-        return len(texts[1]) * (
-            text.count(texts[0]) if len(text) * len(texts[1]) > 1 << 16 else len(text) + 1
-        )
+        old, new = texts[:2]
+        return len(new) * (text.count(old) if len(text) * len(new) > 1 << 16 else len(text) + 1)
     if name == "join":
         return _between(value, given)
     if name == "format" and text:
         return _formatted(text, "%", given)
     if name == "translate" and text:
-        return len(text) * max(
-            (
-                len(v)
-                for d in given
-                if isinstance(d, dict)
-                for v in d.values()
-                if isinstance(v, str)
-            ),
-            default=0,
-        )
+        new = [v for d in given if isinstance(d, dict) for v in d.values() if isinstance(v, str)]
+        return len(text) * max(map(len, new), default=0)
     if name in _SPLITS and text:
         return _PART * (text.count(texts[0]) if texts and texts[0] else len(text) // 2)
     if name in ("list", "sort", "unique") and text:
@@ -205,19 +171,8 @@ def _grown(
     return 0
 
 # %% ../../nbs/tokenizer/01_template.ipynb #6bb7f382
-# the others make no more than they read
-_GROW = {
-    *_WIDTHS,
-    *_SLOW,
-    *_SPLITS,
-    "replace",
-    "join",
-    "format",
-    "translate",
-    "list",
-    "sort",
-    "unique",
-}
+_REST = "replace", "join", "format", "translate", "list", "sort", "unique"
+_GROW = {*_WIDTHS, *_SLOW, *_SPLITS, *_REST}  # the others make no more than they read
 
 
 def _made(name: str, value, given: tuple, f, *args, **kwargs):
@@ -266,7 +221,7 @@ def _combined(sign: str, a, b):
             if isinstance(n, int) and isinstance(x, (str, bytes, list, tuple)):
                 budget.take((len(x) if isinstance(x, texts) else _size(x, _FREE)) * max(0, n))
     made = _SIGNS[sign](a, b)
-    return made if not isinstance(made, (list, tuple)) else _weighed(made)
+    return _weighed(made) if isinstance(made, (list, tuple)) else made
 
 # %% ../../nbs/tokenizer/01_template.ipynb #248c0ea5
 def _joined(parts: Iterable) -> str:
@@ -290,13 +245,11 @@ def _all(pieces: Iterable[str]) -> str:
 def _written(x):
     "A value that is about to be written out."
     budget = _running.budget
-    budget.take(
-        len(x)
-        if isinstance(x, str)
-        else budget.weigh(x)
-        if isinstance(x, (list, tuple, dict))
-        else 1
-    )
+    if isinstance(x, str):
+        n = len(x)
+    else:
+        n = budget.weigh(x) if isinstance(x, (list, tuple, dict)) else 1
+    budget.take(n)
     return x
 
 # %% ../../nbs/tokenizer/01_template.ipynb #459baf76
@@ -429,10 +382,7 @@ class _Name(Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %}` … `{% endgeneration %}`, around what an assistant says.
-
-    It writes what stands in it.
-    """
+    "`{% generation %}` … `{% endgeneration %}`, around what an assistant says, is as it is."
 
     tags = {"generation"}
 
@@ -453,12 +403,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     )
 
     def __init__(self):
-        super().__init__(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
-            finalize=_written,
-        )
+        more = ["jinja2.ext.loopcontrols", _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=more, finalize=_written)
         self.filters["tojson"] = _tojson
         self.filters = {name: _filter(name, f) for name, f in self.filters.items()}
         self.globals.update(namespace=_Name, raise_exception=_refuse, strftime_now=_now)
@@ -470,16 +416,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context, __obj, *args, **kwargs):
         value = getattr(__obj, "__self__", None)
         if isinstance(value, (str, bytes, int)):
-            name = __obj.__name__
-            if (
-                type(value) is str
-                and len(value) <= _SMALL
-                and (name not in _GROW or name in _SPLITS)
-            ):
+            name, given = __obj.__name__, _given(args, kwargs)
+            small = type(value) is str and len(value) <= _SMALL
+            if small and (name not in _GROW or name in _SPLITS):
                 return __context.call(__obj, *args, **kwargs)
-            return _made(
-                name, value, _given(args, kwargs), super().call, __context, __obj, *args, **kwargs
-            )
+            return _made(name, value, given, super().call, __context, __obj, *args, **kwargs)
         _running.budget.step()
         if isinstance(__obj, Macro):
             _weighed(_given(args, kwargs))
@@ -512,28 +453,20 @@ def _filter(name: str, f):
             return made
 
         return read
+    whole = f
     if name in ("batch", "slice"):
         whole = lambda *args, **kwargs: _weighed([*f(*args, **kwargs)])
     elif name == "sum":
         whole = lambda *args, **kwargs: _added((f(*args, **kwargs),))  # perhaps of lists
-    else:
-        whole = f
+
+    listed = lambda a: _made("list", None, (), list, a) if isinstance(a, GeneratorType) else a
 
     @wraps(f)  # so Jinja finds its marks on it
     def call(*args, **kwargs):
         if name == "join":
-            args = tuple(
-                _made("list", None, (), list, a) if isinstance(a, GeneratorType) else a
-                for a in args
-            )
-        return _made(
-            name,
-            args[at] if len(args) > at else None,
-            _given(args[at + 1 :], kwargs),
-            whole,
-            *args,
-            **kwargs,
-        )
+            args = tuple(map(listed, args))
+        value, given = args[at] if len(args) > at else None, _given(args[at + 1 :], kwargs)
+        return _made(name, value, given, whole, *args, **kwargs)
 
     return call
 
@@ -549,9 +482,8 @@ def _now(format: str) -> str:
 
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(
-        x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    form = dict(indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(x, ensure_ascii=ensure_ascii, **form)
 
 # %% ../../nbs/tokenizer/01_template.ipynb #104c6fa7
 @lru_cache(8)
@@ -570,6 +502,5 @@ def render_template(
     try:
         return _compiled(template).render(**given)
     except TemplateLimit as e:
-        raise TemplateLimit(
-            f"the chat template is not used: {e}. Take another one, or mend it"
-        ) from None
+        said = f"the chat template is not used: {e}. Take another one, or mend it"
+        raise TemplateLimit(said) from None

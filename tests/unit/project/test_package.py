@@ -288,6 +288,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in rooms())]
     } <= files.keys()
     assert {n.split("/")[0] for n in files} == {"minigpt", info}
+    data = {o for o, _ in texts() if o.startswith("minigpt/") and not o.endswith(".py")}
+    assert data and data <= files.keys()
     assert not [n for n in files if n.endswith(".ipynb") or "test" in n]
 
 
