@@ -18,8 +18,10 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib.resources import files as package_files
 from itertools import takewhile
 from pathlib import Path
 
@@ -35,88 +37,84 @@ class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
 
-_REFUSED = {
-    b"PK\x03\x04": ("a zip archive", "unpack it; a Word or Excel document, save as text"),
-    b"version https://git-lfs": ("a Git LFS pointer", "fetch the real file with `git lfs pull`"),
-    b"PAR1": (
+# how a file begins (markup in small letters), what it is, what to do
+_REFUSED = (
+    (b"PK\x03\x04", "a zip archive", "unpack it; a Word or Excel document, save as text"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the real file with `git lfs pull`"),
+    (
+        b"PAR1",
         "a Parquet file",
-        (
-            "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…,"
-            " force_ascii=False)`"
-        ),
+        "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…,"
+        " force_ascii=False)`",
     ),
-    b"BZh91AY&SY": ("a bzip2 archive", "unpack it"),
-    b"\xfd7zXZ": ("an xz archive", "unpack it"),
-    b"Rar!": ("a RAR archive", "unpack it"),
-    b"%PDF": ("a PDF", "take the text out of it"),
-    **{
-        b"\x80" + bytes([n]): (
-            "a pickle",
-            "a pickle can run code, so it is not opened; write the rows as JSON lines",
-        )
-        for n in range(2, 6)
-    },
-    b"{\\rtf": ("a document of rich text", "save it as plain text"),
-    b"<!DOCTYPE html": (
+    (b"BZh91AY&SY", "a bzip2 archive", "unpack it"),
+    (b"\xfd7zXZ", "an xz archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"7z\xbc\xaf'\x1c", "a 7z archive", "unpack it"),
+    (b"%PDF", "a PDF", "take the text out of it"),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle",
+        "a pickle can run code, so it is not opened; write the rows as JSON lines",
+    ),
+    (b"{\\rtf", "a document of rich text", "save it as plain text"),
+    (
+        (b"<!doctype html", b"<html"),
         "a web page",
         "a download gave a page instead of the file; get the file again",
     ),
-    b"<html": ("a web page", "a download gave a page instead of the file; get the file again"),
-    b"\x89PNG": ("a picture", "name a file of text"),
-    b"\xff\xd8\xff": ("a picture", "name a file of text"),
-    b"7z\xbc\xaf'\x1c": ("a 7z archive", "unpack it"),
-    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as text"),
-    b"ARROW1": (
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture", "name a file of text"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as text"),
+    (
+        b"ARROW1",
         "an Arrow file",
-        (
-            "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records',"
-            " lines=True, force_ascii=False)`"
-        ),
+        "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records', lines=True,"
+        " force_ascii=False)`",
     ),
-    b"\xff\xff\xff\xff": (
+    (
+        b"\xff\xff\xff\xff",
         "an Arrow file",
         "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`",
     ),
-    b"SQLite format 3": ("a database", "write its rows as JSON lines"),
-    b"\x93NUMPY": ("an array of NumPy", "name the text that its numbers were made from"),
-}
+    (b"SQLite format 3", "a database", "write its rows as JSON lines"),
+    (b"\x93NUMPY", "an array of NumPy", "name the text that its numbers were made from"),
+)
 
 # %% ../../nbs/data/01_readers.ipynb #2ed275d1
 _TABLE = (
     "make rows of it: `pandas.read_csv({}).to_json('data.jsonl', orient='records', lines=True,"
     " force_ascii=False)`, with a column text, or instruction and output"
 )
-_SUBTITLES = (
-    "subtitles, whose numbers and times would be learned as text",
-    "write what is said in them into a .txt file, without the times",
+_TO_MARKDOWN = "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file"
+_TO_LINES = (
+    "write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of"
+    " `yaml.safe_load(…)`"
 )
 _XML = (
     "a file of XML, whose marks would be learned as text",
     'write its texts as JSON lines, {"text": …} each',
 )
-_NOTEBOOK = (
-    "a notebook, whose JSON would be learned as text",
-    "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
-)
-_YAML = (
-    "a file of YAML, whose keys would be learned as text",
-    (
-        "write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of"
-        " `yaml.safe_load(…)`"
-    ),
+_SUBTITLES = (
+    "subtitles, whose numbers and times would be learned as text",
+    "write what is said in them into a .txt file, without the times",
 )
 _PAGE = (
     "a web page, whose marks would be learned as text",
     "take the text out of it, and save that as .txt",
 )
+# endings, what such a file is, what to do
 _NAMES = {
-    ".csv": ("a table, whose commas and quotes would be learned as text", _TABLE.format("…")),
-    ".safetensors": ("a file of tensors", "name a file of text"),
-    ".ipynb": _NOTEBOOK,
-    **dict.fromkeys((".yaml", ".yml"), _YAML),
-    **dict.fromkeys((".srt", ".vtt", ".ass", ".ssa", ".sbv"), _SUBTITLES),
-    ".xml": _XML,
-    **dict.fromkeys((".html", ".htm", ".xhtml"), _PAGE),
+    ending: (what, todo)
+    for endings, what, todo in (
+        (".csv", "a table, whose commas and quotes would be learned as text", _TABLE.format("…")),
+        (".safetensors", "a file of tensors", "name a file of text"),
+        (".ipynb", "a notebook, whose JSON would be learned as text", _TO_MARKDOWN),
+        (".yaml .yml", "a file of YAML, whose keys would be learned as text", _TO_LINES),
+        (".srt .vtt .ass .ssa .sbv", *_SUBTITLES),
+        (".xml", *_XML),
+        (".html .htm .xhtml", *_PAGE),
+    )
+    for ending in endings.split()
 }
 _CONTENTS = (
     (re.compile(r"\s*<\?xml\b"), _XML),
@@ -128,31 +126,23 @@ def _bare(name: str) -> str:
     return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 # %% ../../nbs/data/01_readers.ipynb #5600c1f9
-class _damage:
+@contextmanager
+def _damage(path, line=lambda: 1):
     "What a broken archive raises, as a `DataError`."
-
-    def __init__(self, path, line=lambda: 1):
-        self.path, self.line = path, line
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, e, _):
-        if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)):
-            raise DataError(
-                f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file"
-                " again, or unpack what is whole of it"
-            ) from None
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
+        raise DataError(
+            f"{path} is cut off or damaged behind line {line():,}: {e}; get the file again, or"
+            " unpack what is whole of it"
+        ) from None
 
 # %% ../../nbs/data/01_readers.ipynb #d3bfa44a
-class _Zstd(io.RawIOBase):
-    """Frames of zstd, unpacked block by block.
+class _Stream(io.RawIOBase):
+    "What `pieces` makes of a file, as a file; closing it closes `f`."
 
-    A block gives 128 KiB at most, however small it is.
-    """
-
-    def __init__(self, f):
-        self.f, self.rest, self.pieces = f, b"", self._frames()
+    def __init__(self, f, pieces: Iterator[bytes]):
+        self.f, self.pieces, self.rest = f, pieces, b""
 
     def readable(self):
         return True
@@ -166,44 +156,40 @@ class _Zstd(io.RawIOBase):
         into[:n], self.rest = self.rest[:n], self.rest[n:]
         return n
 
-    def _take(self, n: int) -> bytes:
-        "The next bytes of the file."
-        if len(data := self.f.read(n)) < n:
-            raise EOFError("the last frame has no end")
-        return data
-
-    def _frames(self) -> Iterator[bytes]:
-        """RFC 8878: frames of a header and blocks.
-
-        Between them may stand others that are to be skipped.
-        """
-        while magic := self.f.read(4):
-            if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
-                self._skip(int.from_bytes(self._take(4), "little"))
-            else:
-                yield from self._blocks(magic + self._take(1))
-
-    def _skip(self, n: int):
-        while n:
-            n -= len(self._take(min(n, 1 << 17)))
-
-    def _blocks(self, head: bytes) -> Iterator[bytes]:
-        "Of one frame, which begins with `head`."
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(head + self._take(zstandard.frame_header_size(head) - len(head)))
-        last = False
-        while not last:
-            block = self._take(3)
-            facts = int.from_bytes(block, "little")
-            last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
-            # kind 1: one byte, again and again
-            yield frame.decompress(block + self._take(1 if kind == 1 else size))
-        if head[4] & 4:
-            yield frame.decompress(self._take(4))  # a checksum
-
     def close(self):
         self.f.close()
         super().close()
+
+
+def _zstd(f) -> Iterator[bytes]:
+    """Frames of zstd, unpacked block by block; one gives 128 KiB at most, however small it is.
+
+    RFC 8878: frames of a header and blocks. Between them may stand others that are to be skipped.
+    """
+
+    def take(n: int) -> bytes:
+        if len(data := f.read(n)) < n:
+            raise EOFError("the last frame has no end")
+        return data
+
+    while magic := f.read(4):
+        if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
+            left = int.from_bytes(take(4), "little")
+            while left:
+                left -= len(take(min(left, 1 << 17)))
+            continue
+        head = magic + take(1)
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(head + take(zstandard.frame_header_size(head) - len(head)))
+        last = False
+        while not last:
+            block = take(3)
+            facts = int.from_bytes(block, "little")
+            last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
+            # kind 1: one byte, again and again
+            yield frame.decompress(block + take(1 if kind == 1 else size))
+        if head[4] & 4:
+            yield frame.decompress(take(4))  # a checksum
 
 # %% ../../nbs/data/01_readers.ipynb #2a104186
 def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
@@ -235,11 +221,11 @@ def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
     if head.startswith(b"\x1f\x8b"):
         return "gzip", io.BufferedReader(gzip.GzipFile(fileobj=f), 1 << 20)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return "zstd", io.BufferedReader(_Zstd(f), 1 << 20)
-    for magic, (what, todo) in _REFUSED.items():
-        if (head.lower() if magic[:1] == b"<" else head).startswith(
-            magic.lower() if magic[:1] == b"<" else magic
-        ):
+        return "zstd", io.BufferedReader(_Stream(f, _zstd(f)), 1 << 20)
+    if head.startswith(b"<"):
+        head = head.lower()
+    for begins, what, todo in _REFUSED:
+        if head.startswith(begins):
             f.close()
             raise DataError(f"{path} is {what}, not text: {todo}")
     return "", f
@@ -247,6 +233,14 @@ def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
 # %% ../../nbs/data/01_readers.ipynb #e18208e6
 def _called(encoding: str) -> str:
     return encoding.upper().replace("_", "-")
+
+
+_LAYOUTS = dict(
+    lines="JSON lines",
+    objects="JSON objects over several lines, or an array",
+    inside="an array of JSON objects inside another",
+    text="plain text",
+)
 
 
 @dataclass(frozen=True)
@@ -264,44 +258,33 @@ class Look:
     guessed: bool = False  # Is the encoding a guess?
 
     def __str__(self):
-        return ", ".join(
-            x
-            for x in (
-                self.packed,
-                _called(self.encoding) + " (a guess; encoding= names another)" * self.guessed,
-                f"{self.newline} line ends",
-                dict(
-                    lines="JSON lines",
-                    objects="JSON objects over several lines, or an array",
-                    inside="an array of JSON objects inside another",
-                    text="plain text",
-                )[self.layout],
-            )
-            if x
-        )
+        encoding = _called(self.encoding) + " (a guess; encoding= names another)" * self.guessed
+        said = self.packed, encoding, f"{self.newline} line ends", _LAYOUTS[self.layout]
+        return ", ".join(filter(None, said))
 
 # %% ../../nbs/data/01_readers.ipynb #41c25247
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
 def _marked(head: bytes) -> str | None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
-    for bom, name in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if head.startswith(bom):
+    for mark, name in _MARKS:
+        if head.startswith(mark):
             return name
     # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday
     # Chinese or Japanese; in the wrong order, or where it is something else, little
-    if 0 in head:
-        for name in "utf-16-le", "utf-16-be":
-            text = head[: len(head) // 2 * 2].decode(name, "replace")
-            if "\0" not in text and max(
-                len(text.encode("gb2312", "ignore").decode("gb2312")),
-                sum(c < "\u0600" for c in text),
-            ) > 0.8 * len(text):
-                return name
+    for name in ("utf-16-le", "utf-16-be") if 0 in head else ():
+        text = head[: len(head) // 2 * 2].decode(name, "replace")
+        chinese = len(text.encode("gb2312", "ignore").decode("gb2312"))
+        others = sum(c < "\u0600" for c in text)
+        if "\0" not in text and max(chinese, others) > 0.8 * len(text):
+            return name
     return None
 
 
@@ -309,17 +292,16 @@ def _encoding(head: bytes) -> tuple[str, bool]:
     "The encoding of a file, and whether it is a guess."
     if marked := _marked(head):
         return marked, False
-    pieces = head.split(b"\n" if b"\n" in head else b"\r")
-    lines = [
-        l for l in (pieces if len(head) < 1 << 16 else pieces[:-1] or pieces) if not l.isascii()
-    ]
+    whole = len(head) < 1 << 16
+    lines = head.split(b"\n" if b"\n" in head else b"\r")
+    lines = [l for l in (lines if whole else lines[:-1] or lines) if not l.isascii()]
 
     def is_utf8(l):
         try:
             l.decode()
             return True
         except UnicodeDecodeError as e:
-            return l is head and len(head) >= 1 << 16 and e.start > len(head) - 4
+            return l is head and not whole and e.start > len(head) - 4
 
     other = [l for l in lines if not is_utf8(l)]
     if len(other) <= len(lines) / 2:
@@ -327,93 +309,49 @@ def _encoding(head: bytes) -> tuple[str, bool]:
     return _guess(b"\n".join(other)), True
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a02
-_CYRILLIC, _GREEK, _MIDDLE = (
-    "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґ«»–—„“№",
-    "αοιετσνηυρπκμλωςγδάόίέήύώθχφβξζψ«»",
-    "ąćęłńóśźżáéíúýčďěňřšťůžöőüűăâîşţđ„”–ŚŻŁŹČŘŠŽÁÉ",
-)
-_TWO_BYTES = {  # encoding → its usual characters beyond ASCII, the most usual ones first
-    "gb18030": (
-        "的一是不了人在有我他这个们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间知世什两次使身者被高已亲其进此话常与活正感请问今气公园将句翻译英文住花上我山王向定水并相军入三任处走石通果关理力二提度见建据位物秦量解合城表加安信实外主风化机做程让君江工月兵部帝五，"
-        "。：“”！？、；（）"
-    ),
-    "big5": (
-        "的一是不了人在有我他這個們來到時大地為子中你說生國年著就那和要她出也得裡後自以會家可下而過天去能對小多然於心學麼之都好看起發當沒成只如事把還用第樣道想作種開美總從無情己面最女但現前些所同日手又行意動方期它頭經長兒回位分愛老因很給名法間知世什兩次使身者被高已親其進此話常與活正感請問今氣公園將句翻譯英文住花上山王向定水並相軍入三任處走石通果關理力二提度見建據物量解合城表加安信實外主風化機做程讓君江工月兵部帝五，"
-        "。：「」！？、；（）"
-    ),
-    "cp949": (
-        "이다는의에하고을가은들지로도를사한어기나리인자서대시그해요니습있수게만일라여부스원구마보아오전정주상장것면제관성안년무등바유과했었될합우네세할까않거던때문말"
-    ),
-    **dict.fromkeys(
-        ("euc_jp", "cp932"),
-        "のにはをたがでてとしれさいるなもすらりかまこくあきっけうよつどそみえめだせちわやひろんおごじばぶべげざずぐぼぎンルストラーアイリクシレドロジタグフテサマコデツムパオミセバダチキナプウニメカハノヴュェョッャァィ、"
-        "。「」日本人大一国年",
-    ),
+_USUAL = {
+    kind: {e: usual for encodings, usual in table.items() for e in encodings.split()}
+    for kind, table in orjson.loads(
+        (package_files("minigpt.data") / "encodings.json").read_bytes()
+    ).items()
 }
-_ONE_BYTE = {
-    **dict.fromkeys(("cp1251", "koi8_u", "cp866", "iso8859_5"), _CYRILLIC),
-    "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ",
-    **dict.fromkeys(("cp1253", "iso8859_7"), _GREEK),
-    "cp1255": "יוהלאתמרבשנעדקפחצגטכסזםןךףץ",
-    "cp1256": "المينورتبدعسهفقكحجةأىشصطخضذثزغإ،",
-}
-_LATIN = {
-    "cp1252": "éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º",
-    "cp1254": "ışğüöçİŞĞÜÖÇâî’“”",
-    **dict.fromkeys(("cp1250", "iso8859_2"), _MIDDLE),
-    "cp1257": "ąčęėįšųūžāēģīķļņõäöüŠ„“–",
-}
-# what a usual text reaches
-_SHARE = (
-    dict.fromkeys(_ONE_BYTE, 1.6)
-    | dict(cp874=1.45, cp1256=1.55, gb18030=0.75, big5=0.75, cp949=0.85, euc_jp=0.8, cp932=0.8)
-    | dict.fromkeys(_LATIN, 1.0)
-)
+_TWO_BYTES, _ONE_BYTE, _LATIN = (_USUAL[k] for k in ("two bytes", "one byte", "Latin"))
 
 # %% ../../nbs/data/01_readers.ipynb #fcb14084
-def _usual(data: bytes, encoding: str, chars: str) -> float:
+def _usual(data: bytes, encoding: str, share: float, chars: str) -> float:
     """How usual a text is when it is read so: about 1 where it is meant so, and less where not.
 
     The twelve most usual characters count twice, but for accents.
     """
     size = lambda c: len(c.encode(encoding, "ignore")) or 1
     odd = Counter(c for c in data.decode(encoding, "replace") if c > "\x7f")
-    weight = {
-        c: size(c) * (1 + (c in chars[:12] and encoding not in _LATIN))
-        for c in {*chars} & odd.keys()
-    }
-    return (
-        sum(n * weight.get(c, 0) for c, n in odd.items())
-        / max(1, sum(n * size(c) for c, n in odd.items()))
-        / _SHARE[encoding]
-    )
+    twice = "" if encoding in _LATIN else chars[:12]
+    usual = sum(odd[c] * size(c) * (1 + (c in twice)) for c in {*chars} & odd.keys())
+    return usual / max(1, sum(n * size(c) for c, n in odd.items())) / share
 
 
 def _guess(data: bytes) -> str:
     "The encoding of some lines that are no UTF-8."
-    data = re.sub(rb"\\[nrt]", b" ", data)  # as JSON writes them, which are no letters
     best = lambda group: max(
-        (round(_usual(data, e, chars), 2), -i, e) for i, (e, chars) in enumerate(group.items())
+        (round(_usual(data, e, *usual), 2), -i, e) for i, (e, usual) in enumerate(group.items())
     )
     (two, _, wide), (one, _, narrow) = best(_TWO_BYTES), best(_ONE_BYTE)
     chinese = [c for c in data.decode("gb18030", "replace") if c > "\x7f"]
-    if chinese.count("\ufffd") <= 0.02 * len(chinese) and len(
-        "".join(chinese).encode("gb2312", "ignore")
-    ) > 0.9 * sum(b > 127 for b in data):
+    everyday = len("".join(chinese).encode("gb2312", "ignore")) > 0.9 * sum(b > 127 for b in data)
+    if chinese.count("\ufffd") <= 0.02 * len(chinese) and everyday:
         return wide if two > 0.6 else narrow if one > 0.95 and two < 0.4 else "gb18030"
     if two > 0.6:
         return wide
+    fit, name = one, narrow
     beside = len(re.findall(rb"[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]", data))
-    fit, _, name = (
-        best(_LATIN) if beside > 0.5 * len(re.findall(rb"[\x80-\xff]+", data)) else (one, 0, narrow)
-    )
+    if beside > 0.5 * len(re.findall(rb"[\x80-\xff]+", data)):
+        fit, _, name = best(_LATIN)
     if fit > 0.5:
         return name
     import charset_normalizer
 
-    found = charset_normalizer.from_bytes(
-        data, cp_isolation=[*_TWO_BYTES, *_ONE_BYTE, *_LATIN]
-    ).best()
+    known = [e for group in _USUAL.values() for e in group]
+    found = charset_normalizer.from_bytes(data, cp_isolation=known).best()
     return found.encoding if found else "cp1252"
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a05
@@ -450,18 +388,19 @@ def _outline(head: bytes) -> Iterator[tuple[bytes, str, bytes]]:
 # %% ../../nbs/data/01_readers.ipynb #46736ff9
 def _value(line: bytes):
     "What a line holds, as JSON or as Python writes it; None where it is neither."
-    try:
+    with suppress(orjson.JSONDecodeError):
         return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return (
-            ast.literal_eval(line.decode())
-            if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100
-            else None
-        )
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
+    if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(line.decode())
+    return None
+
+
+def _are_messages(x) -> bool:
+    "Is it a list of objects with a role each?"
+    if not isinstance(x, list) or not x:
+        return False
+    return all(isinstance(m, dict) and ("role" in m or "from" in m) for m in x)
 
 
 def _is_json(text: bytes) -> bool:
@@ -474,20 +413,15 @@ def _is_json(text: bytes) -> bool:
     lines = [l for l in text.split(b"\n")[:20] if l.strip()]
     if len(lines) > 1 and len(text) >= 1 << 15:
         lines = lines[:-1] or lines
+    values = [_value(l.strip()) for l in lines]
     fine = sum(
-        isinstance(v := _value(l.strip()), dict)
-        or isinstance(v, list)
-        and any(isinstance(x, (dict, str)) for x in v)
-        for l in lines
+        isinstance(v, dict) or isinstance(v, list) and any(isinstance(x, (dict, str)) for x in v)
+        for v in values
     )
     if fine and fine >= len(lines) / 2:
         return True
-    return any(True for _ in _outline(text)) and _scans(text)
-
-
-def _scans(text: bytes) -> bool:
-    "Does it consist of nothing but strings, numbers and brackets?"
-    return all(
+    # nothing but strings, numbers and brackets
+    return any(True for _ in _outline(text)) and all(
         m[0][:1] in b'"[]{}:,' or _WORD.fullmatch(m[0]) or m.end() == len(text)
         for m in _TOKEN.finditer(text)
     )
@@ -508,33 +442,22 @@ def _layout(name: str, head: bytes) -> str:
     text = head.strip()
     first, _, rest = text.partition(b"\n")
     first = first.strip()
-    if not _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines")) and not _is_json(
-        text
-    ):
+    named = _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines"))
+    if not named and not _is_json(text):
         return "text"
-    if (
-        text.startswith(b"{")
-        and _wrapper(text)
-        and not (_value(first) is not None and rest.lstrip().startswith(b"{"))
-    ):
+    rows = _value(first) is not None and rest.lstrip().startswith(b"{")
+    if not rows and text.startswith(b"{") and _wrapper(text):
         return "inside"
     if first in (b"{", b"[", b"[{", b"[]"):
         return "objects"
     if not (first.startswith(b"[") and first[1:].lstrip().startswith(b"{")):
         return "lines"
     if (v := _value(first)) is not None:
-        return (
-            "lines"
-            if rest.strip() or all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
-            else "objects"
-        )
-    # a conversation that is longer than what was read
-    return (
-        "lines"
-        if not rest
-        and any(around == b"[{" and k in ("role", "from") for around, k, _ in _outline(first))
-        else "objects"
-    )
+        is_row = rest.strip() or _are_messages(v)
+    else:  # a conversation that is longer than what was read?
+        keys = (k for around, k, _ in _outline(first) if around == b"[{")
+        is_row = not rest and any(k in ("role", "from") for k in keys)
+    return "lines" if is_row else "objects"
 
 
 def _newline(text: str, more: Callable[[], str]) -> str:
@@ -545,9 +468,8 @@ def _newline(text: str, more: Callable[[], str]) -> str:
     if len(text) < 2000 * text.count("\r"):
         return "CR"
     # few carriage returns, in a long first line: the line feed may come later
-    return next(
-        (("CRLF" if "\r\n" in part else "LF") for part in iter(more, "") if "\n" in part), "CR"
-    )
+    later = next((part for part in iter(more, "") if "\n" in part), "")
+    return "CRLF" if "\r\n" in later else "LF" if later else "CR"
 
 # %% ../../nbs/data/01_readers.ipynb #394929fa
 def look_at(
@@ -602,34 +524,15 @@ def look_at(
     return look
 
 # %% ../../nbs/data/01_readers.ipynb #a6bb6536
-class _Translated(io.RawIOBase):
-    "A stream in another encoding, or with CR line ends, as UTF-8 with line feeds."
-
-    def __init__(self, f, look: Look):
-        self.f, self.decoder, self.cr, self.rest = (
-            f,
-            codecs.getincrementaldecoder(look.encoding)("replace"),
-            look.newline == "CR",
-            b"",
+def _translated(f, look: Look) -> Iterator[bytes]:
+    "A file in another encoding, or with CR line ends, as UTF-8 with line feeds."
+    decoder, data = codecs.getincrementaldecoder(look.encoding)("replace"), True
+    while data:
+        data = f.read(1 << 20)
+        text = decoder.decode(data, final=not data)
+        yield (text.replace("\r", "\n") if look.newline == "CR" else text).encode(
+            "utf-8", "replace"
         )
-
-    def readable(self):
-        return True
-
-    def readinto(self, into):
-        while not self.rest:
-            data = self.f.read(1 << 20)
-            text = self.decoder.decode(data, final=not data)
-            self.rest = (text.replace("\r", "\n") if self.cr else text).encode("utf-8", "replace")
-            if not data:
-                break
-        n = min(len(into), len(self.rest))
-        into[:n], self.rest = self.rest[:n], self.rest[n:]
-        return n
-
-    def close(self):
-        self.f.close()
-        super().close()
 
 
 def open_data(
@@ -640,11 +543,9 @@ def open_data(
     path = at_home(path)
     look = look or look_at(path)
     f = _unpacked(path)[1]
-    return (
-        f
-        if look.encoding == "utf-8" and look.newline != "CR"
-        else io.BufferedReader(_Translated(f, look), 1 << 20)
-    )
+    if look.encoding == "utf-8" and look.newline != "CR":
+        return f
+    return io.BufferedReader(_Stream(f, _translated(f, look)), 1 << 20)
 
 # %% ../../nbs/data/01_readers.ipynb #d2785fce
 def _foreign(f: Path) -> bool:
