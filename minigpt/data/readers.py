@@ -803,9 +803,21 @@ class Row:
 
 # %% ../../nbs/data/01_readers.ipynb #7cfc438c
 class _Unreadable(Exception):
-    "`args`: the reason and the detail of a refusal."
+    "A refusal: its reason, and its detail."
+
+    def row(self, number: int) -> Row:
+        reason, detail = self.args
+        return Row(number, reason=reason, detail=detail)
 
 
+def _no_string(what: str, x, where: str = "it") -> _Unreadable:
+    return _Unreadable(f"{what} is not a string", f"{where} is a {type(x).__name__}")
+
+
+def _bad_call(detail: str) -> _Unreadable:
+    return _Unreadable("broken tools or tool_calls", detail)
+
+# %% ../../nbs/data/01_readers.ipynb #1c6fa8cc
 # Reasons that say that a line is no row at all, or a row without any of the known keys
 NO_ROW = ("broken JSON", 'no "text"', 'no "conversations"', 'no "chosen"', 'no "rejected"')
 
@@ -814,63 +826,56 @@ def _no_surrogates(x):
     if isinstance(x, str):
         return x.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(x, list):
-        return [_no_surrogates(v) for v in x]
-    return (
-        {_no_surrogates(k): _no_surrogates(v) for k, v in x.items()} if isinstance(x, dict) else x
-    )
+        return [*map(_no_surrogates, x)]
+    if isinstance(x, dict):
+        return {_no_surrogates(k): _no_surrogates(v) for k, v in x.items()}
+    return x
 
 
 def _depth(x) -> int:
     "Brackets within each other, up to 200."
     n, level = 0, [x]
     while level and n < 200:
-        level, n = (
-            [
-                v
-                for y in level
-                if isinstance(y, (list, dict))
-                for v in (y.values() if isinstance(y, dict) else y)
-            ],
-            n + 1,
-        )
+        open = (y for y in level if isinstance(y, (list, dict)))
+        level = [v for y in open for v in (y.values() if isinstance(y, dict) else y)]
+        n += 1
     return n
 
 # %% ../../nbs/data/01_readers.ipynb #6040a4c9
 def _lenient(text: str) -> tuple[list, tuple[str, ...]]:
     "The values on a line by Python's parser, and what it overlooked."
-    decoder = json.JSONDecoder(
-        strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s)
-    )
-    values, at, mended = [], 0, []
+    number = lambda s: int(s) if len(s) < 20 else float(s)
+    decoder = json.JSONDecoder(strict=False, parse_int=number)
+    values, at, mended = [], 0, set()
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         if _depth(value) >= 200:
             raise RecursionError
         values.append(clean := _no_surrogates(value))
-        mended.append("lone surrogate" if clean != value else "lenient JSON")
+        mended.add("lone surrogate" if clean != value else "lenient JSON")
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
-    return values, tuple(
-        {m for m in mended if len(values) == 1 or m == "lone surrogate"}
-        | ({"several objects on a line"} if len(values) > 1 else set())
-    )
+    if len(values) > 1:
+        mended = mended - {"lenient JSON"} | {"several objects on a line"}
+    return values, tuple(mended)
 
 
 def _spelled_by_python(text: str):
     "The value that Python would write so; None: there is none."
-    if (
-        text.startswith("{")
-        and "'" in text
-        and len(text) < 1 << 20
-        and max(text.count("["), text.count("{")) < 200
-    ):
-        try:
+    deep = max(text.count("["), text.count("{")) >= 200
+    if text.startswith("{") and "'" in text and len(text) < 1 << 20 and not deep:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             return _no_surrogates(ast.literal_eval(text))
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            pass
     return None
 
 # %% ../../nbs/data/01_readers.ipynb #f2f08618
+def _utf8(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as e:
+        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+
+
 def _text_on(line: bytes) -> str:
     "A line that is no JSON, as text; raises `_Unreadable` where there is none."
     if len(line) > LONGEST:
@@ -881,10 +886,7 @@ def _text_on(line: bytes) -> str:
             f"{len(line):,} bytes without a text, as a machine leaves them that lost power while"
             " writing",
         )
-    try:
-        return line.decode().strip()
-    except UnicodeDecodeError as e:
-        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+    return _utf8(line).strip()
 
 
 def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
@@ -909,147 +911,106 @@ def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
     raise _Unreadable("broken JSON", why)
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a12
-_SAME = {
-    other: name
-    for name, others in dict(
-        content="文本 内容 正文",
-        conversations="对话",
-        instruction="指令",
-        input="输入",
-        output="输出",
-        prompt="提示 提示词",
-        question="问题 提问 题目 问",
-        answer="回答 答案 解答 答",
-        response="回复 回应",
-        system="系统",
-        history="历史",
-        tools="functions",
-        options="choices 选项",
-    ).items()
-    for other in others.split()
-}
-# lists of messages
-_TALKS = (
-    "conversations",
-    "messages",
-    "conversation",
-    "dialogue",
-    "dialog",
-    "turns",
-    "chat",
-    "data",
-    "items",
+def _by_name(**names: str) -> dict[str, str]:
+    "Name → kind, of kinds with their names, between commas."
+    return {name: kind for kind, some in names.items() for name in some.split(", ")}
+
+
+_SAME = _by_name(
+    content="文本, 内容, 正文",
+    conversations="对话",
+    instruction="指令",
+    input="输入",
+    output="输出",
+    prompt="提示, 提示词",
+    question="问题, 提问, 题目, 问",
+    answer="回答, 答案, 解答, 答",
+    response="回复, 回应",
+    system="系统",
+    history="历史",
+    tools="functions",
+    options="choices, 选项",
 )
-# the second where none of the first is there: beside them they mean something else
-_ASKED, _ASKED_ELSE = (
-    ("prompt", "instruction", "question", "query", "problem", "inputs"),
-    ("input", "user", "human", "q"),
+# what a column holds → its names
+_COLUMNS = dict(
+    talks="conversations messages conversation dialogue dialog turns chat data items",
+    asked="prompt instruction question query problem inputs",
+    answered="output completion response answer solution targets outputs target",
+    # where none of the others is there: beside them these mean something else
+    asked_else="input user human q",
+    answered_else="answers assistant bot gpt",
+    beside="text content system system_prompt tools options context history chosen rejected",
 )
-_ANSWERED, _ANSWERED_ELSE = (
-    ("output", "completion", "response", "answer", "solution", "targets", "outputs", "target"),
-    ("answers", "assistant", "bot", "gpt"),
-)
+_COLUMNS = {kind: names.split() for kind, names in _COLUMNS.items()}
+_TALKS, _ASKED, _ANSWERED, _ASKED_ELSE, _ANSWERED_ELSE, _ = _COLUMNS.values()
 
 # %% ../../nbs/data/01_readers.ipynb #614a9af6
 _SIDE = "(_(response|answer|output|completion|messages|conversations?|text))"
-_CHOSEN = re.compile(
-    f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?"
-    f"|(good|positive|correct|winning){_SIDE}"
+_PATTERNS = dict(
+    chosen=(
+        f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?"
+        f"|(good|positive|correct|winning){_SIDE}"
+    ),
+    rejected=(
+        f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?"
+        f"|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+    ),
+    thought=(
+        "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)"
+        "(_content|_traces?|_process|_trajectory|_trajectories)?"
+    ),
+    # the first group in any row, the second where somebody asks about them
+    picture=(
+        "(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?"
+        "(_(paths?|files?|urls?|list|bytes|base64))?"
+    ),
+    label=(
+        r"label|kto_\w+|(un)?desirable|liked|thumbs?_up"
+        "|is_(good|chosen|preferred|desirable|accepted)"
+    ),
 )
-_REJECTED = re.compile(
-    f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?"
-    f"|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
+_GOOD, _BAD = (
+    {"true", "1", "good", "desirable", "chosen"},
+    {"false", "0", "bad", "undesirable", "rejected"},
 )
-_THOUGHT = re.compile(
-    "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_"
-    "process|_trajectory|_trajectories)?"
-)
-# the first group in any row, the second where somebody asks about them
-_PICTURE = re.compile(
-    "(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?"
-    "|urls?|list|bytes|base64))?"
-)
-_LABEL = re.compile(
-    "label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)"
-)
-_JUDGED = {
-    "true",
-    "false",
-    "0",
-    "1",
-    "good",
-    "bad",
-    "desirable",
-    "undesirable",
-    "chosen",
-    "rejected",
-}
-# by these values a text is not to be learned
-_UNLEARNED = dict(
-    weight=0,
-    train=False,
-    loss=False,
-    learn=False,
-    trainable=False,
-    loss_weight=0,
-    output_with_loss=False,
-)
+# by these, where they are 0 or false, a text is not to be learned
+_UNLEARNED = {"weight", "train", "loss", "learn", "trainable", "loss_weight", "output_with_loss"}
 
 # %% ../../nbs/data/01_readers.ipynb #153152f9
 @lru_cache(10_000)
 def _like(name) -> frozenset[str]:
     "What a column may be by the look of its name."
-    kinds = dict(
-        chosen=_CHOSEN, rejected=_REJECTED, thought=_THOUGHT, picture=_PICTURE, label=_LABEL
-    )
     return frozenset(
-        k for k, pattern in kinds.items() if isinstance(name, str) and pattern.fullmatch(name)
+        k for k, pattern in _PATTERNS.items() if isinstance(name, str) and pattern.fullmatch(name)
     )
 
 
 def _empty(v) -> bool:
     return v is None or not v and isinstance(v, (str, list, dict))
 
+# %% ../../nbs/data/01_readers.ipynb #fe7929d2
+def _is_flag(k: str, v) -> bool:
+    "Does this say whether a text is to be learned?"
+    return k in _UNLEARNED and (type(v) is bool or type(v) in (int, float) and "weight" in k)
+
 
 def _unlearned(k: str, v) -> bool:
-    return (
-        k in _UNLEARNED
-        and type(v) in (bool, int, float)
-        and v == 0
-        and (isinstance(v, bool) or "weight" in k)
-    )
+    return _is_flag(k, v) and v == 0
 
 # %% ../../nbs/data/01_readers.ipynb #9373ad99
 @lru_cache(1000)
-def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
+def _advice(keys: tuple[str, ...], wanted: str = "") -> str:
     "For a row whose layout is not known."
-    known = [
-        "text",
-        "messages",
-        "conversations",
-        *_ASKED,
-        "input",
-        *_ANSWERED,
-        "chosen",
-        "rejected",
-    ]
-    near = [
-        f"{k} is near {n[0]}"
-        for k in keys
-        if (n := difflib.get_close_matches(k.lower(), known, 1, 0.6)) and n[0] != k
-    ]
-    return (
-        f"its keys are {[*keys[:8]]}"
-        + (f" ({'; '.join(near[:3])})" if near else "")
-        + "; say which is which: "
-        + (
-            f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)"
-            if wanted
-            else (
-                "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
-            )
-        )
-    )
+    usual = ["text", "messages", "conversations"]
+    known = [*usual, *_ASKED, "input", *_ANSWERED, "chosen", "rejected"]
+    close = {k: difflib.get_close_matches(k.lower(), known, 1, 0.6) for k in keys}
+    near = [f"{k} is near {n[0]}" for k, n in close.items() if n and n[0] != k]
+    beside = f" ({'; '.join(near[:3])})" if near else ""
+    how = "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
+    if wanted:
+        how = f"columns={{{wanted!r}: 'KEY'}} (--map {wanted}=KEY)"
+    return f"its keys are {[*keys[:8]]}{beside}; say which is which: {how}"
 
 # %% ../../nbs/data/01_readers.ipynb #c84e3bc6
 class _Columns:
@@ -1063,11 +1024,9 @@ class _Columns:
         self.row, self.read, self.extra = row, [], set()
         self.full, self.names = {}, {}
         for k, v in row.items():
-            name = (
-                k
-                if not isinstance(k, str) or k in _PLAIN_COLUMNS
-                else _SAME.get(low := k.strip().lower(), low)
-            )
+            name = k
+            if isinstance(k, str) and k not in _PLAIN_COLUMNS:
+                name = _SAME.get(low := k.strip().lower(), low)
             if name not in self.names or k == name or _empty(row[self.names[name]]):
                 self.names[name] = k
             if not _empty(v) and self.names[name] == k:
@@ -1082,16 +1041,12 @@ class _Columns:
 
     def like(self, kind: str) -> str | None:
         "The first that may be of this kind, and holds anything."
-        for n in self.full:
-            if kind in _like(n):
-                return n
-        return None
+        return next((n for n in self.full if kind in _like(n)), None)
 
     def some(self, *names: str) -> str | None:
         "The first that holds anything; else the first that is there."
-        return self.has(*names) or next(
-            (n for n in names if n in self.names and self.row[self.names[n]] is not None), None
-        )
+        there = (n for n in names if n in self.names and self.row[self.names[n]] is not None)
+        return self.has(*names) or next(there, None)
 
     def take(self, name: str):
         "Its value, which is read now."
@@ -1104,24 +1059,15 @@ class _Columns:
     def own(self, name: str) -> str:
         return self.names.get(name, name)
 
+    def without(self, name: str) -> str:
+        "How to have the row read without this column."
+        return f"columns={{{self.own(name)!r}: ''}} (--map {self.own(name)}=)"
+
+    def advice(self, wanted: str = "") -> str:
+        return _advice(tuple(sorted(map(str, self.row))), wanted)
+
 # %% ../../nbs/data/01_readers.ipynb #09e2d17e
-_PLAIN_COLUMNS = {
-    *_TALKS,
-    *_ASKED,
-    *_ASKED_ELSE,
-    *_ANSWERED,
-    *_ANSWERED_ELSE,
-    "text",
-    "content",
-    "system",
-    "system_prompt",
-    "tools",
-    "options",
-    "context",
-    "history",
-    "chosen",
-    "rejected",
-}
+_PLAIN_COLUMNS = {n for names in _COLUMNS.values() for n in names}
 
 
 def _columns(row) -> _Columns:
@@ -1130,32 +1076,21 @@ def _columns(row) -> _Columns:
 
 def _made(c: _Columns, number: int, kind: str, **facts) -> Row:
     "The row, with what was read and what was left out."
-    unread = [
-        str(c.names[n])
-        for n in c.full
-        if c.names[n] not in c.read and n not in _UNLEARNED and n != "ends"
-    ]
-    return Row(
-        number,
-        read=f"{', '.join(map(str, c.read))} → {kind}" if c.read != [kind] else kind,
-        unread=(*unread, *sorted(c.extra)),
-        **facts,
-    )
+    own = (c.names[n] for n in c.full if n not in _UNLEARNED and n != "ends")
+    unread = [str(k) for k in own if k not in c.read]
+    read = f"{', '.join(map(str, c.read))} → {kind}" if c.read != [kind] else kind
+    return Row(number, read=read, unread=(*unread, *sorted(c.extra)), **facts)
 
 # %% ../../nbs/data/01_readers.ipynb #ff176322
 def _asked(c: _Columns) -> str | None:
     "The column with the question."
-    return c.some(*_ASKED) if c.has(*_ASKED) or not c.has(*_ASKED_ELSE) else c.has(*_ASKED_ELSE)
+    return c.has(*_ASKED) or c.has(*_ASKED_ELSE) or c.some(*_ASKED)
 
 
 def _answered(c: _Columns) -> str | None:
     "The column with the answer."
-    return (
-        c.has(*_ANSWERED)
-        or c.has(*_ANSWERED_ELSE)
-        or ("a" if c.has("q") and c.has("a") else None)
-        or c.some(*_ANSWERED)
-    )
+    short = "a" if c.has("q") and c.has("a") else None
+    return c.has(*_ANSWERED) or c.has(*_ANSWERED_ELSE) or short or c.some(*_ANSWERED)
 
 
 def _talk(c: _Columns) -> str | None:
@@ -1163,34 +1098,25 @@ def _talk(c: _Columns) -> str | None:
     usual = c.has(*_TALKS[:2])
     if usual or "text" in c.full:
         return usual
-    return next(
-        (
-            n
-            for n in _TALKS[2:]
-            if isinstance(c.full.get(n), list)
-            or n == "conversation"
-            and n in c.full
-            or n in ("chat", "conversation", "dialogue", "dialog")
-            and _is_transcript(c.full.get(n))
-        ),
-        None,
-    )
+    for n in _TALKS[2:]:
+        v = c.full.get(n)
+        if isinstance(v, list) or n == "conversation" and v is not None:
+            return n
+        if n in ("chat", "dialogue", "dialog") and _is_transcript(v):
+            return n
+    return None
 
 # %% ../../nbs/data/01_readers.ipynb #e986dbce
 def _in_fields(c: _Columns) -> bool:
     "Do question and answer stand in columns of their own?"
-    return bool(_asked(c) and _answered(c)) and (
-        "text" not in c.full or {"instruction", "output"} <= c.full.keys()
-    )
+    alone = "text" not in c.full or {"instruction", "output"} <= c.full.keys()
+    return bool(alone and _asked(c) and _answered(c))
 
 
 def _both(c: _Columns) -> bool:
     "Do two answers stand in one list, the better one first?"
-    return (
-        isinstance(v := c.full.get(_answered(c)), list)
-        and len(v) == 2
-        and all(isinstance(x, str) for x in v)
-    )
+    v = c.full.get(_answered(c))
+    return isinstance(v, list) and len(v) == 2 and all(isinstance(x, str) for x in v)
 
 
 def _format(c: _Columns) -> str:
@@ -1205,10 +1131,10 @@ def _format(c: _Columns) -> str:
         return "dpo" if _both(c) else "conversation"
     if "text" in c.full:
         return "pretrain"
-    empty = dict(
-        rejected="dpo", chosen="dpo", conversations="conversation", messages="conversation"
-    )
-    return next((f for k, f in empty.items() if k in c.names), "pretrain")
+    # all that is known is empty
+    if c.names.keys() & {"rejected", "chosen"}:
+        return "dpo"
+    return "conversation" if c.names.keys() & {*_TALKS[:2]} else "pretrain"
 
 # %% ../../nbs/data/01_readers.ipynb #7c6d98dd
 def _refuse_parts(c: _Columns, kind: str):
@@ -1221,57 +1147,39 @@ def _refuse_parts(c: _Columns, kind: str):
             " a question to its last answer into one row, as messages",
         )
     if {"cells", "nbformat"} <= row.keys():
-        raise _Unreadable(
-            "a notebook",
-            "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
-        )
+        raise _Unreadable("a notebook", _TO_MARKDOWN)
     if kind == "text" and not _talk(c) and _role(row):
         raise _Unreadable(
             "a message alone",
             f"it has the role {row.get('role', row.get('from'))!r}; the "
             f'messages of a conversation belong into one row, as a list under "messages"',
         )
-
-
-def _refuse_pictures(c: _Columns, kind: str):
-    "Raise `_Unreadable` for a row whose text means nothing without its picture."
-    if (
-        (k := c.like("picture"))
-        and isinstance(c.full[k], (str, list, dict))
-        and (kind != "text" or _PICTURE.fullmatch(k)[1] or "<image>" in str(c.full.get("text")))
-    ):
+    k = c.like("picture")
+    if not k or not isinstance(c.full[k], (str, list, dict)):
+        return
+    always = _PATTERNS["picture"].fullmatch(k)[1]
+    if kind != "text" or always or "<image>" in str(c.full.get("text")):
         raise _Unreadable(
             "pictures, sound or video",
-            f"it has {c.own(k)}: {str(c.full[k])[:40]!r}, and a text without them answers"
-            " what nobody can see; leave such rows out, or the column:"
-            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
+            f"it has {c.own(k)}: {str(c.full[k])[:40]!r}, and a text without them answers what"
+            f" nobody can see; leave such rows out, or the column: {c.without(k)}",
         )
 
 # %% ../../nbs/data/01_readers.ipynb #5922c090
-def _refuse_judged(c: _Columns, kind: str):
-    "Raise `_Unreadable` for a row whose answer may be a bad one, or that is not to be learned."
-    judged = (
-        k
-        for k, v in c.full.items()
-        if "label" in _like(k) and str(v).strip().lower().removesuffix(".0") in _JUDGED
-    )
-    if kind == "conversation" and (k := next(judged, None)):
-        raise _Unreadable(
-            "answers with a label",
-            f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the"
-            " label, or make pairs of chosen and rejected. To learn all alike:"
-            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
-        )
-    for k, v in c.full.items():
-        if k in _UNLEARNED and _unlearned(k, v):
-            raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
-
-
 def _refuse(c: _Columns, kind: str):
     "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
     _refuse_parts(c, kind)
-    _refuse_pictures(c, kind)
-    _refuse_judged(c, kind)
+    judges = lambda v: str(v).strip().lower().removesuffix(".0") in _GOOD | _BAD
+    labels = (k for k, v in c.full.items() if "label" in _like(k) and judges(v))
+    if kind == "conversation" and (k := next(labels, None)):
+        raise _Unreadable(
+            "answers with a label",
+            f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the label,"
+            f" or make pairs of chosen and rejected. To learn all alike: {c.without(k)}",
+        )
+    for k, v in c.full.items():
+        if _unlearned(k, v):
+            raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
 
 # %% ../../nbs/data/01_readers.ipynb #1d59e454
 # of chat templates
@@ -1305,65 +1213,46 @@ def parse_pretrain(
         _refuse(c, "text")
         text = c.take(c.some("text") or c.has("content") or "text")
         if text is None:
-            raise _Unreadable('no "text"', _advice(tuple(sorted(map(str, c.row)))))
+            raise _Unreadable('no "text"', c.advice())
         if not isinstance(text, str):
-            raise _Unreadable("text is not a string", f"it is a {type(text).__name__}")
+            raise _no_string("text", text)
         if not text.strip():
             raise _Unreadable("empty text", "")
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
+        return e.row(number)
     # `ends` is what `data prepare` writes for the pieces of a text
-    return _made(
-        c, number, "text", text=text, ends=c.row.get("ends") is not False, mended=_turn_marks(text)
-    )
+    ends = c.row.get("ends") is not False
+    return _made(c, number, "text", text=text, ends=ends, mended=_turn_marks(text))
 
 
 def _documents(row: Row) -> list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
     if EOS not in row.text:
         return [row]
-    parts = row.text.split(EOS)
-    last = bool(parts[-1].strip())
-    found = [
-        replace(row, text=p, ends=row.ends if last and i == len(parts) - 1 else True)
-        for i, p in enumerate(parts)
-        if p.strip()
-    ]
+    *inner, end = row.text.split(EOS)
+    found = [replace(row, text=p, ends=True) for p in inner if p.strip()]
+    if end.strip():
+        found.append(replace(row, text=end))
     return found or [Row(row.line, reason="empty text")]
 
 # %% ../../nbs/data/01_readers.ipynb #1cbfa210
-_CALLERS = "function_call", "tool_call", "function-call", "tool-call"
-ROLES = {
-    r: name
-    for name, others in dict(
-        user=("user", "human", "prompter", "用户"),
-        assistant=(
-            "assistant",
-            "gpt",
-            "bot",
-            "ai",
-            "model",
-            "chatgpt",
-            "bing",
-            "bard",
-            "claude",
-            "助手",
-            *_CALLERS,
-        ),
-        system=("system", "developer", "系统"),
-        tool=(
-            "tool",
-            "function",
-            "observation",
-            "ipython",
-            "tool_response",
-            "function_response",
-            "tool response",
-            "function response",
-            "工具",
-        ),
-    ).items()
-    for r in others
+_CALLERS = ["function_call", "tool_call", "function-call", "tool-call"]
+ROLES = _by_name(
+    user="user, human, prompter, 用户",
+    assistant=", ".join(
+        ["assistant, gpt, bot, ai, model, chatgpt, bing, bard, claude, 助手", *_CALLERS]
+    ),
+    system="system, developer, 系统",
+    tool=(
+        "tool, function, observation, ipython, tool_response, function_response, tool response,"
+        " function response, 工具"
+    ),
+)
+# the keys of a turn that name the speaker
+_SPEAKERS = {
+    **ROLES,
+    **dict.fromkeys(_ANSWERED + _ANSWERED_ELSE, "assistant"),
+    **dict.fromkeys(_ASKED + _ASKED_ELSE, "user"),
 }
 
 
@@ -1381,16 +1270,8 @@ _END = re.compile(
     r"|<end_of_turn>))+\s*\Z"
 )
 _RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
-_MESSAGE_KEYS = {
-    "role",
-    "content",
-    "tool_calls",
-    "tools",
-    "reasoning_content",
-    "weight",
-    "tool_call_id",
-    "id",
-}
+_MESSAGE_KEYS = {"role", "content", "reasoning_content", "tools", "tool_calls", "tool_call_id"}
+_MESSAGE_KEYS |= {"weight", "id"}
 
 
 def _json(x, what: str):
@@ -1398,21 +1279,22 @@ def _json(x, what: str):
     try:
         return orjson.loads(x) if isinstance(x, str) else x
     except orjson.JSONDecodeError as e:
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f"{what} is a string, and no JSON: {e}; it begins {x[:60]!r}",
-        ) from None
+        raise _bad_call(f"{what} is a string, and no JSON: {e}; it begins {x[:60]!r}") from None
+
+
+def _calls(x, what: str) -> list:
+    x = _json(x, what)
+    return x if isinstance(x, list) else [x]
 
 
 def _call(x) -> dict:
     "A call of a function, in any spelling."
     x = _json(x, "a call")
     if not isinstance(x, dict):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}',
+        raise _bad_call(
+            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}'
         )
-    return x.get("function", x) if isinstance(x.get("function"), dict) else x
+    return x["function"] if isinstance(x.get("function"), dict) else x
 
 # %% ../../nbs/data/01_readers.ipynb #51d0ae12
 def _text_of(i: int, content, m: dict) -> str:
@@ -1421,49 +1303,28 @@ def _text_of(i: int, content, m: dict) -> str:
         return content
     said = []
     for p in content:
-        kind = p.get("type", "text") if isinstance(p, dict) else "text"
-        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix("input_")):
+        part = p if isinstance(p, dict) else {"text": p}
+        kind = part.get("type", "text")
+        if isinstance(kind, str) and _PATTERNS["picture"].fullmatch(kind.removeprefix("input_")):
             raise _Unreadable(
                 "pictures, sound or video",
                 f"message {i} has a part of the type {kind}, and a text "
                 "without it answers what nobody can see; leave such rows out",
             )
-        text = (
-            p
-            if isinstance(p, str)
-            else (
-                next(
-                    (
-                        p[k]
-                        for k in ("text", "value", "content", "thinking")
-                        if isinstance(p.get(k), str)
-                    ),
-                    None,
-                )
-                if isinstance(p, dict)
-                else None
-            )
-        )
-        if text is None or kind not in (
-            "text",
-            "input_text",
-            "output_text",
-            "thinking",
-            "reasoning",
-        ):
+        texts = (part.get(k) for k in ("text", "value", "content", "thinking"))
+        text = next((t for t in texts if isinstance(t, str)), None)
+        thinks = kind in ("thinking", "reasoning")
+        if text is None or not thinks and kind not in ("text", "input_text", "output_text"):
             raise _Unreadable(
                 "content is not a string", f"message {i}: a part of it is {str(p)[:60]}"
             )
-        if kind in ("thinking", "reasoning"):
-            thought = m.get("reasoning_content", "")
-            if not isinstance(thought, str):
-                raise _Unreadable(
-                    "reasoning_content is not a string",
-                    f"message {i}: it is a {type(thought).__name__}",
-                )
-            m["reasoning_content"] = thought + text
-        else:
+        if not thinks:
             said.append(text)
+            continue
+        thought = m.get("reasoning_content", "")
+        if not isinstance(thought, str):
+            raise _no_string("reasoning_content", thought, f"message {i}: it")
+        m["reasoning_content"] = thought + text
     return "".join(said)
 
 # %% ../../nbs/data/01_readers.ipynb #c962453d
@@ -1514,9 +1375,7 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
     """
     if not _empty(call := m.pop("function_call", None)):
         if not _empty(m.get("tool_calls")):
-            raise _Unreadable(
-                "broken tools or tool_calls", f"message {i} has function_call and tool_calls"
-            )
+            raise _bad_call(f"message {i} has function_call and tool_calls")
         m["tool_calls"] = [call]
     if (refusal := m.get("refusal")) and isinstance(refusal, str) and not content.strip():
         content = m.pop("refusal")
@@ -1539,9 +1398,8 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
         if "<tool_call>" in content and not _empty(m.get("tool_calls")):
             names = [_call(c).get("name") for c in _json(m["tool_calls"], "tool_calls")]
             if not all(isinstance(n, str) and n in content for n in names):
-                raise _Unreadable(
-                    "broken tools or tool_calls",
-                    f"message {i} writes calls into its text, and has other tool_calls beside it",
+                raise _bad_call(
+                    f"message {i} writes calls into its text, and has other tool_calls beside it"
                 )
             m.pop("tool_calls")
             mended.append("calls written twice")
@@ -1552,19 +1410,18 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
 # %% ../../nbs/data/01_readers.ipynb #67b7e991
 def _is_learned(i: int, m: dict) -> bool:
     "Is an answer to be learned? Takes the keys that say so out of the message."
-    flags = {
-        k: m.pop(k)
-        for k in [*m]
-        if k in _UNLEARNED
-        and type(m[k]) in (bool, int, float)
-        and (isinstance(m[k], bool) or "weight" in k)
-    }
+    flags = {k: m.pop(k) for k in [*m] if _is_flag(k, m[k])}
     if bad := next((k for k, v in flags.items() if v not in (0, 1)), None):
         raise _Unreadable(
             "a weight that is neither 0 nor 1",
             f"message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)",
         )
     return 0 not in flags.values()
+
+
+def _learned(messages: list[dict]) -> bool:
+    "Does an assistant say anything that is to be learned?"
+    return any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages)
 
 # %% ../../nbs/data/01_readers.ipynb #06c551d5
 def _role_in(i: int, m: dict, mended: list[str]) -> tuple[str, str]:
@@ -1583,20 +1440,15 @@ def _role_in(i: int, m: dict, mended: list[str]) -> tuple[str, str]:
 def _content_in(i: int, m: dict, had: dict):
     "What a message says, taken out of it; `had`: the message as it came, with what is null."
     names = "content", "value", "text"
-    where = next((k for k in names if not _empty(m.get(k))), None) or next(
-        (k for k in names if k in had), None
-    )
-    if (
-        where is None
-        and not any(m.get(k) for k in ("tool_calls", "function_call", "refusal"))
-        and not any("thought" in _like(k) for k in m)
-    ):
+    full = [k for k in names if not _empty(m.get(k))] or [k for k in names if k in had]
+    acts = any(m.get(k) for k in ("tool_calls", "function_call", "refusal"))
+    if not full and not acts and not any("thought" in _like(k) for k in m):
         raise _Unreadable(
             "no content",
             f"message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under"
             ' "content"',
         )
-    content = _text_of(i, m.pop(where, ""), m)
+    content = _text_of(i, m.pop(full[0], "") if full else "", m)
     for k in "content", "value":
         if _empty(m.get(k)):
             m.pop(k, None)
@@ -1609,14 +1461,13 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     role, name = _role_in(i, m, mended)
     content = _content_in(i, m, had)
     if name.strip().lower() in _CALLERS:
-        calls = _json(content, "a call")
-        m["tool_calls"], content = (calls if isinstance(calls, list) else [calls]), ""
+        m["tool_calls"], content = _calls(content, "a call"), ""
     thought = _thought(i, m) if role == "assistant" else m.get("reasoning_content")
     if thought is not None:
         m["reasoning_content"] = thought
     for k, v in ("content", content), ("reasoning_content", "" if thought is None else thought):
         if not isinstance(v, str):
-            raise _Unreadable(f"{k} is not a string", f"message {i}: it is a {type(v).__name__}")
+            raise _no_string(k, v, f"message {i}: it")
     learned = _is_learned(i, m)
     if role == "assistant":
         content = _answer_of(i, m, content, thought, mended)
@@ -1699,21 +1550,13 @@ def _try_tools(messages: list[dict]):
         # refuses half a surrogate pair
         text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS)
     except RecursionError:
-        raise _Unreadable("broken tools or tool_calls", "they are nested too deeply") from None
+        raise _bad_call("they are nested too deeply") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise _Unreadable(
-            "broken tools or tool_calls", f"they cannot be read as JSON: {str(e)[:200]}"
-        ) from None
+        raise _bad_call(f"they cannot be read as JSON: {str(e)[:200]}") from None
     if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f"tools must be a list of JSON schemas; this is {str(tools)[:60]}",
-        )
-    if any(
-        m["role"] == "assistant"
-        and not (m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content"))
-        for m in made
-    ):
+        raise _bad_call(f"tools must be a list of JSON schemas; this is {str(tools)[:60]}")
+    answers = (m for m in made if m["role"] == "assistant" and not m["content"].strip())
+    if not all(m.get("tool_calls") or m.get("reasoning_content") for m in answers):
         raise _Unreadable("empty answer", "tool_calls holds no call")
     if b"<|" in text and any(t.encode() in text for t in SPECIALS):
         raise _Unreadable("control token in a text", "in tools or tool_calls")
@@ -1722,22 +1565,16 @@ def _try_tools(messages: list[dict]):
 def _check_call(c):
     "Raise `_Unreadable` unless it is a call, with a name and arguments."
     call = _call(c)
-    if not isinstance(name := call.get("name"), str):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            (
-                "a call has no name"
-                if name is None
-                else f"the name of a call must be a string; this is {str(name)[:60]}"
-            ),
-        )
-    if not isinstance(
-        given := _json(call.get("arguments") or {}, f"the arguments of {name}"), dict
-    ):
-        raise _Unreadable(
-            "broken tools or tool_calls",
+    name = call.get("name")
+    if name is None:
+        raise _bad_call("a call has no name")
+    if not isinstance(name, str):
+        raise _bad_call(f"the name of a call must be a string; this is {str(name)[:60]}")
+    given = _json(call.get("arguments") or {}, f"the arguments of {name}")
+    if not isinstance(given, dict):
+        raise _bad_call(
             f'the arguments of {name} must be an object, {{"name": value}}; this is'
-            f" {str(given)[:60]}",
+            f" {str(given)[:60]}"
         )
 
 
@@ -1764,12 +1601,8 @@ def _with_tools(messages: list[dict], tools) -> list[dict]:
     if not any(m.get("tools") or m.get("tool_calls") for m in messages):
         return messages
     for m in messages:
-        if m.get("tool_calls"):
-            for c in (
-                calls
-                if isinstance(calls := _json(m["tool_calls"], "tool_calls"), list)
-                else [calls]
-            ):
+        if calls := m.get("tool_calls"):
+            for c in _calls(calls, "tool_calls"):
                 _check_call(c)
     _try_tools(messages)
     return messages
@@ -1786,23 +1619,18 @@ _WRITTEN_CALL = re.compile(
 
 
 def _is_transcript(x) -> bool:
-    return (
-        isinstance(x, str)
-        and bool(m := _SPEAKER.match(x.lstrip()))
-        and m[1] in ("Human", "USER", "SYSTEM")
-        and bool(re.search("\n+(Assistant|ASSISTANT):", x))
-    )
+    if not isinstance(x, str) or not (m := _SPEAKER.match(x.lstrip())):
+        return False
+    asks = m[1] in ("Human", "USER", "SYSTEM")
+    return asks and bool(re.search("\n+(Assistant|ASSISTANT):", x))
 
 
 def _transcript(text: str) -> list[dict]:
     "A conversation that is written as one text, with the names of the speakers, as messages."
-    pieces = _SPEAKER.split(text.strip())
-    roles = dict(
-        Human="user", USER="user", SYSTEM="system", Assistant="assistant", ASSISTANT="assistant"
-    ) | {"FUNCTION RESPONSE": "tool"}
+    _, *pieces = _SPEAKER.split(text.strip())
     return [
-        _spoken_call(dict(role=roles[who], content=said.strip()))
-        for who, said in zip(pieces[1::2], pieces[2::2])
+        _spoken_call(dict(role=ROLES[who.lower()], content=said.strip()))
+        for who, said in zip(pieces[::2], pieces[1::2])
     ]
 
 # %% ../../nbs/data/01_readers.ipynb #4976fae3
@@ -1812,24 +1640,14 @@ def _spoken_call(m: dict) -> dict:
         return m
     said, _, call = (text := _without_end(m["content"])).partition("<functioncall>")
     if not (found := _WRITTEN_CALL.search(text)):
-        raise _Unreadable(
-            "broken tools or tool_calls",
+        raise _bad_call(
             'a call must be <functioncall> {"name": string, "arguments": object}; this is'
-            f" {call[:60]!r}",
+            f" {call[:60]!r}"
         )
-    return dict(
-        role="assistant",
-        content=said.strip(),
-        tool_calls=[
-            dict(
-                name=found[1],
-                arguments=_json(
-                    (found[2] or "").replace("\\'", "'") or found[3] or "{}",
-                    f"the arguments of {found[1]}",
-                ),
-            )
-        ],
-    )
+    name, quoted, bare = found.groups()
+    given = (quoted or "").replace("\\'", "'") or bare or "{}"
+    call = dict(name=name, arguments=_json(given, f"the arguments of {name}"))
+    return dict(role="assistant", content=said.strip(), tool_calls=[call])
 
 
 def _prompt_with_tools(system: str) -> tuple[str, list[dict]]:
@@ -1857,13 +1675,10 @@ def _turns(x, name: str, extra: set[str]):
             x = orjson.loads(x)
         except orjson.JSONDecodeError:
             return x
-    if isinstance(x, str) and _is_transcript(x):
+    if _is_transcript(x):
         return _transcript(x)
-    if (
-        isinstance(x, dict)
-        and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values()) else ())
-        == 1
-    ):
+    lists = isinstance(x, dict) and all(isinstance(v, list) for v in x.values())
+    if lists and len({*map(len, x.values())}) == 1:
         x = [dict(zip(x, v)) for v in zip(*x.values())]  # as `datasets` keeps a list of objects
     if not isinstance(x, list) or not x:
         return x
@@ -1883,26 +1698,13 @@ def _named(m: dict) -> dict | None:
     Such as {speaker, utterance} or {type, content}.
     """
     low = {str(k).strip().lower(): k for k in m}
-    role = next(
-        (
-            low[k]
-            for k in ("role", "from", "speaker", "author", "type")
-            if k in low and isinstance(m[low[k]], str) and _role_of(m[low[k]])
-        ),
-        None,
-    )
-    content = next(
-        (low[k] for k in ("content", "value", "text", "utterance", "message") if k in low), None
-    )
-    return (
-        {
-            "role": m[role],
-            "content": m[content],
-            **{k: v for k, v in m.items() if k not in (role, content)},
-        }
-        if role is not None and content is not None
-        else None
-    )
+    roles = [low[k] for k in ("role", "from", "speaker", "author", "type") if k in low]
+    role = next((k for k in roles if isinstance(m[k], str) and _role_of(m[k])), None)
+    said = [low[k] for k in ("content", "value", "text", "utterance", "message") if k in low]
+    if role is None or not said:
+        return None
+    rest = {k: v for k, v in m.items() if k not in (role, said[0])}
+    return {"role": m[role], "content": m[said[0]], **rest}
 
 
 def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
@@ -1912,43 +1714,30 @@ def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
     """
     out = []
     for k, v in turn.items():
-        low = _SAME.get(str(k).strip().lower(), str(k).strip().lower())
-        role = (
-            "user"
-            if low in _ASKED + _ASKED_ELSE
-            else "assistant"
-            if low in _ANSWERED + _ANSWERED_ELSE
-            else ROLES.get(low)
-        )
+        low = str(k).strip().lower()
+        low = _SAME.get(low, low)
         if _empty(v) or low in _UNLEARNED:
             continue
-        if role is None:
+        if role := _SPEAKERS.get(low):
+            out.append(dict(role=role, content=v))
+        else:
             extra.add(f"{k} of {name}")
-            continue
-        out.append(dict(role=role, content=v))
     order = "system", "user", "assistant", "tool"
-    if len(out) > 1:
-        out.sort(key=lambda m: order.index(m["role"]))
+    out.sort(key=lambda m: order.index(m["role"]))
     if any(_unlearned(k, v) for k, v in turn.items()):
         out = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in out]
     return out or [turn]
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a24
 def _as_messages(x, role: str):
-    return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
+    if isinstance(x, str):
+        return [dict(role=role, content=x)]
+    return [x] if isinstance(x, dict) else x
 
 
 def _role(m) -> str | None:
     "Of a message, whatever it is called there."
     return _role_of(str(m.get("role", m.get("from")))) if isinstance(m, dict) else None
-
-
-def _as_list(c: _Columns, key: str) -> list:
-    if not c.has(key):
-        return []
-    if not isinstance(x := c.take(key), list):
-        raise _Unreadable(f"{key} is no list", f"it is a {type(x).__name__}")
-    return x
 
 # %% ../../nbs/data/01_readers.ipynb #55c902a8
 def _options(x) -> list[tuple[str, str]] | None:
@@ -1958,11 +1747,9 @@ def _options(x) -> list[tuple[str, str]] | None:
         x = dict(zip(x["label"], x["text"])) if isinstance(x.get("label"), list) else x["text"]
     if isinstance(x, list):
         x = {chr(ord("A") + i): o for i, o in enumerate(x)}
-    return (
-        [(str(k), o) for k, o in x.items()]
-        if isinstance(x, dict) and all(isinstance(o, str) for o in x.values())
-        else None
-    )
+    if not isinstance(x, dict) or not all(isinstance(o, str) for o in x.values()):
+        return None
+    return [(str(k), o) for k, o in x.items()]
 
 
 def _with_options(c: _Columns, asked: str) -> str:
@@ -1981,16 +1768,10 @@ def _with_options(c: _Columns, asked: str) -> str:
             "they must be a list of strings, or strings by their letters; they are"
             f" {str(found)[:60]}",
         )
-    return (
-        asked
-        if all(o in asked for _, o in letters)
-        else "\n".join(
-            [
-                asked,
-                *(o if re.match(rf"\W?{re.escape(k)}\W", o) else f"{k}. {o}" for k, o in letters),
-            ]
-        )
-    )
+    if all(o in asked for _, o in letters):
+        return asked
+    lettered = lambda k, o: o if re.match(rf"\W?{re.escape(k)}\W", o) else f"{k}. {o}"
+    return "\n".join([asked, *(lettered(k, o) for k, o in letters)])
 
 # %% ../../nbs/data/01_readers.ipynb #dd422db3
 def _question(c: _Columns):
@@ -2005,15 +1786,16 @@ def _question(c: _Columns):
             continue
         extra = c.take(more)
         if not isinstance(asked, str) or not isinstance(extra, str):
-            raise _Unreadable(
-                f"{more} is not a string",
-                f"it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}",
-            )
+            beside = f"a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}"
+            raise _Unreadable(f"{more} is not a string", f"it is {beside}")
         asked = "\n".join(t for t in (asked, extra) if t.strip())
     if isinstance(asked, str):
         asked = _with_options(c, asked)
+    history = c.take("history") if c.has("history") else []
+    if not isinstance(history, list):
+        raise _Unreadable("history is no list", f"it is a {type(history).__name__}")
     past = []
-    for turn in _as_list(c, "history"):
+    for turn in history:
         if isinstance(turn, list) and len(turn) == 2:
             past += [dict(role=r, content=t) for r, t in zip(("user", "assistant"), turn)]
         elif isinstance(turn, dict):
@@ -2029,49 +1811,40 @@ def _answer(c: _Columns) -> tuple[str, list[dict]]:
     there = {k: c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
     k = _answered(c)
     if len(there) > 1:  # one may hold the others: the result of a worked solution
-        k = (
-            "solution"
-            if {*there} == {"solution", "answer"}
-            else next((a for a in there if all(b in there[a] for b in there.values())), None)
-        )
+        k = next((a for a in there if all(b in there[a] for b in there.values())), None)
+        if {*there} == {"solution", "answer"}:
+            k = "solution"
         if not k:
             raise _Unreadable(
                 "two answers",
                 f"{' and '.join(map(c.own, there))} are there both, and one of them would be lost;"
-                f" leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map"
-                f" {c.own([*there][-1])}=)",
+                f" leave one out, as in {c.without([*there][-1])}",
             )
-    x = c.take(k)
-    if (
-        k == "answers"
-        and (calls := _json(x, "answers") if isinstance(x, str) and x.lstrip()[:1] == "[" else x)
-        and isinstance(calls, list)
-        and all(isinstance(a, dict) for a in calls)
-    ):
-        return k, [dict(role="assistant", content="", tool_calls=calls)]  # xLAM
+    x = calls = c.take(k)
+    if k == "answers":  # xLAM
+        if isinstance(x, str) and x.lstrip()[:1] == "[":
+            calls = _json(x, "answers")
+        if calls and isinstance(calls, list) and all(isinstance(a, dict) for a in calls):
+            return k, [dict(role="assistant", content="", tool_calls=calls)]
     if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str):
         x = x[0]
+    wrong = ""
     if isinstance(x, dict) and not _role(x):
-        raise _Unreadable(
-            "question or answer is no text",
-            f"{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string",
-        )
+        wrong = f"an object with {sorted(map(str, x))[:5]}, and must be a string"
     if isinstance(x, list) and not all(isinstance(m, dict) for m in x):
-        raise _Unreadable(
-            "question or answer is no text",
-            f"{c.own(k)} is a list of {len(x)}, and must be one "
-            "answer; of two, the better one and the worse, it makes a preference",
+        wrong = (
+            f"a list of {len(x)}, and must be one answer; of two, the better one and the worse, it"
+            " makes a preference"
         )
+    if wrong:
+        raise _Unreadable("question or answer is no text", f"{c.own(k)} is {wrong}")
     return k, _as_messages(x, "assistant")
 
 # %% ../../nbs/data/01_readers.ipynb #8fe29ec6
 def _with_thoughts(c: _Columns, messages: list) -> list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
-    found = {
-        k: v[0] if isinstance(v, list) and len(v) == 1 else v
-        for k, v in c.full.items()
-        if "thought" in _like(k)
-    }
+    found = {k: v for k, v in c.full.items() if "thought" in _like(k)}
+    found = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items()}
     found = {k: v for k, v in found.items() if isinstance(v, str)}
     if not found or not isinstance(messages, list):
         return messages
@@ -2080,27 +1853,19 @@ def _with_thoughts(c: _Columns, messages: list) -> list:
     if all(v.strip() in said for v in found.values()):
         [*map(c.take, found)]
         return messages  # they are in it already
-    if (
-        len(found) > 1
-        or len(answers) != 1
-        or "<think>" in said
-        or any(
-            "thought" in _like(str(k)) and not _empty(v) for k, v in messages[answers[0]].items()
-        )
-    ):
+    thinks = lambda m: any("thought" in _like(str(k)) and not _empty(v) for k, v in m.items())
+    clear = len(found) == len(answers) == 1 and "<think>" not in said
+    if not clear or thinks(messages[answers[0]]):
         raise _Unreadable(
             "thoughts that belong to no answer",
-            f"{' and '.join(map(c.own, found))} beside "
-            f"{len(answers)} answers: write the thoughts into the message that they belong to, as "
-            f"reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map "
-            f"{c.own([*found][0])}=)",
+            f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts"
+            " into the message that they belong to, as reasoning_content, or leave them out:"
+            f" {c.without([*found][0])}",
         )
     ((name, thought),) = found.items()
     c.take(name)
-    return [
-        {**m, "reasoning_content": thought} if i == answers[0] else m
-        for i, m in enumerate(messages)
-    ]
+    at = answers[0]
+    return [*messages[:at], {**messages[at], "reasoning_content": thought}, *messages[at + 1 :]]
 
 
 def _with_system(messages: list, c: _Columns) -> list:
@@ -2109,17 +1874,15 @@ def _with_system(messages: list, c: _Columns) -> list:
     if not k:
         return messages
     if not isinstance(c.full[k], str):
-        raise _Unreadable(f"{k} is not a string", f"it is a {type(c.full[k]).__name__}")
-    return (
-        [dict(role="system", content=c.take(k)), *messages]
-        if c.full[k].strip() and _role(messages[0] if messages else None) != "system"
-        else messages
-    )
+        raise _no_string(k, c.full[k])
+    if not c.full[k].strip() or _role(messages[0] if messages else None) == "system":
+        return messages
+    return [dict(role="system", content=c.take(k)), *messages]
 
 
-_said = lambda messages: "\n".join(
-    [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
-)
+def _said(messages: list[dict]) -> str:
+    parts = (x for m in messages for x in (m.get("reasoning_content"), m["content"]))
+    return "\n".join(filter(None, parts))
 
 # %% ../../nbs/data/01_readers.ipynb #de709ae7
 def parse_conversation(
@@ -2130,57 +1893,50 @@ def parse_conversation(
     c, how, tools = _columns(row), [], None
     try:
         _refuse(c, "conversation")
-        talk = _talk(c) or next(
-            (k for k in _TALKS[:2] if not _answered(c) and c.row.get(c.own(k)) is not None), None
-        )
-        if talk:
+        empty = (k for k in _TALKS[:2] if not _answered(c) and c.row.get(c.own(k)) is not None)
+        if talk := _talk(c) or next(empty, None):
             raw = _turns(c.take(talk), c.own(talk), c.extra)
-            # glaive
-            if (
-                isinstance(raw, list)
-                and _is_transcript(c.full.get(talk))
-                and isinstance(c.full.get("system"), str)
-            ):
+            glaive = _is_transcript(c.full.get(talk)) and isinstance(c.full.get("system"), str)
+            if glaive and isinstance(raw, list):
                 said, tools = _prompt_with_tools(c.take("system"))
                 raw = [dict(role="system", content=said), *raw]
         elif _in_fields(c):
-            if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1:
-                raise _Unreadable(
-                    "two questions",
-                    f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are there both, and"
-                    " one of them would be lost; make one field of them, or leave one out with"
-                    " columns (--map NAME=)",
-                )
-            asked, question, (answered, answer) = _asked(c), _question(c), _answer(c)
-            if not isinstance(question, list) or not isinstance(answer, list):
-                raise _Unreadable(
-                    "question or answer is no text",
-                    f"{c.own(asked)} is a "
-                    f"{type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a "
-                    f"{type(c.row[c.own(answered)]).__name__}",
-                )
-            if _is_blank(answer):
-                raise _Unreadable("empty answer", f"{c.own(answered)} is empty")
-            raw, how = question + answer, [f"{asked} and {answered} as a conversation"]
+            raw, how = _question_and_answer(c)
         else:
-            raise _Unreadable('no "conversations"', _advice(tuple(sorted(map(str, c.row)))))
-        messages, mended = _messages(
-            _with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw, extra=c.extra
-        )
-        if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+            raise _Unreadable('no "conversations"', c.advice())
+        if isinstance(raw, list):
+            raw = _with_system(_with_thoughts(c, raw), c)
+        messages, mended = _messages(raw, extra=c.extra)
+        if not _learned(messages):
             raise _Unreadable(
                 "nothing to learn", "no assistant says anything that is to be learned"
             )
         messages = _with_tools(messages, c.take("tools") if c.has("tools") else tools)
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
-    return _made(
-        c, number, "messages", text=_said(messages), messages=messages, mended=tuple(mended + how)
-    )
+        return e.row(number)
+    mended = tuple(mended + how)
+    return _made(c, number, "messages", text=_said(messages), messages=messages, mended=mended)
 
 
-def _is_blank(answer: list) -> bool:
-    return len(answer) == 1 and answer[0].get("content") == "" and len(answer[0]) == 2
+def _question_and_answer(c: _Columns) -> tuple[list, list[str]]:
+    "The messages of a row whose question and answer have columns of their own, and what to note."
+    asked = [k for k in _ASKED if k in c.full]
+    if len({str(c.full[k]).strip() for k in asked}) > 1:
+        raise _Unreadable(
+            "two questions",
+            f"{' and '.join(map(c.own, asked))} are there both, and one of them would be lost; make"
+            " one field of them, or leave one out with columns (--map NAME=)",
+        )
+    asked, question, (answered, answer) = _asked(c), _question(c), _answer(c)
+    if not isinstance(question, list) or not isinstance(answer, list):
+        what = lambda k: f"a {type(c.row[c.own(k)]).__name__}"
+        raise _Unreadable(
+            "question or answer is no text",
+            f"{c.own(asked)} is {what(asked)}, {c.own(answered)} {what(answered)}",
+        )
+    if len(answer) == 1 and answer[0].get("content") == "" and len(answer[0]) == 2:
+        raise _Unreadable("empty answer", f"{c.own(answered)} is empty")
+    return question + answer, [f"{asked} and {answered} as a conversation"]
 
 # %% ../../nbs/data/01_readers.ipynb #b5d1d465
 def _sides(c: _Columns) -> tuple[dict, list | None]:
@@ -2191,10 +1947,8 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
     good = c.has("chosen") or c.like("chosen") or c.some("chosen")
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
     if sides["rejected"] is None:
-        raise _Unreadable(
-            'no "rejected"' if good else 'no "chosen"',
-            _advice(tuple(sorted(map(str, c.row))), ("rejected" if good else "chosen",)),
-        )
+        missing = "rejected" if good else "chosen"
+        raise _Unreadable(f'no "{missing}"', c.advice(missing))
     if sides["chosen"] is not None:
         return sides, None
     if talk := _talk(c):  # ms-swift: a conversation, and another answer in place of its last one
@@ -2202,18 +1956,14 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
         if isinstance(messages, list) and _role(messages[-1]) == "assistant":
             return dict(sides, chosen=messages[-1:]), messages[:-1]
     if not c.has(*_ANSWERED, *_ANSWERED_ELSE):
-        raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ("chosen",)))
+        raise _Unreadable('no "chosen"', c.advice("chosen"))
     return dict(sides, chosen=_answer(c)[1]), None
 
 # %% ../../nbs/data/01_readers.ipynb #67f77c0d
 def _before(c: _Columns, answers: dict, before: list | None):
     "The messages that stand before both answers; none where the answers begin with the question."
-    asked = [
-        m.get("content", m.get("value"))
-        for v in answers.values()
-        for m in (v if isinstance(v, list) else ())
-        if _role(m) == "user"
-    ]
+    lists = [v for v in answers.values() if isinstance(v, list)]
+    asked = [m.get("content", m.get("value")) for v in lists for m in v if _role(m) == "user"]
     told = c.take("prompt") if asked and c.has("prompt") else None
     if before is None and not asked:
         before = _question(c)
@@ -2238,11 +1988,8 @@ def _side(c: _Columns, name: str, given, prompt) -> tuple[list[dict], list[str]]
             "prompt or answer is no text",
             f"{name} is a {type(given).__name__}, the prompt a {type(prompt).__name__}",
         )
-    made, how = _messages(
-        _with_system((prompt if answer[: len(prompt)] != prompt else []) + answer, c),
-        name,
-        c.extra,
-    )
+    whole = answer if answer[: len(prompt)] == prompt else prompt + answer
+    made, how = _messages(_with_system(whole, c), name, c.extra)
     if made[-1]["role"] != "assistant":
         raise _Unreadable("no answer", f"{name} ends with a message of the {made[-1]['role']}")
     return made, how
@@ -2257,16 +2004,9 @@ def parse_preference(
     try:
         _refuse(c, "preference")
         answers, before = _sides(c)
-        answers = {
-            k: (
-                _turns(v, k, c.extra)
-                if isinstance(v, list)
-                and not any(isinstance(m, dict) and _role(m) for m in v)
-                or _is_transcript(v)
-                else v
-            )
-            for k, v in answers.items()
-        }
+        for k, v in answers.items():
+            if isinstance(v, list) and not any(map(_role, v)) or _is_transcript(v):
+                answers[k] = _turns(v, k, c.extra)
         prompt = _before(c, answers, before)
         tools = c.take("tools") if c.has("tools") else None
         for k in "chosen", "rejected":
@@ -2275,16 +2015,9 @@ def parse_preference(
             mended |= {*how}
         _check_sides(*sides)
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
-    return _made(
-        c,
-        number,
-        "pair",
-        text=_said(sides[0]),
-        messages=sides[0],
-        rejected=sides[1],
-        mended=tuple(sorted(mended)),
-    )
+        return e.row(number)
+    facts = dict(zip(("messages", "rejected"), sides), mended=tuple(sorted(mended)))
+    return _made(c, number, "pair", text=_said(sides[0]), **facts)
 
 # %% ../../nbs/data/01_readers.ipynb #ae5ab4a6
 def _check_sides(chosen: list[dict], rejected: list[dict]):
@@ -2293,14 +2026,11 @@ def _check_sides(chosen: list[dict], rejected: list[dict]):
     They must answer something, too.
     """
     a, b = sorted((chosen, rejected), key=len)
+    if a == b:
+        raise _Unreadable("nothing to learn", "chosen and rejected are the same")
     if a == b[: len(a)]:
         raise _Unreadable(
-            "nothing to learn",
-            (
-                "chosen and rejected are the same"
-                if len(a) == len(b)
-                else "one of chosen and rejected is only the beginning of the other"
-            ),
+            "nothing to learn", "one of chosen and rejected is only the beginning of the other"
         )
     first = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
     if not a[first]["role"] == b[first]["role"] == "assistant":
@@ -2326,11 +2056,9 @@ def parse_text(
     piece, size, start, row = [], 0, block.numbers[0], None
     for number, raw in zip(block.numbers, block.lines):
         try:
-            line = raw.removeprefix(codecs.BOM_UTF8).decode().replace("\r\n", "\n")
-        except UnicodeDecodeError as e:
-            yield Row(
-                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
-            )
+            line = _utf8(raw.removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
+        except _Unreadable as e:
+            yield e.row(number)
             continue
         parts = line.split(EOS)
         for k, part in enumerate(parts):
@@ -2361,11 +2089,9 @@ def parse_lines(
     "Each line that is not blank, as a text of its own, without its line end."
     for number, raw in zip(block.numbers, block.lines):
         try:
-            line = raw.removeprefix(codecs.BOM_UTF8).decode().strip()
-        except UnicodeDecodeError as e:
-            yield Row(
-                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
-            )
+            line = _utf8(raw.removeprefix(codecs.BOM_UTF8)).strip()
+        except _Unreadable as e:
+            yield e.row(number)
             continue
         for part in map(str.strip, line.split(EOS)):
             if part:
@@ -2393,17 +2119,9 @@ def _plain_row(row: dict, number: int) -> Row | None:
     "A row of one column that is as it should be, which most are; None: look closer."
     ((name, x),) = row.items()
     if name == "text":
-        return (
-            Row(number, x, mended=_turn_marks(x), read="text")
-            if type(x) is str and EOS not in x and x.strip()
-            else None
-        )
-    if (
-        name not in _TALKS[:2]
-        or type(x) is not list
-        or not x
-        or not all(type(m) is dict and ("role" in m or "from" in m) for m in x)
-    ):
+        plain = type(x) is str and EOS not in x and x.strip()
+        return Row(number, x, mended=_turn_marks(x), read="text") if plain else None
+    if name not in _TALKS[:2] or not _are_messages(x):
         return None
     extra = set()
     try:
@@ -2411,7 +2129,7 @@ def _plain_row(row: dict, number: int) -> Row | None:
         messages = _with_tools(messages, None)
     except _Unreadable:
         return None
-    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+    if not _learned(messages):
         return None
     return Row(
         number,
@@ -2433,26 +2151,15 @@ def parse_row(
     try:
         values, mended = _read_json(line)
     except _Unreadable as e:
-        return [Row(number, reason=e.args[0], detail=e.args[1])]
+        return [e.row(number)]
     out = []
     for v in values:
-        if (
-            isinstance(v, list)
-            and v
-            and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
-        ):
+        if _are_messages(v):
             v = {"conversations": v}  # the messages alone
         if not isinstance(v, dict):
-            out.append(
-                Row(
-                    number,
-                    reason="not an object",
-                    detail=(
-                        'a row is {"text": …} or {"conversations": […]}; this is a'
-                        f" {type(v).__name__}"
-                    ),
-                )
-            )
+            kind = type(v).__name__
+            detail = f'a row is {{"text": …}} or {{"conversations": […]}}; this is a {kind}'
+            out.append(Row(number, reason="not an object", detail=detail))
             continue
         if "row_idx" in v and isinstance(v.get("row"), dict):
             v = v["row"]  # as a data set's viewer gives them
@@ -2513,23 +2220,19 @@ def reading(
     said = {}
     for path, t in table.items():
         rows = sorted(t["rows"].items(), key=lambda kv: -kv[1])
-        what = (
-            "; ".join(f"{how} ({n:,} rows)" if len(rows) > 1 else how for how, n in rows[:6])
-            + f"; and {len(rows) - 6} other layouts" * (len(rows) > 6)
-            or "no row that can be used"
-        )
         left = sorted(t["left_out"], key=lambda k: -t["left_out"][k])
+        what = "; ".join(f"{how} ({n:,} rows)" if len(rows) > 1 else how for how, n in rows[:6])
+        if len(rows) > 6:
+            what += f"; and {len(rows) - 6} other layouts"
+        what = what or "no row that can be used"
         if left:
-            what += f"; left out: {', '.join(left[:20])}" + f" and {len(left) - 20} more" * (
-                len(left) > 20
-            )
-        if t["guessed"]:
-            what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
-        elif t["encoding"] != "utf-8":
+            what += f"; left out: {', '.join(left[:20])}"
+        if len(left) > 20:
+            what += f" and {len(left) - 20} more"
+        if t["guessed"] or t["encoding"] != "utf-8":
             what += f"; read as {_called(t['encoding'])}"
+        if t["guessed"]:
+            what += ", which is a guess: encoding= names another"
         said.setdefault(what, []).append(Path(path).name)
-    return [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more files' if len(names) > 3 else ''}:"
-        f" {what}"
-        for what, names in said.items()
-    ]
+    more = lambda names: f" and {len(names) - 3} more files" if len(names) > 3 else ""
+    return [f"{', '.join(names[:3])}{more(names)}: {what}" for what, names in said.items()]
