@@ -309,13 +309,11 @@ def _encoding(head: bytes) -> tuple[str, bool]:
     return _guess(b"\n".join(other)), True
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a02
-_USUAL = {
-    kind: {e: usual for encodings, usual in table.items() for e in encodings.split()}
-    for kind, table in orjson.loads(
-        (package_files("minigpt.data") / "encodings.json").read_bytes()
-    ).items()
-}
-_TWO_BYTES, _ONE_BYTE, _LATIN = (_USUAL[k] for k in ("two bytes", "one byte", "Latin"))
+_USUAL = orjson.loads((package_files("minigpt.data") / "encodings.json").read_bytes())
+_TWO_BYTES, _ONE_BYTE, _LATIN = (
+    {e: usual for encodings, usual in _USUAL[kind].items() for e in encodings.split()}
+    for kind in ("two bytes", "one byte", "Latin")
+)
 
 # %% ../../nbs/data/01_readers.ipynb #fcb14084
 def _usual(data: bytes, encoding: str, share: float, chars: str) -> float:
@@ -350,7 +348,7 @@ def _guess(data: bytes) -> str:
         return name
     import charset_normalizer
 
-    known = [e for group in _USUAL.values() for e in group]
+    known = [*_TWO_BYTES, *_ONE_BYTE, *_LATIN]
     found = charset_normalizer.from_bytes(data, cp_isolation=known).best()
     return found.encoding if found else "cp1252"
 
@@ -445,8 +443,8 @@ def _layout(name: str, head: bytes) -> str:
     named = _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines"))
     if not named and not _is_json(text):
         return "text"
-    rows = _value(first) is not None and rest.lstrip().startswith(b"{")
-    if not rows and text.startswith(b"{") and _wrapper(text):
+    wrapped = text.startswith(b"{") and _wrapper(text)
+    if wrapped and not (_value(first) is not None and rest.lstrip().startswith(b"{")):
         return "inside"
     if first in (b"{", b"[", b"[{", b"[]"):
         return "objects"
@@ -491,37 +489,27 @@ def look_at(
         name, guessed = (encoding, False) if encoding else _encoding(head)
         decoder = codecs.getincrementaldecoder(name)("replace")
         text = decoder.decode(head).lstrip("\ufeff")
-        newline = _newline(
-            text, lambda: decoder.decode(f.read(1 << 20)) if f.tell() < LONGEST else ""
-        )
-    look = Look(
-        packed,
-        name,
-        newline,
-        _layout(
-            path.name,
-            (text.replace("\r", "\n") if newline == "CR" else text).encode("utf-8", "replace"),
-        ),
-        guessed,
-    )
+        more = lambda: decoder.decode(f.read(1 << 20)) if f.tell() < LONGEST else ""
+        newline = _newline(text, more)
+    lines = text.replace("\r", "\n") if newline == "CR" else text
+    layout = _layout(path.name, lines.encode("utf-8", "replace"))
     if head[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
-    if look.layout == "text" and (
-        found := next((what for pattern, what in _CONTENTS if pattern.match(text)), None)
-    ):
+    found = next((what for pattern, what in _CONTENTS if pattern.match(text)), None)
+    if layout == "text" and found:
         raise DataError(f"{path} is {found[0]}: {found[1]}")
     odd = sum(
         c == "\ufffd" or c < " " and c not in "\b\t\n\r\f\v\x1b" or "\x7f" <= c < "\xa0"
         for c in text
     )
-    if look.layout == "text" and odd > 0.1 * len(text):
+    if layout == "text" and odd > 0.1 * len(text):
         raise DataError(
             f"{path} is not text in any encoding that is known here: {odd / len(text):.0%} of its"
             " first characters are control characters, or none at all. Save a text as UTF-8, or"
             " name its encoding (encoding=); of numbers, such as the token ids in nanoGPT's"
             " train.bin, name the text that they were made from (input.txt)"
         )
-    return look
+    return Look(packed, name, newline, layout, guessed)
 
 # %% ../../nbs/data/01_readers.ipynb #a6bb6536
 def _translated(f, look: Look) -> Iterator[bytes]:
@@ -530,9 +518,8 @@ def _translated(f, look: Look) -> Iterator[bytes]:
     while data:
         data = f.read(1 << 20)
         text = decoder.decode(data, final=not data)
-        yield (text.replace("\r", "\n") if look.newline == "CR" else text).encode(
-            "utf-8", "replace"
-        )
+        lines = text.replace("\r", "\n") if look.newline == "CR" else text
+        yield lines.encode("utf-8", "replace")
 
 
 def open_data(
@@ -560,10 +547,8 @@ def no_tables(
     "A `DataError` for a table, of which the tabs would be learned as text."
     for f in files:
         if format != "lines" and _bare(f.name).endswith((".tsv", ".tab")):
-            raise DataError(
-                f"{f} is a table, whose tabs would be learned as text: "
-                + _TABLE.format("…, sep='\\t'")
-            )
+            todo = _TABLE.format("…, sep='\\t'")
+            raise DataError(f"{f} is a table, whose tabs would be learned as text: {todo}")
 
 
 def _matching(p: Path) -> list[Path]:
@@ -766,11 +751,11 @@ def read_blocks(
     look = look or look_at(path, encoding)
     numbers, lines, n = [], [], 0
     with open_data(path, look) as f, _damage(path, lambda: numbers[-1] if numbers else 0):
-        for number, line in (
-            _objects(f, path, look.layout == "inside")
-            if look.layout in ("objects", "inside")
-            else _lines(f, look.layout == "text")
-        ):
+        if look.layout in ("objects", "inside"):
+            rows = _objects(f, path, look.layout == "inside")
+        else:
+            rows = _lines(f, look.layout == "text")
+        for number, line in rows:
             if n >= size:
                 yield Block(path, numbers, lines, False, look.layout, columns)
                 numbers, lines, n = [], [], 0
@@ -836,8 +821,8 @@ def _depth(x) -> int:
     "Brackets within each other, up to 200."
     n, level = 0, [x]
     while level and n < 200:
-        open = (y for y in level if isinstance(y, (list, dict)))
-        level = [v for y in open for v in (y.values() if isinstance(y, dict) else y)]
+        nested = [y for y in level if isinstance(y, (list, dict))]
+        level = [v for y in nested for v in (y.values() if isinstance(y, dict) else y)]
         n += 1
     return n
 
@@ -1004,8 +989,8 @@ def _advice(keys: tuple[str, ...], wanted: str = "") -> str:
     "For a row whose layout is not known."
     usual = ["text", "messages", "conversations"]
     known = [*usual, *_ASKED, "input", *_ANSWERED, "chosen", "rejected"]
-    close = {k: difflib.get_close_matches(k.lower(), known, 1, 0.6) for k in keys}
-    near = [f"{k} is near {n[0]}" for k, n in close.items() if n and n[0] != k]
+    close = [(k, difflib.get_close_matches(k.lower(), known, 1, 0.6)) for k in keys]
+    near = [f"{k} is near {n[0]}" for k, n in close if n and n[0] != k]
     beside = f" ({'; '.join(near[:3])})" if near else ""
     how = "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
     if wanted:
@@ -1248,8 +1233,8 @@ ROLES = _by_name(
         " function response, 工具"
     ),
 )
-# the keys of a turn that name the speaker
-_SPEAKERS = {
+# of a turn whose keys name the speakers
+_ROLE_OF_KEY = {
     **ROLES,
     **dict.fromkeys(_ANSWERED + _ANSWERED_ELSE, "assistant"),
     **dict.fromkeys(_ASKED + _ASKED_ELSE, "user"),
@@ -1480,35 +1465,23 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     return {**m, "role": role, "content": content}
 
 # %% ../../nbs/data/01_readers.ipynb #fab9367c
-def _messages(raw, where: str = "", extra: set[str] | None = None) -> tuple[list[dict], list[str]]:
+def _messages(raw, extra: set[str], what: str = "conversations") -> tuple[list[dict], list[str]]:
     "Messages in one spelling, and what was mended; raises `_Unreadable`."
     if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw):
-        raise _Unreadable(
-            f"{where or 'conversations'} are not a list of messages", f"{str(raw)[:60]!r}"
-        )
-    messages, mended, extra, slow = [], [], set() if extra is None else extra, False
+        raise _Unreadable(f"{what} are not a list of messages", f"{str(raw)[:60]!r}")
+    messages, mended, slow = [], [], False
     for i, m in enumerate(raw, 1):
         role, content = m.get("role"), m.get("content")
-        if (
-            len(m) == 2
-            and role in _PLAIN
-            and type(content) is str
-            and "<" not in content
-            and (role != "assistant" or content.strip())
-        ):
+        plain = len(m) == 2 and role in _PLAIN and type(content) is str and "<" not in content
+        if plain and (role != "assistant" or content.strip()):
             messages.append(m)
             continue  # most are like this
         m, slow = _message(i, m, mended, extra), True
         said = m["content"]
-        if (
-            m["role"] == "tool"
-            and said.lstrip().startswith("<tool_response>")
-            and _RESPONSES.fullmatch(said)
-        ):
-            messages += [
-                {**m, "content": r.strip()}
-                for r in re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
-            ]
+        results = said.lstrip().startswith("<tool_response>") and _RESPONSES.fullmatch(said)
+        if m["role"] == "tool" and results:
+            parts = re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
+            messages += [{**m, "content": r.strip()} for r in parts]
             mended.append("tool_response without its marks, which are set again")
         elif (
             m.get("tool_calls")
@@ -1718,7 +1691,7 @@ def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
         low = _SAME.get(low, low)
         if _empty(v) or low in _UNLEARNED:
             continue
-        if role := _SPEAKERS.get(low):
+        if role := _ROLE_OF_KEY.get(low):
             out.append(dict(role=role, content=v))
         else:
             extra.add(f"{k} of {name}")
@@ -1906,7 +1879,7 @@ def parse_conversation(
             raise _Unreadable('no "conversations"', c.advice())
         if isinstance(raw, list):
             raw = _with_system(_with_thoughts(c, raw), c)
-        messages, mended = _messages(raw, extra=c.extra)
+        messages, mended = _messages(raw, c.extra)
         if not _learned(messages):
             raise _Unreadable(
                 "nothing to learn", "no assistant says anything that is to be learned"
@@ -1989,7 +1962,7 @@ def _side(c: _Columns, name: str, given, prompt) -> tuple[list[dict], list[str]]
             f"{name} is a {type(given).__name__}, the prompt a {type(prompt).__name__}",
         )
     whole = answer if answer[: len(prompt)] == prompt else prompt + answer
-    made, how = _messages(_with_system(whole, c), name, c.extra)
+    made, how = _messages(_with_system(whole, c), c.extra, name)
     if made[-1]["role"] != "assistant":
         raise _Unreadable("no answer", f"{name} ends with a message of the {made[-1]['role']}")
     return made, how
@@ -2016,7 +1989,7 @@ def parse_preference(
         _check_sides(*sides)
     except _Unreadable as e:
         return e.row(number)
-    facts = dict(zip(("messages", "rejected"), sides), mended=tuple(sorted(mended)))
+    facts = dict(messages=sides[0], rejected=sides[1], mended=tuple(sorted(mended)))
     return _made(c, number, "pair", text=_said(sides[0]), **facts)
 
 # %% ../../nbs/data/01_readers.ipynb #ae5ab4a6
@@ -2125,7 +2098,7 @@ def _plain_row(row: dict, number: int) -> Row | None:
         return None
     extra = set()
     try:
-        messages, mended = _messages(x, extra=extra)
+        messages, mended = _messages(x, extra)
         messages = _with_tools(messages, None)
     except _Unreadable:
         return None
