@@ -1026,12 +1026,17 @@ class _Columns:
 
     def like(self, kind: str) -> str | None:
         "The first that may be of this kind, and holds anything."
-        return next((n for n in self.full if kind in _like(n)), None)
+        for n in self.full:
+            if kind in _like(n):
+                return n
+        return None
 
     def some(self, *names: str) -> str | None:
         "The first that holds anything; else the first that is there."
+        if found := self.has(*names):
+            return found
         there = (n for n in names if n in self.names and self.row[self.names[n]] is not None)
-        return self.has(*names) or next(there, None)
+        return next(there, None)
 
     def take(self, name: str):
         "Its value, which is read now."
@@ -1074,8 +1079,9 @@ def _asked(c: _Columns) -> str | None:
 
 def _answered(c: _Columns) -> str | None:
     "The column with the answer."
-    short = "a" if c.has("q") and c.has("a") else None
-    return c.has(*_ANSWERED) or c.has(*_ANSWERED_ELSE) or short or c.some(*_ANSWERED)
+    if usual := c.has(*_ANSWERED) or c.has(*_ANSWERED_ELSE):
+        return usual
+    return "a" if c.has("q") and c.has("a") else c.some(*_ANSWERED)
 
 
 def _talk(c: _Columns) -> str | None:
@@ -1154,16 +1160,17 @@ def _refuse_parts(c: _Columns, kind: str):
 def _refuse(c: _Columns, kind: str):
     "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
     _refuse_parts(c, kind)
-    judges = lambda v: str(v).strip().lower().removesuffix(".0") in _GOOD | _BAD
-    labels = (k for k, v in c.full.items() if "label" in _like(k) and judges(v))
-    if kind == "conversation" and (k := next(labels, None)):
-        raise _Unreadable(
-            "answers with a label",
-            f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the label,"
-            f" or make pairs of chosen and rejected. To learn all alike: {c.without(k)}",
-        )
     for k, v in c.full.items():
-        if _unlearned(k, v):
+        judged = kind == "conversation" and "label" in _like(k)
+        if judged and str(v).strip().lower().removesuffix(".0") in _GOOD | _BAD:
+            raise _Unreadable(
+                "answers with a label",
+                f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the"
+                " label, or make pairs of chosen and rejected. To learn all alike:"
+                f" {c.without(k)}",
+            )
+    for k, v in c.full.items():
+        if k in _UNLEARNED and _unlearned(k, v):
             raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
 
 # %% ../../nbs/data/01_readers.ipynb #1d59e454
@@ -1426,8 +1433,8 @@ def _content_in(i: int, m: dict, had: dict):
     "What a message says, taken out of it; `had`: the message as it came, with what is null."
     names = "content", "value", "text"
     full = [k for k in names if not _empty(m.get(k))] or [k for k in names if k in had]
-    acts = any(m.get(k) for k in ("tool_calls", "function_call", "refusal"))
-    if not full and not acts and not any("thought" in _like(k) for k in m):
+    acts = "tool_calls", "function_call", "refusal"
+    if not full and not any(map(m.get, acts)) and not any("thought" in _like(k) for k in m):
         raise _Unreadable(
             "no content",
             f"message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under"
@@ -1478,8 +1485,8 @@ def _messages(raw, extra: set[str], what: str = "conversations") -> tuple[list[d
             continue  # most are like this
         m, slow = _message(i, m, mended, extra), True
         said = m["content"]
-        results = said.lstrip().startswith("<tool_response>") and _RESPONSES.fullmatch(said)
-        if m["role"] == "tool" and results:
+        results = m["role"] == "tool" and said.lstrip().startswith("<tool_response>")
+        if results and _RESPONSES.fullmatch(said):
             parts = re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
             messages += [{**m, "content": r.strip()} for r in parts]
             mended.append("tool_response without its marks, which are set again")
@@ -1854,8 +1861,8 @@ def _with_system(messages: list, c: _Columns) -> list:
 
 
 def _said(messages: list[dict]) -> str:
-    parts = (x for m in messages for x in (m.get("reasoning_content"), m["content"]))
-    return "\n".join(filter(None, parts))
+    parts = [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
+    return "\n".join(parts)
 
 # %% ../../nbs/data/01_readers.ipynb #de709ae7
 def parse_conversation(
