@@ -287,6 +287,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {
         f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in rooms())]
     } <= files.keys()
+    tables = {p.relative_to(ROOT).as_posix() for p in (ROOT / "minigpt").rglob("*.json")}
+    assert tables and tables <= files.keys()
     assert {n.split("/")[0] for n in files} == {"minigpt", info}
     assert not [n for n in files if n.endswith(".ipynb") or "test" in n]
 
