@@ -414,12 +414,13 @@ class _Tally:
 
     def result(self, files: list[Path], made: list[str], passed: list[str], counted: bool) -> dict:
         "The result, from the names of what was read, written and passed over."
+        n = max(1, self.kept)
         return dict(
             original_samples=self.read,
             processed_samples=self.kept,
-            quality_score=float(self.quality) / max(1, self.kept),
-            average_length=self.chars / max(1, self.kept),
-            average_tokens=self.tokens / max(1, self.kept) if counted else None,
+            quality_score=float(self.quality) / n,
+            average_length=self.chars / n,
+            average_tokens=self.tokens / n if counted else None,
             rejected=self.rejected,
             mended=self.mended,
             changes=dict(self.changes),

@@ -756,14 +756,10 @@ class Mixture:
 
     def passes(self, seq_len: int) -> list[float]:
         "How often each set comes round in an epoch."
-        return [
-            self.n_windows(seq_len) * c / 1000 / max(1, d.n_windows(seq_len))
-            for c, d in zip(self.counts, self.sets)
-        ]
+        n, parts = self.n_windows(seq_len), zip(self.counts, self.sets)
+        return [n * c / 1000 / max(1, d.n_windows(seq_len)) for c, d in parts]
 
-    def _gather(
-        self, which: np.ndarray, take: Callable[[TokenSet, np.ndarray], dict], seq_len: int
-    ):
+    def _gather(self, which: np.ndarray, take: Callable, seq_len: int) -> dict[str, np.ndarray]:
         "Sequences of several sets, each at its place. Windows of a text have one row."
         out = {}
         for s in np.unique(which):
@@ -1053,10 +1049,8 @@ def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
         s = f.stat()
         facts = dict(path=str(f), size=s.st_size, mtime_ns=s.st_mtime_ns)
         same = [k for k in known if all(k[x] == facts[x] for x in ("size", "mtime_ns"))]
-        old = next(
-            (k for k in same if k["path"] == facts["path"]),
-            same[0] if len({k["xxh3"] for k in same}) == 1 else None,
-        )
+        only = same[0] if len({k["xxh3"] for k in same}) == 1 else None
+        old = next((k for k in same if k["path"] == facts["path"]), only)
         out.append({**facts, "xxh3": old["xxh3"] if old else hash_file(f)})
     return out
 
@@ -1104,11 +1098,8 @@ def same_rules(
     tok: Tokenizer,
 ) -> bool:
     "Would its ids come out the same today?"
-    return (
-        meta.get("rules", 1) == tok.rules
-        or meta.get("kind", "text") == "text"
-        and not any(tok.adds)
-    )
+    text = meta.get("kind", "text") == "text"
+    return meta.get("rules", 1) == tok.rules or text and not any(tok.adds)
 
 # %% ../../nbs/data/06_tokensets.ipynb #1b858f5a
 def _beside(out: Path) -> Iterator[Path]:
@@ -1159,15 +1150,13 @@ def _use_again(
 
 # %% ../../nbs/data/06_tokensets.ipynb #126f62b8
 def _check_options(options: _Options, on_bad_row: str, long_rows: str | None):
-    if not 0 <= options.validation_split < 1:
+    if not 0 <= (share := options.validation_split) < 1:
         raise ValueError(
-            f"validation_split={options.validation_split} must be at least 0 and below 1: it is a"
-            " share of the texts"
+            f"validation_split={share} must be at least 0 and below 1: it is a share of the texts"
         )
-    if not 0 < options.data_subset <= 1:
+    if not 0 < (share := options.data_subset) <= 1:
         raise ValueError(
-            f"data_subset={options.data_subset} must be above 0 and at most 1: it is a share of the"
-            " rows"
+            f"data_subset={share} must be above 0 and at most 1: it is a share of the rows"
         )
     if (n := options.max_data_size) < 0:
         raise ValueError(f"max_data_size={n} must be a number of rows, or 0 for all")
@@ -1213,13 +1202,11 @@ class _Sides:
         count_refused(self.mended, block, mended)
 
     def close(self, long_rows: str | None, facts: dict):
-        counted = dict(
-            refused=self.refused, mended=self.mended, read=self.table, n_good=self.n_good
-        )
+        rows = dict(refused=self.refused, mended=self.mended, read=self.table, n_good=self.n_good)
         if long_rows and self.kind != "text":
-            counted["long_rows"] = long_rows
+            rows["long_rows"] = long_rows
         for side in self.sides:
-            side.close(**counted, **facts)
+            side.close(**rows, **facts)
         if not self.sides[0].n:  # the only texts there are were held out: they are to be trained on
             for a, b in ("train", "none"), ("valid", "train"), ("none", "valid"):
                 (self.path / a).rename(self.path / b)
