@@ -312,14 +312,11 @@ def _output(out: str | Path | None) -> Path:
     return out
 
 # %% ../../nbs/data/07_preparation.ipynb #22d46844
-def _is_file(out: Path) -> bool:
-    return out.suffix in (".jsonl", ".json")
-
-
 def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
     "The file that each of the files is written to; an error where that would destroy something."
     stem = lambda f: f.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[0] + ".jsonl"
-    targets = [out] * len(files) if _is_file(out) else [out / stem(f) for f in files]
+    one = out.suffix in (".jsonl", ".json")
+    targets = [out] * len(files) if one else [out / stem(f) for f in files]
     for t in targets:
         if t.exists() and t.resolve() in [x.resolve() for x in files]:
             raise DataError(f"{t} is one of the files that are read; name another output")
@@ -330,7 +327,7 @@ def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
                 f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to"
                 " replace it when the new one is whole"
             )
-    if len({*targets}) < len(files) and not _is_file(out):
+    if len({*targets}) < len(files) and not one:
         raise DataError(
             f"two of the files would be written as one: {', '.join(map(str, files))}; rename one,"
             " or prepare them one after the other"
