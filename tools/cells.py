@@ -16,6 +16,7 @@ CLASSES = (
     "Backup",
     "CheckpointStore",
     "ChatBox",
+    "ChatSet",
     "CheckpointExplorer",
     "Comparison",
     "DecodeStep",
@@ -26,6 +27,7 @@ CLASSES = (
     "LiveLoss",
     "Mixture",
     "Muon",
+    "TokenSet",
     "Trainer",
     "Writer",
 )

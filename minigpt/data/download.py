@@ -75,10 +75,9 @@ class _Job:
 
     def __post_init__(self):
         self.to = Path(self.to)
-        self.part, self.note, self.record = (
-            self.to.with_name(n.format(self.to.name))
-            for n in ("{}.part", ".{}.part.json", ".{}.source.json")
-        )
+        name = self.to.name
+        names = f"{name}.part", f".{name}.part.json", f".{name}.source.json"
+        self.part, self.note, self.record = map(self.to.with_name, names)
         if self.to.is_dir():
             raise DownloadError(
                 f"{self.to} is a folder; name the file to write, such as {self.to / 'data.jsonl'}"
@@ -107,15 +106,11 @@ class _Job:
 
     def here(self) -> bool:
         "Is the target there, and right by what was asked for or else recorded?"
-        asked = {
-            k: v for k, v in {"size": self.size, "sha256": self.digest}.items() if v is not None
-        }
-        known = self.read(self.record) | asked
-        return (
-            bool(known)
-            and self.to.exists()
-            and not _wrong(self.to, known.get("size"), known.get("sha256"))
-        )
+        asked = dict(size=self.size, sha256=self.digest)
+        known = self.read(self.record) | {k: v for k, v in asked.items() if v is not None}
+        if not known or not self.to.exists():
+            return False
+        return not _wrong(self.to, known.get("size"), known.get("sha256"))
 
 # %% ../../nbs/data/02_download.ipynb #952ef29e
 _WAITS = (1, 2, 4, 8, 16)  # Seconds before another try, when the one before brought nothing new
@@ -146,20 +141,17 @@ class _Hops(HTTPRedirectHandler):
         self.said |= {k.lower(): v for k, v in headers.items() if k.lower().startswith("x-linked")}
         new = super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
         if new and urlsplit(newurl)[:2] == urlsplit(req.full_url)[:2]:
-            new.unredirected_hdrs.update(
-                {k: v for k, v in req.unredirected_hdrs.items() if k == "Authorization"}
-            )
+            sent = req.unredirected_hdrs.items()
+            new.unredirected_hdrs.update({k: v for k, v in sent if k == "Authorization"})
         return new
 
 
 def _seconds(said: str | None) -> float | None:
     "`Retry-After`, which is a number or a date."
     try:
-        return (
-            float(said)
-            if re.fullmatch(r"\d+", said or "")
-            else max(0, parsedate_to_datetime(said).timestamp() - time.time())
-        )
+        if re.fullmatch(r"\d+", said or ""):
+            return float(said)
+        return max(0, parsedate_to_datetime(said).timestamp() - time.time())
     except (TypeError, ValueError):
         return None
 
@@ -181,10 +173,9 @@ def _page(res, text: bytes = b"") -> bytes:
 
 def _refusal(job: _Job, e: HTTPError) -> Exception:
     "What an answer above 400 means."
+    answer = f"the server answers {e.code} ({e.reason})"
     if e.code in (408, 429) or e.code >= 500:
-        return _Again(
-            f"the server answers {e.code} ({e.reason})", _seconds(e.headers.get("Retry-After"))
-        )
+        return _Again(answer, _seconds(e.headers.get("Retry-After")))
     if e.code == 416:
         job.forget()
         return _Again("the part here is longer than the file there", 0)
@@ -198,9 +189,7 @@ def _refusal(job: _Job, e: HTTPError) -> Exception:
             f"{e.code}, there is nothing at this address; compare it letter by letter with the page"
             f" it was copied from, and look whether the file was renamed or removed.{said}"
         )
-    return job.error(
-        f"the server answers {e.code} ({e.reason}); open the address in a browser to see why.{said}"
-    )
+    return job.error(f"{answer}; open the address in a browser to see why.{said}")
 
 # %% ../../nbs/data/02_download.ipynb #d90a3c72
 def _answer(
@@ -211,21 +200,12 @@ def _answer(
     "Ask for the file, or the rest of it, through any page that stands before it."
     url, hops = job.url, _Hops()
     opener = build_opener(hops, HTTPCookieProcessor())
+    headers = {"User-Agent": "Mozilla/5.0 (minigpt)"}
+    headers |= {"Accept-Encoding": "identity", "Accept-Language": "en"}
+    if done:
+        headers |= {"Range": f"bytes={done}-"} | ({"If-Range": version} if version else {})
     for _ in range(3):
-        ask = (
-            {"Range": f"bytes={done}-", **({"If-Range": version} if version else {})}
-            if done
-            else {}
-        )
-        req = Request(
-            url,
-            headers={
-                "User-Agent": "Mozilla/5.0 (minigpt)",
-                "Accept-Encoding": "identity",
-                "Accept-Language": "en",
-                **ask,
-            },
-        )
+        req = Request(url, headers=headers)
         if job.token and url == job.url:
             req.add_unredirected_header("Authorization", f"Bearer {job.token}")
         try:
@@ -233,9 +213,8 @@ def _answer(
         except HTTPError as e:
             raise _refusal(job, e) from None
         except (OSError, HTTPException) as e:
-            raise _Again(
-                f"no answer ({getattr(e, 'reason', None) or e or type(e).__name__})"
-            ) from None
+            why = getattr(e, "reason", None) or e or type(e).__name__
+            raise _Again(f"no answer ({why})") from None
         head = b"" if res.status == 206 else _read(res)
         if job.to.suffix in (".html", ".htm") or not _PAGE.match(head):
             return res, head, {k.lower(): v for k, v in res.headers.items()} | hops.said
@@ -252,6 +231,11 @@ def _answer(
     )
 
 # %% ../../nbs/data/02_download.ipynb #c425e12a
+def _have(job: _Job) -> int:
+    "Bytes of it that have arrived."
+    return job.part.stat().st_size if job.part.exists() else 0
+
+
 def _room(path: Path) -> float:
     "Free bytes where a file is to go; infinity, where the file system does not tell."
     try:
@@ -266,23 +250,18 @@ def _facts(res, said: dict) -> tuple:  # Response and headers
     First byte and length of the whole, the version's name, its size and hash as the hub says
     them.
     """
-    span = (
-        re.match(r"bytes (\d+)-\d+/(\d+)$", said.get("content-range", ""))
-        if res.status == 206
-        else None
-    )
-    length = int(said["content-length"]) if said.get("content-length", "").isdigit() else None
-    first, total = (
-        (int(span[1]), int(span[2])) if span else (0, length if res.status != 206 else None)
-    )
+    number = lambda name: int(n) if (n := said.get(name, "")).isdigit() else None
+    first, total = 0, number("content-length")
+    if res.status == 206:
+        span = re.match(r"bytes (\d+)-\d+/(\d+)$", said.get("content-range", ""))
+        first, total = (int(span[1]), int(span[2])) if span else (0, None)
     tag = said.get("etag", "")
     version = tag if tag and not tag.startswith("W/") else said.get("last-modified")
-    name = re.fullmatch(
-        '(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?',
-        said.get("x-linked-etag") or (tag if "x-repo-commit" in said and len(tag) < 50 else ""),
-    )
-    size = said.get("x-linked-size", "")
-    return first, total, version, int(size) if size.isdigit() else total, name and name[1]
+    blob = tag if "x-repo-commit" in said and len(tag) < 50 else ""
+    found = said.get("x-linked-etag") or blob
+    digest = re.fullmatch('(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?', found)
+    size = number("x-linked-size")
+    return first, total, version, total if size is None else size, digest and digest[1]
 
 # %% ../../nbs/data/02_download.ipynb #49a6267d
 def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size and its hash
@@ -291,23 +270,15 @@ def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size an
     It gives the target in place of the part where that is right already.
     """
     note = job.read(job.note)
-    version = note.get("version")
-    done = (
-        job.part.stat().st_size
-        if job.part.exists() and (version or job.digest or note.get("digest")) and note
-        else 0
-    )
+    version, known = note.get("version"), job.digest or note.get("digest")
+    done = _have(job) if note and (version or known) else 0
     if done and done == note.get("size"):
-        return job.part, job.size, job.digest or note.get("digest")
+        return job.part, job.size, known
     res, chunk, said = _answer(job, done, version)
     with res:
         first, total, now, size, digest = _facts(res, said)
-        if res.status == 206 and (
-            first != done
-            or total is None
-            or now != version
-            or (digest and note.get("digest") not in (None, digest))
-        ):
+        other = digest and note.get("digest") not in (None, digest)
+        if res.status == 206 and (first != done or total is None or now != version or other):
             job.forget()
             raise _Again("the file has changed there since its first part was fetched", 0)
         if digest and not job.digest and job.to.exists() and not _wrong(job.to, size, digest):
@@ -326,9 +297,8 @@ def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size an
             )
         done, bar.n, bar.total = first, first, size
         with open(no_link(job.part), "ab") if done else open_new(job.part, -1) as f:
-            write_json(
-                job.note, {"source": job.source, "version": now, "size": size, "digest": digest}
-            )
+            facts = {"source": job.source, "version": now, "size": size, "digest": digest}
+            write_json(job.note, facts)
             while chunk := chunk or _read(res):
                 if os.fstat(f.fileno()).st_size != done:
                     raise job.error(
@@ -345,18 +315,11 @@ def _once(job: _Job, bar: tqdm) -> tuple:  # The part or the target; its size an
     return job.part, size, digest
 
 # %% ../../nbs/data/02_download.ipynb #576420a2
-def _have(job: _Job) -> int:
-    "Bytes of it that have arrived."
-    return job.part.stat().st_size if job.part.exists() else 0
-
-
 def _pause(job: _Job, e: _Again, tries: int) -> float:
     "Seconds to wait after so many tries that brought nothing; raises where it is time to give up."
-    kept = (
-        f"; {human_size(have)} of it are kept, and the next call goes on from there"
-        if (have := _have(job))
-        else ""
-    )
+    kept = ""
+    if have := _have(job):
+        kept = f"; {human_size(have)} of it are kept, and the next call goes on from there"
     if (e.wait or 0) > _PATIENCE:
         raise job.error(
             f"{e}, and asks to wait for {human_time(e.wait)}; call again after that{kept}"
@@ -398,32 +361,22 @@ def _settle(job: _Job, got: Path, size: int | None, digest: str | None):
             " back, the file there was changed, or the size and hash asked for are of another one"
         )
     fsync(got)
-    write_json(
-        job.record,
-        {
-            "source": job.source,
-            "url": job.url,
-            "size": got.stat().st_size,
-            "sha256": digest if len(digest or "") == 64 else _digest(got, ""),
-        },
-    )
+    record = {"source": job.source, "url": job.url, "size": got.stat().st_size}
+    record["sha256"] = digest if len(digest or "") == 64 else _digest(got, "")
+    write_json(job.record, record)
     if got == job.part:
         os.replace(got, job.to)
         fsync(job.to.parent)
     job.forget()
 
 
-def _fetch(
-    job: _Job,  # The file
-    progress: bool,  # Show a bar?
-) -> Path:  # The target
+def _fetch(job: _Job, progress: bool) -> Path:
     "Try until the file is whole, check it, and put it in its place."
     if job.here():
         return job.to
     job.to.parent.mkdir(exist_ok=True)  # not its parents: a Drive that is not mounted is no place
-    with tqdm(
-        desc=job.to.name, unit="B", unit_scale=True, unit_divisor=1024, disable=not progress
-    ) as bar:
+    shown = dict(desc=job.to.name, unit="B", unit_scale=True, unit_divisor=1024)
+    with tqdm(**shown, disable=not progress) as bar:
         arrived = _persist(job, bar)
         bar.set_postfix_str("")
     _settle(job, *arrived)
@@ -465,26 +418,16 @@ def fetch_hub(
     """
     if repo_type not in _KINDS:
         raise ValueError(f"repo_type={repo_type!r} must be one of {', '.join(_KINDS)}")
-    base = (
-        f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}"
-        f"/{_KINDS[repo_type]}{repo}"
-    )
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    base = f"{hub}/{_KINDS[repo_type]}{repo}"
     denied = (
         "the repository is private, wants its terms accepted, or has another name (the hub answers"
         f" alike): open {base}, accept the terms there, and set HF_TOKEN to a token of yours"
     )
-    return _fetch(
-        _Job(
-            f"{base}/resolve/{quote(revision, safe='')}/{quote(filename)}",
-            to,
-            f"hf:{repo_type}:{repo}@{revision}/{filename}",
-            size,
-            sha256,
-            os.environ.get("HF_TOKEN"),
-            denied,
-        ),
-        progress,
-    )
+    url = f"{base}/resolve/{quote(revision, safe='')}/{quote(filename)}"
+    source = f"hf:{repo_type}:{repo}@{revision}/{filename}"
+    job = _Job(url, to, source, size, sha256, os.environ.get("HF_TOKEN"), denied)
+    return _fetch(job, progress)
 
 # %% ../../nbs/data/02_download.ipynb #f6219fee
 _DRIVE = "https://drive.google.com/uc?export=download&id="
@@ -502,9 +445,8 @@ def _drive_page(job: _Job, page: bytes) -> str:
     try:
         return get_url_from_gdrive_confirmation(text)
     except Exception as e:
-        said = " ".join(
-            html.unescape(re.sub(r"(?is)<(script|style).*?</\1>|<[^>]+>", " ", text)).split()
-        ) or str(e)  # its classes differ between versions
+        plain = re.sub(r"(?is)<(script|style).*?</\1>|<[^>]+>", " ", text)
+        said = " ".join(html.unescape(plain).split()) or str(e)  # its classes differ
     copy = (
         "make a copy in your own Drive (File > Make a copy), mount Drive, and use the path of the"
         " copy"
@@ -547,10 +489,9 @@ def fetch_drive(
         "permission denied; its owner can share it with everyone (Share > General access > Anyone"
         " with the link), or mount Drive and use the path of the file"
     )
-    return _fetch(
-        _Job(_DRIVE + name, to, f"drive:{name}", size, sha256, denied=denied, page=_drive_page),
-        progress,
-    )
+    source = f"drive:{name}"
+    job = _Job(_DRIVE + name, to, source, size, sha256, denied=denied, page=_drive_page)
+    return _fetch(job, progress)
 
 # %% ../../nbs/data/02_download.ipynb #910578b8
 def get(

@@ -31,7 +31,6 @@ from minigpt.data.quality import (
 from minigpt.data.readers import (
     Block,
     DataError,
-    Look,
     Row,
     count_read,
     data_files,
@@ -43,7 +42,7 @@ from minigpt.data.readers import (
     reading,
 )
 from .registry import data_dir, locate
-from .tokensets import check_text, count_refused, sample_texts
+from .tokensets import check_text, count_refused, refusals, sample_texts
 from ..tokenizer.bpe import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
 
 # %% ../../nbs/data/07_preparation.ipynb #489a879e
@@ -63,12 +62,8 @@ def split_text(
         size = len(piece) + len(piece) // 8 + 1  # the next one may be a little longer
         if len(piece) < len(rest):
             for ends in _ENDS:
-                if at := max(
-                    piece.rfind(e, len(piece) // 2) + len(e)
-                    if piece.rfind(e, len(piece) // 2) >= 0
-                    else 0
-                    for e in ends
-                ):
+                found = ((piece.rfind(e, len(piece) // 2), len(e)) for e in ends)
+                if at := max(i + n if i >= 0 else 0 for i, n in found):
                     piece = piece[:at]
                     break
         out.append(piece)
@@ -96,13 +91,10 @@ def _spoken(m: dict) -> dict:
     thought, content = m.get("reasoning_content"), m["content"]
     text = (f"<think>\n{thought}\n</think>\n\n" if thought else "") + content
     for c in chat_messages([m])[0][0].get("tool_calls", ()):
-        text += (
-            ("\n" if text else "") + "<tool_call>\n" + orjson.dumps(c).decode() + "\n</tool_call>"
-        )
-    return {
-        **{k: v for k, v in m.items() if k not in ("reasoning_content", "tool_calls")},
-        "content": text,
-    }
+        gap = "\n" if text else ""
+        text += f"{gap}<tool_call>\n{orjson.dumps(c).decode()}\n</tool_call>"
+    kept = {k: v for k, v in m.items() if k not in ("reasoning_content", "tool_calls")}
+    return {**kept, "content": text}
 
 # %% ../../nbs/data/07_preparation.ipynb #492402ea
 def _gap(white: str) -> str:
@@ -158,11 +150,9 @@ def _useless(row: Row) -> Row | None:
     if row.rejected and row.messages == row.rejected:
         why = "chosen and rejected are the same after cleaning"
         return Row(row.line, reason="nothing to learn", detail=why)
-    if any(
-        m["role"] == "assistant"
-        and not (m["content"] or m.get("tool_calls") or m.get("reasoning_content"))
-        for m in (row.messages or []) + (row.rejected or [])
-    ):
+    says = lambda m: m["content"] or m.get("tool_calls") or m.get("reasoning_content")
+    messages = (row.messages or []) + (row.rejected or [])
+    if any(m["role"] == "assistant" and not says(m) for m in messages):
         return Row(row.line, reason="empty after cleaning", detail=f"an answer has {_BLANK}")
     return None
 
@@ -228,6 +218,17 @@ def _line(row: Row, marks: bool) -> bytes:
     return orjson.dumps(made, option=orjson.OPT_APPEND_NEWLINE)
 
 # %% ../../nbs/data/07_preparation.ipynb #6ddfb0b5
+@dataclass(frozen=True)
+class _Options:
+    "As `prepare` was told."
+
+    format: str | None
+    tok: Tokenizer | None  # That counts
+    max_seq_len: int
+    marks: bool  # `add_special_tokens`
+    near: bool  # `near_duplicates`
+
+
 @dataclass
 class _Prepared:
     "The rows of a block: arrays and lists with an entry for each, and what happened on the way."
@@ -250,26 +251,14 @@ class _Prepared:
         "The lines to write, without the rows that are `low`."
         # not where the piece that follows is left out
         goes_on = ~self.ends & ~np.append(low[1:], False)
-        return b"".join(
-            [
-                _continued(l) if more else l
-                for l, no, more in zip(self.lines, low, goes_on)
-                if not no
-            ]
-        )
+        lines = zip(self.lines, low, goes_on)
+        return b"".join([_continued(l) if more else l for l, no, more in lines if not no])
 
 # %% ../../nbs/data/07_preparation.ipynb #cc10bb14
-def _prepare_block(
-    block: Block,
-    format: str | None,
-    tok: Tokenizer | None,
-    max_seq_len: int,
-    marks: bool,
-    near: bool,
-) -> _Prepared:
+def _prepare_block(block: Block, how: _Options) -> _Prepared:
     "Worker: the rows of a block, ready to be written."
     changes, good, bad, read, mended, kinds, goes_on = Counter(), [], [], 0, [], [], False
-    for row in parse_block(block, format):
+    for row in parse_block(block, how.format):
         read += 1
         if row.reason:
             bad.append(row)
@@ -281,7 +270,7 @@ def _prepare_block(
         if refused := _useless(row):
             bad.append(refused)
             continue
-        for made, n in _fitted(row, tok, max_seq_len, changes):
+        for made, n in _fitted(row, how.tok, how.max_seq_len, changes):
             if made.reason:
                 bad.append(made)
             else:
@@ -293,14 +282,14 @@ def _prepare_block(
         bad=bad,
         mended=mended,
         changes=changes,
-        lines=[_line(r, marks) for r in rows],
+        lines=[_line(r, how.marks) for r in rows],
         numbers=[r.line for r in rows],
         ends=np.array([r.ends for r in rows], bool),
         tokens=np.array([n for _, n in good], np.int64),
         chars=np.array([len(r.text) for r in rows], np.int64),
         keys=np.array([row_key(r) for r in rows], np.uint64),
         terms=score(rows) if rows else np.ones((0, len(TERMS))),
-        near=band_keys([r.text for r in rows]) if near and rows else None,
+        near=band_keys([r.text for r in rows]) if how.near and rows else None,
     )
 
 # %% ../../nbs/data/07_preparation.ipynb #2e26b7b5
@@ -323,14 +312,11 @@ def _output(out: str | Path | None) -> Path:
     return out
 
 # %% ../../nbs/data/07_preparation.ipynb #22d46844
-def _is_file(out: Path) -> bool:
-    return out.suffix in (".jsonl", ".json")
-
-
 def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
     "The file that each of the files is written to; an error where that would destroy something."
     stem = lambda f: f.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[0] + ".jsonl"
-    targets = [out] * len(files) if _is_file(out) else [out / stem(f) for f in files]
+    one = out.suffix in (".jsonl", ".json")
+    targets = [out] * len(files) if one else [out / stem(f) for f in files]
     for t in targets:
         if t.exists() and t.resolve() in [x.resolve() for x in files]:
             raise DataError(f"{t} is one of the files that are read; name another output")
@@ -341,7 +327,7 @@ def _targets(files: list[Path], out: Path, overwrite: bool) -> list[Path]:
                 f"{t} exists already; name another output, or pass overwrite=True (--overwrite) to"
                 " replace it when the new one is whole"
             )
-    if len({*targets}) < len(files) and not _is_file(out):
+    if len({*targets}) < len(files) and not one:
         raise DataError(
             f"two of the files would be written as one: {', '.join(map(str, files))}; rename one,"
             " or prepare them one after the other"
@@ -419,14 +405,19 @@ class _Tally:
         self.tokens += int(w.tokens[~low].sum())
         return low
 
+    def nothing_left(self, files: list[Path]) -> DataError:
+        why = "; ".join(refusals({k: v}) for k, v in self.rejected.items()) or "no rows"
+        return DataError(f"nothing of {', '.join(map(str, files))} is left: {why}")
+
     def result(self, files: list[Path], made: list[str], passed: list[str], counted: bool) -> dict:
         "The result, from the names of what was read, written and passed over."
+        n = max(1, self.kept)
         return dict(
             original_samples=self.read,
             processed_samples=self.kept,
-            quality_score=float(self.quality) / max(1, self.kept),
-            average_length=self.chars / max(1, self.kept),
-            average_tokens=self.tokens / max(1, self.kept) if counted else None,
+            quality_score=float(self.quality) / n,
+            average_length=self.chars / n,
+            average_tokens=self.tokens / n if counted else None,
             rejected=self.rejected,
             mended=self.mended,
             changes=dict(self.changes),
@@ -469,49 +460,27 @@ def _appearing(
                 hidden(t, "tmp").unlink()
 
 # %% ../../nbs/data/07_preparation.ipynb #e0b89ceb
-def _blocks(
-    pairs: Iterable[tuple[Path, Path | None]], looks: dict[Path, Look], columns: dict | None
-) -> Iterator[tuple[Path | None, Block]]:
-    "The blocks of each file, with its target."
-    return ((t, b) for f, t in pairs for b in read_blocks(f, look=looks[f], columns=columns))
-
-
 def _write_blocks(
     blocks: Iterable[tuple[Path | None, Block]],  # Targets, and what is to be written there
-    how: tuple,  # What else `_prepare_block` is given
+    options: _Options,
     tally: _Tally,
     opened: dict,  # Target → file
     stop: bool,  # At the first row that is refused?
     threads: int,
-    files: list[Path],  # That are read
-    total: int,  # Their bytes
-    progress: bool,
+    bar: tqdm,
 ):
     "Prepare the blocks side by side, and write what is kept."
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        desc="preparing" if opened else "validating",
-        disable=not progress or total < 8e6,
-        leave=False,
-    ) as bar:
-        work = lambda tb: _prepare_block(tb[1], *how)
-        for (target, block), w in spread(work, blocks, threads, total > 16e6):
-            if w.bad and stop:
-                raise DataError(
-                    f"{block.path} line {w.bad[0].line}: {w.bad[0].reason}."
-                    f" {w.bad[0].detail}. Mend the row, or pass on_bad_row='skip'"
-                )
-            low = tally.add(block, w)
-            if target:
-                opened[target].write(w.written(low))
-            bar.update(min(block.size, total - bar.n))
-    if opened and not tally.kept:
-        why = "; ".join(
-            f"{v['count']:,} × {k} ({v['examples'][0]})" for k, v in tally.rejected.items()
-        )
-        raise DataError(f"nothing of {', '.join(map(str, files))} is left: {why or 'no rows'}")
+    work = lambda tb: _prepare_block(tb[1], options)
+    for (target, block), w in spread(work, blocks, threads, bar.total > 16e6):
+        if w.bad and stop:
+            raise DataError(
+                f"{block.path} line {w.bad[0].line}: {w.bad[0].reason}."
+                f" {w.bad[0].detail}. Mend the row, or pass on_bad_row='skip'"
+            )
+        low = tally.add(block, w)
+        if target:
+            opened[target].write(w.written(low))
+        bar.update(min(block.size, bar.total - bar.n))
 
 # %% ../../nbs/data/07_preparation.ipynb #4e9dacf1
 def prepare(
@@ -558,12 +527,18 @@ def prepare(
     looks = {f: look_at(f, encoding) for f in files}
     tally = _Tally(read_table(looks), _Judge(min_quality if quality_filter else 0))
     tok = _counting(tokenizer, max_seq_len > 0, files, format, encoding=encoding, columns=columns)
-    how = format, tok, max_seq_len, add_special_tokens, near_duplicates
-    blocks = _blocks(zip(files, targets), looks, columns)
+    options = _Options(format, tok, max_seq_len, add_special_tokens, near_duplicates)
+    read = lambda f: read_blocks(f, look=looks[f], columns=columns)
+    blocks = ((t, b) for f, t in zip(files, targets) for b in read(f))
     total = sum(f.stat().st_size for f in files)
     stop, threads = on_bad_row == "error", threads or os.cpu_count() or 1
+    silent, doing = not progress or total < 8e6, "validating" if validate_only else "preparing"
+    shown = dict(total=total, unit="B", unit_scale=True, desc=doing, leave=False, disable=silent)
     with _appearing(targets, out) as (opened, made):
-        _write_blocks(blocks, how, tally, opened, stop, threads, files, total, progress)
+        with tqdm(**shown) as bar:
+            _write_blocks(blocks, options, tally, opened, stop, threads, bar)
+        if opened and not tally.kept:
+            raise tally.nothing_left(files)
     result = tally.result(files, made, passed, tok is not None)
     if analyze:
         result["report"] = _analyze(made or files, tok, progress=progress)
@@ -574,27 +549,22 @@ def prepare_summary(
     result: dict,  # Of `prepare`
 ) -> str:
     "What was done, in a few lines."
-    r, lines = result, []
-    lines.append(
-        f"{r['processed_samples']:,} rows from {r['original_samples']:,}"
-        + (
-            f", in {r['output']}"
-            if r["output"]
-            else "; nothing was written" + "; to write them, name an output" * ("report" in r)
-        )
-    )
-    lines.append(
-        f"quality {r['quality_score']:.3f}; {r['average_length']:,.0f} characters"
-        + (f", {r['average_tokens']:,.0f} tokens" if r["average_tokens"] else "")
-        + " on average"
-    )
-    lines += [*reading(r["read"]), *r["passed_over"]]
-    for what in "rejected", "mended":
-        lines += [
-            f"{what}: {v['count']:,} × {k} ({v['examples'][0]})"
-            for k, v in sorted(r[what].items(), key=lambda kv: -kv[1]["count"])
-        ]
-    lines += [
-        f"changed: {n:,} × {k}" for k, n in sorted(r["changes"].items(), key=lambda kv: -kv[1])
+    r, where = result, "; nothing was written"
+    if r["output"]:
+        where = f", in {r['output']}"
+    elif "report" in r:
+        where += "; to write them, name an output"
+    tokens = f", {r['average_tokens']:,.0f} tokens" if r["average_tokens"] else ""
+    lines = [
+        f"{r['processed_samples']:,} rows from {r['original_samples']:,}{where}",
+        f"quality {r['quality_score']:.3f}; {r['average_length']:,.0f} characters{tokens} on"
+        " average",
+        *reading(r["read"]),
+        *r["passed_over"],
     ]
+    for what in "rejected", "mended":
+        most = sorted(r[what].items(), key=lambda kv: -kv[1]["count"])
+        lines += [f"{what}: {refusals({k: v})}" for k, v in most]
+    most = sorted(r["changes"].items(), key=lambda kv: -kv[1])
+    lines += [f"changed: {n:,} × {k}" for k, n in most]
     return "\n".join(lines + ([str(r["report"])] if "report" in r else []))

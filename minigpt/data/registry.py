@@ -10,8 +10,10 @@ __all__ = ['FOLDERS', 'data_dir', 'find_file', 'locate', 'DatasetConfig', 'find_
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 
+from ..core.files import read_json
 from ..core.suggest import did_you_mean
 from .readers import DataError, look_at
 
@@ -39,15 +41,11 @@ def find_file(
     """
     if Path(name).is_absolute() or len(Path(name).parts) > 1:
         return Path(name) if Path(name).exists() else None
-    return next(
-        (
-            p
-            for f in FOLDERS
-            for end in ("", ".gz", ".zst")
-            if (p := data_dir() / f / (name + end)).exists()
-        ),
-        Path(name) if Path(name).is_file() else None,
-    )
+    for folder in FOLDERS:
+        for end in ("", ".gz", ".zst"):
+            if (found := data_dir() / folder / (name + end)).exists():
+                return found
+    return Path(name) if Path(name).is_file() else None
 
 
 def locate(
@@ -82,13 +80,10 @@ class DatasetConfig:
 
     def place(self, file: str) -> Path:
         "Where one of its files belongs."
-        return (
-            Path(file)
-            if len(Path(file).parts) > 1
-            else data_dir()
-            / FOLDERS[0 if self.sources or self in _SETS.values() and self.name in _MINIMIND else 1]
-            / file
-        )
+        if len(Path(file).parts) > 1:
+            return Path(file)
+        minimind = self.sources or self in _SETS.values() and self.name in _MINIMIND
+        return data_dir() / FOLDERS[0 if minimind else 1] / file
 
     @property
     def missing(self) -> list[str]:
@@ -96,124 +91,23 @@ class DatasetConfig:
         return [f for f in self.files if find_file(f) is None]
 
 # %% ../../nbs/data/03_registry.ipynb #99116b43
-_HUB = "hf:jingyaogong/minimind_dataset/"
-_GENERAL = [
-    DatasetConfig(
-        "pretrain",
-        ("pretrain_hq.jsonl",),
-        512,
-        16,
-        "pretrain",
-        "1.6 GB",
-        "Chinese texts of up to 512 characters, for pretraining",
-        (_HUB + "pretrain_hq.jsonl",),
-    ),
-    DatasetConfig(
-        "sft_mini",
-        ("sft_mini_512.jsonl",),
-        512,
-        8,
-        "conversation",
-        "1.2 GB",
-        "short conversations, Chinese and English; the recommended one",
-        (_HUB + "sft_mini_512.jsonl",),
-    ),
-    DatasetConfig(
-        "sft_full",
-        ("sft_512.jsonl",),
-        512,
-        4,
-        "conversation",
-        "7.5 GB",
-        "all conversations of up to 512 characters",
-        (_HUB + "sft_512.jsonl",),
-    ),
-    DatasetConfig(
-        "sft_long",
-        ("sft_1024.jsonl",),
-        1024,
-        2,
-        "conversation",
-        "5.6 GB",
-        "conversations of up to 1,024 characters",
-        (_HUB + "sft_1024.jsonl",),
-    ),
-    DatasetConfig(
-        "sft_2048",
-        ("sft_2048.jsonl",),
-        2048,
-        1,
-        "conversation",
-        "9 GB",
-        "conversations of up to 2,048 characters",
-        (_HUB + "sft_2048.jsonl",),
-    ),
-]
-
-# %% ../../nbs/data/03_registry.ipynb #2cf295ca
-_SPECIAL = [
-    DatasetConfig(
-        "dpo",
-        ("dpo.jsonl",),
-        1024,
-        4,
-        "dpo",
-        "909 MB",
-        "pairs of a chosen and a rejected answer",
-        (_HUB + "dpo.jsonl",),
-    ),
-    DatasetConfig(
-        "tool_calling",
-        ("tool_calling_basic.jsonl", "tool_calling_advanced.jsonl"),
-        1024,
-        4,
-        "conversation",
-        "~50 MB",
-        "conversations in which the assistant calls functions",
-    ),
-    DatasetConfig(
-        "ultra_think",
-        ("agent_ultra_think.jsonl",),
-        2048,
-        2,
-        "conversation",
-        "~10 MB",
-        "answers with long thoughts in <ultra_think>",
-    ),
-    DatasetConfig(
-        "reasoning",
-        ("r1_mix_1024.jsonl",),
-        1024,
-        4,
-        "conversation",
-        "340 MB",
-        "answers with their reasoning in <think>",
-        (_HUB + "r1_mix_1024.jsonl",),
-    ),
-]
-_SETS = {c.name: c for c in _GENERAL + _SPECIAL}
+_FILE = read_json(resources.files("minigpt.data") / "datasets.json")
+_SETS = {
+    s["name"]: DatasetConfig(
+        **s | {"files": tuple(s["files"]), "sources": tuple(s.get("sources", ()))}
+    )
+    for s in _FILE["datasets"]
+}
+_MINIMIND, _OTHER_NAMES = frozenset(_SETS), _FILE["other_names"]
 
 # %% ../../nbs/data/03_registry.ipynb #0947577d
-_MINIMIND = frozenset(_SETS)
-# Other names: the recommended set of a kind; a file without its ending
-_SHORT = dict(
-    sft="sft_mini",
-    pretrain_hq="pretrain",
-    sft_mini_512="sft_mini",
-    sft_512="sft_full",
-    sft_1024="sft_long",
-    r1_mix_1024="reasoning",
-    agent_ultra_think="ultra_think",
-)
-
-
 def find_dataset(
     name,  # What may be the name of a registered data set, or another name of one
 ) -> DatasetConfig | None:
     "What is known of a data set; None: there is none of that name."
     if not isinstance(name, str):
         return None
-    return _SETS.get(name) or _SETS.get(_SHORT.get(name))
+    return _SETS.get(name) or _SETS.get(_OTHER_NAMES.get(name))
 
 
 def get_dataset_config(
@@ -243,9 +137,8 @@ def register_dataset(
     if not files:
         raise ValueError(f"the data set {name!r} needs at least one file")
     made = DatasetConfig(name, files, **facts)
-    made = replace(
-        made, sources=(made.sources,) if isinstance(made.sources, str) else tuple(made.sources)
-    )
+    sources = (made.sources,) if isinstance(made.sources, str) else tuple(made.sources)
+    made = replace(made, sources=sources)
     if made.sources and len(made.sources) != len(files):
         raise ValueError(
             f"sources has {len(made.sources)} entries and files {len(files)}; give one for each"
@@ -267,20 +160,17 @@ def dataset(
 ) -> DatasetConfig:  # All of its files are here
     "A registered data set, for `fit` and `mix`."
     made = get_dataset_config(name)
-    name = made.name
     for f, source in zip(made.files, made.sources or [None] * len(made.files)):
         if find_file(f):
             continue
         target = made.place(f)
         if not (download and source):
+            how = "nobody is known to publish it, so put your copy there"
+            if source:
+                how = f"dataset({made.name!r}) fetches it ({made.data_size})"
             raise FileNotFoundError(
-                f"the data set {name!r} needs {target}, which is not here"
-                + (
-                    f"; dataset({name!r}) fetches it ({made.data_size})"
-                    if source
-                    else "; nobody is known to publish it, so put your copy there"
-                )
-                + ". With no network, the built-in corpora serve: stories, talks, calls, reasoning,"
+                f"the data set {made.name!r} needs {target}, which is not here; {how}. With no"
+                " network, the built-in corpora serve: stories, talks, calls, reasoning,"
                 " preferences"
             )
         root = data_dir()
@@ -332,6 +222,28 @@ class Mix:
     parts: tuple[tuple[object, float | None], ...]  # What to read, and its weight
 
 # %% ../../nbs/data/03_registry.ipynb #0d2cc833
+def _weighted(part) -> tuple:
+    "A part with its weight, or with None."
+    if isinstance(part, dict):
+        if not (name := part.get("name", part.get("dataset"))):
+            raise ValueError(
+                f"{part} names no data set; a part of a mixture is {{'name': 'sft_mini', 'weight':"
+                " 0.7}"
+            )
+        return name, part.get("weight")
+    if not isinstance(part, (tuple, list)) or len(part) != 2:
+        return part, None
+    paths = isinstance(part[1], str) and Path(part[1]).exists()
+    return (part, None) if paths else tuple(part)
+
+
+def _weight(part, weight) -> float | None:
+    try:
+        return weight if weight is None else float(weight)
+    except (TypeError, ValueError):
+        raise ValueError(f"weight {weight!r} of {part} must be a number above 0") from None
+
+
 def mix(
     parts: Iterable,  # Data sets, with or without weights
 ) -> Mix:
@@ -341,39 +253,11 @@ def mix(
     dictionary with `name` and `weight`. All parts may also be one dictionary from data set to
     weight.
     """
-    if (
-        isinstance(parts, (str, Path, DatasetConfig))
-        or isinstance(parts, dict)
-        and {"name", "dataset"} & {*parts}
-    ):
+    one = isinstance(parts, dict) and {"name", "dataset"} & {*parts}
+    if one or isinstance(parts, (str, Path, DatasetConfig)):
         parts = [parts]
-
-    def pair(p):
-        if isinstance(p, dict):
-            if not (name := p.get("name", p.get("dataset"))):
-                raise ValueError(
-                    f"{p} names no data set; a part of a mixture is {{'name': 'sft_mini', 'weight':"
-                    " 0.7}"
-                )
-            return name, p.get("weight")
-        if (
-            not isinstance(p, (tuple, list))
-            or len(p) != 2
-            or isinstance(p[1], str)
-            and Path(p[1]).exists()
-        ):
-            return p, None  # a list of two paths is a list of paths
-        return tuple(p)
-
-    def number(p, w):
-        try:
-            return p, w if w is None else float(w)
-        except (TypeError, ValueError):
-            raise ValueError(f"weight {w!r} of {p} must be a number above 0") from None
-
-    parts = tuple(
-        number(*p) for p in (parts.items() if isinstance(parts, dict) else map(pair, parts))
-    )
+    pairs = parts.items() if isinstance(parts, dict) else map(_weighted, parts)
+    parts = tuple((part, _weight(part, w)) for part, w in pairs)
     if not parts:
         raise ValueError(
             "a mixture needs at least one data set, as in mix({'sft_mini': 0.7, 'stories': 0.3})"

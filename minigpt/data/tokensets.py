@@ -57,33 +57,23 @@ from minigpt.data.readers import (
 from ..tokenizer.bpe import Tokenizer
 
 # %% ../../nbs/data/06_tokensets.ipynb #ba6e956f
+def _good_rows(blocks: Iterable[Block], format: str | None = None) -> Iterator[Row]:
+    return (row for b in blocks for row in parse_block(b, format) if not row.reason)
+
+
 def read_rows(
     files: Iterable[Path],
     **how,  # encoding, columns: as for `read_blocks`
 ) -> Iterator[Row]:
     "Every good row of some files, from the first to the last; refused ones are passed over."
-    return (
-        row
-        for f in files
-        for block in read_blocks(f, **how)
-        for row in parse_block(block)
-        if not row.reason
-    )
+    return _good_rows(b for f in files for b in read_blocks(f, **how))
 
 # %% ../../nbs/data/06_tokensets.ipynb #43427a10
 def _learned_from(row: Row) -> str:
     "What a vocabulary is learned from: the text, and the functions and calls in its messages."
-    return "\n".join(
-        [
-            row.text,
-            *(
-                x if isinstance(x, str) else json.dumps(x, ensure_ascii=False)
-                for m in row.messages or ()
-                for x in (m.get("tools"), m.get("tool_calls"))
-                if x
-            ),
-        ]
-    )
+    calls = (m.get(k) for m in row.messages or () for k in ("tools", "tool_calls"))
+    said = (c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in calls if c)
+    return "\n".join([row.text, *said])
 
 
 def sample_texts(
@@ -110,57 +100,42 @@ def sample_texts(
                 if i:
                     file.readline()
                 if lines := file.readlines(piece):
-                    yield from (
-                        _learned_from(row)
-                        for row in parse_block(
-                            Block(f, range(1, len(lines) + 1), lines, False, look.layout, columns)
-                        )
-                        if not row.reason
-                    )
+                    numbers = range(1, len(lines) + 1)
+                    block = Block(f, numbers, lines, False, look.layout, columns)
+                    yield from map(_learned_from, _good_rows([block]))
 
 # %% ../../nbs/data/06_tokensets.ipynb #a1402b91
+def _damaged(file: Path, why: str, source: str = "") -> DataError:
+    "The error for a file of a token set that is not what it must be."
+    return DataError(
+        f"{file} {why}; delete the folder {file.parent.parent} and it is built again{source}"
+    )
+
+
 def _checked_meta(path: Path) -> dict:
     "The meta.json of a token set, whose tokens.bin has the size that it says."
-    if not (path / "meta.json").exists():
+    file, tokens = path / "meta.json", path / "tokens.bin"
+    if not file.exists():
         raise FileNotFoundError(f"{path} is not a token set: it has no meta.json")
-    meta, tokens = read_json(path / "meta.json"), path / "tokens.bin"
+    meta = read_json(file)
     if not isinstance(meta, dict) or not {"n_tokens", "dtype", "sources"} <= meta.keys():
-        raise DataError(
-            f"{path / 'meta.json'} does not describe a token set; delete the folder"
-            f" {path.parent} and it is built again"
-        )
+        raise _damaged(file, "does not describe a token set")
     want = meta["n_tokens"] * np.dtype(meta["dtype"]).itemsize
     if (size := tokens.stat().st_size if tokens.exists() else 0) != want:
-        raise DataError(
-            f"{tokens} has {size:,} bytes and must have {want:,}; delete the folder"
-            f" {path.parent} and it is built again from {meta['sources'][0]['path']}"
-        )
+        why, source = f"has {size:,} bytes and must have {want:,}", meta["sources"][0]["path"]
+        raise _damaged(tokens, why, f" from {source}")
     return meta
 
 
-def _row_starts(path: Path, meta: dict) -> np.ndarray:
-    "Of a token set: where each row begins, and where the last one ends."
-    n = meta["n_tokens"]
-    file = path / "docs.npy"
-    try:
-        starts = np.load(file)
-    except (ValueError, EOFError, SyntaxError):
-        starts = np.empty(0)  # NumPy's own message would advise to open it as a pickle
-    fits = (
-        starts.shape == (meta["n_docs"],)
-        and starts.dtype == np.int64
-        and np.all(np.diff(np.concatenate([[0], starts, [n]])) >= 0)
-    )
-    if not fits:
-        raise DataError(
-            f"{file} is damaged: it must say where each of {meta['n_docs']:,} rows begins;"
-            f" delete the folder {path.parent} and it is built again"
-        )
-    return np.append(starts, n)
+def _fingerprint(digests: list[str]) -> str:
+    "Of a token set, from the digest of tokens.bin, and that of mask.bin where there is one."
+    return digests[0] if len(digests) == 1 else hash_bytes(" ".join(digests).encode())
 
-# %% ../../nbs/data/06_tokensets.ipynb #3e62c499
-class _TokenFiles:
-    "The files of a token set, mapped into memory."
+# %% ../../nbs/data/06_tokensets.ipynb #fa661689
+class TokenSet:
+    "A folder of token ids, to take windows from, in an order of its own for each epoch."
+
+    stream = True  # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
 
     def __init__(
         self,
@@ -168,6 +143,11 @@ class _TokenFiles:
     ):
         self.path = Path(path)
         self.meta = _checked_meta(self.path)
+        self.difficulty, self.pace = None, None  # of a `curriculum`
+        self._orders, self._packs = {}, {}
+        self._map()
+
+    def _map(self):
         self.tokens = self._mapped("tokens.bin", self.meta["dtype"])
 
     def _mapped(self, name: str, dtype) -> np.ndarray:
@@ -179,7 +159,7 @@ class _TokenFiles:
 
     def __setstate__(self, state):
         vars(self).update(state)
-        self.tokens = self._mapped("tokens.bin", self.meta["dtype"])
+        self._map()
 
     def __len__(self) -> int:
         "Tokens."
@@ -193,30 +173,6 @@ class _TokenFiles:
         "xxh3-128 of the tokens, and of which of them are learned."
         return self.meta["fingerprint"]
 
-    def row_starts(self) -> np.ndarray:  # (rows+1,) int64
-        "Where each row begins, and where the last one ends; a `DataError` if docs.npy is damaged."
-        return _row_starts(self.path, self.meta)
-
-    def damaged(self) -> bool:
-        "Is the content another than meta.json tells? It is read once."
-        if any(
-            hash_file(self.path / name) != hash
-            for name, hash in self.meta.get("hashes", {}).items()
-        ):
-            return True  # older versions noted none
-        hashes = [hash_file(f) for n in ("tokens.bin", "mask.bin") if (f := self.path / n).exists()]
-        return (
-            hashes[0] if len(hashes) == 1 else hash_bytes(" ".join(hashes).encode())
-        ) != self.meta["fingerprint"]
-
-# %% ../../nbs/data/06_tokensets.ipynb #983b244e
-class _Epochs(_TokenFiles):
-    "Windows in an order of its own for each epoch; a subclass says what a window is."
-
-    def __init__(self, path: str | Path):
-        super().__init__(path)
-        self.difficulty, self.pace, self._orders = None, None, {}  # of a `curriculum`
-
     @property
     def curriculum_id(self) -> str:
         "Of its order from easy to hard, if it has one."
@@ -224,57 +180,26 @@ class _Epochs(_TokenFiles):
             return ""
         return hash_bytes(self.difficulty.tobytes() + repr(self.pace).encode())
 
-    def sequences(
-        self,
-        place: np.ndarray,  # (n,) places in the endless line of epochs, each in an order of its own
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # Decides the orders
-    ) -> dict[str, np.ndarray]:  # As `windows`, with (n, seq_len)
-        "The sequences that stand there."
-        n = self.n_windows(seq_len)
-        epoch, place = np.divmod(place, n)
-        index = np.empty(len(place), np.int64)
-        for e in np.unique(epoch):
-            index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed, int(e)))
-        if self.stream and epoch.any():
-            return self.windows(index, seq_len, self.shift(epoch, seq_len, seed))
-        return self.windows(index, seq_len)
+    def row_starts(self) -> np.ndarray:  # (rows+1,) int64
+        "Where each row begins, and where the last one ends; a `DataError` if docs.npy is damaged."
+        file = self.path / "docs.npy"
+        try:
+            starts = np.load(file)
+        except (ValueError, EOFError, SyntaxError):
+            starts = np.empty(0)  # NumPy's own message would advise to open it as a pickle
+        n = self.meta["n_docs"]
+        fits = starts.shape == (n,) and starts.dtype == np.int64
+        if not fits or np.any(np.diff(starts, prepend=0, append=len(self)) < 0):
+            raise _damaged(file, f"is damaged: it must say where each of {n:,} rows begins")
+        return np.append(starts, len(self))
 
-    def shift(
-        self,
-        epoch: np.ndarray,  # (n,)
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # As for `sequences`
-    ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
-        "How far into the stream an epoch cuts its first window: elsewhere, until all have been."
-        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
-        return (at[1:] - at[0]) % seq_len
-
-    def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
-        "Which windows stand at some places of an epoch."
-        if self.difficulty is None or key[1]:
-            return shuffled(place, n, key)
-        if (seq_len, key) not in self._orders:
-            difficulty = self.window_difficulty(seq_len)
-            self._orders[seq_len, key] = _by_competence(difficulty, *self.pace, key[0])
-        return self._orders[seq_len, key][place]
-
-    def batch(
-        self,
-        step: int,  # Optimizer step, from 0
-        size: int,  # Sequences of the effective batch
-        seq_len: int,  # Tokens of a sequence
-        seed: int = 0,  # Decides the order of every epoch
-        offset: int = 0,  # Sequences that are passed over: where a run went on with another `size`
-    ) -> dict[str, np.ndarray]:  # As `windows`, with (size, seq_len)
-        "The batch of a step."
-        return self.sequences(offset + step * size + np.arange(size), seq_len, seed)
-
-# %% ../../nbs/data/06_tokensets.ipynb #fa661689
-class TokenSet(_Epochs):
-    "A folder of token ids, to take windows from."
-
-    stream = True  # Are windows cut from one long stream, so that an epoch may cut it elsewhere?
+    def damaged(self) -> bool:
+        "Is the content another than meta.json tells? It is read once."
+        noted = self.meta.get("hashes", {})  # older versions noted none
+        if any(hash_file(self.path / name) != hash for name, hash in noted.items()):
+            return True
+        hashes = [hash_file(f) for n in ("tokens.bin", "mask.bin") if (f := self.path / n).exists()]
+        return _fingerprint(hashes) != self.meta["fingerprint"]
 
     def n_windows(
         self,
@@ -297,17 +222,60 @@ class TokenSet(_Epochs):
         at = np.maximum(0, np.minimum(index * seq_len, N - seq_len))[:, None] + np.arange(seq_len)
         learned = (at >= (index * seq_len)[:, None]) & (at < N)
         at = (at + np.reshape(shift, (-1, 1))) % max(1, N)
-        return dict(
-            ids=self.tokens[at].astype(np.int64),
-            labels=np.where(learned, self.tokens[at + 1], np.int64(-100)),
-        )
+        labels = np.where(learned, self.tokens[at + 1], np.int64(-100))
+        return dict(ids=self.tokens[at].astype(np.int64), labels=labels)
 
     def window_difficulty(self, seq_len: int) -> np.ndarray:
         "(n,) of each window: that of the text in its middle."
-        middle = np.minimum(
-            np.arange(self.n_windows(seq_len)) * seq_len + seq_len // 2, len(self) - 1
-        )
+        begins = np.arange(self.n_windows(seq_len)) * seq_len
+        middle = np.minimum(begins + seq_len // 2, len(self) - 1)
         return self.difficulty[np.searchsorted(self.row_starts()[:-1], middle, "right") - 1]
+
+    def shift(
+        self,
+        epoch: np.ndarray,  # (n,)
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # As for `sequences`
+    ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
+        "How far into the stream an epoch cuts its first window: elsewhere, until all have been."
+        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
+        return (at[1:] - at[0]) % seq_len
+
+    def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
+        "Which windows stand at some places of an epoch."
+        if self.difficulty is None or key[1]:
+            return shuffled(place, n, key)
+        if (seq_len, key) not in self._orders:
+            difficulty = self.window_difficulty(seq_len)
+            self._orders[seq_len, key] = _by_competence(difficulty, *self.pace, key[0])
+        return self._orders[seq_len, key][place]
+
+    def sequences(
+        self,
+        place: np.ndarray,  # (n,) places in the endless line of epochs, each in an order of its own
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the orders
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (n, seq_len)
+        "The sequences that stand there."
+        n = self.n_windows(seq_len)
+        epoch, place = np.divmod(place, n)
+        index = np.empty(len(place), np.int64)
+        for e in np.unique(epoch):
+            index[epoch == e] = self.order(place[epoch == e], n, seq_len, (seed, int(e)))
+        if self.stream and epoch.any():
+            return self.windows(index, seq_len, self.shift(epoch, seq_len, seed))
+        return self.windows(index, seq_len)
+
+    def batch(
+        self,
+        step: int,  # Optimizer step, from 0
+        size: int,  # Sequences of the effective batch
+        seq_len: int,  # Tokens of a sequence
+        seed: int = 0,  # Decides the order of every epoch
+        offset: int = 0,  # Sequences that are passed over: where a run went on with another `size`
+    ) -> dict[str, np.ndarray]:  # As `windows`, with (size, seq_len)
+        "The batch of a step."
+        return self.sequences(offset + step * size + np.arange(size), seq_len, seed)
 
 # %% ../../nbs/data/06_tokensets.ipynb #1af37c45
 def shuffled(
@@ -387,24 +355,100 @@ def _teaching(mask: np.ndarray, starts: np.ndarray, seq_len: int, skips: bool) -
         out[i] = _last_end(learned, seq_len) >= 0 if skips else learned[1 : seq_len + 1].any()
     return out
 
-# %% ../../nbs/data/06_tokensets.ipynb #0ca030f2
-class _Conversations(TokenSet):
-    "A token set whose rows are conversations, of which a mask says what is learned."
+# %% ../../nbs/data/06_tokensets.ipynb #9ea01bb4
+def _side_by_side(
+    packs: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]],  # Ids and labels of the rows of each
+    n: int,  # Packs
+    seq_len: int,
+) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) each
+    "Rows that share a sequence, one behind the other; -1 in `rows` stands behind the last."
+    fill = dict(ids=0, labels=-100, rows=-1)
+    out = {k: np.full((n, seq_len), v, np.int64) for k, v in fill.items()}
+    for j, rows in enumerate(packs):
+        at = 0
+        for k, (ids, labels) in enumerate(rows):
+            here = slice(at, at + len(ids))
+            at += len(ids)
+            out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
+    return out
+
+
+def _pack_rows(
+    lengths: np.ndarray, use: np.ndarray, difficulty: np.ndarray | None, seq_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    "As `pack`, of the rows `use`; easy rows share sequences with easy ones."
+    groups = [use]
+    if difficulty is not None:
+        use = use[np.argsort(difficulty[use], kind="stable")]
+        groups = np.array_split(use, min(20, max(1, len(use) // 50)))
+    rows, starts = [], [0]
+    for g in groups:
+        r, st = pack(lengths[g], seq_len)
+        rows.append(g[r].astype(np.int32))
+        starts += (st[1:] + starts[-1]).tolist()
+    return np.concatenate(rows), np.array(starts)
+
+# %% ../../nbs/data/06_tokensets.ipynb #518590fa
+def _digest(body: bytes, key: str) -> bytes:
+    return xxhash.xxh3_128_digest(key.encode() + body)
+
+
+def _kept(file: Path | None, key: str) -> np.ndarray | None:
+    "What `_keep` saved; None where it is missing, damaged, or belongs to other tokens."
+    try:
+        data = file.read_bytes() if file else b""
+    except OSError:
+        return None
+    body, digest = data[:-16], data[-16:]
+    return np.load(io.BytesIO(body)) if body and digest == _digest(body, key) else None
+
+
+def _keep(file: Path, array: np.ndarray, key: str):
+    """Save what can be made again, with a digest behind it.
+
+    A disk that is full or read-only is no reason to stop."""
+    tmp = hidden(file, "tmp")
+    np.save(made := io.BytesIO(), array)
+    body = made.getvalue()
+    try:
+        with open_new(tmp) as f:
+            write_all(f, body + _digest(body, key))
+        os.replace(tmp, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+
+# %% ../../nbs/data/06_tokensets.ipynb #614dcaac
+def _cached_packs(
+    file: Path | None, n: int, key: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    "The packs of `n` rows that `file` keeps; where it does not, they are made and kept."
+    if (kept := _kept(file, key)) is not None:
+        rows, starts = np.split(kept, [n])
+    else:
+        rows, starts = make()
+        if file:
+            rest = np.full(n - len(rows), -1, np.int32)
+            _keep(file, np.concatenate([rows, rest, starts.astype(np.int32)]), key)
+    return rows[: starts[-1]], starts
+
+# %% ../../nbs/data/06_tokensets.ipynb #ce432028
+class ChatSet(TokenSet):
+    """A token set of conversations: a window is a sequence of packed rows.
+
+    `mask.bin` says which tokens are learned."""
 
     stream = False
 
     def __init__(self, path: str | Path):
         super().__init__(path)
-        self.mask = self._mapped("mask.bin", np.bool_)
-        if len(self.mask) != len(self):
-            raise DataError(
-                f"{self.path / 'mask.bin'} has {len(self.mask):,} bytes and must have"
-                f" {len(self):,}; delete the folder {self.path.parent} and it is built again"
-            )
+        if (n := len(self.mask)) != len(self):
+            why = f"has {n:,} bytes and must have {len(self):,}"
+            raise _damaged(self.path / "mask.bin", why)
         self.starts = self.row_starts()
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
+    def _map(self):
+        super()._map()
         self.mask = self._mapped("mask.bin", np.bool_)
 
     @property
@@ -449,63 +493,16 @@ class _Conversations(TokenSet):
         tokens = self.tokens[a:b].astype(np.int64)
         return tokens[:-1], np.where(self.mask[a + 1 : b], tokens[1:], -100)
 
-# %% ../../nbs/data/06_tokensets.ipynb #9ea01bb4
-def _side_by_side(
-    packs: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]],  # Ids and labels of the rows of each
-    n: int,  # Packs
-    seq_len: int,
-) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) each
-    "Rows that share a sequence, one behind the other; -1 in `rows` stands behind the last."
-    out = dict(
-        ids=np.zeros((n, seq_len), np.int64),
-        labels=np.full((n, seq_len), -100),
-        rows=np.full((n, seq_len), -1),
-    )
-    for j, rows in enumerate(packs):
-        at = 0
-        for k, (ids, labels) in enumerate(rows):
-            here = slice(at, at + len(ids))
-            at += len(ids)
-            out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
-    return out
-
-
-def _pack_rows(
-    lengths: np.ndarray, use: np.ndarray, difficulty: np.ndarray | None, seq_len: int
-) -> tuple[np.ndarray, np.ndarray]:
-    "As `pack`, of the rows `use`; easy rows share sequences with easy ones."
-    groups = [use]
-    if difficulty is not None:
-        use = use[np.argsort(difficulty[use], kind="stable")]
-        groups = np.array_split(use, min(20, max(1, len(use) // 50)))
-    rows, starts = [], [0]
-    for g in groups:
-        r, st = pack(lengths[g], seq_len)
-        rows.append(g[r].astype(np.int32))
-        starts += (st[1:] + starts[-1]).tolist()
-    return np.concatenate(rows), np.array(starts)
-
-# %% ../../nbs/data/06_tokensets.ipynb #ce432028
-class ChatSet(_Conversations):
-    """A token set of conversations: a window is a sequence of packed rows.
-
-    `mask.bin` says which tokens are learned."""
-
-    def __init__(self, path: str | Path):
-        super().__init__(path)
-        self._packs = {}
-
     def packs(
         self,
         seq_len: int,  # Positions of a sequence
     ) -> tuple[np.ndarray, np.ndarray]:  # As `pack`, without rows that teach nothing
         "Which rows share a sequence."
         if seq_len not in self._packs:
-            easy, whole = self.difficulty is not None, "-whole" * self.skips
-            file = None if easy else self.path / f"packs-{seq_len}{whole}.npy"
-            self._packs[seq_len] = _packed(
-                file, len(self.lengths()), self.fingerprint, lambda: self._pack(seq_len)
-            )
+            file, n = self.path / f"packs-{seq_len}{'-whole' * self.skips}.npy", len(self.lengths())
+            kept = file if self.difficulty is None else None
+            make = lambda: self._pack(seq_len)
+            self._packs[seq_len] = _cached_packs(kept, n, self.fingerprint, make)
         return self._packs[seq_len]
 
     def _pack(self, seq_len: int):
@@ -538,53 +535,8 @@ class ChatSet(_Conversations):
 
     def padding(self, seq_len: int) -> float:
         "Share of the positions of an epoch that hold nothing."
-        return 1 - np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum() / (
-            seq_len * max(1, self.n_windows(seq_len))
-        )
-
-# %% ../../nbs/data/06_tokensets.ipynb #518590fa
-def _digest(body: bytes, key: str) -> bytes:
-    return xxhash.xxh3_128_digest(key.encode() + body)
-
-
-def _kept(file: Path | None, key: str) -> np.ndarray | None:
-    "What `_keep` saved; None where it is missing, damaged, or belongs to other tokens."
-    try:
-        data = file.read_bytes() if file else b""
-    except OSError:
-        return None
-    body, digest = data[:-16], data[-16:]
-    return np.load(io.BytesIO(body)) if body and digest == _digest(body, key) else None
-
-
-def _keep(file: Path, array: np.ndarray, key: str):
-    """Save what can be made again, with a digest behind it.
-
-    A disk that is full or read-only is no reason to stop."""
-    tmp = hidden(file, "tmp")
-    np.save(made := io.BytesIO(), array)
-    body = made.getvalue()
-    try:
-        with open_new(tmp) as f:
-            write_all(f, body + _digest(body, key))
-        os.replace(tmp, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-
-# %% ../../nbs/data/06_tokensets.ipynb #614dcaac
-def _packed(
-    file: Path | None, n: int, key: str, make: Callable[[], tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    "The packs of `n` rows that `file` keeps; where it does not, they are made and kept."
-    if (kept := _kept(file, key)) is not None:
-        rows, starts = np.split(kept, [n])
-    else:
-        rows, starts = make()
-        if file:
-            rest = np.full(n - len(rows), -1, np.int32)
-            _keep(file, np.concatenate([rows, rest, starts.astype(np.int32)]), key)
-    return rows[: starts[-1]], starts
+        taken = np.minimum(self.lengths(), seq_len)[self.packs(seq_len)[0]].sum()
+        return 1 - taken / (seq_len * max(1, self.n_windows(seq_len)))
 
 # %% ../../nbs/data/06_tokensets.ipynb #5e392825
 class LineSet(TokenSet):
@@ -606,26 +558,17 @@ class LineSet(TokenSet):
     def window_difficulty(self, seq_len: int) -> np.ndarray:
         return self.difficulty
 
+    def row(self, i: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        "As `ChatSet.row`; behind the end of a text there is nothing to learn."
+        a, b = self.starts[i : i + 2]
+        tokens = self.tokens[a : min(b, a + seq_len + 1)].astype(np.int64)
+        return tokens[:seq_len], np.append(tokens[1:], -100)[:seq_len]
+
     def windows(
         self, index: np.ndarray, seq_len: int
     ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
         "Texts; `rows` is 0 where there is text, and -1 behind its end."
-        out = dict(
-            ids=np.zeros((len(index), seq_len), np.int64),
-            labels=np.full((len(index), seq_len), -100),
-            rows=np.full((len(index), seq_len), -1),
-        )
-        for j, i in enumerate(index):
-            tokens = self.tokens[
-                self.starts[i] : min(self.starts[i + 1], self.starts[i] + seq_len + 1)
-            ].astype(np.int64)
-            n = min(len(tokens), seq_len)
-            out["ids"][j, :n], out["labels"][j, : len(tokens) - 1], out["rows"][j, :n] = (
-                tokens[:n],
-                tokens[1:],
-                0,
-            )
-        return out
+        return _side_by_side(([self.row(i, seq_len)] for i in index), len(index), seq_len)
 
 # %% ../../nbs/data/06_tokensets.ipynb #3445e1dc
 class PairSet(ChatSet):
@@ -649,9 +592,8 @@ class PairSet(ChatSet):
             return out & ~long
         if "long_rows" in self.meta:  # sets of older versions train on them
             for i in np.flatnonzero(out & long):
-                out[i] = not np.array_equal(
-                    self.row(2 * i, seq_len)[0], self.row(2 * i + 1, seq_len)[0]
-                )
+                sides = (self.row(2 * i + side, seq_len)[0] for side in (0, 1))
+                out[i] = not np.array_equal(*sides)
         return out
 
     def windows(
@@ -663,25 +605,17 @@ class PairSet(ChatSet):
         `rejected_rows` of the others; `reference`, float32, if it is known, stands at the first
         position of each answer."""
         packs = [self.rows_of(int(i), seq_len) for i in index]
-        return {
-            **self._lay([2 * p for p in packs], seq_len),
-            **{
-                f"rejected_{k}": v
-                for k, v in self._lay([2 * p + 1 for p in packs], seq_len).items()
-            },
-        }
+        chosen, other = (self._lay([2 * p + side for p in packs], seq_len) for side in (0, 1))
+        return chosen | {f"rejected_{k}": v for k, v in other.items()}
 
     def _lay(self, packs: list[np.ndarray], seq_len: int):
         out = super()._lay(packs, seq_len)
         if self.reference is not None:
             out["reference"] = np.zeros(out["rows"].shape, np.float32)
             for j, rows in enumerate(packs):
-                out["reference"][
-                    j,
-                    np.searchsorted(
-                        out["rows"][j, : (out["rows"][j] >= 0).sum()], np.arange(len(rows))
-                    ),
-                ] = self.reference[rows]
+                filled = out["rows"][j, : (out["rows"][j] >= 0).sum()]
+                begins = np.searchsorted(filled, np.arange(len(rows)))
+                out["reference"][j, begins] = self.reference[rows]
         return out
 
 # %% ../../nbs/data/06_tokensets.ipynb #c92998a5
@@ -699,32 +633,24 @@ def curriculum(
         if not 0 < v <= 1:
             raise ValueError(f"{k}={v} must be above 0 and at most 1: it is a share")
     if isinstance(data, Mixture):
-        return Mixture(
-            [(curriculum(d, by, start, reach), w) for d, w in zip(data.sets, data.weights)]
-        )
-    rows = data.row_starts()
-    step = 2 if isinstance(data, PairSet) else 1
-    n = (len(rows) - 1) // step
+        parts = zip(data.sets, data.weights)
+        return Mixture([(curriculum(d, by, start, reach), w) for d, w in parts])
+    starts = data.row_starts()[:: 2 if isinstance(data, PairSet) else 1]
+    n = len(starts) - 1
     if isinstance(by, str):
         if by != "length":
             raise ValueError(
                 f"by={by!r} must be 'length', a number for each row, or a function of its token ids"
             )
-        difficulty = np.diff(rows[::step]).astype(float)
-    else:
-        difficulty = np.array(
-            (
-                [by(data.tokens[rows[step * i] : rows[step * (i + 1)]]) for i in range(n)]
-                if callable(by)
-                else by
-            ),
-            float,
-        )
-    if difficulty.shape != (n,) or not np.isfinite(difficulty).all():
+        by = np.diff(starts)
+    elif callable(by):
+        by = [by(data.tokens[a:b]) for a, b in zip(starts, starts[1:])]
+    difficulty = np.array(by, float)
+    finite = np.isfinite(difficulty).all()
+    if difficulty.shape != (n,) or not finite:
         raise ValueError(
-            f"by gives {difficulty.shape[0]:,}"
-            f" numbers{'' if np.isfinite(difficulty).all() else ', some not finite,'} and the data"
-            f" has {n:,} rows; it must be one finite number for each"
+            f"by gives {difficulty.shape[0]:,} numbers{'' if finite else ', some not finite,'} and"
+            f" the data has {n:,} rows; it must be one finite number for each"
         )
     made = copy.copy(data)
     made.difficulty, made.pace, made._packs, made._orders = difficulty, (start, reach), {}, {}
@@ -738,11 +664,10 @@ def _by_competence(
     n, dice = len(difficulty), np.random.Generator(np.random.PCG64(seed % 2**64))
     ranked, pool, known, order = np.argsort(difficulty, kind="stable"), np.empty(0, np.int64), 0, []
     for s in range(stages):
-        take = n * (s + 1) // stages - n * s // stages
-        open_to = max(
-            n * (s + 1) // stages,
-            min(n, int(np.ceil(n * np.sqrt(start**2 + (1 - start**2) * s / stages / reach)))),
-        )
+        end = n * (s + 1) // stages
+        take = end - n * s // stages
+        competence = np.sqrt(start**2 + (1 - start**2) * s / stages / reach)
+        open_to = max(end, min(n, int(np.ceil(n * competence))))
         pool = np.concatenate([pool, ranked[known:open_to]])
         known = max(known, open_to)
         dice.shuffle(pool)
@@ -768,9 +693,7 @@ class Mixture:
             raise ValueError(
                 f"weights {w.tolist()} must all be above 0; leave out what is not wanted"
             )
-        if any(isinstance(d, PairSet) for d in self.sets) and not all(
-            isinstance(d, PairSet) for d in self.sets
-        ):
+        if len({isinstance(d, PairSet) for d in self.sets}) > 1:
             raise DataError(
                 "preferences do not mix with texts or conversations: their loss is another; train"
                 " on them one after the other"
@@ -814,9 +737,8 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         "Of the sets and their shares."
-        return hash_bytes(
-            " ".join(f"{d.fingerprint} {w:.6f}" for d, w in zip(self.sets, self.weights)).encode()
-        )
+        parts = (f"{d.fingerprint} {w:.6f}" for d, w in zip(self.sets, self.weights))
+        return hash_bytes(" ".join(parts).encode())
 
     @property
     def curriculum_id(self) -> str:
@@ -834,14 +756,10 @@ class Mixture:
 
     def passes(self, seq_len: int) -> list[float]:
         "How often each set comes round in an epoch."
-        return [
-            self.n_windows(seq_len) * c / 1000 / max(1, d.n_windows(seq_len))
-            for c, d in zip(self.counts, self.sets)
-        ]
+        n, parts = self.n_windows(seq_len), zip(self.counts, self.sets)
+        return [n * c / 1000 / max(1, d.n_windows(seq_len)) for c, d in parts]
 
-    def _gather(
-        self, which: np.ndarray, take: Callable[[TokenSet, np.ndarray], dict], seq_len: int
-    ):
+    def _gather(self, which: np.ndarray, take: Callable, seq_len: int) -> dict[str, np.ndarray]:
         "Sequences of several sets, each at its place. Windows of a text have one row."
         out = {}
         for s in np.unique(which):
@@ -863,12 +781,9 @@ class Mixture:
         "As `TokenSet.windows`; one set after another, in their shares."
         ends = np.cumsum(np.round(self.weights * self.n_windows(seq_len)).astype(np.int64))
         which = np.minimum(np.searchsorted(ends, index, "right"), len(self.sets) - 1)
-        begin = np.append(0, ends)[which]
-        return self._gather(
-            which,
-            lambda d, mine: d.windows((index - begin)[mine] % d.n_windows(seq_len), seq_len),
-            seq_len,
-        )
+        nth = index - np.append(0, ends)[which]
+        take = lambda d, mine: d.windows(nth[mine] % d.n_windows(seq_len), seq_len)
+        return self._gather(which, take, seq_len)
 
     batch = TokenSet.batch
 
@@ -885,9 +800,8 @@ def count_refused(
         entry = refused.setdefault(row.reason, dict(count=0, examples=[]))
         entry["count"] += 1
         if len(entry["examples"]) < 10:
-            entry["examples"].append(
-                f"{block.path.name} line {row.line}: {row.detail or row.reason}"
-            )
+            what = row.detail or row.reason
+            entry["examples"].append(f"{block.path.name} line {row.line}: {what}")
     return refused
 
 
@@ -908,40 +822,33 @@ def check_text(
 ):
     "A `DataError` with all reasons, if not one row can be used."
     no_tables(files, format)
-    if any(
-        True
-        for f in files
-        for b in read_blocks(f, **how)
-        for r in parse_block(b, format)
-        if not r.reason
-    ):
+    blocks = lambda: (b for f in files for b in read_blocks(f, **how))
+    if any(True for _ in _good_rows(blocks(), format)):
         return
     refused = {}
-    for b in (b for f in files for b in read_blocks(f, **how)):
+    for b in blocks():
         count_refused(refused, b, parse_block(b, format))
     raise no_text(files, refused)
 
 
 def no_text(files: list[Path], refused: dict) -> DataError:
     "The error for files in which nothing can be used."
-    why = (
-        f"rows refused: {refusals(refused)}"
-        if refused
-        else "it is blank, or data_subset leaves nothing of it"
-    )
+    why = "it is blank, or data_subset leaves nothing of it"
+    if refused:
+        why = f"rows refused: {refusals(refused)}"
     if refused.keys() & {*NO_ROW}:
         why += (
             '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user",'
             ' "content": "…"}, {"role": "assistant", "content": "…"}]}'
         )
-    if "broken JSON" in refused and not any(_begins(f, (b"{", b"[")) for f in files):
+    if "broken JSON" in refused and not any(map(_looks_like_json, files)):
         why += f"; a plain text must be named as one, {files[0].stem}.txt"
     return DataError(f"{', '.join(map(str, files))}: no text that can be used; {why}")
 
 
-def _begins(file: Path, marks: tuple[bytes, ...]) -> bool:
+def _looks_like_json(file: Path) -> bool:
     with open_data(file) as f:
-        return f.read(1 << 12).lstrip().startswith(marks)
+        return f.read(1 << 12).lstrip().startswith((b"{", b"["))
 
 # %% ../../nbs/data/06_tokensets.ipynb #5b1c0b02
 def lost_rows(
@@ -964,33 +871,21 @@ def _below(text: str, share: float, salt: int) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"), salt) < share * 2**64
 
 # %% ../../nbs/data/06_tokensets.ipynb #a0d18169
-def _encode_texts(
-    rows: list[Row], begins: list[bool], tok: Tokenizer
-) -> tuple[np.ndarray, None, np.ndarray]:
-    "Ids, with an end behind each document, and how many each row has."
-    ids, lengths = tok.encode_documents([r.text for r in rows], begins, [r.ends for r in rows])
-    return ids, None, lengths
-
-
 def _encode_pairs(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Both sides of each preference; what they have in common is not learned."
-    ids, learn, lengths = tok.encode_chats(
-        [(side, None) for r in rows for side in (r.messages, r.rejected)]
-    )
-    sides = iter(np.split(learn, lengths.cumsum()[:-1]))
+    sides = [(side, None) for r in rows for side in (r.messages, r.rejected)]
+    ids, learn, lengths = tok.encode_chats(sides)
+    masks = iter(np.split(learn, lengths.cumsum()[:-1]))
     for r in rows:
-        same = next(
-            (i for i, (a, b) in enumerate(zip(r.messages, r.rejected)) if a != b),
-            min(len(r.messages), len(r.rejected)),
-        )
+        pairs = enumerate(zip(r.messages, r.rejected))
+        shorter = min(len(r.messages), len(r.rejected))
+        same = next((i for i, (a, b) in pairs if a != b), shorter)
+        known = sum(m["role"] == "assistant" for m in r.messages[:same])
         for side in r.messages, r.rejected:
-            mine, known = next(sides), sum(m["role"] == "assistant" for m in r.messages[:same])
+            mine = next(masks)
             if any(m.get("weight") == 0 for m in side):
-                _unlearn(
-                    [[{**m, "weight": 0} if i < same else m for i, m in enumerate(side)]],
-                    mine,
-                    np.array([len(mine)]),
-                )
+                weighed = [{**m, "weight": 0} if i < same else m for i, m in enumerate(side)]
+                _unlearn([weighed], mine, np.array([len(mine)]))
             else:
                 _learn_behind(mine, known)
     return ids, learn, lengths
@@ -1013,11 +908,8 @@ def _unlearn(sides: list[list[dict]], learn: np.ndarray, lengths: np.ndarray):
     "Take the answers whose weight is 0 out of what is learned."
     ends = lengths.cumsum()
     for messages, a, b in zip(sides, ends - lengths, ends):
-        which = [
-            k
-            for k, m in enumerate(m for m in messages if m["role"] == "assistant")
-            if m.get("weight") == 0
-        ]
+        answers = (m for m in messages if m["role"] == "assistant")
+        which = [k for k, m in enumerate(answers) if m.get("weight") == 0]
         if not which:
             continue
         mine = learn[a:b]
@@ -1057,22 +949,38 @@ class _Encoded:
             n,
         )
 
+# %% ../../nbs/data/06_tokensets.ipynb #8719869d
+@dataclass(frozen=True)
+class _Options:
+    "What decides about the content of a set, with what is usual; as for `build_tokenset`."
+
+    validation_split: float
+    data_subset: float = 1
+    max_data_size: int = 0
+    format: str | None = None
+    encoding: str = ""
+    columns: dict[str, str] | None = None
+
+    def noted(self) -> dict:
+        "The options that `meta.json` notes: those that are not the usual ones."
+        usual = vars(_Options(self.validation_split))
+        other = {k: v for k, v in vars(self).items() if v != usual[k]}
+        return dict(validation_split=self.validation_split) | other
+
 # %% ../../nbs/data/06_tokensets.ipynb #85b08c01
-def _encode_block(block: Block, tok: Tokenizer, how: dict, kind: str) -> _Encoded:
+def _encode_block(block: Block, tok: Tokenizer, options: _Options, kind: str) -> _Encoded:
     "Worker: validate and tokenize."
     good, held_out, bad, mended, kinds, n_good, begins = [], [], [], [], {}, 0, []
+    share, subset = options.validation_split, options.data_subset
     # does a document begin with the next row?
-    begin = block.layout != "text" or how.get("format") == "lines" or block.numbers[0] == 1
-    for row in parse_block(block, how.get("format")):
+    begin = block.layout != "text" or options.format == "lines" or block.numbers[0] == 1
+    for row in parse_block(block, options.format):
         if not row.reason and row.kind != kind:
-            row = replace(
-                row,
-                reason="another format",
-                detail=(
-                    f"this is a {row.kind}, and the data begin with a {kind}; they do not mix in"
-                    " one set: give each a file of its own, and `mix` them"
-                ),
+            why = (
+                f"this is a {row.kind}, and the data begin with a {kind}; they do not mix in one"
+                " set: give each a file of its own, and `mix` them"
             )
+            row = replace(row, reason="another format", detail=why)
         if row.reason:
             bad.append(row)
             continue
@@ -1081,30 +989,22 @@ def _encode_block(block: Block, tok: Tokenizer, how: dict, kind: str) -> _Encode
             mended.append(row)
         first, begin = begin, row.ends
         key = "\n".join(m["content"] for m in row.messages[:-1]) if row.rejected else row.text
-        if how.get("data_subset", 1.0) < 1 and not _below(key, how["data_subset"], 1):
+        if subset < 1 and not _below(key, subset, 1):
             continue
         begins.append(first)
         good.append(row)
-        held_out.append(how["validation_split"] > 0 and _below(key, how["validation_split"], 0))
+        held_out.append(share > 0 and _below(key, share, 0))
+    if kind == "text":
+        texts, ends = [r.text for r in good], [r.ends for r in good]
+        (ids, lengths), learn = tok.encode_documents(texts, begins, ends), None
+    else:
+        encode = _encode_pairs if kind == "preference" else _encode_talks
+        ids, learn, lengths = encode(good, tok)
     n = 1 + (kind == "preference")
-    ids, learn, lengths = (
-        _encode_pairs(good, tok)
-        if kind == "preference"
-        else (
-            _encode_talks(good, tok) if kind == "conversation" else _encode_texts(good, begins, tok)
-        )
-    )
-    return _Encoded(
-        ids,
-        learn,
-        lengths,
-        np.repeat(np.array(held_out, bool), n),
-        [r.line for r in good for _ in range(n)],
-        bad,
-        mended,
-        [kinds.setdefault(k := (r.read, r.unread), k) for r in good for _ in range(n)],
-        n_good,
-    )
+    lines = [r.line for r in good for _ in range(n)]
+    read = [kinds.setdefault(k := (r.read, r.unread), k) for r in good for _ in range(n)]
+    held_out = np.repeat(np.array(held_out, bool), n)
+    return _Encoded(ids, learn, lengths, held_out, lines, bad, mended, read, n_good)
 
 # %% ../../nbs/data/06_tokensets.ipynb #e1261d31
 class _Writer:
@@ -1112,16 +1012,10 @@ class _Writer:
 
     def __init__(self, path: Path, dtype, chat: bool):
         path.mkdir()
-        self.path, self.dtype, self.n, self.starts = (
-            path,
-            np.dtype(dtype),
-            0,
-            [np.empty(0, np.int64)],
-        )
-        self.files = [
-            (open(path / name, "wb"), xxhash.xxh3_128())
-            for name in ("tokens.bin", "mask.bin")[: 1 + chat]
-        ]
+        self.path, self.dtype, self.n = path, np.dtype(dtype), 0
+        self.starts = [np.empty(0, np.int64)]
+        names = ("tokens.bin", "mask.bin")[: 1 + chat]
+        self.files = [(open(path / name, "wb"), xxhash.xxh3_128()) for name in names]
 
     def add(self, ids: np.ndarray, learn: np.ndarray | None, lengths: np.ndarray):
         for (file, digest), part in zip(self.files, (ids, learn)):
@@ -1134,23 +1028,18 @@ class _Writer:
     def close(self, **facts):
         for file, _ in self.files:
             file.close()
-        starts, digests = np.concatenate(self.starts), [h.hexdigest() for _, h in self.files]
+        starts = np.concatenate(self.starts)
         np.save(self.path / "docs.npy", starts)
-        write_json(
-            self.path / "meta.json",
-            dict(
-                format="minigpt token set",
-                version=1,
-                hashes={"docs.npy": hash_file(self.path / "docs.npy")},
-                n_tokens=self.n,
-                n_docs=len(starts),
-                dtype=self.dtype.name,
-                fingerprint=(
-                    digests[0] if len(digests) == 1 else hash_bytes(" ".join(digests).encode())
-                ),
-                **facts,
-            ),
+        meta = dict(
+            format="minigpt token set",
+            version=1,
+            hashes={"docs.npy": hash_file(self.path / "docs.npy")},
+            n_tokens=self.n,
+            n_docs=len(starts),
+            dtype=self.dtype.name,
+            fingerprint=_fingerprint([digest.hexdigest() for _, digest in self.files]),
         )
+        write_json(self.path / "meta.json", meta | facts)
 
 # %% ../../nbs/data/06_tokensets.ipynb #853fcfe9
 def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
@@ -1160,10 +1049,8 @@ def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
         s = f.stat()
         facts = dict(path=str(f), size=s.st_size, mtime_ns=s.st_mtime_ns)
         same = [k for k in known if all(k[x] == facts[x] for x in ("size", "mtime_ns"))]
-        old = next(
-            (k for k in same if k["path"] == facts["path"]),
-            same[0] if len({k["xxh3"] for k in same}) == 1 else None,
-        )
+        only = same[0] if len({k["xxh3"] for k in same}) == 1 else None
+        old = next((k for k in same if k["path"] == facts["path"]), only)
         out.append({**facts, "xxh3": old["xxh3"] if old else hash_file(f)})
     return out
 
@@ -1211,11 +1098,8 @@ def same_rules(
     tok: Tokenizer,
 ) -> bool:
     "Would its ids come out the same today?"
-    return (
-        meta.get("rules", 1) == tok.rules
-        or meta.get("kind", "text") == "text"
-        and not any(tok.adds)
-    )
+    text = meta.get("kind", "text") == "text"
+    return meta.get("rules", 1) == tok.rules or text and not any(tok.adds)
 
 # %% ../../nbs/data/06_tokensets.ipynb #1b858f5a
 def _beside(out: Path) -> Iterator[Path]:
@@ -1230,12 +1114,9 @@ def _find_built(
     for place in [out, *(takewhile(Path.exists, _beside(out)) if keep else ())]:
         old = _meta(place / "train")
         facts["sources"] = source_facts(files, [*old.get("sources", ()), *facts["sources"]])
-        if (
-            old
-            and same(old) == same(facts)
-            and old.get("long_rows", long_rows) == long_rows
-            and same_rules(old, tok)
-        ):
+        if not old or same(old) != same(facts):
+            continue
+        if old.get("long_rows", long_rows) == long_rows and same_rules(old, tok):
             return place
     return None
 
@@ -1268,24 +1149,17 @@ def _use_again(
     return open_tokenset(path)
 
 # %% ../../nbs/data/06_tokensets.ipynb #126f62b8
-def _check_options(
-    validation_split: float,
-    data_subset: float,
-    max_data_size: int,
-    on_bad_row: str,
-    long_rows: str | None,
-):
-    if not 0 <= validation_split < 1:
+def _check_options(options: _Options, on_bad_row: str, long_rows: str | None):
+    if not 0 <= (share := options.validation_split) < 1:
         raise ValueError(
-            f"validation_split={validation_split} must be at least 0 and below 1: it is a share of"
-            " the texts"
+            f"validation_split={share} must be at least 0 and below 1: it is a share of the texts"
         )
-    if not 0 < data_subset <= 1:
+    if not 0 < (share := options.data_subset) <= 1:
         raise ValueError(
-            f"data_subset={data_subset} must be above 0 and at most 1: it is a share of the rows"
+            f"data_subset={share} must be above 0 and at most 1: it is a share of the rows"
         )
-    if max_data_size < 0:
-        raise ValueError(f"max_data_size={max_data_size} must be a number of rows, or 0 for all")
+    if (n := options.max_data_size) < 0:
+        raise ValueError(f"max_data_size={n} must be a number of rows, or 0 for all")
     if on_bad_row not in ("warn", "skip", "error"):
         raise ValueError(f"on_bad_row={on_bad_row!r} must be 'warn', 'skip' or 'error'")
     if long_rows not in ("skip", "cut", None):
@@ -1299,25 +1173,18 @@ def _check_place(out: Path):
             " away, or name another output_dir"
         )
 
-
-# what decides about the content of a set, with what is usual
-_USUAL = dict(data_subset=1, max_data_size=0, format=None, encoding="", columns=None)
-
-
-def _options(validation_split: float, *values) -> dict:
-    "The options that `meta.json` notes: those that are not the usual ones."
-    given = zip(_USUAL.items(), values)
-    return dict(validation_split=validation_split) | {k: v for (k, usual), v in given if v != usual}
-
 # %% ../../nbs/data/06_tokensets.ipynb #fa651e1f
 class _Sides:
     "Both sides of a token set while they are being written."
 
-    def __init__(self, path: Path, tok: Tokenizer, kind: str, table: dict):
-        self.path, self.kind, self.table = path, kind, table
+    def __init__(self, path: Path, tok: Tokenizer, options: _Options, kind: str, table: dict):
+        self.path, self.tok, self.options, self.kind, self.table = path, tok, options, kind, table
         self.sides = [_Writer(path / n, tok.dtype, kind != "text") for n in ("train", "valid")]
         self.per_row = 1 + (kind == "preference")
         self.refused, self.mended, self.rows, self.n_good = {}, {}, 0, 0
+
+    def encode(self, block: Block) -> _Encoded:
+        return _encode_block(block, self.tok, self.options, self.kind)
 
     def add(self, block: Block, e: _Encoded):
         self.rows += len(e.lengths) // self.per_row
@@ -1328,60 +1195,33 @@ class _Sides:
                 side.add(e.ids, e.learn, e.lengths)
             elif mine.any():
                 tokens = np.repeat(mine, e.lengths)
-                side.add(
-                    e.ids[tokens],
-                    e.learn if e.learn is None else e.learn[tokens],
-                    e.lengths[mine],
-                )
+                learn = e.learn if e.learn is None else e.learn[tokens]
+                side.add(e.ids[tokens], learn, e.lengths[mine])
         count_refused(self.refused, block, e.refused)
         mended = (replace(row, reason=m) for row in e.mended for m in row.mended)
         count_refused(self.mended, block, mended)
 
     def close(self, long_rows: str | None, facts: dict):
+        rows = dict(refused=self.refused, mended=self.mended, read=self.table, n_good=self.n_good)
         if long_rows and self.kind != "text":
-            facts = dict(long_rows=long_rows) | facts
+            rows["long_rows"] = long_rows
         for side in self.sides:
-            side.close(
-                refused=self.refused,
-                mended=self.mended,
-                read=self.table,
-                n_good=self.n_good,
-                **facts,
-            )
+            side.close(**rows, **facts)
         if not self.sides[0].n:  # the only texts there are were held out: they are to be trained on
             for a, b in ("train", "none"), ("valid", "train"), ("none", "valid"):
                 (self.path / a).rename(self.path / b)
 
 # %% ../../nbs/data/06_tokensets.ipynb #53bc5e01
-def _kind(files: list[Path], looks: dict[Path, Look], how: dict) -> str:
+def _kind(files: list[Path], looks: dict[Path, Look], options: _Options) -> str:
     "The kind of the first good row."
-    return next(
-        (
-            row.kind
-            for f in files
-            for b in read_blocks(f, 1 << 16, looks[f], columns=how.get("columns"))
-            for row in parse_block(b, how.get("format"))
-            if not row.reason
-        ),
-        "text",
-    )
+    blocks = (b for f in files for b in read_blocks(f, 1 << 16, looks[f], columns=options.columns))
+    return next((row.kind for row in _good_rows(blocks, options.format)), "text")
 
 
-def _fill(
-    sides: _Sides,
-    files: list[Path],
-    looks: dict[Path, Look],
-    tok: Tokenizer,
-    how: dict,  # Of `_options`
-    stop: bool,  # At the first row that is refused?
-    threads: int,
-    bar: tqdm,
-):
-    "Encode the files, and put each row on its side."
-    work, most = lambda b: _encode_block(b, tok, how, sides.kind), how.get("max_data_size", 0)
-    columns = how.get("columns")
-    blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=columns))
-    for block, e in spread(work, blocks, threads, bar.total > 16e6):
+def _fill(sides: _Sides, blocks: Iterable[Block], stop: bool, threads: int, bar: tqdm):
+    "Encode the blocks, and put each row on its side; `stop`: at the first row that is refused."
+    most = sides.options.max_data_size
+    for block, e in spread(sides.encode, blocks, threads, bar.total > 16e6):
         if most:
             e = e.first((most - sides.rows) * sides.per_row)
         sides.add(block, e)
@@ -1393,8 +1233,6 @@ def _fill(
         bar.update(block.size)
         if most and sides.rows >= most:
             break
-    if not any(side.n for side in sides.sides):
-        raise no_text(files, sides.refused)
 
 # %% ../../nbs/data/06_tokensets.ipynb #c4aee840
 def build_tokenset(
@@ -1424,26 +1262,28 @@ def build_tokenset(
     - `columns`: as in {'prompt': 'question_text'}.
     - `long_rows`: `skip` leaves such conversations out, `cut` keeps their beginning. The tokens
       are the same."""
-    _check_options(validation_split, data_subset, max_data_size, on_bad_row, long_rows)
+    how = validation_split, data_subset, max_data_size, format, encoding, columns or None
+    options = _Options(*how)
+    _check_options(options, on_bad_row, long_rows)
     say = say or (lambda note: tqdm.write(str(note)) if progress else None)
-    out, files = (
-        at_home(out),
-        data_files(source, lambda line: say(Note(line, logging.WARNING)), encoding),
-    )
+    out, warn = at_home(out), lambda line: say(Note(line, logging.WARNING))
+    files = data_files(source, warn, encoding)
     no_tables(files, format)
     _check_place(out)
-    how = _options(validation_split, data_subset, max_data_size, format, encoding, columns or None)
-    facts = dict(sources=(), tokenizer=tok.hash, options=how, rules=tok.rules)
+    facts = dict(sources=(), tokenizer=tok.hash, options=options.noted(), rules=tok.rules)
     if place := _find_built(out, keep, files, facts, tok, long_rows):
         return _use_again(place, on_bad_row, say)
     out, looks = _free_place(out, keep), {f: look_at(f, encoding) for f in files}
-    facts["kind"] = _kind(files, looks, how)
+    facts["kind"] = _kind(files, looks, options)
+    blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=options.columns))
     total, stop = sum(s["size"] for s in facts["sources"]), on_bad_row == "error"
     silent = not progress or total < 8e6
     shown = dict(total=total, unit="B", unit_scale=True, desc="tokenizing", leave=False)
     with new_dir(out, replace=True) as d, tqdm(**shown, disable=silent) as bar:
-        sides = _Sides(d, tok, facts["kind"], read_table(looks))
-        _fill(sides, files, looks, tok, how, stop, threads or os.cpu_count() or 1, bar)
+        sides = _Sides(d, tok, options, facts["kind"], read_table(looks))
+        _fill(sides, blocks, stop, threads or os.cpu_count() or 1, bar)
+        if not any(side.n for side in sides.sides):
+            raise no_text(files, sides.refused)
         sides.close(long_rows, facts)
     for note in read_again(_meta(out / "train"), on_bad_row):
         say(note)
@@ -1468,13 +1308,11 @@ def open_set(
     A `ChatSet` where it holds conversations, a `PairSet` where it holds preferences, a `LineSet`
     where it was built with `format='lines'`."""
     path = at_home(path)
-    if not (path / "mask.bin").exists():
-        return (
-            LineSet
-            if read_json(path / "meta.json").get("options", {}).get("format") == "lines"
-            else TokenSet
-        )(path)
-    return (PairSet if read_json(path / "meta.json").get("kind") == "preference" else ChatSet)(path)
+    masked, meta = (path / "mask.bin").exists(), read_json(path / "meta.json")
+    if masked:
+        return (PairSet if meta.get("kind") == "preference" else ChatSet)(path)
+    lines = meta.get("options", {}).get("format") == "lines"
+    return (LineSet if lines else TokenSet)(path)
 
 # %% ../../nbs/data/06_tokensets.ipynb #d74e316d
 class _Steps:
@@ -1516,15 +1354,10 @@ def loader(
     )
 
 # %% ../../nbs/data/06_tokensets.ipynb #1c338402
-def _how_long(data) -> str:
-    "The lengths of the conversations of a set."
-    n = np.concatenate(
-        [
-            d.lengths() if isinstance(d, ChatSet) else np.diff(d.row_starts())
-            for d in getattr(data, "sets", [data])
-        ]
-        or [np.zeros(1, int)]
-    )
+def _how_long(parts: list[TokenSet]) -> str:
+    "The lengths of the conversations of some sets."
+    lengths = lambda d: d.lengths() if isinstance(d, ChatSet) else np.diff(d.row_starts())
+    n = np.concatenate([lengths(d) for d in parts] or [np.zeros(1, int)])
     if not len(n):
         return "there are none"
     return (
@@ -1539,41 +1372,34 @@ def check_size(
     seq_len: int,  # Tokens of a sequence
 ):
     "A `DataError` if there is not enough for one step."
+    parts = getattr(data, "sets", [data])
     for d in getattr(data, "sets", ()):
         if not d.n_windows(seq_len):
             raise DataError(
                 f"{d.path}, a part of the mixture, has no sequence of max_seq_len={seq_len}: every"
-                f" row of it is too long to be learned from ({_how_long(d)}); raise max_seq_len, or"
-                " leave it out"
+                f" row of it is too long to be learned from ({_how_long([d])}); raise max_seq_len,"
+                " or leave it out"
             )
-    windows = (
-        data.n_windows(seq_len)
-        if len(data) > seq_len or isinstance(data, (ChatSet, LineSet))
-        else 0
-    )
-    if windows < batch_size:
-        lost = sum(
-            d.too_long(seq_len)[1] for d in getattr(data, "sets", [data]) if isinstance(d, ChatSet)
-        )
-        if lost:
-            raise DataError(
-                f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from,"
-                f" and one step takes {batch_size} (batch_size × gradient_accumulation): in"
-                f" {lost:,} rows max_seq_len ends before the first answer does ({_how_long(data)})."
-                " Raise max_seq_len, add rows, or lower batch_size; long_rows='cut' keeps the"
-                " beginning of long rows"
-            )
-        lost = "; ".join(
-            refusals(r).replace("\n", "; ")
-            for d in getattr(data, "sets", [data])
-            if (r := getattr(d, "meta", {}).get("refused"))
-        )
+    windows = 0
+    if len(data) > seq_len or isinstance(data, (ChatSet, LineSet)):
+        windows = data.n_windows(seq_len)
+    if windows >= batch_size:
+        return
+    if lost := sum(d.too_long(seq_len)[1] for d in parts if isinstance(d, ChatSet)):
         raise DataError(
-            f"the training data has {len(data):,} tokens: {windows} sequences of"
-            f" max_seq_len={seq_len}, and one step takes {batch_size} (batch_size ×"
-            " gradient_accumulation). Add text, or lower max_seq_len or batch_size"
-            + (f". Rows refused: {lost}" if lost else "")
+            f"the training data has {windows} sequences of max_seq_len={seq_len} to learn from, and"
+            f" one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows"
+            f" max_seq_len ends before the first answer does ({_how_long(parts)}). Raise"
+            " max_seq_len, add rows, or lower batch_size; long_rows='cut' keeps the beginning of"
+            " long rows"
         )
+    refused = filter(None, (getattr(d, "meta", {}).get("refused") for d in parts))
+    said = "; ".join(refusals(r).replace("\n", "; ") for r in refused)
+    raise DataError(
+        f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len},"
+        f" and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower"
+        " max_seq_len or batch_size" + f". Rows refused: {said}" * bool(said)
+    )
 
 # %% ../../nbs/data/06_tokensets.ipynb #ee06752f
 def spread_over(
