@@ -6,8 +6,8 @@ __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "headers": """
-            Refused TooMuch Reader safetensors_header printable Named Call Storage StoredTensor
-            follow_pickle TorchFile torch_file tensors_in foreign jsonable
+            DType DTYPES PRECISIONS Refused TooMuch Reader safetensors_header printable Named Call
+            Storage StoredTensor follow_pickle TorchFile torch_file tensors_in foreign jsonable
         """,
         "store": """
             CheckpointError State pack_optimizer unpack_optimizer pack_rng unpack_rng
@@ -26,7 +26,7 @@ __all__, __getattr__, __dir__ = lazy_names(
             analyze create_demo
         """,
         "comparison": """
-            PRECISIONS precision_table suggestions Difference difference Comparison compare
+            precision_table suggestions Difference difference Comparison compare
         """,
     },
 )

@@ -25,6 +25,7 @@ import zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .headers import PRECISIONS
 from minigpt.checkpoint.store import (
     EXPORTED,
     CheckpointError,
@@ -58,7 +59,7 @@ from ..model.quantization import group_shape, quantize
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #f16f6de0
-BITS = dict(fp32=32, fp16=16, bf16=16, int8=8, int4=4)
+BITS = PRECISIONS
 _FLOATS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 GROUP = 64  # weights that share a scale, see `minigpt.model.quantization`
 

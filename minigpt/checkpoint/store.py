@@ -10,6 +10,7 @@ __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pa
            'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4f897d89
+import io
 import logging
 import math
 import os
@@ -36,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .headers import Refused, TooMuch, torch_file
+from .headers import DTYPES, Refused, TooMuch, safetensors_header, torch_file
 from minigpt.core.files import (
     NotAFile,
     Pace,
@@ -186,18 +187,9 @@ def unpack_rng(
     return missing
 
 # %% ../../nbs/checkpoint/02_store.ipynb #25815029
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# the types that are written, and read: those that torch always had, but for the complex ones
+_TYPES = {k: getattr(torch, k) for k, t in DTYPES.items() if t.storage and "complex" not in k}
+_CODES = {dtype: DTYPES[k].safetensors for k, dtype in _TYPES.items()}
 
 
 def write_safetensors(
@@ -214,7 +206,7 @@ def write_safetensors(
     header, end = ({"__metadata__": metadata} if metadata else {}), 0
     for k, t in tensors.items():
         begin, end = end, end + t.numel() * t.element_size()
-        header[k] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+        header[k] = dict(dtype=_CODES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
     head = orjson.dumps(header)
     head += b" " * (-len(head) % 8)
     hash = xxhash.xxh3_128()
@@ -481,43 +473,7 @@ def read_checkpoint(
     )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #09d68c53
-_NAMES = {v: k for k, v in _DTYPES.items()}
 _HEADER = 100_000_000  # bytes that a header may have, as in the format's own library
-# that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
-_TENSORS = 50_000
-
-# %% ../../nbs/checkpoint/02_store.ipynb #9317b1f1
-def _parse_header(head: bytes) -> tuple[dict, list[tuple]]:
-    "Metadata, and (begin, end, name, dtype, shape) of each tensor; nonsense raises anything."
-    header = orjson.loads(head)
-    metadata = header.pop("__metadata__", None) or {}
-    entries = sorted(
-        (
-            (*v["data_offsets"], k, _NAMES.get(v["dtype"], v["dtype"]), tuple(v["shape"]))
-            for k, v in header.items()
-        ),
-        key=lambda e: e[:2],
-    )
-    if not all(
-        isinstance(x, int) and 0 <= x < 1 << 48 for b, e, _, _, s in entries for x in (b, e, *s)
-    ):
-        raise ValueError
-    return metadata, entries
-
-
-def _misplaced(entries: list[tuple]) -> str | None:
-    "Why the tensors cannot be where a header says."
-    at = 0
-    for begin, end, k, dtype, shape in entries:
-        if not isinstance(dtype, torch.dtype):
-            return f"{k} has the dtype {dtype!r}, which this version does not read"
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
-            return (
-                f"{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which"
-                " does not fit"
-            )
-        at = end
-    return None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #b38cda44
 class SafeTensors:
@@ -528,57 +484,47 @@ class SafeTensors:
         path: str | Path,  # The file
     ):
         self.path = regular(path)
+        self.packed = self.path.suffix == ".zst"
         size = self.path.stat().st_size
-        self.file = open(self.path, "rb", buffering=0)
-        packed = self.path.suffix == ".zst"
-        if packed:
-            self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
-        n = int.from_bytes(self._read(memoryview(bytearray(8))), "little")
-        if n > (_HEADER if packed else min(_HEADER, size - 8)):
-            self._refuse(f"its header would have {n:,} bytes")
-        head = bytearray(n)
-        self._read(memoryview(head))
-        if head.count(b"{") > _TENSORS:
-            self._refuse(f"its header has more than {_TENSORS:,} entries")
+        self.file = open(self.path, "rb")
+        if self.packed:
+            unpacked = zstandard.ZstdDecompressor().stream_reader(self.file)
+            self.file = io.BufferedReader(unpacked)
         try:
-            self.metadata, entries = _parse_header(head)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self._refuse("its header is not that of a safetensors file")
-        if why := _misplaced(entries):
-            self._refuse(why)
-        at = entries[-1][1] if entries else 0
-        if packed and at > 100 * size + _HEADER or not packed and at != size - 8 - n:
+            found, self.metadata, _ = safetensors_header(
+                self.file, None if self.packed else size, _HEADER
+            )
+        except Refused as e:
+            self._refuse(str(e))
+        if other := [(k, dtype) for k, (dtype, *_) in found.items() if dtype not in _TYPES]:
+            k, dtype = other[0]
+            self._refuse(f"{k} has the dtype {dtype!r}, which this version does not read")
+        at = max((stop for *_, stop in found.values()), default=0)
+        if self.packed and at > 100 * size + _HEADER:
             self._refuse(f"its header tells of {at:,} bytes of tensors, and the file has {size:,}")
-        self.header = {k: (dtype, shape) for _, _, k, dtype, shape in entries}  # in file order
+        # in file order
+        self.header = {k: (_TYPES[dtype], shape) for k, (dtype, shape, *_) in found.items()}
 
     def _refuse(self, why: str):
         why += "; it is damaged, or no file of weights"
-        raise CheckpointError(f"{self.path} is not used: {why}")
+        raise CheckpointError(f"{self.path} is not used: {why}") from None
 
-    def _some(self, into: memoryview) -> int:
-        "As many bytes as come at once; 0 at the end."
+    def _read(self, into) -> bool:
+        "Fill it; False if the file ends before."
         try:
-            return self.file.readinto(into)
+            return self.file.readinto(into) == len(into)
         except zstandard.ZstdError as e:
             self._refuse(f"zstd says {e}")
-
-    def _read(self, into: memoryview) -> memoryview:
-        "Fill it."
-        at = 0
-        while at < len(into):
-            if not (n := self._some(into[at:])):
-                self._refuse("it ends too early")
-            at += n
-        return into
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         "Once. At the end of a compressed file, zstd compares its checksum."
         with self.file:
             for k, (dtype, shape) in self.header.items():
                 t = torch.empty(shape, dtype=dtype)
-                self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+                if not self._read(t.reshape(-1).view(torch.uint8).numpy()):
+                    self._refuse("it ends too early")
                 yield k, t
-            if self.path.suffix == ".zst" and self._some(memoryview(bytearray(1))):
+            if self.packed and self._read(bytearray(1)):
                 self._refuse("more comes after the last tensor")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5bb02067
