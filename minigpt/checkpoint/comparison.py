@@ -94,11 +94,8 @@ class _Cost:
         }
         matrices = [t for t in a.weights() if len(t.shape) > 1]
         table = max(matrices, key=lambda t: t.shape[0], default=None)
-        self.P, self.weights, self.in_matrices = (
-            a.params,
-            sum(a.layers.values()),
-            sum(t.numel for t in matrices),
-        )
+        self.P, self.weights = a.params, sum(a.layers.values())
+        self.in_matrices = sum(t.numel for t in matrices)
         self.half = (
             a.precision in ("float16", "bfloat16")
             or said.get("precision") in ("fp16", "bf16")
@@ -110,39 +107,25 @@ class _Cost:
             table.shape[-1] if table else 1
         )
         self.vocab = _whole(a.config, "vocab_size") or (table.shape[0] if table else 1)
-        self.batch, self.length = (
-            _whole(said, "batch_size", "per_device_train_batch_size", "train_batch_size") or 8,
-            _whole(said, "max_seq_len", "max_seq_length", "block_size") or 512,
-        )
-        self.per_dim = (
-            8 + 4 * (_whole(a.config, "intermediate_size", "ffn_dim") or 4 * self.dim) / self.dim
-        )  # values that a layer keeps for the backward pass, for each token and unit of width
-        self.kept = (
-            self.batch
-            * self.length
-            * len(self.blocks)
-            * self.dim
-            * self.per_dim
-            * (2 if self.half else 4)
-        )
+        batches = "batch_size", "per_device_train_batch_size", "train_batch_size"
+        self.batch = _whole(said, *batches) or 8
+        self.length = _whole(said, "max_seq_len", "max_seq_length", "block_size") or 512
+        inner = _whole(a.config, "intermediate_size", "ffn_dim") or 4 * self.dim
+        # values that a layer keeps for the backward pass, for each token and unit of width
+        self.per_dim = 8 + 4 * inner / self.dim
+        numbers = self.batch * self.length * len(self.blocks) * self.dim * self.per_dim
+        self.kept = numbers * (2 if self.half else 4)
         self.memory = 16 * self.P + self.kept  # weights, gradients, two moments; and what is kept
-        compute = (
-            6
-            * self.P
-            * self.batch
-            * self.length
-            * (_whole(said, "gradient_accumulation", "gradient_accumulation_steps") or 1)
-            / (_HALF_FLOPS if self.half else _FLOPS)
-        )
+        times = _whole(said, "gradient_accumulation", "gradient_accumulation_steps") or 1
+        operations = 6 * self.P * self.batch * self.length * times
+        compute = operations / (_HALF_FLOPS if self.half else _FLOPS)
         self.update = 28 * self.P / _MOVED  # seconds
         self.busy = compute / (compute + self.update)  # share of a step that is computing
 
     def at(self, bits: int) -> float:
         "Bytes of the weights in another precision, scales included; vectors are left in 16 bits."
-        return (
-            self.in_matrices * (bits + (0.25 if bits < 16 else 0)) / 8
-            + (self.P - self.in_matrices) * 2
-        )
+        scale = 0.25 if bits < 16 else 0
+        return self.in_matrices * (bits + scale) / 8 + (self.P - self.in_matrices) * 2
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #2a9a99bd
 def _installed(program: str) -> int:
@@ -177,18 +160,10 @@ class _Advice:
         if fits is not None:
             how += f", {'within' if fits else 'above'} the {human_size(self.limit)} for"
             how += f" {self.target}"
-        self.rows.append(
-            dict(
-                what=what,
-                saves=" and ".join(gains),
-                share=max(saved / (self.a.size if whole is None else whole), time),
-                how=how,
-                bytes=int(saved),
-                hours=time * self.hours,
-                of=of,
-                fits=fits,
-            )
-        )
+        share = max(saved / (self.a.size if whole is None else whole), time)
+        row = dict(what=what, saves=" and ".join(gains), share=share, how=how)
+        hidden = dict(bytes=int(saved), hours=time * self.hours, of=of, fits=fits)
+        self.rows.append(row | hidden)
 
     def ranked(self) -> Table:
         "The most useful first."
@@ -202,17 +177,10 @@ def _store_less(advice: _Advice, state: int):
     "Suggestions that leave the model as it is; `state`: bytes that only a training needs."
     a, c = advice.a, advice.cost
     if state:
-        advice.add(
-            "save weights only",
-            "the optimizer's state is for training on, not for running the model",
-            state,
-            left=c.weights,
-        )
-    store = (
-        "export with precision"
-        if a.config.get("model_type") in ("llama", "qwen3")  # export reads these two
-        else "store the weights as"
-    )
+        how = "the optimizer's state is for training on, not for running the model"
+        advice.add("save weights only", how, state, left=c.weights)
+    exported = a.config.get("model_type") in ("llama", "qwen3")  # export reads these two
+    store = "export with precision" if exported else "store the weights as"
     fewer = lambda what, how, bits: advice.add(
         what, f"{store} {how}", c.weights - c.at(bits), left=c.at(bits)
     )
@@ -231,26 +199,15 @@ def _shrink(advice: _Advice):
     P, W = c.P, c.weights
     if out := round(len(c.blocks) / 5):
         gone = out * c.blocks[len(c.blocks) // 2]
-        add(
-            "pruning",
-            f"take {out} of {len(c.blocks)} layers out and train on for a little",
-            gone,
-            time=gone / W * c.busy,
-            left=W - gone,
-        )
-    presets = sorted(
-        ((GPTConfig.preset(k, vocab_size=c.vocab).n_params, k) for k in PRESETS), reverse=True
-    )
+        how = f"take {out} of {len(c.blocks)} layers out and train on for a little"
+        add("pruning", how, gone, time=gone / W * c.busy, left=W - gone)
+    size = lambda preset: GPTConfig.preset(preset, vocab_size=c.vocab).n_params
+    presets = sorted(((size(k), k) for k in PRESETS), reverse=True)
     smaller = [(n, k) for n, k in presets if n < 0.7 * P]
     if smaller:
         n, k = smaller[0]
-        add(
-            "smaller preset",
-            f"train {k!r} ({n:,} parameters) instead",
-            W * (1 - n / P),
-            time=1 - n / P,
-            left=W * n / P,
-        )
+        how = f"train {k!r} ({n:,} parameters) instead"
+        add("smaller preset", how, W * (1 - n / P), time=1 - n / P, left=W * n / P)
         n, k = next(((n, k) for n, k in smaller if limit is None or 2 * n <= limit), smaller[-1])
         add(
             "distillation",
@@ -260,13 +217,8 @@ def _shrink(advice: _Advice):
             left=2 * n,
         )
     if advice.target and (programs := _installed("torch")):
-        add(
-            "ONNX",
-            f"run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}",
-            programs - (50 << 20),
-            "programs",
-            programs + W,
-        )
+        how = f"run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}"
+        add("ONNX", how, programs - (50 << 20), "programs", programs + W)
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #51436a64
 def _train_cheaper(advice: _Advice):
@@ -342,6 +294,15 @@ def _distance(a: Analysis, b: Analysis, s: TensorInfo, t: TensorInfo) -> tuple[b
     return changed, moved, length
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #1f744153
+_DIFFER = dict(
+    only_first="only in the first",
+    only_second="only in the second",
+    reshaped="of another shape",
+    retyped="of another type",
+    unread="not compared",
+)
+
+
 class Difference(dict):
     """What lies between two checkpoints.
 
@@ -350,45 +311,28 @@ class Difference(dict):
     """
 
     def lines(self) -> list[str]:
-        few = lambda names: (
-            ", ".join(map(printable, names[:3]))
-            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        )
-        d = self
+        d, size = self, self["size_change"]
+        more = lambda n: f" and {n} more" if n > 0 else ""
+        few = lambda names: ", ".join(map(printable, names[:3])) + more(len(names) - 3)
+        steps = "" if d["steps"] is None else f", {d['steps']:,} steps"
+        moved = "" if d["distance"] is None else f"; relative distance {d['distance']:.4g}"
         return [
-            f"{d['first']} → {d['second']}"
-            + (f", {d['steps']:,} steps" if d["steps"] is not None else ""),
-            (
-                f"size {'+' if d['size_change'] >= 0 else '−'}{human_size(abs(d['size_change']))},"
-                f" parameters {d['params_change']:+,}"
-            ),
-            f"{d['changed']} tensors changed, {d['same']} did not"
-            + (f"; relative distance {d['distance']:.4g}" if d["distance"] is not None else ""),
-            *(
-                f"{what}: {few(d[k])}"
-                for k, what in dict(
-                    only_first="only in the first",
-                    only_second="only in the second",
-                    reshaped="of another shape",
-                    retyped="of another type",
-                    unread="not compared",
-                ).items()
-                if d[k]
-            ),
+            f"{d['first']} → {d['second']}{steps}",
+            f"size {'+' if size >= 0 else '−'}{human_size(abs(size))},"
+            f" parameters {d['params_change']:+,}",
+            f"{d['changed']} tensors changed, {d['same']} did not{moved}",
+            *(f"{what}: {few(d[k])}" for k, what in _DIFFER.items() if d[k]),
         ]
 
     def __str__(self):
-        return "\n".join(printable(l, 1000) for l in self.lines()) + (
-            f"\n\n{self['layers']}" if self["layers"] else ""
-        )
+        layers = f"\n\n{self['layers']}" if self["layers"] else ""
+        return "\n".join(printable(l, 1000) for l in self.lines()) + layers
 
     __repr__ = __str__
 
     def _repr_html_(self):
-        return (
-            "".join(f"<div>{escape(printable(l, 1000))}</div>" for l in self.lines())
-            + self["layers"]._repr_html_()
-        )
+        lines = "".join(f"<div>{escape(printable(l, 1000))}</div>" for l in self.lines())
+        return lines + self["layers"]._repr_html_()
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #6a877f3c
 def difference(
@@ -407,9 +351,8 @@ def difference(
             unread.append(k)
             continue
         changed, moved, length = _distance(a, b, s, t)
-        rows.append(
-            dict(tensor=k, layer=layer_of(k), changed=changed, distance=_ratio(moved, length))
-        )
+        row = dict(tensor=k, layer=layer_of(k), changed=changed, distance=_ratio(moved, length))
+        rows.append(row)
         layer = sums.setdefault(layer_of(k), [0, 0, 0.0, 0.0])
         for j, v in enumerate((1, changed, moved, length)):
             layer[j] += v
@@ -434,11 +377,7 @@ def difference(
         unread=unread,
         changed=sum(r["changed"] for r in rows),
         same=sum(not r["changed"] for r in rows),
-        distance=(
-            _ratio(sum(v[2] for v in sums.values()), sum(v[3] for v in sums.values()))
-            if sums
-            else None
-        ),
+        distance=_ratio(*(sum(v[j] for v in sums.values()) for j in (2, 3))) if sums else None,
         layers=layers,
         tensors=Table(rows, distance="{:.4g}".format),
     )
@@ -468,28 +407,19 @@ class Comparison(list):
         "A row a checkpoint."
         parents = {a.path.parent for a in self}
         name = lambda a: a.path.name if len(parents) == 1 else f"{a.path.parent.name}/{a.path.name}"
-        return Table(
-            [
-                dict(
-                    checkpoint=name(a),
-                    step=a.step,
-                    size=a.size,
-                    **{k: a.components.get(k) for k in ("model", "optimizer")},
-                    other=a.size - sum(a.components.get(k, 0) for k in ("model", "optimizer")),
-                    parameters=a.params,
-                    precision=a.precision,
-                    loss=a.loss,
-                    best_loss=a.best_loss,
-                    problems=len(a.problems) or None,
-                )
-                for a in self
-            ],
-            **dict.fromkeys(("size", "model", "optimizer", "other"), human_size),
-            step="{:,}".format,
-            parameters="{:,}".format,
-            loss="{:.4g}".format,
-            best_loss="{:.4g}".format,
-        )
+
+        def row(a: Analysis) -> dict:
+            parts = {k: a.components.get(k) for k in ("model", "optimizer")}
+            other = a.size - sum(n or 0 for n in parts.values())
+            sizes = dict(size=a.size, **parts, other=other, parameters=a.params)
+            losses = dict(precision=a.precision, loss=a.loss, best_loss=a.best_loss)
+            wrong = len(a.problems) or None
+            return dict(checkpoint=name(a), step=a.step, **sizes, **losses, problems=wrong)
+
+        show = dict.fromkeys(("size", "model", "optimizer", "other"), human_size)
+        show |= dict.fromkeys(("step", "parameters"), "{:,}".format)
+        show |= dict.fromkeys(("loss", "best_loss"), "{:.4g}".format)
+        return Table(map(row, self), **show)
 
     def between(self, i: int = 0, j: int = -1, **kwargs) -> Difference:
         "What changed from one to another: from the first to the last."
@@ -500,16 +430,10 @@ class Comparison(list):
         return dict(checkpoints=[a.summary() for a in self], failed=self.failed)
 
     def lines(self) -> list[str]:
-        return [
-            f"{len(self)} checkpoint{'s' * (len(self) != 1)},"
-            f" {human_size(sum(a.size for a in self))}"
-        ] + [
-            printable(f"! {p}", 1000)
-            for p in (
-                *self.failed.values(),
-                *(f"{a.path.name}: {p}" for a in self for p in a.problems),
-            )
-        ]
+        size = human_size(sum(a.size for a in self))
+        wrong = [*self.failed.values(), *(f"{a.path.name}: {p}" for a in self for p in a.problems)]
+        head = f"{len(self)} checkpoint{'s' * (len(self) != 1)}, {size}"
+        return [head] + [printable(f"! {p}", 1000) for p in wrong]
 
     def __str__(self):
         return "\n\n".join([str(self.rows()), "\n".join(self.lines())])

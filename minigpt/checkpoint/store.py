@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
-           'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model', 'open_model',
-           'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
+           'read_pickle', 'weight_files', 'is_weights', 'Weights', 'read_config', 'open_weights', 'load_model',
+           'find_base', 'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model',
+           'open_model', 'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4f897d89
 import io
@@ -94,10 +94,8 @@ def pack_optimizer(
 ) -> tuple[dict[str, Tensor], dict]:  # `exp_avg/model.norm.weight` → tensor; numbers and groups
     "The state of an optimizer, by parameter name."
     name = {id(p): n for n, p in model.named_parameters()}
-    sd, names = (
-        optimizer.state_dict(),
-        [name[id(p)] for g in optimizer.param_groups for p in g["params"]],
-    )
+    sd = optimizer.state_dict()
+    names = [name[id(p)] for g in optimizer.param_groups for p in g["params"]]
     tensors, numbers = {}, {}
     for i, state in sd["state"].items():
         for k, v in state.items():
@@ -237,31 +235,28 @@ def write_safetensors(
     return hash.hexdigest()
 
 # %% ../../nbs/checkpoint/02_store.ipynb #7b344c79
+def write_generation_config(folder: Path, tok: Tokenizer):
+    "Say how text is generated: transformers and vLLM read it."
+    said = dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True)
+    write_json(folder / "generation_config.json", said)
+
+
 def _write_files(folder: Path, state: State) -> dict[str, str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
     tok, hashes = state.tokenizer, {}
 
     def tensors(name, tensors, facts=None):
-        hashes[name] = write_safetensors(
-            folder / name,
-            tensors,
-            {"format": "pt"}
-            | ({"minigpt": orjson.dumps(facts).decode()} if facts is not None else {}),
-        )
+        said = {} if facts is None else {"minigpt": orjson.dumps(facts).decode()}
+        hashes[name] = write_safetensors(folder / name, tensors, {"format": "pt"} | said)
 
     if state.adapter:
         write_json(folder / "adapter_config.json", state.adapter)
         tensors("adapter_model.safetensors", state.weights)
     else:
-        write_json(
-            folder / "config.json",
-            state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id),
-        )
+        config = state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id)
+        write_json(folder / "config.json", config)
         if isinstance(state.config, GPTConfig):
-            write_json(
-                folder / "generation_config.json",
-                dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True),
-            )
+            write_generation_config(folder, tok)
         tensors("model.safetensors", state.weights)
     tok.save(folder)
     write_json(folder / "trainer_state.json", state.trainer)
@@ -282,21 +277,12 @@ def write_manifest(
     step: int,  # Optimizer steps
 ):
     "List every file of a folder with size and hash: what makes it a checkpoint."
-    entries = {
+    files = {
         p.name: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
         for p in sorted(folder.iterdir())
     }
-    write_json(
-        folder / "MANIFEST.json",
-        dict(
-            format="minigpt checkpoint",
-            version=1,
-            kind=kind,
-            step=step,
-            time=time.time(),
-            files=entries,
-        ),
-    )
+    what = dict(format="minigpt checkpoint", version=1, kind=kind, step=step)
+    write_json(folder / "MANIFEST.json", dict(what, time=time.time(), files=files))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #1797d61d
 # kinds that `minigpt.checkpoint.exporter` writes: to be used, not to be trained on
@@ -341,11 +327,9 @@ def _listed_files(manifest) -> list[tuple[str, int, str]]:
         (name, int(want["size"]), str(want["xxh3_128"])) for name, want in manifest["files"].items()
     ]
     kind, names = manifest["kind"], {name for name, _, _ in files}
-    needed = (
-        {"adapter_config.json", "adapter_model.safetensors"}
-        if "adapter_config.json" in names
-        else {"config.json", "model.safetensors" + ".zst" * (kind == "compressed")}
-    )
+    needed = {"config.json", "model.safetensors" + ".zst" * (kind == "compressed")}
+    if "adapter_config.json" in names:
+        needed = {"adapter_config.json", "adapter_model.safetensors"}
     if kind not in EXPORTED:
         needed |= {"trainer_state.json"}
     if kind in ("step", "snapshot"):
@@ -380,10 +364,8 @@ def _compare(path: Path, hashes: bool) -> Defect | None:
         if found.st_size != size:
             return Defect("damaged", f"{name} has {found.st_size:,} bytes instead of {size:,}")
         if hashes and hash_file(f) != hash:
-            return Defect(
-                "damaged",
-                f"{name} is damaged: its content does not have the hash that the manifest gives",
-            )
+            why = "its content does not have the hash that the manifest gives"
+            return Defect("damaged", f"{name} is damaged: {why}")
     return None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #b2560926
@@ -419,15 +401,12 @@ def write_checkpoint(
 
 def state_size(state: State) -> int:
     "Bytes of the tensors of a state: nearly all that its checkpoint will take."
-    return sum(
-        t.numel() * t.element_size() for part in _tensors(state).values() for t in part.values()
-    )
+    return sum(t.nbytes for part in _tensors(state).values() for t in part.values())
 
 
 def _tensors(state: State) -> dict[str, dict[str, Tensor]]:
-    return dict(
-        weights=state.weights, **{k: p[0] for k in ("optimizer", "rng") if (p := getattr(state, k))}
-    )
+    parts = dict(optimizer=state.optimizer, rng=state.rng)
+    return dict(weights=state.weights) | {k: p[0] for k, p in parts.items() if p}
 
 # %% ../../nbs/checkpoint/02_store.ipynb #fbbe2d8b
 def read_checkpoint(
@@ -458,18 +437,18 @@ def read_checkpoint(
             orjson.loads(facts) if facts else read_json(path / f"{name}.json")
         )
 
-    adapter = read_json(f) if (f := path / "adapter_config.json").exists() else None
+    if_there = lambda f, default: read_json(f) if f.exists() else default
+    adapter = if_there(path / "adapter_config.json", None)
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     return State(
-        None if adapter else from_hf(read_json(path / "config.json")),
-        load_file(
-            path / ("adapter_model.safetensors" if adapter else "model.safetensors"), device=device
-        ),
-        load_tokenizer(path),
-        read_json(path / "trainer_state.json"),
-        read_json(f) if (f := path / "training_args.json").exists() else {},
-        packed("optimizer"),
-        packed("rng_state"),
-        adapter,
+        config=None if adapter else from_hf(read_json(path / "config.json")),
+        weights=load_file(path / weights, device=device),
+        tokenizer=load_tokenizer(path),
+        trainer=read_json(path / "trainer_state.json"),
+        arguments=if_there(path / "training_args.json", {}),
+        optimizer=packed("optimizer"),
+        rng=packed("rng_state"),
+        adapter=adapter,
     )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #09d68c53
@@ -528,6 +507,10 @@ class SafeTensors:
                 self._refuse("more comes after the last tensor")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5bb02067
+# what torch raises for nonsense
+_BROKEN = RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError
+
+
 def _endless(path: Path) -> str | None:
     "Why torch would take too long, or too much memory, to read a file; other faults torch tells."
     try:
@@ -570,40 +553,23 @@ def read_pickle(
                 " file yourself, save its tensors alone"
             )
         refuse("it is not what torch.save writes, or damaged")
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        zipfile.BadZipFile,
-    ) as e:
+    except (*_BROKEN, AssertionError, zipfile.BadZipFile) as e:
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         refuse(f"torch cannot read it; it is cut off or damaged ({said})")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5438eb42
+_WEIGHTS = """
+    model.safetensors model.safetensors.zst model.safetensors.index.json
+    pytorch_model.bin pytorch_model.bin.index.json
+"""
+
+
 def weight_files(
     path: str | Path,  # A model directory
 ) -> list[Path]:  # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
     "The files that hold the weights of a directory."
     path = Path(path)
-    first = next(
-        (
-            f
-            for n in (
-                "model.safetensors",
-                "model.safetensors.zst",
-                "model.safetensors.index.json",
-                "pytorch_model.bin",
-                "pytorch_model.bin.index.json",
-            )
-            if (f := path / n).exists()
-        ),
-        None,
-    )
+    first = next((f for n in _WEIGHTS.split() if (f := path / n).exists()), None)
     if first is None:
         raise CheckpointError(
             f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of"
@@ -617,13 +583,9 @@ def weight_files(
         raise CheckpointError(
             f"{first} is not used: it is no index of weights, or damaged"
         ) from None
-    if bad := [
-        n
-        for n in names
-        if not isinstance(n, str)
-        or Path(n).name != n
-        or Path(n).suffix != Path(first.name[:-11]).suffix
-    ]:
+    suffix = Path(first.name.removesuffix(".index.json")).suffix
+    beside = lambda n: isinstance(n, str) and Path(n).name == n and Path(n).suffix == suffix
+    if bad := [n for n in names if not beside(n)]:
         raise CheckpointError(
             f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it"
         )
@@ -647,13 +609,15 @@ def _header(part: "SafeTensors | dict[str, Tensor]") -> dict[str, tuple[torch.dt
     return {k: (t.dtype, tuple(t.shape)) for k, t in part.items()}
 
 # %% ../../nbs/checkpoint/02_store.ipynb #fdb7811b
+def is_weights(x) -> bool:
+    "Is it a dict of tensors by name?"
+    named = lambda k, t: isinstance(k, str) and isinstance(t, Tensor)
+    return isinstance(x, dict) and all(named(k, t) for k, t in x.items())
+
+
 def _check_part(part, name: str | Path):
     "A `CheckpointError` if it is not tensors by name."
-    if (
-        not isinstance(part, (SafeTensors, dict))
-        or isinstance(part, dict)
-        and not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in part.items())
-    ):
+    if not isinstance(part, SafeTensors) and not is_weights(part):
         raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
 
 
@@ -868,11 +832,8 @@ def _models(where, beside: Path) -> list[Path]:
     if not isinstance(where, str) or not where:
         return []
     places = [folder / where for folder in (Path(), *beside.absolute().parents)]
-    return [
-        p
-        for p in places
-        if any(os.path.exists(p / n) for n in ("config.json", "adapter_config.json"))
-    ]
+    configs = "config.json", "adapter_config.json"
+    return [p for p in places if any(os.path.exists(p / n) for n in configs)]
 
 
 def find_base(
@@ -948,9 +909,8 @@ def _values(weights) -> int:
     "How many values are stored, in a file or in a dict of tensors."
     if isinstance(weights, SafeTensors):
         return sum(math.prod(shape) for _, shape in weights.header.values())
-    tensors = (
-        [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
-    )
+    held = weights.values() if isinstance(weights, dict) else ()
+    tensors = [t for t in held if isinstance(t, Tensor)]
     return sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors)
 
 
@@ -1003,12 +963,9 @@ def home_of(
     The one with the tokenizer, if one of them has it.
     """
     origin = Path(p) if (p := getattr(model, "origin", None)) else None
-    places = [
-        p for p in (origin, find_base(getattr(model, "base_path", None), origin or Path())) if p
-    ]
-    return next(
-        (p for p in places if (p / "tokenizer.json").exists()), places[0] if places else None
-    )
+    base = find_base(getattr(model, "base_path", None), origin or Path())
+    places = [p for p in (origin, base) if p]
+    return next((p for p in places if (p / "tokenizer.json").exists()), next(iter(places), None))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #dd0c8525
 @dataclass(frozen=True)
@@ -1147,27 +1104,18 @@ def stores_in(
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4c1b6d84
 # by a run, in its folder
-_WRITTEN = (
-    "run.json",
-    "metrics.jsonl",
-    "run.log",
-    "backup.json",
-    ".lock",
-    "checkpoints",
-    "snapshots",
-    "best",
-    "tokenizer",
-    "plots",
-    "tensorboard",
-    "data-source",
-)
+_WRITTEN = """
+    run.json metrics.jsonl run.log backup.json .lock checkpoints snapshots best tokenizer plots
+    tensorboard data-source
+"""
 
 
 def refuse_links(
     folder: str | Path,  # Of a run
 ):
     "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
-    written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith("data")]
+    known = _WRITTEN.split()
+    written = [p for p in entries(folder) if p.name in known or p.name.startswith("data")]
     # token sets keep more than their tokens there
     inside = [
         Path(d) / n
@@ -1215,15 +1163,11 @@ def run_model(
     "Where the model of a run is: the final one, or the newest checkpoint if that is newer."
     folder = Path(folder)
     final = folder / "final" if (folder / "heartbeat.json").exists() else folder
-    step = (
-        read_json(final / "trainer_state.json")["global_step"]
-        if problem(final, hashes=False) is None
-        else -1
-    )
-    later = newest(
-        [*stores_in(folder)[:2]],
-        unfit=lambda c: Defect("unwanted", "the final model is newer") if c.step <= step else None,
-    )
+    whole = problem(final, hashes=False) is None
+    step = read_json(final / "trainer_state.json")["global_step"] if whole else -1
+    older = Defect("unwanted", "the final model is newer")
+    stores = [*stores_in(folder)[:2]]
+    later = newest(stores, unfit=lambda c: older if c.step <= step else None)
     if not later and step < 0:
         raise CheckpointError(
             f"{folder} has no whole checkpoint yet; wait until the run has saved one (`minigpt"
@@ -1245,11 +1189,9 @@ def open_model(
     is_run = folder is not None and (folder / "run.json").exists()
     if tokenizer is None and is_run:
         tokenizer = load_tokenizer(folder / "tokenizer")
-    model = (
-        source
-        if isinstance(source, LanguageModel)
-        else load_model(run_model(folder) if is_run else source)
-    )
+    model = source
+    if not isinstance(source, LanguageModel):
+        model = load_model(run_model(folder) if is_run else source)
     if tokenizer is None and home_of(model) is None:
         raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
     return model, load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
@@ -1269,18 +1211,15 @@ class Saved:
 
 def _room(t: Tensor) -> int:
     "Bytes that a copy of a tensor takes in memory; of pinned memory torch takes powers of two."
-    n = t.numel() * t.element_size()
+    n = t.nbytes
     return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
 
 # %% ../../nbs/checkpoint/02_store.ipynb #dd3e0ac2
 def out_of_memory(e: BaseException) -> bool:
     "Is this how torch says that memory has run out?"
-    return (
-        isinstance(e, torch.cuda.OutOfMemoryError)
-        or isinstance(e, RuntimeError)
-        and any(
-            t in str(e) for t in ("can't allocate memory", "not enough memory", "out of memory")
-        )
+    said = "can't allocate memory", "not enough memory", "out of memory"
+    return isinstance(e, torch.cuda.OutOfMemoryError) or (
+        isinstance(e, RuntimeError) and any(s in str(e) for s in said)
     )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #2a5489aa
@@ -1373,13 +1312,10 @@ class Writer:
         except CheckpointError as e:
             path, error = None, e
         except OSError as e:
-            path, error = (
-                None,
-                CheckpointError(f"{store.folder}/{store.name}-{step} could not be saved: {e}"),
-            )
-        return Saved(
-            store, step, path, error, time.perf_counter() - began, dir_size(path) if path else 0
-        )
+            where = f"{store.folder}/{store.name}-{step}"
+            path, error = None, CheckpointError(f"{where} could not be saved: {e}")
+        seconds = time.perf_counter() - began
+        return Saved(store, step, path, error, seconds, dir_size(path) if path else 0)
 
     def results(self) -> list[Saved]:
         "What has ended since this was last asked."
@@ -1406,12 +1342,8 @@ def write_final(
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    place_final(
-        folder,
-        write_checkpoint(
-            hidden(folder / "final", "tmp"), replace(state, optimizer=None, rng=None), "final"
-        ),
-    )
+    alone = replace(state, optimizer=None, rng=None)
+    place_final(folder, write_checkpoint(hidden(folder / "final", "tmp"), alone, "final"))
 
 
 def place_final(
