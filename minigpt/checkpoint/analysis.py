@@ -100,18 +100,12 @@ class Table(list):
 
     def cells(self) -> list[list[str]]:
         "The head and the rows, as texts."
-        return [[k.replace("_", " ") for k in self.keys()]] + [
-            [
-                "–" if r.get(k) is None else printable(str(self.show.get(k, str)(r[k])), 300)
-                for k in self.keys()
-            ]
-            for r in self
-        ]
+        text = lambda k, v: "–" if v is None else printable(str(self.show.get(k, str)(v)), 300)
+        head = [k.replace("_", " ") for k in self.keys()]
+        return [head] + [[text(k, r.get(k)) for k in self.keys()] for r in self]
 
     def __str__(self):
-        if not self:
-            return "nothing"
-        return text_table(self.cells(), self._numbers())
+        return text_table(self.cells(), self._numbers()) if self else "nothing"
 
     __repr__ = __str__
 
@@ -462,12 +456,9 @@ def _roles(t: TorchFile, part: str | None) -> tuple[dict, dict]:
     inner = [k for k in holds if isinstance(entries[k], (dict, Call))]
     if part:
         return {"": part}, {"": top}
-    if (
-        isinstance(t.top, Call)
-        and holds
-        or not any(k in _MODEL or _component(str(k)) for k in inner)
-        and any(isinstance(v, StoredTensor) and v.shape for v in entries.values())
-    ):
+    named = any(k in _MODEL or _component(str(k)) for k in inner)
+    shaped = any(isinstance(v, StoredTensor) and v.shape for v in entries.values())
+    if isinstance(t.top, Call) and holds or shaped and not named:
         return {"": "model"}, {"": top}  # a bare state dict
     main = next((k for k in (*_MODEL, *entries) if k in inner and not _component(str(k))), None)
 
@@ -807,9 +798,8 @@ def analyze(
     "What is in a checkpoint of any usual program; only headers are read, and nothing is run."
     a = Analysis(path := Path(path))
     if path.is_dir():
-        if not _is_one(path) and (
-            len(inside := checkpoints_in(path)) > 1 or inside and inside[0].is_dir()
-        ):
+        inside = [] if _is_one(path) else checkpoints_in(path)
+        if len(inside) > 1 or inside and inside[0].is_dir():
             raise ValueError(
                 f"{path} is not a checkpoint, but holds {len(inside)}, such as {inside[0].name}:"
                 f" name one, or compare them all (minigpt checkpoint analyze -d {path} --compare)"
@@ -862,15 +852,13 @@ def _find_copies(a: Analysis):
     `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell.
     """
 
-    def sample(t):
-        n = min(t.bytes, 1 << 14)
-        with open(a.home / t.file, "rb") as f:
-            return b"".join(
-                f.read(n) for i in range(3) if f.seek(t.offset + i * (t.bytes - n) // 2) >= 0
-            )
-
     def key(t):
-        return t.shape, t.dtype, hash_bytes(sample(t))
+        n, sample = min(t.bytes, 1 << 14), b""
+        with open(a.home / t.file, "rb") as f:
+            for i in range(3):
+                f.seek(t.offset + i * (t.bytes - n) // 2)
+                sample += f.read(n)
+        return t.shape, t.dtype, hash_bytes(sample)
 
     tables = [t for t in a.weights() if len(t.shape) == 2 and t.offset >= 0 and not t.stride]
     heads = [t for t in tables if re.search("head|output", t.name)]

@@ -60,12 +60,8 @@ def precision_table(
             )
         for r, k in zip(rows, PRECISIONS):
             r["measured_MiB"] = measured[k] / 2**20 if k in measured else None
-    return Table(
-        rows,
-        MiB=lambda m: f"{m:.0f}" if m >= 10 else f"{m:.2g}",
-        saves="{:.0%}".format,
-        measured_MiB="{:.1f}".format,
-    )
+    mib = lambda m: f"{m:.0f}" if m >= 10 else f"{m:.2g}"
+    return Table(rows, MiB=mib, saves="{:.0%}".format, measured_MiB="{:.1f}".format)
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #4ad3dbe6
 # what a T4 reaches: operations a second in fp32 and in fp16; bytes a second
@@ -209,13 +205,11 @@ def _shrink(advice: _Advice):
         how = f"train {k!r} ({n:,} parameters) instead"
         add("smaller preset", how, W * (1 - n / P), time=1 - n / P, left=W * n / P)
         n, k = next(((n, k) for n, k in smaller if limit is None or 2 * n <= limit), smaller[-1])
-        add(
-            "distillation",
+        how = (
             f"train {k!r} ({n:,} parameters) to answer as this one does, and ship it in fp16; its"
-            f" training takes {n / P + 1 / 3:.0%} of this one's time, for as many tokens",
-            W - 2 * n,
-            left=2 * n,
+            f" training takes {n / P + 1 / 3:.0%} of this one's time, for as many tokens"
         )
+        add("distillation", how, W - 2 * n, left=2 * n)
     if advice.target and (programs := _installed("torch")):
         how = f"run it by onnxruntime, about 50 MiB, where torch takes {human_size(programs)}"
         add("ONNX", how, programs - (50 << 20), "programs", programs + W)
@@ -226,32 +220,26 @@ def _train_cheaper(advice: _Advice):
     c, total = advice.cost, advice.hours
     tokens = f"{c.batch} × {c.length} tokens"
     if not c.half:
-        advice.add(
-            "mixed precision",
+        how = (
             f"train in fp16 or bf16: what {tokens} keep for the backward pass is halved; on a"
             f" T4, the {c.busy:.0%} of a step that is computing goes {_HALF_FLOPS / _FLOPS:.1f}"
-            " times as fast",
-            c.kept / 2,
-            "memory",
-            c.memory,
-            c.busy * (1 - _FLOPS / _HALF_FLOPS),
+            " times as fast"
         )
+        time = c.busy * (1 - _FLOPS / _HALF_FLOPS)
+        advice.add("mixed precision", how, c.kept / 2, "memory", c.memory, time)
     if len(c.blocks) > 1 and not c.checkpointing:
         longer = f"{c.busy / 3 * total:.2g} h" if total else f"{c.busy / 3:.0%} of the time"
-        advice.add(
-            "gradient checkpointing",
+        how = (
             f"{tokens} keep 1 value in {c.per_dim:.0f} and the rest is computed again, which"
-            f" takes {longer} more",
-            c.kept * (1 - 1 / c.per_dim) * (1 - 1 / len(c.blocks)),
-            "memory",
-            c.memory,
+            f" takes {longer} more"
         )
-    advice.add(
-        "larger batch",
+        saved = c.kept * (1 - 1 / c.per_dim) * (1 - 1 / len(c.blocks))
+        advice.add("gradient checkpointing", how, saved, "memory", c.memory)
+    how = (
         f"{2 * c.batch} instead of {c.batch}: half as many updates of {1000 * c.update:.2g} ms"
-        f" (on a T4), for {human_size(c.kept)} more memory",
-        time=(1 - c.busy) / 2,
+        f" (on a T4), for {human_size(c.kept)} more memory"
     )
+    advice.add("larger batch", how, time=(1 - c.busy) / 2)
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #e0a44f73
 def suggestions(
@@ -357,13 +345,10 @@ def difference(
         for j, v in enumerate((1, changed, moved, length)):
             layer[j] += v
         progress(i + 1, len(both))
-    layers = Table(
-        [
-            dict(layer=k, tensors=n, changed=m, distance=_ratio(moved, length))
-            for k, (n, m, moved, length) in sorted(sums.items(), key=lambda kv: natural(kv[0]))
-        ],
-        distance="{:.4g}".format,
-    )
+    layers = [
+        dict(layer=k, tensors=n, changed=m, distance=_ratio(moved, length))
+        for k, (n, m, moved, length) in sorted(sums.items(), key=lambda kv: natural(kv[0]))
+    ]
     return Difference(
         first=str(a.path),
         second=str(b.path),
@@ -378,7 +363,7 @@ def difference(
         changed=sum(r["changed"] for r in rows),
         same=sum(not r["changed"] for r in rows),
         distance=_ratio(*(sum(v[j] for v in sums.values()) for j in (2, 3))) if sums else None,
-        layers=layers,
+        layers=Table(layers, distance="{:.4g}".format),
         tensors=Table(rows, distance="{:.4g}".format),
     )
 
@@ -391,15 +376,12 @@ class Comparison(list):
     "Analyses in the order of their steps. `failed` says what could not be read."
 
     def __init__(self, analyses: list[Analysis], failed: dict[str, str] | None = None):
-        step = lambda a: (
-            a.step
-            if a.step is not None
-            else (
-                int(n[-1])
-                if (n := re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name))
-                else math.inf
-            )
-        )
+        def step(a):
+            if a.step is not None:
+                return a.step
+            named = re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name)
+            return int(named[-1]) if named else math.inf
+
         super().__init__(sorted(analyses, key=lambda a: (step(a), a.time)))
         self.failed = failed or {}
 

@@ -89,10 +89,6 @@ def _layout(header: Iterable[tuple[str, tuple[int, ...]]], precision: str) -> di
     return out
 
 
-def _size(layout: dict[str, Tensor]) -> int:
-    return sum(t.nbytes for t in layout.values())
-
-
 def export_bytes(
     config: GPTConfig,  # Of the model
     precision: str,  # One of `BITS`
@@ -100,7 +96,8 @@ def export_bytes(
     "What the weights take in a file, to the byte."
     with torch.device("meta"):
         model = GPT(config)
-    return _size(_layout(((k, tuple(t.shape)) for k, t in model.weights().items()), precision))
+    shapes = ((k, tuple(t.shape)) for k, t in model.weights().items())
+    return sum(t.nbytes for t in _layout(shapes, precision).values())
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #649313b3
 def minimind_config(
@@ -310,14 +307,11 @@ def _write_model(d: Path, config, weights, folder, precision, compress, tokenize
 def _full(source) -> Path:
     "The directory of a whole checkpoint that training can go on from."
     folder = None if isinstance(source, LanguageModel) else _find(source)
-    why = (
-        problem(folder)
-        if folder and (folder / "MANIFEST.json").exists()
-        else "it has no manifest of this library"
-    )
-    if not why and not any(
-        n.startswith("optimizer.safetensors") for n in read_json(folder / "MANIFEST.json")["files"]
-    ):
+    why = "it has no manifest of this library"
+    if folder and (folder / "MANIFEST.json").exists():
+        why = problem(folder)
+    names = [] if why else read_json(folder / "MANIFEST.json")["files"]
+    if not why and not any(n.startswith("optimizer.safetensors") for n in names):
         why = "it holds no state of an optimizer"
     if why:
         raise CheckpointError(

@@ -640,15 +640,10 @@ def _zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
         top, spans = follow_pickle(io.BytesIO(z.read(main)), names, to_load)
         return TorchFile(top, records, spans, main.file_size)
     except _BROKEN as e:
-        return TorchFile(
-            None,
-            records,
-            {},
-            main.file_size,
-            f"its pickle is not understood ({printable(str(e)) or type(e).__name__}); only the"
-            " sizes of its records are shown",
-            str(e) * isinstance(e, TooMuch),
-        )
+        why = f"its pickle is not understood ({printable(str(e)) or type(e).__name__})"
+        problem = f"{why}; only the sizes of its records are shown"
+        too_much = str(e) if isinstance(e, TooMuch) else ""
+        return TorchFile(None, records, {}, main.file_size, problem, too_much)
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #0656c502
 def tensors_in(

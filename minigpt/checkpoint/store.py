@@ -74,6 +74,10 @@ class CheckpointError(RuntimeError):
     "A checkpoint that cannot be written, or must not be used; says which file and why."
 
 
+def _unused(path: str | Path, why) -> CheckpointError:
+    return CheckpointError(f"{path} is not used: {why}")
+
+
 @dataclass
 class State:
     "All that a checkpoint holds, in memory. Tensors may still be those of the live model."
@@ -132,9 +136,8 @@ def unpack_optimizer(
             )
         # the file may be mapped into memory, and must not be held
         state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v
-    optimizer.load_state_dict(
-        dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #3ece73f8
 def pack_rng() -> tuple[dict[str, Tensor], dict]:
@@ -164,14 +167,8 @@ def unpack_rng(
     version, gauss = facts["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     kind, pos, has_gauss, cached = facts["numpy"]
-    np.random.set_state(
-        dict(
-            bit_generator=kind,
-            state=dict(key=tensors["numpy"].numpy().astype(np.uint32), pos=pos),
-            has_gauss=has_gauss,
-            gauss=cached,
-        )
-    )
+    state = dict(key=tensors["numpy"].numpy().astype(np.uint32), pos=pos)
+    np.random.set_state(dict(bit_generator=kind, state=state, has_gauss=has_gauss, gauss=cached))
     torch.set_rng_state(tensors["torch"])
     missing = []
     for k, v in tensors.items():
@@ -221,9 +218,8 @@ def write_safetensors(
         out = zstandard.ZstdCompressor(write_checksum=True).compressobj() if compress else None
         put = (lambda data: write(out.compress(data))) if compress else write
         put(len(head).to_bytes(8, "little") + head)
-        for told, t in zip(
-            tensors.values(), tensors.values() if values is None else values, strict=True
-        ):
+        given = tensors.values() if values is None else values
+        for told, t in zip(tensors.values(), given, strict=True):
             if (t.dtype, t.shape) != (told.dtype, told.shape):
                 raise ValueError(
                     f"{path}: a tensor is {t.dtype} {tuple(t.shape)}, and the header says"
@@ -401,12 +397,12 @@ def write_checkpoint(
 
 def state_size(state: State) -> int:
     "Bytes of the tensors of a state: nearly all that its checkpoint will take."
-    return sum(t.nbytes for part in _tensors(state).values() for t in part.values())
+    return sum(t.nbytes for t in _tensors(state).values())
 
 
-def _tensors(state: State) -> dict[str, dict[str, Tensor]]:
-    parts = dict(optimizer=state.optimizer, rng=state.rng)
-    return dict(weights=state.weights) | {k: p[0] for k, p in parts.items() if p}
+def _tensors(state: State) -> dict[tuple[str, str], Tensor]:  # By part and name
+    parts = dict(weights=(state.weights, None), optimizer=state.optimizer, rng=state.rng)
+    return {(part, k): t for part, p in parts.items() if p for k, t in p[0].items()}
 
 # %% ../../nbs/checkpoint/02_store.ipynb #fbbe2d8b
 def read_checkpoint(
@@ -429,13 +425,12 @@ def read_checkpoint(
         )
 
     def packed(name):
-        if not (path / f"{name}.safetensors").exists():
+        file = path / f"{name}.safetensors"
+        if not file.exists():
             return None
-        with safe_open(path / f"{name}.safetensors", "pt") as f:
+        with safe_open(file, "pt") as f:
             facts = (f.metadata() or {}).get("minigpt")
-        return load_file(path / f"{name}.safetensors"), (
-            orjson.loads(facts) if facts else read_json(path / f"{name}.json")
-        )
+        return load_file(file), orjson.loads(facts) if facts else read_json(path / f"{name}.json")
 
     if_there = lambda f, default: read_json(f) if f.exists() else default
     adapter = if_there(path / "adapter_config.json", None)
@@ -485,8 +480,7 @@ class SafeTensors:
         self.header = {k: (_TYPES[dtype], shape) for k, (dtype, shape, *_) in found.items()}
 
     def _refuse(self, why: str):
-        why += "; it is damaged, or no file of weights"
-        raise CheckpointError(f"{self.path} is not used: {why}") from None
+        raise _unused(self.path, f"{why}; it is damaged, or no file of weights") from None
 
     def _read(self, into) -> bool:
         "Fill it; False if the file ends before."
@@ -524,10 +518,8 @@ def _packed(archive: Path) -> bool:
     "Is anything in a zip archive packed, so that more comes out of it than the file has?"
     with zipfile.ZipFile(archive) as z:
         found = z.infolist()
-    return (
-        any(i.compress_type for i in found)
-        or sum(i.file_size for i in found) > archive.stat().st_size
-    )
+    size = archive.stat().st_size
+    return any(i.compress_type for i in found) or sum(i.file_size for i in found) > size
 
 
 def read_pickle(
@@ -538,7 +530,7 @@ def read_pickle(
     archive = zipfile.is_zipfile(path)
 
     def refuse(why):
-        raise CheckpointError(f"{path} is not used: {why}") from None
+        raise _unused(path, why) from None
 
     if why := _endless(path):
         refuse(f"{why}. Save its tensors alone, in a dict by name")
@@ -580,20 +572,14 @@ def weight_files(
     try:
         names = sorted({*read_json(first)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{first} is not used: it is no index of weights, or damaged"
-        ) from None
+        raise _unused(first, "it is no index of weights, or damaged") from None
     suffix = Path(first.name.removesuffix(".index.json")).suffix
     beside = lambda n: isinstance(n, str) and Path(n).name == n and Path(n).suffix == suffix
     if bad := [n for n in names if not beside(n)]:
-        raise CheckpointError(
-            f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it"
-        )
+        raise _unused(first, f"it names {bad[0]!r}, which is no file of weights beside it")
     if absent := [n for n in names if not (path / n).exists()]:
-        raise CheckpointError(
-            f"{path} is not used: {first.name} names {absent[0]}, which is missing; get the"
-            " directory again, whole"
-        )
+        why = f"{first.name} names {absent[0]}, which is missing; get the directory again, whole"
+        raise _unused(path, why)
     return [path / n for n in names]
 
 # %% ../../nbs/checkpoint/02_store.ipynb #2df72d0e
@@ -618,7 +604,7 @@ def is_weights(x) -> bool:
 def _check_part(part, name: str | Path):
     "A `CheckpointError` if it is not tensors by name."
     if not isinstance(part, SafeTensors) and not is_weights(part):
-        raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
+        raise _unused(name, "it holds other things than tensors by name")
 
 
 def _widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
@@ -627,9 +613,7 @@ def _widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
         facts = orjson.loads(getattr(part, "metadata", {}).get("minigpt", "{}"))
         return {k: min(max(int(w), 0), 1 << 31) for k, w in facts.get("widths", {}).items()}
     except (ValueError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{part.path} is not used: its metadata are not those of a quantized model"
-        ) from None
+        raise _unused(part.path, "its metadata are not those of a quantized model") from None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #18aaee24
 def _whole(
@@ -650,10 +634,8 @@ def _whole(
             two = dict([half.pop(matrix), (k, x)])
             yield matrix, join(matrix, two[matrix], two[matrix + ".scale"])
     if half:
-        raise CheckpointError(
-            f"{name} is not used: {[*half][0]} is quantized, and its numbers or its scales"
-            " are missing"
-        )
+        why = f"{[*half][0]} is quantized, and its numbers or its scales are missing"
+        raise _unused(name, why)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #c054ea3f
 def _own_head(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
@@ -662,11 +644,8 @@ def _own_head(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
     if not any(pair[1] in _header(p) for p in parts):
         return False
     # a file can be read once only, so it is opened anew
-    again = [
-        SafeTensors(p.path) if isinstance(p, SafeTensors) else p
-        for p in parts
-        if _header(p).keys() & {*pair}
-    ]
+    held = [p for p in parts if _header(p).keys() & {*pair}]
+    again = [SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in held]
     return has_own_head({k: t for p in again for k, t in _pairs(p) if k in pair})
 
 # %% ../../nbs/checkpoint/02_store.ipynb #78ab2387
@@ -675,16 +654,14 @@ def _fitting(
 ) -> dict[str, tuple[torch.dtype, tuple]]:
     "Those that the model has; a `CheckpointError` if it cannot be made of them."
     if (n := getattr(config, "n_layer", 0)) > len(found):
-        raise CheckpointError(
-            f"{name} is not used: its configuration has {n:,} layers, and its weights are"
-            f" {len(found):,} tensors in all"
-        )
+        tensors = f"its weights are {len(found):,} tensors in all"
+        raise _unused(name, f"its configuration has {n:,} layers, and {tensors}")
     with torch.device("meta"):  # shapes without memory
         try:
             shapes = {k: torch.empty(shape) for k, (_, shape) in found.items()}
             want = config.build().load_weights(shapes).weights()
         except (ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{name} is not used: {e}") from None
+            raise _unused(name, e) from None
     return {k: x for k, x in found.items() if k in want}
 
 
@@ -692,9 +669,7 @@ def _check_stored(part: "SafeTensors | dict[str, Tensor]", names: Iterable[str],
     "A `CheckpointError` if a tensor is a view that repeats the few values it has."
     for k, t in part.items() if isinstance(part, dict) else ():
         if k in names and t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{name} is not used: {k} claims more values than are stored for it"
-            )
+            raise _unused(name, f"{k} claims more values than are stored for it")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #7b3c103d
 class Weights:
@@ -712,9 +687,7 @@ class Weights:
             self.widths |= _widths(p)
         header = [kx for p in parts for kx in _header(p).items()]
         if len(dict(header)) < len(header):
-            raise CheckpointError(
-                f"{name} is not used: two of its files hold a tensor of the same name"
-            )
+            raise _unused(name, "two of its files hold a tensor of the same name")
         untie = getattr(config, "tied", False) and _own_head(parts)
         # as given, but not tied where the weights are not
         self.config = replace(config, tied=False) if untie else config
@@ -732,7 +705,7 @@ class Weights:
             try:
                 return dequantize(packed, scale, self.widths[k])
             except ValueError as e:
-                raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
+                raise _unused(self.name, f"{k}: {e}") from None
 
         stored = (kt for p in self.parts for kt in _pairs(p))
         whole = _whole(stored, self.widths, join, self.name)
@@ -846,9 +819,8 @@ def find_base(
     """
     # an adapter cannot be its own base, however its name is spelled
     adapter = os.path.exists(beside / "adapter_config.json")
-    return next(
-        (p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None
-    )
+    own = lambda p: adapter and os.path.samefile(p, beside)
+    return next((p for p in _models(where, beside) if not own(p)), None)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #70323903
 def _check_base(path: Path, where, found: Path | None):
@@ -898,10 +870,8 @@ def _base_hash(path: Path) -> str | None:
     state = read_json(f) if (f := path / "trainer_state.json").exists() else {}
     known = state.get("base") if isinstance(state, dict) else state
     if not isinstance(known, (str, type(None))):
-        raise CheckpointError(
-            f"{path} is not used: trainer_state.json does not say what its base is; it was edited,"
-            " or is of another program. Take it away"
-        )
+        why = "does not say what its base is; it was edited, or is of another program. Take it away"
+        raise _unused(path, f"trainer_state.json {why}")
     return known
 
 # %% ../../nbs/checkpoint/02_store.ipynb #f2531239
@@ -916,8 +886,8 @@ def _values(weights) -> int:
 
 def _adapter_weights(path: Path, base: GPT, config: LoRAConfig) -> SafeTensors | dict:
     "The weights of the adapter in `path`; a `CheckpointError` if they are too few."
-    names = "adapter_model.safetensors", "adapter_model.bin"
-    file = next((f for n in names if (f := path / n).exists()), None)
+    files = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    file = next((f for f in files if f.exists()), None)
     if file is None:
         raise CheckpointError(
             f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin"
@@ -1003,14 +973,9 @@ def _listed(path: Path, step: int) -> Checkpoint | None:
     if wrong and not lexists(path):
         return None
     kind, written = m.get("kind"), m.get("time")
-    return Checkpoint(
-        path,
-        step,
-        kind if isinstance(kind, str) else "",
-        dir_size(path),
-        float(written) if isinstance(written, (int, float)) else 0.0,
-        wrong,
-    )
+    kind = kind if isinstance(kind, str) else ""
+    size, at = dir_size(path), float(written) if isinstance(written, (int, float)) else 0.0
+    return Checkpoint(path, step, kind, size, at, wrong)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #e4e50062
 class CheckpointStore:
@@ -1036,14 +1001,9 @@ class CheckpointStore:
 
         An `OSError` if their folder cannot be listed.
         """
-        found = [
-            (int(n), p)
-            for p in entries(self.folder)
-            if p.name.startswith(f"{self.name}-")
-            and (n := p.name[len(self.name) + 1 :]).isascii()
-            and n.isdigit()
-            and not _is_file(p)
-        ]
+        step = lambda p: re.fullmatch(f"{re.escape(self.name)}-([0-9]+)", p.name)
+        found = [(m, p) for p in entries(self.folder) if (m := step(p)) and not _is_file(p)]
+        found = [(int(m[1]), p) for m, p in found]
         return [c for step, p in sorted(found) if (c := _listed(p, step))]
 
     def newest(
@@ -1075,20 +1035,16 @@ class CheckpointStore:
         """
         if not self.keep:
             return
-        whole = [
-            c
-            for c in self.all()
-            if not c.problem and c.path != newest and (c.kind == "light") == (self.kind == "light")
-        ]
+        alike = lambda c: (c.kind == "light") == (self.kind == "light")
+        whole = [c for c in self.all() if not c.problem and c.path != newest and alike(c)]
         for c in whole[: max(0, len(whole) + (newest is not None) - self.keep)]:
             if c.path not in self.pinned:
                 remove_dir(stay_inside(c.path, self.folder.parent))
 
     def supersede(self, step: int) -> list[Path]:
         "Move checkpoints beyond `step` aside: they belong to a course that was given up."
-        return [
-            set_aside(c.path, "superseded", self.folder.parent) for c in self.all() if c.step > step
-        ]
+        later = [c.path for c in self.all() if c.step > step]
+        return [set_aside(path, "superseded", self.folder.parent) for path in later]
 
 # %% ../../nbs/checkpoint/02_store.ipynb #965d12a0
 def stores_in(
@@ -1142,12 +1098,8 @@ def newest(
 
     `passed_over` is told of each that is skipped, and why.
     """
-    found = sorted(
-        ((c, -i) for i, s in enumerate(stores) for c in s.all()),
-        key=lambda x: (x[0].step, x[1]),
-        reverse=True,
-    )
-    for c, _ in found:
+    found = [(c, -i) for i, s in enumerate(stores) for c in s.all()]
+    for c, _ in sorted(found, key=lambda x: (x[0].step, x[1]), reverse=True):
         if c.kind in ("light", "final", *EXPORTED):
             continue  # weights alone: only where somebody asks for them
         why = c.problem or unfit(c) or problem(c.path)
@@ -1248,12 +1200,8 @@ class Writer:
         if not (self.busy and self.held == step):  # another save of the same step shares its copy
             self.wait()
             self.held = None
-            missing = sum(
-                _room(t)
-                for part, tensors in _tensors(state).items()
-                for k, t in tensors.items()
-                if (part, k) not in self.buffers
-            )
+            tensors = _tensors(state)
+            missing = sum(_room(t) for key, t in tensors.items() if key not in self.buffers)
             used, limit = memory_use()
             if not missing or limit - used > 1.2 * missing:
                 try:
@@ -1281,17 +1229,13 @@ class Writer:
 
     def copy(self, state: State):
         "Copy every tensor into the buffers, which are made when they are first needed."
-        for part, tensors in _tensors(state).items():
-            for k, t in tensors.items():
-                b = self.buffers.get((part, k))
-                if b is None or b.shape != t.shape or b.dtype != t.dtype:
-                    b = self.buffers[part, k] = torch.empty_like(
-                        t, device="cpu", pin_memory=t.is_cuda
-                    )
-                b.copy_(t.detach(), non_blocking=t.is_cuda)
-        for d in {
-            t.device for tensors in _tensors(state).values() for t in tensors.values() if t.is_cuda
-        }:
+        tensors = _tensors(state)
+        for key, t in tensors.items():
+            b = self.buffers.get(key)
+            if b is None or b.shape != t.shape or b.dtype != t.dtype:
+                b = self.buffers[key] = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
+            b.copy_(t.detach(), non_blocking=t.is_cuda)
+        for d in {t.device for t in tensors.values() if t.is_cuda}:
             torch.cuda.synchronize(d)
 
     def copied(self, state: State) -> State:

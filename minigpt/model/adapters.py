@@ -187,12 +187,8 @@ class LoRAConfig:
         targets = _chosen(self.targets)
         check_size("r", self.r, MOST["dim"], "8 to 64 is usual")
         check_number("alpha", self.alpha, which="above 0; twice r is usual")
-        check_number(
-            "dropout",
-            self.dropout,
-            lambda x: 0 <= x < 1,
-            "at least 0 and below 1: it is the share that is dropped",
-        )
+        share = "at least 0 and below 1: it is the share that is dropped"
+        check_number("dropout", self.dropout, lambda x: 0 <= x < 1, share)
         object.__setattr__(self, "targets", targets)
 
     @property
@@ -252,12 +248,8 @@ class LoRALinear(nn.Linear):
         # (..., r); the base may be in half precision, the adapter is not
         thin = self.lora_A(self.drop(x.to(self.lora_A.weight.dtype)))
         wide = super().forward(x)  # (..., out)
-        return torch.addmm(
-            wide.flatten(0, -2),
-            thin.flatten(0, -2).to(wide.dtype),
-            self.lora_B.weight.T.to(wide.dtype),
-            alpha=self.scale,
-        ).view_as(wide)
+        flat, B = thin.flatten(0, -2).to(wide.dtype), self.lora_B.weight.T.to(wide.dtype)
+        return torch.addmm(wide.flatten(0, -2), flat, B, alpha=self.scale).view_as(wide)
 
     def merged(self) -> Tensor:  # (out, in), dtype of the weight
         "The matrix that does the same alone."
