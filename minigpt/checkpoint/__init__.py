@@ -11,7 +11,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         """,
         "store": """
             CheckpointError State pack_optimizer unpack_optimizer pack_rng unpack_rng
-            write_safetensors write_generation_config write_manifest Defect problem
+            write_safetensors write_manifest Defect problem
             write_checkpoint state_size read_checkpoint SafeTensors read_pickle
             weight_files is_weights Weights read_config open_weights load_model
             find_base home_of Checkpoint CheckpointStore stores_in refuse_links newest
