@@ -22,6 +22,7 @@ import zstandard
 
 from minigpt.checkpoint.headers import (
     BITS,
+    DTYPES,
     Call,
     Reader,
     Refused,
@@ -99,18 +100,12 @@ class Table(list):
 
     def cells(self) -> list[list[str]]:
         "The head and the rows, as texts."
-        return [[k.replace("_", " ") for k in self.keys()]] + [
-            [
-                "–" if r.get(k) is None else printable(str(self.show.get(k, str)(r[k])), 300)
-                for k in self.keys()
-            ]
-            for r in self
-        ]
+        text = lambda k, v: "–" if v is None else printable(str(self.show.get(k, str)(v)), 300)
+        head = [k.replace("_", " ") for k in self.keys()]
+        return [head] + [[text(k, r.get(k)) for k in self.keys()] for r in self]
 
     def __str__(self):
-        if not self:
-            return "nothing"
-        return text_table(self.cells(), self._numbers())
+        return text_table(self.cells(), self._numbers()) if self else "nothing"
 
     __repr__ = __str__
 
@@ -190,35 +185,27 @@ class _Contents:
 # %% ../../nbs/checkpoint/04_analysis.ipynb #d3fb202e
 def _by_component(a: _Contents) -> Table:
     n = Counter(t.component for t in a.tensors)
-    return Table(
-        [
-            dict(component=k, size=v, share=v / max(1, a.size), tensors=n[k] or None)
-            for k, v in sorted(a.components.items(), key=lambda kv: -kv[1])
-        ],
-        size=human_size,
-        share="{:.1%}".format,
-    )
+    rows = [
+        dict(component=k, size=v, share=v / max(1, a.size), tensors=n[k] or None)
+        for k, v in sorted(a.components.items(), key=lambda kv: -kv[1])
+    ]
+    return Table(rows, size=human_size, share="{:.1%}".format)
 
 
 def _by_layer(a: _Contents) -> Table:
     layers = a.layers
     total = max(1, sum(layers.values()))
-    return Table(
-        [dict(layer=k, size=v, share=v / total) for k, v in layers.items()],
-        size=human_size,
-        share="{:.1%}".format,
-    )
+    rows = [dict(layer=k, size=v, share=v / total) for k, v in layers.items()]
+    return Table(rows, size=human_size, share="{:.1%}".format)
 
 
 def _by_tensor(a: _Contents) -> Table:
-    return Table(
-        [
-            dict(tensor=t.name, component=t.component, shape=t.shape, dtype=t.dtype, size=t.bytes)
-            for t in sorted(a.tensors, key=lambda t: -t.bytes)
-        ],
-        size=human_size,
-        shape=lambda s: "×".join(map(str, s)) or "one number",
-    )
+    rows = [
+        dict(tensor=t.name, component=t.component, shape=t.shape, dtype=t.dtype, size=t.bytes)
+        for t in sorted(a.tensors, key=lambda t: -t.bytes)
+    ]
+    shape = lambda s: "×".join(map(str, s)) or "one number"
+    return Table(rows, size=human_size, shape=shape)
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #c9869bff
 def _first_lines(a: _Contents) -> list[str]:
@@ -239,14 +226,9 @@ def _as_text(a: _Contents, n: int) -> str:
         (f"{n} largest of {len(t)} {k}" if len(t) > n else k, t.top(n))
         for k, t in dict(layers=layers, tensors=_by_tensor(a)).items()
     ]
-    return "\n\n".join(
-        [
-            "\n".join(_first_lines(a)),
-            str(_by_component(a)),
-            *(f"{k}\n{t}" for k, t in more if t),
-            *(f"! {printable(p, 1000)}" for p in a.problems),
-        ]
-    )
+    said = ["\n".join(_first_lines(a)), str(_by_component(a))]
+    said += [f"{k}\n{t}" for k, t in more if t]
+    return "\n\n".join(said + [f"! {printable(p, 1000)}" for p in a.problems])
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #a9fe0709
 def _as_html(a: _Contents) -> str:
@@ -272,12 +254,6 @@ def _as_html(a: _Contents) -> str:
     )
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #ffa74af3
-def _rectangle(x, y, w, h, color):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1)
-
-
 def _worst(areas: list[float], side: float) -> float:
     "How far from a square is the longest of these areas, laid along `side`."
     s, side = sum(areas) ** 2, side**2
@@ -300,11 +276,8 @@ def treemap(
             n += 1
         thick, along = sum(areas[:n]) / side, 0.0
         for a in areas[:n]:
-            out.append(
-                (x, y + along, thick, a / thick)
-                if width >= height
-                else (x + along, y, a / thick, thick)
-            )
+            upright = (x, y + along, thick, a / thick)
+            out.append(upright if width >= height else (x + along, y, a / thick, thick))
             along += a / thick
         if width >= height:
             x, width = x + thick, width - thick
@@ -325,48 +298,27 @@ def _draw_components(ax, a: _Contents):
 
 
 def _draw_layers(ax, a: _Contents):
+    from matplotlib.patches import Rectangle
+
     layers = sorted(a.layers.items(), key=lambda kv: -kv[1])[:200]
     for (name, size), (x, y, w, h) in zip(layers, treemap([v for _, v in layers], 1.6, 1)):
-        numbered = name.rpartition(".")[2].isdigit()
-        ax.add_patch(_rectangle(x, y, w, h, "#4c78a8" if numbered else "#f58518"))
+        color = "#4c78a8" if name.rpartition(".")[2].isdigit() else "#f58518"
+        ax.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1))
         if w * h > 0.012:
-            ax.text(
-                x + w / 2,
-                y + h / 2,
-                f"{printable(name, 60).removeprefix('model.').removeprefix('transformer.')}"
-                f"\n{human_size(size)}",
-                ha="center",
-                va="center",
-                fontsize=6 if w > 0.12 else 5,
-                color="white",
-                parse_math=False,
-            )
+            short = printable(name, 60).removeprefix("model.").removeprefix("transformer.")
+            style = dict(ha="center", va="center", fontsize=6 if w > 0.12 else 5, color="white")
+            said = f"{short}\n{human_size(size)}"
+            ax.text(x + w / 2, y + h / 2, said, parse_math=False, **style)
     title = f"weights by layer: {human_size(sum(a.layers.values()))}"
     ax.set(xlim=(0, 1.6), ylim=(0, 1), title=title)
     ax.axis("off")
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #3efa7be7
 _OF_A_TENSOR = "name", "component", "shape", "dtype", "bytes", "numel", "layer", "tied"
-_SUMMARY = (
-    "kind",
-    "size",
-    "components",
-    "params",
-    "trainable",
-    "precision",
-    "dtypes",
-    "layers",
-    "step",
-    "epoch",
-    "loss",
-    "best_loss",
-    "config",
-    "metadata",
-    "files",
-    "problems",
-    "code",
-    "time",
-)
+_SUMMARY = """
+    kind size components params trainable precision dtypes layers step epoch loss best_loss
+    config metadata files problems code time
+"""
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #bb58865b
 @dataclass(repr=False, eq=False)
@@ -379,11 +331,10 @@ class Analysis(_Contents):
 
     def summary(self) -> dict:
         "Everything, fit for JSON."
-        said = {k: getattr(self, k) for k in _SUMMARY}
+        said = {k: getattr(self, k) for k in _SUMMARY.split()}
         tensors = [{k: getattr(t, k) for k in _OF_A_TENSOR} for t in self.tensors]
-        return dict(
-            path=str(self.path), **said, tensors=[t | dict(shape=[*t["shape"]]) for t in tensors]
-        )
+        tensors = [t | dict(shape=[*t["shape"]]) for t in tensors]
+        return dict(path=str(self.path), **said, tensors=tensors)
 
     def facts(self) -> list[str]:
         "The first lines of any account of it."
@@ -426,16 +377,8 @@ class Analysis(_Contents):
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #7a80c398
 _WEIGHTS = ".safetensors", ".safetensors.zst", ".pt", ".pth", ".bin", ".ckpt"
-_MODEL = (
-    "model_state_dict",
-    "model",
-    "state_dict",
-    "module",
-    "model_state",
-    "weights",
-    "net",
-    "params",
-)
+_MODELS = "model_state_dict model state_dict module model_state weights net params"
+_MODEL = _MODELS.split()
 _PARTS = {
     part: re.compile(marks)
     for part, marks in dict(
@@ -462,43 +405,25 @@ def _take(a: Analysis, component: str, n: int):
     a.components[component] = a.components.get(component, 0) + n
 
 
-def _add(a: Analysis, name, component, shape, dtype, size, file, offset, tied="", stride=None):
+def _add(a: Analysis, name, component, shape, dtype, size, **where):
     # an `.attn.bias` of four dimensions is nanoGPT's causal mask
     buffer = bool(_BUFFERS.search(name)) or name.endswith(".attn.bias") and len(shape) == 4
-    a.tensors.append(
-        TensorInfo(
-            name,
-            component,
-            shape,
-            dtype,
-            size,
-            math.prod(shape),
-            layer_of(name),
-            tied,
-            file,
-            offset,
-            stride,
-            buffer,
-        )
-    )
+    what = name, component, shape, dtype, size, math.prod(shape), layer_of(name)
+    a.tensors.append(TensorInfo(*what, buffer=buffer, **where))
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #09bcaec4
 def _read_safetensors(a: Analysis, path: Path, size: int, part: str):
     with Reader(path) as f:
-        packed = (
-            zstandard.ZstdDecompressor().stream_reader(f, read_size=1 << 16)
-            if path.name.endswith(".zst")
-            else None
-        )
-        try:
-            found, meta, start = safetensors_header(packed or f, None if packed else size)
-        except zstandard.ZstdError as e:
-            raise Refused(f"it is no zstd file, or a damaged one ({e})") from None
+        packed = path.name.endswith(".zst")
+        unpacked = zstandard.ZstdDecompressor().stream_reader(f, read_size=1 << 16) if packed else f
+        found, meta, start = safetensors_header(unpacked, None if packed else size)
     for k, (dtype, shape, begin, end) in found.items():
-        _add(a, k, part, shape, dtype, end - begin, path.name, -1 if packed else start + begin)
+        offset = -1 if packed else start + begin
+        _add(a, k, part, shape, dtype, end - begin, file=path.name, offset=offset)
     head = 0 if packed else start
     _take(a, part, size - head)
     _take(a, "format", head)
+    meta = meta if isinstance(meta, dict) else {}
     if part == "model" and "minigpt" in meta:
         _quantized(a, meta["minigpt"])
     elif meta.keys() - {"format"}:
@@ -515,17 +440,10 @@ def _quantized(a: Analysis, facts: str):
         return
     for t in a.tensors:
         width = widths.get(t.name)
-        if (
-            isinstance(width, int)
-            and len(t.shape) == 3
-            and 0 < width * bits <= 8 * math.prod(t.shape[1:])
-        ):
-            t.shape, t.numel, t.dtype, t.offset = (
-                (t.shape[0], width),
-                t.shape[0] * width,
-                f"int{bits}",
-                -1,
-            )
+        packed = isinstance(width, int) and len(t.shape) == 3
+        if packed and 0 < width * bits <= 8 * math.prod(t.shape[1:]):
+            t.shape, t.numel = (t.shape[0], width), t.shape[0] * width
+            t.dtype, t.offset = f"int{bits}", -1
         elif t.name.removesuffix(".scale") in widths:
             t.buffer = True
 
@@ -538,12 +456,9 @@ def _roles(t: TorchFile, part: str | None) -> tuple[dict, dict]:
     inner = [k for k in holds if isinstance(entries[k], (dict, Call))]
     if part:
         return {"": part}, {"": top}
-    if (
-        isinstance(t.top, Call)
-        and holds
-        or not any(k in _MODEL or _component(str(k)) for k in inner)
-        and any(isinstance(v, StoredTensor) and v.shape for v in entries.values())
-    ):
+    named = any(k in _MODEL or _component(str(k)) for k in inner)
+    shaped = any(isinstance(v, StoredTensor) and v.shape for v in entries.values())
+    if isinstance(t.top, Call) and holds or shaped and not named:
         return {"": "model"}, {"": top}  # a bare state dict
     main = next((k for k in (*_MODEL, *entries) if k in inner and not _component(str(k))), None)
 
@@ -568,11 +483,8 @@ def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
     roles, entries = _roles(t, part)
     owners, places, used, seen, pickled = {}, {}, Counter(), set(), t.pickled
     for k, v in entries.items():
-        for n, x in tensors_in(
-            v,
-            "" if roles[k] in ("model", "optimizer", "scheduler", "rng") else str(k)[:100],
-            seen=seen,
-        ):
+        prefix = "" if roles[k] in ("model", "optimizer", "scheduler", "rng") else str(k)[:100]
+        for n, x in tensors_in(v, prefix, seen=seen):
             if why := _misplaced(x, t):
                 a.problems.append(f"{name}: {printable(n)} {why}")
                 continue
@@ -583,18 +495,13 @@ def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
                 taken = 0
             owners.setdefault(x.storage.key, roles[k])
             used[x.storage.key] += taken
-            _add(
-                a,
-                n,
-                roles[k],
-                x.shape,
-                x.dtype,
-                taken,
-                name,
-                t.records[x.storage.key][0] + x.offset * BITS[x.dtype] // 8,
-                tied if tied != n else "",
-                None if _by_rows(x) else x.stride,
+            where = dict(
+                file=name,
+                offset=t.records[x.storage.key][0] + x.offset * BITS[x.dtype] // 8,
+                tied=tied if tied != n else "",
+                stride=None if _by_rows(x) else x.stride,
             )
+            _add(a, n, roles[k], x.shape, x.dtype, taken, **where)
         if "" not in roles:
             _take(a, roles[k], t.spans.get(k, 0))
             pickled -= t.spans.get(k, 0)
@@ -617,18 +524,14 @@ def _read_torch(a: Analysis, path: Path, size: int, part: str | None):
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #3a264156
 def _by_rows(x: StoredTensor) -> bool:
-    return all(
-        n == 1 or s == math.prod(x.shape[i + 1 :])
-        for i, (n, s) in enumerate(zip(x.shape, x.stride))
-    )
+    sizes = enumerate(zip(x.shape, x.stride))
+    return all(n == 1 or s == math.prod(x.shape[i + 1 :]) for i, (n, s) in sizes)
 
 
 def _misplaced(x: StoredTensor, t: TorchFile) -> str:
     "Why a tensor's values cannot be where it says; nothing if they can."
-    n, extent = (
-        math.prod(x.shape),
-        x.offset + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride)),
-    )
+    n = math.prod(x.shape)
+    extent = x.offset + 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride))
     if x.storage.key not in t.records:
         return "has no values: they are missing in the file"
     length = t.records[x.storage.key][1]
@@ -661,47 +564,27 @@ def _step(x) -> int | None:
 def _facts(a: Analysis, name: str, said: dict):
     "Step, losses and settings out of the entries of a `.pt`."
     for t in a.tensors:  # losses that are tensors, as nanoGPT's
-        if (
-            t.file == name
-            and t.component == "metadata"
-            and t.numel == 1
-            and t.name in said
-            and readable(t)
-        ):
+        one = t.file == name and t.component == "metadata" and t.numel == 1
+        if one and t.name in said and readable(t):
             said[t.name] = float(next(values(a.home, t))[0])
     said = jsonable(said)
     ask = lambda *keys: _number(*(said.get(k) for k in keys))
-    a.step, a.epoch = (
-        _step(ask("step", "global_step", "iter_num", "iteration", "steps")),
-        ask("epoch", "epochs"),
-    )
-    a.loss, a.best_loss = (
-        ask("loss", "train_loss", "last_loss"),
-        ask("best_loss", "best_val_loss", "val_loss"),
-    )
+    a.step = _step(ask("step", "global_step", "iter_num", "iteration", "steps"))
+    a.epoch, a.loss = ask("epoch", "epochs"), ask("loss", "train_loss", "last_loss")
+    a.best_loss = ask("best_loss", "best_val_loss", "val_loss")
     for k in "config", "args", "model_config", "model_args":
         if isinstance(said.get(k), dict):
             a.config |= said.pop(k)
     if isinstance(info := said.get("model_info"), dict):
         a.trainable = _number(info.get("trainable_params"))
     a.metadata |= said
-    a.kind = (
-        "nanoGPT checkpoint"
-        if "iter_num" in said and "best_val_loss" in said
-        else "training checkpoint (.pt)"
-        if "optimizer" in a.components
-        else a.kind
-    )
+    if "iter_num" in said and "best_val_loss" in said:
+        a.kind = "nanoGPT checkpoint"
+    elif "optimizer" in a.components:
+        a.kind = "training checkpoint (.pt)"
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #46ac0532
-_NUMPY = {
-    "bfloat16": np.dtype("<u2"),
-    **{
-        k: np.dtype(k).newbyteorder("<")
-        for k in BITS
-        if re.fullmatch(r"(float(16|32|64)|u?int\d+|bool|complex(64|128))", k)
-    },
-}
+_NUMPY = {name: np.dtype(t.numpy) for name, t in DTYPES.items() if t.numpy}
 
 
 def readable(t: TensorInfo) -> bool:
@@ -718,21 +601,21 @@ def values(
     if not t.numel:
         return
     dtype = _NUMPY[t.dtype]
-    extent = (
-        t.numel if t.stride is None else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride))
-    )
-    x = np.memmap(home / t.file, dtype, "r", t.offset, (extent,))
-    x = (
-        x.reshape(t.shape or (1,))
-        if t.stride is None
-        else np.lib.stride_tricks.as_strided(x, t.shape, [s * dtype.itemsize for s in t.stride])
-    )
+    mapped = lambda n: np.memmap(home / t.file, dtype, "r", t.offset, (n,))
+    if t.stride is None:
+        x = mapped(t.numel).reshape(t.shape or (1,))
+    else:
+        x = mapped(1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride)))
+        x = np.lib.stride_tricks.as_strided(x, t.shape, [s * dtype.itemsize for s in t.stride])
     rows = max(1, most * len(x) // t.numel)
     for i in range(0, len(x), rows):
         piece = np.ascontiguousarray(x[i : i + rows]).reshape(-1)
         yield (piece.astype("<u4") << 16).view("<f4") if t.dtype == "bfloat16" else piece
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #f0fd3e06
+_PICKLES = ".pt", ".pth", ".ckpt", ".pkl", ".pickle"
+
+
 def _read_file(a: Analysis, path: Path):
     "Add what one file holds."
     name, stat = path.name, path.stat()
@@ -743,11 +626,7 @@ def _read_file(a: Analysis, path: Path):
         raise Refused("it is empty: it was not written, or has not arrived")
     if bare.endswith(".safetensors"):
         _read_safetensors(a, path, stat.st_size, part or "model")
-    elif (
-        name.endswith((".pt", ".pth", ".ckpt", ".pkl", ".pickle"))
-        or name.endswith(".bin")
-        and _pickled(path)
-    ):
+    elif name.endswith(_PICKLES) or name.endswith(".bin") and _pickled(path):
         _read_torch(a, path, stat.st_size, part)
     else:
         _take(a, part or "metadata", stat.st_size)
@@ -776,19 +655,15 @@ def _read_folder(a: Analysis):
             _take(a, "unreadable", a.files.get(p.name, 0))
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #0bc01a52
+_KNOWN = """
+    config adapter_config trainer_state run MANIFEST training_args generation_config optimizer
+"""
+
+
 def _read_said(a: Analysis) -> dict[str, dict]:
     "The JSON files of a directory that are known by name."
     said = {}
-    for k in (
-        "config",
-        "adapter_config",
-        "trainer_state",
-        "run",
-        "MANIFEST",
-        "training_args",
-        "generation_config",
-        "optimizer",
-    ):
+    for k in _KNOWN.split():
         try:
             if (size := a.files.get(f"{k}.json", 0)) > 32 << 20:
                 raise Refused(f"it takes {human_size(size)}, more than the 32.0 MiB that are read")
@@ -802,11 +677,8 @@ def _read_said(a: Analysis) -> dict[str, dict]:
 
 def _progress(a: Analysis, state: dict):
     "Step and losses out of a trainer_state.json, ours or the Trainer's."
-    history = (
-        [r for r in state["log_history"] if isinstance(r, dict)]
-        if isinstance(state.get("log_history"), list)
-        else []
-    )
+    history = state.get("log_history")
+    history = [r for r in history if isinstance(r, dict)] if isinstance(history, list) else []
     evaluated = [r["eval_loss"] for r in history if isinstance(r.get("eval_loss"), float)]
     a.step, a.epoch = _step(state.get("global_step")), _number(state.get("epoch"))
     a.loss = _number(state.get("last_loss"), *(r.get("loss") for r in reversed(history)))
@@ -853,42 +725,26 @@ def _read_directory(a: Analysis):
         )
     elif config and not weights and "unreadable" not in a.components:
         a.problems.append("there is a config.json, and no weights beside it")
-    a.kind = (
-        "LoRA adapter"
-        if adapter
-        else (
-            "minigpt run"
-            if run
-            else (
-                f"minigpt checkpoint ({printable(str(manifest.get('kind')))})"
-                if manifest
-                else (
-                    "Hugging Face checkpoint"
-                    if config and state
-                    else (
-                        "Hugging Face model"
-                        if config
-                        else a.kind or ("checkpoint" if weights else "")
-                    )
-                )
-            )
-        )
-    )
+    kinds = [
+        (adapter, "LoRA adapter"),
+        (run, "minigpt run"),
+        (manifest, f"minigpt checkpoint ({printable(str(manifest.get('kind')))})"),
+        (config and state, "Hugging Face checkpoint"),
+        (config, "Hugging Face model"),
+        (True, a.kind or ("checkpoint" if weights else "")),
+    ]
+    a.kind = next(kind for found, kind in kinds if found)
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #64dda5b2
 # a directory with one of these is one checkpoint, however many files it has
-_ONE = (
-    "config.json",
-    "adapter_config.json",
-    "MANIFEST.json",
-    "run.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-)
+_ONE = """
+    config.json adapter_config.json MANIFEST.json run.json model.safetensors.index.json
+    pytorch_model.bin.index.json
+"""
 
 
 def _is_one(folder: Path) -> bool:
-    return any((folder / n).exists() for n in _ONE)
+    return any((folder / n).exists() for n in _ONE.split())
 
 
 def _alone(folder: Path) -> list[Path]:
@@ -920,31 +776,30 @@ def checkpoints_in(
 ) -> list[Path]:  # By name; the folder itself, if it is one as well
     "The checkpoints in a folder."
     folder = Path(folder)
-    places = [
-        folder,
-        *(
-            folder / d
-            for d in ("checkpoints", "snapshots", "best")
-            if (folder / "run.json").exists() and (folder / d).is_dir()
-        ),
-    ]
+    parts = ("checkpoints", "snapshots", "best") if (folder / "run.json").exists() else ()
+    places = [folder, *(folder / d for d in parts if (folder / d).is_dir())]
     found = [d for place in places for d in place.iterdir() if _is_checkpoint(d)]
-    return sorted(found, key=lambda p: natural(p.name)) + (
-        [folder] * _is_checkpoint(folder)
-        if _is_one(folder)
-        else sorted(_alone(folder), key=lambda p: natural(p.name))
-    )
+    by_name = lambda paths: sorted(paths, key=lambda p: natural(p.name))
+    own = [folder] * _is_checkpoint(folder) if _is_one(folder) else by_name(_alone(folder))
+    return by_name(found) + own
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #dbf9e5cb
+def _kind_of_file(a: Analysis) -> str:  # Empty: it is no checkpoint
+    if ".safetensors" in a.path.name:
+        return "safetensors file"
+    if a.tensors or a.problems:
+        return "file of torch.save"
+    return "pickle" if _pickled(a.path) else ""
+
+
 def analyze(
     path: str | Path,  # A checkpoint: a file, or a directory
 ) -> Analysis:
     "What is in a checkpoint of any usual program; only headers are read, and nothing is run."
     a = Analysis(path := Path(path))
     if path.is_dir():
-        if not _is_one(path) and (
-            len(inside := checkpoints_in(path)) > 1 or inside and inside[0].is_dir()
-        ):
+        inside = [] if _is_one(path) else checkpoints_in(path)
+        if len(inside) > 1 or inside and inside[0].is_dir():
             raise ValueError(
                 f"{path} is not a checkpoint, but holds {len(inside)}, such as {inside[0].name}:"
                 f" name one, or compare them all (minigpt checkpoint analyze -d {path} --compare)"
@@ -960,17 +815,7 @@ def analyze(
             _read_file(a, path)
         except Refused as e:
             raise ValueError(f"{path} is refused: {e}") from None
-        a.kind = a.kind or (
-            "safetensors file"
-            if ".safetensors" in path.name
-            else (
-                "file of torch.save"
-                if a.tensors or a.problems
-                else "pickle"
-                if _pickled(path)
-                else ""
-            )
-        )
+        a.kind = a.kind or _kind_of_file(a)
         if not a.kind:
             raise ValueError(
                 f"{path} is not a checkpoint: it must be a directory, or a file that safetensors or"
@@ -1007,15 +852,13 @@ def _find_copies(a: Analysis):
     `.half()` or `.cpu()` on each tensor unties them. Three samples of the values tell.
     """
 
-    def sample(t):
-        n = min(t.bytes, 1 << 14)
-        with open(a.home / t.file, "rb") as f:
-            return b"".join(
-                f.read(n) for i in range(3) if f.seek(t.offset + i * (t.bytes - n) // 2) >= 0
-            )
-
     def key(t):
-        return t.shape, t.dtype, hash_bytes(sample(t))
+        n, sample = min(t.bytes, 1 << 14), b""
+        with open(a.home / t.file, "rb") as f:
+            for i in range(3):
+                f.seek(t.offset + i * (t.bytes - n) // 2)
+                sample += f.read(n)
+        return t.shape, t.dtype, hash_bytes(sample)
 
     tables = [t for t in a.weights() if len(t.shape) == 2 and t.offset >= 0 and not t.stride]
     heads = [t for t in tables if re.search("head|output", t.name)]
@@ -1082,13 +925,9 @@ def _save_whole(state: dict, path: Path, total: int, progress: bool):
     from tqdm.auto import tqdm
 
     tmp = hidden(path, "tmp")
+    shown = dict(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress)
     try:
-        with (
-            open(tmp, "wb") as f,
-            tqdm(
-                total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress
-            ) as bar,
-        ):
+        with open(tmp, "wb") as f, tqdm(**shown) as bar:
             torch.save(state, _Counted(f, bar))
         os.replace(tmp, path)
     except BaseException:

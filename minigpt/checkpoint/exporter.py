@@ -25,17 +25,20 @@ import zstandard
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .headers import PRECISIONS
 from minigpt.checkpoint.store import (
     EXPORTED,
     CheckpointError,
     Weights,
     find_base,
+    is_weights,
     load_model,
     open_weights,
     problem,
     read_config,
     read_pickle,
     run_model,
+    write_generation_config,
     write_manifest,
     write_safetensors,
 )
@@ -58,7 +61,7 @@ from ..model.quantization import group_shape, quantize
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #f16f6de0
-BITS = dict(fp32=32, fp16=16, bf16=16, int8=8, int4=4)
+BITS = PRECISIONS
 _FLOATS = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 GROUP = 64  # weights that share a scale, see `minigpt.model.quantization`
 
@@ -80,17 +83,10 @@ def _layout(header: Iterable[tuple[str, tuple[int, ...]]], precision: str) -> di
             out[k] = meta(*shape, dtype=torch.float32)
         else:
             n, size = group_shape(shape[1], GROUP)
-            out[k] = (
-                meta(shape[0], n, size, dtype=torch.int8)
-                if precision == "int8"
-                else meta(shape[0], n, size // 2, dtype=torch.uint8)
-            )
+            last, dtype = (size, torch.int8) if precision == "int8" else (size // 2, torch.uint8)
+            out[k] = meta(shape[0], n, last, dtype=dtype)
             out[k + ".scale"] = meta(shape[0], n, dtype=torch.bfloat16)
     return out
-
-
-def _size(layout: dict[str, Tensor]) -> int:
-    return sum(t.nbytes for t in layout.values())
 
 
 def export_bytes(
@@ -100,7 +96,8 @@ def export_bytes(
     "What the weights take in a file, to the byte."
     with torch.device("meta"):
         model = GPT(config)
-    return _size(_layout(((k, tuple(t.shape)) for k, t in model.weights().items()), precision))
+    shapes = ((k, tuple(t.shape)) for k, t in model.weights().items())
+    return sum(t.nbytes for t in _layout(shapes, precision).values())
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #649313b3
 def minimind_config(
@@ -108,10 +105,8 @@ def minimind_config(
 ) -> GPTConfig:
     "The shape of a MiniMind model: what its tensors tell, and what its code has beside them."
     rows = lambda name: weights[f"model.layers.0.{name}.weight"].shape[0]
-    (V, C), qk = (
-        weights["model.embed_tokens.weight"].shape,
-        "model.layers.0.self_attn.q_norm.weight" in weights,  # since MiniMind 3
-    )
+    V, C = weights["model.embed_tokens.weight"].shape
+    qk = "model.layers.0.self_attn.q_norm.weight" in weights  # since MiniMind 3
     D = rows("self_attn.q_norm") if qk else C // 8
     head = weights.get("lm_head.weight")
     return GPTConfig(
@@ -132,6 +127,7 @@ def minimind_config(
 # %% ../../nbs/checkpoint/03_exporter.ipynb #e8c9640b
 def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig, Weights]:
     "A state dict that somebody saved, alone or in a dict of a training state."
+    refused = lambda why: CheckpointError(f"{path} is not converted: {why}")
     d = read_pickle(path)
     own = d.get("config") if isinstance(d, dict) else None
     # what stands in a config.json, as in our demonstration
@@ -139,48 +135,35 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
         try:
             config = from_hf(own)
         except ValueError as e:
-            raise CheckpointError(f"{path} is not converted: {e}") from None
+            raise refused(e) from None
     if isinstance(d, dict):
-        d = next(
-            (
-                d[k]
-                for k in ("model_state_dict", "state_dict", "model")
-                if isinstance(d.get(k), dict)
-            ),
-            d,
-        )
-    if not isinstance(d, dict) or not all(
-        isinstance(k, str) and isinstance(t, Tensor) for k, t in d.items()
-    ):
-        raise CheckpointError(
-            f"{path} is not converted: there are no weights by name in it (keys"
-            f" {[*d][:6] if isinstance(d, dict) else type(d).__name__})"
-        )
+        inner = (d.get(k) for k in ("model_state_dict", "state_dict", "model"))
+        d = next((x for x in inner if isinstance(x, dict)), d)
+    if not is_weights(d):
+        keys = [*d][:6] if isinstance(d, dict) else type(d).__name__
+        raise refused(f"there are no weights by name in it (keys {keys})")
     # of DistributedDataParallel, of torch.compile
     d = {k.removeprefix("module.").removeprefix("_orig_mod."): t for k, t in d.items()}
     if "transformer.wpe.weight" in d:
-        raise CheckpointError(
-            f"{path} is not converted: it is a GPT-2, as nanoGPT trains them, with learned"
-            " positions, LayerNorm and GELU; this library computes Llama and Qwen3. Open it with"
-            " nanoGPT"
+        raise refused(
+            "it is a GPT-2, as nanoGPT trains them, with learned positions, LayerNorm and GELU;"
+            " this library computes Llama and Qwen3. Open it with nanoGPT"
         )
     if any(".experts." in k for k in d):
-        raise CheckpointError(
-            f"{path} is not converted: it is a mixture of experts, which this library does not"
-            " compute. Open it with the program that trained it"
+        raise refused(
+            "it is a mixture of experts, which this library does not compute. Open it with the"
+            " program that trained it"
         )
     if "model.embed_tokens.weight" not in d:
-        raise CheckpointError(
-            f"{path} is not converted: its tensors are not named as those of a Llama or Qwen3"
-            f" (model.embed_tokens.weight, …) but {', '.join([*d][:3])}, …"
+        raise refused(
+            "its tensors are not named as those of a Llama or Qwen3 (model.embed_tokens.weight, …)"
+            f" but {', '.join([*d][:3])}, …"
         )
     if config == "minimind":
         try:
             config = minimind_config(d)
         except (KeyError, ValueError, IndexError) as e:
-            raise CheckpointError(
-                f"{path} is not converted: it is not shaped as a MiniMind model ({e})"
-            ) from None
+            raise refused(f"it is not shaped as a MiniMind model ({e})") from None
     if not isinstance(config, GPTConfig):
         raise ValueError(
             f"{path} does not say how many heads its model has, nor its rope_theta and norm_eps;"
@@ -207,14 +190,11 @@ def _find(source) -> Path:
             f"there is no {path}; name a checkpoint, a run's folder, a model directory or a .pth"
             " file"
         )
-    alone = (
-        [f for f in path.iterdir() if f.suffix in (".pt", ".pth")]
-        if path.is_dir()
-        and not any((path / n).exists() for n in ("run.json", "config.json", "adapter_config.json"))
-        else []
-    )
-    if len(alone) == 1:
-        return alone[0]
+    known = "run.json", "config.json", "adapter_config.json"
+    if path.is_dir() and not any((path / n).exists() for n in known):
+        alone = [f for f in path.iterdir() if f.suffix in (".pt", ".pth")]
+        if len(alone) == 1:
+            return alone[0]
     return run_model(path) if (path / "run.json").exists() else path
 
 
@@ -234,16 +214,10 @@ def _open(source, config=None) -> tuple[GPTConfig, Weights, Path | None]:
     return weights.config, weights, path
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #0020a95f
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-)
+_TOKENIZER = """
+    tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json
+    added_tokens.json vocab.json merges.txt tokenizer.model
+"""
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #cd549726
 def _converted(weights: Weights, precision: str, count: Callable[[int], None]) -> Iterator[Tensor]:
@@ -268,21 +242,15 @@ def _converted(weights: Weights, precision: str, count: Callable[[int], None]) -
         count(t.nbytes)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #71ac3607
-def _config_json(
-    config: GPTConfig, precision: str, compress: bool, tokenizer: Tokenizer | None, theirs: dict
-) -> dict:
+def _config_json(config: GPTConfig, precision: str, compress: bool, tok, theirs: dict) -> dict:
     "What config.json says; token ids as the tokenizer has them, or the source's own."
-    if tokenizer:
-        c = config.to_hf(
-            eos_id=tokenizer.eos_id, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.eos_id
-        )
+    if tok:
+        c = config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id)
     else:
-        c = config.to_hf() | {
-            k: theirs[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in theirs
-        }
-    c["dtype"] = c["torch_dtype"] = str(_FLOATS.get(precision, torch.float32)).removeprefix(
-        "torch."
-    )
+        ids = "bos_token_id", "eos_token_id", "pad_token_id"
+        c = config.to_hf() | {k: theirs[k] for k in ids if k in theirs}
+    dtype = str(_FLOATS.get(precision, torch.float32)).removeprefix("torch.")
+    c["dtype"] = c["torch_dtype"] = dtype
     if precision not in _FLOATS:
         c["quantization"] = dict(bits=BITS[precision], group=GROUP)
     if precision not in _FLOATS or compress:
@@ -315,76 +283,35 @@ def _copy_small(folder: Path, d: Path, names: Iterable[str]):
             shutil.copyfile(found, d / name)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #7a3f3aa1
-def _write_model(
-    d: Path,
-    config: GPTConfig,
-    weights: Weights,
-    folder: Path | None,
-    precision: str,
-    compress: bool,
-    tokenizer: Tokenizer | None,
-    count,
-) -> dict[str, str]:
+def _write_model(d: Path, config, weights, folder, precision, compress, tokenizer, count) -> dict:
     "Config, weights and tokenizer; the hash of the weights."
-    write_json(
-        d / "config.json",
-        _config_json(
-            config,
-            precision,
-            compress,
-            tokenizer,
-            (
-                read_json(folder / "config.json")
-                if folder and (folder / "config.json").exists()
-                else {}
-            ),
-        ),
-    )
+    known = folder and (folder / "config.json").exists()
+    theirs = read_json(folder / "config.json") if known else {}
+    write_json(d / "config.json", _config_json(config, precision, compress, tokenizer, theirs))
     shapes, metadata = [(k, shape) for k, (_, shape) in weights.header.items()], {"format": "pt"}
     if precision not in _FLOATS:
-        metadata["minigpt"] = orjson.dumps(
-            dict(
-                bits=BITS[precision],
-                group=GROUP,
-                widths={k: s[1] for k, s in shapes if len(s) == 2},
-            )
-        ).decode()
+        widths = {k: s[1] for k, s in shapes if len(s) == 2}
+        facts = dict(bits=BITS[precision], group=GROUP, widths=widths)
+        metadata["minigpt"] = orjson.dumps(facts).decode()
     if tokenizer:
         tokenizer.save(d)
         if isinstance(config, GPTConfig):
-            write_json(
-                d / "generation_config.json",
-                dict(
-                    eos_token_id=list(tokenizer.stop_ids),
-                    pad_token_id=tokenizer.eos_id,
-                    do_sample=True,
-                ),
-            )
+            write_generation_config(d, tokenizer)
     if folder and not tokenizer:
-        _copy_small(folder, d, (*_TOKENIZER, "generation_config.json"))
-    name = "model.safetensors" + ".zst" * compress
-    return {
-        name: write_safetensors(
-            d / name,
-            _layout(shapes, precision),
-            metadata,
-            _converted(weights, precision, count),
-            compress,
-        )
-    }
+        _copy_small(folder, d, (*_TOKENIZER.split(), "generation_config.json"))
+    name, layout = "model.safetensors" + ".zst" * compress, _layout(shapes, precision)
+    values = _converted(weights, precision, count)
+    return {name: write_safetensors(d / name, layout, metadata, values, compress)}
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #6ef3a860
 def _full(source) -> Path:
     "The directory of a whole checkpoint that training can go on from."
     folder = None if isinstance(source, LanguageModel) else _find(source)
-    why = (
-        problem(folder)
-        if folder and (folder / "MANIFEST.json").exists()
-        else "it has no manifest of this library"
-    )
-    if not why and not any(
-        n.startswith("optimizer.safetensors") for n in read_json(folder / "MANIFEST.json")["files"]
-    ):
+    why = "it has no manifest of this library"
+    if folder and (folder / "MANIFEST.json").exists():
+        why = problem(folder)
+    names = [] if why else read_json(folder / "MANIFEST.json")["files"]
+    if not why and not any(n.startswith("optimizer.safetensors") for n in names):
         why = "it holds no state of an optimizer"
     if why:
         raise CheckpointError(
@@ -402,16 +329,11 @@ def _copy_files(d: Path, folder: Path, compress: bool, count):
             open(_own_file(folder, name), "rb") as f,
             open(d / (plain + ".zst" * pack), "wb") as to,
         ):
-            how = (
-                None
-                if pack == (name != plain)
-                else (
-                    zstandard.ZstdCompressor(write_checksum=True)
-                    if pack
-                    else zstandard.ZstdDecompressor()
-                )
-            )
-            at, stream = 0, how.stream_reader(f, closefd=False) if how else f
+            at, stream = 0, f
+            if pack != (name != plain):
+                packer = zstandard.ZstdCompressor(write_checksum=True)
+                how = packer if pack else zstandard.ZstdDecompressor()
+                stream = how.stream_reader(f, closefd=False)
             while piece := stream.read(1 << 22):
                 to.write(piece)
                 count(f.tell() - at)
@@ -429,9 +351,8 @@ def _place(source, name: str) -> Path:
     if not path.name:
         path = path.absolute()  # such as '.'
     run = next((p for p in (path, *path.parents[:2]) if (p / "run.json").exists()), None)
-    return (
-        run / "exports" if run else path.parent
-    ) / f"{path.stem if path.is_file() else path.name}-{name}"
+    home = run / "exports" if run else path.parent
+    return home / f"{path.stem if path.is_file() else path.name}-{name}"
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #7dd0562a
 _ALIEN = {
@@ -461,10 +382,8 @@ def _check_out(out: Path, source, replace: bool):
         )
     if not replace or not out.exists():
         return
-    if not isinstance(source, LanguageModel) and out.resolve() in (
-        (at := Path(source).resolve()),
-        *at.parents,
-    ):
+    at = None if isinstance(source, LanguageModel) else Path(source).resolve()
+    if at and out.resolve() in (at, *at.parents):
         raise FileExistsError(
             f"{out} is the source, or around it, so it is not replaced; choose another name"
         )
@@ -472,10 +391,8 @@ def _check_out(out: Path, source, replace: bool):
         m = read_json(out / "MANIFEST.json") if out.is_dir() else {}
     except (OSError, ValueError):
         m = {}
-    if m.get("kind") not in EXPORTED or not {p.name for p in out.iterdir()} <= {
-        *m["files"],
-        "MANIFEST.json",
-    }:
+    ours = m.get("kind") in EXPORTED
+    if not ours or {p.name for p in out.iterdir()} - {*m["files"], "MANIFEST.json"}:
         raise FileExistsError(
             f"{out} is not an earlier export of weights, so it is not replaced; choose another"
             " name, or move it away"
@@ -495,23 +412,15 @@ class _Job(NamedTuple):
 def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenizer, config) -> _Job:
     config, weights, folder = _open(source, config)
     if folder and not tokenizer and (folder / "adapter_config.json").exists():
-        tokenizer = load_tokenizer(
-            folder
-            if (folder / "tokenizer.json").exists()
-            else find_base(
-                read_json(folder / "adapter_config.json")["base_model_name_or_path"], folder
-            )
-        )
+        home = folder
+        if not (folder / "tokenizer.json").exists():
+            facts = read_json(folder / "adapter_config.json")
+            home = find_base(facts["base_model_name_or_path"], folder)
+        tokenizer = load_tokenizer(home)
     total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.header.values())
-    kind = (
-        "compressed"
-        if compress
-        else "quantized"
-        if precision not in _FLOATS
-        else "best"
-        if metrics
-        else "weights"
-    )
+    kind = "best" if metrics else "weights"
+    if compress or precision not in _FLOATS:
+        kind = "compressed" if compress else "quantized"
     write = lambda d, count: _write_model(
         d, config, weights, folder, precision, compress, tokenizer, count
     )
@@ -531,15 +440,9 @@ def _counting(
 ) -> Iterator[Callable[[int], None]]:
     "Gives the function that is told how many bytes were read since the last call."
     done = 0
-    with tqdm(
-        total=total,
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        desc=name,
-        disable=progress is not None or total < 64 << 20,
-        leave=False,
-    ) as bar:
+    quiet = progress is not None or total < 64 << 20
+    unit = dict(unit="B", unit_scale=True, unit_divisor=1024)
+    with tqdm(total=total, desc=name, disable=quiet, leave=False, **unit) as bar:
 
         def count(n):
             nonlocal done
@@ -605,11 +508,10 @@ def export(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = load_tokenizer(tokenizer)
     source = _named(source)
-    job = (
-        _weights_job(source, precision, compress, metrics, tokenizer, config)
-        if weights_only
-        else _full_job(source, compress)
-    )
+    if weights_only:
+        job = _weights_job(source, precision, compress, metrics, tokenizer, config)
+    else:
+        job = _full_job(source, compress)
     state = job.folder / "trainer_state.json" if job.folder else None
     if state and not state.exists():
         state = None
@@ -656,11 +558,8 @@ def _cost_figure(report: dict):
         ax.barh(i, size, color="C0")
         ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
         ax.text(size, i, said, va="center", fontsize=8)
-    ax.set(
-        xlabel="MiB (line: parameters × bits)",
-        yticks=range(len(report["precisions"])),
-        yticklabels=[*report["precisions"]][::-1],
-    )
+    names = [*report["precisions"]][::-1]
+    ax.set(xlabel="MiB (line: parameters × bits)", yticks=range(len(names)), yticklabels=names)
     ax.margins(x=0.6)
     return fig
 
@@ -723,9 +622,8 @@ def export_report(
             if not data:
                 return x
             loss, best = _predict(load_model(d), data, seq_len, sequences)
-            return dict(
-                x, loss=loss, change=loss - base, agreed=(best == chosen).float().mean().item()
-            )
+            agreed = (best == chosen).float().mean().item()
+            return dict(x, loss=loss, change=loss - base, agreed=agreed)
 
         out = {p: measured(p) for p in precisions}
         kinds["weights only"] = dir_size(written(config=config))
@@ -787,6 +685,6 @@ def export_onnx(
             external_data=theory(shape)["fp32"] > 1 << 30,  # a protobuf ends at 2 GiB
         )
         if folder:
-            _copy_small(folder, d, _TOKENIZER)
+            _copy_small(folder, d, _TOKENIZER.split())
         write_manifest(d, {}, "onnx", 0)
     return out

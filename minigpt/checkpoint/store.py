@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
-           'read_pickle', 'weight_files', 'Weights', 'read_config', 'open_weights', 'load_model', 'find_base',
-           'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model', 'open_model',
-           'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
+           'read_pickle', 'weight_files', 'is_weights', 'Weights', 'read_config', 'open_weights', 'load_model',
+           'find_base', 'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model',
+           'open_model', 'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4f897d89
+import io
 import logging
 import math
 import os
@@ -36,7 +37,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .headers import Refused, TooMuch, torch_file
+from .headers import DTYPES, Refused, TooMuch, safetensors_header, torch_file
 from minigpt.core.files import (
     NotAFile,
     Pace,
@@ -73,6 +74,10 @@ class CheckpointError(RuntimeError):
     "A checkpoint that cannot be written, or must not be used; says which file and why."
 
 
+def _unused(path: str | Path, why) -> CheckpointError:
+    return CheckpointError(f"{path} is not used: {why}")
+
+
 @dataclass
 class State:
     "All that a checkpoint holds, in memory. Tensors may still be those of the live model."
@@ -93,10 +98,8 @@ def pack_optimizer(
 ) -> tuple[dict[str, Tensor], dict]:  # `exp_avg/model.norm.weight` → tensor; numbers and groups
     "The state of an optimizer, by parameter name."
     name = {id(p): n for n, p in model.named_parameters()}
-    sd, names = (
-        optimizer.state_dict(),
-        [name[id(p)] for g in optimizer.param_groups for p in g["params"]],
-    )
+    sd = optimizer.state_dict()
+    names = [name[id(p)] for g in optimizer.param_groups for p in g["params"]]
     tensors, numbers = {}, {}
     for i, state in sd["state"].items():
         for k, v in state.items():
@@ -133,9 +136,8 @@ def unpack_optimizer(
             )
         # the file may be mapped into memory, and must not be held
         state.setdefault(names.index(n), {})[k] = v.clone() if isinstance(v, Tensor) else v
-    optimizer.load_state_dict(
-        dict(state=state, param_groups=optimizer.state_dict()["param_groups"])
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #3ece73f8
 def pack_rng() -> tuple[dict[str, Tensor], dict]:
@@ -165,14 +167,8 @@ def unpack_rng(
     version, gauss = facts["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     kind, pos, has_gauss, cached = facts["numpy"]
-    np.random.set_state(
-        dict(
-            bit_generator=kind,
-            state=dict(key=tensors["numpy"].numpy().astype(np.uint32), pos=pos),
-            has_gauss=has_gauss,
-            gauss=cached,
-        )
-    )
+    state = dict(key=tensors["numpy"].numpy().astype(np.uint32), pos=pos)
+    np.random.set_state(dict(bit_generator=kind, state=state, has_gauss=has_gauss, gauss=cached))
     torch.set_rng_state(tensors["torch"])
     missing = []
     for k, v in tensors.items():
@@ -186,18 +182,9 @@ def unpack_rng(
     return missing
 
 # %% ../../nbs/checkpoint/02_store.ipynb #25815029
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# the types that are written, and read: those that torch always had, but for the complex ones
+_TYPES = {k: getattr(torch, k) for k, t in DTYPES.items() if t.storage and "complex" not in k}
+_CODES = {dtype: DTYPES[k].safetensors for k, dtype in _TYPES.items()}
 
 
 def write_safetensors(
@@ -214,7 +201,7 @@ def write_safetensors(
     header, end = ({"__metadata__": metadata} if metadata else {}), 0
     for k, t in tensors.items():
         begin, end = end, end + t.numel() * t.element_size()
-        header[k] = dict(dtype=_DTYPES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
+        header[k] = dict(dtype=_CODES[t.dtype], shape=list(t.shape), data_offsets=[begin, end])
     head = orjson.dumps(header)
     head += b" " * (-len(head) % 8)
     hash = xxhash.xxh3_128()
@@ -231,9 +218,8 @@ def write_safetensors(
         out = zstandard.ZstdCompressor(write_checksum=True).compressobj() if compress else None
         put = (lambda data: write(out.compress(data))) if compress else write
         put(len(head).to_bytes(8, "little") + head)
-        for told, t in zip(
-            tensors.values(), tensors.values() if values is None else values, strict=True
-        ):
+        given = tensors.values() if values is None else values
+        for told, t in zip(tensors.values(), given, strict=True):
             if (t.dtype, t.shape) != (told.dtype, told.shape):
                 raise ValueError(
                     f"{path}: a tensor is {t.dtype} {tuple(t.shape)}, and the header says"
@@ -245,31 +231,28 @@ def write_safetensors(
     return hash.hexdigest()
 
 # %% ../../nbs/checkpoint/02_store.ipynb #7b344c79
+def write_generation_config(folder: Path, tok: Tokenizer):
+    "Say how text is generated: transformers and vLLM read it."
+    said = dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True)
+    write_json(folder / "generation_config.json", said)
+
+
 def _write_files(folder: Path, state: State) -> dict[str, str]:
     "Every file of a checkpoint but the manifest; the hashes of those that hold tensors."
     tok, hashes = state.tokenizer, {}
 
     def tensors(name, tensors, facts=None):
-        hashes[name] = write_safetensors(
-            folder / name,
-            tensors,
-            {"format": "pt"}
-            | ({"minigpt": orjson.dumps(facts).decode()} if facts is not None else {}),
-        )
+        said = {} if facts is None else {"minigpt": orjson.dumps(facts).decode()}
+        hashes[name] = write_safetensors(folder / name, tensors, {"format": "pt"} | said)
 
     if state.adapter:
         write_json(folder / "adapter_config.json", state.adapter)
         tensors("adapter_model.safetensors", state.weights)
     else:
-        write_json(
-            folder / "config.json",
-            state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id),
-        )
+        config = state.config.to_hf(eos_id=tok.eos_id, stop_ids=tok.stop_ids, pad_id=tok.eos_id)
+        write_json(folder / "config.json", config)
         if isinstance(state.config, GPTConfig):
-            write_json(
-                folder / "generation_config.json",
-                dict(eos_token_id=list(tok.stop_ids), pad_token_id=tok.eos_id, do_sample=True),
-            )
+            write_generation_config(folder, tok)
         tensors("model.safetensors", state.weights)
     tok.save(folder)
     write_json(folder / "trainer_state.json", state.trainer)
@@ -290,21 +273,12 @@ def write_manifest(
     step: int,  # Optimizer steps
 ):
     "List every file of a folder with size and hash: what makes it a checkpoint."
-    entries = {
+    files = {
         p.name: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
         for p in sorted(folder.iterdir())
     }
-    write_json(
-        folder / "MANIFEST.json",
-        dict(
-            format="minigpt checkpoint",
-            version=1,
-            kind=kind,
-            step=step,
-            time=time.time(),
-            files=entries,
-        ),
-    )
+    what = dict(format="minigpt checkpoint", version=1, kind=kind, step=step)
+    write_json(folder / "MANIFEST.json", dict(what, time=time.time(), files=files))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #1797d61d
 # kinds that `minigpt.checkpoint.exporter` writes: to be used, not to be trained on
@@ -349,11 +323,9 @@ def _listed_files(manifest) -> list[tuple[str, int, str]]:
         (name, int(want["size"]), str(want["xxh3_128"])) for name, want in manifest["files"].items()
     ]
     kind, names = manifest["kind"], {name for name, _, _ in files}
-    needed = (
-        {"adapter_config.json", "adapter_model.safetensors"}
-        if "adapter_config.json" in names
-        else {"config.json", "model.safetensors" + ".zst" * (kind == "compressed")}
-    )
+    needed = {"config.json", "model.safetensors" + ".zst" * (kind == "compressed")}
+    if "adapter_config.json" in names:
+        needed = {"adapter_config.json", "adapter_model.safetensors"}
     if kind not in EXPORTED:
         needed |= {"trainer_state.json"}
     if kind in ("step", "snapshot"):
@@ -388,10 +360,8 @@ def _compare(path: Path, hashes: bool) -> Defect | None:
         if found.st_size != size:
             return Defect("damaged", f"{name} has {found.st_size:,} bytes instead of {size:,}")
         if hashes and hash_file(f) != hash:
-            return Defect(
-                "damaged",
-                f"{name} is damaged: its content does not have the hash that the manifest gives",
-            )
+            why = "its content does not have the hash that the manifest gives"
+            return Defect("damaged", f"{name} is damaged: {why}")
     return None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #b2560926
@@ -427,15 +397,12 @@ def write_checkpoint(
 
 def state_size(state: State) -> int:
     "Bytes of the tensors of a state: nearly all that its checkpoint will take."
-    return sum(
-        t.numel() * t.element_size() for part in _tensors(state).values() for t in part.values()
-    )
+    return sum(t.nbytes for t in _tensors(state).values())
 
 
-def _tensors(state: State) -> dict[str, dict[str, Tensor]]:
-    return dict(
-        weights=state.weights, **{k: p[0] for k in ("optimizer", "rng") if (p := getattr(state, k))}
-    )
+def _tensors(state: State) -> dict[tuple[str, str], Tensor]:  # By part and name
+    parts = dict(weights=(state.weights, None), optimizer=state.optimizer, rng=state.rng)
+    return {(part, k): t for part, p in parts.items() if p for k, t in p[0].items()}
 
 # %% ../../nbs/checkpoint/02_store.ipynb #fbbe2d8b
 def read_checkpoint(
@@ -458,66 +425,29 @@ def read_checkpoint(
         )
 
     def packed(name):
-        if not (path / f"{name}.safetensors").exists():
+        file = path / f"{name}.safetensors"
+        if not file.exists():
             return None
-        with safe_open(path / f"{name}.safetensors", "pt") as f:
+        with safe_open(file, "pt") as f:
             facts = (f.metadata() or {}).get("minigpt")
-        return load_file(path / f"{name}.safetensors"), (
-            orjson.loads(facts) if facts else read_json(path / f"{name}.json")
-        )
+        return load_file(file), orjson.loads(facts) if facts else read_json(path / f"{name}.json")
 
-    adapter = read_json(f) if (f := path / "adapter_config.json").exists() else None
+    if_there = lambda f, default: read_json(f) if f.exists() else default
+    adapter = if_there(path / "adapter_config.json", None)
+    weights = "adapter_model.safetensors" if adapter else "model.safetensors"
     return State(
-        None if adapter else from_hf(read_json(path / "config.json")),
-        load_file(
-            path / ("adapter_model.safetensors" if adapter else "model.safetensors"), device=device
-        ),
-        load_tokenizer(path),
-        read_json(path / "trainer_state.json"),
-        read_json(f) if (f := path / "training_args.json").exists() else {},
-        packed("optimizer"),
-        packed("rng_state"),
-        adapter,
+        config=None if adapter else from_hf(read_json(path / "config.json")),
+        weights=load_file(path / weights, device=device),
+        tokenizer=load_tokenizer(path),
+        trainer=read_json(path / "trainer_state.json"),
+        arguments=if_there(path / "training_args.json", {}),
+        optimizer=packed("optimizer"),
+        rng=packed("rng_state"),
+        adapter=adapter,
     )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #09d68c53
-_NAMES = {v: k for k, v in _DTYPES.items()}
 _HEADER = 100_000_000  # bytes that a header may have, as in the format's own library
-# that a header may name; a model of 1,000 layers has 9,000, and its AdamW twice that
-_TENSORS = 50_000
-
-# %% ../../nbs/checkpoint/02_store.ipynb #9317b1f1
-def _parse_header(head: bytes) -> tuple[dict, list[tuple]]:
-    "Metadata, and (begin, end, name, dtype, shape) of each tensor; nonsense raises anything."
-    header = orjson.loads(head)
-    metadata = header.pop("__metadata__", None) or {}
-    entries = sorted(
-        (
-            (*v["data_offsets"], k, _NAMES.get(v["dtype"], v["dtype"]), tuple(v["shape"]))
-            for k, v in header.items()
-        ),
-        key=lambda e: e[:2],
-    )
-    if not all(
-        isinstance(x, int) and 0 <= x < 1 << 48 for b, e, _, _, s in entries for x in (b, e, *s)
-    ):
-        raise ValueError
-    return metadata, entries
-
-
-def _misplaced(entries: list[tuple]) -> str | None:
-    "Why the tensors cannot be where a header says."
-    at = 0
-    for begin, end, k, dtype, shape in entries:
-        if not isinstance(dtype, torch.dtype):
-            return f"{k} has the dtype {dtype!r}, which this version does not read"
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize:
-            return (
-                f"{k} is said to be {tuple(shape)} {dtype} in bytes {begin:,} to {end:,}, which"
-                " does not fit"
-            )
-        at = end
-    return None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #b38cda44
 class SafeTensors:
@@ -528,60 +458,53 @@ class SafeTensors:
         path: str | Path,  # The file
     ):
         self.path = regular(path)
+        self.packed = self.path.suffix == ".zst"
         size = self.path.stat().st_size
-        self.file = open(self.path, "rb", buffering=0)
-        packed = self.path.suffix == ".zst"
-        if packed:
-            self.file = zstandard.ZstdDecompressor().stream_reader(self.file)
-        n = int.from_bytes(self._read(memoryview(bytearray(8))), "little")
-        if n > (_HEADER if packed else min(_HEADER, size - 8)):
-            self._refuse(f"its header would have {n:,} bytes")
-        head = bytearray(n)
-        self._read(memoryview(head))
-        if head.count(b"{") > _TENSORS:
-            self._refuse(f"its header has more than {_TENSORS:,} entries")
+        self.file = open(self.path, "rb")
+        if self.packed:
+            unpacked = zstandard.ZstdDecompressor().stream_reader(self.file)
+            self.file = io.BufferedReader(unpacked)
         try:
-            self.metadata, entries = _parse_header(head)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self._refuse("its header is not that of a safetensors file")
-        if why := _misplaced(entries):
-            self._refuse(why)
-        at = entries[-1][1] if entries else 0
-        if packed and at > 100 * size + _HEADER or not packed and at != size - 8 - n:
+            found, self.metadata, _ = safetensors_header(
+                self.file, None if self.packed else size, _HEADER
+            )
+        except Refused as e:
+            self._refuse(str(e))
+        if other := [(k, dtype) for k, (dtype, *_) in found.items() if dtype not in _TYPES]:
+            k, dtype = other[0]
+            self._refuse(f"{k} has the dtype {dtype!r}, which this version does not read")
+        at = max((stop for *_, stop in found.values()), default=0)
+        if self.packed and at > 100 * size + _HEADER:
             self._refuse(f"its header tells of {at:,} bytes of tensors, and the file has {size:,}")
-        self.header = {k: (dtype, shape) for _, _, k, dtype, shape in entries}  # in file order
+        # in file order
+        self.header = {k: (_TYPES[dtype], shape) for k, (dtype, shape, *_) in found.items()}
 
     def _refuse(self, why: str):
-        why += "; it is damaged, or no file of weights"
-        raise CheckpointError(f"{self.path} is not used: {why}")
+        raise _unused(self.path, f"{why}; it is damaged, or no file of weights") from None
 
-    def _some(self, into: memoryview) -> int:
-        "As many bytes as come at once; 0 at the end."
+    def _read(self, into) -> bool:
+        "Fill it; False if the file ends before."
         try:
-            return self.file.readinto(into)
+            return self.file.readinto(into) == len(into)
         except zstandard.ZstdError as e:
             self._refuse(f"zstd says {e}")
-
-    def _read(self, into: memoryview) -> memoryview:
-        "Fill it."
-        at = 0
-        while at < len(into):
-            if not (n := self._some(into[at:])):
-                self._refuse("it ends too early")
-            at += n
-        return into
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         "Once. At the end of a compressed file, zstd compares its checksum."
         with self.file:
             for k, (dtype, shape) in self.header.items():
                 t = torch.empty(shape, dtype=dtype)
-                self._read(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+                if not self._read(t.reshape(-1).view(torch.uint8).numpy()):
+                    self._refuse("it ends too early")
                 yield k, t
-            if self.path.suffix == ".zst" and self._some(memoryview(bytearray(1))):
+            if self.packed and self._read(bytearray(1)):
                 self._refuse("more comes after the last tensor")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5bb02067
+# what torch raises for nonsense
+_BROKEN = RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError
+
+
 def _endless(path: Path) -> str | None:
     "Why torch would take too long, or too much memory, to read a file; other faults torch tells."
     try:
@@ -595,10 +518,8 @@ def _packed(archive: Path) -> bool:
     "Is anything in a zip archive packed, so that more comes out of it than the file has?"
     with zipfile.ZipFile(archive) as z:
         found = z.infolist()
-    return (
-        any(i.compress_type for i in found)
-        or sum(i.file_size for i in found) > archive.stat().st_size
-    )
+    size = archive.stat().st_size
+    return any(i.compress_type for i in found) or sum(i.file_size for i in found) > size
 
 
 def read_pickle(
@@ -609,7 +530,7 @@ def read_pickle(
     archive = zipfile.is_zipfile(path)
 
     def refuse(why):
-        raise CheckpointError(f"{path} is not used: {why}") from None
+        raise _unused(path, why) from None
 
     if why := _endless(path):
         refuse(f"{why}. Save its tensors alone, in a dict by name")
@@ -624,40 +545,23 @@ def read_pickle(
                 " file yourself, save its tensors alone"
             )
         refuse("it is not what torch.save writes, or damaged")
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        zipfile.BadZipFile,
-    ) as e:
+    except (*_BROKEN, AssertionError, zipfile.BadZipFile) as e:
         said = str(e).splitlines()[0] if str(e) else type(e).__name__
         refuse(f"torch cannot read it; it is cut off or damaged ({said})")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5438eb42
+_WEIGHTS = """
+    model.safetensors model.safetensors.zst model.safetensors.index.json
+    pytorch_model.bin pytorch_model.bin.index.json
+"""
+
+
 def weight_files(
     path: str | Path,  # A model directory
 ) -> list[Path]:  # One or several: `.safetensors`, `.safetensors.zst` or `.bin`
     "The files that hold the weights of a directory."
     path = Path(path)
-    first = next(
-        (
-            f
-            for n in (
-                "model.safetensors",
-                "model.safetensors.zst",
-                "model.safetensors.index.json",
-                "pytorch_model.bin",
-                "pytorch_model.bin.index.json",
-            )
-            if (f := path / n).exists()
-        ),
-        None,
-    )
+    first = next((f for n in _WEIGHTS.split() if (f := path / n).exists()), None)
     if first is None:
         raise CheckpointError(
             f"{path} has no weights: there is no model.safetensors (plain, .zst, or an index of"
@@ -668,24 +572,14 @@ def weight_files(
     try:
         names = sorted({*read_json(first)["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{first} is not used: it is no index of weights, or damaged"
-        ) from None
-    if bad := [
-        n
-        for n in names
-        if not isinstance(n, str)
-        or Path(n).name != n
-        or Path(n).suffix != Path(first.name[:-11]).suffix
-    ]:
-        raise CheckpointError(
-            f"{first} is not used: it names {bad[0]!r}, which is no file of weights beside it"
-        )
+        raise _unused(first, "it is no index of weights, or damaged") from None
+    suffix = Path(first.name.removesuffix(".index.json")).suffix
+    beside = lambda n: isinstance(n, str) and Path(n).name == n and Path(n).suffix == suffix
+    if bad := [n for n in names if not beside(n)]:
+        raise _unused(first, f"it names {bad[0]!r}, which is no file of weights beside it")
     if absent := [n for n in names if not (path / n).exists()]:
-        raise CheckpointError(
-            f"{path} is not used: {first.name} names {absent[0]}, which is missing; get the"
-            " directory again, whole"
-        )
+        why = f"{first.name} names {absent[0]}, which is missing; get the directory again, whole"
+        raise _unused(path, why)
     return [path / n for n in names]
 
 # %% ../../nbs/checkpoint/02_store.ipynb #2df72d0e
@@ -701,14 +595,16 @@ def _header(part: "SafeTensors | dict[str, Tensor]") -> dict[str, tuple[torch.dt
     return {k: (t.dtype, tuple(t.shape)) for k, t in part.items()}
 
 # %% ../../nbs/checkpoint/02_store.ipynb #fdb7811b
+def is_weights(x) -> bool:
+    "Is it a dict of tensors by name?"
+    named = lambda k, t: isinstance(k, str) and isinstance(t, Tensor)
+    return isinstance(x, dict) and all(named(k, t) for k, t in x.items())
+
+
 def _check_part(part, name: str | Path):
     "A `CheckpointError` if it is not tensors by name."
-    if (
-        not isinstance(part, (SafeTensors, dict))
-        or isinstance(part, dict)
-        and not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in part.items())
-    ):
-        raise CheckpointError(f"{name} is not used: it holds other things than tensors by name")
+    if not isinstance(part, SafeTensors) and not is_weights(part):
+        raise _unused(name, "it holds other things than tensors by name")
 
 
 def _widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
@@ -717,9 +613,7 @@ def _widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
         facts = orjson.loads(getattr(part, "metadata", {}).get("minigpt", "{}"))
         return {k: min(max(int(w), 0), 1 << 31) for k, w in facts.get("widths", {}).items()}
     except (ValueError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{part.path} is not used: its metadata are not those of a quantized model"
-        ) from None
+        raise _unused(part.path, "its metadata are not those of a quantized model") from None
 
 # %% ../../nbs/checkpoint/02_store.ipynb #18aaee24
 def _whole(
@@ -740,10 +634,8 @@ def _whole(
             two = dict([half.pop(matrix), (k, x)])
             yield matrix, join(matrix, two[matrix], two[matrix + ".scale"])
     if half:
-        raise CheckpointError(
-            f"{name} is not used: {[*half][0]} is quantized, and its numbers or its scales"
-            " are missing"
-        )
+        why = f"{[*half][0]} is quantized, and its numbers or its scales are missing"
+        raise _unused(name, why)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #c054ea3f
 def _own_head(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
@@ -752,11 +644,8 @@ def _own_head(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
     if not any(pair[1] in _header(p) for p in parts):
         return False
     # a file can be read once only, so it is opened anew
-    again = [
-        SafeTensors(p.path) if isinstance(p, SafeTensors) else p
-        for p in parts
-        if _header(p).keys() & {*pair}
-    ]
+    held = [p for p in parts if _header(p).keys() & {*pair}]
+    again = [SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in held]
     return has_own_head({k: t for p in again for k, t in _pairs(p) if k in pair})
 
 # %% ../../nbs/checkpoint/02_store.ipynb #78ab2387
@@ -765,16 +654,14 @@ def _fitting(
 ) -> dict[str, tuple[torch.dtype, tuple]]:
     "Those that the model has; a `CheckpointError` if it cannot be made of them."
     if (n := getattr(config, "n_layer", 0)) > len(found):
-        raise CheckpointError(
-            f"{name} is not used: its configuration has {n:,} layers, and its weights are"
-            f" {len(found):,} tensors in all"
-        )
+        tensors = f"its weights are {len(found):,} tensors in all"
+        raise _unused(name, f"its configuration has {n:,} layers, and {tensors}")
     with torch.device("meta"):  # shapes without memory
         try:
             shapes = {k: torch.empty(shape) for k, (_, shape) in found.items()}
             want = config.build().load_weights(shapes).weights()
         except (ValueError, RuntimeError) as e:
-            raise CheckpointError(f"{name} is not used: {e}") from None
+            raise _unused(name, e) from None
     return {k: x for k, x in found.items() if k in want}
 
 
@@ -782,9 +669,7 @@ def _check_stored(part: "SafeTensors | dict[str, Tensor]", names: Iterable[str],
     "A `CheckpointError` if a tensor is a view that repeats the few values it has."
     for k, t in part.items() if isinstance(part, dict) else ():
         if k in names and t.numel() * t.element_size() > t.untyped_storage().nbytes():
-            raise CheckpointError(
-                f"{name} is not used: {k} claims more values than are stored for it"
-            )
+            raise _unused(name, f"{k} claims more values than are stored for it")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #7b3c103d
 class Weights:
@@ -802,9 +687,7 @@ class Weights:
             self.widths |= _widths(p)
         header = [kx for p in parts for kx in _header(p).items()]
         if len(dict(header)) < len(header):
-            raise CheckpointError(
-                f"{name} is not used: two of its files hold a tensor of the same name"
-            )
+            raise _unused(name, "two of its files hold a tensor of the same name")
         untie = getattr(config, "tied", False) and _own_head(parts)
         # as given, but not tied where the weights are not
         self.config = replace(config, tied=False) if untie else config
@@ -822,7 +705,7 @@ class Weights:
             try:
                 return dequantize(packed, scale, self.widths[k])
             except ValueError as e:
-                raise CheckpointError(f"{self.name} is not used: {k}: {e}") from None
+                raise _unused(self.name, f"{k}: {e}") from None
 
         stored = (kt for p in self.parts for kt in _pairs(p))
         whole = _whole(stored, self.widths, join, self.name)
@@ -922,11 +805,8 @@ def _models(where, beside: Path) -> list[Path]:
     if not isinstance(where, str) or not where:
         return []
     places = [folder / where for folder in (Path(), *beside.absolute().parents)]
-    return [
-        p
-        for p in places
-        if any(os.path.exists(p / n) for n in ("config.json", "adapter_config.json"))
-    ]
+    configs = "config.json", "adapter_config.json"
+    return [p for p in places if any(os.path.exists(p / n) for n in configs)]
 
 
 def find_base(
@@ -939,9 +819,8 @@ def find_base(
     """
     # an adapter cannot be its own base, however its name is spelled
     adapter = os.path.exists(beside / "adapter_config.json")
-    return next(
-        (p for p in _models(where, beside) if not (adapter and os.path.samefile(p, beside))), None
-    )
+    own = lambda p: adapter and os.path.samefile(p, beside)
+    return next((p for p in _models(where, beside) if not own(p)), None)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #70323903
 def _check_base(path: Path, where, found: Path | None):
@@ -991,10 +870,8 @@ def _base_hash(path: Path) -> str | None:
     state = read_json(f) if (f := path / "trainer_state.json").exists() else {}
     known = state.get("base") if isinstance(state, dict) else state
     if not isinstance(known, (str, type(None))):
-        raise CheckpointError(
-            f"{path} is not used: trainer_state.json does not say what its base is; it was edited,"
-            " or is of another program. Take it away"
-        )
+        why = "does not say what its base is; it was edited, or is of another program. Take it away"
+        raise _unused(path, f"trainer_state.json {why}")
     return known
 
 # %% ../../nbs/checkpoint/02_store.ipynb #f2531239
@@ -1002,16 +879,15 @@ def _values(weights) -> int:
     "How many values are stored, in a file or in a dict of tensors."
     if isinstance(weights, SafeTensors):
         return sum(math.prod(shape) for _, shape in weights.header.values())
-    tensors = (
-        [t for t in weights.values() if isinstance(t, Tensor)] if isinstance(weights, dict) else []
-    )
+    held = weights.values() if isinstance(weights, dict) else ()
+    tensors = [t for t in held if isinstance(t, Tensor)]
     return sum(min(t.numel(), t.untyped_storage().nbytes() // t.element_size()) for t in tensors)
 
 
 def _adapter_weights(path: Path, base: GPT, config: LoRAConfig) -> SafeTensors | dict:
     "The weights of the adapter in `path`; a `CheckpointError` if they are too few."
-    names = "adapter_model.safetensors", "adapter_model.bin"
-    file = next((f for n in names if (f := path / n).exists()), None)
+    files = path / "adapter_model.safetensors", path / "adapter_model.bin"
+    file = next((f for f in files if f.exists()), None)
     if file is None:
         raise CheckpointError(
             f"{path} has no weights: there is no adapter_model.safetensors and no adapter_model.bin"
@@ -1057,12 +933,9 @@ def home_of(
     The one with the tokenizer, if one of them has it.
     """
     origin = Path(p) if (p := getattr(model, "origin", None)) else None
-    places = [
-        p for p in (origin, find_base(getattr(model, "base_path", None), origin or Path())) if p
-    ]
-    return next(
-        (p for p in places if (p / "tokenizer.json").exists()), places[0] if places else None
-    )
+    base = find_base(getattr(model, "base_path", None), origin or Path())
+    places = [p for p in (origin, base) if p]
+    return next((p for p in places if (p / "tokenizer.json").exists()), next(iter(places), None))
 
 # %% ../../nbs/checkpoint/02_store.ipynb #dd0c8525
 @dataclass(frozen=True)
@@ -1100,14 +973,9 @@ def _listed(path: Path, step: int) -> Checkpoint | None:
     if wrong and not lexists(path):
         return None
     kind, written = m.get("kind"), m.get("time")
-    return Checkpoint(
-        path,
-        step,
-        kind if isinstance(kind, str) else "",
-        dir_size(path),
-        float(written) if isinstance(written, (int, float)) else 0.0,
-        wrong,
-    )
+    kind = kind if isinstance(kind, str) else ""
+    size, at = dir_size(path), float(written) if isinstance(written, (int, float)) else 0.0
+    return Checkpoint(path, step, kind, size, at, wrong)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #e4e50062
 class CheckpointStore:
@@ -1133,14 +1001,9 @@ class CheckpointStore:
 
         An `OSError` if their folder cannot be listed.
         """
-        found = [
-            (int(n), p)
-            for p in entries(self.folder)
-            if p.name.startswith(f"{self.name}-")
-            and (n := p.name[len(self.name) + 1 :]).isascii()
-            and n.isdigit()
-            and not _is_file(p)
-        ]
+        step = lambda p: re.fullmatch(f"{re.escape(self.name)}-([0-9]+)", p.name)
+        found = [(m, p) for p in entries(self.folder) if (m := step(p)) and not _is_file(p)]
+        found = [(int(m[1]), p) for m, p in found]
         return [c for step, p in sorted(found) if (c := _listed(p, step))]
 
     def newest(
@@ -1172,20 +1035,16 @@ class CheckpointStore:
         """
         if not self.keep:
             return
-        whole = [
-            c
-            for c in self.all()
-            if not c.problem and c.path != newest and (c.kind == "light") == (self.kind == "light")
-        ]
+        alike = lambda c: (c.kind == "light") == (self.kind == "light")
+        whole = [c for c in self.all() if not c.problem and c.path != newest and alike(c)]
         for c in whole[: max(0, len(whole) + (newest is not None) - self.keep)]:
             if c.path not in self.pinned:
                 remove_dir(stay_inside(c.path, self.folder.parent))
 
     def supersede(self, step: int) -> list[Path]:
         "Move checkpoints beyond `step` aside: they belong to a course that was given up."
-        return [
-            set_aside(c.path, "superseded", self.folder.parent) for c in self.all() if c.step > step
-        ]
+        later = [c.path for c in self.all() if c.step > step]
+        return [set_aside(path, "superseded", self.folder.parent) for path in later]
 
 # %% ../../nbs/checkpoint/02_store.ipynb #965d12a0
 def stores_in(
@@ -1201,27 +1060,18 @@ def stores_in(
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4c1b6d84
 # by a run, in its folder
-_WRITTEN = (
-    "run.json",
-    "metrics.jsonl",
-    "run.log",
-    "backup.json",
-    ".lock",
-    "checkpoints",
-    "snapshots",
-    "best",
-    "tokenizer",
-    "plots",
-    "tensorboard",
-    "data-source",
-)
+_WRITTEN = """
+    run.json metrics.jsonl run.log backup.json .lock checkpoints snapshots best tokenizer plots
+    tensorboard data-source
+"""
 
 
 def refuse_links(
     folder: str | Path,  # Of a run
 ):
     "A `CheckpointError` if something that a run writes is a link: it would be written elsewhere."
-    written = [p for p in entries(folder) if p.name in _WRITTEN or p.name.startswith("data")]
+    known = _WRITTEN.split()
+    written = [p for p in entries(folder) if p.name in known or p.name.startswith("data")]
     # token sets keep more than their tokens there
     inside = [
         Path(d) / n
@@ -1248,12 +1098,8 @@ def newest(
 
     `passed_over` is told of each that is skipped, and why.
     """
-    found = sorted(
-        ((c, -i) for i, s in enumerate(stores) for c in s.all()),
-        key=lambda x: (x[0].step, x[1]),
-        reverse=True,
-    )
-    for c, _ in found:
+    found = [(c, -i) for i, s in enumerate(stores) for c in s.all()]
+    for c, _ in sorted(found, key=lambda x: (x[0].step, x[1]), reverse=True):
         if c.kind in ("light", "final", *EXPORTED):
             continue  # weights alone: only where somebody asks for them
         why = c.problem or unfit(c) or problem(c.path)
@@ -1269,15 +1115,11 @@ def run_model(
     "Where the model of a run is: the final one, or the newest checkpoint if that is newer."
     folder = Path(folder)
     final = folder / "final" if (folder / "heartbeat.json").exists() else folder
-    step = (
-        read_json(final / "trainer_state.json")["global_step"]
-        if problem(final, hashes=False) is None
-        else -1
-    )
-    later = newest(
-        [*stores_in(folder)[:2]],
-        unfit=lambda c: Defect("unwanted", "the final model is newer") if c.step <= step else None,
-    )
+    whole = problem(final, hashes=False) is None
+    step = read_json(final / "trainer_state.json")["global_step"] if whole else -1
+    older = Defect("unwanted", "the final model is newer")
+    stores = [*stores_in(folder)[:2]]
+    later = newest(stores, unfit=lambda c: older if c.step <= step else None)
     if not later and step < 0:
         raise CheckpointError(
             f"{folder} has no whole checkpoint yet; wait until the run has saved one (`minigpt"
@@ -1299,11 +1141,9 @@ def open_model(
     is_run = folder is not None and (folder / "run.json").exists()
     if tokenizer is None and is_run:
         tokenizer = load_tokenizer(folder / "tokenizer")
-    model = (
-        source
-        if isinstance(source, LanguageModel)
-        else load_model(run_model(folder) if is_run else source)
-    )
+    model = source
+    if not isinstance(source, LanguageModel):
+        model = load_model(run_model(folder) if is_run else source)
     if tokenizer is None and home_of(model) is None:
         raise ValueError("the model is in memory, so its tokenizer is not known; pass tokenizer=")
     return model, load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
@@ -1323,18 +1163,15 @@ class Saved:
 
 def _room(t: Tensor) -> int:
     "Bytes that a copy of a tensor takes in memory; of pinned memory torch takes powers of two."
-    n = t.numel() * t.element_size()
+    n = t.nbytes
     return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
 
 # %% ../../nbs/checkpoint/02_store.ipynb #dd3e0ac2
 def out_of_memory(e: BaseException) -> bool:
     "Is this how torch says that memory has run out?"
-    return (
-        isinstance(e, torch.cuda.OutOfMemoryError)
-        or isinstance(e, RuntimeError)
-        and any(
-            t in str(e) for t in ("can't allocate memory", "not enough memory", "out of memory")
-        )
+    said = "can't allocate memory", "not enough memory", "out of memory"
+    return isinstance(e, torch.cuda.OutOfMemoryError) or (
+        isinstance(e, RuntimeError) and any(s in str(e) for s in said)
     )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #2a5489aa
@@ -1363,12 +1200,8 @@ class Writer:
         if not (self.busy and self.held == step):  # another save of the same step shares its copy
             self.wait()
             self.held = None
-            missing = sum(
-                _room(t)
-                for part, tensors in _tensors(state).items()
-                for k, t in tensors.items()
-                if (part, k) not in self.buffers
-            )
+            tensors = _tensors(state)
+            missing = sum(_room(t) for key, t in tensors.items() if key not in self.buffers)
             used, limit = memory_use()
             if not missing or limit - used > 1.2 * missing:
                 try:
@@ -1396,17 +1229,13 @@ class Writer:
 
     def copy(self, state: State):
         "Copy every tensor into the buffers, which are made when they are first needed."
-        for part, tensors in _tensors(state).items():
-            for k, t in tensors.items():
-                b = self.buffers.get((part, k))
-                if b is None or b.shape != t.shape or b.dtype != t.dtype:
-                    b = self.buffers[part, k] = torch.empty_like(
-                        t, device="cpu", pin_memory=t.is_cuda
-                    )
-                b.copy_(t.detach(), non_blocking=t.is_cuda)
-        for d in {
-            t.device for tensors in _tensors(state).values() for t in tensors.values() if t.is_cuda
-        }:
+        tensors = _tensors(state)
+        for key, t in tensors.items():
+            b = self.buffers.get(key)
+            if b is None or b.shape != t.shape or b.dtype != t.dtype:
+                b = self.buffers[key] = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)
+            b.copy_(t.detach(), non_blocking=t.is_cuda)
+        for d in {t.device for t in tensors.values() if t.is_cuda}:
             torch.cuda.synchronize(d)
 
     def copied(self, state: State) -> State:
@@ -1427,13 +1256,10 @@ class Writer:
         except CheckpointError as e:
             path, error = None, e
         except OSError as e:
-            path, error = (
-                None,
-                CheckpointError(f"{store.folder}/{store.name}-{step} could not be saved: {e}"),
-            )
-        return Saved(
-            store, step, path, error, time.perf_counter() - began, dir_size(path) if path else 0
-        )
+            where = f"{store.folder}/{store.name}-{step}"
+            path, error = None, CheckpointError(f"{where} could not be saved: {e}")
+        seconds = time.perf_counter() - began
+        return Saved(store, step, path, error, seconds, dir_size(path) if path else 0)
 
     def results(self) -> list[Saved]:
         "What has ended since this was last asked."
@@ -1460,12 +1286,8 @@ def write_final(
 ):
     "Write the finished model into the root of a run."
     folder = Path(folder)
-    place_final(
-        folder,
-        write_checkpoint(
-            hidden(folder / "final", "tmp"), replace(state, optimizer=None, rng=None), "final"
-        ),
-    )
+    alone = replace(state, optimizer=None, rng=None)
+    place_final(folder, write_checkpoint(hidden(folder / "final", "tmp"), alone, "final"))
 
 
 def place_final(

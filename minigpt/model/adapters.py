@@ -18,40 +18,21 @@ from torch import Tensor, nn
 from .gpt import GPT, MOST, check_number, check_size, need_gpt
 
 # %% ../../nbs/model/03_adapters.ipynb #6fbf421c
-_COMPUTED = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "use_rslora",
-    "bias",
-    "init_lora_weights",
-)
-_NO_MATTER = (
-    # who made it, and of what
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    # of settings that are off, or of how it began
-    "megatron_core",
-    "qalora_group_size",
-    "eva_config",
-    "runtime_config",
-)
+_COMPUTED = """
+    peft_type r lora_alpha lora_dropout target_modules use_rslora bias init_lora_weights
+"""
+# who made it, and of what; then settings of what is off, and how it began
+_NO_MATTER = """
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    megatron_core qalora_group_size eva_config runtime_config
+"""
 _MERGE = "merge that adapter with peft (merge_and_unload), and open the merged model"
 
 
 def _check_start(how):
     "A `ValueError` where PEFT changes the frozen weights as well when it sets an adapter up."
-    if (
-        isinstance(how, bool)
-        or isinstance(how, str)
-        and how.lower() in ("gaussian", "eva", "orthogonal")
-    ):
+    known = "gaussian", "eva", "orthogonal"
+    if isinstance(how, bool) or isinstance(how, str) and how.lower() in known:
         return
     raise ValueError(
         f"adapter_config.json has init_lora_weights {how!r}; this library opens adapters that leave"
@@ -121,13 +102,9 @@ def _chosen(
     targets: Iterable[str],  # Names of LINEAR; or one of them, `all` or `all-linear`
 ) -> tuple[str, ...]:  # In the order of LINEAR
     "Which matrices of each block are adapted."
-    given = (
-        LINEAR
-        if targets in ("all", "all-linear")
-        else (targets,)
-        if isinstance(targets, str)
-        else tuple(targets)
-    )
+    if targets in ("all", "all-linear"):
+        return LINEAR
+    given = (targets,) if isinstance(targets, str) else tuple(targets)
     if bad := [t for t in given if t not in LINEAR]:
         raise ValueError(
             f"targets: {bad[0]!r} is no matrix of a block; name some of {', '.join(LINEAR)}, or"
@@ -172,9 +149,8 @@ def _settings(
             " only; open this one with peft"
         )
     off = lambda v: v is None or v is False or v in ("", [], {})
-    other = [
-        f"{k} {v!r:.80}" for k, v in d.items() if k not in (*_COMPUTED, *_NO_MATTER) and not off(v)
-    ]
+    known = [*_COMPUTED.split(), *_NO_MATTER.split()]
+    other = [f"{k} {v!r:.80}" for k, v in d.items() if k not in known and not off(v)]
     if other:
         raise ValueError(
             f"adapter_config.json asks for {'; '.join(other)}, which this library does not"
@@ -211,12 +187,8 @@ class LoRAConfig:
         targets = _chosen(self.targets)
         check_size("r", self.r, MOST["dim"], "8 to 64 is usual")
         check_number("alpha", self.alpha, which="above 0; twice r is usual")
-        check_number(
-            "dropout",
-            self.dropout,
-            lambda x: 0 <= x < 1,
-            "at least 0 and below 1: it is the share that is dropped",
-        )
+        share = "at least 0 and below 1: it is the share that is dropped"
+        check_number("dropout", self.dropout, lambda x: 0 <= x < 1, share)
         object.__setattr__(self, "targets", targets)
 
     @property
@@ -264,12 +236,8 @@ class LoRALinear(nn.Linear):
         config: LoRAConfig,
     ):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.scale = (
-            linear.in_features,
-            linear.out_features,
-            linear.weight,
-            config.scale,
-        )
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.scale = linear.weight, config.scale
         self.register_parameter("bias", None)
         device = linear.weight.device
         self.lora_A = nn.Linear(self.in_features, config.r, bias=False, device=device)
@@ -280,18 +248,13 @@ class LoRALinear(nn.Linear):
         # (..., r); the base may be in half precision, the adapter is not
         thin = self.lora_A(self.drop(x.to(self.lora_A.weight.dtype)))
         wide = super().forward(x)  # (..., out)
-        return torch.addmm(
-            wide.flatten(0, -2),
-            thin.flatten(0, -2).to(wide.dtype),
-            self.lora_B.weight.T.to(wide.dtype),
-            alpha=self.scale,
-        ).view_as(wide)
+        flat, B = thin.flatten(0, -2).to(wide.dtype), self.lora_B.weight.T.to(wide.dtype)
+        return torch.addmm(wide.flatten(0, -2), flat, B, alpha=self.scale).view_as(wide)
 
     def merged(self) -> Tensor:  # (out, in), dtype of the weight
         "The matrix that does the same alone."
-        return (self.weight.float() + self.scale * (self.lora_B.weight @ self.lora_A.weight)).to(
-            self.weight.dtype
-        )
+        change = self.scale * (self.lora_B.weight @ self.lora_A.weight)
+        return (self.weight.float() + change).to(self.weight.dtype)
 
 # %% ../../nbs/model/03_adapters.ipynb #fbdf8a63
 def weights_hash(
@@ -322,10 +285,8 @@ def adapter_values(
 ) -> int:  # Known before any of them is made
     "How many values an adapter has."
     need_gpt(base, "an adapter")
-    return sum(
-        lora.r * (m.in_features + m.out_features)
-        for m in (getattr(part, n) for part, n in _adapted(base, lora))
-    )
+    matrices = [getattr(part, n) for part, n in _adapted(base, lora)]
+    return sum(lora.r * (m.in_features + m.out_features) for m in matrices)
 
 
 _PEFT = "base_model.model."  # before each name in PEFT's files
@@ -358,10 +319,8 @@ class LoRAGPT(GPT):
         for part, name in _adapted(self, lora):
             m = LoRALinear(getattr(part, name), lora)
             setattr(part, name, m)
-            m.lora_A.weight.data.copy_(
-                torch.empty(lora.r, m.in_features).uniform_(-1, 1, generator=dice)
-                / math.sqrt(m.in_features)
-            )  # as PEFT does
+            random = torch.empty(lora.r, m.in_features).uniform_(-1, 1, generator=dice)
+            m.lora_A.weight.data.copy_(random / math.sqrt(m.in_features))  # as PEFT does
             nn.init.zeros_(m.lora_B.weight)
         self.train(base.training)
 
@@ -373,24 +332,17 @@ class LoRAGPT(GPT):
         "A plain model that does the same; it shares with this one what is not adapted."
         with torch.device("meta"):
             out = GPT(self.config)
-        new = {
-            f"{k}.weight": m.merged() for k, m in self.named_modules() if isinstance(m, LoRALinear)
-        }
-        out.load_state_dict(
-            {k: new.get(k, p.detach()) for k, p in self.named_parameters() if ".lora_" not in k},
-            assign=True,
-        )
+        adapted = [(k, m) for k, m in self.named_modules() if isinstance(m, LoRALinear)]
+        new = {f"{k}.weight": m.merged() for k, m in adapted}
+        plain = {k: p.detach() for k, p in self.named_parameters() if ".lora_" not in k}
+        out.load_state_dict(plain | new, assign=True)
         return out.train(self.training)
 
     @property
     def facts(self) -> dict:
         "What must be the same for training to go on with this adapter."
-        return dict(
-            r=self.lora.r,
-            scale=self.lora.scale,
-            targets=list(self.lora.targets),
-            base=self.base_hash,
-        )
+        how = dict(r=self.lora.r, scale=self.lora.scale, targets=list(self.lora.targets))
+        return how | dict(base=self.base_hash)
 
 # %% ../../nbs/model/03_adapters.ipynb #709bec8e
 def lora(

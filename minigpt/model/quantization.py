@@ -47,12 +47,8 @@ def quantize(
             " at which training diverged"
         )
     step = scale.float()
-    q = (
-        x.div_(torch.where(step == 0, 1.0, step))
-        .round_()
-        .clamp_(-127 if bits == 8 else -8, 127 if bits == 8 else 7)
-        .to(torch.int8)
-    )
+    least, most = (-127, 127) if bits == 8 else (-8, 7)
+    q = x.div_(torch.where(step == 0, 1.0, step)).round_().clamp_(least, most).to(torch.int8)
     if bits == 4:
         low, high = (q + 8).view(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
         q = low | high << 4
@@ -65,11 +61,8 @@ def dequantize(
     width: int,  # Weights in a row
 ) -> Tensor:  # (rows, width) float32
     "The weights again, as near as the steps are fine."
-    if (
-        packed.dtype not in (torch.int8, torch.uint8)
-        or packed.dim() != 3
-        or packed.shape[:2] != scale.shape
-    ):
+    whole = packed.dtype in (torch.int8, torch.uint8) and packed.dim() == 3
+    if not whole or packed.shape[:2] != scale.shape:
         raise ValueError(
             "quantized weights are int8 or uint8, (rows, groups, bytes), with scales (rows,"
             f" groups); these are {packed.dtype} {tuple(packed.shape)} with {tuple(scale.shape)}"

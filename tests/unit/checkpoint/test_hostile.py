@@ -405,7 +405,7 @@ def test_a_header_with_more_tensors_than_are_read(copy):
         {f"x{i}": dict(dtype="U8", shape=[0], data_offsets=[0, 0]) for i in range(50_001)},
     )
     with within():
-        with pytest.raises(CheckpointError, match="its header has more than 50,000 entries"):
+        with pytest.raises(CheckpointError, match="its header has more than the 50,000 entries"):
             load_model(path)
         with pytest.raises(ValueError, match="more than the 50,000 entries"):
             look_into(file)
