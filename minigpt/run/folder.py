@@ -27,7 +27,7 @@ from minigpt.core.files import (
 from ..core.tables import text_table
 from ..model.generation import stream_text
 from ..model.gpt import GPT
-from .backup import Backup, BackupError, check_there
+from .backup import Backup, BackupError, BackupStatus, check_there
 from .metrics import plot_losses, read_metrics
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
@@ -89,24 +89,6 @@ class _RunFiles:
         "Where the final model is, or will be: the folder itself; of a backup, `final/` in it."
         return self.path / "final" if (self.path / "heartbeat.json").exists() else self.path
 
-# %% ../../nbs/run/04_folder.ipynb #054a474a
-def _backup_words(note) -> str:
-    "What a backup.json says, in words."
-    if not isinstance(note, dict) or not isinstance(note.get("time"), (int, float)):
-        return "backup.json is not one that minigpt writes; it was edited, or damaged"
-    name = lambda k: str(note[k].get("name")) if isinstance(note.get(k), dict) else ""
-    failed = note["failed"].get("reason") if isinstance(note.get("failed"), dict) else None
-    said = [f"backup, {human_time(max(0, time.time() - note['time']))} ago: {note.get('doing')}"]
-    said += [f"{k} {name(k)}" for k in ("copied", "confirmed") if name(k)]
-    if note.get("pending"):
-        said.append(f"waiting for {note['pending']}")
-    if failed:
-        said.append(f"FAILED: {failed}")
-    if note.get("stopped"):
-        said.append(f"STOPPED: {note['stopped']}")
-    unsure = name("copied") and not note.get("server_tells")
-    return ", ".join(said) + " (this folder does not tell what has arrived)" * bool(unsure)
-
 # %% ../../nbs/run/04_folder.ipynb #afebdb93
 class _RunState(_RunFiles):
     "How far a run is, and what is in its backup."
@@ -160,7 +142,7 @@ class _RunState(_RunFiles):
     def backup_said(self) -> str:
         "What the backup said of itself when it last did something; empty where there is none."
         note = self.path / "backup.json"
-        return _backup_words(read_json(note)) if note.exists() else ""
+        return str(BackupStatus.from_dict(read_json(note))) if note.exists() else ""
 
 # %% ../../nbs/run/04_folder.ipynb #6ff5b7b7
 def _model_path(run: _RunState, which: str | None) -> Path | None:
