@@ -20,7 +20,8 @@ __all__, __getattr__, __dir__ = lazy_names(
             memory in_notebook
         """,
         "folder": """
-            ANSWER Run split_checkpoint open_run list_runs runs_table run_table text_table
+            ANSWER Run split_checkpoint open_run list_runs runs_table SAVED_COLUMNS saved_row run_table
+            text_table
         """,
         "status": """
             SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows

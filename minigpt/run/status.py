@@ -28,7 +28,7 @@ from ..core.notes import Note
 from ..core.tables import text_table
 from ..model.gpt import shape_from_dict
 from .backup import drive_mount, read_heartbeat
-from .folder import Run, open_run
+from .folder import SAVED_COLUMNS, Run, open_run, saved_row
 from .metrics import Curves, Follower, LossPicture, in_notebook, read_log
 
 # %% ../../nbs/run/05_status.ipynb #d762b318
@@ -73,11 +73,9 @@ def pace(
     if len(steps) > 2 or not times[0]:
         # the first lines are slower than the others
         steps, times = steps[1:][-20:], times[1:][-20:]
-    return (
-        (times[-1] - times[0]) / (steps[-1] - steps[0])
-        if len(steps) > 1 and times[-1] > times[0]
-        else None
-    )
+    if len(steps) < 2 or times[-1] <= times[0]:
+        return None
+    return (times[-1] - times[0]) / (steps[-1] - steps[0])
 
 # %% ../../nbs/run/05_status.ipynb #7989361d
 class _Parts:
@@ -105,22 +103,11 @@ def _read_facts(run: Run) -> dict:
     return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
 
 # %% ../../nbs/run/05_status.ipynb #48e3472e
-_CURVES = (
-    "epoch",
-    "loss",
-    "eval_loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "resting",
-    "memory",
-    "memory_reserved",
-)
-
-
 def _progress(c: Curves, end: int) -> dict:
     "Step, losses, speed and time left; `end`: the last step, or 0."
+    shown = (
+        "epoch loss eval_loss lr grad_norm tokens tokens_per_second resting memory memory_reserved"
+    )
     seconds, (at, held) = pace(c), c("eval_loss")
     return dict(
         step=c.step,
@@ -128,7 +115,7 @@ def _progress(c: Curves, end: int) -> dict:
         seconds_per_step=seconds,
         seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
         updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
-        **{k: c.last(k) for k in _CURVES},
+        **{k: c.last(k) for k in shown.split()},
         best_loss=float(held.min()) if len(held) else None,
         best_step=int(at[held.argmin()]) if len(held) else None,
         sample=c.sample and c.sample["sample"],
@@ -306,87 +293,60 @@ def numbers(
         out.insert(2, ("lowest", f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
     if s.get("resting"):
         out.append(("resting", f"{s['resting']:.0%} of the time (max_cpu)"))
-    return out + [
-        (name, human_size(s[k]))
-        for k, name in dict(
-            memory="memory",
-            memory_reserved="reserved",
-            model_size="model",
-            optimizer_size="optimizer",
-        ).items()
-        if s.get(k) is not None
-    ]
+    sizes = dict(memory="memory", memory_reserved="reserved")
+    sizes |= dict(model_size="model", optimizer_size="optimizer")
+    return out + [(name, human_size(s[k])) for k, name in sizes.items() if s.get(k) is not None]
 
 
 def headline(
     s: dict,  # Of `Watch.progress` or `run_status`
 ) -> str:
     "Step and time left."
-    state, left = s.get("state", ""), s["seconds_left"]
-    return ", ".join(
-        filter(
-            None,
-            [
-                state,
-                f"step {s['step']:,}"
-                + (
-                    f" of {s['max_steps']:,} ({100 * s['step'] / s['max_steps']:.0f}%)"
-                    if s["max_steps"]
-                    else ""
-                ),
-                f"{s['seconds_per_step']:.2g} s a step" if s["seconds_per_step"] else "",
-                f"{human_time(left)} left" if left and state != "stopped" else "",
-            ],
-        )
-    )
+    state, end, left = s.get("state", ""), s["max_steps"], s["seconds_left"]
+    of = f" of {end:,} ({100 * s['step'] / end:.0f}%)" if end else ""
+    parts = [state, f"step {s['step']:,}{of}"]
+    if s["seconds_per_step"]:
+        parts.append(f"{s['seconds_per_step']:.2g} s a step")
+    if left and state != "stopped":
+        parts.append(f"{human_time(left)} left")
+    return ", ".join(filter(None, parts))
 
 # %% ../../nbs/run/05_status.ipynb #602bbddd
 def resume_code(
     s: dict,  # Of `run_status`
 ) -> tuple[str, str]:  # Python, and a command line
     "What goes on with a run, or, where it is finished, uses it."
-    path, *rest = (json.dumps(v, ensure_ascii=False) for v in s["resume"].values())
+    run, *folder = s["resume"].values()
     if s["state"] == "finished" and not s["mirror"]:
         return (
-            f'from minigpt.run import open_run\nopen_run({path}).generate("")',
+            f'from minigpt.run import open_run\nopen_run({_quoted(run)}).generate("")',
             f"minigpt generate {shlex.quote(s['path'])}",
         )
-    options = "".join(f", gdrive_backup_dir={v}" for v in rest)
+    option = "".join(f", gdrive_backup_dir={_quoted(v)}" for v in folder)
     return (
-        f"from minigpt.train import resume\nresume({path}{options})",
-        f"minigpt resume {shlex.quote(s['resume']['run'])}"
-        + "".join(
-            f" --gdrive-backup-dir {shlex.quote(v)}" for k, v in s["resume"].items() if k != "run"
-        ),
+        f"from minigpt.train import resume\nresume({_quoted(run)}{option})",
+        f"minigpt resume {shlex.quote(run)}"
+        + "".join(f" --gdrive-backup-dir {shlex.quote(v)}" for v in folder),
     )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 # %% ../../nbs/run/05_status.ipynb #62c2d569
 def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
     "A table of what is saved; its first row has the names of the columns."
-    return [
-        ("where", "name", "step", "kind", "age", "size", "state"),
-        *(
-            (
-                c["where"],
-                c["name"],
-                f"{c['step']:,}",
-                c["kind"] or "–",
-                human_time(max(0, time.time() - c["time"])) + " ago" if c["time"] else "–",
-                human_size(c["size"]),
-                c["problem"] or "whole",
-            )
-            for c in s["checkpoints"]
-        ),
-    ]
+    known = ("where", "name", "step", "kind", "time", "size")
+    rows = (saved_row(*(c[k] for k in known), c["problem"] or "whole") for c in s["checkpoints"])
+    return [SAVED_COLUMNS, *rows]
 
 
 def notes(s: dict) -> list[Note]:
     "What else there is to say: signs of life, storage, backup, problems, troubles in the log."
-    age = (
-        f"the last line of metrics is {human_time(max(0, time.time() - s['updated']))} old"
-        if s["updated"]
-        else "no metrics yet"
-    )
+    age = "no metrics yet"
+    if s["updated"]:
+        old = human_time(max(0, time.time() - s["updated"]))
+        age = f"the last line of metrics is {old} old"
     safe = f"step {s['safe_step']:,} is safe" if s["safe_step"] else "nothing is saved yet"
     warning = logging.WARNING
     return [
@@ -408,18 +368,15 @@ def status_text(
     when = "to use it" if s["state"] == "finished" else "to go on"
     if s["training"]:
         when = "once it has stopped"
-    return plain(
-        "\n".join(
-            [
-                f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}",
-                " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
-                *([f"it writes: {s['sample']}"] if s["sample"] else []),
-                text_table(rows) if rows[1:] else "nothing is saved yet",
-                *map(str, notes(s)),
-                f"{when}: {code.splitlines()[-1]}, or {command}",
-            ]
-        )
-    )
+    lines = [
+        f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}",
+        " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
+        *([f"it writes: {s['sample']}"] if s["sample"] else []),
+        text_table(rows) if rows[1:] else "nothing is saved yet",
+        *map(str, notes(s)),
+        f"{when}: {code.splitlines()[-1]}, or {command}",
+    ]
+    return plain("\n".join(lines))
 
 # %% ../../nbs/run/05_status.ipynb #de3b0ca9
 def sparkline(
@@ -431,13 +388,12 @@ def sparkline(
         return ""
     import numpy as np
 
-    means = np.array(
-        [part.mean() for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
-    )
+    parts = np.array_split(np.asarray(values, float), min(width, len(values)))
+    means = np.array([part.mean() for part in parts])
     low, high = means.min(), means.max()
-    return "".join(
-        "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5) if high > low else 0] for v in means
-    )
+    if high <= low:
+        return "▁" * len(means)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5)] for v in means)
 
 # %% ../../nbs/run/05_status.ipynb #22d4a56c
 def _dashboard(s: dict, curves: Curves):
@@ -477,10 +433,8 @@ def _shown(watch: Watch, s: dict):
 
         picture, drawn = LossPicture(), time.monotonic()
         bundle = lambda s: {"text/plain": status_text(s)}
-        image, text = (
-            display(Image(picture.png(watch.follower.curves)), display_id=True),
-            display(bundle(s), raw=True, display_id=True),
-        )
+        image = display(Image(picture.png(watch.follower.curves)), display_id=True)
+        text = display(bundle(s), raw=True, display_id=True)
 
         def show(s):
             nonlocal drawn
