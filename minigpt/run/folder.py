@@ -27,7 +27,7 @@ from minigpt.core.files import (
 from ..core.tables import text_table
 from ..model.generation import stream_text
 from ..model.gpt import GPT
-from .backup import Backup, BackupError, BackupStatus, check_there
+from .backup import Backup, BackupError, BackupStatus, RunRecord, check_there
 from .metrics import plot_losses, read_metrics
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
@@ -60,6 +60,11 @@ class _RunFiles:
         return facts
 
     @property
+    def record(self) -> RunRecord:
+        "The same, with names and types."
+        return RunRecord.from_dict(self.facts)
+
+    @property
     def history(self) -> list[dict]:
         "A row a logged step: step, loss, lr, …; with `eval_loss` where it was evaluated."
         return read_metrics(self.path / "metrics.jsonl")
@@ -82,7 +87,7 @@ class _RunFiles:
     @property
     def max_steps(self) -> int:
         "Optimizer steps that the run is to take."
-        return self.facts["max_steps"]
+        return self.record.max_steps
 
     @property
     def final(self) -> Path:
@@ -127,7 +132,7 @@ class _RunState(_RunFiles):
         A `BackupError` where its folder cannot be reached, a `TimeoutError` where it does not
         answer.
         """
-        folder = self.facts["train"].get("gdrive_backup_dir")
+        folder = self.record.train.get("gdrive_backup_dir")
         if not folder or (self.path / "heartbeat.json").exists():
             return []  # no backup, or this is one
 
@@ -168,7 +173,7 @@ class Run(_RunState):
     def tokenizer(self) -> Tokenizer:
         "The tokenizer the run was trained with."
         tok = load_tokenizer(self.path / "tokenizer")
-        tok.rules = self.facts.get("identity", {}).get("rules", 1)
+        tok.rules = self.record.rules
         return tok
 
     def model(
@@ -185,7 +190,7 @@ class Run(_RunState):
         if path is None or which and not path.is_dir():
             saved = (
                 ", ".join(c.path.name for c in self.checkpoints + self.snapshots)
-                or f"nothing yet; it saves every {self.facts['train'].get('save_steps')} steps"
+                or f"nothing yet; it saves every {self.record.train.get('save_steps')} steps"
             )
             raise FileNotFoundError(
                 f"{self.path} has no {which or 'whole checkpoint'}; it has {saved}"

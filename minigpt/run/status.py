@@ -27,7 +27,7 @@ from ..core.files import at_home, dir_size, free_space, human_size, human_time, 
 from ..core.notes import Note
 from ..core.tables import text_table
 from ..model.gpt import shape_from_dict
-from .backup import drive_mount, read_heartbeat
+from .backup import RunRecord, drive_mount, read_heartbeat
 from .folder import SAVED_COLUMNS, Run, open_run, saved_row
 from .metrics import Curves, Follower, LossPicture, in_notebook, read_log
 
@@ -97,10 +97,9 @@ class _Parts:
         return otherwise
 
 
-def _read_facts(run: Run) -> dict:
-    "The content of run.json, as far as it is needed here in one form."
-    f = run.facts
-    return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
+def _read_record(run: Run) -> RunRecord:
+    record = run.record
+    return replace(record, max_steps=int(record.max_steps), attempts=list(record.attempts))
 
 # %% ../../nbs/run/05_status.ipynb #48e3472e
 def _progress(c: Curves, end: int) -> dict:
@@ -122,13 +121,13 @@ def _progress(c: Curves, end: int) -> dict:
     )
 
 # %% ../../nbs/run/05_status.ipynb #6f7707e9
-def _storage(path: Path, facts: dict, mirror: bool) -> list[Note]:
+def _storage(path: Path, record: RunRecord, mirror: bool) -> list[Note]:
     "What the run takes now and will take at its end, against what is free."
     known = TrainConfig.__dataclass_fields__
-    cfg = TrainConfig.make({k: v for k, v in facts["train"].items() if k in known})
-    n = facts.get("saved_params") or shape_from_dict(facts["model"]).n_params
+    cfg = TrainConfig.make({k: v for k, v in record.train.items() if k in known})
+    n = record.saved_params or shape_from_dict(record.model).n_params
     # older versions did not say
-    saves = facts.get("saves") or -(-facts["max_steps"] // cfg.save_steps)
+    saves = record.saves or -(-record.max_steps // cfg.save_steps)
     free = free_space(path)
     there = sum(dir_size(path / d) for d in ("checkpoints", "snapshots", "best"))
     if mirror:
@@ -141,7 +140,7 @@ def _storage(path: Path, facts: dict, mirror: bool) -> list[Note]:
     return storage_plan(cfg, n, saves, free - cache, there=there)
 
 # %% ../../nbs/run/05_status.ipynb #38e29908
-def _state_sizes(facts: dict, states: list) -> dict:
+def _state_sizes(n: int | None, states: list) -> dict:
     """Bytes of the weights and of the optimizer, as the newest whole state has them.
 
     Before there is one, what the weights will take.
@@ -155,7 +154,6 @@ def _state_sizes(facts: dict, states: list) -> dict:
                 total += (newest.path / n).stat().st_size
         return total or None
 
-    n = facts.get("saved_params")
     return dict(
         model_size=bytes_of("model.safetensors", "adapter_model.safetensors")
         or (4 * n if isinstance(n, int) else None),
@@ -163,13 +161,15 @@ def _state_sizes(facts: dict, states: list) -> dict:
     )
 
 # %% ../../nbs/run/05_status.ipynb #5d513338
-def _list_run(run: Run, facts: dict, mirror: bool, training: bool, backup: bool) -> dict:
+def _list_run(
+    run: Run, record: RunRecord | None, mirror: bool, training: bool, backup: bool
+) -> dict:
     "What is saved, and the space it takes; `unread`: what could not be read."
     parts = _Parts(run.path)
     stores = dict(
         checkpoints=run.store.all, snapshots=run.snapshot_store.all, best=run.best_store.all
     )
-    if backup and facts and not mirror:
+    if backup and record and not mirror:
         stores["backup"] = lambda: run.backup
     listed = [(name, c) for name, all in stores.items() for c in parts.read(name, all, [])]
     states = [c for name, c in listed if name in ("checkpoints", "snapshots")]
@@ -185,16 +185,16 @@ def _list_run(run: Run, facts: dict, mirror: bool, training: bool, backup: bool)
         )
         for name, c in listed
     ]
-    storage = lambda: _storage(run.path, facts, mirror)
+    storage = lambda: _storage(run.path, record, mirror)
     return dict(
         training=training,
-        finished=bool(facts) and parts.read("final model", lambda: run.finished, False),
+        finished=record is not None and parts.read("final model", lambda: run.finished, False),
         safe_step=parts.read("checkpoints", lambda: run.step, 0),
         checkpoints=found,
         size=dir_size(run.path),
         free=parts.read("disk", lambda: free_space(run.path), 0),
-        storage=parts.read("storage", storage, []) if facts else [],
-        **_state_sizes(facts, states),
+        storage=parts.read("storage", storage, []) if record else [],
+        **_state_sizes(record and record.saved_params, states),
         unread=parts.problems,
     )
 
@@ -232,20 +232,20 @@ class Watch:
         self.run = Run(path) if self.mirror or is_held(path) else open_run(path)
         self.follower = Follower(path / "metrics.jsonl")
         self.every, self.listing, self.listed = every, {}, -math.inf
-        self.parts, self.facts = _Parts(path), {}
+        self.parts, self.record = _Parts(path), None
 
     def progress(self) -> dict:
         "Step, losses, speed and time left, from run.json and metrics.jsonl."
         self.parts = _Parts(self.path)
-        self.facts = self.parts.read("run.json", lambda: _read_facts(self.run), {})
+        self.record = self.parts.read("run.json", lambda: _read_record(self.run), None)
         self.follower.read()
         if self.follower.problem and (self.follower.offset or self.follower.path.exists()):
             self.parts.problems.append(f"metrics.jsonl: {self.follower.problem}")
         return dict(
             path=str(self.path),
             mirror=self.mirror,
-            **_progress(self.follower.curves, self.facts.get("max_steps", 0)),
-            attempt=len(self.facts.get("attempts", ())),
+            **_progress(self.follower.curves, self.record.max_steps if self.record else 0),
+            attempt=len(self.record.attempts) if self.record else 0,
         )
 
     def status(self, fresh: bool = False) -> dict:
@@ -254,7 +254,7 @@ class Watch:
         alive, sign = read(".lock", lambda: _alive(self.path), (False, ""))
         old = time.monotonic() - self.listed > self.every
         if fresh or old or alive != self.listing["training"]:
-            self.listing = _list_run(self.run, self.facts, self.mirror, alive, fresh)
+            self.listing = _list_run(self.run, self.record, self.mirror, alive, fresh)
             self.listed = time.monotonic()
         return dict(
             s,
