@@ -40,6 +40,7 @@ from minigpt.checkpoint.store import (
 from minigpt.core.files import (
     NotAFile,
     Pace,
+    ago,
     delete,
     entries,
     fsync,
@@ -414,8 +415,7 @@ class _Heart:
         if h and h.get("session") != self.session:
             raise Taken(
                 f"another process has taken over {self.path} (its last sign of life:"
-                f" {human_time(max(0, time.time() - h.get('time', 0)))} ago); if that is not meant,"
-                " stop it, and run this again"
+                f" {ago(h.get('time', 0))}); if that is not meant, stop it, and run this again"
             )
 
 # %% ../../nbs/run/01_backup.ipynb #6c9df4af
@@ -721,7 +721,7 @@ class BackupStatus:
     def __str__(self):
         if not isinstance(self.time, (int, float)):
             return "backup.json is not one that minigpt writes; it was edited, or damaged"
-        said = [f"backup, {human_time(max(0, time.time() - self.time))} ago: {self.doing}"]
+        said = [f"backup, {ago(self.time)}: {self.doing}"]
         names = {k: str(s.name) for k in ("copied", "confirmed") if (s := getattr(self, k))}
         said += [f"{k} {name}" for k, name in names.items() if name]
         if self.pending:
@@ -1159,11 +1159,6 @@ def _interval(heart: dict) -> float:
     return float(said) if type(said) in (int, float) and 0 < said <= 600 else BEAT
 
 
-def _beat(heart: dict) -> tuple:
-    "What changes while it beats."
-    return heart.get("session"), heart.get("beat")
-
-
 def wait_for_others(backup: Backup):
     """A `BackupError` if another process writes to this backup.
 
@@ -1179,6 +1174,7 @@ def wait_for_others(backup: Backup):
     first = read_heartbeat(backup.path) or {}
     if gone(first):
         return
+    beat = lambda heart: (heart.get("session"), heart.get("beat"))  # what changes while it beats
     interval = _interval(first)
     end = time.monotonic() + 2.5 * interval
     logger.info(
@@ -1191,7 +1187,7 @@ def wait_for_others(backup: Backup):
         if gone(now):
             return
         first = first or now
-        if _beat(now) != _beat(first):
+        if beat(now) != beat(first):
             raise BackupError(
                 f"another process is training this run: the heartbeat in {backup.path} goes on."
                 " Stop it there, or choose another output_dir here: the name of the run decides"
