@@ -57,10 +57,6 @@ def setup(
     say=print,
 ) -> str:  # For `fit(gdrive_backup_dir=…)`; empty where there is no backup
     "Mount Drive, and say what is there: call this in the first cell."
-    without = (
-        "Training can go on WITHOUT BACKUP: what this machine loses is lost. To have one, run this"
-        " cell again."
-    )
     if in_colab():
         backup = f"{MOUNT}/MyDrive/{name}" if _mount(say) else ""
     else:
@@ -71,14 +67,15 @@ def setup(
         except (BackupError, OSError) as e:
             say(str(e))
             backup = ""
-    if not backup:
+    if not backup and in_colab():
         say(
-            without
-            if in_colab()
-            else (
-                "Not on Colab, and no folder in place of Drive: runs stay in this folder only. Pass"
-                " instead=FOLDER to mirror them."
-            )
+            "Training can go on WITHOUT BACKUP: what this machine loses is lost. To have one, run"
+            " this cell again."
+        )
+    elif not backup:
+        say(
+            "Not on Colab, and no folder in place of Drive: runs stay in this folder only. Pass"
+            " instead=FOLDER to mirror them."
         )
     _say_space(model, TrainConfig.make(config), folder, backup, say)
     if in_colab():
@@ -104,14 +101,9 @@ def _say_space(model, config: TrainConfig, folder, backup: str, say):
         f"a checkpoint of this model takes {human_size(size)}: {fit(free)} fit here"
         + (f", {fit(there)} in the backup" if backup else "")
     )
-    for note in storage_plan(
-        config,
-        n,
-        10**6,
-        # Drive's cache is on this disk as well
-        free - (config.backup_keep_last * size if in_colab() and backup else 0),
-        there,
-    ):
+    # Drive's cache is on this disk as well
+    cache = config.backup_keep_last * size if in_colab() and backup else 0
+    for note in storage_plan(config, n, 10**6, free - cache, there):
         if note.warns:
             say(str(note))
 

@@ -6,6 +6,7 @@
 __all__ = ['row_html', 'data_explorer', 'RunDashboard', 'CheckpointExplorer', 'events_html', 'ChatBox']
 
 # %% ../nbs/04_widgets.ipynb #1bfc9726
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
@@ -33,51 +34,44 @@ def row_html(
 ) -> str:  # HTML; nothing of the row is more than text in it
     "A row as the model reads it: what is learned stands on green."
     box = lambda inside: f'<div style="{BOX_STYLE}">{inside}</div>'
+    chat = lambda messages: box(_pieces(chat_pieces(*chat_messages(messages))))
     if row.reason:
-        return f"<b>refused: {escape(row.reason)}</b> {escape(row.detail)}" + (
-            box(escape(raw)) if raw else ""
-        )
-    mended = (
-        f"<div>read with a blind eye: {escape(', '.join(row.mended))}</div>" if row.mended else ""
-    )
+        refused = f"<b>refused: {escape(row.reason)}</b> {escape(row.detail)}"
+        return refused + (box(escape(raw)) if raw else "")
+    mended = escape(", ".join(row.mended))
+    out = f"<div>read with a blind eye: {mended}</div>" if mended else ""
     if row.rejected:
-        return (
-            mended
-            + '<table style="width:100%;table-layout:fixed"><tr>'
-            + "".join(
-                f'<td style="vertical-align:top;text-align:left"><b>{name}</b>'
-                f"{box(_pieces(chat_pieces(*chat_messages(side))))}</td>"
-                for name, side in (("chosen", row.messages), ("rejected", row.rejected))
-            )
-            + "</tr></table>"
+        cells = "".join(
+            f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{chat(side)}</td>'
+            for name, side in (("chosen", row.messages), ("rejected", row.rejected))
         )
-    return mended + box(
-        _pieces(chat_pieces(*chat_messages(row.messages)) if row.messages else ["", row.text])
-    )
+        return f'{out}<table style="width:100%;table-layout:fixed"><tr>{cells}</tr></table>'
+    return out + (chat(row.messages) if row.messages else box(_pieces(["", row.text])))
 
 # %% ../nbs/04_widgets.ipynb #7e080c4a
+def _by(r: Row, role: str) -> list[dict]:
+    return [m for m in r.messages or () if m["role"] == role]
+
+
+def _any(r: Row, key: str) -> bool:
+    return any(m.get(key) for m in r.messages or ())
+
+
 _KINDS = {
     "every kind of row": lambda r: True,
-    "with a system text": lambda r: any(
-        m["role"] == "system" and m["content"] for m in r.messages or ()
-    ),
-    "with a tool's answer": lambda r: any(m["role"] == "tool" for m in r.messages or ()),
-    "with a call": lambda r: (
-        any(m.get("tool_calls") for m in r.messages or ()) or "<tool_call>" in r.text
-    ),
-    "with thoughts": lambda r: (
-        any(m.get("reasoning_content") for m in r.messages or ()) or "<think>" in r.text
-    ),
-    "of several answers": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) > 1,
-    "of one answer": lambda r: sum(m["role"] == "assistant" for m in r.messages or ()) == 1,
+    "with a system text": lambda r: any(m["content"] for m in _by(r, "system")),
+    "with a tool's answer": lambda r: bool(_by(r, "tool")),
+    "with a call": lambda r: _any(r, "tool_calls") or "<tool_call>" in r.text,
+    "with thoughts": lambda r: _any(r, "reasoning_content") or "<think>" in r.text,
+    "of several answers": lambda r: len(_by(r, "assistant")) > 1,
+    "of one answer": lambda r: len(_by(r, "assistant")) == 1,
 }
 
 # %% ../nbs/04_widgets.ipynb #fab52fe9
 def _examples(report: Report) -> dict[str, list[dict]]:
     "The rows of a report by what is the matter with them, the most frequent trouble first."
-    found = {
-        "all good rows of the sample": [dict(where=name, row=r) for name, r in report["samples"]]
-    }
+    good = [dict(where=name, row=r) for name, r in report["samples"]]
+    found = {"all good rows of the sample": good}
     for table in "troubles", "format_errors", "encoding_issues", "mended":
         found |= {
             f"{k} ({v['count']:,})": v["examples"]
@@ -88,17 +82,33 @@ def _examples(report: Report) -> dict[str, list[dict]]:
 
 def _place(example: dict, tokenizer: Tokenizer | None) -> str:
     "Where a row stands, as HTML, and how long it is."
-    r, n = example["row"], ""
-    if not r.reason:
-        n = f" · {len(r.text):,} characters"
+    r, where = example["row"], example["where"]
+    n = "" if r.reason else f" · {len(r.text):,} characters"
     if tokenizer and not r.reason:
         ids = tokenizer.encode_chat(r.messages)[0] if r.messages else tokenizer.encode(r.text)
         n += f" · {len(ids):,} tokens"
-    if " line " in example["where"]:
-        return f"{escape(example['where'][:200])}{n}"
-    return f"{escape(example['where'])} · line {r.line:,}{n}"
+    if " line " in where:
+        return f"{escape(where[:200])}{n}"
+    return f"{escape(where)} · line {r.line:,}{n}"
 
 # %% ../nbs/04_widgets.ipynb #f80a5a4a
+def _button(name: str, click: Callable[[], object], width: str = "110px"):
+    import ipywidgets as w
+
+    made = w.Button(description=name, layout=w.Layout(width=width))
+    made.on_click(lambda _: click())
+    return made
+
+
+def _column(name: str, parts: list):
+    "Widgets below each other, found in the page by the name of their class."
+    import ipywidgets as w
+
+    made = w.VBox(parts, layout=w.Layout(width="100%"))
+    made.add_class(name)
+    return made
+
+
 class _Rows:
     "The part of the explorer that answers: what is chosen, and one row at a time."
 
@@ -108,41 +118,24 @@ class _Rows:
         self.found, self.tokenizer = found, tokenizer
         longest = max([1, *(len(e["row"].text) for es in found.values() for e in es)])
         wide = w.Layout(width="auto", flex="1 1 auto")
-        self.trouble, self.kind = (
-            w.Dropdown(options=[(k, k) for k in names], description=name, layout=wide)
-            for name, names in (("show", found), ("rows", _KINDS))
-        )
-        self.length = w.IntRangeSlider(
-            value=(0, longest),
-            min=0,
-            max=longest,
-            description="characters",
-            continuous_update=False,
-            layout=wide,
-        )
-        self.back, self.on = (
-            w.Button(description=name, layout=w.Layout(width="100px"))
-            for name in ("◀ before", "next ▶")
-        )
+        choice = lambda name, of: w.Dropdown(options=[*zip(of, of)], description=name, layout=wide)
+        self.trouble, self.kind = choice("show", found), choice("rows", _KINDS)
+        size = dict(value=(0, longest), min=0, max=longest, continuous_update=False)
+        self.length = w.IntRangeSlider(description="characters", layout=wide, **size)
+        self.back = _button("◀ before", lambda: self.go(-1), "100px")
+        self.on = _button("next ▶", lambda: self.go(1), "100px")
         self.place, self.view = w.HTML(), w.HTML()
         chosen, turned = [self.trouble, self.kind], [self.back, self.on, self.place]
         self.parts = [w.HBox(chosen), self.length, w.HBox(turned), self.view]
         for c in *chosen, self.length:
             c.observe(self.choose, "value")
-        self.back.on_click(lambda _: self.go(-1))
-        self.on.on_click(lambda _: self.go(1))
         self.choose()
 
     def choose(self, _=None):
         (low, high), fits = self.length.value, _KINDS[self.kind.value]
-        self.rows, self.at = (
-            [
-                e
-                for e in self.found[self.trouble.value]
-                if e["row"].reason or low <= len(e["row"].text) <= high and fits(e["row"])
-            ],
-            0,
-        )
+        shown = lambda r: r.reason or low <= len(r.text) <= high and fits(r)
+        self.rows = [e for e in self.found[self.trouble.value] if shown(e["row"])]
+        self.at = 0
         self.show()
 
     def go(self, step: int):
@@ -174,9 +167,7 @@ def data_explorer(
     )
     summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None)
     summary.set_title(0, "the whole report")
-    made = w.VBox([*rows.parts, note, summary], layout=w.Layout(width="100%"))
-    made.add_class("minigpt-data-explorer")
-    return made
+    return _column("minigpt-data-explorer", [*rows.parts, note, summary])
 
 # %% ../nbs/04_widgets.ipynb #cedfced4
 from functools import cached_property
@@ -208,16 +199,9 @@ class RunDashboard:
         import ipywidgets as w
 
         self.html, self.out = w.HTML(), w.Output()
-        self.look, self.go = (
-            w.Button(description=name, layout=w.Layout(width="110px"))
-            for name in ("refresh", "resume")
-        )
-        self.look.on_click(lambda _: self.refresh())
-        self.go.on_click(self.resume)
-        made = w.VBox(
-            [self.html, w.HBox([self.look, self.go]), self.out], layout=w.Layout(width="100%")
-        )
-        made.add_class("minigpt-run-dashboard")
+        self.look, self.go = _button("refresh", self.refresh), _button("resume", self.resume)
+        buttons = w.HBox([self.look, self.go])
+        made = _column("minigpt-run-dashboard", [self.html, buttons, self.out])
         self.refresh()
         return made
 
@@ -279,33 +263,26 @@ def _bars(
     longest = max((n for n in lengths if n < math.inf), default=0) or 1
 
     def line(cells, tag, bar=None, row=""):
-        cell = lambda i, c: (
-            f'<{tag} style="padding:1px'
-            f" 10px;white-space:nowrap;text-align:{'right' if right[i] else 'left'}"
-            + (
+        styles = [
+            f"padding:1px 10px;white-space:nowrap;text-align:{'right' if r else 'left'}"
+            for r in right
+        ]
+        if bar is not None:
+            percent = 100 * min(1, max(0, bar / longest))
+            styles[0] += (
                 ";min-width:200px;background:linear-gradient(90deg,rgba(76,120,168,.4)"
-                f" {100 * min(1, max(0, bar / longest)):.1f}%,transparent 0)"
-                if i == 0 and bar is not None
-                else ""
+                f" {percent:.1f}%,transparent 0)"
             )
-            + f'">{escape(c)}</{tag}>'
-        )
-        return f'<tr style="{row}">{"".join(cell(i, c) for i, c in enumerate(cells))}</tr>'
+        inside = (f'<{tag} style="{x}">{escape(c)}</{tag}>' for x, c in zip(styles, cells))
+        return f'<tr style="{row}">{"".join(inside)}</tr>'
 
     body = "".join(
-        line(
-            r,
-            "td",
-            lengths[i] if lengths else None,
-            "outline:2px solid #4c78a8" if i == chosen else "",
-        )
-        for i, r in enumerate(rows[:limit])
+        line(r, "td", n, "outline:2px solid #4c78a8" if i == chosen else "")
+        for i, (r, n) in enumerate(zip(rows[:limit], lengths or [None] * len(rows)))
     )
-    return (
-        '<div style="overflow:auto"><table'
-        f' style="line-height:1.5">{line(head, "th")}{body}</table></div>'
-        + (f"and {len(rows) - limit:,} more" if len(rows) > limit else "")
-    )
+    whole = f'<table style="line-height:1.5">{line(head, "th")}{body}</table>'
+    more = f"and {len(rows) - limit:,} more" if len(rows) > limit else ""
+    return f'<div style="overflow:auto">{whole}</div>{more}'
 
 
 def _lines(lines: Iterable[str], wrong: Iterable[str] = ()) -> str:
@@ -332,38 +309,28 @@ def _cut(
     layer: str = "",  # Only of this one
 ) -> Table:  # The largest first
     tensors = [t for t in a.tensors if component in ("", t.component) and layer in ("", t.layer)]
-    groups, rest = (
-        {},
-        Counter({k: n for k, n in a.components.items() if component in ("", k) and not layer}),
-    )
+    rest = Counter({k: n for k, n in a.components.items() if component in ("", k) and not layer})
+    groups = {}
     for i, t in enumerate(tensors):
         groups.setdefault(i if by == "tensor" else getattr(t, _BY[by]), []).append(t)
         if not layer:
             rest[t.component] -= t.bytes
-    more = (
-        (lambda ts: dict(component=ts[0].component, shape=ts[0].shape, type=ts[0].dtype))
-        if by == "tensor"
-        else lambda ts: dict(tensors=len(ts), values=sum(t.numel for t in ts))
-    )
+    if by == "tensor":
+        more = lambda ts: dict(component=ts[0].component, shape=ts[0].shape, type=ts[0].dtype)
+        none = dict.fromkeys(("component", "shape", "type"))
+    else:
+        more = lambda ts: dict(tensors=len(ts), values=sum(t.numel for t in ts))
+        none = dict.fromkeys(("tensors", "values"))
     rows = [
         {by: getattr(ts[0], _BY[by]), **more(ts), "size": sum(t.bytes for t in ts)}
         for ts in groups.values()
     ]
     if by == "component":
         rows = [{**r, "size": r["size"] + rest.pop(r[by], 0)} for r in rows]
-    none = dict.fromkeys(
-        ("component", "shape", "type") if by == "tensor" else ("tensors", "values")
-    )
-    others = sum(rest.values())
-    rows += [
-        {by: k, **none, "size": n}
-        for k, n in (
-            rest
-            if by == "component"
-            else {"no tensors" if others > 0 else "saved by compression": others}
-        ).items()
-        if n
-    ]
+    else:
+        others = sum(rest.values())
+        rest = {"no tensors" if others > 0 else "saved by compression": others}
+    rows += [{by: k, **none, "size": n} for k, n in rest.items() if n]
     whole = sum(r["size"] for r in rows) or 1
     return Table(
         ({**r, "share": r["size"] / whole} for r in sorted(rows, key=lambda r: -r["size"])),
@@ -414,12 +381,8 @@ class _Changes:
     def __init__(self):
         import ipywidgets as w
 
-        self.all, self.since, self.said, self.table = (
-            w.HTML(),
-            w.Dropdown(description="since", layout=w.Layout(width="48%")),
-            w.HTML(),
-            w.HTML(),
-        )
+        self.all, self.said, self.table = w.HTML(), w.HTML(), w.HTML()
+        self.since = w.Dropdown(description="since", layout=w.Layout(width="48%"))
         self.box = w.VBox([self.all, self.since, self.said, self.table])
         self.since.observe(self.show, "value")
 
@@ -427,39 +390,27 @@ class _Changes:
         self.analysis = a
         rows = others.rows()
         unknown = tuple(k for k in rows.keys() if all(r[k] is None for r in rows))
-        self.all.value = _bars(
-            Table(rows, unknown, **rows.show), [r["size"] for r in rows], others.index(a)
-        )
-        _offer(
-            self.since,
-            [
-                ("choose a checkpoint", ""),
-                *((r["checkpoint"], o) for r, o in zip(rows, others) if o is not a),
-            ],
-        )
+        table, sizes = Table(rows, unknown, **rows.show), [r["size"] for r in rows]
+        self.all.value = _bars(table, sizes, others.index(a))
+        than = [(r["checkpoint"], o) for r, o in zip(rows, others) if o is not a]
+        _offer(self.since, [("choose a checkpoint", ""), *than])
 
     def show(self, _=None):
-        self.said.value, self.table.value = (
-            "the weights of both are read" if self.since.value else "",
-            "",
-        )
+        self.said.value = "the weights of both are read" if self.since.value else ""
+        self.table.value = ""
         if not self.since.value:
             return
         try:
-            d = difference(
-                self.since.value,
-                self.analysis,
-                lambda done, of: (
-                    setattr(self.said, "value", f"{done} of {of} tensors are compared")
-                    if done % 50 == 0
-                    else None
-                ),
-            )
+            d = difference(self.since.value, self.analysis, self.tell)
         except (OSError, ValueError) as e:
             self.said.value = _lines([], [str(e)])
             return
         self.said.value = _lines(d.lines())
         self.table.value = _bars(d["layers"], [r["distance"] for r in d["layers"]])
+
+    def tell(self, done: int, of: int):
+        if done % 50 == 0:
+            self.said.value = f"{done} of {of} tensors are compared"
 
 # %% ../nbs/04_widgets.ipynb #8db9d4fe
 def _sizes(
@@ -469,15 +420,11 @@ def _sizes(
 ) -> str:  # HTML
     rows = precision_table(a)
     table = Table(
-        [
-            dict(
-                precision=r["precision"],
-                weights=r["MiB"] * 2**20,
-                saves=r["saves"],
-                **(dict(exported=exported.get(k)) if exported else {}),
-            )
+        (
+            dict(precision=r["precision"], weights=r["MiB"] * 2**20, saves=r["saves"])
+            | (dict(exported=exported.get(k)) if exported else {})
             for k, r in zip(PRECISIONS, rows)
-        ],
+        ),
         weights=human_size,
         saves="{:.0%}".format,
         exported=human_size,
@@ -498,11 +445,8 @@ class _Precisions:
         import ipywidgets as w
 
         self.sizes, self.said = w.HTML(), w.HTML()
-        self.precision = w.SelectionSlider(
-            options=[(k.upper(), k) for k in PRECISIONS],
-            description="precision",
-            layout=w.Layout(width="420px"),
-        )
+        options, wide = [(k.upper(), k) for k in PRECISIONS], w.Layout(width="420px")
+        self.precision = w.SelectionSlider(options=options, description="precision", layout=wide)
         self.weights_only, self.compress = (
             w.Checkbox(on, description=k, indent=False, layout=w.Layout(width="130px"))
             for k, on in (("weights only", True), ("compress", False))
@@ -554,20 +498,10 @@ class _Advice:
     def __init__(self):
         import ipywidgets as w
 
-        self.target, self.hours, self.table = (
-            w.Dropdown(
-                options=[("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))],
-                description="is to run",
-            ),
-            w.BoundedFloatText(
-                0,
-                min=0,
-                max=1e5,
-                description="hours of training",
-                style=dict(description_width="initial"),
-            ),
-            w.HTML(),
-        )
+        places = [("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))]
+        self.target = w.Dropdown(options=places, description="is to run")
+        asked = dict(description="hours of training", style=dict(description_width="initial"))
+        self.hours, self.table = w.BoundedFloatText(0, min=0, max=1e5, **asked), w.HTML()
         self.box = w.VBox([w.HBox([self.target, self.hours]), self.table])
         for c in self.target, self.hours:
             c.observe(self.show, "value")
@@ -595,32 +529,23 @@ class CheckpointExplorer:
         import ipywidgets as w
 
         self.path = Path(path)
-        self.checkpoint, again, self.facts = (
-            w.Dropdown(description="checkpoint", layout=w.Layout(width="60%")),
-            w.Button(description="look again", layout=w.Layout(width="110px")),
-            w.HTML(),
-        )
-        self.pages = self.bytes, self.changes, self.precisions, self.advice = (
-            _Bytes(),
-            _Changes(),
-            _Precisions(),
-            _Advice(),
-        )
+        self.checkpoint = w.Dropdown(description="checkpoint", layout=w.Layout(width="60%"))
+        self.facts = w.HTML()
+        self.pages = _Bytes(), _Changes(), _Precisions(), _Advice()
+        self.bytes, self.changes, self.precisions, self.advice = self.pages
         tabs = w.Tab(children=[p.box for p in self.pages])
         for i, p in enumerate(self.pages):
             tabs.set_title(i, p.title)
+        again = _button("look again", self.look)
         self.box = w.VBox([w.HBox([self.checkpoint, again]), self.facts, tabs])
         self.box.add_class("minigpt-checkpoint-explorer")
         self.checkpoint.observe(self.open, "value")
-        again.on_click(self.look)
         self.look()
 
     def look(self, _=None):
         "Read the folder; what was chosen stays chosen, at first it is the newest."
-        before, self.found = (
-            self.checkpoint.label,
-            compare(self.path if self.path.is_dir() else [self.path]),
-        )
+        before = self.checkpoint.label
+        self.found = compare(self.path if self.path.is_dir() else [self.path])
         if not self.found:
             raise ValueError("; ".join(self.found.failed.values()))
         names = [r["checkpoint"] for r in self.found.rows()]
@@ -641,13 +566,11 @@ class CheckpointExplorer:
         return str(self.found if len(self.found) > 1 else self.found[0])
 
     def _ipython_display_(self):
-        (
-            display_widget(
-                self.box, repr(self), **{"text/html": f"<pre>{escape(repr(self))}</pre>"}
-            )
-            if in_notebook()
-            else print(self)
-        )
+        if in_notebook():
+            page = f"<pre>{escape(repr(self))}</pre>"
+            display_widget(self.box, repr(self), **{"text/html": page})
+        else:
+            print(self)
 
 # %% ../nbs/04_widgets.ipynb #35ada0a1
 import threading
@@ -679,21 +602,16 @@ def events_html(
             texts[-1][1].append(piece)
         else:
             texts.append((kind, [piece]))
+    wrap = "white-space:pre-wrap;overflow-wrap:anywhere"
     for kind, pieces in texts:
-        text = (
-            "<div"
-            f' style="white-space:pre-wrap;overflow-wrap:anywhere">{escape("".join(pieces))}</div>'
-        )
+        text = f'<div style="{wrap}">{escape("".join(pieces))}</div>'
         if kind == "thinking":
-            out.append(
-                '<details style="color:#777;margin:6px'
-                f' 0"{" open" if open else ""}><summary>thoughts</summary>{text}</details>'
-            )
+            fold = f'<details style="color:#777;margin:6px 0"{" open" if open else ""}>'
+            out.append(f"{fold}<summary>thoughts</summary>{text}</details>")
         else:
-            out.append(
-                '<div style="display:flex;gap:8px;margin:6px'
-                f' 0;line-height:1.45;{_SAYS[kind][1]}"><span>{_SAYS[kind][0]}</span>{text}</div>'
-            )
+            mark, look = _SAYS[kind]
+            style = f"display:flex;gap:8px;margin:6px 0;line-height:1.45;{look}"
+            out.append(f'<div style="{style}"><span>{mark}</span>{text}</div>')
     return "".join(out)
 
 # %% ../nbs/04_widgets.ipynb #d8253e33
@@ -733,22 +651,12 @@ class ChatBox:
 
         import ipywidgets as w
 
-        button = lambda name, f: (
-            b := w.Button(description=name, layout=w.Layout(width="80px")),
-            b.on_click(lambda _: f()),
-        )[0]
-        hidden = w.Layout(display="none")
-        self.past, self.now, self.asked = (
-            w.HTML(),
-            w.HTML(),
-            w.Text(
-                placeholder="ask, and press Enter", layout=w.Layout(flex="1 1 auto", width="auto")
-            ),
-        )
+        hidden, wide = w.Layout(display="none"), w.Layout(flex="1 1 auto", width="auto")
+        self.past, self.now = w.HTML(), w.HTML()
+        self.asked = w.Text(placeholder="ask, and press Enter", layout=wide)
         self.go, self.halt, self.clear = (
-            button("send", self.send),
-            button("stop", self.stop),
-            button("reset", self.reset),
+            _button(name, click, "80px")
+            for name, click in (("send", self.send), ("stop", self.stop), ("reset", self.reset))
         )
         self.system = w.Textarea(
             value=self.chat.system or "", description="system", layout=w.Layout(width="100%")
@@ -763,22 +671,12 @@ class ChatBox:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.asked.on_submit(lambda _: self.send())
-        settings = w.Accordion(
-            children=[w.VBox([self.system, self.temperature])], selected_index=None
-        )
+        how = w.VBox([self.system, self.temperature])
+        settings = w.Accordion(children=[how], selected_index=None)
         settings.set_title(0, "system prompt and temperature")
-        made = w.VBox(
-            [
-                self.past,
-                self.now,
-                w.HBox([self.asked, self.go, self.halt, self.clear]),
-                settings,
-                self.there,
-                self.back,
-            ],
-            layout=w.Layout(width="100%"),
-        )
-        made.add_class("minigpt-chat")
+        line = w.HBox([self.asked, self.go, self.halt, self.clear])
+        parts = [self.past, self.now, line, settings, self.there, self.back]
+        made = _column("minigpt-chat", parts)
         made.link = link  # lives as long as the box
         self.draw()
         return made
@@ -797,10 +695,8 @@ class ChatBox:
         "Ask what stands in the field."
         if self.talk or not (text := self.asked.value.strip()):
             return
-        self.chat.system, self.chat.temperature = (
-            self.system.value.strip() or None,
-            self.temperature.value,
-        )
+        self.chat.system = self.system.value.strip() or None
+        self.chat.temperature = self.temperature.value
         self.asked.value, self.talk = "", self.chat.send(text)
         self.events.append(("user", text))
         self.begun = None

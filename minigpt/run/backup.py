@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLAB_MOUNT', 'BEAT', 'RETRY', 'POLL', 'QUIET', 'DATA_LIMIT', 'BackupError', 'Taken', 'on_colab', 'drive_mount',
-           'check_there', 'read_run_id', 'read_heartbeat', 'listed', 'Progress', 'copy_file', 'CheckpointCopy',
-           'copy_checkpoint', 'arrived', 'discard', 'made_later', 'Backup', 'wait_for_others', 'given_up',
-           'restore_run', 'fetch']
+           'check_there', 'read_run_id', 'read_heartbeat', 'listed', 'RunRecord', 'Progress', 'copy_file',
+           'CheckpointCopy', 'copy_checkpoint', 'arrived', 'discard', 'made_later', 'BackupStatus', 'Backup',
+           'wait_for_others', 'given_up', 'restore_run', 'fetch']
 
 # %% ../../nbs/run/01_backup.ipynb #66f95fed
 import errno
@@ -20,6 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ from minigpt.checkpoint.store import (
 from minigpt.core.files import (
     NotAFile,
     Pace,
+    ago,
     delete,
     entries,
     fsync,
@@ -94,14 +96,8 @@ def drive_mount(
     others.
     """
     p = Path(folder).absolute()
-    mark = next(
-        (
-            d
-            for d in [p, *p.parents]
-            if d.name in ("MyDrive", "My Drive", "Shareddrives", "Shared drives")
-        ),
-        None,
-    )
+    names = "MyDrive", "My Drive", "Shareddrives", "Shared drives"
+    mark = next((d for d in [p, *p.parents] if d.name in names), None)
     if mark is None:
         return None
     own = (
@@ -122,29 +118,29 @@ def check_there(
     On macOS and Windows, Drive is a folder like others.
     """
     folder = Path(folder).absolute()
-    without = "or go on without a backup: leave gdrive_backup_dir out"
+
+    def refused(why: str) -> BackupError:
+        return BackupError(
+            f"gdrive_backup_dir={str(folder)!r}{why}, or go on without a backup: leave"
+            " gdrive_backup_dir out"
+        )
+
     try:
         mount = drive_mount(folder)
         if mount and sys.platform == "linux" and not os.path.ismount(mount):
-            raise BackupError(
-                f"gdrive_backup_dir={str(folder)!r} is not Google Drive: nothing is mounted at"
-                f" {mount}. Mount it (on Colab: minigpt.colab.setup()), {without}"
+            raise refused(
+                f" is not Google Drive: nothing is mounted at {mount}. Mount it (on Colab:"
+                " minigpt.colab.setup())"
             )
         if not folder.parent.is_dir():
-            raise BackupError(
-                f"gdrive_backup_dir={str(folder)!r}: {folder.parent} does not exist. Connect the"
-                f" disk or make that folder, {without}"
-            )
+            raise refused(f": {folder.parent} does not exist. Connect the disk or make that folder")
         folder.mkdir(exist_ok=True)
     except OSError as e:
-        raise BackupError(
-            f"gdrive_backup_dir={str(folder)!r} cannot be used: {e.strerror or e}. Mount it again,"
-            f" {without}"
-        ) from None
+        raise refused(f" cannot be used: {e.strerror or e}. Mount it again") from None
 
 # %% ../../nbs/run/01_backup.ipynb #9758332e
-def _json_or(path: Path, otherwise):
-    """The object in a small file; `otherwise` where the file is absent, torn or holds no object.
+def _dict_in(path: Path) -> dict | None:
+    """The object in a small file; None where the file is absent, torn or holds no object.
 
     A mount does not write a file in one step, so it may be torn. An `OSError` says that it cannot
     be read at the moment.
@@ -152,38 +148,70 @@ def _json_or(path: Path, otherwise):
     try:
         found = orjson.loads(regular(path).read_bytes())
     except orjson.JSONDecodeError:
-        return otherwise
+        return None
     except OSError as e:
         if may_pass(e) or isinstance(e, NotAFile):
             raise  # a pipe would be written to as well
-        return otherwise
-    return found if isinstance(found, dict) else otherwise
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _note(path: Path) -> dict:
+    return _dict_in(path) or {}
 
 # %% ../../nbs/run/01_backup.ipynb #51d7f6a4
 def read_run_id(path: Path) -> str | None:
     "The id of the run in a folder, or in a backup whose run.json has not arrived."
-    return next(
-        (
-            id
-            for name, key in (
-                ("run.json", "id"),
-                ("heartbeat.json", "run_id"),
-                ("mirror.json", "run_id"),
-            )
-            if (id := (_json_or(path / name, None) or {}).get(key))
-        ),
-        None,
-    )
+    places = (("run.json", "id"), ("heartbeat.json", "run_id"), ("mirror.json", "run_id"))
+    return next(filter(None, (_note(path / name).get(key) for name, key in places)), None)
 
 
 def read_heartbeat(path: Path) -> dict | None:
     "The last sign of life in a backup."
-    return _json_or(path / "heartbeat.json", None)
+    return _dict_in(path / "heartbeat.json")
 
 
 def listed(path: Path) -> dict:
     "What mirror.json lists: name → size and hash."
-    return (_json_or(path / "mirror.json", None) or {}).get("files", {})
+    return _note(path / "mirror.json").get("files", {})
+
+# %% ../../nbs/run/01_backup.ipynb #c12462c3
+@dataclass(frozen=True)
+class RunRecord:
+    "What run.json says of a run."
+
+    id: str | None
+    max_steps: int  # Optimizer steps that it is to take
+    train: dict  # Its `TrainConfig`
+    model: dict  # Its `GPTConfig`
+    attempts: list[dict]  # Its starts, each with the step at which it began
+    initial_weights: dict | None  # The model that it began with: `began` in the file
+    places: dict | None  # The folders of its tokens; None: of an older version
+    rules: int  # By which its tokenizer splits a text
+    saved_params: int | None  # Numbers in a checkpoint
+    saves: int | None  # Checkpoints that it writes
+
+    @classmethod
+    def from_dict(
+        cls,
+        facts: dict,  # The content of run.json; what it lacks is None
+    ) -> "RunRecord":
+        same = {k: facts.get(k) for k in ("id", "max_steps", "train", "model")}
+        part = lambda k: facts[k] if isinstance(facts.get(k), dict) else {}
+        return cls(
+            **same,
+            attempts=facts.get("attempts", []),
+            initial_weights=facts.get("began"),
+            places=part("data").get("places"),
+            rules=part("identity").get("rules", 1),
+            saved_params=facts.get("saved_params"),
+            saves=facts.get("saves"),
+        )
+
+
+def _record(path: Path) -> RunRecord:
+    "Of a run's folder or its backup, where run.json may not have arrived."
+    return RunRecord.from_dict(_note(path / "run.json"))
 
 # %% ../../nbs/run/01_backup.ipynb #7a7202b9
 class Progress:
@@ -328,7 +356,7 @@ def made_later(
     The clocks of two machines do not tell.
     """
     try:
-        attempt = (_json_or(c.path / "trainer_state.json", None) or {}).get("attempt")
+        attempt = _note(c.path / "trainer_state.json").get("attempt")
     except OSError:
         attempt = None
     return attempt if isinstance(attempt, int) else 0, c.step
@@ -351,22 +379,6 @@ QUIET = 60.0
 DATA_LIMIT = 256 * 2**20
 
 # %% ../../nbs/run/01_backup.ipynb #fc3c357b
-def _refuse_others(
-    path: Path,  # The run's folder in the backup
-    run_id: str,
-    session: str | None,  # Of this process; None before its first beat
-):
-    "`Taken` if the folder is another run's, or another process has taken it over."
-    if (there := read_run_id(path)) not in (None, run_id):
-        raise Taken(f"{path} belongs to another run (id {there[:8]}, this one has {run_id[:8]})")
-    if session is not None and (h := read_heartbeat(path)) and h.get("session") != session:
-        raise Taken(
-            f"another process has taken over {path} (its last sign of life:"
-            f" {human_time(max(0, time.time() - h.get('time', 0)))} ago); if that is not meant,"
-            " stop it, and run this again"
-        )
-
-# %% ../../nbs/run/01_backup.ipynb #ec0d3b64
 class _Heart:
     "The sign of life that a process leaves in a backup."
 
@@ -385,23 +397,26 @@ class _Heart:
         elif not self.path.is_dir():
             # never made anew: it would not be on Drive
             raise OSError(errno.ENOTCONN, "the backup folder has vanished", str(self.path))
-        _refuse_others(self.path, run_id, None if self.last is None else self.session)
+        self._refuse_others(run_id)
         self.beats += 1
         if os.path.islink(beat := self.path / "heartbeat.json"):
             delete(beat)
-        beat.write_bytes(
-            orjson.dumps(
-                dict(
-                    run_id=run_id,
-                    session=self.session,
-                    beat=self.beats,
-                    time=time.time(),
-                    seconds=self.every,
-                    ended=ended,
-                )
-            )
-        )
+        sign = dict(run_id=run_id, session=self.session, beat=self.beats, time=time.time())
+        beat.write_bytes(orjson.dumps(sign | dict(seconds=self.every, ended=ended)))
         self.last = now
+
+    def _refuse_others(self, run_id: str):
+        "`Taken` if the folder is another run's, or another process has taken it over."
+        if (there := read_run_id(self.path)) not in (None, run_id):
+            raise Taken(
+                f"{self.path} belongs to another run (id {there[:8]}, this one has {run_id[:8]})"
+            )
+        h = read_heartbeat(self.path) if self.last is not None else None
+        if h and h.get("session") != self.session:
+            raise Taken(
+                f"another process has taken over {self.path} (its last sign of life:"
+                f" {ago(h.get('time', 0))}); if that is not meant, stop it, and run this again"
+            )
 
 # %% ../../nbs/run/01_backup.ipynb #6c9df4af
 _GROUPS = ("state", "light", "best", "final")  # In the order in which they are copied
@@ -415,15 +430,13 @@ class _Job(NamedTuple):
 
 def _group(source: Path, run_path: Path) -> str:
     "The group of a save: its newest one is copied."
-    light = (
-        source.parent.name == "snapshots"
-        and (_json_or(source / "MANIFEST.json", None) or {}).get("kind") == "light"
-    )
     if source == run_path:
         return "final"
     if source.parent.name == "best":
         return "best"
-    return "light" if light else "state"
+    if source.parent.name != "snapshots":
+        return "state"
+    return "light" if _note(source / "MANIFEST.json").get("kind") == "light" else "state"
 
 # %% ../../nbs/run/01_backup.ipynb #5ad9fa01
 class _Jobs:
@@ -432,7 +445,7 @@ class _Jobs:
     def __init__(self):
         self.wake = threading.Condition()
         self.pending, self.copying = {}, None  # group → job; the job that is being copied
-        self.stores = {}  # whose directories are being copied
+        self.stores = set()  # whose directories are being copied
         self.passed_over = 0
         self.asked = False  # has the server been asked since a job came, or was taken?
 
@@ -456,7 +469,6 @@ class _Jobs:
         with self.wake:
             job = self.copying = self.pending[group]
             self.asked = False
-            self._pin()
         return job
 
     def finished(self, group: str, job: _Job):
@@ -474,8 +486,8 @@ class _Jobs:
 
     def _pin(self):
         jobs = [*self.pending.values(), *([self.copying] if self.copying else [])]
-        self.stores |= {id(job.store): job.store for job in jobs if job.store}
-        for s in self.stores.values():
+        self.stores |= {job.store for job in jobs if job.store}
+        for s in self.stores:
             s.pinned = frozenset(job.source for job in jobs if job.store is s)
 
 # %% ../../nbs/run/01_backup.ipynb #4e4d100e
@@ -490,7 +502,7 @@ def _changing(run_path: Path) -> list[Path]:
 
 def _places(run_path: Path) -> list[str]:
     "The folders of a run whose files never change."
-    told = (_json_or(run_path / "run.json", None) or {}).get("data", {}).get("places")
+    told = _record(run_path).places
     if not told:
         return ["tokenizer", "data", "data-valid"]  # not told by older versions
     tokens = [
@@ -539,24 +551,16 @@ def _place(source: Path, root: Path, name: str, append: bool = False):
         write_all(g, f.read())
 
 
-def _replace_file(path: Path, data: bytes):
-    "Write a small file under a new name first: without it a backup is nobody's."
-    new = path.with_name(f"{path.name}.new")
-    with open_new(new) as f:
-        write_all(f, data)
-    os.replace(new, path)
-
-# %% ../../nbs/run/01_backup.ipynb #2e4aa288
 def _below(name: str, places: list[str] | set[str]) -> bool:
     "Is the file in one of the folders?"
     return bool({*places} & {p.as_posix() for p in Path(name).parents})
 
-
+# %% ../../nbs/run/01_backup.ipynb #2e4aa288
 class _Mirror:
     "The small files of a run in its backup, and which of them are there."
 
-    def __init__(self, run_path: Path, path: Path, replace: Callable[[str, bytes], None]):
-        self.run_path, self.path, self.replace = run_path, path, replace
+    def __init__(self, run_path: Path, path: Path, confirmed: set[Path]):
+        self.run_path, self.path, self.confirmed = run_path, path, confirmed
         # what mirror.json lists, once it is written; size and time of what changes
         self.files, self.sent = None, {}
 
@@ -581,14 +585,12 @@ class _Mirror:
 
     def update(self, changing: list[Path]):
         "Copy what has changed."
-        for f in changing:
-            if not _is_plain(f):
-                continue
+        for f in filter(_is_plain, changing):
             name, s = f.relative_to(self.run_path).as_posix(), f.stat()
             if self.sent.get(name) == (s.st_size, s.st_mtime_ns):
                 continue
             if name == "run.json":
-                self.replace(name, f.read_bytes())
+                self._replace(name, f.read_bytes())
             else:
                 append = name in self.sent and name.endswith((".jsonl", ".log"))
                 _place(f, self.path, name, append)
@@ -604,7 +606,15 @@ class _Mirror:
 
     def _list(self, run_id: str, files: dict[str, dict]):
         data = orjson.dumps(dict(run_id=run_id, files=files), option=orjson.OPT_INDENT_2)
-        self.replace("mirror.json", data)
+        self._replace("mirror.json", data)
+
+    def _replace(self, name: str, data: bytes):
+        "Write a small file under a new name first: without it a backup is nobody's."
+        new = self.path / f"{name}.new"
+        with open_new(new) as f:
+            write_all(f, data)
+        os.replace(new, self.path / name)
+        self.confirmed.discard(self.path)
 
 # %% ../../nbs/run/01_backup.ipynb #8330cde9
 class _Copier:
@@ -656,15 +666,92 @@ class _Copier:
         self.current = None
         return md5s
 
+# %% ../../nbs/run/01_backup.ipynb #d216074b
+def _filled(kind: type, said):
+    "A dataclass with the fields that an object of JSON has, None for others; None for no object."
+    if not isinstance(said, dict):
+        return None
+    return kind(**{f.name: said.get(f.name) for f in fields(kind)})
+
+
+@dataclass(frozen=True)
+class _Saved:
+    "A state in a backup."
+
+    name: str  # Of its directory
+    step: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    "An error that lasts."
+
+    reason: str
+    tries: int
+    since: float  # Seconds since 1970
+
+# %% ../../nbs/run/01_backup.ipynb #bd0fe9e6
+@dataclass(frozen=True)
+class BackupStatus:
+    "What is backed up, and what is not: as far as is known, without asking the folder."
+
+    folder: str  # Of the run, in the backup
+    run_id: str | None  # None before it is mirrored
+    time: float  # When this was so, seconds since 1970
+    doing: str  # Such as `idle`, `copying checkpoint-500`, `failing`, `stopped`
+    pending: str | None  # The save that waits to be copied; a state before others
+    copied: _Saved | None  # The newest state in the backup
+    confirmed: _Saved | None  # The newest state that the server has
+    server_tells: bool | None  # Does it say what it has? None: not asked yet
+    waiting: list[str]  # What it has not got, where it tells
+    passed_over: int  # Saves that were not copied, because newer ones came
+    failed: _Failure | None  # The error that lasts, if one does
+    stopped: str | None  # Why nothing is backed up any more
+    session: str  # The process that writes, as its heartbeat names it
+
+    @classmethod
+    def from_dict(
+        cls,
+        said,  # The content of a backup.json; what it lacks is None
+    ) -> "BackupStatus":
+        s = _filled(cls, said) or _filled(cls, {})
+        copied, confirmed = _filled(_Saved, s.copied), _filled(_Saved, s.confirmed)
+        return replace(s, copied=copied, confirmed=confirmed, failed=_filled(_Failure, s.failed))
+
+    def __str__(self):
+        if not isinstance(self.time, (int, float)):
+            return "backup.json is not one that minigpt writes; it was edited, or damaged"
+        said = [f"backup, {ago(self.time)}: {self.doing}"]
+        names = {k: str(s.name) for k in ("copied", "confirmed") if (s := getattr(self, k))}
+        said += [f"{k} {name}" for k, name in names.items() if name]
+        if self.pending:
+            said.append(f"waiting for {self.pending}")
+        if self.failed and self.failed.reason:
+            said.append(f"FAILED: {self.failed.reason}")
+        if self.stopped:
+            said.append(f"STOPPED: {self.stopped}")
+        unsure = names.get("copied") and not self.server_tells
+        return ", ".join(said) + " (this folder does not tell what has arrived)" * bool(unsure)
+
 # %% ../../nbs/run/01_backup.ipynb #3f728065
 class _Server:
     "What the server has got, as far as it tells."
 
     def __init__(self, path: Path):
         self.path, self.tells = path, None
-        # whole directories in the backup, when last looked at; those that have arrived
+        # whole directories in the backup, when last looked at, each with its checkpoint if
+        # training can go on from it; those that have arrived
         self.seen, self.confirmed = {}, set()
         self.md5s = {}  # of copied files: directory → name → md5
+
+    def newest(self, arrived: bool = False) -> _Saved | None:
+        "The newest state that was seen; or of those that have arrived."
+        states = [
+            _Saved(p.name, c.step)
+            for p, c in [*self.seen.items()]
+            if c and (p in self.confirmed or not arrived)
+        ]
+        return max(states, key=lambda s: s.step, default=None)
 
     def unconfirmed(self) -> list[Path]:
         return [p for p in [*self.seen] if p not in self.confirmed]
@@ -689,80 +776,8 @@ class _Server:
         "What it has not got, where it tells."
         return self.unconfirmed() if self.tells else []
 
-# %% ../../nbs/run/01_backup.ipynb #ae01f4d2
-def _prune_states(root: Path, copies: list[Checkpoint], safe: list[Checkpoint], keep: int):
-    "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
-    kept = {c.path for c in safe[-keep:]}
-    for c in copies:
-        if (
-            safe
-            and c.kind != "light"
-            and c.path not in kept
-            and c.step < safe[-1].step
-            and not _may_be_whole(c)
-        ):
-            discard(c.path, root)
-    for folder in ("checkpoints", "snapshots", "best") if safe else ():
-        for p in entries(root / folder):
-            if ".damaged-" in p.name:
-                # a copy that did not verify, set aside until another one did
-                discard(p, root)
-    for c in [c for c in copies if c.kind == "light"][:-keep]:
-        discard(c.path, root)
-
-
-def _prune_best(root: Path, models: list[Checkpoint], server: _Server):
-    "Keep the newest that is safe, and what may be whole."
-    best = [c for c in models if c.path in server.confirmed or not c.problem and not server.tells]
-    for c in models:
-        if best and c.path != best[-1].path and (c in best or c.problem and not _may_be_whole(c)):
-            discard(c.path, root)
-
-
-def _supersede(root: Path, step: int):
-    "Set aside the states beyond this step, and the final model, of a course that was given up."
-    for s in stores_in(root):
-        for c in s.all():
-            if c.step > step:
-                set_aside(c.path, "superseded", root)
-    if lexists(root / "final"):
-        set_aside(root / "final", "superseded")
-
-# %% ../../nbs/run/01_backup.ipynb #7146eff4
-_HINTS = {
-    errno.ENOSPC: " (full)",
-    errno.EDQUOT: " (the quota of Google Drive is used up; empty its trash)",
-    errno.ENOTCONN: " (the mount is gone; mount it again)",
-    errno.EIO: " (the mount does not answer well)",
-}
-
-
-def _reason(e: Exception) -> str:
-    return f"{e}{_HINTS.get(getattr(e, 'errno', None), '')}"
-
-
-class _Trouble:
-    "The failure that lasts, if one does."
-
-    def __init__(self):
-        self.failures, self.failed = 0, None
-        self.announced, self.ever = False, False  # has the user been told of this failure? Of any?
-
-    def note(self, e: Exception, came_on: bool) -> bool:  # Is it to be told now?
-        self.failures = 1 if came_on else self.failures + 1
-        since = self.failed["since"] if self.failed else time.time()
-        tries = self.failed["tries"] + 1 if self.failed else 1
-        self.failed = dict(reason=_reason(e), tries=tries, since=since)
-        if self.announced or self.ever and time.time() - since <= QUIET:
-            return False
-        self.announced = self.ever = True
-        return True
-
-    def over(self):
-        self.failed, self.failures, self.announced = None, 0, False
-
-# %% ../../nbs/run/01_backup.ipynb #849e9217
-class _Folder:
+# %% ../../nbs/run/01_backup.ipynb #1d747427
+class _Contents:
     "The backup of a run: where it is, what is in it, and what of that is safe."
 
     def __init__(self, folder: str | Path, run_path: str | Path):
@@ -804,186 +819,212 @@ class _Folder:
 
         The last one stands for run.json, tokenizer and data.
         """
-        states = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
-        best = {c.path: None for c in self.best_models() if not c.problem}
-        return (
-            states
-            | best
-            | {f: None for f in [self.path / "final"] if problem(f, hashes=False) is None}
-            | {self.path: None}
-        )
+        whole = {c.path: c if c.kind != "light" else None for c in self.copies() if not c.problem}
+        whole |= {c.path: None for c in self.best_models() if not c.problem}
+        if problem(final := self.path / "final", hashes=False) is None:
+            whole[final] = None
+        return whole | {self.path: None}
 
-# %% ../../nbs/run/01_backup.ipynb #712b71d6
-class _Status(_Folder):
-    "What is known of a backup while it is written."
+# %% ../../nbs/run/01_backup.ipynb #ae01f4d2
+def _prune_states(backup: _Contents, keep: int):
+    "Keep the newest `keep` that are safe, and whatever is newer than the newest of them."
+    root, copies, safe = backup.path, backup.copies(), backup.safe()
+    kept = {c.path for c in safe[-keep:]}
+    states = [c for c in copies if c.kind != "light" and c.path not in kept]
+    for c in states if safe else ():
+        if c.step < safe[-1].step and not _may_be_whole(c):
+            discard(c.path, root)
+    for folder in ("checkpoints", "snapshots", "best") if safe else ():
+        for p in entries(root / folder):
+            if ".damaged-" in p.name:
+                # a copy that did not verify, set aside until another one did
+                discard(p, root)
+    for c in [c for c in copies if c.kind == "light"][:-keep]:
+        discard(c.path, root)
 
-    def __init__(self, folder, run_path, beat: float, clock: Callable[[], float]):
-        super().__init__(folder, run_path)
-        self.run_id, self.doing, self.lost = None, "idle", None
-        self.jobs, self.trouble = _Jobs(), _Trouble()
-        self.heart = _Heart(self.folder, self.path, beat, clock)
-        # (level, text) for the user, from the main thread: Colab does not show what others print
-        self.messages = deque()
 
-    failed = property(lambda self: self.trouble.failed)
-    failures = property(lambda self: self.trouble.failures)
-    pending = property(lambda self: self.jobs.pending)
+def _prune_best(backup: _Contents):
+    "Keep the newest that is safe, and what may be whole."
+    models, server = backup.best_models(), backup.server
+    best = [c for c in models if c.path in server.confirmed or not c.problem and not server.tells]
+    for c in models:
+        if best and c.path != best[-1].path and (c in best or c.problem and not _may_be_whole(c)):
+            discard(c.path, backup.path)
 
-    def status(self) -> dict:
-        "What is backed up, and what is not: as far as is known now, without asking the folder."
-        server = self.server
-        states = {p: c.step for p, c in [*server.seen.items()] if c}
-        last = lambda ps: (
-            dict(name=(p := max(ps, key=states.get)).name, step=states[p]) if ps else None
-        )
-        pending = self.pending.get("state") or next(iter(self.pending.values()), None)
-        return dict(
-            folder=str(self.path),
-            run_id=self.run_id,
-            time=time.time(),
-            doing=self.lost and "stopped" or self.doing,
-            pending=pending and pending.source.name,
-            copied=last([*states]),
-            confirmed=last([p for p in states if p in server.confirmed]) if server.tells else None,
-            server_tells=server.tells,
-            waiting=[p.name for p in server.waits],
-            passed_over=self.jobs.passed_over,
-            failed=self.failed,
-            stopped=self.lost,
-            session=self.heart.session,
-        )
 
-    def _write_status(self):
-        with suppress(OSError):  # the local disk is full: the next one will do
-            write_json(self.run_path / "backup.json", self.status())
+def _leave_wrong(backup: "Backup"):
+    "Set aside what must not count: copies that did not verify, and a course that was given up."
+    for p in [p for p in backup.rejected if lexists(p)]:
+        set_aside(p, "damaged", backup.path)
+    backup.rejected.clear()
+    if backup.superseded is None:
+        return
+    for c in [c for s in stores_in(backup.path) for c in s.all()]:
+        if c.step > backup.superseded:
+            set_aside(c.path, "superseded", backup.path)
+    if lexists(final := backup.path / "final"):
+        set_aside(final, "superseded")
+    backup.superseded = None
 
-    def _tell(self, level: int, message: str):
-        self.messages.append((level, message))
+# %% ../../nbs/run/01_backup.ipynb #7146eff4
+_HINTS = {
+    errno.ENOSPC: " (full)",
+    errno.EDQUOT: " (the quota of Google Drive is used up; empty its trash)",
+    errno.ENOTCONN: " (the mount is gone; mount it again)",
+    errno.EIO: " (the mount does not answer well)",
+}
 
-    def pass_on(self):
-        "Log what the worker has to say. Call it from the main thread."
-        while self.messages:
-            logger.log(*self.messages.popleft())
 
-# %% ../../nbs/run/01_backup.ipynb #521c1801
-class _Steps(_Status):
-    "What a round does."
+class _Trouble:
+    "The failure that lasts, if one does."
 
-    def __init__(self, folder, run_path, keep: int, beat: float, clock: Callable[[], float]):
-        super().__init__(folder, run_path, beat, clock)
-        self.keep, self.copier = keep, _Copier(self.path)
-        self.mirror = _Mirror(self.run_path, self.path, self._replace)
-        # states beyond this step belong to a course that was given up; copies that did not verify
-        self.superseded, self.rejected = None, set()
+    def __init__(self):
+        self.failures, self.failed = 0, None
+        self.announced, self.ever = False, False  # has the user been told of this failure? Of any?
 
-    def _give_up(self):
-        for p in [p for p in self.rejected if lexists(p)]:
-            set_aside(p, "damaged", self.path)  # it must not count as the newest
-        self.rejected.clear()
-        if self.superseded is not None:
-            _supersede(self.path, self.superseded)
-            self.superseded = None
+    def note(self, e: Exception, came_on: bool) -> bool:  # Is it to be told now?
+        self.failures = 1 if came_on else self.failures + 1
+        before = self.failed or _Failure("", 0, time.time())
+        reason = f"{e}{_HINTS.get(getattr(e, 'errno', None), '')}"
+        self.failed = _Failure(reason, before.tries + 1, before.since)
+        if self.announced or self.ever and time.time() - before.since <= QUIET:
+            return False
+        self.announced = self.ever = True
+        return True
 
-    def _mirror(self):
-        "Copy run.json, tokenizer, data, metrics and the like: whatever has changed."
-        changing, places = _changing(self.run_path), _places(self.run_path)
-        fixed = _fixed(self.run_path, places)
-        if self.mirror.files is None:
-            self.doing = "copying the tokenizer and the data"
-            self.mirror.begin(self.run_id, places, fixed)
-        self.mirror.update(changing)
-        self.mirror.forget(self.run_id, places)
+    def over(self):
+        self.failed, self.failures, self.announced = None, 0, False
 
-    def _replace(self, name: str, data: bytes):
-        _replace_file(self.path / name, data)
-        self.server.confirmed.discard(self.path)
+# %% ../../nbs/run/01_backup.ipynb #c76ea28e
+def _mirror(backup: "Backup"):
+    "Copy run.json, tokenizer, data, metrics and the like: whatever has changed."
+    changing, places = _changing(backup.run_path), _places(backup.run_path)
+    fixed = _fixed(backup.run_path, places)
+    if backup.mirror.files is None:
+        backup.doing = "copying the tokenizer and the data"
+        backup.mirror.begin(backup.run_id, places, fixed)
+    backup.mirror.update(changing)
+    backup.mirror.forget(backup.run_id, places)
 
-    def _copy(self, group: str):
-        "Copy a save, and read it back."
-        source, target, _ = job = self.jobs.take(group)
-        self.doing = f"copying {source.name}"
-        self._write_status()
-        _make_folders(target, self.path)
-        old = self.copier.make_way(source, target, doubt=self.failures > 2)
-        if not lexists(target) or self.copier.begun(target):
-            self.server.confirmed.discard(target)
-            self.server.md5s[target] = self.copier.run(source, target)
-        if wrong := problem(target):
-            raise OSError(errno.EIO, f"{target} does not read back as it was written: {wrong}")
-        self.jobs.finished(group, job)
-        if old and group != "state":
-            discard(old, self.path)
 
-    def _ask(self):
-        "Which directories has the server got?"
-        self.server.seen = self._whole()
-        for p in self.server.unconfirmed():
-            self.doing = f"waiting for the server to get {p.name}"
-            self.server.ask(p)
-        self.jobs.asked = True
+def _copy(backup: "Backup", group: str):
+    "Copy a save, and read it back."
+    source, target, _ = job = backup.jobs.take(group)
+    backup.doing = f"copying {source.name}"
+    backup._write_status()
+    _make_folders(target, backup.path)
+    old = backup.copier.make_way(source, target, doubt=backup.failures > 2)
+    if not lexists(target) or backup.copier.begun(target):
+        backup.server.confirmed.discard(target)
+        backup.server.md5s[target] = backup.copier.run(source, target)
+    if wrong := problem(target):
+        raise OSError(errno.EIO, f"{target} does not read back as it was written: {wrong}")
+    backup.jobs.finished(group, job)
+    if old and group != "state":
+        discard(old, backup.path)
 
-    def _prune(self):
-        _prune_states(self.path, self.copies(), self.safe(), self.keep)
-        _prune_best(self.path, self.best_models(), self.server)
 
-# %% ../../nbs/run/01_backup.ipynb #64f2e0cd
-class _Rounds(_Steps):
-    "Rounds of a backup, one at a time."
+def _round(backup: "Backup"):
+    backup.heart.beat(backup.run_id)
+    _leave_wrong(backup)
+    _mirror(backup)
+    for group in _GROUPS:
+        if group in backup.pending:
+            _copy(backup, group)
+    backup._ask()
+    _prune_states(backup, backup.keep)
+    _prune_best(backup)
+    if backup.trouble.announced:
+        works = f"the backup to {backup.folder} works again"
+        backup.messages.append((logging.INFO, works))
+    backup.trouble.over()
+    waiting = backup.server.waits
+    backup.doing = f"waiting for the server to get {waiting[0].name}" if waiting else "idle"
 
-    in_round = False
+# %% ../../nbs/run/01_backup.ipynb #adcfbb5c
+def _status_of(backup: "Backup") -> BackupStatus:
+    server, pending = backup.server, backup.pending
+    job = pending.get("state") or next(iter(pending.values()), None)
+    return BackupStatus(
+        folder=str(backup.path),
+        run_id=backup.run_id,
+        time=time.time(),
+        doing="stopped" if backup.lost else backup.doing,
+        pending=job and job.source.name,
+        copied=server.newest(),
+        confirmed=server.newest(arrived=True) if server.tells else None,
+        server_tells=server.tells,
+        waiting=[p.name for p in server.waits],
+        passed_over=backup.jobs.passed_over,
+        failed=backup.failed,
+        stopped=backup.lost,
+        session=backup.heart.session,
+    )
 
-    def step(self):
-        """One round: sign of life, small files, newest save, questions to the server, old copies.
+# %% ../../nbs/run/01_backup.ipynb #55d8075f
+class _Worker:
+    "The thread of a backup."
 
-        An error ends the round and is in the status.
-        """
-        if self.lost:
-            return
-        self.in_round = True
-        try:
-            self._round()
-        except _Stop:
-            return
-        except Taken as e:
-            self.lost = str(e)
-            self._tell(logging.WARNING, f"NO BACKUP any more: {e}")
-            self.jobs.clear()
-        except Exception as e:
-            self._fails(e)  # an error of a folder, whatever it is, is a status
-        finally:
-            self.in_round = False
-        self._write_status()
+    def __init__(self, backup: "Backup", beat: float, retry: float, poll: float, clock: Callable):
+        self.backup, self.wake, self.clock = backup, backup.jobs.wake, clock
+        self.beat, self.retry, self.poll = beat, retry, poll
+        self.thread, self.closing, self.pace = None, False, Pace(self._alive)
 
-    def _round(self):
-        self.heart.beat(self.run_id)
-        self._give_up()
-        self._mirror()
-        for group in _GROUPS:
-            if group in self.pending:
-                self._copy(group)
-        self._ask()
-        self._prune()
-        if self.trouble.announced:
-            self._tell(logging.INFO, f"the backup to {self.folder} works again")
-        self.trouble.over()
-        waiting = self.server.waits
-        self.doing = f"waiting for the server to get {waiting[0].name}" if waiting else "idle"
+    def start(self):
+        self.thread = threading.Thread(target=self._loop, name="minigpt-backup", daemon=True)
+        self.thread.start()
 
-    def _fails(self, e: Exception):
-        "Note an error, and tell the user where that is due."
-        came_on = self.copier.came_on()
-        self.doing = "failing"
-        if self.trouble.note(e, came_on):
-            has = self.status()["copied"]
-            self._tell(
-                logging.WARNING,
-                f"NOT BACKED UP: {_reason(e)}. Training goes on, and the backup is tried again"
-                " and again; this is said once."
-                f" {'The backup has ' + has['name'] if has else 'Nothing has been backed up yet'}",
-            )
+    def hurry(self, seconds: float, done: Callable[[], bool], tell: Callable[[], None]):
+        "Wait until it is `done`, without rests, or until nothing more can come."
+        end = self.clock() + seconds
+        self.pace.hurry.set()
+        with self.wake:
+            self.wake.notify_all()
+        while self.thread and self.thread.is_alive() and self.clock() < end:
+            if self.backup.lost or done():
+                break
+            tell()
+            time.sleep(min(0.5, self.poll))
 
-# %% ../../nbs/run/01_backup.ipynb #8435aa87
-class Backup(_Rounds):
+    def stop(self, done: bool):
+        with self.wake:
+            self.closing = True
+            self.wake.notify_all()
+        if self.thread:
+            self.thread.join(max(5.0, 2 * self.poll) if done else 1.0)
+
+    def _loop(self):
+        b = self.backup
+        self.pace.begin()
+        while not (self.closing or b.lost):
+            b.step()
+            with self.wake:
+                if not (self.closing or b.lost):
+                    self.wake.wait(self._pause())
+        if not b.lost:
+            self.pace.also = lambda: None
+            with suppress(OSError, BackupError, _Stop):
+                _mirror(b)
+                b.heart.beat(b.run_id, ended=True)
+                if b.server.tells:
+                    b._ask()
+
+    def _alive(self):
+        "Between two pieces of a long copy."
+        if self.closing:
+            raise _Stop
+        self.backup.heart.beat(self.backup.run_id)
+
+    def _pause(self) -> float:
+        b = self.backup
+        if b.failed:
+            return min(self.beat, self.retry * 2 ** (b.failures - 1))
+        if b.pending:
+            return 0
+        return self.poll if b.server.waits else self.beat
+
+# %% ../../nbs/run/01_backup.ipynb #4952fb59
+class Backup(_Contents):
     "Mirrors a run; `submit` saves to it, `finish` waits for it, `status` tells the truth about it."
 
     def __init__(
@@ -997,16 +1038,25 @@ class Backup(_Rounds):
         poll: float | None = None,  # Seconds between questions whether files have arrived
         clock: Callable[[], float] = time.monotonic,
     ):
-        super().__init__(folder, run_path, keep, beat or BEAT, clock)
-        self.beat, self.retry, self.poll = beat or BEAT, retry or RETRY, poll or POLL
-        self.clock, self.thread, self.closing = clock, None, False
-        self.pace = Pace(self._alive)
+        super().__init__(folder, run_path)
+        self.run_id, self.doing, self.lost, self.in_round = None, "idle", None, False
+        # states beyond this step belong to a course that was given up; copies that did not verify
+        self.keep, self.superseded, self.rejected = keep, None, set()
+        self.jobs, self.trouble, self.copier = _Jobs(), _Trouble(), _Copier(self.path)
+        self.mirror = _Mirror(self.run_path, self.path, self.server.confirmed)
+        self.heart = _Heart(self.folder, self.path, beat or BEAT, clock)
+        self.worker = _Worker(self, beat or BEAT, retry or RETRY, poll or POLL, clock)
+        # (level, text) for the user, from the main thread: Colab does not show what others print
+        self.messages = deque()
+
+    failed = property(lambda self: self.trouble.failed)
+    failures = property(lambda self: self.trouble.failures)
+    pending = property(lambda self: self.jobs.pending)
 
     def start(self, run_id: str, superseded: int | None = None):
         "Begin to mirror the run with this id."
         self.run_id, self.superseded = run_id, superseded
-        self.thread = threading.Thread(target=self._loop, name="minigpt-backup", daemon=True)
-        self.thread.start()  # a daemon: a mount that hangs must not keep Python from exiting
+        self.worker.start()
 
     def submit(
         self,
@@ -1017,10 +1067,8 @@ class Backup(_Rounds):
         if self.lost:
             return
         if os.path.islink(source):
-            self._tell(
-                logging.WARNING,
-                f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored",
-            )
+            text = f"NOT BACKED UP: {source} is a link, and what is behind it is not mirrored"
+            self.messages.append((logging.WARNING, text))
             return
         group = _group(source, self.run_path)
         name = "final" if group == "final" else f"{source.parent.name}/{source.name}"
@@ -1033,26 +1081,10 @@ class Backup(_Rounds):
         tell: Callable[[dict], None] = lambda status: None,  # Called twice a second
     ) -> bool:  # Is all of it there?
         "Wait for what is under way, and stop."
-        end = self.clock() + seconds
         self.trouble.failures = min(self.failures, 1)  # try again soon
-        self.pace.hurry.set()
-        with self.jobs.wake:
-            self.jobs.wake.notify_all()
-        while (
-            self.thread
-            and self.thread.is_alive()
-            and not self.lost
-            and self.clock() < end
-            and not self.done(confirm)
-        ):
-            tell(self.status())
-            time.sleep(min(0.5, self.poll))
+        self.worker.hurry(seconds, lambda: self.done(confirm), lambda: tell(self.status()))
         done = self.done(confirm)
-        with self.jobs.wake:
-            self.closing = True
-            self.jobs.wake.notify_all()
-        if self.thread:
-            self.thread.join(max(5.0, 2 * self.poll) if done else 1.0)
+        self.worker.stop(done)
         if done:
             self.doing = "idle"
         self._write_status()
@@ -1060,42 +1092,65 @@ class Backup(_Rounds):
 
     def done(self, confirm: bool = True) -> bool:
         "Is everything copied, and, where the server tells, arrived?"
-        return (
-            self.jobs.asked
-            and not self.in_round
-            and not self.pending
-            and not self.failed
-            and not self.lost
-            and not (confirm and self.server.waits)
-        )
+        copied = self.jobs.asked and not self.in_round and not self.pending
+        waits = confirm and self.server.waits
+        return copied and not self.failed and not self.lost and not waits
 
-    def _loop(self):
-        self.pace.begin()
-        while not (self.closing or self.lost):
-            self.step()
-            with self.jobs.wake:
-                if not (self.closing or self.lost):
-                    self.jobs.wake.wait(self._pause())
-        if not self.lost:
-            self.pace.also = lambda: None
-            with suppress(OSError, BackupError, _Stop):
-                self._mirror()
-                self.heart.beat(self.run_id, ended=True)
-                if self.server.tells:
-                    self._ask()
+    def status(self) -> dict:
+        "What is backed up, and what is not: as far as is known now, without asking the folder."
+        return asdict(_status_of(self))
 
-    def _alive(self):
-        "Between two pieces of a long copy."
-        if self.closing:
-            raise _Stop
-        self.heart.beat(self.run_id)
+    def pass_on(self):
+        "Log what the worker has to say. Call it from the main thread."
+        while self.messages:
+            logger.log(*self.messages.popleft())
 
-    def _pause(self) -> float:
-        if self.failed:
-            return min(self.beat, self.retry * 2 ** (self.failures - 1))
-        if self.pending:
-            return 0
-        return self.poll if self.server.waits else self.beat
+    def step(self):
+        """One round: sign of life, small files, newest save, questions to the server, old copies.
+
+        An error ends the round and is in the status.
+        """
+        if self.lost:
+            return
+        self.in_round = True
+        try:
+            _round(self)
+        except _Stop:
+            return
+        except Taken as e:
+            self.lost = str(e)
+            self.messages.append((logging.WARNING, f"NO BACKUP any more: {e}"))
+            self.jobs.clear()
+        except Exception as e:
+            self._fails(e)  # an error of a folder, whatever it is, is a status
+        finally:
+            self.in_round = False
+        self._write_status()
+
+    def _fails(self, e: Exception):
+        "Note an error, and tell the user where that is due."
+        came_on = self.copier.came_on()
+        self.doing = "failing"
+        if self.trouble.note(e, came_on):
+            has = self.server.newest()
+            text = (
+                f"NOT BACKED UP: {self.failed.reason}. Training goes on, and the backup is tried"
+                " again and again; this is said once."
+                f" {'The backup has ' + has.name if has else 'Nothing has been backed up yet'}"
+            )
+            self.messages.append((logging.WARNING, text))
+
+    def _ask(self):
+        "Which directories has the server got?"
+        self.server.seen = self._whole()
+        for p in self.server.unconfirmed():
+            self.doing = f"waiting for the server to get {p.name}"
+            self.server.ask(p)
+        self.jobs.asked = True
+
+    def _write_status(self):
+        with suppress(OSError):  # the local disk is full: the next one will do
+            write_json(self.run_path / "backup.json", self.status())
 
 # %% ../../nbs/run/01_backup.ipynb #725c2c84
 def _interval(heart: dict) -> float:
@@ -1104,14 +1159,7 @@ def _interval(heart: dict) -> float:
     return float(said) if type(said) in (int, float) and 0 < said <= 600 else BEAT
 
 
-def _beat(heart: dict) -> tuple:
-    "What changes while it beats."
-    return heart.get("session"), heart.get("beat")
-
-
-def wait_for_others(
-    backup: Backup,
-):
+def wait_for_others(backup: Backup):
     """A `BackupError` if another process writes to this backup.
 
     A heart that does not beat for two and a half intervals is that of a machine that is gone; no
@@ -1120,12 +1168,13 @@ def wait_for_others(
     if not (backup.path / "heartbeat.json").exists():
         return
     # of the process before this one in the run's own folder: its lock is ours now, so it is dead
-    own = (_json_or(backup.run_path / "backup.json", None) or {}).get("session")
+    own = BackupStatus.from_dict(_note(backup.run_path / "backup.json")).session
     gone = lambda heart: heart.get("ended") is True or own and heart.get("session") == own
     # torn: it is being written, or was when its machine died
     first = read_heartbeat(backup.path) or {}
     if gone(first):
         return
+    beat = lambda heart: (heart.get("session"), heart.get("beat"))  # what changes while it beats
     interval = _interval(first)
     end = time.monotonic() + 2.5 * interval
     logger.info(
@@ -1138,7 +1187,7 @@ def wait_for_others(
         if gone(now):
             return
         first = first or now
-        if _beat(now) != _beat(first):
+        if beat(now) != beat(first):
             raise BackupError(
                 f"another process is training this run: the heartbeat in {backup.path} goes on."
                 " Stop it there, or choose another output_dir here: the name of the run decides"
@@ -1163,7 +1212,7 @@ def _went_on(
 ) -> bool:
     "Has an attempt after the first `n` saved anything that it trained?"
     saved = [c.path for s in stores_in(run) for c in s.all()]
-    states = [_json_or(p / "trainer_state.json", {}) for p in [*saved, run]]
+    states = [_note(p / "trainer_state.json") for p in [*saved, run]]
     return any(
         s.get("attempt", 0) > n and s["global_step"] > min(a["step"] for a in attempts[n:])
         for s in states
@@ -1225,9 +1274,7 @@ def _leave_course(here: Path, attempts: list[dict]):
 
 def _went_on_there(there: Path, here: Path) -> bool:
     "Has the run gone on elsewhere? A `BackupError` if here as well."
-    theirs, own = (
-        (_json_or(p / "run.json", None) or {}).get("attempts", []) for p in (there, here)
-    )
+    theirs, own = _record(there).attempts, _record(here).attempts
     same = next(
         (i for i, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs))
     )
@@ -1351,9 +1398,7 @@ def _restore_history(there: Path, here: Path, fresh: bool):
         write_file(here / name, copied)
 
 # %% ../../nbs/run/01_backup.ipynb #297e9eb4
-def restore_run(
-    backup: Backup,
-) -> bool:  # Was there anything to restore?
+def restore_run(backup: Backup) -> bool:  # Was there anything to restore?
     """Bring a run's own files from its backup to its folder, `run.json` last.
 
     For a folder that does not have them, or not the newest. What stands in their place is set
@@ -1368,7 +1413,7 @@ def restore_run(
         )
     id, mine = read_run_id(there), read_run_id(here)
     fresh = mine is None
-    if fresh and not (_json_or(there / "run.json", None) or {}).get("id"):
+    if fresh and not _record(there).id:
         _clear_signs(backup)
         return False
     if not fresh and id not in (None, mine):

@@ -26,31 +26,20 @@ class Guard:
         memory=memory_use,  # Says bytes in use, and how many there are
         cpu=lambda: psutil.cpu_percent(None),  # Percent since it was last asked
     ):
-        self.max_cpu, self.max_memory, self.patience, self.every, self.memory, self.cpu = (
-            max_cpu,
-            max_memory,
-            patience,
-            every,
-            memory,
-            cpu,
-        )
-        # `share`: of the time, in which we work
-        self.share, self.full_since, self.looked, self.ended = (
-            1.0,
-            None,
-            time.monotonic(),
-            time.monotonic(),
-        )
+        self.max_cpu, self.max_memory, self.memory, self.cpu = max_cpu, max_memory, memory, cpu
+        self.patience, self.every = patience, every
+        self.looked = self.ended = self.asked = time.monotonic()
+        # of the time, in which we work; since when the memory has been too full
+        self.share, self.full_since = 1.0, None
         # seconds of pauses since `resting` was asked; what to tell the user once they are felt
-        self.rested, self.asked, self.slow = 0.0, time.monotonic(), ""
+        self.rested, self.slow = 0.0, ""
         self.cpu()
-        self.warning = (
-            f"{self._said()} before training has begun, more than max_memory={self.max_memory:g}:"
-            " the guard does not watch the memory of this run"
-            if self._full()
-            else ""
-        )
-        if self.warning:
+        self.warning = ""
+        if self._full():
+            self.warning = (
+                f"{self._said()} before training has begun, more than"
+                f" max_memory={self.max_memory:g}: the guard does not watch the memory of this run"
+            )
             self.max_memory = 100.0
 
     def _full(self) -> bool:

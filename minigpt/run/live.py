@@ -29,18 +29,12 @@ def run_html(s: dict) -> str:
         '<div style="background:#ddd;height:8px;margin:4px 0;max-width:720px"><div'
         f' style="background:#1f77b4;height:8px;width:{min(100, done):.1f}%"></div></div>'
     )
-    return (
-        f"<b>{escape(s['path'])}: {escape(headline(s))}</b>{bar}"
-        + (
-            " · ".join(f"{escape(k)} <b>{escape(v)}</b>" for k, v in numbers(s))
-            or "nothing is logged yet"
-        )
-        + (
-            f'<div style="{BOX_STYLE};max-height:120px">{escape(s["sample"])}</div>'
-            if s["sample"]
-            else ""
-        )
-    )
+    known = " · ".join(f"{escape(k)} <b>{escape(v)}</b>" for k, v in numbers(s))
+    sample = ""
+    if s["sample"]:
+        sample = f'<div style="{BOX_STYLE};max-height:120px">{escape(s["sample"])}</div>'
+    head = f"<b>{escape(s['path'])}: {escape(headline(s))}</b>{bar}"
+    return f"{head}{known or 'nothing is logged yet'}{sample}"
 
 # %% ../../nbs/run/06_live.ipynb #7ef1c93e
 def display_widget(widget, text: str, **more):
@@ -51,17 +45,9 @@ def display_widget(widget, text: str, **more):
     from IPython.display import display
 
     # ipywidgets 7 has no display_id of its own
-    return display(
-        {
-            "application/vnd.jupyter.widget-view+json": dict(
-                version_major=2, version_minor=0, model_id=widget.model_id
-            ),
-            "text/plain": text,
-            **more,
-        },
-        raw=True,
-        display_id=True,
-    )
+    view = dict(version_major=2, version_minor=0, model_id=widget.model_id)
+    bundle = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text, **more}
+    return display(bundle, raw=True, display_id=True)
 
 # %% ../../nbs/run/06_live.ipynb #e1279df1
 class LiveLoss:
@@ -93,30 +79,23 @@ class LiveLoss:
         import ipywidgets as w
 
         self.image, self.html = w.Image(format="png", layout=w.Layout(max_width="720px")), w.HTML()
+        on = {"log scale": self.log, "smoothed": self.smoothed, "last 1,000 steps": bool(self.last)}
         switches = [
-            w.ToggleButton(value=on, description=name, layout=w.Layout(width="130px"))
-            for name, on in (
-                ("log scale", self.log),
-                ("smoothed", self.smoothed),
-                ("last 1,000 steps", bool(self.last)),
-            )
+            w.ToggleButton(value=v, description=k, layout=w.Layout(width="130px"))
+            for k, v in on.items()
         ]
 
         def switch(_):
-            self.log, self.smoothed, self.last = (
-                switches[0].value,
-                switches[1].value,
-                1000 * switches[2].value,
-            )
+            self.log, self.smoothed, recent = (s.value for s in switches)
+            self.last = 1000 * recent
             self.draw()
 
         for s in switches:
             s.observe(switch, "value")
         again = w.Button(description="refresh", layout=w.Layout(width="90px"))
         again.on_click(lambda _: self.draw())
-        made = w.VBox(
-            [self.html, self.image, w.HBox([*switches, again])], layout=w.Layout(width="100%")
-        )
+        parts = [self.html, self.image, w.HBox([*switches, again])]
+        made = w.VBox(parts, layout=w.Layout(width="100%"))
         made.add_class("minigpt-live-loss")
         self.draw()
         return made
@@ -145,13 +124,9 @@ class LiveLoss:
         "Put a still picture in the widget's place, and close it."
         if not self.view:
             return
-        self.view.update(
-            {
-                "image/png": base64.b64encode(self.png()).decode(),
-                "text/plain": headline(self.watch.progress()),
-            },
-            raw=True,
-        )
+        picture = base64.b64encode(self.png()).decode()
+        text = headline(self.watch.progress())
+        self.view.update({"image/png": picture, "text/plain": text}, raw=True)
         self.widget.close()
         self.view = None
         del self.widget

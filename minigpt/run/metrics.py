@@ -126,10 +126,7 @@ class Curves:
                 continue
             steps, values = self.columns.setdefault(k, (array("q"), array("d")))
             i = bisect_left(steps, step)
-            if i == len(steps):
-                steps.append(step)
-                values.append(v)
-            elif steps[i] == step:
+            if i < len(steps) and steps[i] == step:
                 values[i] = v
             else:
                 steps.insert(i, step)
@@ -198,14 +195,8 @@ def decimate(
     m = -(-len(y) // width)
     stretches = np.pad(y, (0, -len(y) % m), "edge").reshape(-1, m)
     first = np.arange(len(stretches)) * m
-    keep = np.unique(
-        np.minimum(
-            np.concatenate(
-                [[0], first + stretches.argmin(1), first + stretches.argmax(1), [len(y) - 1]]
-            ),
-            len(y) - 1,
-        )
-    )
+    chosen = [0], first + stretches.argmin(1), first + stretches.argmax(1), [len(y) - 1]
+    keep = np.unique(np.minimum(np.concatenate(chosen), len(y) - 1))
     return x[keep], y[keep]
 
 
@@ -218,18 +209,11 @@ def smooth(
     return (total[high] - total[low]) / (high - low)
 
 # %% ../../nbs/run/03_metrics.ipynb #ea93f264
-_CJK = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "SimHei",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Hiragino Sans GB",
-    "Droid Sans Fallback",
-)
+# with Chinese characters
+_CJK = """
+    Noto Sans CJK SC, Noto Sans CJK JP, Source Han Sans SC, WenQuanYi Zen Hei, WenQuanYi Micro Hei,
+    SimHei, Microsoft YaHei, PingFang SC, Hiragino Sans GB, Droid Sans Fallback
+"""
 
 
 def _written(text: str) -> tuple[str, dict]:
@@ -242,12 +226,11 @@ def _written(text: str) -> tuple[str, dict]:
         return text, {}
     from matplotlib import font_manager
 
-    fonts = [f for f in _CJK if f in {f.name for f in font_manager.fontManager.ttflist}]
-    return (
-        (text, dict(family=["DejaVu Sans", *fonts]))
-        if fonts
-        else ("".join(c if ord(c) < 0x2E80 else "?" for c in text), {})
-    )
+    here = {f.name for f in font_manager.fontManager.ttflist}
+    fonts = [f for f in map(str.strip, _CJK.split(",")) if f in here]
+    if fonts:
+        return text, dict(family=["DejaVu Sans", *fonts])
+    return "".join(c if ord(c) < 0x2E80 else "?" for c in text), {}
 
 # %% ../../nbs/run/03_metrics.ipynb #906cb076
 class _Panel:
@@ -255,14 +238,10 @@ class _Panel:
 
     def __init__(self, ax, name: str, other: str | None = None, scale: float = 1.0, **labels):
         self.ax, self.name, self.other, self.scale = ax, name, other, scale
-        self.raw, self.mean, self.held = (
-            ax.plot([], [], *style, **kw)[0]
-            for style, kw in (
-                ((), dict(lw=0.6, alpha=0.4, color="C0")),
-                ((), dict(lw=1.6, color="C0")),
-                (("o-",) if other == "eval_loss" else (), dict(ms=3, lw=1, color="C1")),
-            )
-        )
+        style = ("o-",) if other == "eval_loss" else ()
+        self.raw = ax.plot([], [], lw=0.6, alpha=0.4, color="C0")[0]
+        self.mean = ax.plot([], [], lw=1.6, color="C0")[0]
+        self.held = ax.plot([], [], *style, ms=3, lw=1, color="C1")[0]
         ax.set(**labels)
         ax.grid(alpha=0.3)
 
@@ -288,16 +267,10 @@ class _Panel:
 # %% ../../nbs/run/03_metrics.ipynb #56f48718
 def _show_loss(panel: _Panel, curves: Curves, since: int, log: bool = False, smoothed: bool = True):
     y, v = panel.show(curves, since, log, smoothed)
-    named = (
-        [
-            (
-                panel.mean if smoothed else panel.raw,
-                f"training: now {y[-1]:.3f}, lowest {y.min():.3f}, mean {y.mean():.3f}",
-            )
-        ]
-        if len(y)
-        else []
-    )
+    named = []
+    if len(y):
+        said = f"training: now {y[-1]:.3f}, lowest {y.min():.3f}, mean {y.mean():.3f}"
+        named.append((panel.mean if smoothed else panel.raw, said))
     if len(v):
         named.append((panel.held, f"validation: now {v[-1]:.3f}, lowest {v.min():.3f}"))
     if named:
@@ -356,13 +329,10 @@ def plot_runs(
         (x, y), held, color = c("loss", since), c("eval_loss", since), f"C{i % 10}"
         text, font = _written(name)
         if len(y):
-            ax.plot(
-                *decimate(x, smooth(y), 700),
-                lw=1.4,
-                color=color,
-                label=f"{text}: {y[-1]:.3f} at step {x[-1]:,}"
-                + (f", validation {held[1].min():.3f} at its lowest" if len(held[1]) else ""),
-            )
+            label = f"{text}: {y[-1]:.3f} at step {x[-1]:,}"
+            if len(held[1]):
+                label += f", validation {held[1].min():.3f} at its lowest"
+            ax.plot(*decimate(x, smooth(y), 700), lw=1.4, color=color, label=label)
         ax.plot(*decimate(*held, 700), "o", ms=4, color=color)
     ax.set(**_LOSS, yscale="log" if log else "linear")
     ax.grid(alpha=0.3)
@@ -380,10 +350,9 @@ class LossPicture:
 
         self.figure = Figure(figsize=(9, 4.4), dpi=80)
         self.canvas, at = FigureCanvasAgg(self.figure), self.figure.add_axes
-        self.whole, self.recent = (
-            _Panel(at((0.06, 0.47, 0.43, 0.47)), "loss", "eval_loss", title="whole run", **_LOSS),
-            _Panel(at((0.555, 0.47, 0.43, 0.47)), "loss", "eval_loss", xlabel="optimizer step"),
-        )
+        loss = "loss", "eval_loss"
+        self.whole = _Panel(at((0.06, 0.47, 0.43, 0.47)), *loss, title="whole run", **_LOSS)
+        self.recent = _Panel(at((0.555, 0.47, 0.43, 0.47)), *loss, xlabel=_LOSS["xlabel"])
         small = dict(
             lr=("learning rate", None, 1),
             grad_norm=("gradient norm", None, 1),
@@ -435,13 +404,8 @@ class PlotWriter:
         max_steps: int = 0,  # For the title
     ):
         self.path, self.max_steps = Path(run_path), max_steps
-        self.follower, self.lock, self.wanted, self.thread, self.problem = (
-            Follower(self.path / "metrics.jsonl"),
-            threading.Lock(),
-            None,
-            None,
-            None,
-        )
+        self.follower, self.lock = Follower(self.path / "metrics.jsonl"), threading.Lock()
+        self.wanted = self.thread = self.problem = None
 
     def save(
         self,
@@ -462,16 +426,12 @@ class PlotWriter:
                     self.thread = None
                     return
                 (step, final), self.wanted = self.wanted, None
+            title = f"{self.path.name}: step {step:,}"
+            if self.max_steps:
+                title += f" of {self.max_steps:,}"
             try:
                 self.follower.read()
-                save_plots(
-                    self.path / "plots",
-                    self.follower.curves,
-                    step,
-                    final,
-                    f"{self.path.name}: step {step:,}"
-                    + (f" of {self.max_steps:,}" if self.max_steps else ""),
-                )
+                save_plots(self.path / "plots", self.follower.curves, step, final, title)
                 self.problem = None
             except Exception as e:
                 # nothing about a picture is worth a training
@@ -515,31 +475,22 @@ class EventWriter:
                 "TensorBoard's event files need the package tensorboard; install it with: pip"
                 " install 'minigpt-notebook[tensorboard]', or pass tensorboard=False"
             ) from None
-        self.Event, self.folder, self.file, self.end, self.problem = (
-            Event,
-            Path(folder),
-            None,
-            0,
-            None,
-        )
+        self.Event, self.folder, self.file, self.end = Event, Path(folder), None, 0
+        self.problem = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = any(self.folder.glob("*tfevents*"))
             # TensorBoard reads them in the order of their names
-            self.file = open(
-                self.folder / f"events.out.tfevents.{time.time():017.6f}.minigpt", "xb", buffering=0
-            )
+            name = f"events.out.tfevents.{time.time():017.6f}.minigpt"
+            self.file = open(self.folder / name, "xb", buffering=0)
         except OSError as e:
             self.problem = str(e)
             return
         self.records = RecordWriter(self)
         self.event(wall_time=time.time(), file_version="brain.Event:2")
         if known:
-            self.event(
-                wall_time=time.time(),
-                step=step + 1,
-                session_log=SessionLog(status=SessionLog.START),
-            )
+            began = SessionLog(status=SessionLog.START)
+            self.event(wall_time=time.time(), step=step + 1, session_log=began)
         else:
             for row in rows:
                 if row["step"] <= step:
@@ -559,11 +510,8 @@ class EventWriter:
             if row.get(k) is not None
         ]
         if self.file and values:
-            self.event(
-                wall_time=row.get("time") or time.time(),
-                step=row["step"],
-                summary=dict(value=values),
-            )
+            when = row.get("time") or time.time()
+            self.event(wall_time=when, step=row["step"], summary=dict(value=values))
         return not self.problem
 
     def write(self, record: bytes):

@@ -27,8 +27,8 @@ from ..core.files import at_home, dir_size, free_space, human_size, human_time, 
 from ..core.notes import Note
 from ..core.tables import text_table
 from ..model.gpt import shape_from_dict
-from .backup import drive_mount, read_heartbeat
-from .folder import Run, open_run
+from .backup import RunRecord, drive_mount, read_heartbeat
+from .folder import SAVED_COLUMNS, Run, open_run, saved_row
 from .metrics import Curves, Follower, LossPicture, in_notebook, read_log
 
 # %% ../../nbs/run/05_status.ipynb #d762b318
@@ -73,11 +73,9 @@ def pace(
     if len(steps) > 2 or not times[0]:
         # the first lines are slower than the others
         steps, times = steps[1:][-20:], times[1:][-20:]
-    return (
-        (times[-1] - times[0]) / (steps[-1] - steps[0])
-        if len(steps) > 1 and times[-1] > times[0]
-        else None
-    )
+    if len(steps) < 2 or times[-1] <= times[0]:
+        return None
+    return (times[-1] - times[0]) / (steps[-1] - steps[0])
 
 # %% ../../nbs/run/05_status.ipynb #7989361d
 class _Parts:
@@ -99,28 +97,16 @@ class _Parts:
         return otherwise
 
 
-def _read_facts(run: Run) -> dict:
-    "The content of run.json, as far as it is needed here in one form."
-    f = run.facts
-    return dict(f, max_steps=int(f["max_steps"]), attempts=list(f.get("attempts", ())))
+def _read_record(run: Run) -> RunRecord:
+    record = run.record
+    return replace(record, max_steps=int(record.max_steps), attempts=list(record.attempts))
 
 # %% ../../nbs/run/05_status.ipynb #48e3472e
-_CURVES = (
-    "epoch",
-    "loss",
-    "eval_loss",
-    "lr",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "resting",
-    "memory",
-    "memory_reserved",
-)
-
-
 def _progress(c: Curves, end: int) -> dict:
     "Step, losses, speed and time left; `end`: the last step, or 0."
+    shown = (
+        "epoch loss eval_loss lr grad_norm tokens tokens_per_second resting memory memory_reserved"
+    )
     seconds, (at, held) = pace(c), c("eval_loss")
     return dict(
         step=c.step,
@@ -128,20 +114,20 @@ def _progress(c: Curves, end: int) -> dict:
         seconds_per_step=seconds,
         seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
         updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
-        **{k: c.last(k) for k in _CURVES},
+        **{k: c.last(k) for k in shown.split()},
         best_loss=float(held.min()) if len(held) else None,
         best_step=int(at[held.argmin()]) if len(held) else None,
         sample=c.sample and c.sample["sample"],
     )
 
 # %% ../../nbs/run/05_status.ipynb #6f7707e9
-def _storage(path: Path, facts: dict, mirror: bool) -> list[Note]:
+def _storage(path: Path, record: RunRecord, mirror: bool) -> list[Note]:
     "What the run takes now and will take at its end, against what is free."
     known = TrainConfig.__dataclass_fields__
-    cfg = TrainConfig.make({k: v for k, v in facts["train"].items() if k in known})
-    n = facts.get("saved_params") or shape_from_dict(facts["model"]).n_params
+    cfg = TrainConfig.make({k: v for k, v in record.train.items() if k in known})
+    n = record.saved_params or shape_from_dict(record.model).n_params
     # older versions did not say
-    saves = facts.get("saves") or -(-facts["max_steps"] // cfg.save_steps)
+    saves = record.saves or -(-record.max_steps // cfg.save_steps)
     free = free_space(path)
     there = sum(dir_size(path / d) for d in ("checkpoints", "snapshots", "best"))
     if mirror:
@@ -154,7 +140,7 @@ def _storage(path: Path, facts: dict, mirror: bool) -> list[Note]:
     return storage_plan(cfg, n, saves, free - cache, there=there)
 
 # %% ../../nbs/run/05_status.ipynb #38e29908
-def _state_sizes(facts: dict, states: list) -> dict:
+def _state_sizes(n: int | None, states: list) -> dict:
     """Bytes of the weights and of the optimizer, as the newest whole state has them.
 
     Before there is one, what the weights will take.
@@ -168,7 +154,6 @@ def _state_sizes(facts: dict, states: list) -> dict:
                 total += (newest.path / n).stat().st_size
         return total or None
 
-    n = facts.get("saved_params")
     return dict(
         model_size=bytes_of("model.safetensors", "adapter_model.safetensors")
         or (4 * n if isinstance(n, int) else None),
@@ -176,13 +161,15 @@ def _state_sizes(facts: dict, states: list) -> dict:
     )
 
 # %% ../../nbs/run/05_status.ipynb #5d513338
-def _list_run(run: Run, facts: dict, mirror: bool, training: bool, backup: bool) -> dict:
+def _list_run(
+    run: Run, record: RunRecord | None, mirror: bool, training: bool, backup: bool
+) -> dict:
     "What is saved, and the space it takes; `unread`: what could not be read."
     parts = _Parts(run.path)
     stores = dict(
         checkpoints=run.store.all, snapshots=run.snapshot_store.all, best=run.best_store.all
     )
-    if backup and facts and not mirror:
+    if backup and record and not mirror:
         stores["backup"] = lambda: run.backup
     listed = [(name, c) for name, all in stores.items() for c in parts.read(name, all, [])]
     states = [c for name, c in listed if name in ("checkpoints", "snapshots")]
@@ -198,16 +185,16 @@ def _list_run(run: Run, facts: dict, mirror: bool, training: bool, backup: bool)
         )
         for name, c in listed
     ]
-    storage = lambda: _storage(run.path, facts, mirror)
+    storage = lambda: _storage(run.path, record, mirror)
     return dict(
         training=training,
-        finished=bool(facts) and parts.read("final model", lambda: run.finished, False),
+        finished=record is not None and parts.read("final model", lambda: run.finished, False),
         safe_step=parts.read("checkpoints", lambda: run.step, 0),
         checkpoints=found,
         size=dir_size(run.path),
         free=parts.read("disk", lambda: free_space(run.path), 0),
-        storage=parts.read("storage", storage, []) if facts else [],
-        **_state_sizes(facts, states),
+        storage=parts.read("storage", storage, []) if record else [],
+        **_state_sizes(record and record.saved_params, states),
         unread=parts.problems,
     )
 
@@ -245,20 +232,20 @@ class Watch:
         self.run = Run(path) if self.mirror or is_held(path) else open_run(path)
         self.follower = Follower(path / "metrics.jsonl")
         self.every, self.listing, self.listed = every, {}, -math.inf
-        self.parts, self.facts = _Parts(path), {}
+        self.parts, self.record = _Parts(path), None
 
     def progress(self) -> dict:
         "Step, losses, speed and time left, from run.json and metrics.jsonl."
         self.parts = _Parts(self.path)
-        self.facts = self.parts.read("run.json", lambda: _read_facts(self.run), {})
+        self.record = self.parts.read("run.json", lambda: _read_record(self.run), None)
         self.follower.read()
         if self.follower.problem and (self.follower.offset or self.follower.path.exists()):
             self.parts.problems.append(f"metrics.jsonl: {self.follower.problem}")
         return dict(
             path=str(self.path),
             mirror=self.mirror,
-            **_progress(self.follower.curves, self.facts.get("max_steps", 0)),
-            attempt=len(self.facts.get("attempts", ())),
+            **_progress(self.follower.curves, self.record.max_steps if self.record else 0),
+            attempt=len(self.record.attempts) if self.record else 0,
         )
 
     def status(self, fresh: bool = False) -> dict:
@@ -267,7 +254,7 @@ class Watch:
         alive, sign = read(".lock", lambda: _alive(self.path), (False, ""))
         old = time.monotonic() - self.listed > self.every
         if fresh or old or alive != self.listing["training"]:
-            self.listing = _list_run(self.run, self.facts, self.mirror, alive, fresh)
+            self.listing = _list_run(self.run, self.record, self.mirror, alive, fresh)
             self.listed = time.monotonic()
         return dict(
             s,
@@ -306,87 +293,60 @@ def numbers(
         out.insert(2, ("lowest", f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
     if s.get("resting"):
         out.append(("resting", f"{s['resting']:.0%} of the time (max_cpu)"))
-    return out + [
-        (name, human_size(s[k]))
-        for k, name in dict(
-            memory="memory",
-            memory_reserved="reserved",
-            model_size="model",
-            optimizer_size="optimizer",
-        ).items()
-        if s.get(k) is not None
-    ]
+    sizes = dict(memory="memory", memory_reserved="reserved")
+    sizes |= dict(model_size="model", optimizer_size="optimizer")
+    return out + [(name, human_size(s[k])) for k, name in sizes.items() if s.get(k) is not None]
 
 
 def headline(
     s: dict,  # Of `Watch.progress` or `run_status`
 ) -> str:
     "Step and time left."
-    state, left = s.get("state", ""), s["seconds_left"]
-    return ", ".join(
-        filter(
-            None,
-            [
-                state,
-                f"step {s['step']:,}"
-                + (
-                    f" of {s['max_steps']:,} ({100 * s['step'] / s['max_steps']:.0f}%)"
-                    if s["max_steps"]
-                    else ""
-                ),
-                f"{s['seconds_per_step']:.2g} s a step" if s["seconds_per_step"] else "",
-                f"{human_time(left)} left" if left and state != "stopped" else "",
-            ],
-        )
-    )
+    state, end, left = s.get("state", ""), s["max_steps"], s["seconds_left"]
+    of = f" of {end:,} ({100 * s['step'] / end:.0f}%)" if end else ""
+    parts = [state, f"step {s['step']:,}{of}"]
+    if s["seconds_per_step"]:
+        parts.append(f"{s['seconds_per_step']:.2g} s a step")
+    if left and state != "stopped":
+        parts.append(f"{human_time(left)} left")
+    return ", ".join(filter(None, parts))
 
 # %% ../../nbs/run/05_status.ipynb #602bbddd
 def resume_code(
     s: dict,  # Of `run_status`
 ) -> tuple[str, str]:  # Python, and a command line
     "What goes on with a run, or, where it is finished, uses it."
-    path, *rest = (json.dumps(v, ensure_ascii=False) for v in s["resume"].values())
+    run, *folder = s["resume"].values()
     if s["state"] == "finished" and not s["mirror"]:
         return (
-            f'from minigpt.run import open_run\nopen_run({path}).generate("")',
+            f'from minigpt.run import open_run\nopen_run({_quoted(run)}).generate("")',
             f"minigpt generate {shlex.quote(s['path'])}",
         )
-    options = "".join(f", gdrive_backup_dir={v}" for v in rest)
+    option = "".join(f", gdrive_backup_dir={_quoted(v)}" for v in folder)
     return (
-        f"from minigpt.train import resume\nresume({path}{options})",
-        f"minigpt resume {shlex.quote(s['resume']['run'])}"
-        + "".join(
-            f" --gdrive-backup-dir {shlex.quote(v)}" for k, v in s["resume"].items() if k != "run"
-        ),
+        f"from minigpt.train import resume\nresume({_quoted(run)}{option})",
+        f"minigpt resume {shlex.quote(run)}"
+        + "".join(f" --gdrive-backup-dir {shlex.quote(v)}" for v in folder),
     )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
 
 # %% ../../nbs/run/05_status.ipynb #62c2d569
 def checkpoint_rows(s: dict) -> list[tuple[str, ...]]:
     "A table of what is saved; its first row has the names of the columns."
-    return [
-        ("where", "name", "step", "kind", "age", "size", "state"),
-        *(
-            (
-                c["where"],
-                c["name"],
-                f"{c['step']:,}",
-                c["kind"] or "–",
-                human_time(max(0, time.time() - c["time"])) + " ago" if c["time"] else "–",
-                human_size(c["size"]),
-                c["problem"] or "whole",
-            )
-            for c in s["checkpoints"]
-        ),
-    ]
+    known = ("where", "name", "step", "kind", "time", "size")
+    rows = (saved_row(*(c[k] for k in known), c["problem"] or "whole") for c in s["checkpoints"])
+    return [SAVED_COLUMNS, *rows]
 
 
 def notes(s: dict) -> list[Note]:
     "What else there is to say: signs of life, storage, backup, problems, troubles in the log."
-    age = (
-        f"the last line of metrics is {human_time(max(0, time.time() - s['updated']))} old"
-        if s["updated"]
-        else "no metrics yet"
-    )
+    age = "no metrics yet"
+    if s["updated"]:
+        old = human_time(max(0, time.time() - s["updated"]))
+        age = f"the last line of metrics is {old} old"
     safe = f"step {s['safe_step']:,} is safe" if s["safe_step"] else "nothing is saved yet"
     warning = logging.WARNING
     return [
@@ -408,18 +368,15 @@ def status_text(
     when = "to use it" if s["state"] == "finished" else "to go on"
     if s["training"]:
         when = "once it has stopped"
-    return plain(
-        "\n".join(
-            [
-                f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}",
-                " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
-                *([f"it writes: {s['sample']}"] if s["sample"] else []),
-                text_table(rows) if rows[1:] else "nothing is saved yet",
-                *map(str, notes(s)),
-                f"{when}: {code.splitlines()[-1]}, or {command}",
-            ]
-        )
-    )
+    lines = [
+        f"{s['path']}{' (a backup)' if s['mirror'] else ''}: {headline(s)}",
+        " · ".join(f"{k} {v}" for k, v in numbers(s)) or "nothing is logged yet",
+        *([f"it writes: {s['sample']}"] if s["sample"] else []),
+        text_table(rows) if rows[1:] else "nothing is saved yet",
+        *map(str, notes(s)),
+        f"{when}: {code.splitlines()[-1]}, or {command}",
+    ]
+    return plain("\n".join(lines))
 
 # %% ../../nbs/run/05_status.ipynb #de3b0ca9
 def sparkline(
@@ -431,13 +388,12 @@ def sparkline(
         return ""
     import numpy as np
 
-    means = np.array(
-        [part.mean() for part in np.array_split(np.asarray(values, float), min(width, len(values)))]
-    )
+    parts = np.array_split(np.asarray(values, float), min(width, len(values)))
+    means = np.array([part.mean() for part in parts])
     low, high = means.min(), means.max()
-    return "".join(
-        "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5) if high > low else 0] for v in means
-    )
+    if high <= low:
+        return "▁" * len(means)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low) + 0.5)] for v in means)
 
 # %% ../../nbs/run/05_status.ipynb #22d4a56c
 def _dashboard(s: dict, curves: Curves):
@@ -477,10 +433,8 @@ def _shown(watch: Watch, s: dict):
 
         picture, drawn = LossPicture(), time.monotonic()
         bundle = lambda s: {"text/plain": status_text(s)}
-        image, text = (
-            display(Image(picture.png(watch.follower.curves)), display_id=True),
-            display(bundle(s), raw=True, display_id=True),
-        )
+        image = display(Image(picture.png(watch.follower.curves)), display_id=True)
+        text = display(bundle(s), raw=True, display_id=True)
 
         def show(s):
             nonlocal drawn
