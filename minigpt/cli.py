@@ -20,10 +20,10 @@ from typing import Annotated
 import typer
 
 from minigpt.config.options import (
-    _ALIASES,
     PATIENCE,
     TrainConfig,
     elsewhere,
+    other_programs,
     read_options,
     without_idle,
 )
@@ -38,9 +38,8 @@ def _dashed(name: str) -> str:
 
 def _spelled(name: str) -> str:
     "Likewise of a training, whose options have other names elsewhere."
-    return _dashed(
-        (_ALIASES | dict(resume_from_checkpoint="resume")).get(name.replace("-", "_"), name)
-    )
+    aliases = other_programs().aliases | dict(resume_from_checkpoint="resume")
+    return _dashed(aliases.get(name.replace("-", "_"), name))
 
 
 _TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))

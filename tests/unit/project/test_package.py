@@ -288,6 +288,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in rooms())]
     } <= files.keys()
     assert {n.split("/")[0] for n in files} == {"minigpt", info}
+    assert "minigpt/config/other_programs.json" in files
     assert not [n for n in files if n.endswith(".ipynb") or "test" in n]
 
 
