@@ -482,9 +482,9 @@ class TrainConfig(
         return [*(f.name for f in fields(cls)), *other_programs().aliases]
 
     @classmethod
-    def groups(cls) -> dict[str, list[str]]:
-        "The names of the options under their headings, as they stand here."
-        return {base.__doc__: [f.name for f in fields(base)] for base in reversed(cls.__bases__)}
+    def groups(cls) -> dict[str, tuple[Field, ...]]:
+        "The options under their headings, as they stand here."
+        return {base.__doc__: fields(base) for base in reversed(cls.__bases__)}
 
     @classmethod
     def make(cls, base: "TrainConfig|dict|None" = None, **options) -> "TrainConfig":
