@@ -12,18 +12,18 @@ __all__ = ['app', 'FULL_DATA', 'checkpoint_app', 'data_app', 'tokenizer_app', 'w
 import inspect
 import os
 import sys
-from dataclasses import fields
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from minigpt.config.options import (
-    _ALIASES,
     PATIENCE,
     TrainConfig,
     elsewhere,
+    other_programs,
     read_options,
     without_idle,
 )
@@ -38,23 +38,15 @@ def _dashed(name: str) -> str:
 
 def _spelled(name: str) -> str:
     "Likewise of a training, whose options have other names elsewhere."
-    return _dashed(
-        (_ALIASES | dict(resume_from_checkpoint="resume")).get(name.replace("-", "_"), name)
-    )
-
-
-_TRAINS = dict(context_settings=dict(token_normalize_func=_spelled))
+    aliases = other_programs().aliases | dict(resume_from_checkpoint="resume")
+    return _dashed(aliases.get(name.replace("-", "_"), name))
 
 # %% ../nbs/06_cli.ipynb #1cd87a7a
 def _home(value):
     "Paths with `~` as the user's folder: a shell leaves it in `--output=~/x`."
-    return (
-        at_home(value)
-        if isinstance(value, Path)
-        else [*map(_home, value)]
-        if isinstance(value, list)
-        else value
-    )
+    if isinstance(value, list):
+        return [*map(_home, value)]
+    return at_home(value) if isinstance(value, Path) else value
 
 
 class _App(typer.Typer):
@@ -82,6 +74,47 @@ app = _App(
     help="Train your own small GPT, without ever losing the work.",
 )
 
+# %% ../nbs/06_cli.ipynb #f6df6077
+def _option(kind, help: str, *names: str, **more):
+    "The type of an option; `names`: where it is not called as its parameter."
+    return Annotated[kind, typer.Option(*names, help=help, **more)]
+
+
+def _argument(kind, help: str):
+    "The type of an argument, which has no name on the command line."
+    return Annotated[kind, typer.Argument(help=help)]
+
+# %% ../nbs/06_cli.ipynb #905ab632
+class _InPanels(TyperCommand):
+    "A command whose help has a panel for each `rich_help_panel`."
+
+    def format_options(self, ctx, formatter):
+        from rich.console import Console
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        panels = dict(Arguments=[], Options=[])
+        for p in self.get_params(ctx):
+            usual = "Arguments" if p.param_type_name == "argument" else "Options"
+            heading = getattr(p, "rich_help_panel", None) or usual
+            if record := p.get_help_record(ctx):
+                panels.setdefault(heading, []).append(record)
+        console = Console(width=formatter.width)
+        with console.capture() as shown:
+            for heading, records in panels.items():
+                table = Table.grid(padding=(0, 2))
+                table.add_column(width=30)
+                for name, help in records:
+                    table.add_row(Text(name), Text(help))
+                if records:
+                    console.print(Panel(table, title=heading, title_align="left"))
+        formatter.write_paragraph()
+        formatter.write(shown.get())
+
+
+_TRAINS = dict(cls=_InPanels, context_settings=dict(token_normalize_func=_spelled))
+
 # %% ../nbs/06_cli.ipynb #772b8fbd
 def with_training_options(
     command,  # Function that ends in **options
@@ -92,28 +125,22 @@ def with_training_options(
         for p in inspect.signature(command).parameters.values()
         if p.kind != p.VAR_KEYWORD
     ]
+    said = lambda f: f"{f.metadata['help']} [{f.default}]"
+    kinds = {
+        f.name: _option(type(f.default) | None, said(f), rich_help_panel=heading)
+        for heading, group in TrainConfig.groups().items()
+        for f in group
+    }
     options = [
-        inspect.Parameter(
-            f.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                type(f.default) | None,
-                typer.Option(help=f"{f.metadata['help']} [{f.default}]", show_default=False),
-            ],
-        )
-        for f in fields(TrainConfig)
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        for name, kind in kinds.items()
     ]
-    names = {p.name for p in options}
 
+    @wraps(command)
     def called(**values):
-        return command(**{k: v for k, v in values.items() if k not in names or v is not None})
+        return command(**{k: v for k, v in values.items() if k not in kinds or v is not None})
 
-    called.__name__, called.__doc__, called.__signature__ = (
-        command.__name__,
-        command.__doc__,
-        inspect.Signature(given + options),
-    )
+    called.__signature__ = inspect.Signature(given + options)
     called.__annotations__ = {p.name: p.annotation for p in given + options}
     return called
 
@@ -152,10 +179,7 @@ def training_data(
         return mix(data)
     if bad := [d for d in data if not isinstance(d, str)]:
         raise ValueError(f"{next(iter(found), 'data')}: {bad[0]!r} must be a path or a name")
-    pairs = [
-        d.rpartition("=") if isinstance(d, str) and not Path(d).exists() else ("", "", d)
-        for d in data
-    ]
+    pairs = [("", "", d) if Path(d).exists() else d.rpartition("=") for d in data]
     try:
         weighted = [(name, float(w)) if name else w for name, _, w in pairs]
     except ValueError:
@@ -163,11 +187,8 @@ def training_data(
     if len(weighted) == 1:
         return weighted[0] if isinstance(weighted[0], str) else weighted[0][0]
     names = [c.name for c in list_datasets()]
-    return (
-        list(data)
-        if all(d not in names and Path(locate(d)).exists() for d in data)
-        else mix(weighted)
-    )
+    files = all(d not in names and Path(locate(d)).exists() for d in data)
+    return list(data) if files else mix(weighted)
 
 
 FULL_DATA = "pretrain", "sft_long", "sft_full", "reasoning"  # of `--use-full-data`
@@ -202,9 +223,8 @@ def where_to_resume(
         return False, output_dir, False
     if resume in ("auto", "True", "true", "1", True):
         return "auto", output_dir, False
-    run, name = (
-        (Path(resume), "auto") if (Path(resume) / "run.json").exists() else split_checkpoint(resume)
-    )
+    is_run = (Path(resume) / "run.json").exists()
+    run, name = (Path(resume), "auto") if is_run else split_checkpoint(resume)
     if not run or output_dir and Path(output_dir).resolve() != run.resolve():
         return resume, output_dir, False
     if (Path(resume) / "config.json").exists() and not (run / "run.json").exists():
@@ -219,10 +239,11 @@ def run_name(data) -> str:
     """What a run is called after its data.
 
     As the file, or the folder around it where that has no name of its own (`*.txt`, `..`)."""
-    first = (
-        data.parts[0][0] if isinstance(data, Mix) else data[0] if isinstance(data, list) else data
-    )
-    path = at_home(str(first))
+    if isinstance(data, Mix):
+        data = data.parts[0][0]
+    elif isinstance(data, list):
+        data = data[0]
+    path = at_home(str(data))
     whole, marks = Path(os.path.abspath(path)), "" if path.exists() else "*?[]"
     for p in (whole, *whole.parents):
         name = p.name.lstrip(".").split(".")[0]
@@ -233,111 +254,60 @@ def run_name(data) -> str:
     return "demo"
 
 # %% ../nbs/06_cli.ipynb #ff397b72
-_Data = Annotated[
+_Data = _argument(
     list[str] | None,
-    typer.Argument(
-        help=(
-            "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or"
-            " a built-in corpus: stories, talks, calls, reasoning, preferences, stdlib"
-        )
-    ),
-]
-_DataNames = Annotated[
-    list[str] | None,
-    typer.Option(help="the same, by name; NAME=WEIGHT several times for a mixture"),
-]
-_DataFiles = Annotated[list[str] | None, typer.Option(help="the same, as paths")]
-_AllData = Annotated[
-    bool,
-    typer.Option("--use-full-data", help="pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together"),
-]
-_Valid = Annotated[
-    str | None, typer.Option(help="file to validate on; default: a share of the data")
-]
-_Stage = Annotated[
-    str | None, typer.Option(help="options of a stage: pretrain, sft, tool_calling, dpo")
-]
-_Hardware = Annotated[
+    "files or folders of .txt or .jsonl, a registered data set (minigpt data list), or a built-in"
+    " corpus: stories, talks, calls, reasoning, preferences, stdlib",
+)
+_DataNames = _option(list[str] | None, "the same, by name; NAME=WEIGHT several times for a mixture")
+_DataFiles = _option(list[str] | None, "the same, as paths")
+_AllData = _option(
+    bool, "pretrain_hq, sft_1024, sft_512 and r1_mix_1024 together", "--use-full-data"
+)
+_Valid = _option(str | None, "file to validate on; default: a share of the data")
+_Stage = _option(str | None, "options of a stage: pretrain, sft, tool_calling, dpo")
+_Hardware = _option(
     str | None,
-    typer.Option(
-        help=("options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …")
-    ),
-]
-_Recipe = Annotated[
-    str | None,
-    typer.Option(help="a whole training: quick_prototype, production, special_abilities"),
-]
+    "options for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …",
+)
+_Recipe = _option(str | None, "a whole training: quick_prototype, production, special_abilities")
 
 # %% ../nbs/06_cli.ipynb #07da3177
-_Config = Annotated[
+_Config = _option(
     str | None,
-    typer.Option(
-        help=(
-            "model preset: tiny, small, medium, large; or a directory whose model to begin"
-            " with: a finished run, a checkpoint, a Llama or Qwen3 [tiny]"
-        ),
-        show_default=False,
-    ),
-]
-_LoraRank = Annotated[
+    "model preset: tiny, small, medium, large; or a directory whose model to begin with: a"
+    " finished run, a checkpoint, a Llama or Qwen3 [tiny]",
+)
+_LoraRank = _option(
     int | None,
-    typer.Option(
-        help=(
-            "train an adapter of this rank on the model in the directory --config, which stays"
-            " as it is; 8 is usual"
-        )
-    ),
-]
-_LoraAlpha = Annotated[
-    float | None,
-    typer.Option(
-        help="the adapter is multiplied by lora-alpha / lora-r [twice lora-r]",
-        show_default=False,
-    ),
-]
-_LoraTargets = Annotated[
-    str | None,
-    typer.Option(
-        help="matrices of each block that are adapted, with commas between [all]",
-        show_default=False,
-    ),
-]
-_Tokenizer = Annotated[
-    Path | None,
-    typer.Option(help="directory with a tokenizer.json; default: one is trained"),
-]
+    "train an adapter of this rank on the model in the directory --config, which stays as it is; 8"
+    " is usual",
+)
+_LoraAlpha = _option(
+    float | None, "the adapter is multiplied by lora-alpha / lora-r [twice lora-r]"
+)
+_LoraTargets = _option(
+    str | None, "matrices of each block that are adapted, with commas between [all]"
+)
+_Tokenizer = _option(Path | None, "directory with a tokenizer.json; default: one is trained")
 
 # %% ../nbs/06_cli.ipynb #9f89eacb
-_OutputDir = Annotated[
-    Path | None, typer.Option(help="the run's folder; default: runs/NAME-OF-THE-DATA")
-]
-_Resume = Annotated[
+_OutputDir = _option(Path | None, "the run's folder; default: runs/NAME-OF-THE-DATA")
+_Resume = _option(
     str | None,
-    typer.Option(
-        help=(
-            "auto, no, or the name or path of a checkpoint; a path says the run too, and its"
-            " data, where none are named [auto]"
-        ),
-        show_default=False,
-    ),
-]
-_Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="as of `resume`: do not ask; here nothing is asked")
-]
-_Override = Annotated[
+    "auto, no, or the name or path of a checkpoint; a path says the run too, and its data, where"
+    " none are named [auto]",
+)
+_Yes = _option(bool, "as of `resume`: do not ask; here nothing is asked", "--yes", "-y")
+_Override = _option(
     list[str] | None,
-    typer.Option(
-        help=(
-            "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
-            " validation_split, seed"
-        )
-    ),
-]
-_Overwrite = Annotated[bool, typer.Option(help="move a run that stands in output_dir aside")]
-_ConfigFile = Annotated[
-    Path | None,
-    typer.Option(help="JSON or YAML file with any of these options; data_files names the data"),
-]
+    "what may differ from the run that goes on: effective_batch, max_seq_len, data,"
+    " validation_split, seed",
+)
+_Overwrite = _option(bool, "move a run that stands in output_dir aside")
+_ConfigFile = _option(
+    Path | None, "JSON or YAML file with any of these options; data_files names the data"
+)
 
 # %% ../nbs/06_cli.ipynb #d4154e14
 _NAME_DATA = {"data_files", "data", "dataset", "datasets"}  # keys of a configuration file
@@ -478,20 +448,13 @@ def train(
 @app.command("resume", **_TRAINS)
 @with_training_options
 def resume_(
-    run: Annotated[Path, typer.Argument(help="folder of a run")],
-    resume: Annotated[
-        str, typer.Option(help="auto (the newest whole state), or the name of one")
-    ] = "auto",
-    override: Annotated[
+    run: _argument(Path, "folder of a run"),
+    resume: _option(str, "auto (the newest whole state), or the name of one") = "auto",
+    override: _option(
         list[str] | None,
-        typer.Option(
-            help=(
-                "what may differ from the run: effective_batch, max_seq_len, data,"
-                " validation_split, seed"
-            )
-        ),
-    ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+        "what may differ from the run: effective_batch, max_seq_len, data, validation_split, seed",
+    ) = None,
+    yes: _option(bool, "do not ask", "--yes", "-y") = False,
     **options,
 ):
     """Show what a run has saved, and go on with it.
@@ -502,14 +465,9 @@ def resume_(
 
     if (run / "run.json").exists():
         typer.echo(run_table(open_run(run)))
-        if (
-            not yes
-            and sys.stdin.isatty()
-            and not typer.confirm(
-                f"Go on from {'the newest that verifies' if resume == 'auto' else resume}?",
-                default=True,
-            )
-        ):
+        state = "the newest that verifies" if resume == "auto" else resume
+        ask = not yes and sys.stdin.isatty()
+        if ask and not typer.confirm(f"Go on from {state}?", default=True):
             return
     go_on(run, resume, override=override or (), **options)
 
@@ -518,9 +476,8 @@ def _model_of(path: Path, which: str | None = None):
     "The model and the tokenizer of a run, or of a directory with a model."
     from minigpt.run.folder import open_run
 
-    if (path / "run.json").exists() or not any(
-        (path / n).exists() for n in ("config.json", "adapter_config.json")
-    ):
+    has = lambda name: (path / name).exists()
+    if has("run.json") or not (has("config.json") or has("adapter_config.json")):
         run = open_run(path)
         return run.model(which), run.tokenizer
     from minigpt.checkpoint.store import home_of, load_model
@@ -529,120 +486,91 @@ def _model_of(path: Path, which: str | None = None):
     model = load_model(path)
     return model, load_tokenizer(home_of(model) or path)
 
+# %% ../nbs/06_cli.ipynb #1160559f
+_Temperature = _option(float, "0: always the likeliest token")
+_TopP = _option(float | None, "draw from the likeliest tokens that make up this probability")
+_Seed = _option(int | None, "the same seed, the same text")
+
 # %% ../nbs/06_cli.ipynb #0e1066e6
 @app.command()
 def chat(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
-    which: Annotated[
-        str | None,
-        typer.Option(
-            help="of a run: checkpoint-N or best; default: the final model, else the newest"
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="what stands before the conversation")] = None,
-    tools: Annotated[
-        Path | None,
-        typer.Option(
-            help="a Python file of yours, which is run; the model may call its public functions"
-        ),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(help="draw from the likeliest tokens that make up this probability")
-    ] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 500,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same answers")] = None,
-    thinking: Annotated[
+    run: _argument(Path, "folder of a run, or of a model"),
+    which: _option(
+        str | None, "of a run: checkpoint-N or best; default: the final model, else the newest"
+    ) = None,
+    system: _option(str | None, "what stands before the conversation") = None,
+    tools: _option(
+        Path | None, "a Python file of yours, which is run; the model may call its public functions"
+    ) = None,
+    temperature: _Temperature = 0.7,
+    top_p: _TopP = 0.95,
+    max_new_tokens: _option(int, "tokens of an answer at most") = 500,
+    seed: _option(int | None, "the same seed, the same answers") = None,
+    thinking: _option(
         bool | None,
-        typer.Option(
-            "--thinking/--no-thinking",
-            help=(
-                "thoughts before an answer, where the tokenizer's template asks for it (MiniMind,"
-                " Qwen3)"
-            ),
-            show_default=False,
-        ),
-    ] = None,
+        "thoughts before an answer, where the tokenizer's template asks for it (MiniMind, Qwen3)",
+        "--thinking/--no-thinking",
+    ) = None,
 ):
     "Talk to a trained model. /help lists what else can be typed; Ctrl-C stops an answer."
     from minigpt.chat import Chat, chat_in_terminal, tools_from_file
 
-    chat_in_terminal(
-        Chat(
-            *_model_of(run, which),
-            system,
-            tools_from_file(tools) if tools else None,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            thinking=thinking,
-        )
+    talk = Chat(
+        *_model_of(run, which),
+        system,
+        tools_from_file(tools) if tools else None,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        thinking=thinking,
     )
+    chat_in_terminal(talk)
 
 # %% ../nbs/06_cli.ipynb #b80f7f88
 @app.command("serve")
 def serve_(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(help="folders of runs or models; a client names them by their last part"),
-    ],
-    port: Annotated[int, typer.Option(help="to listen on; 0: any that is free")] = 8000,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="address to listen on; 0.0.0.0 opens it to the network, without a password"
-        ),
-    ] = "127.0.0.1",
+    runs: _argument(
+        list[Path], "folders of runs or models; a client names them by their last part"
+    ),
+    port: _option(int, "to listen on; 0: any that is free") = 8000,
+    host: _option(
+        str, "address to listen on; 0.0.0.0 opens it to the network, without a password"
+    ) = "127.0.0.1",
 ):
     """Serve models at an OpenAI-compatible address.
 
     It answers /v1/chat/completions, /v1/completions and /v1/models."""
     from minigpt.serve import serve
 
-    if len({r.resolve().name for r in runs}) < len(runs):
+    names = [r.resolve().name for r in runs]
+    if len({*names}) < len(runs):
         raise ValueError(
             f"two of {', '.join(map(str, runs))} have the same last part, by which clients name"
             " them; rename one"
         )
-    serve({r.resolve().name: _model_of(r) for r in runs}, host, port, typer.echo)
+    serve(dict(zip(names, map(_model_of, runs))), host, port, typer.echo)
 
 # %% ../nbs/06_cli.ipynb #d2a6aab2
 @app.command("evaluate")
 def evaluate_(
-    models: Annotated[
-        list[Path],
-        typer.Argument(
-            help="checkpoints, runs, exports, Llama or Qwen3 directories; the data come last"
-        ),
-    ],
-    data: Annotated[
+    models: _argument(
+        list[Path], "checkpoints, runs, exports, Llama or Qwen3 directories; the data come last"
+    ),
+    data: _argument(
         str,
-        typer.Argument(
-            help=(
-                "a file or folder of .txt or .jsonl, a registered data set, a built-in corpus, or a"
-                " token set such as RUN/data/valid"
-            )
-        ),
-    ],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="directory with a tokenizer.json; default: each model's own"),
-    ] = None,
-    max_seq_len: Annotated[
-        int, typer.Option(help="tokens of a sequence; 0: 512, or as many as the model reads")
-    ] = 0,
-    batch_size: Annotated[int, typer.Option(help="sequences at once")] = 8,
-    max_sequences: Annotated[
-        int, typer.Option(help="sequences that are predicted, spread over the data; 0: all")
-    ] = 0,
-    max_data_size: Annotated[
-        int, typer.Option(help="rows of the data that are read, the first ones; 0: all")
-    ] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
-    cache: Annotated[
-        Path | None, typer.Option(help="folder that keeps the tokens for the next time")
-    ] = None,
+        "a file or folder of .txt or .jsonl, a registered data set, a built-in corpus, or a token"
+        " set such as RUN/data/valid",
+    ),
+    tokenizer: _option(
+        Path | None, "directory with a tokenizer.json; default: each model's own"
+    ) = None,
+    max_seq_len: _option(int, "tokens of a sequence; 0: 512, or as many as the model reads") = 0,
+    batch_size: _option(int, "sequences at once") = 8,
+    max_sequences: _option(int, "sequences that are predicted, spread over the data; 0: all") = 0,
+    max_data_size: _option(int, "rows of the data that are read, the first ones; 0: all") = 0,
+    device: _option(str, "auto, cpu, cuda, mps") = "auto",
+    cache: _option(Path | None, "folder that keeps the tokens for the next time") = None,
 ):
     "Loss, perplexity and bits a byte of models on data."
     from minigpt.train.evaluation import evaluate_on, evaluation_table
@@ -650,32 +578,27 @@ def evaluate_(
 
     for line in what_is_read("data", data):
         typer.echo(line)
-    typer.echo(
-        evaluation_table(
-            {
-                str(m): evaluate_on(
-                    m,
-                    data,
-                    tokenizer=tokenizer,
-                    seq_len=max_seq_len,
-                    batch_size=batch_size,
-                    max_sequences=max_sequences,
-                    max_rows=max_data_size,
-                    device=device,
-                    cache=cache,
-                )
-                for m in models
-            }
+    found = {
+        str(m): evaluate_on(
+            m,
+            data,
+            tokenizer=tokenizer,
+            seq_len=max_seq_len,
+            batch_size=batch_size,
+            max_sequences=max_sequences,
+            max_rows=max_data_size,
+            device=device,
+            cache=cache,
         )
-    )
+        for m in models
+    }
+    typer.echo(evaluation_table(found))
 
 # %% ../nbs/06_cli.ipynb #32c023dc
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="where runs are kept, or one run")] = Path("runs"),
-    verify: Annotated[
-        bool, typer.Option(help="of one run: read every file and compare its hash")
-    ] = False,
+    folder: _argument(Path, "where runs are kept, or one run") = Path("runs"),
+    verify: _option(bool, "of one run: read every file and compare its hash") = False,
 ):
     "List runs: steps, loss, newest checkpoint; or all that one run has saved."
     from minigpt.core.files import within_time
@@ -692,20 +615,16 @@ def runs(
 # %% ../nbs/06_cli.ipynb #a7ca8133
 @app.command()
 def generate(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or of a model")],
-    prompt: Annotated[str, typer.Argument(help="beginning of the text")] = "",
-    which: Annotated[
-        str | None,
-        typer.Option(help="checkpoint-N or best; default: the final model, else the newest"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 200,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="draw from the k likeliest tokens")] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="draw from the likeliest tokens that make up this probability"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same text")] = None,
+    run: _argument(Path, "folder of a run, or of a model"),
+    prompt: _argument(str, "beginning of the text") = "",
+    which: _option(
+        str | None, "checkpoint-N or best; default: the final model, else the newest"
+    ) = None,
+    max_new_tokens: _option(int, "tokens at most") = 200,
+    temperature: _Temperature = 0.8,
+    top_k: _option(int | None, "draw from the k likeliest tokens") = None,
+    top_p: _TopP = None,
+    seed: _Seed = None,
 ):
     "Write a text with a trained model."
     from minigpt.model.generation import stream_text
@@ -727,24 +646,18 @@ def generate(
 # %% ../nbs/06_cli.ipynb #2afe8a67
 @app.command()
 def mlm(
-    config: Annotated[
+    config: _argument(
         Path,
-        typer.Argument(
-            help=(
-                "JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path,"
-                " train_file, simplex_value, save_steps …"
-            )
-        ),
-    ],
-    resume_from_checkpoint: Annotated[
+        "JSON or YAML with the keys of minigpt.diffusion.mlm: model_name_or_path, train_file,"
+        " simplex_value, save_steps …",
+    ),
+    resume_from_checkpoint: _option(
         str | None,
-        typer.Option(
-            "--resume_from_checkpoint",
-            "--resume-from-checkpoint",
-            "--resume",
-            help="name or path of a checkpoint; default: the newest whole one, where there is one",
-        ),
-    ] = None,
+        "name or path of a checkpoint; default: the newest whole one, where there is one",
+        "--resume_from_checkpoint",
+        "--resume-from-checkpoint",
+        "--resume",
+    ) = None,
 ):
     "Train an encoder by simplex diffusion (TESS), or go on training it."
     from minigpt.diffusion import mlm as train_encoder
@@ -754,36 +667,27 @@ def mlm(
 
 @app.command()
 def infill(
-    run: Annotated[
-        Path, typer.Argument(help="folder of a run of `minigpt mlm`, or of such a model")
-    ],
-    text: Annotated[str, typer.Argument(help="with <mask> for each token that is wanted")],
-    steps: Annotated[
-        int | None,
-        typer.Option(help="guesses; default: the model's num_inference_diffusion_steps"),
-    ] = None,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 1.0,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="draw from the likeliest tokens that make up this probability"),
-    ] = 0.95,
-    seed: Annotated[int | None, typer.Option(help="the same seed, the same text")] = None,
+    run: _argument(Path, "folder of a run of `minigpt mlm`, or of such a model"),
+    text: _argument(str, "with <mask> for each token that is wanted"),
+    steps: _option(
+        int | None, "guesses; default: the model's num_inference_diffusion_steps"
+    ) = None,
+    temperature: _Temperature = 1.0,
+    top_p: _TopP = 0.95,
+    seed: _Seed = None,
 ):
     "Fill the gaps of a text, wherever they are."
     from minigpt.diffusion import infill as fill_gaps
 
-    typer.echo(
-        fill_gaps(
-            *_model_of(run), text, steps=steps, temperature=temperature, top_p=top_p, seed=seed
-        )
-    )
+    how = dict(steps=steps, temperature=temperature, top_p=top_p, seed=seed)
+    typer.echo(fill_gaps(*_model_of(run), text, **how))
 
 # %% ../nbs/06_cli.ipynb #50e2f071
 @app.command(**_TRAINS)
 @with_training_options
 def bench(
-    config: Annotated[str, typer.Option(help="model preset: tiny, small, medium, large")] = "small",
-    seconds: Annotated[float, typer.Option(help="to measure for, compiling apart")] = 20.0,
+    config: _option(str, "model preset: tiny, small, medium, large") = "small",
+    seconds: _option(float, "to measure for, compiling apart") = 20.0,
     **options,
 ):
     """This machine: tokens/s, utilisation and memory with these options.
@@ -799,9 +703,9 @@ def bench(
 # %% ../nbs/06_cli.ipynb #4626a171
 @app.command()
 def monitor(
-    run: Annotated[Path, typer.Argument(help="folder of a run, or of its backup")],
-    every: Annotated[float, typer.Option(help="seconds between two looks")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="show it, and do not follow it")] = False,
+    run: _argument(Path, "folder of a run, or of its backup"),
+    every: _option(float, "seconds between two looks") = 2.0,
+    once: _option(bool, "show it, and do not follow it", "--once") = False,
 ):
     """Follow a run that trains in another terminal or notebook.
 
@@ -832,14 +736,10 @@ def _writable(*files: Path | None):
 
 @app.command()
 def plot(
-    runs: Annotated[
-        list[Path], typer.Argument(help="folders of runs; several are laid over each other")
-    ],
-    output: Annotated[Path, typer.Option(help="PNG to write")] = Path("loss_curves.png"),
-    last: Annotated[
-        int, typer.Option(help="only this many steps, counted from the end; 0: all")
-    ] = 0,
-    log: Annotated[bool, typer.Option("--log", help="logarithmic losses")] = False,
+    runs: _argument(list[Path], "folders of runs; several are laid over each other"),
+    output: _option(Path, "PNG to write") = Path("loss_curves.png"),
+    last: _option(int, "only this many steps, counted from the end; 0: all") = 0,
+    log: _option(bool, "logarithmic losses", "--log") = False,
 ):
     "Draw the loss curves of one or several runs."
     from minigpt.run.folder import open_run
@@ -890,58 +790,39 @@ def _say_analyzed(
         write_json(json, a.summary())
 
 # %% ../nbs/06_cli.ipynb #029dd480
-_Checkpoint = Annotated[
+_Checkpoint = _option(
     Path | None,
-    typer.Option(
-        "-c",
-        "--checkpoint",
-        help=(
-            "a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library"
-            " or another"
-        ),
-    ),
-]
-_Checkpoints = Annotated[
+    "a checkpoint: a directory or a .pt, .pth, .bin, .safetensors file, of this library or another",
+    "-c",
+    "--checkpoint",
+)
+_Checkpoints = _option(
     Path | None,
-    typer.Option(
-        "-d",
-        "--directory",
-        help="a folder of checkpoints: the newest one, or with --compare all",
-    ),
-]
-_Demo = Annotated[
-    bool,
-    typer.Option(
-        "--create-demo", help="make a demonstration checkpoint to learn on, and analyse it"
-    ),
-]
+    "a folder of checkpoints: the newest one, or with --compare all",
+    "-d",
+    "--directory",
+)
+_Demo = _option(
+    bool, "make a demonstration checkpoint to learn on, and analyse it", "--create-demo"
+)
 
 # %% ../nbs/06_cli.ipynb #eb6a723b
 @checkpoint_app.command("analyze")
 def analyze_checkpoint(
     checkpoint: _Checkpoint = None,
     directory: _Checkpoints = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="the checkpoints of --directory side by side")
-    ] = False,
+    compare: _option(bool, "the checkpoints of --directory side by side", "--compare") = False,
     create_demo: _Demo = False,
-    config: Annotated[
-        str, typer.Option(help="of the demonstration: tiny, small, medium, large")
-    ] = "medium",
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite", help="the demonstration may take the place of one that is there"
-        ),
-    ] = False,
-    target: Annotated[
-        str | None, typer.Option(help="suggestions for mobile, edge or server")
-    ] = None,
-    training_hours: Annotated[
-        float | None, typer.Option(help="how long the training took, for suggestions in hours")
-    ] = None,
-    figure: Annotated[Path | None, typer.Option(help="write the figure as PNG")] = None,
-    json: Annotated[Path | None, typer.Option(help="write all figures as JSON")] = None,
+    config: _option(str, "of the demonstration: tiny, small, medium, large") = "medium",
+    overwrite: _option(
+        bool, "the demonstration may take the place of one that is there", "--overwrite"
+    ) = False,
+    target: _option(str | None, "suggestions for mobile, edge or server") = None,
+    training_hours: _option(
+        float | None, "how long the training took, for suggestions in hours"
+    ) = None,
+    figure: _option(Path | None, "write the figure as PNG") = None,
+    json: _option(Path | None, "write all figures as JSON") = None,
 ):
     """What takes the bytes of a checkpoint, what is known of its training, what could be smaller.
 
@@ -964,16 +845,32 @@ def analyze_checkpoint(
         one = checkpoint or checkpoints_in(directory)[-1]
         _say_analyzed(one, training_hours, target, figure, json)
 
-# %% ../nbs/06_cli.ipynb #fdb0cf03
-def _fit_together(
-    source: Path,
-    precision: str,
-    weights_only: bool,
-    compress: bool,
-    tokenizer: Path | None,
-    like: str | None,
+# %% ../nbs/06_cli.ipynb #7e88eb07
+@app.command()
+def export(
+    source: _argument(
+        Path, "a checkpoint, a run's folder, a Llama or Qwen3 directory, or MiniMind's .pth"
+    ),
+    out: _argument(
+        Path | None, "directory to make; default: in the run's `exports`, else beside the source"
+    ) = None,
+    precision: _option(str, "fp32, fp16, bf16, int8 or int4; or onnx, for other runtimes") = "fp32",
+    weights_only: _option(
+        bool, "the model alone, or all that a resume needs", "--weights-only/--full"
+    ) = True,
+    compress: _option(bool, "zstd; then only this library opens it", "--compress") = False,
+    tokenizer: _option(
+        Path | None, "directory of a tokenizer to put in; default: the source's own"
+    ) = None,
+    like: _option(str | None, "whose .pth file it is: minimind") = None,
+    overwrite: _option(
+        bool, "replace an earlier export, once the new one is whole", "--overwrite"
+    ) = False,
 ):
-    "Refuse options of `export` that exclude each other."
+    "Write a model smaller, or for another program."
+    from minigpt.checkpoint.exporter import export as write, export_onnx
+    from minigpt.core.files import dir_size, human_size
+
     if like and source.is_dir():
         raise ValueError(
             f"--like says whose file a .pth is; {source} is a directory and says it itself, leave"
@@ -984,60 +881,11 @@ def _fit_together(
             "--precision onnx writes the graph, with the source's own tokenizer; leave --tokenizer,"
             " --compress and --full out"
         )
-
-# %% ../nbs/06_cli.ipynb #7e88eb07
-@app.command()
-def export(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            help="a checkpoint, a run's folder, a Llama or Qwen3 directory, or MiniMind's .pth"
-        ),
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Argument(
-            help="directory to make; default: in the run's `exports`, else beside the source"
-        ),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8 or int4; or onnx, for other runtimes")
-    ] = "fp32",
-    weights_only: Annotated[
-        bool,
-        typer.Option("--weights-only/--full", help="the model alone, or all that a resume needs"),
-    ] = True,
-    compress: Annotated[
-        bool, typer.Option("--compress", help="zstd; then only this library opens it")
-    ] = False,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(help="directory of a tokenizer to put in; default: the source's own"),
-    ] = None,
-    like: Annotated[str | None, typer.Option(help="whose .pth file it is: minimind")] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="replace an earlier export, once the new one is whole"),
-    ] = False,
-):
-    "Write a model smaller, or for another program."
-    from minigpt.checkpoint.exporter import export as write, export_onnx
-    from minigpt.core.files import dir_size, human_size
-
-    _fit_together(source, precision, weights_only, compress, tokenizer, like)
     if precision == "onnx":
         made = export_onnx(source, out, like, overwrite)
     else:
-        made = write(
-            source,
-            out,
-            precision,
-            weights_only,
-            compress,
-            tokenizer=tokenizer,
-            config=like,
-            replace=overwrite,
-        )
+        how = dict(tokenizer=tokenizer, config=like, replace=overwrite)
+        made = write(source, out, precision, weights_only, compress, **how)
     typer.echo(f"{made}: {human_size(dir_size(made))}")
 
 # %% ../nbs/06_cli.ipynb #6247374c
@@ -1045,137 +893,95 @@ data_app = _App(no_args_is_help=True, help="Look at data, prepare it, get it.")
 app.add_typer(data_app, name="data")
 
 # %% ../nbs/06_cli.ipynb #60f6dd90
-_Output = Annotated[
+_Output = _option(
     Path | None,
-    typer.Option(
-        help=(
-            "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with"
-            " --analyze nothing"
-        )
-    ),
-]
-_QualityFilter = Annotated[
-    bool, typer.Option("--quality-filter", help="leave out duplicates and rows of low quality")
-]
-_SpecialTokens = Annotated[
+    "JSONL file, or a folder for a file each; default: data/dataset/preprocessed/, with --analyze"
+    " nothing",
+)
+_QualityFilter = _option(bool, "leave out duplicates and rows of low quality", "--quality-filter")
+_SpecialTokens = _option(
     bool,
-    typer.Option(
-        "--add-special-tokens",
-        help="write thoughts and calls into the texts, between <think> and <tool_call>",
-    ),
-]
-_Analyze = Annotated[
+    "write thoughts and calls into the texts, between <think> and <tool_call>",
+    "--add-special-tokens",
+)
+_Analyze = _option(
     bool,
-    typer.Option(
-        "--analyze",
-        help=(
-            "report on the result; without --output nothing is written, and the report is on"
-            " the input"
-        ),
-    ),
-]
-_Counter = Annotated[
-    Path | None,
-    typer.Option(
-        help="which counts the tokens; default: data/tokenizer/, else one trained on the input"
-    ),
-]
-_Encoding = Annotated[
+    "report on the result; without --output nothing is written, and the report is on the input",
+    "--analyze",
+)
+_Counter = _option(
+    Path | None, "which counts the tokens; default: data/tokenizer/, else one trained on the input"
+)
+_Encoding = _option(str, "of the files, such as gb18030 or koi8-r; default: as each file looks")
+_Columns = _option(
     str,
-    typer.Option(
-        help="of the files, such as gb18030 or koi8-r; default: as each file looks",
-        show_default=False,
-    ),
-]
-_Columns = Annotated[
-    str,
-    typer.Option(
-        "--columns",
-        "--map",
-        help=(
-            "columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves"
-            " a column out"
-        ),
-        show_default=False,
-    ),
-]
+    "columns under other names, as in prompt=QUESTION,completion=SOLUTION; NAME= leaves a column"
+    " out",
+    "--columns",
+    "--map",
+)
 
 # %% ../nbs/06_cli.ipynb #df402874
 @data_app.command()
 def prepare(
-    input: Annotated[str, typer.Option(help="a file, or a folder")],
+    input: _option(str, "a file, or a folder"),
     output: _Output = None,
-    format: Annotated[
-        str | None, typer.Option(help="pretrain, conversation or dpo; default: as each row says")
-    ] = None,
-    max_seq_len: Annotated[int, typer.Option(help="tokens of a row at most; 0: any length")] = 512,
+    format: _option(str | None, "pretrain, conversation or dpo; default: as each row says") = None,
+    max_seq_len: _option(int, "tokens of a row at most; 0: any length") = 512,
     quality_filter: _QualityFilter = False,
-    min_quality: Annotated[float, typer.Option(help="quality from which a row is kept")] = 0.5,
-    near_duplicates: Annotated[
-        bool, typer.Option("--near-duplicates", help="near-duplicates count as duplicates")
-    ] = False,
+    min_quality: _option(float, "quality from which a row is kept") = 0.5,
+    near_duplicates: _option(
+        bool, "near-duplicates count as duplicates", "--near-duplicates"
+    ) = False,
     add_special_tokens: _SpecialTokens = False,
-    validate_only: Annotated[
-        bool, typer.Option("--validate-only", help="count, and write nothing")
-    ] = False,
+    validate_only: _option(bool, "count, and write nothing", "--validate-only") = False,
     analyze: _Analyze = False,
     tokenizer: _Counter = None,
-    on_bad_row: Annotated[str, typer.Option(help="skip or error")] = "skip",
+    on_bad_row: _option(str, "skip or error") = "skip",
     encoding: _Encoding = "",
     columns: _Columns = "",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an output that exists")
-    ] = False,
+    overwrite: _option(bool, "replace an output that exists", "--overwrite") = False,
 ):
     "Validate, clean, bring to length, score, and save."
     from minigpt.data.preparation import prepare as run, prepare_summary
 
-    typer.echo(
-        prepare_summary(
-            run(
-                input,
-                output,
-                tokenizer,
-                max_seq_len=max_seq_len,
-                format=format,
-                quality_filter=quality_filter,
-                min_quality=min_quality,
-                near_duplicates=near_duplicates,
-                add_special_tokens=add_special_tokens,
-                validate_only=validate_only,
-                analyze=analyze,
-                on_bad_row=on_bad_row,
-                overwrite=overwrite,
-                encoding=encoding,
-                columns=TrainConfig(columns=columns).column_names,
-            )
-        )
+    found = run(
+        input,
+        output,
+        tokenizer,
+        max_seq_len=max_seq_len,
+        format=format,
+        quality_filter=quality_filter,
+        min_quality=min_quality,
+        near_duplicates=near_duplicates,
+        add_special_tokens=add_special_tokens,
+        validate_only=validate_only,
+        analyze=analyze,
+        on_bad_row=on_bad_row,
+        overwrite=overwrite,
+        encoding=encoding,
+        columns=TrainConfig(columns=columns).column_names,
     )
+    typer.echo(prepare_summary(found))
 
 # %% ../nbs/06_cli.ipynb #6a18d3b9
 @data_app.command("analyze")
 def analyze_(
-    source: Annotated[list[str], typer.Argument(help="files, or folders")],
-    figure: Annotated[Path | None, typer.Option(help="write the figure as PNG")] = None,
-    json: Annotated[Path | None, typer.Option(help="write all figures as JSON")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="lengths in tokens as well")] = None,
-    near_duplicates: Annotated[bool, typer.Option(help="look for near-duplicates too")] = True,
-    format: Annotated[
-        str | None,
-        typer.Option(help="pretrain, conversation, dpo or lines; default: as each row says"),
-    ] = None,
-    encoding: Annotated[
-        str, typer.Option(help="of the files; default: as each file looks", show_default=False)
-    ] = "",
-    columns: Annotated[
+    source: _argument(list[str], "files, or folders"),
+    figure: _option(Path | None, "write the figure as PNG") = None,
+    json: _option(Path | None, "write all figures as JSON") = None,
+    tokenizer: _option(Path | None, "lengths in tokens as well") = None,
+    near_duplicates: _option(bool, "look for near-duplicates too") = True,
+    format: _option(
+        str | None, "pretrain, conversation, dpo or lines; default: as each row says"
+    ) = None,
+    encoding: _option(str, "of the files; default: as each file looks") = "",
+    columns: _option(
         str,
-        typer.Option(
-            "--columns",
-            "--map",
-            help="columns under other names, as in prompt=QUESTION,completion=SOLUTION",
-            show_default=False,
-        ),
-    ] = "",
+        "columns under other names, as in prompt=QUESTION,completion=SOLUTION",
+        "--columns",
+        "--map",
+    ) = "",
 ):
     """What is in a data set.
 
@@ -1214,7 +1020,7 @@ def list_():
 
 
 @data_app.command()
-def get(name: Annotated[str, typer.Argument(help="of a registered data set")]):
+def get(name: _argument(str, "of a registered data set")):
     "Fetch a registered data set."
     from minigpt.data.registry import dataset
 
@@ -1227,21 +1033,14 @@ app.add_typer(tokenizer_app, name="tokenizer")
 
 @tokenizer_app.command("train")
 def train_(
-    data: Annotated[
-        list[str], typer.Argument(help="files or folders, registered data sets, built-in corpora")
-    ],
-    output: Annotated[Path, typer.Option(help="directory to write")] = Path("data/tokenizer"),
-    vocab_size: Annotated[
-        int, typer.Option(help="tokens; 0: 15,000, or fewer for a small corpus")
-    ] = 0,
-    samples: Annotated[int, typer.Option(help="texts to learn from, at most")] = 100_000,
-    special_tokens: Annotated[
-        str, typer.Option(help="tokens of your own, with blanks between")
-    ] = "",
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="replace a tokenizer that is there; runs keep their own"),
-    ] = False,
+    data: _argument(list[str], "files or folders, registered data sets, built-in corpora"),
+    output: _option(Path, "directory to write") = Path("data/tokenizer"),
+    vocab_size: _option(int, "tokens; 0: 15,000, or fewer for a small corpus") = 0,
+    samples: _option(int, "texts to learn from, at most") = 100_000,
+    special_tokens: _option(str, "tokens of your own, with blanks between") = "",
+    overwrite: _option(
+        bool, "replace a tokenizer that is there; runs keep their own", "--overwrite"
+    ) = False,
 ):
     "Learn a vocabulary from data."
     import tempfile
@@ -1270,10 +1069,10 @@ def train_(
 # %% ../nbs/06_cli.ipynb #b1b2843a
 @tokenizer_app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="with a tokenizer.json")] = Path("data/tokenizer"),
-    text: Annotated[
-        str, typer.Argument(help="to be cut into tokens")
-    ] = "The old mill stood still. 旧磨坊静静地立着。 1 + 1 = 2",
+    folder: _argument(Path, "with a tokenizer.json") = Path("data/tokenizer"),
+    text: _argument(
+        str, "to be cut into tokens"
+    ) = "The old mill stood still. 旧磨坊静静地立着。 1 + 1 = 2",
 ):
     "Size and special tokens of a tokenizer, and how it cuts a text."
     from minigpt.tokenizer.bpe import load_tokenizer

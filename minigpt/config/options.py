@@ -7,9 +7,11 @@ __all__ = ['TrainConfig', 'lr_at', 'read_options']
 
 # %% ../../nbs/config/01_options.ipynb #19306a1d
 import math
+import pkgutil
 import re
 from collections.abc import Callable
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
 
 import orjson
@@ -21,225 +23,257 @@ from ..core.suggest import did_you_mean
 def _option(default, help: str):
     return field(default=default, metadata=dict(help=help))
 
-# %% ../../nbs/config/01_options.ipynb #8e3e7c60
-_ALIASES = dict(
-    # Hugging Face's Trainer and example scripts
-    lr="learning_rate",
-    num_epochs="epochs",
-    num_train_epochs="epochs",
-    eval_strategy="evaluation_strategy",
-    max_seq_length="max_seq_len",
-    gradient_accumulation_steps="gradient_accumulation",
-    per_device_train_batch_size="batch_size",
-    per_device_eval_batch_size="eval_batch_size",
-    max_grad_norm="grad_clip",
-    lr_scheduler_type="lr_schedule",
-    dataloader_num_workers="dataloader_workers",
-    early_stopping_patience="early_stopping",
-    max_train_samples="max_data_size",
-    max_eval_samples="eval_sequences",
-    max_train_steps="max_steps",
-    num_warmup_steps="warmup_steps",
-    checkpointing_steps="save_steps",
-    # nanoGPT
-    block_size="max_seq_len",
-    max_length="max_seq_len",
-    max_iters="max_steps",
-    warmup_iters="warmup_steps",
-    eval_interval="eval_steps",
-    log_interval="logging_steps",
-    beta1="adam_beta1",
-    beta2="adam_beta2",
-    # MiniMind and others
-    compile="enable_compile",
-    use_compile="enable_compile",
-    torch_compile="enable_compile",
-    beta="dpo_beta",
-    accumulation_steps="gradient_accumulation",
-    save_interval="save_steps",
-    num_workers="dataloader_workers",
-    map="columns",
-)
+# %% ../../nbs/config/01_options.ipynb #b2afabd7
+@dataclass(frozen=True, kw_only=True)
+class _Length:
+    "Length and batches"
 
-# %% ../../nbs/config/01_options.ipynb #bb495429
-_SHAPE = (
-    "the shape is the model's: fit(lambda tok: GPTConfig.preset('small', vocab_size=tok.vocab_size,"
-    " n_layer=6, dropout=.1), …); in a configuration file model: {dim, n_layer, n_head, n_kv_head,"
-    " ffn_dim, dropout}, whose vocabulary is the tokenizer's"
-)
-_RESUME = "a call goes on by itself with what is in output_dir; resume names a checkpoint of it"
+    epochs: float = _option(1.0, "passes over the data; max_steps goes before it")
+    max_steps: int = _option(0, "optimizer steps in all; 0: as many as `epochs` takes")
+    batch_size: int = _option(8, "sequences of a micro-batch: what is in memory at once")
+    gradient_accumulation: int = _option(1, "micro-batches of an optimizer step")
+    max_seq_len: int = _option(512, "tokens of a sequence")
 
-# %% ../../nbs/config/01_options.ipynb #e5d12883
-_OF_MODELS = {  # names in other programs → how it is done here
-    "dropout n_layer n_head n_embd n_kv_head hidden_size num_hidden_layers num_attention_heads"
-    " num_key_value_heads intermediate_size": _SHAPE,
-    "use_moe": "there is no mixture of experts here",
-    "bias": "there are no biases, as in Llama",
-    "load_in_4bit": "weights are trained in fp32; minigpt export makes int4 of them",
-    "from_weight model_name_or_path": (
-        "the model to begin with is fit's first argument, a directory (--config DIR)"
-    ),
-    "target_modules": "it is lora(…, targets=[…]), or --lora-targets",
-    "use_rslora rslora": "it is lora(…, root_scale=True), in Python",
-    "use_dora init_lora_weights lora_bias modules_to_save rank_pattern alpha_pattern": (
-        "adapters are plain LoRA here: lora(model, r, alpha, targets, dropout, root_scale)"
-    ),
-    "lora_dropout": "it is lora(…, dropout=.05), in Python",
-    "peft_config": "it is fit(lora(load_model(DIR), r=8), …), or --lora-r",
-}
+# %% ../../nbs/config/01_options.ipynb #c124c9ec
+@dataclass(frozen=True, kw_only=True)
+class _LearningRate:
+    "Learning rate"
 
-# %% ../../nbs/config/01_options.ipynb #f01dc61a
-_OF_DATA = {
-    "train_dataset train_file data_path data_dir": (
-        "the data are fit's second argument (in a configuration file data_files)"
-    ),
-    "eval_dataset eval_data validation_file do_eval": (
-        "it is valid, a file; by default validation_split of the texts is held out"
-    ),
-    "validation_split_percentage validation_split_ratio": (
-        "it is validation_split, a share: 0.05 for 5 percent"
-    ),
-    "dataset_name dataset_config_name tokenized_data_path": (
-        "data are files on this machine (or a name of `minigpt data list`); of a data set of a hub:"
-        " data.to_json('data.jsonl', force_ascii=False)"
-    ),
-    "dataset_text_field text_column dataset_kwargs formatting_func": (
-        "fields are known by their names (text, messages, conversations, prompt, completion,"
-        " chosen, rejected, …); a column of another name: columns='text=BODY' (--map text=BODY)"
-    ),
-    "dataset_num_proc preprocessing_num_workers": "all processors read the data",
-    "packing": "rows are always packed; line_by_line makes each a sequence of its own",
-    "group_by_length length_column_name padding_free packing_strategy": (
-        "rows are always packed, so nothing is gained by their order"
-    ),
-    "train_on_responses_only": "only what assistants say is learned",
-    "assistant_only_loss completion_only_loss train_on_prompt train_on_inputs mask_prompt": (
-        "only what assistants say is learned, and of prompt and completion the completion; of plain"
-        " texts everything"
-    ),
-    "mode training_stage": "it is stage: pretrain, sft, tool_calling or dpo",
-    "loss_type": "it is dpo_loss",
-    "label_smoothing label_smoothing_factor": (
-        "of preferences it is dpo_label_smoothing; for texts there is none"
-    ),
-    "mlm_probability conditional_generation": (
-        "of an encoder it is blanks: spans, rest, all or mixed"
-    ),
-}
+    learning_rate: float = _option(1e-3, "highest learning rate, after the warm-up")
+    lr_schedule: str = _option(
+        "cosine", "cosine, linear, wsd (constant, then down over the last fifth) or constant"
+    )
+    min_lr_ratio: float = _option(0.1, "lowest learning rate, as a share of the highest")
+    warmup_steps: int = _option(
+        -1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most"
+    )
+    lr_extend: str = _option(
+        "stretch",
+        "where a run goes on with more steps: stretch (the schedule is stretched over all of them,"
+        " so the learning rate jumps up) or continue (from where it is, down to min_lr_ratio of"
+        " that)",
+    )
 
-# %% ../../nbs/config/01_options.ipynb #4b6be1b3
-_OF_STEPS = {
-    "do_train": "fit trains",
-    "optim": "it is optimizer: adamw or muon",
-    "optim_args adafactor": (
-        "optimizer is adamw or muon, with adam_beta1, adam_beta2 and weight_decay"
-    ),
-    "adam_epsilon eps epsilon": "it is always torch's 1e-8",
-    "decay_lr": "it is lr_schedule='constant'",
-    "lr_decay_iters": "the schedule ends with max_steps",
-    "min_lr": "it is min_lr_ratio, a share of learning_rate",
-    "warmup_ratio": "it is warmup_steps",
-    "fp16 bf16 dtype tf32": "it is precision: auto, fp32, bf16 or fp16",
-    "use_cpu no_cuda": "it is device='cpu'",
-    "deepspeed fsdp fsdp_config accelerator_config ddp_find_unused_parameters": (
-        "several GPUs of one machine share a step with devices=N"
-    ),
-    "unsloth use_unsloth": (
-        "nothing of Unsloth is used; what makes a training fast is chosen by itself, and"
-        " disable_optimizations=True (--disable-optimizations) is the plain loop"
-    ),
-    "data_seed neftune_noise_alpha use_liger_kernel max_prompt_length truncation_mode torch_dtype"
-    " trust_remote_code": "there is none here",
-}
+# %% ../../nbs/config/01_options.ipynb #c04e5ecf
+@dataclass(frozen=True, kw_only=True)
+class _Optimization:
+    "Optimizer and loss"
 
-# %% ../../nbs/config/01_options.ipynb #bd5a6bfb
-_OF_RUNS = {
-    "out_dir save_dir": "the run's folder is output_dir",
-    "overwrite_output_dir": "it is overwrite=True, which moves the old run aside",
-    "run_name save_weight": "a run is called as its folder, output_dir",
-    "init_from from_resume ignore_data_skip": _RESUME,
-    "eval_iters": "it is eval_sequences, counted in sequences",
-    "always_save_checkpoint": (
-        "checkpoints are saved every save_steps, and the best model beside them"
-    ),
-    "load_best_model_at_end metric_for_best_model greater_is_better": (
-        "the best model by validation loss is kept in best/: run.model('best')"
-    ),
-    "save_safetensors save_only_model": (
-        "checkpoints are always safetensors and whole; snapshot_kind='light' is the weights alone"
-    ),
-    "report_to wandb_log use_wandb wandb_project logging_dir": (
-        "there are tensorboard=True and metrics.jsonl; for anything else pass a Callback"
-    ),
-    "logging_strategy logging_first_step log_level disable_tqdm": (
-        "there are logging_steps and progress"
-    ),
-    "compute_metrics push_to_hub": (
-        "there is none here; a Callback sees every step, and a checkpoint is a folder that"
-        " huggingface_hub uploads as it is"
-    ),
-    "hub_model_id hub_token hub_strategy hub_private_repo push_to_hub_model_id": (
-        "nothing is uploaded here; a checkpoint is a folder that huggingface_hub uploads as it is"
-    ),
-}
-_ELSEWHERE = {  # name in another program → how it is done here
-    name: how
-    for table in (_OF_MODELS, _OF_DATA, _OF_STEPS, _OF_RUNS)
-    for names, how in table.items()
-    for name in names.split()
-}
+    optimizer: str = _option(
+        "adamw", "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)"
+    )
+    weight_decay: float = _option(0.1, "decay of matrices")
+    adam_beta1: float = _option(0.9, "AdamW's memory of gradients")
+    adam_beta2: float = _option(0.99, "AdamW's memory of squared gradients")
+    dpo_beta: float = _option(
+        0.1, "preferences: how dear it is to move away from the model that training began with"
+    )
+    dpo_loss: str = _option(
+        "sigmoid",
+        "preferences: sigmoid (DPO), or sigmoid_norm (by the token, so that length does not count)",
+    )
+    dpo_label_smoothing: float = _option(
+        0.0, "preferences: chance that a pair is the other way round, below 0.5"
+    )
+    grad_clip: float = _option(1.0, "longest gradient, as a norm over all parameters; 0: no limit")
 
-# %% ../../nbs/config/01_options.ipynb #764685fc
-# key of other programs' configurations → the values with which it asks for nothing that is not
-# done anyway; None: any value
-_IDLE = {
-    **dict.fromkeys(
-        (
-            "do_train",
-            "do_eval",
-            "use_fast_tokenizer",
-            "remove_unused_columns",
-            "save_safetensors",
-            "logging_first_step",
-        ),
-        (True,),
-    ),
-    "logging_strategy": ("steps",),
-    "report_to": ("none", "tensorboard", ["none"], ["tensorboard"], []),
-    **dict.fromkeys(
-        (
-            "do_predict",
-            "fp16",
-            "bf16",
-            "tf32",
-            "no_cuda",
-            "use_cpu",
-            "use_moe",
-            "use_wandb",
-            "wandb_log",
-            "push_to_hub",
-            "disable_tqdm",
-            "with_tracking",
-            "use_slow_tokenizer",
-            "trust_remote_code",
-            "group_by_length",
-        ),
-        (False,),
-    ),
-    **dict.fromkeys(
-        (
-            "overwrite_cache",
-            "cache_dir",
-            "preprocessing_num_workers",
-            "streaming",
-            "low_cpu_mem_usage",
-            "logging_dir",
-            "ddp_find_unused_parameters",
-            "dataloader_pin_memory",
-            "prediction_loss_only",
-        )
-    ),
-}
+# %% ../../nbs/config/01_options.ipynb #2b12b24f
+@dataclass(frozen=True, kw_only=True)
+class _Saving:
+    "Saving"
+
+    save_strategy: str = _option("steps", "steps, epoch or no; the end of training is always saved")
+    save_steps: int = _option(
+        500,
+        "steps between checkpoints: what a kill costs at most, or twice as many while one is being"
+        " written",
+    )
+    save_total_limit: int = _option(5, "checkpoints kept, the oldest are deleted first; 0: all")
+    save_best_only: bool = _option(
+        False, "keep the best model and, for a resume, only the newest checkpoint"
+    )
+    time_save_interval_seconds: float = _option(
+        300.0, "a snapshot where this much time passes without a save; 0: none"
+    )
+    snapshot_kind: str = _option(
+        "full", "full (training can go on from it) or light (weights alone)"
+    )
+    snapshot_total_limit: int = _option(2, "snapshots kept")
+
+# %% ../../nbs/config/01_options.ipynb #53a93abc
+@dataclass(frozen=True, kw_only=True)
+class _Backup:
+    "Backup"
+
+    gdrive_backup_dir: str = _option(
+        "", "folder, on Google Drive or elsewhere, where the run is mirrored; empty: none"
+    )
+    backup_keep_last: int = _option(3, "states kept in the backup")
+    backup_wait_seconds: float = _option(
+        600.0, "how long to wait, at the end, until the backup is complete"
+    )
+
+# %% ../../nbs/config/01_options.ipynb #50c6f6c7
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation:
+    "Evaluation and logging"
+
+    evaluation_strategy: str = _option(
+        "steps", "steps, epoch or no; the end of training is evaluated unless no"
+    )
+    eval_steps: int = _option(500, "steps between evaluations")
+    eval_batch_size: int = _option(0, "sequences at once in an evaluation; 0: batch_size")
+    eval_sequences: int = _option(
+        256, "sequences of an evaluation, spread over the validation set; 0: all"
+    )
+    early_stopping: int = _option(
+        0,
+        "evaluations without a better validation loss after which training ends; 0: never; True: 3",
+    )
+    logging_steps: int = _option(10, "steps between lines in metrics.jsonl")
+
+# %% ../../nbs/config/01_options.ipynb #6323a913
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    "Data"
+
+    validation_split: float = _option(
+        0.05, "share of the texts held out, where fit builds the token set"
+    )
+    data_subset: float = _option(1.0, "share of the rows that is used")
+    max_data_size: int = _option(0, "rows that are used, the first ones; 0: all")
+    curriculum_learning: bool = _option(False, "the first epoch begins with the shortest rows")
+    objective: str = _option(
+        "",
+        "next_token_prediction, conversation_modeling, tool_use_optimization or"
+        " preference_alignment; empty: as the data are",
+    )
+
+# %% ../../nbs/config/01_options.ipynb #9dfc7ae7
+@dataclass(frozen=True, kw_only=True)
+class _Tokenizer:
+    "Tokenizer"
+
+    retrain_tokenizer: bool = _option(False, "train a tokenizer even where data/tokenizer/ has one")
+    special_tokens: str = _option(
+        "",
+        "tokens, with blanks between, that the tokenizer must have; one that is trained gets them",
+    )
+    tokenizer_vocab_size: int = _option(
+        0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus"
+    )
+    tokenizer_samples: int = _option(100_000, "texts that the tokenizer is trained on, at most")
+
+# %% ../../nbs/config/01_options.ipynb #b8bb39c6
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    "Rows of the data"
+
+    line_by_line: bool = _option(
+        False,
+        "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len;"
+        " otherwise texts follow one another",
+    )
+    on_bad_row: str = _option(
+        "warn",
+        "refused rows: warn (leave them out, and warn where they are more than a "
+        "tenth), skip (without a warning) or error",
+    )
+    long_rows: str = _option(
+        "skip",
+        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps"
+        " their beginning",
+    )
+    encoding: str = _option(
+        "", "of the data files, such as gb18030 or koi8-r; empty: as each file looks"
+    )
+    columns: str = _option(
+        "",
+        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME="
+        " leaves a column out",
+    )
+
+# %% ../../nbs/config/01_options.ipynb #e8ab96b6
+@dataclass(frozen=True, kw_only=True)
+class _Hardware:
+    "Seed, hardware and speed"
+
+    seed: int = _option(0, "decides initial weights, order of the data, dropout")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    devices: int = _option(
+        1, "processes that share each step, each on a GPU of its own; torchrun decides itself"
+    )
+    precision: str = _option("auto", "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
+    enable_compile: str = _option(
+        "auto",
+        "torch.compile: auto (where it saves time), yes, no, or max-autotune, which takes minutes"
+        " to begin (reduce-overhead is known, and taken as yes)",
+    )
+    disable_optimizations: bool = _option(
+        False,
+        "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer",
+    )
+    deterministic: bool = _option(
+        False,
+        "on a GPU: only algorithms that give the same bits each time, which is to make a resume"
+        " exact there too; slower, and not yet tried on one",
+    )
+    gradient_checkpointing: bool = _option(
+        False,
+        "compute activations a second time instead of keeping them: a third more time, far less"
+        " memory",
+    )
+    auto_batch_size: bool = _option(
+        False,
+        "on a GPU: the largest batch_size that fits, with the effective batch that is asked for",
+    )
+
+# %% ../../nbs/config/01_options.ipynb #740eba37
+@dataclass(frozen=True, kw_only=True)
+class _Limits:
+    "Limits of the machine"
+
+    max_cpu: float = _option(
+        100.0, "percent of all processors that may be busy, other programs included; 100: no limit"
+    )
+    max_memory: float = _option(
+        95.0,
+        "percent of the machine's (or container's) memory above which training saves and stops;"
+        " 100: no limit",
+    )
+    disable_monitoring: bool = _option(False, "watch neither max_cpu nor max_memory")
+    num_threads: int = _option(0, "CPU threads of torch; 0: OMP_NUM_THREADS, or one a core")
+    dataloader_workers: int = _option(0, "processes that read ahead; batches do not depend on it")
+
+# %% ../../nbs/config/01_options.ipynb #f461f2a9
+@dataclass(frozen=True, kw_only=True)
+class _Display:
+    "What is shown"
+
+    tensorboard: bool = _option(
+        True, "write TensorBoard's event files, where tensorboard is installed"
+    )
+    plot_loss: bool = _option(True, "write plots/loss_curve_*.png at each save")
+    progress: bool = _option(True, "show a progress bar and say what is decided")
+
+# %% ../../nbs/config/01_options.ipynb #e1bf2379
+@dataclass(frozen=True)
+class OtherPrograms:
+    "What the options of Trainer, TRL, PEFT, nanoGPT, MiniMind and others are here, by name."
+
+    aliases: dict[str, str]  # The option that is the same thing
+    elsewhere: dict[str, str]  # How it is done here, where no option is the same thing
+    ignored: dict[str, list | None]  # Values that ask for what is done anyway; None: any value
+
+
+@cache
+def other_programs() -> OtherPrograms:
+    "The tables, read when the first name is looked up."
+    named = lambda sections: {
+        name: what for table in sections for names, what in table.items() for name in names.split()
+    }
+    kinds = orjson.loads(pkgutil.get_data("minigpt.config", "other_programs.json"))
+    return OtherPrograms(**{kind: named(t.values()) for kind, t in kinds.items()})
 
 # %% ../../nbs/config/01_options.ipynb #82bd1a7f
 def without_idle(
@@ -247,10 +281,11 @@ def without_idle(
     say: Callable[[str], None] = print,  # Told what is left out
 ) -> dict:  # The others
     "Options without those that change nothing here."
+    ignored = other_programs().ignored
     idle = [
         k
         for k, v in options.items()
-        if k in _IDLE and (_IDLE[k] is None or v is None or v in _IDLE[k])
+        if k in ignored and (ignored[k] is None or v is None or v in ignored[k])
     ]
     if idle:
         say(
@@ -265,7 +300,8 @@ def elsewhere(
 ) -> str | None:
     "How that is done here; None: it is not known."
     name = name.replace("-", "_")
-    return _ELSEWHERE.get(name) or _ELSEWHERE.get(name.removeprefix("no_"))
+    how = other_programs().elsewhere
+    return how.get(name) or how.get(name.removeprefix("no_"))
 
 # %% ../../nbs/config/01_options.ipynb #f56fac9d
 PATIENCE = 3  # evaluations, of `early_stopping: true`
@@ -287,10 +323,7 @@ _MEANT = dict(  # option → what its value stands for
 )
 
 # %% ../../nbs/config/01_options.ipynb #c7542b65
-def _in_its_type(
-    f: Field,  # Of `TrainConfig`
-    value,  # As it was given
-):
+def _in_its_type(f: Field, value):
     "The value in the type of the field's default; else a `TypeError`."
     if hasattr(value, "item") and getattr(value, "shape", None) == ():
         value = value.item()  # NumPy's numbers
@@ -299,13 +332,8 @@ def _in_its_type(
     kind = type(f.default)
     if kind is str and isinstance(value, Path) or value is None and f.default == "":
         return str(value or "")
-    if (
-        kind is float
-        and type(value) is int
-        or kind is int
-        and type(value) is float
-        and value.is_integer()
-    ):
+    whole = type(value) is int or type(value) is float and value.is_integer()
+    if whole and kind in (int, float):
         return kind(value)
     if type(value) is not kind:
         raise TypeError(f"{f.name}={value!r} must be of type {kind.__name__}: {f.metadata['help']}")
@@ -324,44 +352,26 @@ _EPOCHS = "above 0 and below a billion; to train until you stop it, give max_ste
 _EVALUATED = (
     "steps or epoch where early_stopping or save_best_only is set: they need the validation loss"
 )
+_evaluated = lambda v, c: v != "no" or not (c.early_stopping or c.save_best_only)
 _PERCENTAGE = "above 0 and at most 100: it is a percentage"
-_RULES = (  # option, what must hold, and how that is said
-    ("columns", lambda c: all("=" in p for p in c.columns.split(",") if p.strip()), _COLUMNS),
-    ("seed", lambda c: -1 << 63 <= c.seed < 1 << 63, "a whole number of 64 bits"),
-    ("num_threads", lambda c: c.num_threads <= 1024, "at most 1024; 0: one a core"),
-    ("epochs", lambda c: 0 < c.epochs < 1e9 or c.max_steps, _EPOCHS),
-    ("max_steps", lambda c: c.max_steps < 1 << 53, "below 2**53"),
-    (
-        "evaluation_strategy",
-        lambda c: not (c.early_stopping or c.save_best_only) or c.evaluation_strategy != "no",
-        _EVALUATED,
-    ),
-    ("dpo_beta", lambda c: c.dpo_beta > 0, "above 0"),
-    (
-        "dpo_label_smoothing",
-        lambda c: 0 <= c.dpo_label_smoothing < 0.5,
-        "at least 0 and below 0.5",
-    ),
-    ("learning_rate", lambda c: 0 < c.learning_rate < math.inf, "above 0"),
-    (
-        "min_lr_ratio",
-        lambda c: 0 <= c.min_lr_ratio <= 1,
-        "from 0 to 1: it is a share of learning_rate",
-    ),
-    ("max_cpu", lambda c: 0 < c.max_cpu <= 100, _PERCENTAGE),
-    ("max_memory", lambda c: 0 < c.max_memory <= 100, _PERCENTAGE),
-    (
-        "validation_split",
-        lambda c: 0 <= c.validation_split < 1,
-        "at least 0 and below 1: it is a share of the texts",
-    ),
-    (
-        "data_subset",
-        lambda c: 0 < c.data_subset <= 1,
-        "above 0 and at most 1: it is a share of the rows",
-    ),
-    ("adam_beta1", lambda c: 0 <= c.adam_beta1 < 1, "at least 0 and below 1"),
-    ("adam_beta2", lambda c: 0 <= c.adam_beta2 < 1, "at least 0 and below 1"),
+_OF_TEXTS = "at least 0 and below 1: it is a share of the texts"
+_RULES = (  # option, what must hold (of its value, and of all), and how that is said
+    ("columns", lambda v, c: all("=" in p for p in v.split(",") if p.strip()), _COLUMNS),
+    ("seed", lambda v, c: -1 << 63 <= v < 1 << 63, "a whole number of 64 bits"),
+    ("num_threads", lambda v, c: v <= 1024, "at most 1024; 0: one a core"),
+    ("epochs", lambda v, c: 0 < v < 1e9 or c.max_steps, _EPOCHS),
+    ("max_steps", lambda v, c: v < 1 << 53, "below 2**53"),
+    ("evaluation_strategy", _evaluated, _EVALUATED),
+    ("dpo_beta", lambda v, c: v > 0, "above 0"),
+    ("dpo_label_smoothing", lambda v, c: 0 <= v < 0.5, "at least 0 and below 0.5"),
+    ("learning_rate", lambda v, c: 0 < v < math.inf, "above 0"),
+    ("min_lr_ratio", lambda v, c: 0 <= v <= 1, "from 0 to 1: it is a share of learning_rate"),
+    ("max_cpu", lambda v, c: 0 < v <= 100, _PERCENTAGE),
+    ("max_memory", lambda v, c: 0 < v <= 100, _PERCENTAGE),
+    ("validation_split", lambda v, c: 0 <= v < 1, _OF_TEXTS),
+    ("data_subset", lambda v, c: 0 < v <= 1, "above 0 and at most 1: it is a share of the rows"),
+    ("adam_beta1", lambda v, c: 0 <= v < 1, "at least 0 and below 1"),
+    ("adam_beta2", lambda v, c: 0 <= v < 1, "at least 0 and below 1"),
 )
 
 # %% ../../nbs/config/01_options.ipynb #9f606bad
@@ -398,7 +408,7 @@ def _check(c: "TrainConfig"):
         for n in names.split():
             must(n, getattr(c, n) >= least, f"at least {least}")
     for name, holds, what in _RULES:
-        must(name, holds(c), what)
+        must(name, holds(getattr(c, name), c), what)
     for name, words in _CHOICES.items():
         must(name, getattr(c, name) in words, "one of " + ", ".join(w or "''" for w in words))
 
@@ -415,14 +425,11 @@ def _unknown(name, known: list[str]) -> str:
     return did_you_mean(name, known, 0.7) or f"; options are {', '.join(known)}"
 
 
-def _by_their_names(
-    options: list[tuple],  # Name and value; a later one goes before, whichever name is used
-    known: list[str],
-) -> dict:
-    "Options under the names of `TrainConfig`."
-    out = {}
+def _by_their_names(options: list[tuple], known: list[str]) -> dict:
+    "Options under the names of `TrainConfig`; a later one goes before, whichever name is used."
+    out, aliases = {}, other_programs().aliases
     for k, v in options:
-        name = _ALIASES.get(k, k)
+        name = aliases.get(k, k)
         if name not in known:
             raise TypeError(f"there is no option {k!r}{_unknown(k, known)}")
         if not (v is True and name == "early_stopping" and out.get(name)):
@@ -431,170 +438,21 @@ def _by_their_names(
 
 # %% ../../nbs/config/01_options.ipynb #63dba94e
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(
+    _Display,
+    _Limits,
+    _Hardware,
+    _Rows,
+    _Tokenizer,
+    _Data,
+    _Evaluation,
+    _Backup,
+    _Saving,
+    _Optimization,
+    _LearningRate,
+    _Length,
+):
     "How to train. Lengths are in tokens, sizes in sequences, times in optimizer steps."
-
-    epochs: float = _option(1.0, "passes over the data; max_steps goes before it")
-    max_steps: int = _option(0, "optimizer steps in all; 0: as many as `epochs` takes")
-    batch_size: int = _option(8, "sequences of a micro-batch: what is in memory at once")
-    gradient_accumulation: int = _option(1, "micro-batches of an optimizer step")
-    max_seq_len: int = _option(512, "tokens of a sequence")
-    learning_rate: float = _option(1e-3, "highest learning rate, after the warm-up")
-    lr_schedule: str = _option(
-        "cosine", "cosine, linear, wsd (constant, then down over the last fifth) or constant"
-    )
-    min_lr_ratio: float = _option(0.1, "lowest learning rate, as a share of the highest")
-    warmup_steps: int = _option(
-        -1, "steps to reach the highest learning rate; -1: a tenth of the run, 100 at most"
-    )
-    lr_extend: str = _option(
-        "stretch",
-        "where a run goes on with more steps: stretch (the schedule is stretched over all of them,"
-        " so the learning rate jumps up) or continue (from where it is, down to min_lr_ratio of"
-        " that)",
-    )
-    optimizer: str = _option(
-        "adamw", "adamw, or muon (for the matrices inside the blocks; AdamW for the rest)"
-    )
-    weight_decay: float = _option(0.1, "decay of matrices")
-    adam_beta1: float = _option(0.9, "AdamW's memory of gradients")
-    adam_beta2: float = _option(0.99, "AdamW's memory of squared gradients")
-    dpo_beta: float = _option(
-        0.1, "preferences: how dear it is to move away from the model that training began with"
-    )
-    dpo_loss: str = _option(
-        "sigmoid",
-        "preferences: sigmoid (DPO), or sigmoid_norm (by the token, so that length does not count)",
-    )
-    dpo_label_smoothing: float = _option(
-        0.0, "preferences: chance that a pair is the other way round, below 0.5"
-    )
-    grad_clip: float = _option(1.0, "longest gradient, as a norm over all parameters; 0: no limit")
-    save_strategy: str = _option("steps", "steps, epoch or no; the end of training is always saved")
-    save_steps: int = _option(
-        500,
-        "steps between checkpoints: what a kill costs at most, or twice as many while one is being"
-        " written",
-    )
-    save_total_limit: int = _option(5, "checkpoints kept, the oldest are deleted first; 0: all")
-    save_best_only: bool = _option(
-        False, "keep the best model and, for a resume, only the newest checkpoint"
-    )
-    time_save_interval_seconds: float = _option(
-        300.0, "a snapshot where this much time passes without a save; 0: none"
-    )
-    snapshot_kind: str = _option(
-        "full", "full (training can go on from it) or light (weights alone)"
-    )
-    snapshot_total_limit: int = _option(2, "snapshots kept")
-    gdrive_backup_dir: str = _option(
-        "", "folder, on Google Drive or elsewhere, where the run is mirrored; empty: none"
-    )
-    backup_keep_last: int = _option(3, "states kept in the backup")
-    backup_wait_seconds: float = _option(
-        600.0, "how long to wait, at the end, until the backup is complete"
-    )
-    evaluation_strategy: str = _option(
-        "steps", "steps, epoch or no; the end of training is evaluated unless no"
-    )
-    eval_steps: int = _option(500, "steps between evaluations")
-    eval_batch_size: int = _option(0, "sequences at once in an evaluation; 0: batch_size")
-    eval_sequences: int = _option(
-        256, "sequences of an evaluation, spread over the validation set; 0: all"
-    )
-    early_stopping: int = _option(
-        0,
-        "evaluations without a better validation loss after which training ends; 0: never; True: 3",
-    )
-    logging_steps: int = _option(10, "steps between lines in metrics.jsonl")
-    validation_split: float = _option(
-        0.05, "share of the texts held out, where fit builds the token set"
-    )
-    data_subset: float = _option(1.0, "share of the rows that is used")
-    max_data_size: int = _option(0, "rows that are used, the first ones; 0: all")
-    curriculum_learning: bool = _option(False, "the first epoch begins with the shortest rows")
-    objective: str = _option(
-        "",
-        "next_token_prediction, conversation_modeling, tool_use_optimization or"
-        " preference_alignment; empty: as the data are",
-    )
-    retrain_tokenizer: bool = _option(False, "train a tokenizer even where data/tokenizer/ has one")
-    special_tokens: str = _option(
-        "",
-        "tokens, with blanks between, that the tokenizer must have; one that is trained gets them",
-    )
-    tokenizer_vocab_size: int = _option(
-        0, "tokens of a tokenizer that fit trains; 0: 15,000, or fewer for a small corpus"
-    )
-    tokenizer_samples: int = _option(100_000, "texts that the tokenizer is trained on, at most")
-    line_by_line: bool = _option(
-        False,
-        "each line (of a plain text) or row is a sequence of its own, filled up to max_seq_len;"
-        " otherwise texts follow one another",
-    )
-    on_bad_row: str = _option(
-        "warn",
-        "refused rows: warn (leave them out, and warn where they are more than a "
-        "tenth), skip (without a warning) or error",
-    )
-    long_rows: str = _option(
-        "skip",
-        "conversations in which no answer ends within max_seq_len: skip leaves them out, cut keeps"
-        " their beginning",
-    )
-    encoding: str = _option(
-        "", "of the data files, such as gb18030 or koi8-r; empty: as each file looks"
-    )
-    columns: str = _option(
-        "",
-        "columns of the data under other names, as in prompt=QUESTION,completion=SOLUTION; NAME="
-        " leaves a column out",
-    )
-    seed: int = _option(0, "decides initial weights, order of the data, dropout")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
-    devices: int = _option(
-        1, "processes that share each step, each on a GPU of its own; torchrun decides itself"
-    )
-    precision: str = _option("auto", "auto, fp32, bf16 or fp16 (mixed: weights stay fp32)")
-    enable_compile: str = _option(
-        "auto",
-        "torch.compile: auto (where it saves time), yes, no, or max-autotune, which takes minutes"
-        " to begin (reduce-overhead is known, and taken as yes)",
-    )
-    disable_optimizations: bool = _option(
-        False,
-        "the plain loop: not compiled, fp32 unless precision says otherwise, no fused optimizer",
-    )
-    deterministic: bool = _option(
-        False,
-        "on a GPU: only algorithms that give the same bits each time, which is to make a resume"
-        " exact there too; slower, and not yet tried on one",
-    )
-    gradient_checkpointing: bool = _option(
-        False,
-        "compute activations a second time instead of keeping them: a third more time, far less"
-        " memory",
-    )
-    auto_batch_size: bool = _option(
-        False,
-        "on a GPU: the largest batch_size that fits, with the effective batch that is asked for",
-    )
-    max_cpu: float = _option(
-        100.0, "percent of all processors that may be busy, other programs included; 100: no limit"
-    )
-    max_memory: float = _option(
-        95.0,
-        "percent of the machine's (or container's) memory above which training saves and stops;"
-        " 100: no limit",
-    )
-    disable_monitoring: bool = _option(False, "watch neither max_cpu nor max_memory")
-    num_threads: int = _option(0, "CPU threads of torch; 0: OMP_NUM_THREADS, or one a core")
-    dataloader_workers: int = _option(0, "processes that read ahead; batches do not depend on it")
-    tensorboard: bool = _option(
-        True, "write TensorBoard's event files, where tensorboard is installed"
-    )
-    plot_loss: bool = _option(True, "write plots/loss_curve_*.png at each save")
-    progress: bool = _option(True, "show a progress bar and say what is decided")
 
     def __post_init__(self):
         for f in fields(self):
@@ -621,7 +479,12 @@ class TrainConfig:
     @classmethod
     def names(cls) -> list[str]:
         "Of all options, those they have elsewhere included."
-        return [*(f.name for f in fields(cls)), *_ALIASES]
+        return [*(f.name for f in fields(cls)), *other_programs().aliases]
+
+    @classmethod
+    def groups(cls) -> dict[str, tuple[Field, ...]]:
+        "The options under their headings, as they stand here."
+        return {base.__doc__: fields(base) for base in reversed(cls.__bases__)}
 
     @classmethod
     def make(cls, base: "TrainConfig|dict|None" = None, **options) -> "TrainConfig":
@@ -677,8 +540,9 @@ def read_options(
             f"there is no configuration file {path}; it must be a .json or .yaml file with options"
             " and their values"
         )
+    is_yaml = path.suffix in (".yaml", ".yml")
     try:
-        if path.suffix in (".yaml", ".yml"):
+        if is_yaml:
             import yaml
 
             class Loader(yaml.SafeLoader):
@@ -693,9 +557,8 @@ def read_options(
         else:
             found = orjson.loads(path.read_bytes())
     except Exception as e:
-        kind = "JSON, which has no comments and no comma behind the last value"
-        if path.suffix in (".yaml", ".yml"):
-            kind = "YAML"
+        strict = "JSON, which has no comments and no comma behind the last value"
+        kind = "YAML" if is_yaml else strict
         raise ValueError(f"{path} cannot be read as {kind}: {e}") from None
     if not isinstance(found, dict):
         raise ValueError(

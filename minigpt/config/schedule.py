@@ -173,13 +173,8 @@ def storage_plan(
                 f" {human_size(need_backup)} at most; {room(free_backup)}"
             )
         )
-        warn(
-            "the backup",
-            need_backup - there_backup,
-            free_backup,
-            config.backup_keep_last,
-            "backup_keep_last",
-        )
+        need_backup -= there_backup
+        warn("the backup", need_backup, free_backup, config.backup_keep_last, "backup_keep_last")
     return lines
 
 # %% ../../nbs/config/02_schedule.ipynb #eea12700
@@ -195,13 +190,12 @@ def time_plan(
         + (["…"] if len(saves) > 4 else [])
         + [f"{schedule.max_steps:,}"] * (len(saves) > 3)
     )
-    every = schedule.config.time_save_interval_seconds
-    return (
-        f"{seconds:.2f} s a step: {schedule.max_steps - step:,} more take about"
-        f" {human_time((schedule.max_steps - step) * seconds)}; checkpoints at {', '.join(shown)}"
-        + (
-            f"; a snapshot where {human_time(every)} pass without one"
-            if every and seconds * schedule.config.save_steps > every
-            else ""
-        )
+    rest = human_time((schedule.max_steps - step) * seconds)
+    plan = (
+        f"{seconds:.2f} s a step: {schedule.max_steps - step:,} more take about {rest};"
+        f" checkpoints at {', '.join(shown)}"
     )
+    every = schedule.config.time_save_interval_seconds
+    if every and seconds * schedule.config.save_steps > every:
+        plan += f"; a snapshot where {human_time(every)} pass without one"
+    return plan

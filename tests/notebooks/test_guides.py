@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from project import ROOT, directives, joined
 
-from minigpt.config.options import _ALIASES, TrainConfig
+from minigpt.config.options import TrainConfig, other_programs
 from tests.notebooks.test_colab import STUB
 
 PAGES = [
@@ -237,7 +237,7 @@ def test_names_that_are_taken_as_they_are():
         for line in text.splitlines()
         if line.endswith("| the same |")
         for n in re.findall(r"`([^`]+)`", line.split("|")[1])
-        if n not in _ALIASES
+        if n not in other_programs().aliases
     ]
     assert same and set(same) <= {f.name for f in dataclasses.fields(TrainConfig)}
 
