@@ -26,6 +26,7 @@ from .core.files import on_hub
 from .core.suggest import did_you_mean
 from .data.readers import data_files, read_blocks
 from .data.tokensets import ChatSet
+from .model.families import Family, register_family
 from .model.generation import text_pieces
 from minigpt.model.gpt import (
     GPT,
@@ -802,6 +803,24 @@ def _continued(model: Tess, tokenizer: Tokenizer, prompt: str, max_new_tokens: i
             head,
         )
     )
+
+# %% ../nbs/03_diffusion.ipynb #9b6cc568
+def _stream(model: Tess, tokenizer: Tokenizer, prompt, tools, thinking, **how) -> Iterator[str]:
+    return iter([model.write(tokenizer, prompt, **how)])
+
+
+register_family(
+    Family(
+        model_types=("roberta",),
+        config=TessConfig,
+        from_hf=from_hf,
+        from_dict=from_dict,
+        stream=_stream,
+        objective=Tess.objective,
+        instead=", which fills gaps; use minigpt.diffusion (infill, denoise), or `generate` of its"
+        " run",
+    )
+)
 
 # %% ../nbs/03_diffusion.ipynb #dd142607
 class Film:

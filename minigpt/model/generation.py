@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.readers import ROLES
+from .families import family_of
 from .gpt import GPT, KVCache, need_gpt, rope_angles
 from ..tokenizer.bpe import Tokenizer
 
@@ -443,9 +444,8 @@ def stream_text(
     **kw,  # Options of `generate`; `stop_ids` is the tokenizer's unless given
 ) -> Iterator[str]:  # Pieces of the new text
     "Write on, and hand out the text as it comes."
-    if hasattr(model, "write"):
-        # a model that does not go from left to right
-        return iter([model.write(tokenizer, prompt, **kw)])
+    if (family := family_of(model)) and family.stream:
+        return family.stream(model, tokenizer, prompt, tools, thinking, **kw)
     if isinstance(prompt, str):
         ids = after = tokenizer.begin(prompt)
     else:
