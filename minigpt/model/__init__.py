@@ -10,7 +10,7 @@ __all__, __getattr__, __dir__ = lazy_names(
         """,
         "gpt": """
             MOST MOST_PARAMS check_size check_number check_flag check_params GPTConfig to_hf
-            check_hf RMSNorm rope_angles rotate Attention MLP Block linear_cross_entropy
+            check_hf check_computed HF_SIZES RMSNorm rope_angles rotate Attention MLP Block linear_cross_entropy
             linear_log_probs KVCache LanguageModel has_own_head GPT need_gpt
         """,
         "generation": """
