@@ -153,9 +153,8 @@ class Tools:
         try:
             given = self._checks[name].validate_python(arguments)
         except ValidationError as e:
-            wrong = (
-                f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()
-            )
+            where = lambda x: ".".join(map(str, x["loc"])) or "arguments"
+            wrong = (f"{where(x)}: {x['msg']}" for x in e.errors())
             return error(f"{name} was not called: {'; '.join(wrong)}")
         try:
             result = json.dumps(self.functions[name](**given), ensure_ascii=False, allow_nan=False)

@@ -114,20 +114,19 @@ def _check_sizes(c: "TessConfig"):
 
 # %% ../nbs/03_diffusion.ipynb #9622face
 _WORDS = dict(
-    beta_schedule=(("squaredcos_improved_ddpm",), "'squaredcos_improved_ddpm'"),
-    self_condition=(
-        (None, "logits", "logits_addition", "logits_mean"),
-        "one of none, logits, logits_addition, logits_mean",
-    ),
-    blanks=(("mixed", "spans", "rest", "all"), "one of mixed, spans, rest, all"),
+    self_condition=(None, "logits", "logits_addition", "logits_mean"),
+    blanks=("mixed", "spans", "rest", "all"),
 )
 
 
 def _check_noise(c: "TessConfig"):
     n, most = "num_inference_diffusion_steps", c.num_diffusion_steps
     _must(c, n, getattr(c, n) <= most, f"at most num_diffusion_steps={most}")
-    for name, (known, what) in _WORDS.items():
-        _must(c, name, getattr(c, name) in known, what)
+    only = "squaredcos_improved_ddpm"
+    _must(c, "beta_schedule", c.beta_schedule == only, repr(only))
+    for n, known in _WORDS.items():
+        what = f"one of {', '.join(k or 'none' for k in known)}"
+        _must(c, n, getattr(c, n) in known, what)
     check_params(c)
     if c.simplex_value is None:
         what = "the id of the token that stands for a gap; give the tokenizer one:"
@@ -149,15 +148,10 @@ _OWN = (
 
 def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
     "What `TessConfig.to_hf` gives."
-    own = {k: getattr(c, k) for k in _OWN}
     return dict(
         architectures=["RobertaForMaskedLM"],
         model_type="roberta",
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        intermediate_size=c.ffn_dim,
+        **{theirs: getattr(c, ours) for theirs, ours in HF_SIZES.items()},
         hidden_act="gelu",
         max_position_embeddings=c.max_len + c.pad_id + 1,
         type_vocab_size=c.type_vocab,
@@ -171,7 +165,7 @@ def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
         bos_token_id=bos_id,
         dtype="float32",
         torch_dtype="float32",
-        **own,
+        **{k: getattr(c, k) for k in _OWN},
     )
 
 # %% ../nbs/03_diffusion.ipynb #67043ba8
@@ -270,11 +264,7 @@ def from_hf(
     )
     check_computed((k, d.get(k, want), want) for k, want in plain.items())
     return TessConfig(
-        vocab_size=d["vocab_size"],
-        dim=d["hidden_size"],
-        n_layer=d["num_hidden_layers"],
-        n_head=d["num_attention_heads"],
-        ffn_dim=d["intermediate_size"],
+        **{ours: d[theirs] for theirs, ours in HF_SIZES.items()},
         max_len=d["max_position_embeddings"] - pad - 1,
         dropout=d.get("hidden_dropout_prob", 0.1),
         norm_eps=d.get("layer_norm_eps", 1e-12),

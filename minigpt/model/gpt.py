@@ -75,10 +75,8 @@ def check_number(
     # below 1e300, so neither infinite nor NaN
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
     if not number:
-        raise ValueError(
-            f"{name}={value!r:.60} must be a"
-            f" number{', without quotes' if isinstance(value, str) else ''}: {which}"
-        )
+        quotes = ", without quotes" if isinstance(value, str) else ""
+        raise ValueError(f"{name}={value!r:.60} must be a number{quotes}: {which}")
     if not fits(value):
         raise ValueError(f"{name}={value!r:.60} must be {which}")
 
@@ -244,12 +242,14 @@ def to_hf(
     )
 
 # %% ../../nbs/model/01_gpt.ipynb #f4c0009e
-_SIZES = dict(
+HF_SIZES = dict(  # sizes that the config.json of any model gives → our names for them
     vocab_size="vocab_size",
     hidden_size="dim",
     num_hidden_layers="n_layer",
     num_attention_heads="n_head",
     intermediate_size="ffn_dim",
+)
+_SIZES = HF_SIZES | dict(
     num_key_value_heads="n_kv_head",
     head_dim="head_dim",
     max_position_embeddings="max_len",
@@ -294,10 +294,8 @@ def check_computed(
         )
 
 # %% ../../nbs/model/01_gpt.ipynb #36388da4
-def _rope(
-    d: dict,  # Content of a config.json
-) -> tuple[dict, str]:  # Its settings; how it is scaled
-    "The rotary embedding, of which a config.json may speak in three places."
+def _rope(d: dict) -> tuple[dict, str]:
+    "The rotary embedding and how it is scaled; a config.json may speak of them in three places."
     ropes = [d.get("rope_scaling") or {}, d.get("rope_parameters") or {}]
     thetas = {r["rope_theta"] for r in (*ropes, d) if "rope_theta" in r}
     if len(thetas) > 1:
@@ -325,16 +323,6 @@ def _check_plain(d: dict, rope: dict, scaling: str):
     check_computed(asked)
 
 # %% ../../nbs/model/01_gpt.ipynb #66cbffd6
-# Sizes that the config.json of any model gives
-HF_SIZES = [
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-]
-
-
 def _from_hf(d: dict) -> GPTConfig:
     "What `from_hf` gives of a plain Llama or Qwen3."
     check_hf(d, HF_SIZES)
@@ -342,11 +330,7 @@ def _from_hf(d: dict) -> GPTConfig:
     _check_plain(d, rope, scaling)
     qwen, head = d["model_type"] == "qwen3", d["num_attention_heads"]
     return GPTConfig(
-        vocab_size=d["vocab_size"],
-        dim=d["hidden_size"],
-        n_layer=d["num_hidden_layers"],
-        n_head=head,
-        ffn_dim=d["intermediate_size"],
+        **{ours: d[theirs] for theirs, ours in HF_SIZES.items()},
         n_kv_head=d.get("num_key_value_heads")
         or (32 if qwen and "num_key_value_heads" not in d else head),
         head_dim=d.get("head_dim") or (128 if qwen else None),
