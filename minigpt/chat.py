@@ -359,11 +359,6 @@ def _forgotten(chat: "Chat") -> str:
 _OPTIONS = "max_new_tokens", "temperature", "top_p", "top_k", "seed"  # of answers, in a `Chat`
 
 
-def _answer(chat: "Chat", ids: list[int]) -> Answer:
-    options = {k: getattr(chat, k) for k in _OPTIONS}
-    return Answer(chat.model, chat.tokenizer, ids, **options)
-
-
 def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
     "Answers and the calls in them, until one calls nothing."
     start = chat._start
@@ -378,7 +373,8 @@ def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
         if chat._start > start:
             start = chat._start
             yield "note", _forgotten(chat)
-        calls = yield from turn.listen(_answer(chat, ids))
+        options = {k: getattr(chat, k) for k in _OPTIONS}
+        calls = yield from turn.listen(Answer(chat.model, chat.tokenizer, ids, **options))
         if calls == []:
             return
         for call in calls or ():

@@ -324,18 +324,6 @@ def _lm_head(c: TessConfig) -> nn.ModuleDict:
     head.bias = nn.Parameter(torch.zeros(c.vocab_size))
     return head
 
-
-def _through(model: "_Encoder", x: Tensor, mask: Tensor | None) -> Tensor:
-    "What comes out of the blocks."
-    for block in model.blocks:
-        # A block that was compiled is so for training
-        run = block if model.training else block.forward
-        if model.training and model.recompute:
-            x = checkpoint(run, x, mask, use_reentrant=False)
-        else:
-            x = run(x, mask)
-    return x
-
 # %% ../nbs/03_diffusion.ipynb #22867db6
 class _Encoder(LanguageModel):
     "A RoBERTa with its output layer."
@@ -350,12 +338,9 @@ class _Encoder(LanguageModel):
         return self.roberta["encoder"]["layer"]
 
     def spare(self, name: str) -> bool:
-        # Buffers; what is not used, or tied
-        return (
-            name.endswith(("position_ids", "token_type_ids"))
-            or ".pooler." in name
-            or name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
-        )
+        buffer = name.endswith(("position_ids", "token_type_ids"))
+        tied = name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
+        return buffer or tied or ".pooler." in name
 
     def hidden(
         self,
@@ -377,7 +362,15 @@ class _Encoder(LanguageModel):
         x = x + e["position_embeddings"].weight[c.pad_id + 1 : c.pad_id + 1 + T]
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0])
         x = F.dropout(x, c.dropout, self.training)
-        return _through(self, x, None if real is None else real[:, None, None])
+        mask = None if real is None else real[:, None, None]
+        for block in self.blocks:
+            # A block that was compiled is so for training
+            run = block if self.training else block.forward
+            if self.training and self.recompute:
+                x = checkpoint(run, x, mask, use_reentrant=False)
+            else:
+                x = run(x, mask)
+        return x
 
     def scores(
         self,
