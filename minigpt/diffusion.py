@@ -782,7 +782,7 @@ def infill(
             f"the text has no gap: write {mask} for each token that is wanted, such as 'The"
             f" {mask}{mask} slept.'"
         )
-    ids, blank = [*tokenizer.adds[0], *tokenizer.encode(head)], []
+    ids = [*tokenizer.adds[0], *tokenizer.encode(head)]
     blank = [False] * len(ids)
     for t in tails:
         more = tokenizer.encode(t)
