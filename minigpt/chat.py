@@ -33,10 +33,8 @@ def _described(f) -> tuple[str, dict[str, str]]:
     except (OSError, TypeError):
         source = ""
     # Up to the colon that ends the signature
-    head = (
-        m[0] if (m := re.match(r"(?s).*?^[^#\n]*\)[^#\n]*:[ \t]*(#[^\n]*)?$", source, re.M)) else ""
-    )
-    found = {}
+    m = re.match(r"(?s).*?^[^#\n]*\)[^#\n]*:[ \t]*(#[^\n]*)?$", source, re.M)
+    head, found = m[0] if m else "", {}
     for name in inspect.signature(f).parameters:
         if m := re.search(rf"^[ \t]*{name}\b[^:\n]*:[ \t]*(.+)", args, re.M) or re.search(
             rf"^(?:[^#\n]*\()?[ \t]*{name}\b[^#\n]*#[ \t]*(.+)", head, re.M
@@ -66,16 +64,10 @@ def _arguments(f):
                 f"{f.__name__} takes {p}, and a model gives every argument by its name; write the"
                 " parameters out"
             )
-        default = (
-            {}
-            if p.default is p.empty
-            or not isinstance(p.default, (str, int, float, bool, type(None)))
-            else dict(default=p.default)
-        )
-        kind = Annotated[
-            hints.get(name, Any),
-            Field(description=said.get(name), json_schema_extra=default or None),
-        ]
+        plain = isinstance(p.default, (str, int, float, bool, type(None)))
+        extra = dict(default=p.default) if plain else None
+        about = Field(description=said.get(name), json_schema_extra=extra)
+        kind = Annotated[hints.get(name, Any), about]
         fields[name] = kind if p.default is p.empty else NotRequired[kind]
     arguments = TypedDict("arguments", fields)
     arguments.__pydantic_config__ = ConfigDict(extra="forbid")
@@ -161,9 +153,8 @@ class Tools:
         try:
             given = self._checks[name].validate_python(arguments)
         except ValidationError as e:
-            wrong = (
-                f"{'.'.join(map(str, x['loc'])) or 'arguments'}: {x['msg']}" for x in e.errors()
-            )
+            where = lambda x: ".".join(map(str, x["loc"])) or "arguments"
+            wrong = (f"{where(x)}: {x['msg']}" for x in e.errors())
             return error(f"{name} was not called: {'; '.join(wrong)}")
         try:
             result = json.dumps(self.functions[name](**given), ensure_ascii=False, allow_nan=False)
@@ -185,35 +176,23 @@ def _held(text: str, marks: Iterable[str]) -> int:
 
 def _parts(pieces: Iterable[str], kind: str = "text") -> Iterator[tuple[str, str]]:
     "(`thinking`, `text` or `call`, piece); behind the first call everything counts as calls."
-    rest, fresh = "", kind == "thinking"
+    rest, fresh = "", kind == "thinking"  # fresh: nothing of this kind is out
     for piece in itertools.chain(pieces, [None]):
         rest += piece or ""
         while kind != "call" and (
-            at := min(((i, m) for m in _MARKS[kind] if (i := rest.find(m)) >= 0), default=None)
+            found := min(((i, m) for m in _MARKS[kind] if (i := rest.find(m)) >= 0), default=None)
         ):
-            said = rest[: at[0]].lstrip("\n") if fresh else rest[: at[0]]
+            at, mark = found
+            said = rest[:at].lstrip("\n") if fresh else rest[:at]
             if said := said.rstrip("\n"):
                 yield kind, said
-            kind, rest, fresh = (
-                ("call", rest[at[0] :], False)
-                if at[1] == "<tool_call>"
-                else (
-                    "thinking" if at[1] == "<think>" else "text",
-                    rest[at[0] + len(at[1]) :],
-                    True,
-                )
-            )
-        if kind == "call":
-            ready, rest = rest, ""
-        else:
-            if fresh:
-                rest = rest.lstrip("\n")
-            n = (
-                len(rest)
-                if piece is None
-                else len(rest[: len(rest) - _held(rest, _MARKS[kind])].rstrip("\n"))
-            )
-            ready, rest = rest[:n], rest[n:]
+            fresh = mark != "<tool_call>"
+            kind = {"<think>": "thinking", "</think>": "text", "<tool_call>": "call"}[mark]
+            rest = rest[at + len(mark) :] if fresh else rest[at:]
+        ready = rest = rest.lstrip("\n") if fresh else rest
+        if kind != "call" and piece is not None:
+            ready = rest[: len(rest) - _held(rest, _MARKS[kind])].rstrip("\n")
+        rest = rest[len(ready) :]
         if ready:
             fresh = False
             yield kind, ready
@@ -235,16 +214,13 @@ def _until(pieces: Iterable[str], stop: Iterable[str]) -> Iterator[str]:
 # %% ../nbs/01_chat.ipynb #63fcab26
 def _message(said: dict[str, str], calls: Iterable[dict]) -> dict:
     "An answer as a message; where no calls are kept, what was written of them is text."
-    text = (
-        said["text"]
-        if calls or not said["call"]
-        else "\n".join(filter(None, (said["text"], said["call"])))
-    )
-    return (
-        dict(role="assistant", content=text)
-        | ({"reasoning_content": said["thinking"]} if said["thinking"] else {})
-        | ({"tool_calls": [*calls]} if calls else {})
-    )
+    text = [said["text"]] if calls else filter(None, (said["text"], said["call"]))
+    message = dict(role="assistant", content="\n".join(text))
+    if said["thinking"]:
+        message["reasoning_content"] = said["thinking"]
+    if calls:
+        message["tool_calls"] = [*calls]
+    return message
 
 # %% ../nbs/01_chat.ipynb #63f2e47e
 class Answer:
@@ -380,17 +356,7 @@ def _forgotten(chat: "Chat") -> str:
     )
 
 # %% ../nbs/01_chat.ipynb #567e5bc8
-def _answer(chat: "Chat", ids: list[int]) -> Answer:
-    return Answer(
-        chat.model,
-        chat.tokenizer,
-        ids,
-        max_new_tokens=chat.max_new_tokens,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        top_k=chat.top_k,
-        seed=chat.seed,
-    )
+_OPTIONS = "max_new_tokens", "temperature", "top_p", "top_k", "seed"  # of answers, in a `Chat`
 
 
 def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
@@ -407,7 +373,8 @@ def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
         if chat._start > start:
             start = chat._start
             yield "note", _forgotten(chat)
-        calls = yield from turn.listen(_answer(chat, ids))
+        options = {k: getattr(chat, k) for k in _OPTIONS}
+        calls = yield from turn.listen(Answer(chat.model, chat.tokenizer, ids, **options))
         if calls == []:
             return
         for call in calls or ():
@@ -418,10 +385,8 @@ def _rounds(chat: "Chat", turn: _Turn) -> Iterator[tuple[str, str]]:
                 limit = f"not called: {chat.max_rounds} rounds of calls are the limit"
                 result = json.dumps(dict(error=limit))
             yield turn.result(result)
-    yield (
-        "note",
-        f"no answer after {chat.max_rounds} rounds of calls; ask again, or raise max_rounds",
-    )
+    note = f"no answer after {chat.max_rounds} rounds of calls; ask again, or raise max_rounds"
+    yield "note", note
 
 # %% ../nbs/01_chat.ipynb #f80cc204
 class Chat:

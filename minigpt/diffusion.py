@@ -10,7 +10,7 @@ __all__ = ['PRESETS', 'alpha_bars', 'simplex', 'noised', 'TessConfig', 'from_dic
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from pathlib import Path
 
@@ -26,11 +26,14 @@ from .core.files import on_hub
 from .core.suggest import did_you_mean
 from .data.readers import data_files, read_blocks
 from .data.tokensets import ChatSet
+from .model.families import Family, register_family
 from .model.generation import text_pieces
 from minigpt.model.gpt import (
     GPT,
+    HF_SIZES,
     MOST,
     LanguageModel,
+    check_computed,
     check_flag,
     check_hf,
     check_number,
@@ -47,11 +50,8 @@ def alpha_bars(
 ) -> Tensor:  # (T,) float64, falling
     "How much of a token is left at each time."
     f = lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-    betas = torch.tensor(
-        [min(1 - f((i + 1) / steps) / f(i / steps), 0.999) for i in range(steps)],
-        dtype=torch.float64,
-    )
-    return (1 - betas).cumprod(0)
+    betas = [min(1 - f((i + 1) / steps) / f(i / steps), 0.999) for i in range(steps)]
+    return (1 - torch.tensor(betas, dtype=torch.float64)).cumprod(0)
 
 
 def simplex(
@@ -60,9 +60,8 @@ def simplex(
     k: float,  # `simplex_value`
 ) -> Tensor:  # (N, V) float32
     "The corner of each token."
-    return torch.full((len(tokens), vocab_size), -k, device=tokens.device).scatter_(
-        1, tokens[:, None], k
-    )
+    corners = torch.full((len(tokens), vocab_size), -k, device=tokens.device)
+    return corners.scatter_(1, tokens[:, None], k)
 
 
 def noised(
@@ -87,29 +86,16 @@ def _near(name: str, known: Iterable[str]) -> str:
     return did_you_mean(name, known := list(known)) or f"; there are {', '.join(known)}"
 
 # %% ../nbs/03_diffusion.ipynb #91f2b938
-def _must(
-    c: "TessConfig",
-    name: str,  # Of the field
-    ok: bool,
-    what: str,  # What it must be
-):
+def _must(c: "TessConfig", name: str, ok: bool, what: str):
     if not ok:
         raise ValueError(f"{name}={getattr(c, name)!r} must be {what}")
 
 
 def _check_sizes(c: "TessConfig"):
-    for n in (
-        "vocab_size",
-        "dim",
-        "n_layer",
-        "n_head",
-        "ffn_dim",
-        "max_len",
-        "num_diffusion_steps",
-        "num_inference_diffusion_steps",
-    ):
+    may_be_0 = "type_vocab", "pad_id"
+    for n in (f.name for f in fields(c) if f.type is int and f.name not in may_be_0):
         check_size(n, getattr(c, n), MOST.get(n, 100_000))
-    for n in "type_vocab", "pad_id":
+    for n in may_be_0:
         v, most = getattr(c, n), MOST["vocab_size"]
         what = f"a whole number, at least 0 and at most {most:,}"
         _must(c, n, type(v) is int and 0 <= v <= most, what)
@@ -128,20 +114,19 @@ def _check_sizes(c: "TessConfig"):
 
 # %% ../nbs/03_diffusion.ipynb #9622face
 _WORDS = dict(
-    beta_schedule=(("squaredcos_improved_ddpm",), "'squaredcos_improved_ddpm'"),
-    self_condition=(
-        (None, "logits", "logits_addition", "logits_mean"),
-        "one of none, logits, logits_addition, logits_mean",
-    ),
-    blanks=(("mixed", "spans", "rest", "all"), "one of mixed, spans, rest, all"),
+    self_condition=(None, "logits", "logits_addition", "logits_mean"),
+    blanks=("mixed", "spans", "rest", "all"),
 )
 
 
 def _check_noise(c: "TessConfig"):
     n, most = "num_inference_diffusion_steps", c.num_diffusion_steps
     _must(c, n, getattr(c, n) <= most, f"at most num_diffusion_steps={most}")
-    for name, (known, what) in _WORDS.items():
-        _must(c, name, getattr(c, name) in known, what)
+    only = "squaredcos_improved_ddpm"
+    _must(c, "beta_schedule", c.beta_schedule == only, repr(only))
+    for n, known in _WORDS.items():
+        what = f"one of {', '.join(k or 'none' for k in known)}"
+        _must(c, n, getattr(c, n) in known, what)
     check_params(c)
     if c.simplex_value is None:
         what = "the id of the token that stands for a gap; give the tokenizer one:"
@@ -163,15 +148,10 @@ _OWN = (
 
 def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
     "What `TessConfig.to_hf` gives."
-    own = {k: getattr(c, k) for k in _OWN}
     return dict(
         architectures=["RobertaForMaskedLM"],
         model_type="roberta",
-        vocab_size=c.vocab_size,
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head,
-        intermediate_size=c.ffn_dim,
+        **{theirs: getattr(c, ours) for theirs, ours in HF_SIZES.items()},
         hidden_act="gelu",
         max_position_embeddings=c.max_len + c.pad_id + 1,
         type_vocab_size=c.type_vocab,
@@ -185,7 +165,7 @@ def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
         bos_token_id=bos_id,
         dtype="float32",
         torch_dtype="float32",
-        **own,
+        **{k: getattr(c, k) for k in _OWN},
     )
 
 # %% ../nbs/03_diffusion.ipynb #67043ba8
@@ -193,11 +173,10 @@ def _count_params(c: "TessConfig") -> int:
     C, V = c.dim, c.vocab_size
     embeddings = (V + c.max_len + c.pad_id + 1 + c.type_vocab) * C + 2 * C
     block = 4 * (C * C + C) + 2 * C * c.ffn_dim + c.ffn_dim + C + 4 * C
-    head = C * C + 3 * C + V
-    noise = 0
+    total = embeddings + c.n_layer * block + C * C + 3 * C + V
     if c.simplex_value is not None:
-        noise = V * C + 2 * C + (2 * C * C + C if c.self_condition == "logits" else 0)
-    return embeddings + c.n_layer * block + head + noise
+        total += V * C + 2 * C + (2 * C * C + C if c.self_condition == "logits" else 0)
+    return total
 
 # %% ../nbs/03_diffusion.ipynb #21f26811
 @dataclass(frozen=True, kw_only=True)
@@ -273,44 +252,19 @@ def from_hf(
     """The shape of a RoBERTa, ours or one of `transformers`.
 
     A `ValueError` where that model computes something else."""
-    check_hf(
-        d,
-        (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-        ),
+    check_hf(d, (*HF_SIZES, "max_position_embeddings"))
+    if type(pad := d.get("pad_token_id", 1)) is not int:
+        raise ValueError(f"config.json: pad_token_id={pad!r:.60} must be a whole number")
+    plain = dict(
+        hidden_act="gelu",
+        position_embedding_type="absolute",
+        is_decoder=False,
+        add_cross_attention=False,
+        tie_word_embeddings=True,
     )
-    if type(d.get("pad_token_id", 1)) is not int:
-        raise ValueError(
-            f"config.json: pad_token_id={d['pad_token_id']!r:.60} must be a whole number"
-        )
-    other = [
-        f"{k} {d[k]!r} (must be {want!r})"
-        for k, want in dict(
-            hidden_act="gelu",
-            position_embedding_type="absolute",
-            is_decoder=False,
-            add_cross_attention=False,
-            tie_word_embeddings=True,
-        ).items()
-        if d.get(k, want) != want
-    ]
-    if other:
-        raise ValueError(
-            f"config.json asks for {'; '.join(other)}, which this library does not compute; open"
-            " that model with transformers"
-        )
-    pad = d.get("pad_token_id", 1)
+    check_computed((k, d.get(k, want), want) for k, want in plain.items())
     return TessConfig(
-        vocab_size=d["vocab_size"],
-        dim=d["hidden_size"],
-        n_layer=d["num_hidden_layers"],
-        n_head=d["num_attention_heads"],
-        ffn_dim=d["intermediate_size"],
+        **{ours: d[theirs] for theirs, ours in HF_SIZES.items()},
         max_len=d["max_position_embeddings"] - pad - 1,
         dropout=d.get("hidden_dropout_prob", 0.1),
         norm_eps=d.get("layer_norm_eps", 1e-12),
@@ -329,12 +283,8 @@ class EncoderBlock(nn.Module):
         super().__init__()
         C, part = c.dim, lambda i, o: nn.ModuleDict(dict(dense=nn.Linear(i, o)))
         self.heads, self.dropout = c.n_head, nn.Dropout(c.dropout)
-        self.attention = nn.ModuleDict(
-            dict(
-                self=nn.ModuleDict({k: nn.Linear(C, C) for k in ("query", "key", "value")}),
-                output=part(C, C),
-            )
-        )
+        qkv = nn.ModuleDict({k: nn.Linear(C, C) for k in ("query", "key", "value")})
+        self.attention = nn.ModuleDict(dict(self=qkv, output=part(C, C)))
         self.intermediate, self.output = part(C, c.ffn_dim), part(c.ffn_dim, C)
         for m in self.attention["output"], self.output:
             m["LayerNorm"] = nn.LayerNorm(C, c.norm_eps)
@@ -348,18 +298,12 @@ class EncoderBlock(nn.Module):
             f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for f in self.attention["self"].values()
         )  # (B, H, T, D)
-        y = (
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout_p=self.dropout.p if self.training else 0.0
-            )
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        p = self.dropout.p if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p).transpose(1, 2).flatten(2)
         one, two = self.attention["output"], self.output
         x = one["LayerNorm"](x + self.dropout(one["dense"](y)))
-        return two["LayerNorm"](
-            x + self.dropout(two["dense"](F.gelu(self.intermediate["dense"](x))))
-        )
+        h = F.gelu(self.intermediate["dense"](x))
+        return two["LayerNorm"](x + self.dropout(two["dense"](h)))
 
 # %% ../nbs/03_diffusion.ipynb #2ac22231
 def _roberta(c: TessConfig) -> nn.ModuleDict:
@@ -370,30 +314,15 @@ def _roberta(c: TessConfig) -> nn.ModuleDict:
         LayerNorm=nn.LayerNorm(c.dim, c.norm_eps),
     )
     layer = nn.ModuleList(EncoderBlock(c) for _ in range(c.n_layer))
-    return nn.ModuleDict(
-        dict(embeddings=nn.ModuleDict(embeddings), encoder=nn.ModuleDict(dict(layer=layer)))
-    )
+    encoder = nn.ModuleDict(dict(layer=layer))
+    return nn.ModuleDict(dict(embeddings=nn.ModuleDict(embeddings), encoder=encoder))
 
 
 def _lm_head(c: TessConfig) -> nn.ModuleDict:
-    head = nn.ModuleDict(
-        dict(dense=nn.Linear(c.dim, c.dim), layer_norm=nn.LayerNorm(c.dim, c.norm_eps))
-    )
+    dense, norm = nn.Linear(c.dim, c.dim), nn.LayerNorm(c.dim, c.norm_eps)
+    head = nn.ModuleDict(dict(dense=dense, layer_norm=norm))
     head.bias = nn.Parameter(torch.zeros(c.vocab_size))
     return head
-
-
-def _through(model: "_Encoder", x: Tensor, mask: Tensor | None) -> Tensor:
-    "What comes out of the blocks."
-    for block in model.blocks:
-        # A block that was compiled is so for training
-        run = block if model.training else block.forward
-        x = (
-            checkpoint(run, x, mask, use_reentrant=False)
-            if model.training and model.recompute
-            else run(x, mask)
-        )
-    return x
 
 # %% ../nbs/03_diffusion.ipynb #22867db6
 class _Encoder(LanguageModel):
@@ -409,12 +338,9 @@ class _Encoder(LanguageModel):
         return self.roberta["encoder"]["layer"]
 
     def spare(self, name: str) -> bool:
-        # Buffers; what is not used, or tied
-        return (
-            name.endswith(("position_ids", "token_type_ids"))
-            or ".pooler." in name
-            or name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
-        )
+        buffer = name.endswith(("position_ids", "token_type_ids"))
+        tied = name in ("lm_head.decoder.weight", "lm_head.decoder.bias")
+        return buffer or tied or ".pooler." in name
 
     def hidden(
         self,
@@ -433,24 +359,27 @@ class _Encoder(LanguageModel):
         x = e["word_embeddings"](ids)
         if blank is not None:
             x[blank] = filling.to(x.dtype)
-        x = (
-            x
-            + e["position_embeddings"].weight[c.pad_id + 1 : c.pad_id + 1 + T]
-            + e["token_type_embeddings"].weight[0]
-        )
-        x = F.dropout(e["LayerNorm"](x), c.dropout, self.training)
-        return _through(self, x, None if real is None else real[:, None, None])
+        x = x + e["position_embeddings"].weight[c.pad_id + 1 : c.pad_id + 1 + T]
+        x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0])
+        x = F.dropout(x, c.dropout, self.training)
+        mask = None if real is None else real[:, None, None]
+        for block in self.blocks:
+            # A block that was compiled is so for training
+            run = block if self.training else block.forward
+            if self.training and self.recompute:
+                x = checkpoint(run, x, mask, use_reentrant=False)
+            else:
+                x = run(x, mask)
+        return x
 
     def scores(
         self,
         hidden: Tensor,  # (…, C)
     ) -> Tensor:  # (…, V) logits
         "The output layer, whose matrix is the embedding."
-        return F.linear(
-            self.lm_head["layer_norm"](F.gelu(self.lm_head["dense"](hidden))),
-            self.roberta["embeddings"]["word_embeddings"].weight,
-            self.lm_head.bias,
-        )
+        x = self.lm_head["layer_norm"](F.gelu(self.lm_head["dense"](hidden)))
+        weight = self.roberta["embeddings"]["word_embeddings"].weight
+        return F.linear(x, weight, self.lm_head.bias)
 
     def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:  # (B, T, V)
         "Logits of a plain masked language model."
@@ -480,9 +409,8 @@ def _begin(model: "Tess"):
     dice = torch.Generator().manual_seed(0)
     for k in "timestep_embed", "self_condition":
         if m := getattr(model, k, None):
-            m.weight.copy_(
-                torch.empty(m.weight.shape, device="cpu").normal_(std=std, generator=dice)
-            )
+            drawn = torch.empty(m.weight.shape, device="cpu").normal_(std=std, generator=dice)
+            m.weight.copy_(drawn)
     model.derive([k for k, _ in model.named_parameters() if k not in model.may_lack])
 
 # %% ../nbs/03_diffusion.ipynb #9c95774b
@@ -579,11 +507,10 @@ def draw_blanks(
     starts = torch.rand(B, T, generator=dice) < share
     spans = starts | F.pad(starts, (1, 0))[:, :-1] | F.pad(starts, (2, 0))[:, :-2]
     rest = place >= (torch.rand(B, 1, generator=dice) * n).long()
-    which = (
-        torch.randint(3, (B, 1), generator=dice)
-        if kind == "mixed"
-        else torch.tensor(("spans", "rest", "all").index(kind)).expand(B, 1)
-    )
+    if kind == "mixed":
+        which = torch.randint(3, (B, 1), generator=dice)
+    else:
+        which = torch.tensor(("spans", "rest", "all").index(kind)).expand(B, 1)
     blank = torch.where(which == 0, spans, (which == 2) | rest) & real
     return blank | (place == n - 1) & ~blank.any(1, keepdim=True)
 
@@ -651,21 +578,15 @@ class Denoising:
         key: tuple[int, int],  # Decides what is drawn: seed and step
     ) -> dict[str, Tensor]:  # ids; labels, -100 outside the gaps; real; time, (B,)
         "Gaps and times of a batch."
-        ids, dice = (
-            batch["ids"],
-            torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1),
-        )
+        seed = xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1
+        ids, dice = batch["ids"], torch.Generator().manual_seed(seed)
         real = batch["rows"] >= 0 if "rows" in batch else torch.ones_like(ids, dtype=torch.bool)
         if not self.shape.pad_to_max_length:
             longest = -(-int(real.sum(1).max()) // 32) * 32
             ids, real = ids[:, :longest], real[:, :longest]
         blank = draw_blanks(real, self.shape.blanks, dice)
-        return dict(
-            ids=ids,
-            labels=ids.where(blank, -100),
-            real=real,
-            time=torch.randint(self.shape.num_diffusion_steps, (len(ids),), generator=dice),
-        )
+        time = torch.randint(self.shape.num_diffusion_steps, (len(ids),), generator=dice)
+        return dict(ids=ids, labels=ids.where(blank, -100), real=real, time=time)
 
     def count(self, batch: dict[str, Tensor]) -> int:
         "Gaps."
@@ -680,17 +601,12 @@ class Denoising:
         blank = batch["labels"] != -100
         tokens = batch["labels"][blank]
         logits = _learned_guess(model, batch, blank, tokens).float()
-        return F.cross_entropy(logits, tokens, reduction="sum") / n_targets, dict(
-            accuracy=(logits.argmax(-1) == tokens).sum() / n_targets
-        )
+        loss = F.cross_entropy(logits, tokens, reduction="sum") / n_targets
+        return loss, dict(accuracy=(logits.argmax(-1) == tokens).sum() / n_targets)
 
 # %% ../nbs/03_diffusion.ipynb #9b10a449
 def _drawn(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    dice: torch.Generator,
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, dice
 ) -> Tensor:  # (N,)
     if not temperature:
         return logits.argmax(-1)
@@ -747,14 +663,9 @@ def denoise(
         times = [c.num_diffusion_steps * (n - i) // n - 1 for i in range(n)]
         x, previous = k * noise(), None
         for t, after in zip(times, [*times[1:], None]):
-            previous = model.guess(
-                ids,
-                blank,
-                x,
-                torch.full((N,), t, device=device),
-                previous if c.self_condition else None,
-                real,
-            ).float()
+            time = torch.full((N,), t, device=device)
+            before = previous if c.self_condition else None
+            previous = model.guess(ids, blank, x, time, before, real).float()
             tokens = _drawn(previous, temperature if after is not None else 0, top_k, top_p, dice)
             yield t, tokens, previous.softmax(-1).gather(1, tokens[:, None])[:, 0]
             if after is not None:
@@ -795,13 +706,27 @@ def _continued(model: Tess, tokenizer: Tokenizer, prompt: str, max_new_tokens: i
         )
     ids, blank = _one(model, head + [0] * n, [False] * len(head) + [True] * n)
     new = fill(model, ids, blank, **how)[0, len(head) :].tolist()
-    return "".join(
-        text_pieces(
-            tokenizer,
-            new[: new.index(tokenizer.eos_id)] if tokenizer.eos_id in new else new,
-            head,
-        )
+    if tokenizer.eos_id in new:
+        new = new[: new.index(tokenizer.eos_id)]
+    return "".join(text_pieces(tokenizer, new, head))
+
+# %% ../nbs/03_diffusion.ipynb #9b6cc568
+def _stream(model: Tess, tokenizer: Tokenizer, prompt, tools, thinking, **how) -> Iterator[str]:
+    return iter([model.write(tokenizer, prompt, **how)])
+
+
+register_family(
+    Family(
+        model_types=("roberta",),
+        config=TessConfig,
+        from_hf=from_hf,
+        from_dict=from_dict,
+        stream=_stream,
+        objective=Tess.objective,
+        instead=", which fills gaps; use minigpt.diffusion (infill, denoise), or `generate` of its"
+        " run",
     )
+)
 
 # %% ../nbs/03_diffusion.ipynb #dd142607
 class Film:
@@ -821,27 +746,19 @@ class Film:
 
     def _repr_html_(self):
         def cell(piece, p):
-            return (
-                escape(piece).replace("\n", "⏎").replace(" ", "&nbsp;")
-                if p is None
-                else (
-                    "<span"
-                    f' style="background:rgba(76,120,168,{0.15 + 0.75 * p:.2f});border-radius:3px"'
-                    f' title="{p:.0%}">'
-                    f"{escape(piece).replace(chr(10), '⏎').replace(' ', '&nbsp;')}</span>"
-                )
-            )
+            shown = escape(piece).replace("\n", "⏎").replace(" ", "&nbsp;")
+            if p is None:
+                return shown
+            style = f"background:rgba(76,120,168,{0.15 + 0.75 * p:.2f});border-radius:3px"
+            return f'<span style="{style}" title="{p:.0%}">{shown}</span>'
 
-        return (
-            '<table style="font-family:monospace">'
-            + "".join(
-                f'<tr><td style="text-align:right;color:gray">t = {t}</td><td'
-                ' style="text-align:left;white-space:normal">'
-                f"{''.join(cell(*x) for x in row)}</td></tr>"
-                for t, row in self.frames
-            )
-            + "</table>"
+        rows = (
+            f'<tr><td style="text-align:right;color:gray">t = {t}</td>'
+            f'<td style="text-align:left;white-space:normal">{"".join(cell(*x) for x in row)}</td>'
+            "</tr>"
+            for t, row in self.frames
         )
+        return f'<table style="font-family:monospace">{"".join(rows)}</table>'
 
 # %% ../nbs/03_diffusion.ipynb #6a063a2c
 def infill(
@@ -865,7 +782,7 @@ def infill(
             f"the text has no gap: write {mask} for each token that is wanted, such as 'The"
             f" {mask}{mask} slept.'"
         )
-    ids, blank = [*tokenizer.adds[0], *tokenizer.encode(head)], []
+    ids = [*tokenizer.adds[0], *tokenizer.encode(head)]
     blank = [False] * len(ids)
     for t in tails:
         more = tokenizer.encode(t)
@@ -880,22 +797,15 @@ def infill(
         for t, tokens, chance in denoise(model, x, gaps, **how)
     ]
 
-    def row(found):
+    def filled(found):
         found = iter(found)
-        pieces = [next(found) if b else (i, None) for i, b in zip(ids, blank)]
-        return [(tokenizer.decode([i], skip_special=True), p) for i, p in pieces]
+        return [next(found) if gap else (i, None) for i, gap in zip(ids, blank)]
 
-    shown = sorted(
-        {
-            round(i * (len(made) - 1) / max(1, min(frames, len(made)) - 1))
-            for i in range(min(frames, len(made)))
-        }
-    )
-    last = iter(i for i, _ in made[-1][1])
-    return Film(
-        [(made[i][0], row(made[i][1])) for i in shown],
-        tokenizer.decode([next(last) if b else i for i, b in zip(ids, blank)], skip_special=True),
-    )
+    read = lambda ids: tokenizer.decode(ids, skip_special=True)
+    n, last = min(frames, len(made)), len(made) - 1
+    shown = sorted({round(i * last / max(1, n - 1)) for i in range(n)})
+    rows = [(made[k][0], [(read([i]), p) for i, p in filled(made[k][1])]) for k in shown]
+    return Film(rows, read([i for i, _ in filled(made[last][1])]))
 
 # %% ../nbs/03_diffusion.ipynb #3ef5df17
 def line_entities(
@@ -923,9 +833,9 @@ def extend(
 ) -> tuple[LanguageModel, Tokenizer]:  # New ones
     "A model that knows more words."
     longer = tokenizer.extend(words)
-    V, new = model.config.vocab_size, range(tokenizer.vocab_size, longer.vocab_size)
+    V, added = model.config.vocab_size, range(tokenizer.vocab_size, longer.vocab_size)
     config = replace(model.config, vocab_size=max(V, longer.vocab_size))
-    pieces = [tokenizer.encode(longer.hf.id_to_token(i)) for i in new]
+    pieces = [tokenizer.encode(longer.hf.id_to_token(i)) for i in added]
     with torch.device("meta"):
         # What has another shape in this one has a row for each token
         other = replace(model.config, vocab_size=V + 1).build().weights()
@@ -935,13 +845,12 @@ def extend(
             return t
         out = t.new_zeros(config.vocab_size, *t.shape[1:])
         out[:V] = t
-        for i, p in zip(new, pieces):
+        for i, p in zip(added, pieces):
             out[i] = t[p].mean(0)
         return out
 
-    return config.build().load_weights({k: wider(k, t) for k, t in model.weights().items()}).train(
-        model.training
-    ), longer
+    new = config.build().load_weights({k: wider(k, t) for k, t in model.weights().items()})
+    return new.train(model.training), longer
 
 # %% ../nbs/03_diffusion.ipynb #069e7c3b
 _FILES = (
@@ -959,9 +868,7 @@ _FILES = (
 _NOISE = *(n for n in _OWN if n != "mask_id"), "dropout"
 
 # %% ../nbs/03_diffusion.ipynb #e73b188a
-def _read_keys(
-    config: str | Path | dict,  # Of `mlm`
-) -> dict:
+def _read_keys(config: str | Path | dict) -> dict:
     "The keys of a configuration that say something; a `ValueError` where one is wrong."
     if isinstance(config, dict):
         d, where = dict(config), "the configuration"
@@ -981,9 +888,7 @@ def _read_keys(
     return d
 
 
-def _half_precision(
-    kind: str,  # fp16 or bf16, which the configuration asks for
-) -> str:
+def _half_precision(kind: str) -> str:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return kind
     print(f"{kind} is for a GPU, and there is none here: the precision is chosen by the machine")

@@ -35,17 +35,9 @@ class RequestError(Exception):
         code: str | None = None,  # By which programs tell errors apart
     ):
         super().__init__(message)
-        self.status, self.body = (
-            status,
-            dict(
-                error=dict(
-                    message=message,
-                    type="invalid_request_error" if status < 500 else "server_error",
-                    param=param,
-                    code=code,
-                )
-            ),
-        )
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        error = dict(message=message, type=kind, param=param, code=code)
+        self.status, self.body = status, dict(error=error)
 
 # %% ../nbs/02_serve.ipynb #c3f0ae5c
 _NEUTRAL = dict(
@@ -91,9 +83,9 @@ def read_request(
                 f" {' and '.join(map(json.dumps, good))}; leave it out",
                 k,
             )
-    limit = (
-        "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    )
+    limit = "max_completion_tokens"
+    if body.get(limit) is None:
+        limit = "max_tokens"
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -117,10 +109,8 @@ def _text(m: dict, where: str) -> str:
         return ""
     if isinstance(parts, str):
         return parts
-    if isinstance(parts, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
-        for p in parts
-    ):
+    is_text = lambda p: p.get("type") == "text" and isinstance(p.get("text"), str)
+    if isinstance(parts, list) and all(isinstance(p, dict) and is_text(p) for p in parts):
         return "\n".join(p["text"] for p in parts)
     raise RequestError(
         "content must be a string, or a list of parts of the type text: this model reads"
@@ -243,22 +233,16 @@ def _model_named(models: dict[str, tuple[GPT, Tokenizer]], name) -> tuple[GPT, T
     if name is None and len(models) == 1:
         return next(iter(models.values()))
     if not isinstance(name, str) or name not in models:
-        raise RequestError(
-            f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}",
-            "model",
-            404,
-            "model_not_found",
-        )
+        why = f"there is no model {json.dumps(name)[:80]}; there is {', '.join(models)}"
+        raise RequestError(why, "model", 404, "model_not_found")
     return models[name]
 
 
 def _get(handler: "_Handler", path: str):
     "Which models there are, and whether the server is well."
     server = handler.server
-    cards = [
-        dict(id=name, object="model", created=server.created, owned_by="minigpt")
-        for name in server.models
-    ]
+    card = dict(object="model", created=server.created, owned_by="minigpt")
+    cards = [dict(id=name, **card) for name in server.models]
     if path == "/health":
         return handler.reply(200, dict(status="ok", models=[*server.models]))
     if path == "/v1/models":
@@ -355,19 +339,12 @@ def _end(answer: Answer, tools: bool) -> tuple[list[dict], str, str]:
         calls = answer.calls if tools else []
     except ValueError:
         calls = []  # broken: it goes to the client as the text that it is
-    made = [
-        dict(
-            id=f"call_{uuid.uuid4().hex[:24]}",
-            type="function",
-            function=dict(name=c["name"], arguments=json.dumps(c["arguments"], ensure_ascii=False)),
-        )
-        for c in calls
-    ]
-    return (
-        made,
-        "" if calls else answer.said["call"],
-        "tool_calls" if calls else "length" if answer.cut else "stop",
-    )
+    if not calls:
+        return [], answer.said["call"], "length" if answer.cut else "stop"
+    as_json = lambda arguments: json.dumps(arguments, ensure_ascii=False)
+    made = [dict(name=c["name"], arguments=as_json(c["arguments"])) for c in calls]
+    numbered = lambda f: dict(id=f"call_{uuid.uuid4().hex[:24]}", type="function", function=f)
+    return [numbered(f) for f in made], "", "tool_calls"
 
 
 def _usage(answer: Answer) -> dict:
@@ -412,17 +389,18 @@ class _Completion:
         )
 
     def whole(self):
-        answer, choice = self.answer, dict(index=0, finish_reason=None, logprobs=None)
+        answer = self.answer
         for _ in _pieces(answer, self.chat, self.handler.check):
             pass
-        calls, rest, choice["finish_reason"] = _end(answer, self.tools)
-        text = answer.said["text"] + rest
+        calls, rest, why = _end(answer, self.tools)
+        choice, text = dict(index=0, finish_reason=why, logprobs=None), answer.said["text"] + rest
         if self.chat:
-            choice["message"] = (
-                dict(role="assistant", content=text or (None if calls else ""))
-                | (dict(reasoning_content=t) if (t := answer.said["thinking"]) else {})
-                | (dict(tool_calls=calls) if calls else {})
-            )
+            message = dict(role="assistant", content=text or (None if calls else ""))
+            if thoughts := answer.said["thinking"]:
+                message["reasoning_content"] = thoughts
+            if calls:
+                message["tool_calls"] = calls
+            choice["message"] = message
         else:
             choice["text"] = text
         head = self.head("chat.completion" if self.chat else "text_completion")
@@ -483,9 +461,8 @@ class _Handler(BaseHTTPRequestHandler):
         "Is the client there?"
         if self.server.stopping.is_set():
             raise RequestError("this server has been stopped", status=503)
-        if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(
-            1, socket.MSG_PEEK
-        ):
+        readable = select.select([self.connection], [], [], 0)[0]
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
             raise _Gone
 
     def do_GET(self):
@@ -540,17 +517,11 @@ class Server(ThreadingHTTPServer):
                 f"models={models!r:.80} must say by which names clients ask: {{'name':"
                 f" {models!r:.80}}}"
             )
-        models = {
-            name: m if isinstance(m, (tuple, list)) else open_model(m) for name, m in models.items()
-        }
-        for model, _ in models.values():
+        opened = lambda m: m if isinstance(m, (tuple, list)) else open_model(m)
+        self.models = {name: opened(m) for name, m in models.items()}
+        for model, _ in self.models.values():
             need_gpt(model, "OpenAI's interface")
-        self.models, self.created, self.lock, self.local = (
-            dict(models),
-            int(time.time()),
-            threading.Lock(),
-            host in _LOCAL,
-        )
+        self.created, self.lock, self.local = int(time.time()), threading.Lock(), host in _LOCAL
         self.stopping = threading.Event()  # from then on no token is written
         if ":" in host:
             self.address_family = socket.AF_INET6
@@ -574,10 +545,8 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         "Where it listens."
-        return (
-            f"http://{f'[{h}]' if ':' in (h := self.server_address[0]) else h}"
-            f":{self.server_address[1]}/v1"
-        )
+        host, port = self.server_address[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 # %% ../nbs/02_serve.ipynb #19cdffc7
 def serve(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.readers import ROLES
+from .families import family_of
 from .gpt import GPT, KVCache, need_gpt, rope_angles
 from ..tokenizer.bpe import Tokenizer
 
@@ -46,12 +47,9 @@ def _check_choice(temperature, top_k, top_p):
 # %% ../../nbs/model/02_generation.ipynb #0a254e26
 def _best(logits: Tensor) -> Tensor:
     "The first of the highest, (..., 1)."
-    # NumPy is ten times as fast on a CPU
-    return (
-        logits.argmax(-1, keepdim=True)
-        if logits.device.type != "cpu"
-        else torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
-    )
+    if logits.device.type == "cpu":  # ten times as fast
+        return torch.from_numpy(logits.detach().numpy().argmax(-1, keepdims=True))
+    return logits.argmax(-1, keepdim=True)
 
 
 def _candidates(logits, temperature, top_k, top_p):
@@ -89,9 +87,9 @@ def next_probs(
     "What each token's chance is to be chosen."
     _check_choice(temperature, top_k, top_p)
     p, order = _candidates(logits.float(), temperature, top_k, top_p)
-    return (
-        p if order is None else torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
-    )
+    if order is None:
+        return p
+    return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
 
 # %% ../../nbs/model/02_generation.ipynb #67a3fe2d
 def _choose(logits, temperature, top_k, top_p, dice):
@@ -100,11 +98,8 @@ def _choose(logits, temperature, top_k, top_p, dice):
     if temperature == 0:
         return order[:, 0].tolist()
     upto = p.double().cumsum(-1)
-    at = torch.searchsorted(
-        upto,
-        upto[:, -1:] * torch.stack([torch.rand(1, generator=d, dtype=torch.float64) for d in dice]),
-        right=True,
-    )
+    drawn = torch.stack([torch.rand(1, generator=d, dtype=torch.float64) for d in dice])
+    at = torch.searchsorted(upto, upto[:, -1:] * drawn, right=True)
     return (at if order is None else order.gather(1, at))[:, 0].tolist()
 
 # %% ../../nbs/model/02_generation.ipynb #be3d9226
@@ -122,8 +117,8 @@ def _reading(model):
             m.training = True
 
 # %% ../../nbs/model/02_generation.ipynb #a986e455
-def _checked(model, prompts, max_new_tokens, choice, seed):
-    """The prompts as lists of numbers, and how many tokens each has room for.
+def _checked(model, prompts, max_new_tokens, choice, stop_ids, seed):
+    """The prompts as lists of numbers, how many tokens each has room for, and the tokens that stop.
 
     Refused where it cannot work."""
     need_gpt(model, "this way of writing")
@@ -151,7 +146,8 @@ def _checked(model, prompts, max_new_tokens, choice, seed):
                 f"the prompt has {len(ids)} tokens and the model's max_len is {c.max_len}, so there"
                 f" is no room to write; shorten the prompt to at most {c.max_len - 1}"
             )
-    return prompts, [min(max_new_tokens, c.max_len - len(ids)) for ids in prompts]
+    room = [min(max_new_tokens, c.max_len - len(ids)) for ids in prompts]
+    return prompts, room, {int(i) for i in stop_ids}
 
 # %% ../../nbs/model/02_generation.ipynb #ae43f6c5
 def _panels(
@@ -186,26 +182,20 @@ class DecodeStep:
     ):
         self.model, self.cache, c = model, cache, model.config
         H, K, D, n = c.n_head, c.n_kv_head, c.head_dim, cache.max_len
-        several, many = (
-            cache.kv.shape[2] >= 4 and torch.backends.mkl.is_available(),
-            n - cache.length >= 64,
-        )
+        several = cache.kv.shape[2] >= 4 and torch.backends.mkl.is_available()
+        many = n - cache.length >= 64
         laid = lambda w: _panels(w, copy=many) if several else w.T
         # for H*D + 2*K*D outputs
         qkv = lambda a: laid(torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]))
         gain = lambda norm: norm.weight * norm.weight.numel() ** 0.5
         # (H+K, D)
-        gains = lambda a: (
-            torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)])
-            if c.qk_norm
-            else None
-        )
+        gains = lambda a: torch.cat([gain(a.q_norm).expand(H, -1), gain(a.k_norm).expand(K, -1)])
         with torch.inference_mode():
             self.layers = [
                 (
                     gain(l.input_layernorm),
                     qkv(l.self_attn),
-                    gains(l.self_attn),
+                    gains(l.self_attn) if c.qk_norm else None,
                     laid(l.self_attn.o_proj.weight),
                     gain(l.post_attention_layernorm),
                     laid(l.mlp.gate_proj.weight),
@@ -219,10 +209,8 @@ class DecodeStep:
             cos, sin = (torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, "cpu"))
             sin[..., : D // 2].neg_()
             # (n, H+2*K, D): values stay as they are
-            self.cos, self.sin = (
-                torch.cat([cos.expand(-1, H + K, -1), torch.ones(n, K, D)], 1),
-                torch.cat([sin.expand(-1, H + K, -1), torch.zeros(n, K, D)], 1),
-            )
+            self.cos = torch.cat([cos.expand(-1, H + K, -1), torch.ones(n, K, D)], 1)
+            self.sin = torch.cat([sin.expand(-1, H + K, -1), torch.zeros(n, K, D)], 1)
             self.eps = {width: torch.tensor((width * c.norm_eps) ** 0.5) for width in (c.dim, D)}
 
     @staticmethod
@@ -243,9 +231,8 @@ class DecodeStep:
         gain: Tensor,  # Its weight times the root of the width
     ) -> Tensor:
         "RMSNorm, from the length of `x` instead of its mean square."
-        return (
-            x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).hypot(self.eps[x.shape[-1]])
-        ).mul_(gain)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / length.hypot(self.eps[x.shape[-1]])).mul_(gain)
 
     def __call__(
         self,
@@ -257,17 +244,11 @@ class DecodeStep:
         cache.check(B, 1)
         if mask is not None:
             mask = mask.repeat_interleave(K, 0)[:, None, None]  # (B*K, 1, 1, positions)
-        # (B, C), (H+2*K, D)
-        x, cos, sin = (
-            F.embedding(ids, self.model.model.embed_tokens.weight),
-            self.cos[t],
-            self.sin[t],
-        )
+        x = F.embedding(ids, self.model.model.embed_tokens.weight)  # (B, C)
+        cos, sin = self.cos[t], self.sin[t]  # (H+2*K, D)
         # of each block, (2, B, K, D) and (2, B*K, 1, positions, D)
-        here, seen = (
-            cache.kv[:, :, :, :, t].unbind(0),
-            cache.kv.flatten(2, 3)[:, :, :, None, : t + 1].unbind(0),
-        )
+        here = cache.kv[:, :, :, :, t].unbind(0)
+        seen = cache.kv.flatten(2, 3)[:, :, :, None, : t + 1].unbind(0)
         for (norm1, qkv, gains, o, norm2, gate, up, down), new, kv in zip(self.layers, here, seen):
             h = _thin(self.norm(x, norm1), qkv).view(B, -1, D)  # (B, H+2*K, D)
             if gains is not None:
@@ -284,47 +265,39 @@ class DecodeStep:
         return _thin(self.norm(x, norm), head)
 
 # %% ../../nbs/model/02_generation.ipynb #fdadcbc5
+def _mask(seen: Tensor | None, new: Tensor) -> Tensor | None:
+    "Who sees whom, as `GPT.trunk` wants it; `seen`, (B, positions): no fillers."
+    if seen is None:
+        return None
+    if new.shape[1] == 1:
+        return seen[:, None, None]
+    return (seen[:, :, None] == seen[:, None]).tril()[:, None]
+
+
 def _write(model, prompts, room, choice, stop, seed, use_cache):
     "(row, token), as they are chosen."
-    head, rows, T, n = (
-        model.head,
-        [*range(len(prompts))],
-        max(map(len, prompts), default=0),
-        max(room, default=0),
-    )
+    head, rows = model.head, [*range(len(prompts))]
+    T, n = max(map(len, prompts), default=0), max(room, default=0)
     dice = [torch.Generator() for _ in rows]
     for i, d in enumerate(dice):
         d.seed() if seed is None else d.manual_seed(seed + i)
     new = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=head.device)  # (B, T)
     fill = torch.tensor([[T - len(p)] for p in prompts])  # (B, 1) positions in front
     real, padded = (torch.arange(T + n) >= fill).to(head.device), bool(fill.any())  # (B, T+n)
-    with _reading(model):
-        cache = (
-            KVCache(model.config, len(rows), T + n, head.device, head.dtype) if use_cache else None
-        )
-    step = None
+    cache = step = None
+    if use_cache:
+        with _reading(model):
+            cache = KVCache(model.config, len(rows), T + n, head.device, head.dtype)
     for k in range(n):
         with _reading(model):
             if k == 1 and cache and DecodeStep.suits(model):
                 step = DecodeStep(model, cache)
-            mask = (
-                None
-                if not padded
-                else real[:, : T + k]
-                if step
-                else real[:, None, None, : T + k]
-                if new.shape[1] == 1
-                else (real[:, : T + k, None] == real[:, None, : T + k]).tril()[:, None]
-            )
+            seen = real[:, : T + k] if padded else None
             if step:
-                logits = step(new[:, 0], mask)  # (B, V)
+                logits = step(new[:, 0], seen)  # (B, V)
             else:
-                logits = (
-                    head
-                    @ model.trunk(model.model.embed_tokens(new), mask, cache)[:, -1]
-                    .to(head.dtype)
-                    .T
-                ).T
+                x = model.trunk(model.model.embed_tokens(new), _mask(seen, new), cache)[:, -1]
+                logits = (head @ x.to(head.dtype).T).T
             tokens = _choose(logits.float().cpu().contiguous(), *choice, [dice[i] for i in rows])
         on = [j for j, token in enumerate(tokens) if token not in stop]
         yield from ((rows[j], tokens[j]) for j in on)
@@ -353,13 +326,9 @@ def generate(
 ) -> Iterator[int]:  # New token ids, as they are chosen
     "Continue one prompt until a stop token, `max_new_tokens`, or the end of the model's `max_len`."
     choice = temperature, top_k, top_p
-    prompts, room = _checked(model, [ids], max_new_tokens, choice, seed)
-    return (
-        token
-        for _, token in _write(
-            model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache
-        )
-    )
+    prompts, room, stop = _checked(model, [ids], max_new_tokens, choice, stop_ids, seed)
+    written = _write(model, prompts, room, choice, stop, seed, use_cache)
+    return (token for _, token in written)
 
 
 def generate_batch(
@@ -376,11 +345,9 @@ def generate_batch(
 ) -> list[list[int]]:  # New token ids of each prompt
     "Continue several prompts at once: on a GPU, hardly slower than one."
     choice = temperature, top_k, top_p
-    prompts, room = _checked(model, prompts, max_new_tokens, choice, seed)
+    prompts, room, stop = _checked(model, prompts, max_new_tokens, choice, stop_ids, seed)
     out = [[] for _ in prompts]
-    for i, token in _write(
-        model, prompts, room, choice, {int(i) for i in stop_ids}, seed, use_cache
-    ):
+    for i, token in _write(model, prompts, room, choice, stop, seed, use_cache):
         out[i].append(token)
     return out
 
@@ -443,16 +410,14 @@ def stream_text(
     **kw,  # Options of `generate`; `stop_ids` is the tokenizer's unless given
 ) -> Iterator[str]:  # Pieces of the new text
     "Write on, and hand out the text as it comes."
-    if hasattr(model, "write"):
-        # a model that does not go from left to right
-        return iter([model.write(tokenizer, prompt, **kw)])
+    if (family := family_of(model)) and family.stream:
+        return family.stream(model, tokenizer, prompt, tools, thinking, **kw)
     if isinstance(prompt, str):
         ids = after = tokenizer.begin(prompt)
     else:
         ids, after = tokenizer.encode_prompt(_turns(prompt), tools, thinking), ()
-    return text_pieces(
-        tokenizer, generate(model, ids, **{"stop_ids": tokenizer.stop_ids, **kw}), after
-    )
+    written = generate(model, ids, **{"stop_ids": tokenizer.stop_ids, **kw})
+    return text_pieces(tokenizer, written, after)
 
 # %% ../../nbs/model/02_generation.ipynb #fb5ecfe4
 def complete(
