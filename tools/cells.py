@@ -28,6 +28,7 @@ CLASSES = (
     "Muon",
     "Trainer",
     "Writer",
+    "_RunTrainer",
 )
 COUNTS = ROOT / "tools" / "cells.json"
 
