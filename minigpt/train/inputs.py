@@ -417,13 +417,15 @@ class _Call:
 def _same_reading(call: _Call, was: dict):
     "Refuse options that make other tokens than those that `was`, their facts, tells of."
     folder, cfg, options = call.folder, call.cfg, was["options"]
-    for k, usual in dict(data_subset=1.0, max_data_size=0, encoding="").items():
-        if (old := options.get(k, usual)) != getattr(cfg, k):
-            refuse(folder, k, old, getattr(cfg, k))
-    if (old := options.get("columns")) != cfg.column_names:
-        refuse(folder, "columns", old, cfg.column_names)
-    if (old := was.get("long_rows", cfg.long_rows)) != cfg.long_rows:
-        refuse(folder, "long_rows", old, cfg.long_rows)
+    for k, old, now in (
+        ("data_subset", options.get("data_subset", 1.0), cfg.data_subset),
+        ("max_data_size", options.get("max_data_size", 0), cfg.max_data_size),
+        ("encoding", options.get("encoding", ""), cfg.encoding),
+        ("columns", options.get("columns"), cfg.column_names),
+        ("long_rows", was.get("long_rows", cfg.long_rows), cfg.long_rows),
+    ):
+        if old != now:
+            refuse(folder, k, old, now)
     for note in read_again(was, cfg.on_bad_row):
         _log(note)
     if (old := options.get("format") == "lines") != cfg.line_by_line:
@@ -543,12 +545,11 @@ def _check_special(call: _Call, tok: Tokenizer, given: Tokenizer | None, of_mode
     missing = [t for t in call.cfg.special_tokens.split() if tok.id(t) is None]
     if not missing:
         return
+    whose = str(tok)
     if call.known:
-        raise ValueError(
-            f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {call.folder},"
-            " which the run keeps; leave special_tokens out, or choose a new output_dir"
-        )
-    if of_model:
+        whose = f"the tokenizer of {call.folder}, which the run keeps"
+        way_out = "leave special_tokens out, or choose a new output_dir"
+    elif of_model:
         way_out = (
             "it is the tokenizer that the model was trained with, so leave special_tokens out, or"
             " pass retrain_tokenizer=True, which trains another, for which the weights have learned"
@@ -558,7 +559,7 @@ def _check_special(call: _Call, tok: Tokenizer, given: Tokenizer | None, of_mode
         way_out = "leave tokenizer out, and one is trained that has it"
     else:
         way_out = "pass retrain_tokenizer=True, and one is trained that has it"
-    raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {way_out}")
+    raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {whose}; {way_out}")
 
 # %% ../../nbs/train/06_inputs.ipynb #a08d0dcc
 def _n_parts(source) -> int:

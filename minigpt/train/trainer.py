@@ -812,11 +812,20 @@ def _leaving_nothing(f: Callable) -> Callable:
 
 # %% ../../nbs/train/07_trainer.ipynb #043fbfad
 @contextlib.contextmanager
+def _handled(signals: Iterable[signal.Signals], handler) -> Iterator[Callable]:
+    "Inside, signals go to `handler`; yielded is what puts the old handlers back."
+    main = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+    old = {s: signal.signal(s, handler) for s in signals if main}
+    restore = lambda: [signal.signal(s, h) for s, h in old.items()]
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
 def _signals(t: Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     t = weakref.proxy(t)  # the frame of a handler keeps what it refers to
 
     def handler(number, frame):
@@ -831,12 +840,8 @@ def _signals(t: Trainer):
     asked, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
         asked.append(hangup)
-    old = {s: signal.signal(s, handler) for s in asked}
-    restore = lambda: [signal.signal(s, h) for s, h in old.items()]
-    try:
+    with _handled(asked, handler) as restore:
         yield
-    finally:
-        restore()
 
 # %% ../../nbs/train/07_trainer.ipynb #dbf5c759
 _TRAINING = threading.Lock()  # held while a training goes on in this process
@@ -871,11 +876,12 @@ def _one_at_a_time(f: Callable) -> Callable:
 
 # %% ../../nbs/train/07_trainer.ipynb #76abb57d
 def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
-    shape = {
-        f"model.{k}": v for k, v in model.config.to_dict().items() if k not in model.config.free
-    } | ({f"lora.{k}": v for k, v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
-    # rules of encoding; not written by older versions
-    shape |= dict(rules=tok.rules) if tok.rules > 1 else {}
+    shape, free = model.config.to_dict(), model.config.free
+    shape = {f"model.{k}": v for k, v in shape.items() if k not in free}
+    if isinstance(model, LoRAGPT):
+        shape |= {f"lora.{k}": v for k, v in model.facts.items()}
+    if tok.rules > 1:  # rules of encoding; not written by older versions
+        shape["rules"] = tok.rules
     return dict(
         **shape,
         tokenizer=tok.hash,
@@ -1061,9 +1067,16 @@ class _RunTrainer(Trainer):
         trainer, m, adapter = _trainer_state(self), self.model, None
         if isinstance(m, LoRAGPT):
             adapter, trainer["base"] = m.lora.to_peft(m.base_path), m.base_hash
-        model, cfg = (m.config, m.weights(), self.tokenizer), self.config.to_dict()
-        optimizer = pack_optimizer(self.optimizer, m)
-        return State(*model, trainer, cfg, optimizer, pack_rng(), adapter)
+        return State(
+            m.config,
+            m.weights(),
+            self.tokenizer,
+            trainer,
+            self.config.to_dict(),
+            pack_optimizer(self.optimizer, m),
+            pack_rng(),
+            adapter,
+        )
 
     def settle(self, config: TrainConfig, facts: dict):
         "Write what makes the folder this run's."
@@ -1186,19 +1199,17 @@ def _add_references(sets: list, t: _RunTrainer, begun: dict):
 def _describe(data, seq_len: int) -> list[str]:
     "How rows come into sequences, a line each."
     if isinstance(data, Mixture):
-        return [
-            f"mixture: {w:.0%} of {Path(d.meta['sources'][0]['path']).name}, {p:.2f} passes an"
-            " epoch"
-            for d, w, p in zip(data.sets, data.weights, data.passes(seq_len))
-        ] + [l for d in data.sets for l in _describe(d, seq_len)]
+        name = lambda d: Path(d.meta["sources"][0]["path"]).name
+        shares = zip(data.sets, data.weights, data.passes(seq_len))
+        return [f"mixture: {w:.0%} of {name(d)}, {p:.2f} passes an epoch" for d, w, p in shares] + [
+            l for d in data.sets for l in _describe(d, seq_len)
+        ]
     if isinstance(data, LineSet):
         lengths = np.diff(data.starts)
         cut = int((lengths > seq_len).sum())
-        return [
-            f"{len(lengths):,} lines, a sequence each,"
-            f" {1 - np.minimum(lengths, seq_len).sum() / (seq_len * len(lengths)):.1%} padding"
-            + (f"; {cut:,} are longer than max_seq_len={seq_len} and are cut" if cut else "")
-        ]
+        padding = 1 - np.minimum(lengths, seq_len).sum() / (seq_len * len(lengths))
+        longer = f"; {cut:,} are longer than max_seq_len={seq_len} and are cut" if cut else ""
+        return [f"{len(lengths):,} lines, a sequence each, {padding:.1%} padding{longer}"]
     if not isinstance(data, ChatSet):
         return []
     lost = data.too_long(seq_len)[1]
@@ -1213,27 +1224,21 @@ def _describe(data, seq_len: int) -> list[str]:
 def _long_rows(data: ChatSet, seq_len: int) -> str:
     "What becomes of rows that are longer than a sequence."
     (longer, lost), inside = data.too_long(seq_len), data.cut_inside(seq_len)
-    kept = max(0, longer - lost)
-    said = (
-        f"; {kept - inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer"
-        if kept > inside
-        else ""
-    )
+    behind, said = max(0, longer - lost) - inside, ""
+    if behind > 0:
+        said += f"; {behind:,} are longer than max_seq_len={seq_len} and are cut behind an answer"
     if inside:
         said += (
             f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
         )
     if lost and data.skips:
-        return (
-            said
-            + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut'"
+        said += (
+            f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut'"
             " keeps their beginning"
         )
-    return said + (
-        f"; {lost:,} are left out, because max_seq_len ends before their first answer"
-        if lost
-        else ""
-    )
+    elif lost:
+        said += f"; {lost:,} are left out, because max_seq_len ends before their first answer"
+    return said
 
 # %% ../../nbs/train/07_trainer.ipynb #191c4eff
 def _shape(d: dict, known: dict | None):
@@ -1773,8 +1778,8 @@ class _Call:
     "What a call of `fit` gives; an error where a part of it cannot be meant."
 
     model: object
-    train: object  # From here on a `Source`
-    valid: object  # Likewise, or None
+    train: Source  # Made of what the call has
+    valid: Source | None
     tokenizer: Tokenizer | str | Path | None
     output_dir: str | Path
     resume: str | Path | _From
@@ -2450,19 +2455,6 @@ def _begin(t: _RunTrainer, choices: dict):
 
 
 @contextlib.contextmanager
-def _undisturbed():
-    "Signals are for the process that leads."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        [signal.signal(s, h) for s, h in old.items()]
-
-
-@contextlib.contextmanager
 def _reported_by_the_first():
     "A process that `fit` has started need not say again what the first one says."
     try:
@@ -2476,7 +2468,9 @@ def _reported_by_the_first():
 def help_out():
     "What a process does that does not lead: its share of each step, until there are no more."
     team = join()
-    with contextlib.closing(team), _undisturbed(), _reported_by_the_first():
+    # signals are for the process that leads
+    undisturbed = _handled((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
+    with contextlib.closing(team), undisturbed, _reported_by_the_first():
         if (device := team.share()) is None:
             return
         device = own_device(device)
@@ -2549,12 +2543,10 @@ def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint
             )
         else:
             logger.info(f"changed at this resume: {k} {known['train'][k]} → {v}")
-    for k, v in {**choices, **{f"{k} version": v for k, v in _versions().items()}}.items():
-        was = {
-            **known["choices"],
-            **{f"{k} version": v for k, v in known["attempts"][-1]["versions"].items()},
-        }.get(k, v)
-        if was != v:
+    named = lambda versions: {f"{k} version": v for k, v in versions.items()}
+    then = known["choices"] | named(known["attempts"][-1]["versions"])
+    for k, v in (choices | named(_versions())).items():
+        if (was := then.get(k, v)) != v:
             logger.warning(
                 f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the"
                 " interruption"
@@ -2574,11 +2566,10 @@ def _first_model(run: Run):
                 f"the run trains an adapter of {began['path'] or 'a model that was in memory'},"
                 " which is not here; bring it, or call fit with lora(load_model(…)) as its model"
             )
-        return (
-            load_model(path)
-            if (path / "adapter_config.json").exists()
-            else LoRAGPT(load_model(path), LoRAConfig(**facts["lora"]))
-        )
+        model = load_model(path)
+        if (path / "adapter_config.json").exists():
+            return model
+        return LoRAGPT(model, LoRAConfig(**facts["lora"]))
     if began.get("given") and path:
         model = load_model(path)
         if weights_hash(model) == began["hash"]:
