@@ -30,6 +30,7 @@ CLASSES = (
     "TokenSet",
     "Trainer",
     "Writer",
+    "_RunTrainer",
 )
 COUNTS = ROOT / "tools" / "cells.json"
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from ..checkpoint.store import open_model
 from ..core.files import at_home, hash_bytes
 from ..core.tables import text_table
-from ..data.tokensets import TokenSet, build_tokenset, open_set, spread_over
+from ..data.tokensets import TokenSet, build_tokenset, open_set
 from ..model.gpt import GPT, need_gpt
 from ..run.folder import Run
 from ..tokenizer.bpe import Tokenizer
-from .inputs import source_files
+from .inputs import Source, source_files
 from .speed import best_device
+from .trainer import NextToken, totals
 
 # %% ../../nbs/train/08_evaluation.ipynb #d9f8e569
 def token_bytes(
@@ -46,7 +46,22 @@ def token_bytes(
     return out
 
 # %% ../../nbs/train/08_evaluation.ipynb #736f5947
-@torch.inference_mode()
+class _Chosen(NextToken):
+    "The loss, of preferences that of the chosen answers; counts the bytes of what is predicted."
+
+    def __init__(self, sizes: np.ndarray | None):
+        self.sizes, self.bytes = sizes, 0
+
+    def prepare(self, batch, key):
+        return {k: v for k, v in batch.items() if not k.startswith("rejected")}
+
+    def count(self, batch):
+        if self.sizes is not None:
+            asked = batch["labels"][batch["labels"] != -100]
+            self.bytes += int(self.sizes[asked.numpy()].sum())
+        return super().count(batch)
+
+
 def total_loss(
     model: GPT,  # On its device; its mode is put back afterwards
     data: TokenSet,  # Of preferences, the chosen answers count
@@ -57,38 +72,17 @@ def total_loss(
     progress: bool = False,  # Show a bar?
 ) -> dict:  # `nats` and `tokens` to predict, both in all; with `sizes`, their `bytes`
     "Cross-entropy over the set, without dropout, in the order of the text."
-    index = spread_over(data.n_windows(seq_len), max_sequences)
-    device, mode = next(model.parameters()).device, model.training
-    model.eval()
-    nats, tokens, text = 0.0, 0, 0
-    for i in tqdm(
-        range(0, len(index), batch_size),
-        desc="evaluating",
-        unit="batch",
-        disable=not progress,
-        leave=False,
-    ):
-        batch = {
-            k: v
-            for k, v in data.windows(index[i : i + batch_size], seq_len).items()
-            if not k.startswith("rejected")
-        }
-        asked = batch["labels"][batch["labels"] != -100]
-        nats += model.loss(
-            **{k: torch.from_numpy(v).to(device) for k, v in batch.items()}, n_targets=1
-        ).item()
-        tokens += len(asked)
-        if sizes is not None:
-            text += int(sizes[asked].sum())
-    model.train(mode)
-    return dict(nats=nats, tokens=tokens) | (dict(bytes=text) if sizes is not None else {})
+    chosen = _Chosen(sizes)
+    total, tokens = totals(model, data, seq_len, batch_size, max_sequences, chosen, progress)
+    found = dict(nats=total.get("loss", 0.0), tokens=tokens)
+    return found if sizes is None else dict(found, bytes=chosen.bytes)
 
 # %% ../../nbs/train/08_evaluation.ipynb #57d34c7b
 def _token_set(data, tok: Tokenizer, folder: Path, max_rows: int, progress: bool) -> TokenSet:
     "The data as token ids of `tok`."
     if isinstance(data, (str, Path)) and (Path(data) / "meta.json").exists():
         data = open_set(data)
-    if not hasattr(data, "sequences"):
+    if Source.of(data).tokens is None:
         files, form = source_files(data, folder)
         place = folder / hash_bytes(f"{data} {tok.hash} {max_rows}".encode())[:16]
         return build_tokenset(
@@ -165,13 +159,7 @@ def evaluation_table(
     "Evaluations, a line each."
     lines = [("", "loss", "perplexity", "bits a byte", "tokens")]
     for name, r in rows.items():
-        lines.append(
-            (
-                name,
-                f"{r['loss']:.4f}",
-                f"{r['perplexity']:,.2f}",
-                "–" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.3f}",
-                f"{r['tokens']:,}",
-            )
-        )
+        bits = "–" if r["bits_per_byte"] is None else f"{r['bits_per_byte']:.3f}"
+        perplexity = f"{r['perplexity']:,.2f}"
+        lines.append((name, f"{r['loss']:.4f}", perplexity, bits, f"{r['tokens']:,}"))
     return text_table(lines)

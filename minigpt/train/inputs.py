@@ -10,7 +10,7 @@ __all__ = ['BUILT_IN', 'PATH', 'REGISTERED', 'CORPUS', 'OVERRIDES', 'meaning', '
 # %% ../../nbs/train/06_inputs.ipynb #7ed494d1
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -63,6 +63,35 @@ logger = logging.getLogger(__name__)
 
 def _log(note: Note):
     logger.log(note.level, note.text)
+
+# %% ../../nbs/train/06_inputs.ipynb #6009b104
+@dataclass(frozen=True)
+class Source:
+    "What a call names as data."
+
+    given: object  # As in the call
+    tokens: TokenSet | Mixture | None = None  # Where it is these
+    mix: tuple[tuple["Source", float | None], ...] | None = None  # Parts and weights of a `Mix`
+
+    @classmethod
+    def of(cls, x) -> "Source":
+        if isinstance(x, Source):
+            return x
+        if isinstance(x, TokenSet | Mixture):
+            return cls(x, tokens=x)
+        if isinstance(x, Mix):
+            return cls(x, mix=tuple((cls.of(s), w) for s, w in x.parts))
+        # what comes out of an iterator is kept: it is read more than once
+        return cls([*x] if isinstance(x, Iterator) else x)
+
+    @property
+    def parts(self) -> list["Source"]:
+        return [self] if self.mix is None else [s for s, _ in self.mix]
+
+
+def sets_of(data: TokenSet | Mixture) -> list[TokenSet]:
+    "The token sets that it consists of."
+    return data.sets if isinstance(data, Mixture) else [data]
 
 # %% ../../nbs/train/06_inputs.ipynb #82692e6d
 BUILT_IN: dict[str, Callable[[Path], Path]] = dict(
@@ -144,16 +173,12 @@ def _named(
     return get_dataset_config(source)
 
 
-def _is_set(source) -> bool:
-    return hasattr(source, "sequences")
-
-
 def usual_options(
     train, decided: dict[str, str] | None = None
 ) -> dict:  # max_seq_len and batch_size of a registered data set
     "What the data themselves suggest."
     try:
-        named = _named(train, decided)
+        named = _named(Source.of(train).given, decided)
     except ValueError:
         # a name that is not registered here; a run that has its tokens can go on all the same
         return {}
@@ -183,21 +208,17 @@ def source_files(
 
 def _located(source):
     "Paths, bare file names found in the data folders."
-    if isinstance(source, (str, Path)):
-        return locate(source)
-    return (
-        [locate(s) if isinstance(s, (str, Path)) else s for s in source]
-        if isinstance(source, (list, tuple))
-        else source
-    )
+    if isinstance(source, (list, tuple)):
+        return [_located(s) if isinstance(s, (str, Path)) else s for s in source]
+    return locate(source) if isinstance(source, (str, Path)) else source
 
 # %% ../../nbs/train/06_inputs.ipynb #45a2b4db
 def _paths(x) -> list[Path]:
     "What a part of a call reads."
-    if isinstance(x, Mix):
-        return [p for s, _ in x.parts for p in _paths(s)]
-    if _is_set(x):
-        return [d.path for d in getattr(x, "sets", [x])]
+    source = Source.of(x)
+    if source.tokens is not None:
+        return [d.path for d in sets_of(source.tokens)]
+    x = source.given if source.mix is None else source.parts
     if isinstance(x, (list, tuple)):
         return [p for y in x for p in _paths(y)]
     return [p] if isinstance(x, (str, Path)) and (p := at_home(locate(x))).exists() else []
@@ -211,15 +232,13 @@ def check_before_moving(
     """Refuse data that are not there, and whatever would be moved along.
 
     Everything still stands where it is."""
-    for x in data:
-        for s in [s for s, _ in x.parts] if isinstance(x, Mix) else [x]:
-            if (
-                s is not None
-                and not _is_set(s)
-                and not _named(s, folder=folder)
-                and meaning(s, folder=folder) == PATH
-            ):
-                data_files(_located(s))
+    data = [*data]
+    for source in [s for x in data for s in Source.of(x).parts]:
+        s = source.given
+        if s is None or source.tokens is not None or _named(s, folder=folder):
+            continue
+        if meaning(s, folder=folder) == PATH:
+            data_files(_located(s))
     if inside := [
         p
         for x in (*data, *others)
@@ -234,54 +253,35 @@ def check_before_moving(
 # %% ../../nbs/train/06_inputs.ipynb #73ff0eb6
 def source_to_json(source):
     "As it stands in run.json."
-    if isinstance(source, Mix):
-        return dict(mix=[[source_to_json(p), w] for p, w in source.parts])
-    if isinstance(source, Mixture):
-        return dict(
-            mix=[[source_to_json(d), w] for d, w in zip(source.sets, source.weights.tolist())]
-        )
-    if isinstance(source, (list, tuple)):
-        return [str(p) for p in source]
-    return (
-        source.name
-        if isinstance(source, DatasetConfig)
-        else str(source.path)
-        if _is_set(source)
-        else str(source)
-    )
+    source = Source.of(source)
+    parts, given, tokens = source.mix, source.given, source.tokens
+    if isinstance(tokens, Mixture):
+        parts = zip(tokens.sets, tokens.weights.tolist())
+    if parts is not None:
+        return dict(mix=[[source_to_json(p), w] for p, w in parts])
+    if isinstance(given, (list, tuple)):
+        return [str(p) for p in given]
+    if isinstance(given, DatasetConfig):
+        return given.name
+    return str(given if tokens is None else tokens.path)
 
 
 def source_from_json(source):
     "What stands in run.json, for `fit`."
     if isinstance(source, dict):
-        return mix(
-            [
-                (source_from_json(p), w) if w is not None else source_from_json(p)
-                for p, w in source["mix"]
-            ]
-        )
-    return (
-        open_set(source)
-        if isinstance(source, str) and (Path(source) / "meta.json").exists()
-        else source
-    )
+        parts = ((source_from_json(p), w) for p, w in source["mix"])
+        return mix([p if w is None else (p, w) for p, w in parts])
+    is_set = isinstance(source, str) and (Path(source) / "meta.json").exists()
+    return open_set(source) if is_set else source
 
 # %% ../../nbs/train/06_inputs.ipynb #305c7d43
-def _parts(x) -> list:
-    return [s for s, _ in x.parts] if isinstance(x, Mix) else [x]
-
-
 def _as_before(name: str) -> str:
     "What versions took a name for that did not write it down."
-    return (
-        PATH
-        if Path(name).exists()
-        else CORPUS
-        if name in BUILT_IN
-        else REGISTERED
-        if find_dataset(name)
-        else PATH
-    )
+    if Path(name).exists():
+        return PATH
+    if name in BUILT_IN:
+        return CORPUS
+    return REGISTERED if find_dataset(name) else PATH
 
 # %% ../../nbs/train/06_inputs.ipynb #8b361c85
 def _recorded(source) -> list[str]:
@@ -304,10 +304,10 @@ def meanings(
             n: _as_before(n) for s in (data.get("source"), data.get("valid")) for n in _recorded(s)
         }
     return {
-        source_to_json(s): meaning(s, decided, folder)
+        source_to_json(s): meaning(s.given, decided, folder)
         for x in sources
-        for s in _parts(x)
-        if isinstance(s, (str, Path, DatasetConfig))
+        for s in Source.of(x).parts
+        if isinstance(s.given, (str, Path, DatasetConfig))
     }
 
 # %% ../../nbs/train/06_inputs.ipynb #e9c71c0e
@@ -318,7 +318,7 @@ def what_is_read(
     folder: Path | None = None,  # As for `meaning`
 ) -> list[str]:  # A line, or none where only paths are given
     "What names were taken for."
-    told = [t for s in _parts(source) if (t := _told(s, decided, folder))]
+    told = [t for s in Source.of(source).parts if (t := _told(s.given, decided, folder))]
     return [f"{what}: {'; '.join(told)}"] if told else []
 
 
@@ -378,12 +378,12 @@ OVERRIDES = "effective_batch", "max_seq_len", "data", "validation_split", "seed"
 
 def refuse(folder: Path, field: str, was, now, hint: str = ""):
     "Raise a `ResumeError`."
-    meant = (
-        f"; if the change is meant, pass override={field!r} (--override {field}), and it goes on at"
-        " the same place in the data, counted in sequences"
-        if field in OVERRIDES
-        else ""
-    )
+    meant = ""
+    if field in OVERRIDES:
+        meant = (
+            f"; if the change is meant, pass override={field!r} (--override {field}), and it goes"
+            " on at the same place in the data, counted in sequences"
+        )
     raise ResumeError(
         f"{folder} holds a run with {field} = {was}, and this call has {field} = {now}{hint}. To go"
         f" on with that run, use {was} again{meant}; to train another, choose a new output_dir, or"
@@ -397,8 +397,8 @@ class _Call:
 
     folder: Path  # The run's
     known: dict | None  # Its run.json, if it is to go on
-    train: object  # As in the call
-    valid: object
+    train: Source
+    valid: Source | None
     cfg: TrainConfig
     override: tuple[str, ...]  # Fields that may differ
     decided: dict[str, str]  # What names stand for: of `meanings`
@@ -417,13 +417,15 @@ class _Call:
 def _same_reading(call: _Call, was: dict):
     "Refuse options that make other tokens than those that `was`, their facts, tells of."
     folder, cfg, options = call.folder, call.cfg, was["options"]
-    for k, usual in dict(data_subset=1.0, max_data_size=0, encoding="").items():
-        if (old := options.get(k, usual)) != getattr(cfg, k):
-            refuse(folder, k, old, getattr(cfg, k))
-    if (old := options.get("columns")) != cfg.column_names:
-        refuse(folder, "columns", old, cfg.column_names)
-    if (old := was.get("long_rows", cfg.long_rows)) != cfg.long_rows:
-        refuse(folder, "long_rows", old, cfg.long_rows)
+    for k, old, now in (
+        ("data_subset", options.get("data_subset", 1.0), cfg.data_subset),
+        ("max_data_size", options.get("max_data_size", 0), cfg.max_data_size),
+        ("encoding", options.get("encoding", ""), cfg.encoding),
+        ("columns", options.get("columns"), cfg.column_names),
+        ("long_rows", was.get("long_rows", cfg.long_rows), cfg.long_rows),
+    ):
+        if old != now:
+            refuse(folder, k, old, now)
     for note in read_again(was, cfg.on_bad_row):
         _log(note)
     if (old := options.get("format") == "lines") != cfg.line_by_line:
@@ -443,11 +445,9 @@ def _facts_now(call: _Call, place: Path, source, then: list[dict]) -> list[dict]
     ):
         return None
     try:
-        files = (
-            data_files(named.data_path)
-            if (named := _named(source, decided, folder))
-            else source_files(source, folder, decided, encoding=call.cfg.encoding)[0]
-        )
+        if named := _named(source, decided, folder):
+            return source_facts(data_files(named.data_path), then)
+        files, _ = source_files(source, folder, decided, encoding=call.cfg.encoding)
         return source_facts(files, then)
     except DataError:
         raise
@@ -520,14 +520,14 @@ def _find_tokenizer(call: _Call, given: Tokenizer | None) -> Tokenizer | None:
 
 def _ready_tokenizer(call: _Call) -> Tokenizer | None:
     "The one that stands beside the registered data sets, where one of them is read."
-    sources = _parts(call.train)
-    if any(_is_set(s) for s in sources):
+    sources = call.train.parts
+    if any(s.tokens is not None for s in sources):
         raise ValueError(
             "train is a token set, so fit cannot know its tokenizer; pass tokenizer=, the one it"
             " was built with"
         )
     if (
-        any(_named(s, call.decided, call.folder) for s in sources)
+        any(_named(s.given, call.decided, call.folder) for s in sources)
         and (ready := data_dir() / "tokenizer").exists()
         and not call.cfg.retrain_tokenizer
     ):
@@ -545,12 +545,11 @@ def _check_special(call: _Call, tok: Tokenizer, given: Tokenizer | None, of_mode
     missing = [t for t in call.cfg.special_tokens.split() if tok.id(t) is None]
     if not missing:
         return
+    whose = str(tok)
     if call.known:
-        raise ValueError(
-            f"special_tokens: {missing[0]!r} is not a token of the tokenizer of {call.folder},"
-            " which the run keeps; leave special_tokens out, or choose a new output_dir"
-        )
-    if of_model:
+        whose = f"the tokenizer of {call.folder}, which the run keeps"
+        way_out = "leave special_tokens out, or choose a new output_dir"
+    elif of_model:
         way_out = (
             "it is the tokenizer that the model was trained with, so leave special_tokens out, or"
             " pass retrain_tokenizer=True, which trains another, for which the weights have learned"
@@ -560,7 +559,7 @@ def _check_special(call: _Call, tok: Tokenizer, given: Tokenizer | None, of_mode
         way_out = "leave tokenizer out, and one is trained that has it"
     else:
         way_out = "pass retrain_tokenizer=True, and one is trained that has it"
-    raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {tok}; {way_out}")
+    raise ValueError(f"special_tokens: {missing[0]!r} is not a token of {whose}; {way_out}")
 
 # %% ../../nbs/train/06_inputs.ipynb #a08d0dcc
 def _n_parts(source) -> int:
@@ -599,9 +598,10 @@ def unread_tokens(
 ) -> list[str]:  # Folders below it
     "Token sets that a run does not read: of a call that was refused, or from before a change."
     folder = folder.resolve()
-    used = {
-        d.path.parent.resolve() for s in sets if s is not None for d in getattr(s, "sets", [s])
-    } | {folder / p for p in (*places["train"], places["valid"]) if p}
+    read = [d for s in sets if s is not None for d in sets_of(s)]
+    used = {d.path.parent.resolve() for d in read} | {
+        folder / p for p in (*places["train"], places["valid"]) if p
+    }
     found = {
         m.parent.parent
         for way in ("data*/train", "data*/*/train")
@@ -648,14 +648,10 @@ def _damage(place: Path) -> str | None:
     if not _has_tokens(place):
         return None
     try:
-        return next(
-            (
-                f"{d.path} does not hold what it was built with"
-                for d in open_tokenset(place)
-                if d is not None and d.damaged()
-            ),
-            None,
-        )
+        for d in open_tokenset(place):
+            if d is not None and d.damaged():
+                return f"{d.path} does not hold what it was built with"
+        return None
     except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
         return str(e).partition(";")[0]
 
@@ -670,8 +666,7 @@ def _rebuild(place: Path, wrong: str):
 class _Part:
     "One of the data sets that are trained on, and what the run has of it."
 
-    source: object  # As in the call
-    weight: float | None  # In the mixture
+    source: Source
     place: Path  # Of the run's tokens
     new: Path  # Of tokens that are built now
     wrong: str | None  # What is damaged in `place`
@@ -680,16 +675,15 @@ class _Part:
 
 def _look(call: _Call) -> list[_Part]:
     "The parts of the training data as they stand."
-    mixed = isinstance(call.train, Mix)
-    parts = call.train.parts if mixed else ((call.train, None),)
-    usual = _usual(len(parts) * mixed)
+    parts = call.train.parts
+    usual = _usual(len(call.train.mix or ()))
     stand = token_places(call.known)["train"][: len(parts)]
     looked = []
-    for (source, weight), (was, new) in zip(parts, zip_longest(stand, usual)):
+    for source, (was, new) in zip(parts, zip_longest(stand, usual)):
         place = call.folder / (was or new)
         wrong = _damage(place) if call.known else None
         here = bool(call.known) and not wrong and _has_tokens(place)
-        looked.append(_Part(source, weight, place, call.folder / new, wrong, here))
+        looked.append(_Part(source, place, call.folder / new, wrong, here))
     return looked
 
 # %% ../../nbs/train/06_inputs.ipynb #0971ac78
@@ -699,15 +693,11 @@ _Texts = tuple[list[Path], str | None] | None
 
 def _find_texts(call: _Call, parts: list[_Part]) -> list[_Texts]:
     "What is to be read of each part."
+    how = dict(say=logger.warning, encoding=call.cfg.encoding)
+    enough = lambda p: p.source.tokens is not None or p.here and not call.anew
+    files = lambda p: source_files(p.source.given, call.folder, call.decided, **how)
     try:
-        return [
-            None
-            if _is_set(p.source) or p.here and not call.anew
-            else source_files(
-                p.source, call.folder, call.decided, say=logger.warning, encoding=call.cfg.encoding
-            )
-            for p in parts
-        ]
+        return [None if enough(p) else files(p) for p in parts]
     except FileNotFoundError as e:
         if not call.same_data:
             raise
@@ -744,8 +734,8 @@ def _build(
 # %% ../../nbs/train/06_inputs.ipynb #bd1cc673
 def _open_valid(call: _Call, tok: Tokenizer) -> TokenSet:
     "A validation set of the caller's own."
-    folder, known, valid = call.folder, call.known, call.valid
-    if isinstance(valid, Mix):
+    folder, known, valid = call.folder, call.known, call.valid.given
+    if call.valid.mix is not None:
         raise ValueError(
             "valid is a mix; name one data set, or pass a minigpt.data.Mixture of token sets"
         )
@@ -768,25 +758,18 @@ def _open_valid(call: _Call, tok: Tokenizer) -> TokenSet:
 # %% ../../nbs/train/06_inputs.ipynb #1639b0ca
 def _same_options(source: TokenSet | Mixture, cfg: TrainConfig):
     "A `ValueError` for an option of reading files that the token set was not built with."
-    for d in getattr(source, "sets", [source]):
-        built = dict(
-            encoding=d.meta["options"].get("encoding", ""),
-            columns=d.meta["options"].get("columns"),
-            long_rows=d.meta.get("long_rows", "cut"),
-        )
-        asked = dict(encoding=cfg.encoding, columns=cfg.column_names, long_rows=cfg.long_rows)
-        if bad := next(
-            (
-                k
-                for k, v in asked.items()
-                if v and v != built[k] and getattr(cfg, k) != getattr(TrainConfig, k)
-            ),
-            None,
+    for d in sets_of(source):
+        options = d.meta["options"]
+        for k, asked, built in (
+            ("encoding", cfg.encoding, options.get("encoding", "")),
+            ("columns", cfg.column_names, options.get("columns")),
+            ("long_rows", cfg.long_rows, d.meta.get("long_rows", "cut")),
         ):
-            raise ValueError(
-                f"{bad}={getattr(cfg, bad)!r} is for files, and {d.path} is a token set already;"
-                f" pass {bad} to minigpt.data.build_tokenset, or name the files"
-            )
+            if asked and asked != built and (own := getattr(cfg, k)) != getattr(TrainConfig, k):
+                raise ValueError(
+                    f"{k}={own!r} is for files, and {d.path} is a token set already;"
+                    f" pass {k} to minigpt.data.build_tokenset, or name the files"
+                )
 
 
 def _older_tokens(data: TokenSet, tok: Tokenizer):
@@ -807,7 +790,7 @@ def _older_tokens(data: TokenSet, tok: Tokenizer):
 # %% ../../nbs/train/06_inputs.ipynb #7175ff07
 def _check_set(call: _Call, source: TokenSet | Mixture, tok: Tokenizer):
     "Refuse a token set of the caller's that does not fit."
-    sets = getattr(source, "sets", [source])
+    sets = sets_of(source)
     if spoilt := [d for d in sets if d.damaged()]:
         raise DataError(
             f"{spoilt[0].path} does not hold what it was built with: a file of it is damaged."
@@ -827,11 +810,11 @@ def _open_part(
     call: _Call, part: _Part, texts: _Texts, tok: Tokenizer
 ) -> tuple[TokenSet | Mixture, TokenSet | None]:
     "The tokens of a part, and of what is held out of it."
-    if _is_set(part.source):
-        _check_set(call, part.source, tok)
-        return part.source, None
+    if (tokens := part.source.tokens) is not None:
+        _check_set(call, tokens, tok)
+        return tokens, None
     if part.here and call.same_data:
-        own = _same_source(call, part.place, part.source)
+        own = _same_source(call, part.place, part.source.given)
         if not call.anew:
             return own
     cfg = call.cfg
@@ -845,11 +828,10 @@ def _open_part(
 # %% ../../nbs/train/06_inputs.ipynb #f9dc66b1
 def _check_named(call: _Call):
     "Say what is read, and refuse another number of data sets."
-    for line in what_is_read("training data", call.train, call.decided, call.folder) + what_is_read(
-        "validation data", call.valid, call.decided, call.folder
-    ):
-        logger.info(line)
-    if call.same_data and not _is_set(call.train):
+    for what, source in ("training data", call.train), ("validation data", call.valid):
+        for line in what_is_read(what, source, call.decided, call.folder):
+            logger.info(line)
+    if call.same_data and call.train.tokens is None:
         was, now = call.known["data"]["source"], source_to_json(call.train)
         if (a := _n_parts(was)) != (b := _n_parts(now)):
             refuse(call.folder, "data", was, now, f": {a} data sets, and now {b}")
@@ -859,10 +841,10 @@ def _join(
     call: _Call, opened: list[tuple[TokenSet | Mixture, TokenSet | None]]
 ) -> tuple[TokenSet | Mixture, TokenSet | Mixture | None]:
     "The training data, and what is held out of them."
-    if not isinstance(call.train, Mix):
+    if call.train.mix is None:
         return opened[0]
     weights = [
-        w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(call.train.parts, opened)
+        w if w is not None else max(1, len(d)) for (_, w), (d, _) in zip(call.train.mix, opened)
     ]
     _check_weights(call, weights)
     data = Mixture([(d, w) for (d, _), w in zip(opened, weights)])
@@ -882,18 +864,14 @@ def _check_weights(call: _Call, weights: list[float]):
     if None not in was and any(
         abs(a / sum(was) - b / sum(weights)) > 1e-6 for a, b in zip(was, weights)
     ):
-        refuse(
-            call.folder,
-            "data",
-            f"a mixture with the weights {was}",
-            f"one with the weights {weights}",
-        )
+        then, now = f"a mixture with the weights {was}", f"one with the weights {weights}"
+        refuse(call.folder, "data", then, now)
 
 # %% ../../nbs/train/06_inputs.ipynb #1df9d6e8
 def _check_tokens(call: _Call, parts: list[_Part], data: TokenSet | Mixture):
     "Refuse tokens that were built again and are others."
     missing = [p.place for p in parts if not p.here]
-    if not call.same_data or not missing or _is_set(call.train):
+    if not call.same_data or not missing or call.train.tokens is not None:
         return
     if data.fingerprint != (was := call.known["identity"]["data"]):
         for place in missing:
@@ -909,8 +887,7 @@ def _inside(call: _Call, data: TokenSet) -> str:
 
 def _no_share(data: TokenSet | Mixture) -> str:
     "Why nothing is held out."
-    sets = getattr(data, "sets", [data])
-    if all(getattr(d, "meta", {}).get("options", {}).get("validation_split") for d in sets):
+    if all(d.meta.get("options", {}).get("validation_split") for d in sets_of(data)):
         return "too few texts were held out"
     return (
         "the run's tokens were made with validation_split=0; override='validation_split' holds"
@@ -922,12 +899,12 @@ def _validation(
     call: _Call, tok: Tokenizer, data: TokenSet | Mixture, held_out: TokenSet | Mixture | None
 ) -> tuple[TokenSet | Mixture | None, str | None]:
     "What to validate on, and where it is if it was read from files of the caller's own."
-    valid, own, cfg = call.valid, None, call.cfg
-    if valid is None and not _is_set(call.train):
+    valid, own, cfg = call.valid and call.valid.tokens, None, call.cfg
+    if call.valid is None and call.train.tokens is None:
         valid = held_out
         if valid is None and cfg.validation_split:
             logger.info(f"no validation: {_no_share(data)}; there is no validation loss")
-    elif valid is not None and not _is_set(valid):
+    elif call.valid is not None and valid is None:
         valid = _open_valid(call, tok)
         own = _inside(call, valid)
     if valid is not None and not valid.n_windows(cfg.max_seq_len):
@@ -969,7 +946,8 @@ def open_source(
     The tokenizer, the training and the validation set, and where these are."""
     if decided is None:
         decided = meanings((train, valid), None if "data" in override else known, folder)
-    call = _Call(folder, known, train, valid, cfg, override, decided)
+    valid = None if valid is None else Source.of(valid)
+    call = _Call(folder, known, Source.of(train), valid, cfg, override, decided)
     _check_named(call)
     given = _given_tokenizer(tokenizer)
     tok = _find_tokenizer(call, given)
@@ -987,7 +965,10 @@ def open_source(
     valid, own = _validation(call, tok, data, held_out)
     _keep_tokenizer(call, tok)
     places = dict(
-        train=[None if _is_set(p.source) else _inside(call, d) for p, (d, _) in zip(parts, opened)],
+        train=[
+            _inside(call, d) if p.source.tokens is None else None
+            for p, (d, _) in zip(parts, opened)
+        ],
         valid=own or (token_places(known)["valid"] if known else None),
     )
     return tok, curriculum(data) if cfg.curriculum_learning else data, valid, places

@@ -13,6 +13,11 @@ from torch import Tensor, nn
 
 from ..config.options import TrainConfig
 
+# %% ../../nbs/train/02_optim.ipynb #e4af73f0
+def device_type(device: str | torch.device) -> str:
+    "Its family: cpu, cuda or mps."
+    return str(device).partition(":")[0]
+
 # %% ../../nbs/train/02_optim.ipynb #019e5656
 def _groups(params: list[nn.Parameter], config: TrainConfig) -> list[dict]:
     "Matrices decay, norms do not."
@@ -27,7 +32,7 @@ def _usual(config: TrainConfig, device: str) -> dict:
     return dict(
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
-        fused=not config.disable_optimizations and device.split(":")[0] in ("cuda", "cpu"),
+        fused=not config.disable_optimizations and device_type(device) in ("cuda", "cpu"),
     )
 
 # %% ../../nbs/train/02_optim.ipynb #5012185c
@@ -81,26 +86,19 @@ class Muon(torch.optim.Optimizer):
         **adamw,  # Settings of AdamW
     ):
         self.adamw = torch.optim.AdamW(others, lr=lr, **adamw) if others else None
-        super().__init__(
-            [
-                *(self.adamw.param_groups if others else []),
-                *(
-                    [dict(params=matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)]
-                    if matrices
-                    else []
-                ),
-            ],
-            {},
-        )
+        groups = [*self.adamw.param_groups] if others else []
+        if matrices:
+            groups.append(
+                dict(params=matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
+            )
+        super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self):
         "Change every parameter that has a gradient."
         if self.adamw:  # works on our state, under the groups as they are now
-            self.adamw.state, self.adamw.param_groups = (
-                self.state,
-                [g for g in self.param_groups if "momentum" not in g],
-            )
+            self.adamw.state = self.state
+            self.adamw.param_groups = [g for g in self.param_groups if "momentum" not in g]
             self.adamw.step()
         for g in self.param_groups:
             if "momentum" not in g:
@@ -119,10 +117,8 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        grads, average = (
-            [p.grad for p in params],
-            [self.state[p]["momentum_buffer"] for p in params],
-        )
+        grads = [p.grad for p in params]
+        average = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(average, grads, 1 - g["momentum"])
         ahead = torch._foreach_lerp(grads, average, g["momentum"])
         tall = [p.shape[0] > p.shape[1] for p in params]

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..core.files import delete
+from .optim import device_type
 
 # %% ../../nbs/train/04_parallel.ipynb #51e884f8
 # while the first process evaluates, saves, or waits for a backup, the others wait for it
@@ -198,14 +199,14 @@ class Team(_Handout):
         threads: int,  # CPU threads of all processes together
     ):
         "Gradients on GPUs have a way of their own; processes on a CPU share its cores."
+        gpu = device_type(device) == "cuda"
         if device == "cpu":
             torch.set_num_threads(max(1, threads // self.size))
-        if device.startswith("cuda"):
+        if gpu:
             torch.cuda.set_device(device)
         with _inside_the_machine() if self.place else contextlib.nullcontext():
-            self.gradients = dist.new_group(
-                backend="nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
-            )
+            nccl = gpu and dist.is_nccl_available()
+            self.gradients = dist.new_group(backend="nccl" if nccl else "gloo")
 
     def add_up(
         self,
@@ -247,16 +248,17 @@ class Team(_Handout):
 # %% ../../nbs/train/04_parallel.ipynb #47d60cd7
 def launched() -> int | None:
     "Which process of `torchrun` this is; None without it."
-    return (
-        int(os.environ["RANK"]) if dist.is_available() and dist.is_torchelastic_launched() else None
-    )
+    here = dist.is_available() and dist.is_torchelastic_launched()
+    return int(os.environ["RANK"]) if here else None
 
 
 def own_device(
     device: str,  # What was chosen: cpu, cuda
 ) -> str:
     "The device of this process."
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith("cuda") else device
+    if device_type(device) != "cuda":
+        return device
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
 
 # %% ../../nbs/train/04_parallel.ipynb #5bd45a85
 # the meeting place of torchrun, for the whole script
@@ -299,17 +301,15 @@ def _start(rank: int, size: int, place: str) -> subprocess.Popen:
 @contextlib.contextmanager
 def _inside_the_machine():
     "Where gloo listens; processes that are started inside listen there for good."
-    name, was = (
-        {"linux": "lo", "darwin": "lo0"}.get(sys.platform),
-        os.environ.get("GLOO_SOCKET_IFNAME"),
-    )
-    if name and not was:
-        os.environ["GLOO_SOCKET_IFNAME"] = name
+    name = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if not name or os.environ.get("GLOO_SOCKET_IFNAME"):
+        yield
+        return
+    os.environ["GLOO_SOCKET_IFNAME"] = name
     try:
         yield
     finally:
-        if name and not was:
-            del os.environ["GLOO_SOCKET_IFNAME"]
+        del os.environ["GLOO_SOCKET_IFNAME"]
 
 # %% ../../nbs/train/04_parallel.ipynb #8644b350
 def join() -> Team:
@@ -342,15 +342,15 @@ def _check_devices(devices: int, device: str):
             f"devices={devices} needs torch.distributed, and this torch was built without; leave"
             " devices out"
         )
-    kind = torch.device(device)
-    if kind.type == "mps":
+    kind, index = device_type(device), torch.device(device).index
+    if kind == "mps":
         raise ValueError(f"devices={devices}, and an Apple GPU is one device; leave devices out")
-    if kind.index:
+    if index:
         raise ValueError(
             f"devices={devices} takes the first ones, and device={device!r} names another; write"
-            f" device={kind.type!r}, or leave it out"
+            f" device={kind!r}, or leave it out"
         )
-    if kind.type == "cuda" and (there := torch.cuda.device_count()) < devices:
+    if kind == "cuda" and (there := torch.cuda.device_count()) < devices:
         raise ValueError(
             f"devices={devices}, but torch finds {there} CUDA device{'s' * (there > 1)} here; use"
             f" devices={there}"

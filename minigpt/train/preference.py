@@ -47,18 +47,15 @@ def _by_row(
 ) -> Tensor:  # (B*n,)
     "Sums over each row."
     at = rows + n * torch.arange(len(rows), device=rows.device)[:, None]
-    real = rows >= 0
-    return torch.zeros(len(rows) * n, device=values.device).index_add(
-        0, at[real], values[real].float()
-    )
+    real, sums = rows >= 0, torch.zeros(len(rows) * n, device=values.device)
+    return sums.index_add(0, at[real], values[real].float())
 
 
 def _answers(
     model: GPT, ids: Tensor, labels: Tensor, rows: Tensor, n: int
 ) -> tuple[Tensor, Tensor]:  # (B*n,) log-probability of each answer, and its tokens
-    return _by_row(model.log_probs(ids, labels, rows), rows, n), _by_row(
-        (labels != -100).float(), rows, n
-    )
+    found = _by_row(model.log_probs(ids, labels, rows), rows, n)
+    return found, _by_row((labels != -100).float(), rows, n)
 
 # %% ../../nbs/train/03_preference.ipynb #038bfa4a
 class Preference:
@@ -68,11 +65,8 @@ class Preference:
         self,
         config: TrainConfig,  # `dpo_beta`, `dpo_loss`, `dpo_label_smoothing`
     ):
-        self.beta, self.mean, self.smoothing = (
-            config.dpo_beta,
-            config.dpo_loss == "sigmoid_norm",
-            config.dpo_label_smoothing,
-        )
+        self.beta, self.smoothing = config.dpo_beta, config.dpo_label_smoothing
+        self.mean = config.dpo_loss == "sigmoid_norm"
 
     def prepare(self, batch: dict[str, Tensor], key: tuple[int, int]) -> dict[str, Tensor]:
         "Nothing is drawn."
@@ -101,15 +95,10 @@ class Preference:
             per = length.clamp_min(1) if self.mean else 1
             return found / per, _by_row(reference, rows, n) / per, length > 0
 
-        (chosen, chosen_reference, real), (rejected, rejected_reference, _) = (
-            side(""),
-            side("rejected_"),
-        )
-        losses, won, lost = dpo_loss(
-            *(t[real] for t in (chosen, rejected, chosen_reference, rejected_reference)),
-            self.beta,
-            self.smoothing,
-        )
+        chosen, chosen_reference, real = side("")
+        rejected, rejected_reference, _ = side("rejected_")
+        four = (t[real] for t in (chosen, rejected, chosen_reference, rejected_reference))
+        losses, won, lost = dpo_loss(*four, self.beta, self.smoothing)
         facts = {
             "rewards/chosen": won,
             "rewards/rejected": lost,
@@ -119,25 +108,17 @@ class Preference:
         return losses.sum() / n_targets, {k: v.sum() / n_targets for k, v in facts.items()}
 
 # %% ../../nbs/train/03_preference.ipynb #a667777e
-def _salt(n: int) -> np.ndarray:
-    "(n,) int32, another number for each place."
-    return (
-        (np.arange(1, n + 1, dtype=np.uint64) * 0x9E3779B1 % 2**32).astype(np.uint32).view(np.int32)
-    )
-
-
 class _Reference:
     """The file of a reference: each log-probability as its 32 bits, twice.
 
     The double is mixed with its place. A number that is damaged, or was not computed yet, does not
     agree with its double."""
 
-    def __init__(
-        self,
-        path: Path,
-        n: int,  # Answers
-    ):
-        self.path, self.n, self.salt = path, n, _salt(n)
+    def __init__(self, path: Path, n: int):  # n: answers
+        self.path, self.n = path, n
+        # (n,) int32, another number for each place
+        salt = np.arange(1, n + 1, dtype=np.uint64) * 0x9E3779B1 % 2**32
+        self.salt = salt.astype(np.uint32).view(np.int32)
 
     def read(self) -> np.ndarray:  # (n,) float32
         "What is known; NaN for the rest."
@@ -164,10 +145,8 @@ class _Reference:
         "Write all that is known, in one step."
         bits = np.ascontiguousarray(values).view(np.int32)
         # of what is not known, the double is wrong
-        write_file(
-            self.path,
-            np.stack([bits, np.where(np.isnan(values), bits, bits ^ self.salt)]).tobytes(),
-        )
+        doubles = np.where(np.isnan(values), bits, bits ^ self.salt)
+        write_file(self.path, np.stack([bits, doubles]).tobytes())
         return np.memmap(self.path, np.int32, "r+", shape=(2, self.n))
 
     def put(self, file: np.memmap, rows: np.ndarray, values: np.ndarray):
@@ -188,11 +167,8 @@ def add_reference(
     n = 2 * len(data.lengths())
     reference = _Reference(data.path / f"reference-{seq_len}-{name}.bin", n)
     known = reference.read()
-    missing = lambda i: (
-        np.isnan(known[2 * data.rows_of(i, seq_len)]).any()
-        or np.isnan(known[2 * data.rows_of(i, seq_len) + 1]).any()
-    )
-    todo = [i for i in range(data.n_windows(seq_len)) if missing(i)]
+    lacks = np.isnan(known).reshape(-1, 2).any(1)  # of each pair
+    todo = [i for i in range(data.n_windows(seq_len)) if lacks[data.rows_of(i, seq_len)].any()]
     if todo and model is None:
         return False
     data.reference, mode = None, model is not None and model.training
@@ -212,12 +188,8 @@ def add_reference(
             }
             n = int(batch["rows"].max()) + 1
             for k, which in enumerate(("", "rejected_")):
-                found = (
-                    _answers(model, *(batch[which + k] for k in ("ids", "labels", "rows")), n)[0]
-                    .view(-1, n)
-                    .cpu()
-                    .numpy()
-                )
+                side = (batch[which + k] for k in ("ids", "labels", "rows"))
+                found = _answers(model, *side, n)[0].view(-1, n).cpu().numpy()
                 for i, f in zip(index, found):
                     pairs = data.rows_of(int(i), seq_len)
                     reference.put(file, 2 * pairs + k, f[: len(pairs)])

@@ -19,39 +19,19 @@ def _choose(what: str, table: dict, name: str) -> dict:
     )
 
 # %% ../../nbs/train/01_presets.ipynb #bcd72195
+_stage = lambda train, length, batch, rate, epochs, objective: dict(
+    train=train,
+    max_seq_len=length,
+    batch_size=batch,
+    learning_rate=rate,
+    epochs=epochs,
+    objective=objective,
+)
 STAGES = dict(
-    pretrain=dict(
-        train="pretrain",
-        max_seq_len=512,
-        batch_size=16,
-        learning_rate=1e-4,
-        epochs=1,
-        objective="next_token_prediction",
-    ),
-    sft=dict(
-        train="sft_mini",
-        max_seq_len=512,
-        batch_size=8,
-        learning_rate=5e-5,
-        epochs=3,
-        objective="conversation_modeling",
-    ),
-    tool_calling=dict(
-        train="tool_calling",
-        max_seq_len=1024,
-        batch_size=4,
-        learning_rate=2e-5,
-        epochs=2,
-        objective="tool_use_optimization",
-    ),
-    dpo=dict(
-        train="dpo",
-        max_seq_len=1024,
-        batch_size=4,
-        learning_rate=1e-5,
-        epochs=1,
-        objective="preference_alignment",
-    ),
+    pretrain=_stage("pretrain", 512, 16, 1e-4, 1, "next_token_prediction"),
+    sft=_stage("sft_mini", 512, 8, 5e-5, 3, "conversation_modeling"),
+    tool_calling=_stage("tool_calling", 1024, 4, 2e-5, 2, "tool_use_optimization"),
+    dpo=_stage("dpo", 1024, 4, 1e-5, 1, "preference_alignment"),
 )
 
 
@@ -62,28 +42,21 @@ def stage(
     return _choose("stage", STAGES, name)
 
 # %% ../../nbs/train/01_presets.ipynb #d5e82bc9
+_machine = lambda batch, length, accumulation, train, precision: dict(
+    batch_size=batch,
+    max_seq_len=length,
+    gradient_accumulation=accumulation,
+    train=train,
+    precision=precision,
+)
 HARDWARE = dict(
-    apple_silicon_8gb=dict(
-        batch_size=4, max_seq_len=512, gradient_accumulation=2, train="sft_mini", precision="fp16"
-    ),
-    apple_silicon_16gb=dict(
-        batch_size=8, max_seq_len=1024, gradient_accumulation=2, train="sft_full", precision="fp16"
-    ),
-    rtx_4090_24gb=dict(
-        batch_size=16, max_seq_len=2048, gradient_accumulation=1, train="sft_full", precision="fp16"
-    ),
-    cpu_only=dict(
-        batch_size=1, max_seq_len=256, gradient_accumulation=8, train="sft_mini", precision="fp32"
-    ),
-    colab_t4=dict(
-        batch_size=16, max_seq_len=512, gradient_accumulation=1, train="sft_mini", precision="fp16"
-    ),
-    colab_l4=dict(
-        batch_size=16, max_seq_len=1024, gradient_accumulation=1, train="sft_mini", precision="bf16"
-    ),
-    colab_a100=dict(
-        batch_size=32, max_seq_len=1024, gradient_accumulation=1, train="sft_full", precision="bf16"
-    ),
+    apple_silicon_8gb=_machine(4, 512, 2, "sft_mini", "fp16"),
+    apple_silicon_16gb=_machine(8, 1024, 2, "sft_full", "fp16"),
+    rtx_4090_24gb=_machine(16, 2048, 1, "sft_full", "fp16"),
+    cpu_only=_machine(1, 256, 8, "sft_mini", "fp32"),
+    colab_t4=_machine(16, 512, 1, "sft_mini", "fp16"),
+    colab_l4=_machine(16, 1024, 1, "sft_mini", "bf16"),
+    colab_a100=_machine(32, 1024, 1, "sft_full", "bf16"),
 )
 
 # %% ../../nbs/train/01_presets.ipynb #004b2287
@@ -93,27 +66,15 @@ def detect_hardware() -> str:
     import torch
 
     if torch.cuda.is_available():
-        name, memory = (
-            torch.cuda.get_device_name().upper(),
-            torch.cuda.get_device_properties(0).total_memory,
-        )
-        for mark, preset in (
-            ("T4", "colab_t4"),
-            ("L4", "colab_l4"),
-            ("A100", "colab_a100"),
-            ("4090", "rtx_4090_24gb"),
-        ):
-            if mark in name.replace("-", " ").split():
+        words = torch.cuda.get_device_name().upper().replace("-", " ").split()
+        memory = torch.cuda.get_device_properties(0).total_memory
+        for preset in ("colab_t4", "colab_l4", "colab_a100", "rtx_4090_24gb"):
+            if preset.split("_")[1].upper() in words:
                 return preset
-        return (
-            "colab_a100"
-            if memory > 35e9
-            else (
-                "rtx_4090_24gb"
-                if memory > 20e9 and torch.cuda.get_device_capability() >= (8, 0)
-                else "colab_t4"
-            )
-        )
+        if memory > 35e9:
+            return "colab_a100"
+        new = memory > 20e9 and torch.cuda.get_device_capability() >= (8, 0)
+        return "rtx_4090_24gb" if new else "colab_t4"
     if torch.backends.mps.is_available():
         return "apple_silicon_16gb" if psutil.virtual_memory().total > 12e9 else "apple_silicon_8gb"
     return "cpu_only"
@@ -128,15 +89,11 @@ def hardware(
 
     The data of a preset stay, and its lengths and batches are not enlarged."""
     preset, machine = preset or {}, _choose("machine", HARDWARE, name or detect_hardware())
-    return (
-        preset
-        | {
-            k: min(v, preset[k]) if k in ("max_seq_len", "batch_size") and k in preset else v
-            for k, v in machine.items()
-            if not (k == "train" and "train" in preset)
-        }
-        | changes
-    )
+    for k in ("max_seq_len", "batch_size"):
+        machine[k] = min(machine[k], preset.get(k, machine[k]))
+    if "train" in preset:
+        del machine["train"]
+    return preset | machine | changes
 
 # %% ../../nbs/train/01_presets.ipynb #db7578d3
 RECIPES = dict(

@@ -24,7 +24,7 @@ from ..config.options import TrainConfig
 from ..core.files import human_size, human_time
 from ..model.gpt import GPT, GPTConfig, LanguageModel
 from ..run.metrics import memory
-from .optim import make_optimizer
+from .optim import device_type, make_optimizer
 
 # %% ../../nbs/train/05_speed.ipynb #2c995d15
 logger = logging.getLogger(__name__)
@@ -70,15 +70,16 @@ def choose(
     if device == "auto":
         device = best_device()
     try:
-        kind = torch.device(device).type
+        index = torch.device(device).index or 0
     except RuntimeError:
         raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps") from None
+    kind = device_type(device)
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"device={device!r}, but torch finds no CUDA device; use device='auto', or on Colab"
             " choose a GPU under Runtime > Change runtime type"
         )
-    if kind == "cuda" and (torch.device(device).index or 0) >= (there := torch.cuda.device_count()):
+    if kind == "cuda" and index >= (there := torch.cuda.device_count()):
         raise ValueError(
             f"device={device!r}, but torch finds {there} CUDA device{'s' * (there > 1)} here,"
             " counted from 0; use device='auto'"
@@ -98,15 +99,8 @@ def choose(
         )
     if kind not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps")
-    threads = (
-        config.num_threads
-        or (
-            int(n)
-            if (n := os.environ.get("OMP_NUM_THREADS", "")).isdigit() and int(n)
-            else os.cpu_count()
-        )
-        or 1
-    )
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    threads = config.num_threads or wished.isdigit() and int(wished) or os.cpu_count() or 1
     if precision == "fp16" and kind == "cpu":
         raise ValueError("precision='fp16' needs a GPU: on a CPU use fp32, or bf16")
     if precision == "auto" and not config.disable_optimizations:
@@ -128,27 +122,24 @@ def can_keep(
     """Can a run keep this choice here?
 
     The GPU may have been one of several where there is one now, or newer than the one here."""
-    if not device.startswith("cuda"):
+    if device_type(device) != "cuda":
         return True
     if choice == "device":
         return (torch.device(was).index or 0) < torch.cuda.device_count()
-    return not (
-        choice == "precision"
-        and was == "bf16"
-        and torch.cuda.get_device_capability(device) < (8, 0)
-    )
+    if choice != "precision" or was != "bf16":
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 # %% ../../nbs/train/05_speed.ipynb #872e4e7b
+_HALF = dict(bf16=torch.bfloat16, fp16=torch.float16)
+
+
 def autocast(
     device: str,  # Where
     precision: str,  # fp32, bf16 or fp16
 ):  # A context
     "Matrix products in the lower precision, where there is one; weights stay fp32."
-    return torch.autocast(
-        device.split(":")[0],
-        dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision),
-        enabled=precision != "fp32",
-    )
+    return torch.autocast(device_type(device), _HALF.get(precision), enabled=precision != "fp32")
 
 # %% ../../nbs/train/05_speed.ipynb #19b03a17
 def attention_kernel(
@@ -159,18 +150,11 @@ def attention_kernel(
     "What `scaled_dot_product_attention` takes here."
     # torch has no public name for the question
     c, T, asked = model.config, 256, getattr(torch, "_fused_sdp_choice", None)
-    if not asked or torch.device(choices["device"]).type not in ("cpu", "cuda"):
+    if not asked or device_type(choices["device"]) not in ("cpu", "cuda"):
         return "torch's"
-    half = dict(bf16=torch.bfloat16, fp16=torch.float16).get(choices["precision"], torch.float32)
-    q = torch.empty(
-        1,
-        c.n_head,
-        T,
-        getattr(c, "head_dim", c.dim // c.n_head),
-        device=choices["device"],
-        dtype=half,
-        requires_grad=True,
-    )
+    kind = dict(device=choices["device"], dtype=_HALF.get(choices["precision"], torch.float32))
+    head_dim = getattr(c, "head_dim", c.dim // c.n_head)
+    q = torch.empty(1, c.n_head, T, head_dim, **kind, requires_grad=True)
     mask = torch.ones(1, 1, T, T, device=q.device, dtype=torch.bool) if packed else None
     return {0: "plain", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(
         asked(q, q, q, mask, c.dropout, not packed), "torch's"
@@ -187,20 +171,16 @@ def same_bits(
     if not on:
         yield
         return
-    was, filled = (
-        (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which torch asks for
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.utils.deterministic.fill_uninitialized_memory = filled
 
 # %% ../../nbs/train/05_speed.ipynb #3b831c3c
@@ -208,10 +188,8 @@ def same_bits(
 def throw_away(model: nn.Module):
     "What is computed inside leaves no trace in the model or in the random generators."
     device, mode = next(model.parameters()).device, model.training
-    with torch.random.fork_rng(
-        [device] if device.type != "cpu" else [],
-        device_type="cuda" if device.type == "cpu" else device.type,
-    ):
+    cpu = device.type == "cpu"
+    with torch.random.fork_rng([] if cpu else [device], device_type="cuda" if cpu else device.type):
         model.train()
         try:
             yield
@@ -222,13 +200,9 @@ def throw_away(model: nn.Module):
 # %% ../../nbs/train/05_speed.ipynb #e384b396
 def _waiter(device: torch.device):
     "A function that waits until a device has done what it was given."
-    return (
-        (lambda: torch.cuda.synchronize(device))
-        if device.type == "cuda"
-        else torch.mps.synchronize
-        if device.type == "mps"
-        else lambda: None
-    )
+    if device.type == "cuda":
+        return lambda: torch.cuda.synchronize(device)
+    return torch.mps.synchronize if device.type == "mps" else lambda: None
 
 
 def _plain_loss(model, batch):
@@ -343,32 +317,17 @@ def memory_advice(
     config: TrainConfig,  # What was too much
 ) -> str:
     "What to change where memory has run out, so that the run can go on."
-    less = smaller(config)
-    first = (
-        f"batch_size={less[0]}, gradient_accumulation={less[1]} (instead of {config.batch_size} and"
-        f" {config.gradient_accumulation}: the effective batch stays, and the run goes on exactly"
-        " from its last checkpoint)"
-        if less
-        else ""
-    )
-    return (
-        " or ".join(
-            t
-            for t in (
-                first,
-                (
-                    ""
-                    if config.gradient_checkpointing
-                    else (
-                        "gradient_checkpointing=True (activations are computed twice instead of"
-                        " kept)"
-                    )
-                ),
-            )
-            if t
+    ways = []
+    if less := smaller(config):
+        ways.append(
+            f"batch_size={less[0]}, gradient_accumulation={less[1]} (instead of {config.batch_size}"
+            f" and {config.gradient_accumulation}: the effective batch stays, and the run goes on"
+            " exactly from its last checkpoint)"
         )
-        or f"a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}"
-    )
+    if not config.gradient_checkpointing:
+        ways.append("gradient_checkpointing=True (activations are computed twice instead of kept)")
+    last = f"a smaller model, or a new run with a shorter max_seq_len than {config.max_seq_len}"
+    return " or ".join(ways) or last
 
 # %% ../../nbs/train/05_speed.ipynb #4feffc2a
 def fit_batch(
@@ -385,21 +344,16 @@ def fit_batch(
             f"auto_batch_size asks a GPU; on {device.type} batch_size={config.batch_size} stays"
         )
         return config
+    part = lambda n: {k: t[:n].to(device) for k, t in batch.items()}
     trial = replace(config, batch_size=config.effective_batch, gradient_accumulation=1)
     with throw_away(model):
         # the two moments of AdamW, and the gradients that a second micro-batch finds
-        state = torch.empty(
-            3 * sum(p.numel() for p in model.parameters() if p.requires_grad), device=device
-        )
+        n = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        state = torch.empty(3 * n, device=device)
         while True:
             try:
                 for _ in range(2):
-                    micro_step(
-                        model,
-                        {k: t[: trial.batch_size].to(device) for k, t in batch.items()},
-                        precision,
-                        loss_of,
-                    )
+                    micro_step(model, part(trial.batch_size), precision, loss_of)
                 break
             except RuntimeError as e:
                 if not out_of_memory(e):
@@ -434,11 +388,8 @@ def machine_flops(
     n: int | None = None,  # Rows and columns; default: by device
 ) -> float:  # Floating-point operations a second
     "What products of two square matrices reach."
-    kind = device.split(":")[0]
-    n = n or (2048 if kind == "cpu" else 8192)
-    a = torch.randn(n, n, device=device).to(
-        dict(bf16=torch.bfloat16, fp16=torch.float16).get(precision, torch.float32)
-    )
+    n = n or (2048 if device_type(device) == "cpu" else 8192)
+    a = torch.randn(n, n, device=device).to(_HALF.get(precision, torch.float32))
     wait = _waiter(a.device)
 
     def run():
@@ -467,13 +418,8 @@ def benchmark(
     ids = torch.randint(0, shape.vocab_size, (cfg.batch_size, cfg.max_seq_len + 1), device=device)
     batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
     steps = cfg.max_steps or 1000
-    compiled = decide_compile(
-        net,
-        batch,
-        steps * cfg.gradient_accumulation,
-        precision,
-        "no" if cfg.disable_optimizations else cfg.enable_compile,
-    )
+    how = "no" if cfg.disable_optimizations else cfg.enable_compile
+    compiled = decide_compile(net, batch, steps * cfg.gradient_accumulation, precision, how)
 
     def step():
         for _ in range(cfg.gradient_accumulation):
@@ -486,7 +432,7 @@ def benchmark(
         loss.item()  # waits for the device
 
     step()
-    if device.startswith("cuda"):
+    if device_type(device) == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times, end = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
@@ -513,19 +459,13 @@ def benchmark_table(
 ) -> str:
     "What was measured, in words."
     f = found
-    return "\n".join(
-        (
-            (
-                f"{f['model']}: {f['parameters']:,} parameters on {f['device']} in"
-                f" {f['precision']}, {'compiled' if f['compile'] else 'not compiled'},"
-                f" {f['threads']} threads, batch {f['batch']} (sequences × accumulation × tokens)"
-            ),
-            f"{f['tokens_per_second']:,.0f} tokens/s, {1000 * f['step_seconds']:,.0f} ms a step",
-            (
-                f"{100 * f['mfu']:.0f}% of what matrix products reach on this machine (model FLOPs"
-                " utilisation)"
-            ),
-            f"{human_size(f['memory'])} of memory",
-            f"{f['steps']:,} steps take {human_time(f['run_seconds'])}, evaluation and saves apart",
-        )
+    return (
+        f"{f['model']}: {f['parameters']:,} parameters on {f['device']} in {f['precision']},"
+        f" {'compiled' if f['compile'] else 'not compiled'}, {f['threads']} threads, batch"
+        f" {f['batch']} (sequences × accumulation × tokens)\n"
+        f"{f['tokens_per_second']:,.0f} tokens/s, {1000 * f['step_seconds']:,.0f} ms a step\n"
+        f"{100 * f['mfu']:.0f}% of what matrix products reach on this machine (model FLOPs"
+        " utilisation)\n"
+        f"{human_size(f['memory'])} of memory\n"
+        f"{f['steps']:,} steps take {human_time(f['run_seconds'])}, evaluation and saves apart"
     )

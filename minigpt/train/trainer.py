@@ -23,6 +23,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,16 +74,18 @@ from ..model.gpt import GPT, PRESETS, GPTConfig, LanguageModel, shape_from_dict
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 from minigpt.train.inputs import (
     OVERRIDES,
+    Source,
     check_before_moving,
     meanings,
     open_source,
     refuse,
+    sets_of,
     source_from_json,
     source_to_json,
     unread_tokens,
     usual_options,
 )
-from .optim import make_optimizer
+from .optim import device_type, make_optimizer
 from minigpt.train.parallel import (
     Team,
     TeamError,
@@ -163,6 +166,8 @@ class Callback:
 
     Of several devices the first one alone calls them: there they must not change the model."""
 
+    order = 0  # Of two callbacks, the one with the smaller number is called first
+
     def on_start(self, t: "Trainer"):
         "Before the first step."
 
@@ -213,7 +218,7 @@ class Learner:
         self.device, self.precision = choices["device"], choices["precision"]
         self.optimizer = make_optimizer(model, config, self.device)
         self.scaler = torch.amp.GradScaler(
-            self.device.split(":")[0], enabled=self.precision == "fp16"
+            device_type(self.device), enabled=self.precision == "fp16"
         )
         self.team: Team | None = None  # the processes that share the steps; None: this one alone
         self.grad_norm = 0.0  # of the last step, before clipping
@@ -267,15 +272,13 @@ class Trainer(Learner):
         objective=None,
     ):
         super().__init__(model, config, choices, objective)
-        self.data, self.callbacks = data, list(callbacks)
+        self.data, self.callbacks = data, []
+        self.add_callbacks(callbacks)
         self.schedule = Schedule(config, max_steps, data.n_windows(config.max_seq_len))
         # optimizer steps done; what asks for an end: a signal, or in words
         self.step, self.stop = 0, None
         # step and rate from which the schedule goes down, where the run went on with another end
         self.lr_start: tuple[int, float] | None = None
-        # says what share of the time was rested lately, where max_cpu asks for pauses
-        self.resting = None
-        self.stopped_early = False  # because the validation loss has ceased to fall
         # losses of the steps since the last log, by name, as tensors on the device; target tokens
         # so far
         self.losses, self.tokens = [], 0
@@ -300,16 +303,9 @@ class Trainer(Learner):
     ) -> Iterable[dict[str, Tensor]]:
         "The effective batches from this step on, on the CPU."
         cfg, steps = self.config, range(self.step, 0 if self.complete else until)
-        batches = loader(
-            self.data,
-            steps,
-            cfg.effective_batch,
-            cfg.max_seq_len,
-            cfg.seed,
-            workers,
-            self.device.startswith("cuda"),
-            self.schedule.offset,
-        )
+        how = cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers
+        pinned = device_type(self.device) == "cuda"
+        batches = loader(self.data, steps, *how, pinned, self.schedule.offset)
         return (
             self.objective.prepare(batch, (cfg.seed, step)) for step, batch in zip(steps, batches)
         )
@@ -317,10 +313,8 @@ class Trainer(Learner):
     def train_step(self, batch: dict[str, Tensor]):
         "One optimizer step on an effective batch, in micro-batches."
         cfg = self.config
-        n_targets, lr = (
-            max(1, self.objective.count(batch)),
-            lr_at(self.step, cfg, self.max_steps, self.lr_start),
-        )
+        n_targets = max(1, self.objective.count(batch))
+        lr = lr_at(self.step, cfg, self.max_steps, self.lr_start)
         parts = [
             dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))
         ]
@@ -329,9 +323,22 @@ class Trainer(Learner):
         self.losses.append(self.learn(parts, n_targets, lr))
         self.tokens += sum(int((t != -100).sum()) for k, t in batch.items() if k.endswith("labels"))
 
+    def add_callbacks(self, callbacks: Iterable[Callback]):
+        "Have more callbacks called, each in its `order`."
+        self.callbacks = sorted([*self.callbacks, *callbacks], key=lambda c: c.order)
+
     def call(self, event: str, *args):
         for c in self.callbacks:
             getattr(c, event)(self, *args)
+
+    def ask_to_stop(self, why):
+        "Stop between two steps, for the first reason that is given: a signal, or in words."
+        self.stop = self.stop or why
+
+    @property
+    def stopped_early(self) -> bool:
+        "Has the validation loss ceased to fall? Here none is measured."
+        return False
 
     @property
     def max_steps(self) -> int:
@@ -358,20 +365,12 @@ def _last_good(t: Trainer) -> tuple[bool, str]:
     )
 
 
-def _check_losses(t: Trainer) -> list[dict[str, float]]:
-    "The losses since the last log as numbers; a `TrainingError` if one is not finite."
-    numbers = iter(
-        torch.stack(
-            [torch.as_tensor(v, device=t.device) for l in t.losses for v in l.values()]
-        ).tolist()
-        if t.losses
-        else []
-    )
-    t.losses = losses = [dict(zip(l, numbers)) for l in t.losses]
-    first = t.step - len(losses) + 1
+def _check_finite(t: Trainer):
+    "A `TrainingError` if a loss since the last log is not finite."
+    first = t.step - len(t.losses) + 1
     bad = [
         (f"loss of step {first + i}", l["loss"])
-        for i, l in enumerate(losses)
+        for i, l in enumerate(t.losses)
         if not math.isfinite(l["loss"])
     ]
     if not t.scaler.is_enabled() and not math.isfinite(g := float(t.grad_norm)):
@@ -390,36 +389,40 @@ def _check_losses(t: Trainer) -> list[dict[str, float]]:
             f" overflowed at every scale down to {scale:g}, and such steps change nothing."
             f" {_last_good(t)[1]}. Run again with precision='fp32', or 'bf16' where the GPU has it"
         )
-    return losses
 
 # %% ../../nbs/train/07_trainer.ipynb #154a0c00
 class _Log(Callback):
     "Rows in metrics.jsonl."
 
+    order = -90
+
+    def __init__(self, guard: "_Guard | None"):
+        self.guard = guard
+
     def on_start(self, t):
         self.since, self.tokens = time.perf_counter(), t.tokens
 
     def on_step(self, t):
-        if t.device == "cpu" or t.step % t.config.logging_steps == 0 or t.step == t.max_steps:
-            losses = _check_losses(t)
         if t.step % t.config.logging_steps and t.step != t.max_steps:
+            if t.device == "cpu":
+                t.check_losses()
             return
-        now = time.perf_counter()
+        losses, now = t.take_losses(), time.perf_counter()
         row = dict(
             step=t.step,
             epoch=round(t.epoch, 4),
-            **{k: sum(l[k] for l in losses) / len(losses) for k in losses[0]},
+            **losses,
             lr=t.optimizer.param_groups[0]["lr"],
             grad_norm=float(t.grad_norm),
             tokens=t.tokens,
             tokens_per_second=round((t.tokens - self.tokens) / (now - self.since), 1),
             **memory(t.device),
         )
-        if t.resting:
-            row["resting"] = round(t.resting(), 3)
+        if self.guard and t.config.max_cpu < 100:
+            row["resting"] = round(self.guard.guard.resting(), 3)
         if t.writer.stall:
             row["save_stall_seconds"], t.writer.stall = round(t.writer.stall, 4), 0.0
-        self.since, self.tokens, t.losses, t.last_loss = now, t.tokens, [], row["loss"]
+        self.since, self.tokens = now, t.tokens
         t.log(row)
 
 # %% ../../nbs/train/07_trainer.ipynb #1deceb41
@@ -431,7 +434,7 @@ class _Failures:
 
     def add(self, t, s):
         if s.store is t.best:
-            t.best_loss = None  # the next one is the best of those that could be kept
+            t.validation.forget()  # the next one is the best of those that could be kept
         if not self.last:
             logger.warning(
                 f"{'the best model is ' if s.store is t.best else ''}NOT SAVED at step {s.step}:"
@@ -459,6 +462,8 @@ def _compare_with_plan(t, s):
 class _Save(Callback):
     "Checkpoints, snapshots, and what remains of a run at its end."
 
+    order = -80
+
     def on_start(self, t):
         self.saved, self.failures, self.compared = t.step, _Failures(), False
         t.schedule.saved()
@@ -473,7 +478,7 @@ class _Save(Callback):
     def save(self, t, store):
         if not os.path.exists(t.run_path / "run.json"):
             with contextlib.suppress(OSError):  # where that cannot be, nor can the save: it says so
-                logger.info(_settle_anew(t))
+                logger.info(t.settle_anew())
         t.schedule.saved()
         if store.kind != "light":
             self.saved = t.step  # what a resume can go on from
@@ -491,12 +496,10 @@ class _Save(Callback):
                     self.saved = -1
                 continue
             self.failures.over(t, s)
-            if s.store in t.stores:
-                t.last_saved = s.path
             if s.store is t.store and not self.compared:
                 self.compared = True
                 _compare_with_plan(t, s)
-            t.call("on_save", s.path)
+            t.saved(s)
 
     def on_end(self, t):
         t.writer.wait()
@@ -516,6 +519,8 @@ class _Save(Callback):
 class _Evaluate(Callback):
     "Validation loss, the checkpoint where it is lowest, and an end where it falls no more."
 
+    order = 90
+
     def __init__(self, valid):
         self.valid = valid
 
@@ -525,7 +530,7 @@ class _Evaluate(Callback):
                 f"early stopping: training ends after {n} evaluation{'s in a row' if n > 1 else ''}"
                 " without a better validation loss"
             )
-        if t.step > 0 and t.evaluated < t.step and t.schedule.evaluation(t.step):
+        if t.step > 0 and t.validation.evaluated < t.step and t.schedule.evaluation(t.step):
             self.evaluate(t)  # stopped between a save and the evaluation behind it
 
     def on_step(self, t):
@@ -533,47 +538,33 @@ class _Evaluate(Callback):
             self.evaluate(t)
 
     def evaluate(self, t):
-        _check_losses(t)
+        cfg, best = t.config, t.validation
+        t.check_losses()
+        size = cfg.eval_batch_size or cfg.batch_size
         with autocast(t.device, t.precision):
             found = measure(
-                t.model,
-                self.valid,
-                t.config.max_seq_len,
-                t.config.eval_batch_size or t.config.batch_size,
-                t.config.eval_sequences,
-                t.objective,
+                t.model, self.valid, cfg.max_seq_len, size, cfg.eval_sequences, t.objective
             )
-        loss = found["loss"]
-        t.evaluated = t.step
-        sample = (
-            dict(sample=complete(t.model, t.tokenizer, "", max_new_tokens=40, seed=t.step))
-            if t.config.progress
-            else {}
-        )
-        t.log(
-            dict(
-                step=t.step,
-                epoch=round(t.epoch, 4),
-                **{f"eval_{k}": v for k, v in found.items()},
-                **sample,
-            )
-        )
-        if t.best_loss is None or loss < t.best_loss:
-            t.best_loss, t.best_step, t.worse = loss, t.step, 0
+        is_best = best.note(t.step, found["loss"])
+        row = dict(step=t.step, epoch=round(t.epoch, 4))
+        row |= {f"eval_{k}": v for k, v in found.items()}
+        if cfg.progress:
+            row["sample"] = complete(t.model, t.tokenizer, "", max_new_tokens=40, seed=t.step)
+        t.log(row)
+        if is_best:
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
-        elif t.step != t.best_step:
-            t.worse += 1  # it is, where the evaluation of a step is done again
-        if t.config.early_stopping and t.worse >= t.config.early_stopping and t.step < t.max_steps:
-            t.stopped_early = True
+        if best.enough(t.step >= t.max_steps):
             logger.info(
-                f"stopped early at step {t.step:,}: {t.worse} evaluations in a row were not below"
-                f" {t.best_loss:.4f} (step {t.best_step:,}). To train on, call again with"
+                f"stopped early at step {t.step:,}: {best.worse} evaluations in a row were not"
+                f" below {best.loss:.4f} (step {best.step:,}). To train on, call again with"
                 " early_stopping=0 or a larger number"
             )
 
 # %% ../../nbs/train/07_trainer.ipynb #c55b512d
 class _Backup(Callback):
     "Hands every save to the backup, and passes on what it has to say."
+
+    order = -50
 
     def __init__(self, backup: Backup):
         self.backup = backup
@@ -593,6 +584,8 @@ class _Backup(Callback):
 class _Estimate(Callback):
     "How long it will take, once a few steps have shown it."
 
+    order = -60
+
     def on_start(self, t):
         self.first, self.began, self.told = t.step, time.perf_counter(), False
 
@@ -609,6 +602,8 @@ class _LossLines(Callback):
     """Losses in run.log, to be read without this library.
 
     The first, the last, one a minute between them, and every evaluation."""
+
+    order = -70
 
     def __init__(self, log: RunLog):
         self.log, self.told = log, -math.inf
@@ -629,10 +624,10 @@ class _LossLines(Callback):
 class _Guard(Callback):
     "Rests, or ends the training, before the machine has no room left."
 
+    order = -30
+
     def on_start(self, t):
         self.guard, self.told = Guard(t.config.max_cpu, t.config.max_memory), False
-        if t.config.max_cpu < 100:
-            t.resting = self.guard.resting
         if self.guard.warning:
             logger.warning(self.guard.warning)
 
@@ -641,7 +636,7 @@ class _Guard(Callback):
             self.told = True
             logger.warning(self.guard.slow)
         if why := self.guard.check():
-            t.stop = t.stop or (
+            t.ask_to_stop(
                 f"{why} (close other programs first, or train with less memory:"
                 f" {memory_advice(t.config)})"
             )
@@ -649,6 +644,8 @@ class _Guard(Callback):
 # %% ../../nbs/train/07_trainer.ipynb #e150722e
 class _Plot(Callback):
     "The loss curve as PNG, on a thread."
+
+    order = -40
 
     def __init__(self, plots: PlotWriter):
         self.plots, self.told = plots, None
@@ -673,6 +670,8 @@ class _Plot(Callback):
 class _TensorBoard(Callback):
     "The rows as event files."
 
+    order = -40
+
     def __init__(self, events: EventWriter):
         self.events, self.told = events, None
 
@@ -687,6 +686,8 @@ class _TensorBoard(Callback):
 
 class _Live(Callback):
     "The losses in a notebook, while they fall."
+
+    order = -40
 
     def __init__(self, live):
         self.live = live
@@ -704,6 +705,8 @@ class _Live(Callback):
 # %% ../../nbs/train/07_trainer.ipynb #9c73b205
 class _Progress(Callback):
     "A bar in a terminal or a notebook."
+
+    order = -40
 
     def on_start(self, t):
         self.shown, self.bar = {}, tqdm(disable=True)
@@ -729,11 +732,13 @@ class _Progress(Callback):
             self.bar.disable = True
 
     def on_log(self, t, row):
-        self.shown |= {
-            k: f"{row[r]:.3f}"
-            for k, r in dict(loss="loss", validation="eval_loss").items()
-            if r in row
-        } | ({"tokens/s": f"{row['tokens_per_second']:,.0f}"} if "tokens_per_second" in row else {})
+        for shown, name, form in (
+            ("loss", "loss", ".3f"),
+            ("validation", "eval_loss", ".3f"),
+            ("tokens/s", "tokens_per_second", ",.0f"),
+        ):
+            if name in row:
+                self.shown[shown] = format(row[name], form)
         self.bar.set_postfix(self.shown, refresh=False)
 
     def on_end(self, t):
@@ -742,6 +747,25 @@ class _Progress(Callback):
 
 # %% ../../nbs/train/07_trainer.ipynb #5a7da85b
 @torch.inference_mode()
+def totals(
+    model, data, seq_len, batch_size, max_sequences, objective, progress=False
+) -> tuple[dict[str, float], int]:
+    "What an objective says of a set, summed, and what to divide it by."
+    index = spread_over(data.n_windows(seq_len), max_sequences)
+    device, mode = next(model.parameters()).device, model.training
+    model.eval()
+    total, count, every = {}, 0, range(0, len(index), batch_size)
+    for i in tqdm(every, "evaluating", unit="batch", disable=not progress, leave=False):
+        batch = data.windows(index[i : i + batch_size], seq_len)
+        batch = objective.prepare({k: torch.from_numpy(v) for k, v in batch.items()}, (0, i))
+        loss, facts = objective(model, {k: t.to(device) for k, t in batch.items()})
+        for k, v in dict(loss=loss, **facts).items():
+            total[k] = total.get(k, 0.0) + v.item()
+        count += objective.count(batch)
+    model.train(mode)
+    return total, count
+
+# %% ../../nbs/train/07_trainer.ipynb #d17d2fe2
 def measure(
     model: GPT,  # On its device; its mode is put back afterwards
     data: TokenSet,  # Validation set
@@ -753,23 +777,7 @@ def measure(
     """Means over a set, without dropout, in the order of the text.
 
     An objective that draws does so once for `batch_size` sequences."""
-    index, objective = spread_over(data.n_windows(seq_len), max_sequences), objective or NextToken()
-    device, mode = next(model.parameters()).device, model.training
-    model.eval()
-    total, count = {}, 0
-    for i in range(0, len(index), batch_size):
-        batch = objective.prepare(
-            {
-                k: torch.from_numpy(v)
-                for k, v in data.windows(index[i : i + batch_size], seq_len).items()
-            },
-            (0, i),
-        )
-        loss, facts = objective(model, {k: t.to(device) for k, t in batch.items()})
-        for k, v in dict(loss=loss, **facts).items():
-            total[k] = total.get(k, 0.0) + v.item()
-        count += objective.count(batch)
-    model.train(mode)
+    total, count = totals(model, data, seq_len, batch_size, max_sequences, objective or NextToken())
     return {k: v / max(1, count) for k, v in total.items()}
 
 
@@ -804,11 +812,20 @@ def _leaving_nothing(f: Callable) -> Callable:
 
 # %% ../../nbs/train/07_trainer.ipynb #043fbfad
 @contextlib.contextmanager
+def _handled(signals: Iterable[signal.Signals], handler) -> Iterator[Callable]:
+    "Inside, signals go to `handler`; yielded is what puts the old handlers back."
+    main = threading.current_thread() is threading.main_thread()  # no other may ask for signals
+    old = {s: signal.signal(s, handler) for s in signals if main}
+    restore = lambda: [signal.signal(s, h) for s, h in old.items()]
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
 def _signals(t: Trainer):
     "While training: the first signal asks for a stop between two steps, the second stops now."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     t = weakref.proxy(t)  # the frame of a handler keeps what it refers to
 
     def handler(number, frame):
@@ -817,20 +834,14 @@ def _signals(t: Trainer):
             restore()
             raise KeyboardInterrupt("stopped at once, without saving")
         # and not a word: the signal may have come in the middle of a print
-        t.stop = t.stop or signal.Signals(number)
+        t.ask_to_stop(signal.Signals(number))
 
     # SIGHUP: the terminal is gone; nohup ignores that
-    asked = [signal.SIGINT, signal.SIGTERM] + [
-        s
-        for n in ["SIGHUP"]
-        if (s := getattr(signal, n, None)) and signal.getsignal(s) != signal.SIG_IGN
-    ]
-    old = {s: signal.signal(s, handler) for s in asked}
-    restore = lambda: [signal.signal(s, h) for s, h in old.items()]
-    try:
+    asked, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        asked.append(hangup)
+    with _handled(asked, handler) as restore:
         yield
-    finally:
-        restore()
 
 # %% ../../nbs/train/07_trainer.ipynb #dbf5c759
 _TRAINING = threading.Lock()  # held while a training goes on in this process
@@ -865,11 +876,12 @@ def _one_at_a_time(f: Callable) -> Callable:
 
 # %% ../../nbs/train/07_trainer.ipynb #76abb57d
 def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
-    shape = {
-        f"model.{k}": v for k, v in model.config.to_dict().items() if k not in model.config.free
-    } | ({f"lora.{k}": v for k, v in model.facts.items()} if isinstance(model, LoRAGPT) else {})
-    # rules of encoding; not written by older versions
-    shape |= dict(rules=tok.rules) if tok.rules > 1 else {}
+    shape, free = model.config.to_dict(), model.config.free
+    shape = {f"model.{k}": v for k, v in shape.items() if k not in free}
+    if isinstance(model, LoRAGPT):
+        shape |= {f"lora.{k}": v for k, v in model.facts.items()}
+    if tok.rules > 1:  # rules of encoding; not written by older versions
+        shape["rules"] = tok.rules
     return dict(
         **shape,
         tokenizer=tok.hash,
@@ -881,6 +893,15 @@ def _identity(model: GPT, tok: Tokenizer, data, config: TrainConfig) -> dict:
     )
 
 
+_HINTS = {
+    "lora.base": " (fingerprints of the weights that the adapter adapts: they are another model)",
+    "effective_batch": (
+        " (batch_size × gradient_accumulation: change both so that their product stays)"
+    ),
+    "data": " (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)",
+}
+
+
 def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...]):
     for k in {**was, **now}:
         if was.get(k) == now.get(k):
@@ -890,33 +911,74 @@ def _check_same(folder: Path, was: dict, now: dict, override: tuple[str, ...]):
         if {"curriculum": "data"}.get(k, k) in override:
             logger.info(f"overridden: {k} {was[k]} → {now.get(k)}")
             continue
-        hint = {
-            "lora.base": (
-                " (fingerprints of the weights that the adapter adapts: they are another model)"
-            ),
-            "effective_batch": (
-                " (batch_size × gradient_accumulation: change both so that their product stays)"
-            ),
-            "data": (
-                " (fingerprints of the tokens: the texts, the tokenizer or validation_split differ)"
-            ),
-        }.get(k, "")
-        refuse(folder, k, was.get(k), now.get(k), hint)
+        refuse(folder, k, was.get(k), now.get(k), _HINTS.get(k, ""))
 
 # %% ../../nbs/train/07_trainer.ipynb #571949bf
-def _measured_on(valid, cfg: TrainConfig, objective) -> str | None:
-    "What validation measures: two losses can be compared if this is the same."
-    if valid is None:
-        return None
-    return (
-        f"{valid.fingerprint}, max_seq_len={cfg.max_seq_len}, eval_sequences={cfg.eval_sequences}"
-        + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
-        * getattr(objective, "draws", False)
-    )
+class _Validation:
+    "The best validation loss so far, and for how long it has not been beaten."
 
+    def __init__(self, data, cfg: TrainConfig, objective):
+        self.loss = self.step = None  # of the best one
+        # the step of the last evaluation; evaluations since the best one
+        self.evaluated = self.worse = 0
+        self.patience, self.stopped = cfg.early_stopping, False
+        # two losses can be compared if this is the same
+        self.measured_on = (
+            None
+            if data is None
+            else (
+                f"{data.fingerprint}, max_seq_len={cfg.max_seq_len}"
+                f", eval_sequences={cfg.eval_sequences}"
+                + f", eval_batch_size={cfg.eval_batch_size or cfg.batch_size}"
+                * getattr(objective, "draws", False)
+            )
+        )
 
+    def note(self, step: int, loss: float) -> bool:
+        "Take a loss in. Is it the best so far?"
+        self.evaluated = step
+        if best := self.loss is None or loss < self.loss:
+            self.loss, self.step, self.worse = loss, step, 0
+        elif step != self.step:
+            self.worse += 1  # it is, where the evaluation of a step is done again
+        return best
+
+    def enough(self, last: bool) -> bool:
+        "Has the loss ceased to fall, and this is not the `last` step?"
+        found = not last and 0 < self.patience <= self.worse
+        self.stopped = self.stopped or found
+        return found
+
+    def forget(self):
+        self.loss = None
+
+    def restore(self, s: dict, store: CheckpointStore):
+        "What a state says, as far as it counts; and what `store`, of the best, adds."
+        self.loss, self.step = s["best_loss"], s["best_step"]
+        self.evaluated, self.worse, was = s["evaluated"], s["worse"], s.get("measured_on")
+        if self.loss is not None and self.measured_on and was not in (None, self.measured_on):
+            logger.info(
+                "what validation measures is not what it was: the best validation loss so far,"
+                f" {self.loss:.4f} at step {self.step:,}, counts no more; the next one"
+                " takes its place in best/"
+            )
+            self.loss, self.step, self.worse = None, None, 0
+        self.measured_on = self.measured_on or was
+        # a save comes before the evaluation of its step, and does not know it yet
+        for c in store.all():
+            if c.step > s["global_step"] or problem(c.path):
+                continue
+            b = read_json(c.path / "trainer_state.json")
+            if b.get("measured_on") == self.measured_on and (
+                self.loss is None or b["best_loss"] < self.loss
+            ):
+                self.loss, self.step, self.worse = b["best_loss"], b["best_step"], 0
+        self.stopped = 0 < self.patience <= self.worse
+
+# %% ../../nbs/train/07_trainer.ipynb #80b48bd9
 def _trainer_state(t: "_RunTrainer") -> dict:
     "What trainer_state.json holds."
+    best = t.validation
     return dict(
         global_step=t.step,
         max_steps=t.max_steps,
@@ -925,16 +987,16 @@ def _trainer_state(t: "_RunTrainer") -> dict:
         tokens=t.tokens,
         data_position=t.schedule.position(t.step),
         last_loss=t.last_loss,
-        recent_losses=_check_losses(t),
-        best_loss=t.best_loss,
-        best_step=t.best_step,
-        evaluated=t.evaluated,
-        worse=t.worse,
+        recent_losses=t.check_losses(),
+        best_loss=best.loss,
+        best_step=best.step,
+        evaluated=best.evaluated,
+        worse=best.worse,
         stopped_early=t.stopped_early,
         learning_rate=t.optimizer.param_groups[0]["lr"],
         lr_schedule=t.config.lr_schedule,
         grad_scaler=t.scaler.state_dict(),
-        measured_on=t.measured_on,
+        measured_on=best.measured_on,
         seed=t.config.seed,
         device=t.device,
         precision=t.precision,
@@ -947,26 +1009,42 @@ def _trainer_state(t: "_RunTrainer") -> dict:
 class _RunTrainer(Trainer):
     "A `Trainer` that knows the folder of its run."
 
-    def __init__(
-        self, *args, folder: Path, run_id: str, tokenizer: Tokenizer, attempt: int, valid, **kwargs
-    ):
-        super().__init__(*args, **kwargs)
-        cfg = self.config
-        self.run_path, self.run_id = folder, run_id
-        self.tokenizer, self.attempt = tokenizer, attempt
-        self.measured_on = _measured_on(valid, cfg, self.objective)
+    def __init__(self, job: "_Job"):
+        cfg, folder = job.call.cfg, job.folder
+        steps, _ = _course(cfg, job.data.n_windows(cfg.max_seq_len))
+        super().__init__(job.net, job.data, cfg, steps, job.choices, objective=job.objective)
+        self.team, self.lock, self.at_end, self.tokenizer = job.team, job.lock, job.at_end, job.tok
+        self.run_path, self.attempt = folder, len(job.attempts) + 1
+        self.run_id = job.known["id"] if job.known else uuid.uuid4().hex
         self.store = CheckpointStore(folder / "checkpoints", self.schedule.keep)
+        kind = "light" if cfg.snapshot_kind == "light" else "snapshot"
         self.snapshots = CheckpointStore(
-            folder / "snapshots",
-            cfg.snapshot_total_limit,
-            "snapshot",
-            "light" if cfg.snapshot_kind == "light" else "snapshot",
+            folder / "snapshots", cfg.snapshot_total_limit, "snapshot", kind
         )
         self.best = CheckpointStore(folder / "best", 1, kind="best")
         self.stores, self.writer = [self.store, self.snapshots], Writer()
-        self.last_loss = self.best_loss = self.best_step = self.last_saved = None
-        # the step of the last evaluation; evaluations since the best one
-        self.evaluated = self.worse = 0
+        self.validation = _Validation(job.valid, cfg, self.objective)
+        self.last_loss = self.last_saved = None
+
+    @property
+    def stopped_early(self) -> bool:
+        "Has the validation loss ceased to fall?"
+        return self.validation.stopped
+
+    def check_losses(self) -> list[dict[str, float]]:
+        "The losses since the last log become numbers; a `TrainingError` if one is not finite."
+        values = [torch.as_tensor(v, device=self.device) for l in self.losses for v in l.values()]
+        numbers = iter(torch.stack(values).tolist() if values else [])
+        self.losses = [dict(zip(l, numbers)) for l in self.losses]
+        _check_finite(self)
+        return self.losses
+
+    def take_losses(self) -> dict[str, float]:
+        "The means of the losses since they were last taken."
+        losses, self.losses = self.check_losses(), []
+        means = {k: sum(l[k] for l in losses) / len(losses) for k in losses[0]}
+        self.last_loss = means["loss"]
+        return means
 
     def log(self, row: dict):
         "Write a row of metrics, and tell every callback."
@@ -977,6 +1055,12 @@ class _RunTrainer(Trainer):
                 " Training goes on"
             )
         self.call("on_log", row)
+
+    def saved(self, s):
+        "Tell every callback of a save."
+        if s.store in self.stores:
+            self.last_saved = s.path
+        self.call("on_save", s.path)
 
     def state(self) -> State:
         "Everything that a checkpoint holds."
@@ -994,92 +1078,78 @@ class _RunTrainer(Trainer):
             adapter,
         )
 
-# %% ../../nbs/train/07_trainer.ipynb #24240ec9
-def _settle(t: _RunTrainer):
-    "Write what makes a folder this run's."
-    write_json(t.run_path / "run.json", t.facts)
-    if not (t.run_path / "tokenizer" / "tokenizer.json").exists():
-        t.tokenizer.save(t.run_path / "tokenizer")
-    t.metrics = Metrics(t.run_path / "metrics.jsonl", t.attempt, t.step)
+    def settle(self, config: TrainConfig, facts: dict):
+        "Write what makes the folder this run's."
+        self.config, self.facts = config, facts
+        write_json(self.run_path / "run.json", facts)
+        if not (self.run_path / "tokenizer" / "tokenizer.json").exists():
+            self.tokenizer.save(self.run_path / "tokenizer")
+        self.metrics = Metrics(self.run_path / "metrics.jsonl", self.attempt, self.step)
 
+    def settle_anew(self) -> str:  # What had happened, for the user
+        """Likewise where run.json or the whole folder has disappeared.
 
-def _settle_anew(t: _RunTrainer) -> str:  # What had happened, for the user
-    """Likewise where run.json or the whole folder has disappeared.
-
-    A `RuntimeError` if another process has taken its place."""
-    whole = t.lock.is_there()  # is it the folder that was locked?
-    if not whole:
-        t.run_path.mkdir(parents=True, exist_ok=True)
-        t.lock = t.at_end.enter_context(only_one(t.run_path))
-    if not lexists(t.run_path / "metrics.jsonl"):
-        # an open file outlives its name
-        write_file(t.run_path / "metrics.jsonl", t.metrics.content())
-    t.metrics.close()
-    _settle(t)
-    if whole:
+        A `RuntimeError` if another process has taken its place."""
+        place, whole = self.run_path, self.lock.is_there()  # is it the folder that was locked?
+        if not whole:
+            place.mkdir(parents=True, exist_ok=True)
+            self.lock = self.at_end.enter_context(only_one(place))
+        if not lexists(place / "metrics.jsonl"):
+            # an open file outlives its name
+            write_file(place / "metrics.jsonl", self.metrics.content())
+        self.metrics.close()
+        self.settle(self.config, self.facts)
+        if whole:
+            return (
+                f"{place / 'run.json'} has been deleted while its training goes on, and is"
+                " written again"
+            )
         return (
-            f"{t.run_path / 'run.json'} has been deleted while its training goes on, and is"
-            " written again"
+            f"{place} has been deleted, moved or renamed while its training goes on. From"
+            " here on it is saved there anew; the checkpoints that were in it are not there any"
+            " more"
         )
-    return (
-        f"{t.run_path} has been deleted, moved or renamed while its training goes on. From"
-        " here on it is saved there anew; the checkpoints that were in it are not there any"
-        " more"
-    )
+
+    def go_on(self, start: Checkpoint):
+        """Become what `start` holds. Its state, as large as the training, is let go of at once.
+
+        Random generators come last, so that nothing draws from them before the first step does."""
+        state, windows = read_checkpoint(start.path), self.schedule.windows
+        s, was = state.trainer, state.arguments
+        max_steps, offset = _course(self.config, windows, s, was)
+        if start.step > max_steps:
+            raise ValueError(
+                f"{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or"
+                " resume from an earlier checkpoint"
+            )
+        self.schedule = Schedule(self.config, max_steps, windows, offset=offset)
+        self.model.load_weights(state.weights)
+        if state.optimizer:
+            unpack_optimizer(self.optimizer, self.model, state.optimizer)
+        else:
+            logger.warning(
+                "these are weights alone: the optimizer's moments and the random generators start"
+                " anew, so the losses will not be those of the uninterrupted run"
+            )
+        if self.scaler.is_enabled() and s["grad_scaler"]:
+            self.scaler.load_state_dict(s["grad_scaler"])
+        self.step, self.tokens = s["global_step"], s["tokens"]
+        self.losses, self.last_loss = s["recent_losses"], s["last_loss"]
+        self.validation.restore(s, self.best)
+        _restore_generators(state)
+        self.lr_start = _rate_start(self, s, was)
 
 # %% ../../nbs/train/07_trainer.ipynb #1f3bc000
-def _restore(t: _RunTrainer, state: State):
-    """Become what was saved.
-
-    Random generators come last, so that nothing draws from them before the first step does."""
-    s = state.trainer
-    t.model.load_weights(state.weights)
-    if state.optimizer:
-        unpack_optimizer(t.optimizer, t.model, state.optimizer)
-    else:
-        logger.warning(
-            "these are weights alone: the optimizer's moments and the random generators start"
-            " anew, so the losses will not be those of the uninterrupted run"
-        )
-    if t.scaler.is_enabled() and s["grad_scaler"]:
-        t.scaler.load_state_dict(s["grad_scaler"])
-    t.step, t.tokens, t.losses = s["global_step"], s["tokens"], s["recent_losses"]
-    t.last_loss, t.best_loss, t.best_step, t.evaluated, t.worse = (
-        s[k] for k in ("last_loss", "best_loss", "best_step", "evaluated", "worse")
-    )
-    _restore_best(t, s.get("measured_on"))
-    t.stopped_early = 0 < t.config.early_stopping <= t.worse
-    t.lr_start = s["lr_start"] and tuple(s["lr_start"]) if "lr_start" in s else None
-    if state.rng and (
-        missing := [
-            g for g in unpack_rng(state.rng) if g.partition(".")[0] == s["device"].partition(":")[0]
-        ]
-    ):
+def _restore_generators(state: State):
+    "Put the random generators back, as far as this machine has them."
+    if not state.rng:
+        return
+    kind = device_type(state.trainer["device"])
+    if missing := [g for g in unpack_rng(state.rng) if g.partition(".")[0] == kind]:
         logger.warning(
             f"this machine does not have the generators {', '.join(missing)}: dropout will"
             " differ from the uninterrupted run"
         )
-
-# %% ../../nbs/train/07_trainer.ipynb #a5acff9b
-def _restore_best(t: _RunTrainer, was: str | None):
-    "The best validation loss, as far as it counts: it `was` measured on this, as a state says."
-    if t.best_loss is not None and t.measured_on and was not in (None, t.measured_on):
-        logger.info(
-            "what validation measures is not what it was: the best validation loss so far,"
-            f" {t.best_loss:.4f} at step {t.best_step:,}, counts no more; the next one"
-            " takes its place in best/"
-        )
-        t.best_loss, t.best_step, t.worse = None, None, 0
-    t.measured_on = t.measured_on or was
-    # a save comes before the evaluation of its step, and does not know it yet
-    for c in t.best.all():
-        if c.step > t.step or problem(c.path):
-            continue
-        b = read_json(c.path / "trainer_state.json")
-        if b.get("measured_on") == t.measured_on and (
-            t.best_loss is None or b["best_loss"] < t.best_loss
-        ):
-            t.best_loss, t.best_step, t.worse = b["best_loss"], b["best_step"], 0
 
 # %% ../../nbs/train/07_trainer.ipynb #bf24d7f8
 _OBJECTIVES = dict(
@@ -1090,18 +1160,11 @@ _OBJECTIVES = dict(
 )
 
 
-def _objective(model: LanguageModel, data, cfg: TrainConfig):
+def _objective(data: TokenSet | Mixture, cfg: TrainConfig):
     "What is learned from the data; a `ValueError` where they are not of the kind asked for."
-    if hasattr(model, "objective"):
-        return model.objective(data, cfg)
-    for d in getattr(data, "sets", [data]):
-        kind = (
-            "preference"
-            if isinstance(d, PairSet)
-            else "conversation"
-            if isinstance(d, ChatSet)
-            else "text"
-        )
+    for d in sets_of(data):
+        kinds = (PairSet, "preference"), (ChatSet, "conversation"), (TokenSet, "text")
+        kind = next(kind for of, kind in kinds if isinstance(d, of))
         if cfg.objective and (want := _OBJECTIVES[cfg.objective]) != kind:
             raise ValueError(
                 f"objective={cfg.objective!r} learns from rows of the kind {want}, and {d.path}"
@@ -1112,15 +1175,11 @@ def _objective(model: LanguageModel, data, cfg: TrainConfig):
 # %% ../../nbs/train/07_trainer.ipynb #d273169a
 def _add_references(sets: list, t: _RunTrainer, begun: dict):
     "What DPO compares with: of the model that the run began with, not of what it has become."
-    for data in (d for s in sets if s is not None for d in getattr(s, "sets", [s])):
-        known = dict(
-            data=data,
-            seq_len=t.config.max_seq_len,
-            name=f"{t.precision}-{begun['hash']}",
-            batch_size=t.config.batch_size,
-            progress=t.config.progress,
-        )
-        if add_reference(**known):
+    for data in (d for s in sets if s is not None for d in sets_of(s)):
+        name = f"{t.precision}-{begun['hash']}"
+        known = data, t.config.max_seq_len, name
+        how = dict(batch_size=t.config.batch_size, progress=t.config.progress)
+        if add_reference(*known, **how):
             continue
         if weights_hash(t.model) != begun["hash"]:
             raise CheckpointError(
@@ -1134,25 +1193,23 @@ def _add_references(sets: list, t: _RunTrainer, begun: dict):
             f" (kept in {data.path})"
         )
         with autocast(t.device, t.precision):
-            add_reference(**known, model=t.model)
+            add_reference(*known, t.model, **how)
 
 # %% ../../nbs/train/07_trainer.ipynb #76949c4a
 def _describe(data, seq_len: int) -> list[str]:
     "How rows come into sequences, a line each."
     if isinstance(data, Mixture):
-        return [
-            f"mixture: {w:.0%} of {Path(d.meta['sources'][0]['path']).name}, {p:.2f} passes an"
-            " epoch"
-            for d, w, p in zip(data.sets, data.weights, data.passes(seq_len))
-        ] + [l for d in data.sets for l in _describe(d, seq_len)]
+        name = lambda d: Path(d.meta["sources"][0]["path"]).name
+        shares = zip(data.sets, data.weights, data.passes(seq_len))
+        return [f"mixture: {w:.0%} of {name(d)}, {p:.2f} passes an epoch" for d, w, p in shares] + [
+            l for d in data.sets for l in _describe(d, seq_len)
+        ]
     if isinstance(data, LineSet):
         lengths = np.diff(data.starts)
         cut = int((lengths > seq_len).sum())
-        return [
-            f"{len(lengths):,} lines, a sequence each,"
-            f" {1 - np.minimum(lengths, seq_len).sum() / (seq_len * len(lengths)):.1%} padding"
-            + (f"; {cut:,} are longer than max_seq_len={seq_len} and are cut" if cut else "")
-        ]
+        padding = 1 - np.minimum(lengths, seq_len).sum() / (seq_len * len(lengths))
+        longer = f"; {cut:,} are longer than max_seq_len={seq_len} and are cut" if cut else ""
+        return [f"{len(lengths):,} lines, a sequence each, {padding:.1%} padding{longer}"]
     if not isinstance(data, ChatSet):
         return []
     lost = data.too_long(seq_len)[1]
@@ -1167,27 +1224,21 @@ def _describe(data, seq_len: int) -> list[str]:
 def _long_rows(data: ChatSet, seq_len: int) -> str:
     "What becomes of rows that are longer than a sequence."
     (longer, lost), inside = data.too_long(seq_len), data.cut_inside(seq_len)
-    kept = max(0, longer - lost)
-    said = (
-        f"; {kept - inside:,} are longer than max_seq_len={seq_len} and are cut behind an answer"
-        if kept > inside
-        else ""
-    )
+    behind, said = max(0, longer - lost) - inside, ""
+    if behind > 0:
+        said += f"; {behind:,} are longer than max_seq_len={seq_len} and are cut behind an answer"
     if inside:
         said += (
             f"; {inside:,} are longer and are cut inside an answer, so that they teach no end of it"
         )
     if lost and data.skips:
-        return (
-            said
-            + f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut'"
+        said += (
+            f"; {lost:,} rows longer than max_seq_len={seq_len} are left out; long_rows='cut'"
             " keeps their beginning"
         )
-    return said + (
-        f"; {lost:,} are left out, because max_seq_len ends before their first answer"
-        if lost
-        else ""
-    )
+    elif lost:
+        said += f"; {lost:,} are left out, because max_seq_len ends before their first answer"
+    return said
 
 # %% ../../nbs/train/07_trainer.ipynb #191c4eff
 def _shape(d: dict, known: dict | None):
@@ -1201,7 +1252,21 @@ def _shape(d: dict, known: dict | None):
     return of_size(known["model"]["vocab_size"]) if known else lambda tok: of_size(tok.vocab_size)
 
 
-def _given(model, known: dict | None = None):
+@dataclass(frozen=True)
+class _Start:
+    "What a training begins with: a model, or what makes one, or its shape, for a tokenizer."
+
+    net: LanguageModel | None
+    make: Callable[[Tokenizer], LanguageModel | GPTConfig]
+
+    @classmethod
+    def of(cls, x) -> "_Start":
+        if isinstance(x, LanguageModel):
+            return cls(x, lambda tok: x)
+        return cls(None, x if callable(x) else lambda tok: x)
+
+# %% ../../nbs/train/07_trainer.ipynb #9378b575
+def _given(model, known: dict | None = None) -> _Start:
     "The model of a call; opened, if a directory is named."
     # of torch.compile; whether to compile is decided here
     model = getattr(model, "_orig_mod", model)
@@ -1216,87 +1281,74 @@ def _given(model, known: dict | None = None):
             " minigpt.model.from_hf(config.to_dict()))"
         )
     if isinstance(model, dict):
-        return _shape(model, known)
+        return _Start.of(_shape(model, known))
     if not (isinstance(model, (str, Path)) or callable(model) or hasattr(model, "vocab_size")):
         raise TypeError(
             f"model={model!r} must be a preset's name ({', '.join(PRESETS)}), a GPTConfig, a model,"
             " or a directory with one"
         )
-    if not isinstance(model, (str, Path)) or model in PRESETS:
-        return model
-    model = at_home(model)
-    if any((Path(model) / n).exists() for n in ("config.json", "adapter_config.json")):
-        return load_model(model)
-    if Path(model).is_file():
-        load_model(model)  # says what becomes of a file
-    if Path(model).exists() or len(Path(model).parts) > 1:
+    if not isinstance(model, (str, Path)):
+        return _Start.of(model)
+    if model in PRESETS:
+        return _Start.of(lambda tok: GPTConfig.preset(model, vocab_size=tok.vocab_size))
+    path = at_home(model)
+    if any((path / n).exists() for n in ("config.json", "adapter_config.json")):
+        return _Start.of(load_model(path))
+    if path.is_file():
+        load_model(path)  # says what becomes of a file
+    if path.exists() or len(path.parts) > 1:
         raise FileNotFoundError(
-            f"model={str(model)!r} is not a directory with a model: there is no config.json in it."
+            f"model={str(path)!r} is not a directory with a model: there is no config.json in it."
             " Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets"
-            f" {', '.join(PRESETS)}{on_hub(model)}"
+            f" {', '.join(PRESETS)}{on_hub(path)}"
         )
     # there is none of that name: it says so now, before anything is built
-    return GPTConfig.preset(str(model))
+    return _Start.of(GPTConfig.preset(str(path)))
 
 # %% ../../nbs/train/07_trainer.ipynb #5c00737d
-def _model(model, tok: Tokenizer, cfg: TrainConfig) -> LanguageModel:
+def _model(start: _Start, tok: Tokenizer, cfg: TrainConfig) -> LanguageModel:
     "The model of a call, with weights decided by the seed."
     random.seed(cfg.seed)
     np.random.seed(cfg.seed % 2**32)
     torch.manual_seed(cfg.seed)
-    if isinstance(model, str):
-        model = GPTConfig.preset(model, vocab_size=tok.vocab_size)
-    elif not isinstance(model, nn.Module) and callable(model):
-        model = model(tok)
-    shape = model.config if isinstance(model, nn.Module) else model
+    made = start.make(tok)
+    shape = made.config if isinstance(made, nn.Module) else made
     if shape.vocab_size < tok.vocab_size:
         raise ValueError(
             f"the model has vocab_size={shape.vocab_size} and the tokenizer {tok.vocab_size}"
             " tokens; give the model at least as many"
         )
-    return (
-        model
-        if isinstance(model, nn.Module)
-        else replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
-    )
+    if made is not shape:
+        return made
+    return replace(shape, max_len=max(shape.max_len, cfg.max_seq_len)).build()
 
 # %% ../../nbs/train/07_trainer.ipynb #3e8b2007
+_OF_MODELS = """
+MANIFEST.json config.json adapter_config.json model.safetensors tokenizer.json tokenizer_config.json
+trainer_state.json training_args.json generation_config.json
+"""
+
+
 def _ownerless(folder: Path) -> list[str]:
     "Checkpoints, or files of a model, in a folder without run.json: nobody knows whose they are."
     saved = [c.path for s in stores_in(folder) for c in s.all()]
-    models = [
-        f
-        for n in (
-            "MANIFEST.json",
-            "config.json",
-            "adapter_config.json",
-            "model.safetensors",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "trainer_state.json",
-            "training_args.json",
-            "generation_config.json",
-        )
-        if (f := folder / n).exists()
-    ]
+    models = [f for n in _OF_MODELS.split() if (f := folder / n).exists()]
     # those of Trainer, nanoGPT, MiniMind
     others = sorted(
         p for pattern in ("checkpoint-*", "ckpt.pt", "*.pth") for p in folder.glob(pattern)
     )
-    return (
-        [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]]
-        if not (folder / "run.json").exists()
-        else []
-    )
+    if (folder / "run.json").exists():
+        return []
+    return [p.relative_to(folder).as_posix() for p in [*saved, *models, *others]]
 
 # %% ../../nbs/train/07_trainer.ipynb #ed13b16e
-def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Path | None]:
+def _folder(call: "_Call") -> tuple[Path, Path | None]:
     "The run's folder, writable; and where what stood in it is now, if it was to be moved aside."
-    if not isinstance(output_dir, (str, Path)):
+    if not isinstance(call.output_dir, (str, Path)):
         raise TypeError(
-            f"output_dir={output_dir!r} must be the path of a folder: a run is always saved"
+            f"output_dir={call.output_dir!r} must be the path of a folder: a run is always saved"
         )
-    folder = at_home(output_dir)
+    folder = at_home(call.output_dir)
     try:
         refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1306,7 +1358,7 @@ def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Pa
             f"output_dir={str(folder)!r} cannot be written: {e.strerror or e}; choose a folder of"
             f" your own, such as runs/{folder.name or 'demo'}"
         ) from None
-    if overwrite and ((folder / "run.json").exists() or _ownerless(folder)):
+    if call.overwrite and ((folder / "run.json").exists() or _ownerless(folder)):
         if folder.resolve() in (here := Path.cwd().resolve(), *here.parents):
             raise ValueError(
                 f"output_dir={str(folder)!r} is the working folder or above it, so overwrite=True"
@@ -1314,11 +1366,12 @@ def _folder(output_dir, resume, overwrite: bool, data, others) -> tuple[Path, Pa
             )
         with only_one(folder):
             pass
-        check_before_moving(folder, data, others)
+        others = call.model, call.tokenizer, getattr(call.model, "base_path", None)
+        check_before_moving(folder, (call.train, call.valid), others)
         aside = set_aside(folder, "old")
         folder.mkdir()
         return folder, aside
-    if resume is False and (folder / "run.json").exists():
+    if call.resume is _From.NOTHING and (folder / "run.json").exists():
         raise FileExistsError(
             f"{folder} holds a run already, and resume=False; choose a new output_dir, or"
             " resume='auto' to go on with it, or overwrite=True to move it aside"
@@ -1464,12 +1517,13 @@ def _tidy(folder: Path, made: list[Path], traces: list[Path], aside: Path | None
         tqdm.write(f"nothing is trained, and {folder} is as it was")
 
 # %% ../../nbs/train/07_trainer.ipynb #3b572898
-def _pick(t: _RunTrainer, resume, backup: Backup | None, attempts: list[dict]) -> Checkpoint | None:
+def _pick(job: "_Job", t: _RunTrainer) -> Checkpoint | None:
     "The state to go on from, in the run's own folder."
-    if resume is False:
+    resume, backup = job.call.resume, job.backup
+    if resume is _From.NOTHING:
         return None
-    if resume in ("auto", True):
-        return _Choice(t, backup, attempts)()
+    if resume is _From.NEWEST:
+        return _Choice(t, backup, job.attempts)()
     mirrored, path = backup.state_stores() if backup else [], Path(resume)
     around, name = split_checkpoint(resume)
     if around and around.resolve() != t.run_path.resolve():
@@ -1548,20 +1602,21 @@ def _give_up(t: _RunTrainer, step: int):
         set_aside(root / "MANIFEST.json", "superseded")  # the final model of that course
 
 # %% ../../nbs/train/07_trainer.ipynb #3d0ca90c
-def _mirror(folder: Path, cfg: TrainConfig, resume, overwrite: bool) -> Backup | None:
+def _mirror(folder: Path, call: "_Call") -> Backup | None:
     "The backup, if one is wanted; and the run from it, where this machine does not have it."
+    cfg = call.cfg
     if not cfg.gdrive_backup_dir:
         return None
     check_there(cfg.gdrive_backup_dir)
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
     _patiently(lambda: wait_for_others(backup), backup)
     fresh = read_run_id(folder) is None
-    if fresh and overwrite and backup.path.exists():
+    if fresh and call.overwrite and backup.path.exists():
         logger.info(
             f"the backup that was there is kept as {set_aside(backup.path, 'old')}; to go on with"
             " this run later, leave overwrite out of the call"
         )
-    if fresh and resume is False and read_run_id(backup.path):
+    if fresh and call.resume is _From.NOTHING and read_run_id(backup.path):
         raise FileExistsError(
             f"{backup.path} holds a backup of such a run, and resume=False; choose a new"
             " output_dir, or resume='auto' to go on with it, or overwrite=True to move it aside"
@@ -1711,16 +1766,23 @@ def _quietly(f):
         f()
 
 # %% ../../nbs/train/07_trainer.ipynb #4631cd46
+class _From(Enum):
+    "Where a training goes on, unless a checkpoint is named."
+
+    NEWEST = "the newest whole checkpoint"
+    NOTHING = "there must be none"
+
+
 @dataclass
 class _Call:
     "What a call of `fit` gives; an error where a part of it cannot be meant."
 
     model: object
-    train: object
-    valid: object
+    train: Source  # Made of what the call has
+    valid: Source | None
     tokenizer: Tokenizer | str | Path | None
     output_dir: str | Path
-    resume: str | Path | bool
+    resume: str | Path | _From
     callbacks: Iterable[Callback]
     config: TrainConfig | dict | None
     overwrite: bool
@@ -1740,11 +1802,15 @@ class _Call:
                 f"callbacks: {bad[0]!r} must be a Callback; derive a class from"
                 " minigpt.train.Callback, and pass an object of it"
             )
+        self.train = Source.of(self.train)
+        self.valid = None if self.valid is None else Source.of(self.valid)
         self.cfg = self.configured(None)
         if not isinstance(self.resume, (str, Path, bool)):
             raise TypeError(
                 f"resume={self.resume!r} must be 'auto', the name of a checkpoint, or False"
             )
+        if self.resume in ("auto", True, False):
+            self.resume = _From.NEWEST if self.resume else _From.NOTHING
         self.override = (self.override,) if isinstance(self.override, str) else tuple(self.override)
         if bad := [o for o in self.override if o not in OVERRIDES]:
             raise ValueError(
@@ -1758,11 +1824,6 @@ class _Call:
             return TrainConfig.make(self.config, **self.options)
         usual = usual_options(self.train, decided)
         return TrainConfig.make(usual | (self.config or {}), **self.options)
-
-    @property
-    def automatic(self) -> bool:
-        "Does it go on from the newest state, rather than from one that it names?"
-        return self.resume in ("auto", True)
 
 # %% ../../nbs/train/07_trainer.ipynb #b830ea02
 class _Job:
@@ -1786,7 +1847,7 @@ class _Job:
     valid: TokenSet | Mixture | None
     places: dict  # where the tokens are
     # the model
-    model: object  # opened, if a directory was named
+    start: _Start  # the model of the call, opened
     net: LanguageModel
     objective: Callable  # what is learned
     begun: dict  # of the weights of step 0
@@ -1850,7 +1911,7 @@ def fit(
 # %% ../../nbs/train/07_trainer.ipynb #ebaa178f
 def _carry_out(call: _Call) -> Run:
     "A call from its first look at the folder to the finished run."
-    _read_once(call)
+    _check_measurable(call)
     with _as_it_was(call.output_dir) as moved, contextlib.ExitStack() as at_end:
         job = _Job(call, at_end)
         _enter(job, moved)
@@ -1858,11 +1919,14 @@ def _carry_out(call: _Call) -> Run:
         _decide(job)
         _read(job)
         _build(job)
-        t = _run_trainer(job)
+        t = _RunTrainer(job)
+        _strangers_aside(t)
         if done := _done(job, t):
             _return_finished(job, t, done)
             return Run(job.folder)
-        _references(job, t)
+        if isinstance(t.objective, Preference):
+            with _enough_memory(t, "before the first step"):
+                _add_references([job.data, job.valid], t, job.begun)
         start = _resume(job, t)
         _accept(job, t, start)
         _announce(job, t)
@@ -1874,12 +1938,9 @@ def _carry_out(call: _Call) -> Run:
         return Run(job.folder)
 
 
-def _read_once(call: _Call):
-    "Keep what comes out of an iterator: it is read more than once."
-    call.train, call.valid = (
-        [*x] if isinstance(x, Iterator) else x for x in (call.train, call.valid)
-    )
-    is_set = hasattr(call.train, "sequences")
+def _check_measurable(call: _Call):
+    "An error where an option needs a validation loss, and there is none."
+    is_set = call.train.tokens is not None
     _need_validation(
         call.cfg,
         call.valid is not None or call.cfg.validation_split > 0 and not is_set,
@@ -1894,13 +1955,7 @@ def _read_once(call: _Call):
 def _enter(job: _Job, moved: list):
     "Take the folder: its lock and its log. What a process that was killed left behind goes."
     call, enter = job.call, job.at_end.enter_context
-    folder, aside = _folder(
-        call.output_dir,
-        call.resume,
-        call.overwrite,
-        (call.train, call.valid),
-        (call.model, call.tokenizer, getattr(call.model, "base_path", None)),
-    )
+    folder, aside = _folder(call)
     moved.append(aside)
     job.folder = folder
     job.lock = enter(only_one(folder))
@@ -1927,7 +1982,7 @@ def _enter(job: _Job, moved: list):
 def _look_around(job: _Job):
     "The backup, and what the run is already."
     call = job.call
-    job.backup = _mirror(job.folder, call.cfg, call.resume, call.overwrite)
+    job.backup = _mirror(job.folder, call)
     job.known = _known(job.folder)
     if not job.known:
         _check_new(job.folder, call)
@@ -1957,7 +2012,7 @@ def _check_new(folder: Path, call: _Call):
             " and choose a new output_dir; to train anew here, pass overwrite=True, which"
             " moves the folder aside"
         )
-    if not call.automatic and call.resume is not False:
+    if not isinstance(call.resume, _From):
         raise CheckpointError(
             f"resume={str(call.resume)!r}, and {folder} holds no run with checkpoints; name that"
             " run's folder as output_dir, or leave resume out to train anew"
@@ -1981,7 +2036,7 @@ def _decide(job: _Job):
     job.choices = choices = _keep(known["choices"], choose(cfg), cfg) if known else choose(cfg)
     if cfg.devices > 1 and cfg.device == "auto":
         # and not the one that it had alone
-        choices["device"] = torch.device(choices["device"]).type
+        choices["device"] = device_type(choices["device"])
     # refused now, if it cannot be
     share_batch(cfg.batch_size, cfg.effective_batch, cfg.devices)
     job.team = assemble(cfg.devices, choices["device"])
@@ -1994,7 +2049,7 @@ def _decide(job: _Job):
 
 def _keep(old: dict, choices: dict, cfg: TrainConfig) -> dict:
     "What is chosen automatically stays as it was, on the same kind of device."
-    if old["device"].split(":")[0] != choices["device"].split(":")[0]:
+    if device_type(old["device"]) != device_type(choices["device"]):
         return choices
     return {
         k: (
@@ -2010,8 +2065,8 @@ def _read(job: _Job):
     "The tokenizer and the tokens, to train and to validate on."
     call, cfg, known = job.call, job.call.cfg, job.known
     job.given_valid = source_to_json(call.valid) if call.valid is not None else None
-    job.model = _given(call.model, known)
-    home = home_of(job.model)
+    job.start = _given(call.model, known)
+    home = home_of(job.start.net)
     tokenizer = call.tokenizer
     if home and tokenizer is None and not known and not cfg.retrain_tokenizer:
         if not (home / "tokenizer.json").exists():
@@ -2050,17 +2105,18 @@ def _read(job: _Job):
 def _build(job: _Job):
     "The model on its device, what it learns, and whether that is what the run is."
     call, cfg, known, device = job.call, job.call.cfg, job.known, job.choices["device"]
-    net = _model(job.model, job.tok, cfg)
-    job.objective = _objective(net, job.data, cfg)
+    net = _model(job.start, job.tok, cfg)
+    # a model may say itself what it learns
+    job.objective = getattr(net, "objective", _objective)(job.data, cfg)
     # the weights of step 0
     job.begun = (known or {}).get("began") or dict(
         hash=weights_hash(net),
         path=net.origin or getattr(net, "base_path", None),
-        given=isinstance(job.model, nn.Module),
+        given=job.start.net is not None,
     )
     job.net = net = _moved(net, device)
     net.recompute = cfg.gradient_checkpointing
-    if net.recompute and net.config.dropout and device.startswith("mps"):
+    if net.recompute and net.config.dropout and device_type(device) == "mps":
         raise ValueError(
             f"gradient_checkpointing=True and dropout={net.config.dropout} exclude each other"
             " on an Apple GPU: torch draws other numbers there when it computes a block again;"
@@ -2069,34 +2125,13 @@ def _build(job: _Job):
     job.identity = _identity(net, job.tok, job.data, cfg)
     if known:
         # the texts are the same, or open_source had refused them
-        same = "validation_split" in call.override and not hasattr(call.train, "sequences")
+        same = "validation_split" in call.override and call.train.tokens is None
         _check_same(job.folder, known["identity"], job.identity, call.override + ("data",) * same)
-
-
-def _run_trainer(job: _Job) -> _RunTrainer:
-    "The trainer of this call, at step 0."
-    cfg = job.call.cfg
-    t = _RunTrainer(
-        job.net,
-        job.data,
-        cfg,
-        _course(cfg, job.data.n_windows(cfg.max_seq_len))[0],
-        job.choices,
-        folder=job.folder,
-        run_id=job.known["id"] if job.known else uuid.uuid4().hex,
-        tokenizer=job.tok,
-        attempt=len(job.attempts) + 1,
-        valid=job.valid,
-        objective=job.objective,
-    )
-    t.team, t.at_end, t.lock = job.team, job.at_end, job.lock
-    _strangers_aside(t)
-    return t
 
 # %% ../../nbs/train/07_trainer.ipynb #092b7381
 def _done(job: _Job, t: _RunTrainer) -> dict | None:
     "The final state of a run that has nothing left to train."
-    if not (job.known and job.call.automatic and problem(job.folder) is None):
+    if not (job.known and job.call.resume is _From.NEWEST and problem(job.folder) is None):
         return None
     done = read_json(job.folder / "trainer_state.json")
     was = read_json(job.folder / "training_args.json")
@@ -2118,20 +2153,13 @@ def _return_finished(job: _Job, t: _RunTrainer, done: dict):
         _finish_backup(job.backup, t.config, t.config.backup_wait_seconds)
 
 # %% ../../nbs/train/07_trainer.ipynb #c8e4eabf
-def _references(job: _Job, t: _RunTrainer):
-    "What preferences are compared with."
-    if isinstance(t.objective, Preference):
-        with _enough_memory(t, "before the first step"):
-            _add_references([job.data, job.valid], t, job.begun)
-
-
 def _resume(job: _Job, t: _RunTrainer) -> Checkpoint | None:
     "Become the state to go on from, and name it; None: the run begins."
     if not job.known:
         return None
-    start, begun = _pick(t, job.call.resume, job.backup, job.attempts), job.begun
+    start, begun = _pick(job, t), job.begun
     if start:
-        _go_on(t, start)
+        t.go_on(start)
     elif begun["given"] and weights_hash(t.model) != begun["hash"]:
         raise CheckpointError(
             f"{job.folder} has no checkpoint yet, and began with weights that this call does not"
@@ -2140,20 +2168,6 @@ def _resume(job: _Job, t: _RunTrainer) -> Checkpoint | None:
         )
     return start
 
-
-def _go_on(t: _RunTrainer, start: Checkpoint):
-    "Become what `start` holds. Its state, as large as the training itself, is let go of at once."
-    state, windows = read_checkpoint(start.path), t.schedule.windows
-    max_steps, offset = _course(t.config, windows, state.trainer, state.arguments)
-    if start.step > max_steps:
-        raise ValueError(
-            f"{start.path} is beyond max_steps={max_steps:,}; raise max_steps or epochs, or"
-            " resume from an earlier checkpoint"
-        )
-    t.schedule = Schedule(t.config, max_steps, windows, offset=offset)
-    _restore(t, state)
-    _settle_rate(t, state.trainer, state.arguments)
-
 # %% ../../nbs/train/07_trainer.ipynb #97cfd37f
 def _accept(job: _Job, t: _RunTrainer, start: Checkpoint | None):
     "Settle what is left to choose, and write run.json."
@@ -2161,17 +2175,16 @@ def _accept(job: _Job, t: _RunTrainer, start: Checkpoint | None):
     job.attempts = job.attempts + [
         dict(started=time.time(), step=t.step, device=choices["device"], versions=_versions())
     ]
-    if start and not job.call.automatic:
+    if start and job.call.resume is not _From.NEWEST:
         # first: should it be killed from here on, what lies beyond is known to be given up, in
         # the backup too
         write_json(job.folder / "run.json", known | dict(attempts=job.attempts))
         _give_up(t, start.step)
     with _enough_memory(t):
-        t.config = _tune(t, choices, known["choices"] if known else {})
+        cfg = _tune(t, choices, known["choices"] if known else {})
     if known:
-        _say_changes(known, t.config, choices, start)
-    t.facts = _facts(job, t)
-    _settle(t)
+        _say_changes(known, cfg, choices, start)
+    t.settle(cfg, _facts(job, t, cfg))
     job.log.counts = True
     job.at_end.callback(lambda: t.metrics.close())
     if unread := unread_tokens(job.folder, [job.data, job.valid], job.places):
@@ -2181,7 +2194,7 @@ def _accept(job: _Job, t: _RunTrainer, start: Checkpoint | None):
         )
 
 
-def _facts(job: _Job, t: _RunTrainer) -> dict:
+def _facts(job: _Job, t: _RunTrainer, cfg: TrainConfig) -> dict:
     "The content of run.json."
     net = t.model
     return dict(
@@ -2193,7 +2206,7 @@ def _facts(job: _Job, t: _RunTrainer) -> dict:
         lora=asdict(net.lora) if isinstance(net, LoRAGPT) else None,
         began=job.begun,
         saved_params=_n_saved(net),
-        train=t.config.to_dict(),
+        train=cfg.to_dict(),
         max_steps=t.max_steps,
         saves=t.schedule.n_checkpoints,
         data=dict(
@@ -2210,17 +2223,12 @@ def _facts(job: _Job, t: _RunTrainer) -> dict:
 # %% ../../nbs/train/07_trainer.ipynb #f0a35714
 def _announce(job: _Job, t: _RunTrainer):
     "Set the callbacks, and say what is trained, on what, and what it will take."
-    t.callbacks = [
-        _Log(),
-        _Save(),
-        _LossLines(job.log),
-        _Estimate(),
-        *([_Backup(job.backup)] if job.backup else []),
-        *_views(t, job.at_end, job.call.widget),
-        *([] if t.config.disable_monitoring else [_Guard()]),
-        *job.call.callbacks,
-        *([_Evaluate(job.valid)] if job.valid is not None else []),
-    ]
+    guard = None if t.config.disable_monitoring else _Guard()
+    callbacks = [_Log(guard), _Save(), _LossLines(job.log), _Estimate(), guard]
+    callbacks += _views(t, job.at_end, job.call.widget)
+    callbacks.append(_Backup(job.backup) if job.backup else None)
+    callbacks.append(_Evaluate(job.valid) if job.valid is not None else None)
+    t.add_callbacks([*filter(None, callbacks), *job.call.callbacks])
     logger.info(_outline(t, job.choices))
     for line in _describe(t.data, t.config.max_seq_len):
         logger.info(line)
@@ -2231,7 +2239,7 @@ def _outline(t: _RunTrainer, choices: dict) -> str:
     "The training in a line."
     net, data, cfg = t.model, t.data, t.config
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    packed = any(isinstance(d, (ChatSet, LineSet)) for d in getattr(data, "sets", [data]))
+    packed = any(isinstance(d, (ChatSet, LineSet)) for d in sets_of(data))
     return (
         f"{net.config.n_params:,} parameters"
         f"{f', {trained:,} of an adapter are trained,' if isinstance(net, LoRAGPT) else ''}"
@@ -2248,7 +2256,7 @@ def _mirror_from(job: _Job, t: _RunTrainer, start: Checkpoint | None):
     "Begin to mirror; at the end first the writer stops, then the backup, and then is tidied up."
     job.at_end.callback(_prune, t)
     if job.backup:
-        superseded = t.step if start and not job.call.automatic else None
+        superseded = t.step if start and job.call.resume is not _From.NEWEST else None
         _catch_up(job.backup, t, t.run_id, start, superseded)
         job.at_end.callback(job.backup.finish, 5, False)
     job.at_end.callback(t.writer.close)
@@ -2289,12 +2297,13 @@ def _stopped(job: _Job, t: _RunTrainer, start: Checkpoint | None) -> NoReturn:
 
 def _finished(job: _Job, t: _RunTrainer, began: float):
     "Say what has become of it, and wait for the backup."
+    best = t.validation
     t.model.eval()
     logger.info(
         f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}"
         + (
-            f", validation loss {t.best_loss:.4f} at best (step {t.best_step:,})"
-            if t.best_loss is not None
+            f", validation loss {best.loss:.4f} at best (step {best.step:,})"
+            if best.loss is not None
             else ""
         )
         + f"; the model is in {job.folder}"
@@ -2309,28 +2318,25 @@ def _course(
     """Steps in all, and the sequences passed over at step 0.
 
     A training that goes on does so from `state`, saved under the arguments `was`."""
-    offset = (
-        state["data_position"] * was["max_seq_len"] // cfg.max_seq_len
-        - state["global_step"] * cfg.effective_batch
-        if state
-        else 0
-    )
-    return (
-        cfg.max_steps or max(1, math.ceil((cfg.epochs * windows - offset) / cfg.effective_batch)),
-        offset,
-    )
+    offset = 0
+    if state:
+        read = state["data_position"] * was["max_seq_len"] // cfg.max_seq_len
+        offset = read - state["global_step"] * cfg.effective_batch
+    steps = math.ceil((cfg.epochs * windows - offset) / cfg.effective_batch)
+    return cfg.max_steps or max(1, steps), offset
 
 
-def _settle_rate(t: _RunTrainer, state: dict, was: dict):
-    "Decide how the learning rate goes on after a change of steps, and say where it jumps."
+def _rate_start(t: _RunTrainer, state: dict, was: dict) -> tuple[int, float] | None:
+    "`lr_start` after a change of steps; says where the learning rate jumps."
     cfg, longer = t.config, state["max_steps"] != t.max_steps
+    start = (state.get("lr_start") or None) and tuple(state["lr_start"])
     if cfg.lr_extend == "stretch":
-        t.lr_start = None
+        start = None
     elif longer:
-        t.lr_start = t.step, state["learning_rate"]
+        start = t.step, state["learning_rate"]
     if t.step >= t.max_steps or not (longer or cfg.lr_extend != was.get("lr_extend", "stretch")):
-        return
-    last, now = state["learning_rate"], lr_at(t.step, cfg, t.max_steps, t.lr_start)
+        return start
+    last, now = state["learning_rate"], lr_at(t.step, cfg, t.max_steps, start)
     said = (
         f"the learning rate of step {t.step:,} was {last:.3g}, of {state['max_steps']:,} steps; of"
         f" {t.max_steps:,} steps it goes on with {now:.3g}"
@@ -2342,6 +2348,7 @@ def _settle_rate(t: _RunTrainer, state: dict, was: dict):
             f"{said}, so the loss may rise for a while. To go on from {last:.3g}, and only"
             " down, stop now and pass lr_extend='continue'"
         )
+    return start
 
 # %% ../../nbs/train/07_trainer.ipynb #86c034e8
 def _tune(t: _RunTrainer, choices: dict, old: dict) -> TrainConfig:
@@ -2349,7 +2356,7 @@ def _tune(t: _RunTrainer, choices: dict, old: dict) -> TrainConfig:
 
     A run that goes on on the same kind of device takes them over."""
     cfg = t.config
-    if old and old["device"].split(":")[0] != choices["device"].split(":")[0]:
+    if old and device_type(old["device"]) != device_type(choices["device"]):
         old = {}
     if cfg.auto_batch_size and (b := old.get("batch_size")) and cfg.effective_batch % b == 0:
         cfg = replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
@@ -2359,9 +2366,8 @@ def _tune(t: _RunTrainer, choices: dict, old: dict) -> TrainConfig:
         how = old.get("compile", "no")
     if not t.complete and (how != "no" or cfg.auto_batch_size and not old.get("batch_size")):
         batch = next(iter(t.batches(t.step + 1)))
-        loss_of = lambda model, batch: t.objective(model, batch, max(1, t.objective.count(batch)))[
-            0
-        ]
+        targets = lambda batch: max(1, t.objective.count(batch))
+        loss_of = lambda model, batch: t.objective(model, batch, targets(batch))[0]
         if cfg.auto_batch_size and not old.get("batch_size"):
             cfg = fit_batch(t.model, batch, cfg, t.precision, loss_of)
         cfg = _shared(cfg, size)
@@ -2392,11 +2398,9 @@ def _tune(t: _RunTrainer, choices: dict, old: dict) -> TrainConfig:
 def _shared(cfg: TrainConfig, size: int) -> TrainConfig:
     "Micro-batches of which every process gets as many."
     b = share_batch(cfg.batch_size, cfg.effective_batch, size)
-    return (
-        cfg
-        if b == cfg.batch_size
-        else replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
-    )
+    if b == cfg.batch_size:
+        return cfg
+    return replace(cfg, batch_size=b, gradient_accumulation=cfg.effective_batch // b)
 
 # %% ../../nbs/train/07_trainer.ipynb #fd2ef49d
 @contextlib.contextmanager
@@ -2411,7 +2415,7 @@ def _enough_memory(t: _RunTrainer, when: str = ""):
         traceback.clear_frames(e.__traceback__)
         e.__traceback__ = None  # a notebook keeps the error, and it would keep the activations
         t.optimizer.zero_grad()
-        if t.device.startswith("cuda"):
+        if device_type(t.device) == "cuda":
             torch.cuda.empty_cache()
         raise TrainingError(
             f"memory ran out {when or f'in step {t.step + 1:,}'} ({said}). {_last_good(t)[1]}. Call"
@@ -2451,19 +2455,6 @@ def _begin(t: _RunTrainer, choices: dict):
 
 
 @contextlib.contextmanager
-def _undisturbed():
-    "Signals are for the process that leads."
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {s: signal.signal(s, signal.SIG_IGN) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        [signal.signal(s, h) for s, h in old.items()]
-
-
-@contextlib.contextmanager
 def _reported_by_the_first():
     "A process that `fit` has started need not say again what the first one says."
     try:
@@ -2477,7 +2468,9 @@ def _reported_by_the_first():
 def help_out():
     "What a process does that does not lead: its share of each step, until there are no more."
     team = join()
-    with contextlib.closing(team), _undisturbed(), _reported_by_the_first():
+    # signals are for the process that leads
+    undisturbed = _handled((signal.SIGINT, signal.SIGTERM), signal.SIG_IGN)
+    with contextlib.closing(team), undisturbed, _reported_by_the_first():
         if (device := team.share()) is None:
             return
         device = own_device(device)
@@ -2502,11 +2495,12 @@ def _is_done(state: dict, t: _RunTrainer, max_steps: int) -> bool:
     """Is there nothing left to train?
 
     There is, where a run that was stopped early is given more patience, or another measure."""
+    measured_on = t.validation.measured_on
     return (
         state["global_step"] >= max_steps
         or state.get("stopped_early", False)
         and 0 < t.config.early_stopping <= state["worse"]
-        and state.get("measured_on", t.measured_on) == t.measured_on
+        and state.get("measured_on", measured_on) == measured_on
     )
 
 # %% ../../nbs/train/07_trainer.ipynb #d72f7fd0
@@ -2549,12 +2543,10 @@ def _say_changes(known: dict, cfg: TrainConfig, choices: dict, start: Checkpoint
             )
         else:
             logger.info(f"changed at this resume: {k} {known['train'][k]} → {v}")
-    for k, v in {**choices, **{f"{k} version": v for k, v in _versions().items()}}.items():
-        was = {
-            **known["choices"],
-            **{f"{k} version": v for k, v in known["attempts"][-1]["versions"].items()},
-        }.get(k, v)
-        if was != v:
+    named = lambda versions: {f"{k} version": v for k, v in versions.items()}
+    then = known["choices"] | named(known["attempts"][-1]["versions"])
+    for k, v in (choices | named(_versions())).items():
+        if (was := then.get(k, v)) != v:
             logger.warning(
                 f"{k} was {was} and is {v}: losses go on, but not bit for bit as without the"
                 " interruption"
@@ -2574,11 +2566,10 @@ def _first_model(run: Run):
                 f"the run trains an adapter of {began['path'] or 'a model that was in memory'},"
                 " which is not here; bring it, or call fit with lora(load_model(…)) as its model"
             )
-        return (
-            load_model(path)
-            if (path / "adapter_config.json").exists()
-            else LoRAGPT(load_model(path), LoRAConfig(**facts["lora"]))
-        )
+        model = load_model(path)
+        if (path / "adapter_config.json").exists():
+            return model
+        return LoRAGPT(model, LoRAConfig(**facts["lora"]))
     if began.get("given") and path:
         model = load_model(path)
         if weights_hash(model) == began["hash"]:
