@@ -599,10 +599,11 @@ class _Mirror:
     def forget(self, run_id: str, places: list[str]):
         "Delete tokens from before a change, which run.json names no more."
         if gone := [k for k in self.files if not _below(k, places)]:
-            self.files = {k: v for k, v in self.files.items() if k not in gone}
-            self._list(run_id, self.files)
-            for k in gone:
-                delete(self.path / k, self.path)
+            left = {k: v for k, v in self.files.items() if k not in gone}
+            self._list(run_id, left)
+            for p in filter(lexists, [self.path / k for k in gone]):
+                delete(p, self.path)
+            self.files = left  # an error before this is met again in the next round
 
     def _list(self, run_id: str, files: dict[str, dict]):
         data = orjson.dumps(dict(run_id=run_id, files=files), option=orjson.OPT_INDENT_2)

@@ -69,6 +69,7 @@ from minigpt.data.tokensets import (
     spread_over,
 )
 from ..model.adapters import LoRAConfig, LoRAGPT, weights_hash
+from ..model.families import family_of
 from ..model.generation import complete
 from ..model.gpt import GPT, PRESETS, GPTConfig, LanguageModel, shape_from_dict
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
@@ -2107,7 +2108,9 @@ def _build(job: _Job):
     call, cfg, known, device = job.call, job.call.cfg, job.known, job.choices["device"]
     net = _model(job.start, job.tok, cfg)
     # a model may say itself what it learns
-    job.objective = getattr(net, "objective", _objective)(job.data, cfg)
+    family = family_of(net)
+    build = family.objective if family else None
+    job.objective = build(net, job.data, cfg) if build else _objective(job.data, cfg)
     # the weights of step 0
     job.begun = (known or {}).get("began") or dict(
         hash=weights_hash(net),

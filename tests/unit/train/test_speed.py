@@ -405,7 +405,7 @@ def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
 
 
 def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
-    def full(*args, model=None, **kwargs):
+    def full(data, seq_len, name, model=None, **options):
         if model is not None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
         return False
