@@ -56,16 +56,13 @@ def restored(run, steps, texts, seq_len, **how) -> float:
         for k, v in valid.windows(np.arange(min(texts, valid.n_windows(seq_len))), seq_len).items()
     }
     blank = draw_blanks(w["rows"] >= 0, "spans", torch.Generator().manual_seed(1))
-    made = (
-        fill(model, w["ids"], blank, steps=steps, temperature=0, seed=1, real=w["rows"] >= 0, **how)
-        if steps
-        else w["ids"]
-        .clone()
-        .masked_fill_(
-            blank, int(np.bincount(open_set(run.path / "data" / "train").tokens).argmax())
-        )
-    )
-    return (made[blank] == w["ids"][blank]).float().mean().item()
+    ids, real = w["input_ids"], w["rows"] >= 0
+    if steps:
+        made = fill(model, ids, blank, steps=steps, temperature=0, seed=1, real=real, **how)
+    else:
+        tokens = open_set(run.path / "data" / "train").tokens
+        made = ids.masked_fill(blank, int(np.bincount(tokens).argmax()))
+    return (made[blank] == ids[blank]).float().mean().item()
 
 
 def main():

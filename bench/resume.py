@@ -26,7 +26,7 @@ from minigpt.data.tokensets import TokenSet, loader
 path, step, batch, seq_len, workers = sys.argv[1], *map(int, sys.argv[2:])
 t = time.perf_counter()
 first = next(iter(loader(TokenSet(path), range(step, step+1_000_000), batch, seq_len, 0, workers)))
-print(time.perf_counter()-t, int(first["ids"].sum()))
+print(time.perf_counter()-t, int(first["input_ids"].sum()))
 """
 
 

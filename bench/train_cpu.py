@@ -137,7 +137,7 @@ def prepare(folder: Path, steps: int):
     save_file(GPT(GPTConfig(**SHAPE)).weights(), folder / "weights.safetensors")
     batches = list(loader(data, range(steps), BATCH, SEQ, 0))
     save_file(
-        {k: torch.cat([b[k] for b in batches]).contiguous() for k in ("ids", "labels")},
+        {k: torch.cat([b[k] for b in batches]).contiguous() for k in ("input_ids", "labels")},
         folder / "batches.safetensors",
     )
     print(f"{len(data):,} tokens of the built-in corpus, {tok.vocab_size:,} in the vocabulary")
@@ -273,12 +273,12 @@ def hf_trainer(folder: Path, losses: list):
             self.data = load_file(folder / "batches.safetensors")
 
         def __len__(self):
-            return len(self.data["ids"])
+            return len(self.data["input_ids"])
 
         def __getitems__(self, index):
             cut = slice(index[0], index[-1] + 1)
             return dict(
-                input_ids=self.data["ids"][cut],
+                input_ids=self.data["input_ids"][cut],
                 labels=self.data["labels"][cut],
                 shift_labels=self.data["labels"][cut],
             )
@@ -468,7 +468,7 @@ def run_minimind(folder: Path, out: Path, steps: int, threads: int, source: str,
         contextlib.nullcontext(),
         lambda *_: lr,
     )
-    ids = load_file(folder / "batches.safetensors")["ids"].split(BATCH)
+    ids = load_file(folder / "batches.safetensors")["input_ids"].split(BATCH)
     clock, losses = Clock(), []
     model.train()
     with watched(clock, losses):

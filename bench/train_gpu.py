@@ -244,7 +244,7 @@ def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
     def gradient():
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
-    plain = F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
+    plain = F.cross_entropy(model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
     plain.backward()
     right = gradient()
     lines, scale = (
@@ -409,7 +409,7 @@ def run_trainer(case: Case, compiled: bool) -> dict:
 
         def __init__(self):
             self.ids, self.labels = (
-                torch.cat([b[k] for b in case.batches()]) for k in ("ids", "labels")
+                torch.cat([b[k] for b in case.batches()]) for k in ("input_ids", "labels")
             )
 
         def __len__(self):
@@ -557,7 +557,7 @@ def run_bare(case: Case, compiled: bool) -> dict:
     )
     scaler = torch.amp.GradScaler(case.device, enabled=case.precision == "fp16")
     model = torch.compile(net) if compiled else net
-    to_device = lambda b: [b[k].to(case.device, non_blocking=True) for k in ("ids", "labels")]
+    to_device = lambda b: [b[k].to(case.device, non_blocking=True) for k in ("input_ids", "labels")]
     batches = case.batches()
     following = to_device(batches[0])
     for step in range(1, case.steps + 1):

@@ -381,9 +381,9 @@ class _Encoder(LanguageModel):
         weight = self.roberta["embeddings"]["word_embeddings"].weight
         return F.linear(x, weight, self.lm_head.bias)
 
-    def forward(self, ids: Tensor, real: Tensor | None = None) -> Tensor:  # (B, T, V)
+    def forward(self, input_ids: Tensor, real: Tensor | None = None) -> Tensor:  # (B, T, V)
         "Logits of a plain masked language model."
-        return self.scores(self.hidden(ids, real=real))
+        return self.scores(self.hidden(input_ids, real=real))
 
 # %% ../nbs/03_diffusion.ipynb #a3136b66
 _MAY_LACK = {  # parameters that a RoBERTa does not have → whose values they begin with
@@ -541,7 +541,7 @@ def _learned_guess(
     tokens: Tensor,  # (N,) what stands there
 ) -> Tensor:  # (N, V) logits
     "The guess at a time of each text, half of them with the one before in view."
-    c, ids, real = model.config, batch["ids"], batch["real"]
+    c, ids, real = model.config, batch["input_ids"], batch["real"]
     if c.simplex_value is None:
         return model.guess(ids, blank, real=real)
     time = batch["time"][:, None].expand_as(ids)[blank]
@@ -579,14 +579,14 @@ class Denoising:
     ) -> dict[str, Tensor]:  # ids; labels, -100 outside the gaps; real; time, (B,)
         "Gaps and times of a batch."
         seed = xxhash.xxh3_64_intdigest(repr(key).encode()) >> 1
-        ids, dice = batch["ids"], torch.Generator().manual_seed(seed)
+        ids, dice = batch["input_ids"], torch.Generator().manual_seed(seed)
         real = batch["rows"] >= 0 if "rows" in batch else torch.ones_like(ids, dtype=torch.bool)
         if not self.shape.pad_to_max_length:
             longest = -(-int(real.sum(1).max()) // 32) * 32
             ids, real = ids[:, :longest], real[:, :longest]
         blank = draw_blanks(real, self.shape.blanks, dice)
         time = torch.randint(self.shape.num_diffusion_steps, (len(ids),), generator=dice)
-        return dict(ids=ids, labels=ids.where(blank, -100), real=real, time=time)
+        return dict(input_ids=ids, labels=ids.where(blank, -100), real=real, time=time)
 
     def count(self, batch: dict[str, Tensor]) -> int:
         "Gaps."

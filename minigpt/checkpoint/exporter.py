@@ -540,7 +540,7 @@ def _predict(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Ten
     for i in spread_over(n, sequences):
         b = {k: torch.from_numpy(v) for k, v in data.windows(np.array([i]), seq_len).items()}
         keep = b["labels"] != -100
-        scores = F.linear(model.hidden(b["ids"], rows=b.get("rows"))[keep], model.head)
+        scores = F.linear(model.hidden(b["input_ids"], rows=b.get("rows"))[keep], model.head)
         total += F.cross_entropy(scores, b["labels"][keep], reduction="sum").item()
         best.append(scores.argmax(-1))
     best = torch.cat(best)
@@ -677,7 +677,7 @@ def export_onnx(
             graph,
             (torch.zeros(2, 8, dtype=torch.int64),),
             d / "model.onnx",
-            input_names=["ids"],
+            input_names=["input_ids"],
             output_names=["logits"],
             dynamo=True,
             verbose=False,

@@ -389,8 +389,8 @@ def _value(line: bytes):
     with suppress(orjson.JSONDecodeError):
         return orjson.loads(line)
     if line.startswith((b"{'", b"[{'")) and line.count(b"{") < 100:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return ast.literal_eval(line.decode())
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            return ast.literal_eval(line.decode())  # TypeError: {[]}, a list as a key
     return None
 
 

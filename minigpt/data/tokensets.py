@@ -213,7 +213,7 @@ class TokenSet:
         index: np.ndarray,  # (n,) which windows, from 0
         seq_len: int,  # Tokens of a window
         shift: np.ndarray | int = 0,  # (n,) where the first window begins; the stream is a ring
-    ) -> dict[str, np.ndarray]:  # ids and labels, (n, seq_len) int64 each
+    ) -> dict[str, np.ndarray]:  # input_ids and labels, (n, seq_len) int64 each
         """Windows of the token stream; a label is the token that follows, or -100.
 
         The last window reaches back so as to be full, and has no labels for what the one before
@@ -223,7 +223,7 @@ class TokenSet:
         learned = (at >= (index * seq_len)[:, None]) & (at < N)
         at = (at + np.reshape(shift, (-1, 1))) % max(1, N)
         labels = np.where(learned, self.tokens[at + 1], np.int64(-100))
-        return dict(ids=self.tokens[at].astype(np.int64), labels=labels)
+        return dict(input_ids=self.tokens[at].astype(np.int64), labels=labels)
 
     def window_difficulty(self, seq_len: int) -> np.ndarray:
         "(n,) of each window: that of the text in its middle."
@@ -360,16 +360,16 @@ def _side_by_side(
     packs: Iterable[Iterable[tuple[np.ndarray, np.ndarray]]],  # Ids and labels of the rows of each
     n: int,  # Packs
     seq_len: int,
-) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) each
+) -> dict[str, np.ndarray]:  # input_ids, labels and rows, (n, seq_len) each
     "Rows that share a sequence, one behind the other; -1 in `rows` stands behind the last."
-    fill = dict(ids=0, labels=-100, rows=-1)
+    fill = dict(input_ids=0, labels=-100, rows=-1)
     out = {k: np.full((n, seq_len), v, np.int64) for k, v in fill.items()}
     for j, rows in enumerate(packs):
         at = 0
         for k, (ids, labels) in enumerate(rows):
             here = slice(at, at + len(ids))
             at += len(ids)
-            out["ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
+            out["input_ids"][j, here], out["labels"][j, here], out["rows"][j, here] = ids, labels, k
     return out
 
 
@@ -525,7 +525,7 @@ class ChatSet(TokenSet):
 
     def windows(
         self, index: np.ndarray, seq_len: int
-    ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
+    ) -> dict[str, np.ndarray]:  # input_ids, labels and rows, (n, seq_len) int64 each
         "Packed sequences; `rows` tells whose each position is."
         return self._lay([self.rows_of(int(i), seq_len) for i in index], seq_len)
 
@@ -566,7 +566,7 @@ class LineSet(TokenSet):
 
     def windows(
         self, index: np.ndarray, seq_len: int
-    ) -> dict[str, np.ndarray]:  # ids, labels and rows, (n, seq_len) int64 each
+    ) -> dict[str, np.ndarray]:  # input_ids, labels and rows, (n, seq_len) int64 each
         "Texts; `rows` is 0 where there is text, and -1 behind its end."
         return _side_by_side(([self.row(i, seq_len)] for i in index), len(index), seq_len)
 
@@ -598,12 +598,12 @@ class PairSet(ChatSet):
 
     def windows(
         self, index: np.ndarray, seq_len: int
-    ) -> dict[str, np.ndarray]:  # ids, labels and rows; rejected_ids and so on; (n, seq_len) int64
+    ) -> dict[str, np.ndarray]:  # input_ids, labels, rows; rejected_input_ids …; (n, seq_len) int64
         """Packed pairs.
 
-        `ids`, `labels` and `rows` are those of the chosen, `rejected_ids`, `rejected_labels` and
-        `rejected_rows` of the others; `reference`, float32, if it is known, stands at the first
-        position of each answer."""
+        `input_ids`, `labels` and `rows` are those of the chosen, `rejected_input_ids`,
+        `rejected_labels` and `rejected_rows` of the others; `reference`, float32, if it is known,
+        stands at the first position of each answer."""
         packs = [self.rows_of(int(i), seq_len) for i in index]
         chosen, other = (self._lay([2 * p + side for p in packs], seq_len) for side in (0, 1))
         return chosen | {f"rejected_{k}": v for k, v in other.items()}
@@ -766,7 +766,7 @@ class Mixture:
             at = which == s
             part = take(self.sets[s], at)
             if "rows" not in part and any(isinstance(d, (ChatSet, LineSet)) for d in self.sets):
-                part["rows"] = np.zeros_like(part["ids"])
+                part["rows"] = np.zeros_like(part["input_ids"])
             for k, v in part.items():
                 out.setdefault(k, np.empty((len(which), seq_len), v.dtype))[at] = v
         return out
@@ -1338,7 +1338,7 @@ def loader(
     workers: int = 0,  # Processes that read ahead; the batches are the same for any number
     pin_memory: bool = False,  # For CUDA: page-locked memory, copied while the GPU computes
     offset: int = 0,  # See `TokenSet.batch`
-) -> Iterable[dict]:  # Of ids and labels, each a (batch_size, seq_len) int64 tensor
+) -> Iterable[dict]:  # Of input_ids and labels, each a (batch_size, seq_len) int64 tensor
     "The batches of some steps, in order."
     import torch
 

@@ -775,36 +775,37 @@ class GPT(LanguageModel):
 
     def hidden(
         self,
-        ids: Tensor,  # (B, T) int64
+        input_ids: Tensor,  # (B, T) int64
         cache: KVCache | None = None,
         rows: Tensor | None = None,  # (B, T) each position's row of the data; it sees no other
     ) -> Tensor:  # (B, T, C)
         "What the model knows at each position, before it is turned into scores."
         mask = None if rows is None else (rows[:, :, None] == rows[:, None]).tril()[:, None]
         # torch would make numbers of it in every block, and keep each for the gradient
-        if ids.is_cuda and mask is not None:
+        if input_ids.is_cuda and mask is not None:
             zeros = torch.zeros(mask.shape, dtype=_product_dtype(self.head), device=mask.device)
             mask = zeros.masked_fill_(~mask, -math.inf)
-        return self.trunk(self.model.embed_tokens(ids), mask, cache)
+        return self.trunk(self.model.embed_tokens(input_ids), mask, cache)
 
     def forward(
         self,
-        ids: Tensor,  # (B, T) int64
+        input_ids: Tensor,  # (B, T) int64
         cache: KVCache | None = None,  # Continue after its tokens, and add these
     ) -> Tensor:  # (B, T, V) scores of the token after each position
-        return F.linear(self.hidden(ids, cache), self.head)
+        return F.linear(self.hidden(input_ids, cache), self.head)
 
     def loss(
         self,
-        ids: Tensor,  # (B, T) int64
+        input_ids: Tensor,  # (B, T) int64
         labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100: none
         n_targets: int | Tensor | None = None,  # Labels of the whole batch; default: of this one
         rows: Tensor | None = None,  # (B, T), see `hidden`
     ) -> Tensor:  # () cross-entropy in nats: the sum over this batch / `n_targets`
         "How badly each position predicts its label."
-        if ids.shape != labels.shape:
+        if input_ids.shape != labels.shape:
             raise ValueError(
-                f"labels must be {tuple(ids.shape)} as the ids are; they are {tuple(labels.shape)}"
+                f"labels must be {tuple(input_ids.shape)} as the ids are; they are"
+                f" {tuple(labels.shape)}"
             )
         if n_targets is None:
             n_targets = int((labels != -100).sum())
@@ -812,17 +813,17 @@ class GPT(LanguageModel):
             raise ValueError(
                 "nothing to learn: every label is -100; was the whole batch masked or cut off?"
             )
-        hidden = self.hidden(ids, rows=rows).flatten(0, 1)
+        hidden = self.hidden(input_ids, rows=rows).flatten(0, 1)
         return linear_cross_entropy(hidden, self.head, labels.flatten(), n_targets)
 
     def log_probs(
         self,
-        ids: Tensor,  # (B, T) int64
+        input_ids: Tensor,  # (B, T) int64
         labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100: none
         rows: Tensor | None = None,  # (B, T), see `hidden`
     ) -> Tensor:  # (B, T) nats, float32; 0 where there is no label
         "How likely each label is."
-        hidden = self.hidden(ids, rows=rows).flatten(0, 1)
+        hidden = self.hidden(input_ids, rows=rows).flatten(0, 1)
         return linear_log_probs(hidden, self.head, labels.flatten()).view(labels.shape)
 
 # %% ../../nbs/model/01_gpt.ipynb #8177d3d8

@@ -89,7 +89,7 @@ class Preference:
 
         def side(which):
             ids, labels, rows, reference = (
-                batch[which + k] for k in ("ids", "labels", "rows", "reference")
+                batch[which + k] for k in ("input_ids", "labels", "rows", "reference")
             )
             found, length = _answers(model, ids, labels, rows, n)
             per = length.clamp_min(1) if self.mean else 1
@@ -188,7 +188,7 @@ def add_reference(
             }
             n = int(batch["rows"].max()) + 1
             for k, which in enumerate(("", "rejected_")):
-                side = (batch[which + k] for k in ("ids", "labels", "rows"))
+                side = (batch[which + k] for k in ("input_ids", "labels", "rows"))
                 found = _answers(model, *side, n)[0].view(-1, n).cpu().numpy()
                 for i, f in zip(index, found):
                     pairs = data.rows_of(int(i), seq_len)

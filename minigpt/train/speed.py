@@ -416,7 +416,7 @@ def benchmark(
     net.recompute = cfg.gradient_checkpointing
     optimizer = make_optimizer(net, cfg, device)
     ids = torch.randint(0, shape.vocab_size, (cfg.batch_size, cfg.max_seq_len + 1), device=device)
-    batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
+    batch = dict(input_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
     steps = cfg.max_steps or 1000
     how = "no" if cfg.disable_optimizations else cfg.enable_compile
     compiled = decide_compile(net, batch, steps * cfg.gradient_accumulation, precision, how)

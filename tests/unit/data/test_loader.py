@@ -90,8 +90,11 @@ def taught(data, steps, size, seq_len, seed):
     seen = Counter()
     for step in steps:
         b = data.batch(step, size, seq_len, seed)
-        assert b["ids"].shape == b["labels"].shape == (size, seq_len) and b["ids"].dtype == np.int64
-        ids, labels = b["ids"], b["labels"]
+        assert (
+            b["input_ids"].shape == b["labels"].shape == (size, seq_len)
+            and b["input_ids"].dtype == np.int64
+        )
+        ids, labels = b["input_ids"], b["labels"]
         assert ((labels == ids + 1) | (labels == -100)).all()
         seen.update(labels[labels != -100].tolist())
     return seen
@@ -123,9 +126,9 @@ def test_the_stream_of_sequences_does_not_depend_on_the_batch(folder, n, seq_len
     "Which is what lets another micro-batch go on from the same place"
     data = token_set(folder / "stream", n)
     one, two = (
-        np.concatenate([data.batch(s, size, seq_len, seed)["ids"] for s in range(-(-60 // size))])[
-            :60
-        ]
+        np.concatenate(
+            [data.batch(s, size, seq_len, seed)["input_ids"] for s in range(-(-60 // size))]
+        )[:60]
         for size in (a, b)
     )
     assert np.array_equal(one, two)
@@ -134,7 +137,9 @@ def test_the_stream_of_sequences_does_not_depend_on_the_batch(folder, n, seq_len
 def test_epochs_and_seeds_differ(folder):
     data = token_set(folder / "differ", 1001)
     epochs = [
-        np.concatenate([data.batch(s, 10, 10, seed)["ids"] for s in range(e * 10, e * 10 + 10)])
+        np.concatenate(
+            [data.batch(s, 10, 10, seed)["input_ids"] for s in range(e * 10, e * 10 + 10)]
+        )
         for e, seed in ((0, 0), (1, 0), (0, 1))
     ]
     assert len({e.tobytes() for e in epochs}) == 3
@@ -176,7 +181,7 @@ def test_the_same_batches_for_any_number_of_workers(folder):
         )
         assert len(got) == len(wanted)
         for g, w in zip(got, wanted):
-            for k in ("ids", "labels"):
+            for k in ("input_ids", "labels"):
                 assert g[k].dtype == torch.int64 and np.array_equal(g[k].numpy(), w[k])
 
 
@@ -210,8 +215,8 @@ def test_step_one_million_of_a_big_set(tmp_path):
     finally:
         tracemalloc.stop()
     wanted = np.array(wanted).astype(np.int64)
-    assert np.array_equal(batch["ids"], wanted[:, :-1]) and np.array_equal(
+    assert np.array_equal(batch["input_ids"], wanted[:, :-1]) and np.array_equal(
         batch["labels"], wanted[:, 1:]
     )
-    assert np.array_equal(first["ids"].numpy(), batch["ids"])
+    assert np.array_equal(first["input_ids"].numpy(), batch["input_ids"])
     assert peak < 3e6, f"{peak / 1e6:.1f} MB for one batch"

@@ -136,7 +136,8 @@ def test_sequences_are_those_of_the_sets(sets):
     for s, d in enumerate(sets):
         want = d.sequences(np.arange((which == s).sum()), LEN, 3)
         assert all(
-            np.array_equal(got[k][which == s], want.get(k, np.zeros_like(want["ids"]))) for k in got
+            np.array_equal(got[k][which == s], want.get(k, np.zeros_like(want["input_ids"])))
+            for k in got
         )
     assert (
         m.n_windows(LEN) == sum(d.n_windows(LEN) for d in sets)
@@ -232,11 +233,11 @@ def test_held_out_parts(sets):
     "What is validated on has the shares as well, and each window once"
     m = Mixture([(sets[0], 1), (sets[2], 1)])
     n = m.n_windows(LEN)
-    got = m.windows(np.arange(n), LEN)["ids"]
+    got = m.windows(np.arange(n), LEN)["input_ids"]
     begin = (n + 1) // 2 if np.round(n / 2) != n // 2 else n // 2
-    assert np.array_equal(got[:20], sets[0].windows(np.arange(20), LEN)["ids"]) and np.array_equal(
-        got[begin : begin + 9], sets[2].windows(np.arange(9), LEN)["ids"]
-    )
+    assert np.array_equal(
+        got[:20], sets[0].windows(np.arange(20), LEN)["input_ids"]
+    ) and np.array_equal(got[begin : begin + 9], sets[2].windows(np.arange(9), LEN)["input_ids"])
 
 
 # --- from easy to hard ----------------------------------------------------------------------------
@@ -323,11 +324,11 @@ def unpacked(w, side=""):
     "The texts of each row of each window, with what is learned of them"
     return [
         [
-            (w[side + "ids"][i][at].tolist(), w[side + "labels"][i][at].tolist())
+            (w[side + "input_ids"][i][at].tolist(), w[side + "labels"][i][at].tolist())
             for k in range(w[side + "rows"][i].max() + 1)
             for at in [w[side + "rows"][i] == k]
         ]
-        for i in range(len(w["ids"]))
+        for i in range(len(w["input_ids"]))
     ]
 
 

@@ -63,7 +63,7 @@ def test_a_compiled_run_goes_on_exactly(work, tmp_path):
     )
     model.drop.p = 0.0
     ids = torch.randint(300, (4, 33))
-    batch = dict(ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
+    batch = dict(input_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous())
 
     def gradients():
         model.zero_grad()
