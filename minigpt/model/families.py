@@ -32,7 +32,9 @@ _registered: list[Family] = []  # the newest first
 
 
 def register_family(family: Family):
-    "Make a kind of model known; of two with the same `model_type` the newer one counts."
+    """Make a kind of model known.
+
+    Of two with the same `model_type` the newer one counts, but the package's before any."""
     _registered.insert(0, family)
 
 
@@ -44,10 +46,14 @@ def family_of(model) -> Family | None:
 
 def _family_named(model_type: str) -> Family:
     "The family of a `model_type`; a `KeyError` if there is none."
-    find = lambda: next((f for f in _registered if model_type in f.model_types), None)
-    if not find():
-        import_module(FAMILIES[model_type])
-    return find()
+    module = FAMILIES.get(model_type)
+    if module:
+        import_module(module)
+    found = [f for f in _registered if model_type in f.model_types]
+    if not found:
+        raise KeyError(model_type)
+    # a notebook that is run registers its own copy of the package's family
+    return next((f for f in found if f.config.__module__ == module), found[0])
 
 # %% ../../nbs/model/00_families.ipynb #d9b8dbee
 def shape_from_dict(
