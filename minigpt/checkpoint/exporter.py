@@ -677,7 +677,7 @@ def export_onnx(
             graph,
             (torch.zeros(2, 8, dtype=torch.int64),),
             d / "model.onnx",
-            input_names=["input_ids"],
+            input_names=["ids"],
             output_names=["logits"],
             dynamo=True,
             verbose=False,
