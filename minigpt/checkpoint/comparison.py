@@ -371,6 +371,23 @@ def difference(
 def _ratio(moved: float, length: float) -> float:
     return math.sqrt(moved / length) if length else math.inf if moved else 0.0
 
+# %% ../../nbs/checkpoint/05_comparison.ipynb #9b3a9d84
+def _sizes(rows: Table):
+    fig = figure(figsize=(7, 0.6 + 0.3 * len(rows)), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    left = np.zeros(len(rows))
+    for k in "model", "optimizer", "other":
+        n = np.array([r[k] or 0 for r in rows]) / 2**20
+        ax.barh(range(len(rows)), n, left=left, label=k)
+        left = left + n
+    ax.set_yticks(
+        range(len(rows)), [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
+    )
+    ax.invert_yaxis()
+    ax.set(xlabel="MiB")
+    ax.legend(fontsize=7)
+    return fig
+
 # %% ../../nbs/checkpoint/05_comparison.ipynb #2963303f
 class Comparison(list):
     "Analyses in the order of their steps. `failed` says what could not be read."
@@ -427,20 +444,7 @@ class Comparison(list):
 
     def figure(self):
         "The size of each, by component."
-        fig = figure(figsize=(7, 0.6 + 0.3 * len(self)), dpi=80, layout="constrained")
-        ax, rows = fig.subplots(), self.rows()
-        left = np.zeros(len(self))
-        for k in "model", "optimizer", "other":
-            n = np.array([r[k] or 0 for r in rows]) / 2**20
-            ax.barh(range(len(self)), n, left=left, label=k)
-            left = left + n
-        ax.set_yticks(
-            range(len(self)), [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
-        )
-        ax.invert_yaxis()
-        ax.set(xlabel="MiB")
-        ax.legend(fontsize=7)
-        return fig
+        return _sizes(self.rows())
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #790e0aac
 def compare(
