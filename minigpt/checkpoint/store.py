@@ -416,7 +416,7 @@ def read_checkpoint(
             f"there is no checkpoint {path}; `minigpt runs RUN` lists what a run has saved"
         )
     if wrong := problem(path):
-        raise CheckpointError(f"{path} is not used: {wrong}")
+        raise _unused(path, wrong)
     if (kind := read_json(path / "MANIFEST.json")["kind"]) in EXPORTED:
         raise CheckpointError(
             f"{path} is an export of kind {kind!r}, no state to go on from; open it with"
@@ -747,7 +747,7 @@ def read_config(
             " run's checkpoints are in its folder checkpoints/"
         )
     if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
-        raise CheckpointError(f"{path} is not used: {wrong}")
+        raise _unused(path, wrong)
     d = read_json(path / "config.json")
     if not isinstance(d, dict):
         raise CheckpointError(
@@ -904,7 +904,7 @@ def _adapter_weights(path: Path, base: GPT, config: LoRAConfig) -> SafeTensors |
 # %% ../../nbs/checkpoint/02_store.ipynb #ff508278
 def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT | None) -> LoRAGPT:
     if (path / "MANIFEST.json").exists() and (wrong := problem(path)):
-        raise CheckpointError(f"{path} is not used: {wrong}")
+        raise _unused(path, wrong)
     base, config = _open_base(path, device, base)
     known, weights = _base_hash(path), _adapter_weights(path, base, config)
     model = LoRAGPT(base, config)

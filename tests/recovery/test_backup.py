@@ -584,6 +584,26 @@ def test_what_has_not_arrived_at_the_end_is_said(work, whole, google, tmp_path):
     assert state_of(work)["confirmed"]["step"] == 20 and "Google has it" in log(work)
 
 
+def test_old_tokens_go_although_the_first_try_failed(tmp_path, monkeypatch):
+    "A mirror that cannot write its list keeps what it was to forget, and forgets it later"
+    (tmp_path / "disk" / "data").mkdir(parents=True)
+    old = tmp_path / "disk" / "data" / "tokens.bin"
+    old.write_bytes(b"old")
+    mirror = backup_module._Mirror(tmp_path / "run", tmp_path / "disk", set())
+    mirror.files = {"data/tokens.bin": dict(size=3)}
+
+    def fails(run_id, files):
+        raise OSError(28, "full")
+
+    with monkeypatch.context() as m:
+        m.setattr(mirror, "_list", fails)
+        with pytest.raises(OSError):
+            mirror.forget("id", ["data-2"])
+    assert old.exists() and mirror.files
+    mirror.forget("id", ["data-2"])
+    assert not old.exists() and not mirror.files
+
+
 def test_two_machines_on_one_backup(work, whole, tmp_path):
     """The second one is refused while the first is alive, and takes over when it is dead.
 
