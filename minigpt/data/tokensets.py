@@ -1098,8 +1098,10 @@ def same_rules(
     tok: Tokenizer,
 ) -> bool:
     "Would its ids come out the same today?"
-    text = meta.get("kind", "text") == "text"
-    return meta.get("rules", 1) == tok.rules or text and not any(tok.adds)
+    rules = meta.get("rules", 1)
+    if meta.get("kind", "text") != "text":
+        return rules == tok.rules
+    return (rules > 1) == (tok.rules > 1) or not any(tok.adds)
 
 # %% ../../nbs/data/06_tokensets.ipynb #1b858f5a
 def _beside(out: Path) -> Iterator[Path]:

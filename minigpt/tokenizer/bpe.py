@@ -195,9 +195,10 @@ def _tiktoken(
     )
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #14d69489
-# Rules of encoding. 1 dropped what a post-processor adds, and let tokens cross from a question
-# into its answer
-RULES = 2
+# Rules of encoding; a run keeps those it was begun with. 1 dropped what a post-processor adds, and
+# let tokens cross from a question into its answer. 2 took a mark in a question, such as `<think>`,
+# for the token when it learned, and for letters in a prompt.
+RULES = 3
 _ANSWER = re.compile(f"{re.escape(IM_START)}assistant\n(.*?{re.escape(IM_END)})", re.S)
 
 
@@ -685,6 +686,12 @@ class _Names:
             return {self.hide(k, names): self.hide(v, names) for k, v in x.items()}
         return [self.hide(v, names) for v in x] if isinstance(x, list) else x
 
+    def hide_older(self, messages: list[dict], tools: list[dict] | None, rules: int) -> tuple:
+        "Messages and tools of a conversation that is learned by older rules of encoding."
+        if rules > 1 and self.steering.search(_words(messages, tools)):
+            return tuple(self.hide(x, self.steering) for x in (messages, tools))
+        return messages, tools
+
 # %% ../../nbs/tokenizer/02_bpe.ipynb #153ca498
 def _openings(config: _Config) -> list[str]:
     """What the template writes behind the opening of an assistant's turn, the longest first.
@@ -802,15 +809,30 @@ def _encode_parts(
             before = part or before
     return out
 
+# %% ../../nbs/tokenizer/02_bpe.ipynb #ff510a80
+def _hidden(
+    tok: "_ChatEncoder", messages: list[dict], tools: list[dict] | None, prompt: bool = False
+) -> tuple[list[dict], list[dict] | None]:
+    "Messages and tools for a template, without the names of tokens that people's words spell."
+    messages, own = chat_messages(messages)
+    tools, names = tools or own, tok._names
+    if not prompt and tok.rules < 3:
+        return names.hide_older(messages, tools, tok.rules)
+    if tools and tok.config.get("chat_template") not in _OWN_TEMPLATES:
+        # as transformers hands them to a template
+        tools = [t if "function" in t else dict(type="function", function=t) for t in tools]
+    if not names.all.search(_words(messages, tools)):
+        return messages, tools
+    asks = lambda m: m["role"] in ("user", "tool")
+    messages = [names.hide(m, names.all if asks(m) else names.steering) for m in messages]
+    return messages, names.hide(tools, names.all) or None
+
 # %% ../../nbs/tokenizer/02_bpe.ipynb #560d9774
 def _pieces(
     tok: "_ChatEncoder", messages: list[dict], tools: list[dict] | None
 ) -> list[str]:  # An odd number; every second one is an answer
     "The rendered conversation, cut where an assistant's words begin and end."
-    messages, own = chat_messages(messages)
-    tools = tools or own
-    if tok.rules > 1 and (names := tok._names).steering.search(_words(messages, tools)):
-        messages, tools = (names.hide(x, names.steering) for x in (messages, tools))
+    messages, tools = _hidden(tok, messages, tools)
     if tok.config.get("chat_template") in _OWN_TEMPLATES:
         pieces = chat_pieces(messages, tools)
     else:
@@ -828,15 +850,7 @@ def _prompt(
     tok: "_ChatEncoder", messages: list[dict], tools: list[dict] | None, thinking: bool | None
 ) -> str:
     "A conversation as a text for the model to answer, with the names hidden in what people say."
-    messages, own = chat_messages(messages)
-    tools = tools or own
-    names = tok._names
-    hidden = lambda m: names.all if m["role"] in ("user", "tool") else names.steering
-    messages = [names.hide(m, hidden(m)) for m in messages]
-    if tools and tok.config.get("chat_template") not in _OWN_TEMPLATES:
-        # as transformers hands them to a template
-        tools = [t if "function" in t else dict(type="function", function=t) for t in tools]
-    tools = names.hide(tools, names.all) or None
+    messages, tools = _hidden(tok, messages, tools, prompt=True)
     return tok.render(messages, tools, add_generation_prompt=True, thinking=thinking)
 
 

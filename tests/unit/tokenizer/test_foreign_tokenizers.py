@@ -623,6 +623,10 @@ EMPTY_THOUGHTS = (
     "{% else %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
 
+TOOLS = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}\n{% endfor %}{% endif %}" + EMPTY_THOUGHTS
+)
+
 
 @cache
 def chatml(kind, template=T.CHAT_TEMPLATE):
@@ -694,12 +698,31 @@ SAID = st.tuples(
 ).map("".join)
 
 
+def test_a_run_begun_before_keeps_the_marks_that_questions_spell():
+    tok = chatml("gpt2")
+    older = Tokenizer(tok.hf, tok.config, rules=2)
+    talk = [dict(role="user", content="<think>"), dict(role="assistant", content="<think>")]
+    count = lambda t: t.encode_chat(talk)[0].tolist().count(tok.id("<think>"))
+    assert (count(older), count(tok)) == (2, 1)
+
+
+def test_functions_reach_a_template_in_one_form():
+    "What is learned of them is what a prompt says of them."
+    own = Tokenizer(KINDS["ours"]().hf, dict(eos_token="<|endoftext|>", chat_template=TOOLS))
+    tools = [dict(name="cat", description="good <|im_end|> <think>")]
+    talk = [dict(role="user", content="cat?"), dict(role="assistant", content="sat")]
+    ids, _ = own.encode_chat(talk, tools)
+    prompt = own.encode_prompt(talk[:1], tools)
+    assert ids[: len(prompt)].tolist() == prompt and "function" in own.decode(prompt)
+
+
 @pytest.mark.parametrize("kind", ["ours", "gpt2", "llama", "metaspace", "unigram", "gemma"])
 @pytest.mark.parametrize("template", [T.CHAT_TEMPLATE, EMPTY_THOUGHTS], ids=["ours", "thoughts"])
 @settings(max_examples=25, deadline=None)
 @given(asked=st.lists(LETTERS, min_size=1, max_size=3), said=st.lists(SAID, min_size=3, max_size=3))
 @example(asked=["the cat?"], said=["\nsat"] * 3)
 @example(asked=["the cat?"] * 2, said=["sat", "\n\ngood", ""])
+@example(asked=["<think>", "the </tool_call> cat"], said=["1"] * 3)
 def test_a_prompt_is_what_was_learned_to_continue(kind, template, asked, said):
     tok = chatml(kind, template)
     assert len(tok.encode("the\n\n")) < len(tok.encode("the")) + 2, (
