@@ -27,7 +27,7 @@ CLASSES = (
     "TokenSet",
     "Trainer",
     "Writer",
-    "_RunTrainer",
+    "RunTrainer",
 )
 COUNTS = ROOT / "tools" / "cells.json"
 

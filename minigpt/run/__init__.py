@@ -5,11 +5,14 @@ from minigpt.core.lazy import lazy_names
 __all__, __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "record": """
+            Runtime InitialWeights DataRecord RunRecord
+        """,
         "backup": """
             COLAB_MOUNT BEAT RETRY POLL QUIET DATA_LIMIT BackupError Taken on_colab drive_mount
-            check_there read_run_id RunRecord read_heartbeat listed Progress copy_file
-            CheckpointCopy copy_checkpoint arrived discard made_later BackupStatus Backup
-            wait_for_others given_up restore_run fetch
+            check_there read_run_id read_heartbeat listed Progress copy_file CheckpointCopy
+            copy_checkpoint arrived discard made_later BackupStatus Backup wait_for_others
+            given_up restore_run fetch
         """,
         "guard": """
             Guard
@@ -20,8 +23,8 @@ __all__, __getattr__, __dir__ = lazy_names(
             memory in_notebook
         """,
         "folder": """
-            ANSWER Run split_checkpoint open_run list_runs runs_table SAVED_COLUMNS saved_row run_table
-            text_table
+            ANSWER SAVED_COLUMNS Run split_checkpoint open_run list_runs runs_table saved_row
+            run_table text_table
         """,
         "status": """
             SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows

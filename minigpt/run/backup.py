@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLAB_MOUNT', 'BEAT', 'RETRY', 'POLL', 'QUIET', 'DATA_LIMIT', 'BackupError', 'Taken', 'on_colab', 'drive_mount',
-           'check_there', 'read_run_id', 'read_heartbeat', 'listed', 'RunRecord', 'Progress', 'copy_file',
-           'CheckpointCopy', 'copy_checkpoint', 'arrived', 'discard', 'made_later', 'BackupStatus', 'Backup',
-           'wait_for_others', 'given_up', 'restore_run', 'fetch']
+           'check_there', 'read_run_id', 'read_heartbeat', 'listed', 'Progress', 'copy_file', 'CheckpointCopy',
+           'copy_checkpoint', 'arrived', 'discard', 'made_later', 'BackupStatus', 'Backup', 'wait_for_others',
+           'given_up', 'restore_run', 'fetch']
 
 # %% ../../nbs/run/01_backup.ipynb #66f95fed
 import errno
@@ -62,6 +62,7 @@ from minigpt.core.files import (
     write_file,
     write_json,
 )
+from .record import RunRecord
 
 # %% ../../nbs/run/01_backup.ipynb #e1c6fd23
 logger = logging.getLogger(__name__)
@@ -176,39 +177,6 @@ def listed(path: Path) -> dict:
     return _note(path / "mirror.json").get("files", {})
 
 # %% ../../nbs/run/01_backup.ipynb #c12462c3
-@dataclass(frozen=True)
-class RunRecord:
-    "What run.json says of a run."
-
-    id: str | None
-    max_steps: int  # Optimizer steps that it is to take
-    train: dict  # Its `TrainConfig`
-    model: dict  # Its `GPTConfig`
-    attempts: list[dict]  # Its starts, each with the step at which it began
-    initial_weights: dict | None  # The model that it began with: `began` in the file
-    places: dict | None  # The folders of its tokens; None: of an older version
-    rules: int  # By which its tokenizer splits a text
-    saved_params: int | None  # Numbers in a checkpoint
-    saves: int | None  # Checkpoints that it writes
-
-    @classmethod
-    def from_dict(
-        cls,
-        facts: dict,  # The content of run.json; what it lacks is None
-    ) -> "RunRecord":
-        same = {k: facts.get(k) for k in ("id", "max_steps", "train", "model")}
-        part = lambda k: facts[k] if isinstance(facts.get(k), dict) else {}
-        return cls(
-            **same,
-            attempts=facts.get("attempts", []),
-            initial_weights=facts.get("began"),
-            places=part("data").get("places"),
-            rules=part("identity").get("rules", 1),
-            saved_params=facts.get("saved_params"),
-            saves=facts.get("saves"),
-        )
-
-
 def _record(path: Path) -> RunRecord:
     "Of a run's folder or its backup, where run.json may not have arrived."
     return RunRecord.from_dict(_note(path / "run.json"))
@@ -502,7 +470,7 @@ def _changing(run_path: Path) -> list[Path]:
 
 def _places(run_path: Path) -> list[str]:
     "The folders of a run whose files never change."
-    told = _record(run_path).places
+    told = _record(run_path).data.places
     if not told:
         return ["tokenizer", "data", "data-valid"]  # not told by older versions
     tokens = [

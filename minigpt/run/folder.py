@@ -27,8 +27,9 @@ from minigpt.core.files import (
 from ..core.tables import text_table
 from ..model.generation import stream_text
 from ..model.gpt import GPT
-from .backup import Backup, BackupError, BackupStatus, RunRecord, check_there
+from .backup import Backup, BackupError, BackupStatus, check_there
 from .metrics import plot_losses, read_metrics
+from .record import RunRecord
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
 # %% ../../nbs/run/04_folder.ipynb #8533095d

@@ -27,9 +27,10 @@ from ..core.files import at_home, dir_size, free_space, human_size, human_time, 
 from ..core.notes import Note
 from ..core.tables import text_table
 from ..model.gpt import shape_from_dict
-from .backup import RunRecord, drive_mount, read_heartbeat
+from .backup import drive_mount, read_heartbeat
 from .folder import SAVED_COLUMNS, Run, open_run, saved_row
 from .metrics import Curves, Follower, LossPicture, in_notebook, read_log
+from .record import RunRecord
 
 # %% ../../nbs/run/05_status.ipynb #d762b318
 SILENT = 900  # Seconds without a heartbeat after which the machine of a mirrored run counts as gone

@@ -25,13 +25,28 @@ __all__, __getattr__, __dir__ = lazy_names(
         "inputs": """
             BUILT_IN PATH REGISTERED CORPUS OVERRIDES meaning usual_options source_files
             check_before_moving source_to_json source_from_json meanings what_is_read
-            ResumeError refuse token_places unread_tokens open_source
+            ResumeError refuse token_places unread_tokens TrainInputs open_source
         """,
-        "trainer": """
-            Callback TrainingError NextToken Learner Trainer measure evaluate fit resume
+        "loop": """
+            Callback TrainingError NextToken Learner Trainer measure evaluate
         """,
         "evaluation": """
             token_bytes total_loss evaluate_on evaluation_table
+        """,
+        "call": """
+
+        """,
+        "state": """
+
+        """,
+        "callbacks": """
+
+        """,
+        "setup": """
+
+        """,
+        "trainer": """
+            fit resume
         """,
     },
 )

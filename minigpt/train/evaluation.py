@@ -21,8 +21,8 @@ from ..model.gpt import GPT, need_gpt
 from ..run.folder import Run
 from ..tokenizer.bpe import Tokenizer
 from .inputs import Source, source_files
+from .loop import NextToken, totals
 from .speed import best_device
-from .trainer import NextToken, totals
 
 # %% ../../nbs/train/08_evaluation.ipynb #d9f8e569
 def token_bytes(

@@ -61,6 +61,8 @@ def _answers(
 class Preference:
     "DPO, as `minigpt.train.trainer` uses it: the divisor, the loss of a batch, and what is logged."
 
+    draws = False  # Whether the loss of a batch depends on random numbers
+
     def __init__(
         self,
         config: TrainConfig,  # `dpo_beta`, `dpo_loss`, `dpo_label_smoothing`

@@ -463,7 +463,7 @@ def test_a_gpt_line_by_line(tmp_path):
     said = (found.path / "run.log").read_text(encoding="utf-8")
     assert (
         found.finished
-        and " lines, a sequence each, " in said
+        and " lines, one sequence each, " in said
         and "are longer than max_seq_len=6 and are cut" in said
     )
 

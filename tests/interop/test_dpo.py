@@ -195,8 +195,8 @@ def test_a_lost_reference(pairs, tok, tmp_path):
     with pytest.raises(
         CheckpointError,
         match=(
-            "has lost the reference of the preferences, and this call gives another model .*Pass"
-            " the model that it began with, .*base"
+            "has lost the reference log-probabilities, and the model of this call .*Pass"
+            " that model, .*base"
         ),
     ):
         fit(run.model(), pairs, output_dir=tmp_path / "run", **{**SHORT, "max_steps": 10})
@@ -218,10 +218,7 @@ def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
         (tmp_path / "run" / n).unlink()
     with pytest.raises(
         CheckpointError,
-        match=(
-            "began with weights that this call does not give: pass the model that it began with,"
-            " .*base"
-        ),
+        match=("started from a model that this call does not pass: pass that model, .*base"),
     ):
         fit(gpt(tok).config, talks, tokenizer=tok, output_dir=tmp_path / "run", **SHORT)
     resume(tmp_path / "run")

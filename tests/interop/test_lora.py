@@ -122,7 +122,7 @@ def test_a_foreign_model_is_adapted_and_given_back(foreign, talks, tmp_path):
     assert resume(tmp_path / "run", max_steps=8).step == 8  # the folder says what to adapt
     shutil.move(foreign, tmp_path / "away")
     try:
-        with pytest.raises(CheckpointError, match="which is not here; bring it"):
+        with pytest.raises(CheckpointError, match="which is not found; restore it"):
             resume(tmp_path / "run", max_steps=9)
         with pytest.raises(CheckpointError, match="which is not here. Bring that model"):
             run.model()
@@ -316,10 +316,7 @@ def test_an_adapter_is_trained_on(foreign, talks, tmp_path):
         (tmp_path / "two" / n).unlink()
     with pytest.raises(
         CheckpointError,
-        match=(
-            "began with weights that this call does not give: pass the model that it began with,"
-            " .*one"
-        ),
+        match=("started from a model that this call does not pass: pass that model, .*one"),
     ):
         fit(lora(load_model(foreign), r=2), talks, output_dir=tmp_path / "two", **SHORT)
     resume(tmp_path / "two")

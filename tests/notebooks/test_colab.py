@@ -125,7 +125,7 @@ def test_a_disconnect_and_the_day_after(stub, tmp_path):
     text = said(second, "resume_after_disconnect")
     assert (
         "restoring stories from" in text
-        and "comes from the backup" in text
+        and "was copied from the backup" in text
         and "backed up in" in text
     )
     assert "training a tokenizer" not in text, "nothing may be trained anew"

@@ -891,7 +891,7 @@ def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
 
     While a copy cannot be read nothing is trained, and no older state takes its place."""
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"))
-    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01, 0.01))
+    monkeypatch.setattr("minigpt.train.setup.RETRY_DELAYS", (0.01, 0.01))
     with pytest.raises(PowerCut):
         go(work, Wait(), At(17, power_cut), **backup)
     shutil.rmtree(work / "run")
@@ -908,7 +908,7 @@ def test_one_copy_that_cannot_be_fetched(work, whole, tmp_path, monkeypatch):
         with pytest.raises(
             BackupError,
             match=(
-                "checkpoint-15 may be whole, and it could not be copied.*Nothing is trained"
+                "checkpoint-15 may be complete, and it could not be copied.*Nothing was trained"
                 " meanwhile"
             ),
         ):
@@ -938,7 +938,7 @@ def test_one_copy_that_is_damaged(work, whole, tmp_path):
     assert (
         run.facts["attempts"][-1]["step"] == 10
         and weights(work) == weights(whole[0])
-        and "checkpoint-15 of the backup is passed over" in log(work)
+        and "checkpoint-15 of the backup is skipped" in log(work)
     )
 
 
@@ -955,7 +955,7 @@ def test_a_course_that_was_given_up_is_not_restored(work, tmp_path):
         0,
         10,
         10,
-    ] and "belongs to a course that was given up" in log(work)
+    ] and "so this checkpoint was abandoned" in log(work)
 
 
 def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
@@ -975,7 +975,7 @@ def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
         0,
         10,
         10,
-    ] and "belongs to a course that was given up" in log(work)
+    ] and "so this checkpoint was abandoned" in log(work)
 
 
 def test_the_newest_best_is_kept_in_the_backup(parts, saves, tmp_path, monkeypatch):

@@ -806,7 +806,7 @@ def disk_full(disk, whole, leave, *callbacks, **options):
 
 def test_full_disk_while_saving(disk, whole):
     said = disk_full(disk, whole, 100_000, evaluation_strategy="no")
-    assert "NOT SAVED at step 10" in said and "Training goes on" in said
+    assert "NOT SAVED at step 10" in said and "Training continues" in said
 
 
 def test_full_disk_while_saving_the_best(disk, whole):
@@ -909,7 +909,7 @@ def test_several_files(work):
     )
     shutil.rmtree(work / "run" / "data")
     (work / "more.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match="bring the text that it was trained on"):
+    with pytest.raises(FileNotFoundError, match="provide the text that it was trained on"):
         fit(child.shape(), files, output_dir=work / "run", **{**options, "max_steps": 9})
 
 
@@ -933,7 +933,7 @@ def test_the_folder_disappears_while_it_trains(whole, work, how):
     assert steps(work) == [10, 15] and [
         r["step"] for r in open_run(work / "run").history if "loss" in r
     ][:16] == [*range(1, 17)]
-    assert log(work).count("has been deleted, moved or renamed") == 1
+    assert log(work).count("was deleted, moved or renamed") == 1
     _, losses = go(work)
     assert (
         weights(work) == weights(whole[0])
@@ -1014,7 +1014,7 @@ def test_training_goes_on_from_the_one_before(name, kind, cut, tmp_path, whole):
     DAMAGE[kind](work / "run/checkpoints/checkpoint-10" / name)
     _, losses = go(work)
     assert re.search(
-        rf"checkpoint-10 is passed over: .*{re.escape(name)}", log(work)
+        rf"checkpoint-10 is skipped: .*{re.escape(name)}", log(work)
     ) and "resuming from checkpoint-5" in log(work)
     same_as(whole, work, losses, 5)
     assert [p.name for p in (work / "run/checkpoints").iterdir() if "damaged" in p.name] == [
@@ -1065,7 +1065,7 @@ def test_all_checkpoints_damaged(cut, tmp_path, whole):
     _, losses = go(work)
     said = log(work)
     assert (
-        "checkpoint-5 is passed over: model.safetensors is damaged" in said
+        "checkpoint-5 is skipped: model.safetensors is damaged" in said
         and "starting again with the same seed" in said
     )
     assert losses == whole[1] and weights(work) == weights(whole[0])
@@ -1118,7 +1118,7 @@ def test_sigterm(workers, work, whole):
     before = {(s, k): x for _, s, k, x in child.losses(work)}
     stopped = max(s for s, k in before if k == "loss")
     assert stopped < STEPS and max(steps(work)) == stopped and not leftovers(work)
-    assert f"stopped after step {stopped}" in log(work) and "goes on from there" in log(work)
+    assert f"stopped after step {stopped}" in log(work) and "resumes from there" in log(work)
     _, losses = go(work, dataloader_workers=workers)
     assert min(s for s, k in losses if k == "loss") == stopped + 1
     assert {**before, **losses} == whole[1]
@@ -1156,7 +1156,7 @@ def test_ctrl_c_inside_the_optimizer(work, whole):
     stop = Interrupt(7)
     with pytest.raises(
         KeyboardInterrupt,
-        match="stopped after step 7 and saved .*checkpoint-7; the same call goes on",
+        match="stopped after step 7 and saved .*checkpoint-7; the same call resumes",
     ):
         go(work, stop)
     assert stop.came_back, "it acted inside the step"
@@ -1181,7 +1181,7 @@ def test_ctrl_c_where_a_save_is_due_saves_once(work, whole):
 
 def test_a_second_ctrl_c_stops_at_once(work, whole):
     stop = Interrupt(8, 2)
-    with pytest.raises(KeyboardInterrupt, match="at once, without saving"):
+    with pytest.raises(KeyboardInterrupt, match="immediately, without saving"):
         go(work, stop)
     assert not stop.came_back and steps(work) == [5]
     _, losses = go(work)
@@ -1264,7 +1264,7 @@ def test_training_on_keeps_the_best_model(tmp_path, whole):
 
 def test_a_stopped_training_leaves_nothing_in_memory(work):
     "A notebook keeps the error"
-    alive = lambda: sum(type(o) is minigpt.train.trainer._RunTrainer for o in gc.get_objects())
+    alive = lambda: sum(type(o) is minigpt.train.state.RunTrainer for o in gc.get_objects())
     gc.collect()
     before = alive()
     with pytest.raises(KeyboardInterrupt) as e:
@@ -1481,11 +1481,11 @@ def test_one_training_at_a_time_in_a_process(work, whole):
     run, losses = go(work, At(7, others))
     same_as(whole, work, losses)
     assert (
-        all(f"this process trains {work / 'run'} already" in s for s in said)
+        all(f"this process is already training {work / 'run'}" in s for s in said)
         and "nested" in said[0]
         and "thread" in said[1]
     )
-    assert "inside of it" in said[0] and "Wait until it has ended" in said[1]
+    assert "inside that run" in said[0] and "Wait until it has ended" in said[1]
     with pytest.raises(TypeError, match="must be a Callback"):
         go(work, 3)
     assert go(work)[0].finished  # the refusals hold nothing

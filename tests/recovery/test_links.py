@@ -165,7 +165,7 @@ def everything(work, source):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_outside_is_changed(made, outside, tmp_path, seed, monkeypatch):
-    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01,))
+    monkeypatch.setattr("minigpt.train.setup.RETRY_DELAYS", (0.01,))
     shutil.copytree(made, tmp_path / "work")
     work, rng = tmp_path / "work", random.Random(seed)
     shutil.copyfile(work / "text.jsonl", tmp_path / "text.jsonl")

@@ -43,7 +43,7 @@ from tests.recovery.test_faults import (  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
-    monkeypatch.setattr("minigpt.train.trainer._WAITS", (0.01, 0.01))
+    monkeypatch.setattr("minigpt.train.setup.RETRY_DELAYS", (0.01, 0.01))
 
 
 # --- a run's own states ---------------------------------------------------------------------------
@@ -56,28 +56,28 @@ NEWEST = "run/checkpoints/checkpoint-10"
         (
             f"{NEWEST}/optimizer.safetensors",
             errno.EIO,
-            "checkpoint-10 may be whole, and it cannot be read.*Input/output error",
+            "checkpoint-10 may be complete, and it cannot be read.*Input/output error",
         ),
         (
             f"{NEWEST}/MANIFEST.json",
             errno.EACCES,
-            "checkpoint-10 may be whole, and it cannot be read.*Permission denied",
+            "checkpoint-10 may be complete, and it cannot be read.*Permission denied",
         ),
         (
             NEWEST,
             errno.EACCES,
-            "checkpoint-10 may be whole, and it cannot be read.*Permission denied",
+            "checkpoint-10 may be complete, and it cannot be read.*Permission denied",
         ),
         (
             "run/checkpoints",
             errno.EIO,
-            "checkpoints cannot be used: Input/output error.*Nothing is trained while",
+            "checkpoints cannot be used: Input/output error.*Nothing was trained",
         ),
         ("run/checkpoints", errno.EACCES, "checkpoints cannot be used: Permission denied"),
         (
             "run/run.json",
             errno.EIO,
-            "run.json cannot be read: Input/output error.*nothing is trained",
+            "run.json cannot be read: Input/output error.*nothing was trained",
         ),
     ],
 )
@@ -104,7 +104,7 @@ def test_a_mount_that_stutters_is_asked_again(cut, whole, tmp_path, monkeypatch)
             waited.append(seconds)
             disk.unreadable = {}
 
-        monkeypatch.setattr("minigpt.train.trainer.time.sleep", sleep)
+        monkeypatch.setattr("minigpt.train.setup.time.sleep", sleep)
         same_as(whole, work, go(work)[1], since=10)
     assert waited[0] == 0.01
 
@@ -115,7 +115,7 @@ def test_going_back_on_purpose(cut, tmp_path):
     with Disk(tmp_path).at_work() as disk:
         disk.unreadable = {str(work / NEWEST): errno.EACCES}
         with pytest.raises(
-            CheckpointError, match="or go back on purpose, to an older state: resume='checkpoint-5'"
+            CheckpointError, match="to go back to an older one, pass resume='checkpoint-5'"
         ):
             go(work)
 
@@ -128,7 +128,7 @@ def test_a_manifest_that_is_a_folder(cut, whole, tmp_path, name):
     m.mkdir()
     assert "is a folder, not a file" in run_table(open_run(work / "run"))
     same_as(whole, work, go(work)[1], since=10 if name == "checkpoint-5" else 5)
-    assert ("checkpoint-10 is passed over: " in log(work)) == (name == "checkpoint-10")
+    assert ("checkpoint-10 is skipped: " in log(work)) == (name == "checkpoint-10")
 
 
 def test_run_json_deleted_while_it_trains(whole, work):
@@ -139,9 +139,9 @@ def test_run_json_deleted_while_it_trains(whole, work):
 
     with pytest.raises(PowerCut):
         go(work, At(6, gone), At(12, power_cut))
-    assert "run.json has been deleted while its training goes on, and is written again" in log(
+    assert "run.json was deleted during training and has been written again" in log(work) and steps(
         work
-    ) and steps(work) == [5, 10]
+    ) == [5, 10]
     same_as(whole, work, go(work)[1], since=10)
 
 
@@ -171,9 +171,9 @@ def test_no_locks_no_flushing_of_folders_no_free_space(whole, work, tmp_path, mo
     same_as(whole, work, losses)
     assert (
         "WARNING: the file system of" in log(work)
-        and "has no locks" in log(work)
+        and "does not support locks" in log(work)
         and "free space unknown" in log(work)
-        and "disk is not known (Function not implemented)" in log(work)
+        and "disk is unknown (Function not implemented)" in log(work)
     )
 
 
@@ -359,8 +359,8 @@ def test_more_steps_and_the_learning_rate(whole, tmp_path):
     run, _ = go(work, max_steps=30)
     old = rates(run)[:20]
     assert (
-        f"WARNING: the learning rate of step 20 was {old[-1]:.3g}, of 20 steps; of 30 steps it goes"
-        f" on with {rates(run)[20]:.3g}"
+        f"WARNING: the learning rate of step 20 was {old[-1]:.3g} in a run of 20 steps and is"
+        f" {rates(run)[20]:.3g} in one of 30"
         in log(work)
         and "pass lr_extend='continue'" in log(work)
         and rates(run)[20] > 2 * old[-1]
@@ -449,7 +449,7 @@ def test_a_set_from_elsewhere_is_verified_too(pairs, tmp_path):
     tok = open_run(work / "run").tokenizer
     flip(work / "run/data/train/mask.bin")
     with pytest.raises(
-        DataError, match="train does not hold what it was built with: a file of it is damaged"
+        DataError, match="train is damaged: a file does not match its recorded hash"
     ):
         fit(child.shape(), data, tokenizer=tok, output_dir=tmp_path / "run", **PAIRS)
     os.truncate(work / "run/data/train/docs.npy", 90)
@@ -468,7 +468,7 @@ def test_a_reference_of_the_version_before(pairs, tmp_path):
         f.unlink()
     assert [r["loss"].hex() for r in learn(work).history if "loss" in r] == pairs[
         1
-    ] and "computing what the model says" not in (work / "run/run.log").read_text().split(
+    ] and "computing reference log-probabilities" not in (work / "run/run.log").read_text().split(
         "resuming"
     )[-1]
 

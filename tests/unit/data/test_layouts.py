@@ -1004,7 +1004,7 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     """Left out where no answer ends in time; cut behind an answer where one does.
 
     A set of an older version goes on as it was."""
-    from minigpt.train.trainer import _describe
+    from minigpt.train.trainer import describe_data
 
     whole, cut, old = (
         build_tokenset(long, tok, tmp_path / str(how), 0.0, long_rows=how)[0]
@@ -1020,9 +1020,9 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     assert (
         "1 are longer than max_seq_len=64 and are cut behind an answer; 1 rows longer than"
         " max_seq_len=64 are left out; long_rows='cut' keeps their beginning"
-        in _describe(whole, 64)[0]
+        in describe_data(whole, 64)[0]
     )
-    assert "1 are longer and are cut inside an answer" in _describe(cut, 64)[0]
+    assert "1 are longer and are cut inside an answer" in describe_data(cut, 64)[0]
     again = [
         build_tokenset(long, tok, tmp_path / name, 0.0, long_rows=how)[0].meta.get("long_rows")
         for name, how in (("skip", "cut"), ("None", "skip"))
@@ -1148,7 +1148,7 @@ def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
     for option in (dict(encoding="cp1251"), dict(columns="text=body"), dict(long_rows="cut")):
         with pytest.raises(
             ValueError,
-            match=f"{next(iter(option))}=.* is for files, and .*set/train is a token set already",
+            match=f"{next(iter(option))}=.* applies to files, and .* is already a token set",
         ):
             fit(
                 child.shape(tok.vocab_size),

@@ -1246,7 +1246,7 @@ def trouble(tok, line):
                 if not (
                     len(ids) == len(learn)
                     and learn.any()
-                    and ids.tolist() == tok.encode(tok.render(side), special=True)
+                    and tok.decode(ids) == tok.decode(tok.encode(tok.render(side), special=True))
                 ):
                     return f"rendering of {side}"
             if not r.reason and not r.messages:

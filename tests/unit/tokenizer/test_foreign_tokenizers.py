@@ -25,6 +25,7 @@ from minigpt.config.options import TrainConfig
 from minigpt.data.tokensets import build_tokenset
 from minigpt.model.generation import complete, stream_text, text_pieces
 from minigpt.model.gpt import GPT, GPTConfig
+from minigpt.run.record import RunRecord
 from minigpt.tokenizer import bpe as T
 from minigpt.tokenizer.bpe import Tokenizer, load_tokenizer, train_tokenizer
 from minigpt.train.evaluation import evaluate_on
@@ -304,13 +305,16 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
         data=dict(source=str(tmp_path / "a.jsonl"), places=dict(train=["data"], valid=None)),
     )
     config = TrainConfig(validation_split=0.0, max_seq_len=8, progress=False)
-    opened = lambda: open_source(run, known, tmp_path / "a.jsonl", None, None, config)
+    opened = lambda: open_source(
+        run, RunRecord.from_dict(known), tmp_path / "a.jsonl", None, None, config
+    )
     kept = opened()
-    assert kept[1].fingerprint == was.fingerprint and kept[0].rules == 1 and not any(kept[0].adds)
+    assert kept.data.fingerprint == was.fingerprint
+    assert kept.tokenizer.rules == 1 and not any(kept.tokenizer.adds)
     shutil.rmtree(run / "data")  # on another machine
-    built = opened()[1]
+    built = opened().data
     assert built.fingerprint == was.fingerprint
-    with pytest.raises(ValueError, match="lack what this tokenizer adds to each .<s>."):
+    with pytest.raises(ValueError, match="lack the tokens that this tokenizer adds to each .<s>."):
         open_source(tmp_path / "new", None, built, None, tok, config)
     known["identity"]["rules"] = 2
     shutil.rmtree(run / "data")

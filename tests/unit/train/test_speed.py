@@ -252,7 +252,7 @@ def test_fp16_that_overflows_at_every_scale_is_said(work):
 
     with pytest.raises(
         TrainingError,
-        match="fp16 has not been enough .*down to 0.0001.*checkpoint-5.*precision='fp32'",
+        match="fp16 overflowed in many steps .*down to 0.0001.*checkpoint-5.*precision='fp32'",
     ):
         go(work, At(6, hopeless))
 
@@ -262,7 +262,7 @@ def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, c
         self.buffers["weights", "some"] = None
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(minigpt.train.trainer.Writer, "copy", none)
+    monkeypatch.setattr(minigpt.train.state.Writer, "copy", none)
     run, after = go(work)
     assert run.finished and "training waits while a checkpoint is written" in (
         run.path / "run.log"
@@ -275,7 +275,7 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
     """A stop in a step with an evaluation, whose best model was copied.
 
     The state is written, though no copy of it can be made."""
-    real = minigpt.train.trainer.Writer.save
+    real = minigpt.train.state.Writer.save
 
     def full_after(self, store, state):
         real(self, store, state)
@@ -284,7 +284,7 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
                 psutil, "virtual_memory", lambda: SimpleNamespace(available=0, total=1 << 40)
             )
 
-    monkeypatch.setattr(minigpt.train.trainer.Writer, "save", full_after)
+    monkeypatch.setattr(minigpt.train.state.Writer, "save", full_after)
 
     def stop(t):
         t.stop = "enough"
@@ -410,7 +410,7 @@ def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
         return False
 
-    monkeypatch.setattr("minigpt.train.trainer.add_reference", full)
+    monkeypatch.setattr("minigpt.train.state.add_reference", full)
     with pytest.raises(TrainingError, match="memory ran out before the first step .*batch_size="):
         fit(
             child.shape(),
