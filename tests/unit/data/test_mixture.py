@@ -293,7 +293,7 @@ def test_curriculum_by_a_score(sets):
             a.window_difficulty(LEN)[order][: n // 8].mean() < 0.5 * a.window_difficulty(LEN).mean()
         )
         for wrong in (score[:-1], np.append(score, 1), [np.nan] * len(score), score[:, None]):
-            with pytest.raises(ValueError, match="one finite number for each"):
+            with pytest.raises(ValueError, match="one finite number per row"):
                 curriculum(d, wrong)
     with pytest.raises(ValueError, match="must be 'length'"):
         curriculum(sets[0], "size")

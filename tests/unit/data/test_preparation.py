@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, tok):
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, tok):
     (tmp_path / "in.jsonl").write_text('{"text": " "}\n{"txt": "?"}\n')
     with pytest.raises(
-        DataError, match='nothing of .*in.jsonl is left: 1 × empty text .*; 1 × no "text"'
+        DataError, match='no rows of .*in.jsonl are left: 1 × empty text .*; 1 × no "text"'
     ):
         prepare(tmp_path / "in.jsonl", tmp_path / "out.jsonl", tok)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
