@@ -219,11 +219,11 @@ class TokenSet:
         The last window begins earlier so as to be full, and has no labels where it overlaps the
         one before it."""
         N = len(self) - 1  # tokens with a next token
-        at = np.maximum(0, np.minimum(index * seq_len, N - seq_len))[:, None] + np.arange(seq_len)
-        has_label = (at >= (index * seq_len)[:, None]) & (at < N)
-        at = (at + np.reshape(shift, (-1, 1))) % max(1, N)
-        labels = np.where(has_label, self.tokens[at + 1], np.int64(-100))
-        return dict(input_ids=self.tokens[at].astype(np.int64), labels=labels)
+        pos = np.maximum(0, np.minimum(index * seq_len, N - seq_len))[:, None] + np.arange(seq_len)
+        has_label = (pos >= (index * seq_len)[:, None]) & (pos < N)
+        pos = (pos + np.reshape(shift, (-1, 1))) % max(1, N)
+        labels = np.where(has_label, self.tokens[pos + 1], np.int64(-100))
+        return dict(input_ids=self.tokens[pos].astype(np.int64), labels=labels)
 
     def window_difficulty(self, seq_len: int) -> np.ndarray:
         "Return the difficulty of each window, (n,): that of the text in its middle."
@@ -238,8 +238,8 @@ class TokenSet:
         seed: int = 0,  # As for `sequences`
     ) -> np.ndarray:  # (n,) below `seq_len`; 0 for the first epoch
         "Return the offset of an epoch's first window; each occurs once in `seq_len` epochs."
-        at = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
-        return (at[1:] - at[0]) % seq_len
+        offsets = shuffled(np.append(0, epoch % seq_len), seq_len, (seed, -1))
+        return (offsets[1:] - offsets[0]) % seq_len
 
     def order(self, place: np.ndarray, n: int, seq_len: int, key: tuple[int, int]) -> np.ndarray:
         "Return the windows at some positions of an epoch."
@@ -471,7 +471,7 @@ class ChatSet(TokenSet):
         return sum(_last_answer_end(mask, seq_len) < 0 for i, mask in long if teaches[i])
 
     def too_long(self, seq_len: int) -> tuple[int, int]:
-        "Return the numbers of rows that are longer, and of rows left out for want of an answer."
+        "Return the numbers of rows that are longer, and of rows that are left out."
         return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
 
     def row(
@@ -693,19 +693,19 @@ class Mixture:
                 f" ({', '.join(sorted(toks))}); build them with one"
             )
         self.weights = w / w.sum()
-        due, self.pattern = np.zeros(len(w)), np.empty(1000, np.int64)
+        deficit, self.pattern = np.zeros(len(w)), np.empty(1000, np.int64)
         for i in range(1000):
-            due += self.weights  # expected minus actual positions of each set
+            deficit += self.weights  # expected minus actual positions of each set
             slack = 1 / max(2, 2 * len(w) - 2)
             # steps until the deadline of each set that may come now
-            late = np.where(due >= slack - 1e-9, (1 - slack - due) / self.weights, np.inf)
-            self.pattern[i] = np.argmin(late) if np.isfinite(late).any() else np.argmax(due)
-            due[self.pattern[i]] -= 1
+            wait = np.where(deficit >= slack - 1e-9, (1 - slack - deficit) / self.weights, np.inf)
+            self.pattern[i] = np.argmin(wait) if np.isfinite(wait).any() else np.argmax(deficit)
+            deficit[self.pattern[i]] -= 1
         self.counts = np.bincount(self.pattern, minlength=len(w))  # of each set in the pattern
         if not self.counts.all():
             raise ValueError(
                 f"weight {self.weights[self.counts == 0][0]:.5f} is below a thousandth; leave that"
-                " set out, or give it more"
+                " set out, or increase it"
             )
         # the index of each position within its set
         self.nth = np.array([(self.pattern[:i] == s).sum() for i, s in enumerate(self.pattern)])
@@ -748,31 +748,31 @@ class Mixture:
         n, parts = self.n_windows(seq_len), zip(self.counts, self.sets)
         return [n * c / 1000 / max(1, d.n_windows(seq_len)) for c, d in parts]
 
-    def _gather(self, which: np.ndarray, read: Callable, seq_len: int) -> dict[str, np.ndarray]:
+    def _gather(self, source: np.ndarray, read: Callable, seq_len: int) -> dict[str, np.ndarray]:
         "Collect sequences of several sets in order; windows of a text have one row."
         out = {}
-        for s in np.unique(which):
-            at = which == s
+        for s in np.unique(source):
+            at = source == s
             part = read(self.sets[s], at)
             if "rows" not in part and any(isinstance(d, (ChatSet, LineSet)) for d in self.sets):
                 part["rows"] = np.zeros_like(part["input_ids"])
             for k, v in part.items():
-                out.setdefault(k, np.empty((len(which), seq_len), v.dtype))[at] = v
+                out.setdefault(k, np.empty((len(source), seq_len), v.dtype))[at] = v
         return out
 
     def sequences(self, place: np.ndarray, seq_len: int, seed: int = 0) -> dict[str, np.ndarray]:
         "As `TokenSet.sequences`."
         block, i = np.divmod(place, 1000)
-        which, nth = self.pattern[i], block * self.counts[self.pattern[i]] + self.nth[i]
-        return self._gather(which, lambda d, at: d.sequences(nth[at], seq_len, seed), seq_len)
+        source, nth = self.pattern[i], block * self.counts[self.pattern[i]] + self.nth[i]
+        return self._gather(source, lambda d, at: d.sequences(nth[at], seq_len, seed), seq_len)
 
     def windows(self, index: np.ndarray, seq_len: int) -> dict[str, np.ndarray]:
         "As `TokenSet.windows`; the sets are concatenated, in their shares."
         ends = np.cumsum(np.round(self.weights * self.n_windows(seq_len)).astype(np.int64))
-        which = np.minimum(np.searchsorted(ends, index, "right"), len(self.sets) - 1)
-        nth = index - np.append(0, ends)[which]
+        source = np.minimum(np.searchsorted(ends, index, "right"), len(self.sets) - 1)
+        nth = index - np.append(0, ends)[source]
         read = lambda d, at: d.windows(nth[at] % d.n_windows(seq_len), seq_len)
-        return self._gather(which, read, seq_len)
+        return self._gather(source, read, seq_len)
 
     batch = TokenSet.batch
 
@@ -1347,10 +1347,7 @@ def _describe_lengths(parts: list[TokenSet]) -> str:
     n = np.concatenate([lengths(d) for d in parts] or [np.zeros(1, int)])
     if not len(n):
         return "there are none"
-    return (
-        f"the rows have {n.min():,} to {n.max():,} tokens, half of them {int(np.median(n)):,} or"
-        " more"
-    )
+    return f"the rows have {n.min():,} to {n.max():,} tokens, with a median of {np.median(n):,.0f}"
 
 
 def check_size(
