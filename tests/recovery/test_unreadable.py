@@ -454,7 +454,7 @@ def test_a_set_from_elsewhere_is_verified_too(pairs, tmp_path):
         fit(child.shape(), data, tokenizer=tok, output_dir=tmp_path / "run", **PAIRS)
     os.truncate(work / "run/data/train/docs.npy", 90)
     with pytest.raises(
-        DataError, match="docs.npy is damaged: it must say where each of .* rows begins"
+        DataError, match="docs.npy is damaged: it must hold the offsets of .* rows"
     ) as e:
         open_tokenset(work / "run/data")
     assert "pickle" not in str(e.value)

@@ -756,7 +756,7 @@ def test_many_lost_rows_are_a_warning(tok, tmp_path):
 
     first = told_of()
     assert (
-        first[1].startswith("WARNING: 1 of 9 rows are not learned, more than a tenth.")
+        first[1].startswith("WARNING: 1 of 9 rows are left out, more than a tenth.")
         and "on_bad_row='skip'" in first[1]
         and 'rows refused: 1 × no "text"' in first[1]
     )

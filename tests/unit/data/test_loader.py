@@ -1,6 +1,6 @@
 """The loader as a pure function of (token set, seed, step).
 
-Every token once an epoch, any step at once, the same batches for any number of workers.
+Every token once per epoch, any step in constant time, the same batches for any number of workers.
 """
 
 import json
@@ -16,13 +16,13 @@ from minigpt.data.tokensets import DataError, TokenSet, check_size, loader, shuf
 
 
 def token_set(folder, n, dtype="uint32"):
-    "Tokens 0…n-1, so that a token says where it stands"
+    "A set of tokens 0…n-1: each token is its own position"
     folder.mkdir(parents=True, exist_ok=True)
     np.arange(n, dtype=dtype).tofile(folder / "tokens.bin")
-    return described(folder, n, dtype)
+    return make_set(folder, n, dtype)
 
 
-def described(folder, n, dtype):
+def make_set(folder, n, dtype):
     meta = dict(
         format="minigpt token set",
         version=1,
@@ -71,7 +71,7 @@ def test_shuffled_needs_only_the_entries_asked_for(n, places, epoch):
 
 
 def test_shuffled_mixes():
-    "Neighbours part, places change with seed and epoch, and no place is preferred"
+    "Neighbours are separated; positions vary with seed and epoch, and are uniform"
     n = 1000
     orders = [shuffled(np.arange(n), n, (seed, epoch)) for seed in range(20) for epoch in range(20)]
     assert len({o.tobytes() for o in orders}) == len(orders)
@@ -80,13 +80,13 @@ def test_shuffled_mixes():
     assert 0.7 < fixed < 1.3 and 0.7 < follow < 1.3
     first = np.bincount(
         np.array([o[0] for o in orders]) * 10 // n, minlength=10
-    )  # 40 a tenth, 6 the standard deviation
+    )  # 40 per decile, standard deviation 6
     assert first.min() > 12 and first.max() < 75
 
 
 # --- an epoch -------------------------------------------------------------------------------------
-def taught(data, steps, size, seq_len, seed):
-    "How often each token is a label, over some steps"
+def count_labels(data, steps, size, seq_len, seed):
+    "Count how often each token is a label, over some steps"
     seen = Counter()
     for step in steps:
         b = data.batch(step, size, seq_len, seed)
@@ -102,16 +102,16 @@ def taught(data, steps, size, seq_len, seed):
 
 @settings(max_examples=60)
 @given(st.integers(2, 700), st.integers(1, 40), st.integers(1, 9), st.integers(0, 10**6))
-def test_every_token_once_an_epoch(folder, n, seq_len, size, seed):
+def test_every_token_once_per_epoch(folder, n, seq_len, size, seed):
     seq_len = min(seq_len, n - 1)
     data = token_set(folder / "once", n)
     windows = data.n_windows(seq_len)
     size = min(size, windows)
-    # `size` epochs are a whole number of steps
-    seen = taught(data, range(windows), size, seq_len, seed)
+    # `size` epochs are an integer number of steps
+    seen = count_labels(data, range(windows), size, seq_len, seed)
     assert set(seen) == set(range(1, n)) and set(seen.values()) == {size}
-    # and in the first epoch, as far as whole steps go, none comes twice
-    assert max(taught(data, range(windows // size), size, seq_len, seed).values()) == 1
+    # no token is repeated within the full steps of the first epoch
+    assert max(count_labels(data, range(windows // size), size, seq_len, seed).values()) == 1
 
 
 @settings(max_examples=30)
@@ -123,7 +123,7 @@ def test_every_token_once_an_epoch(folder, n, seq_len, size, seed):
     st.integers(0, 5),
 )
 def test_the_stream_of_sequences_does_not_depend_on_the_batch(folder, n, seq_len, a, b, seed):
-    "Which is what lets another micro-batch go on from the same place"
+    "So a run can resume at the same position with another micro-batch"
     data = token_set(folder / "stream", n)
     one, two = (
         np.concatenate(
@@ -145,7 +145,7 @@ def test_epochs_and_seeds_differ(folder):
     assert len({e.tobytes() for e in epochs}) == 3
     begins = [set(e[:, 0].tolist()) for e in epochs]
     assert begins[0] == begins[2] and not begins[0] & begins[1], (
-        "an epoch is cut at places of its own, except the first"
+        "every epoch but the first is cut at another offset"
     )
 
 
@@ -157,12 +157,12 @@ def test_too_small(folder):
             check_size(data, batch, seq_len)
 
 
-def test_a_torn_token_set_is_refused(folder):
+def test_a_truncated_token_set_is_refused(folder):
     data = token_set(folder / "torn", 1000)
     os.truncate(data.path / "tokens.bin", 3996)
-    described_meta = json.loads((data.path / "meta.json").read_text())
-    described_meta["sources"] = [dict(path="my.txt")]
-    (data.path / "meta.json").write_text(json.dumps(described_meta))
+    meta = json.loads((data.path / "meta.json").read_text())
+    meta["sources"] = [dict(path="my.txt")]
+    (data.path / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(DataError, match="3,996 bytes and must have 4,000.*built again from my.txt"):
         TokenSet(data.path)
 
@@ -185,17 +185,17 @@ def test_the_same_batches_for_any_number_of_workers(folder):
                 assert g[k].dtype == torch.int64 and np.array_equal(g[k].numpy(), w[k])
 
 
-# --- far away -------------------------------------------------------------------------------------
+# --- a distant step -------------------------------------------------------------------------------
 def test_step_one_million_of_a_big_set(tmp_path):
     n, size, seq_len, seed, step = 200_000_000, 8, 64, 5, 1_000_000
     with open(tmp_path / "tokens.bin", "wb") as f:
-        f.truncate(2 * n)  # sparse: takes no room
-    data = described(tmp_path, n, "uint16")
-    place = step * size % data.n_windows(seq_len)
-    assert place + size < data.n_windows(seq_len), "the step of this test lies in one epoch"
+        f.truncate(2 * n)  # a sparse file
+    data = make_set(tmp_path, n, "uint16")
+    position = step * size % data.n_windows(seq_len)
+    assert position + size < data.n_windows(seq_len), "the step must be within one epoch"
     epoch = step * size // data.n_windows(seq_len)
     index, shift = (
-        shuffled(np.arange(place, place + size), data.n_windows(seq_len), (seed, epoch)),
+        shuffled(np.arange(position, position + size), data.n_windows(seq_len), (seed, epoch)),
         data.shift(np.array([epoch]), seq_len, seed)[0],
     )
     assert epoch and shift
@@ -205,7 +205,7 @@ def test_step_one_million_of_a_big_set(tmp_path):
             wanted.append(rng.integers(1, 2**16, seq_len + 1, dtype=np.uint16))
             f.seek(2 * (i * seq_len + shift))
             f.write(wanted[-1].tobytes())
-    data.batch(0, size, seq_len, seed)  # what the first call imports does not count
+    data.batch(0, size, seq_len, seed)  # warm up: exclude the imports of the first call
     tracemalloc.start()
     try:
         data = TokenSet(tmp_path)

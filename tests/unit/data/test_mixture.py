@@ -84,7 +84,7 @@ def same(a, b):
 
 # --- shares ---------------------------------------------------------------------------------------
 def counted(weights):
-    "(3001, n) how many sequences of each set stand before each place, and the exact shares"
+    "The sequences of each set before each position, (3001, n), and the exact shares"
     m = Mixture([(SimpleNamespace(meta=dict(tokenizer="t")), w) for w in weights])
     return np.vstack(
         [np.zeros(len(weights)), np.cumsum(np.eye(len(weights))[np.tile(m.pattern, 3)], 0)]
@@ -106,7 +106,7 @@ def counted(weights):
     ],
 )
 def test_shares_hold_in_every_window(weights):
-    "300 sequences from any place on, over the border of the pattern too: never two off"
+    "300 sequences from any position, across the end of the pattern too: never off by two"
     n, share = counted(weights)
     assert np.abs(n[300:] - n[:-300] - 300 * share).max() < 1.5
     for size in (8, 32, 100, 1000):
@@ -129,7 +129,7 @@ def test_shares_of_many_sets():
 
 
 def test_sequences_are_those_of_the_sets(sets):
-    "Each set's own, in its own order, from place to place of the pattern; texts have one row"
+    "Each set's own, in its own order, in the order of the pattern; texts have one row"
     m = Mixture([(sets[0], 0.6), (sets[1], 0.3), (sets[2], 0.1)])
     place = np.arange(2500)
     got, which = m.sequences(place, LEN, 3), m.pattern[place % 1000]
@@ -147,7 +147,7 @@ def test_sequences_are_those_of_the_sets(sets):
 
 @pytest.mark.parametrize("by", ["order", "curriculum"])
 def test_a_batch_depends_on_its_step_alone(sets, by):
-    "Asked for in any order, twice, of another object, by a loader, with an offset"
+    "Requested in any order, twice, from another object, from a loader, with an offset"
     make = lambda: (curriculum if by == "curriculum" else lambda d: d)(
         Mixture([(type(d)(d.path), w) for d, w in zip(sets, (5, 3, 2))])
     )
@@ -209,7 +209,7 @@ def test_mixtures_that_cannot_be(sets, tok, tmp_path):
 
 
 def test_a_part_of_which_nothing_fits(sets, tok, tmp_path):
-    "Every row of it is too long: said before training, whose first batch would never come"
+    "If every row is too long, it is an error before training, not an endless wait for a batch"
     long, _ = build_tokenset(
         rows_to(
             tmp_path / "long.jsonl",
@@ -230,7 +230,7 @@ def test_a_part_of_which_nothing_fits(sets, tok, tmp_path):
 
 
 def test_held_out_parts(sets):
-    "What is validated on has the shares as well, and each window once"
+    "The validation set has the same shares, and each window once"
     m = Mixture([(sets[0], 1), (sets[2], 1)])
     n = m.n_windows(LEN)
     got = m.windows(np.arange(n), LEN)["input_ids"]
@@ -243,7 +243,7 @@ def test_held_out_parts(sets):
 # --- from easy to hard ----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [0, 1], ids=["texts", "talks"])
 def test_curriculum(sets, kind):
-    "The first epoch has everything once and begins with what is easy; the next ones are shuffled"
+    "The first epoch has every sequence once and begins with easy ones; the next are shuffled"
     easy, n = curriculum(sets[kind]), curriculum(sets[kind]).n_windows(LEN)
     first, second = (easy.order(np.arange(n), n, LEN, (0, e)) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(n)) and first.tolist() != second.tolist()
@@ -274,11 +274,11 @@ def test_curriculum(sets, kind):
     )
     assert (
         sets[kind].difficulty is None and sets[kind].curriculum_id == "" != easy.curriculum_id
-    )  # the set itself is as it was
+    )  # the set itself is unchanged
 
 
 def test_curriculum_by_a_score(sets):
-    "Of the user: an array or a function of the ids; what is no number for each row is refused"
+    "A user's array or function of the ids; anything but one number per row is refused"
     for d in sets[:2]:
         rows = np.append(np.load(d.path / "docs.npy"), len(d))
         score = np.array([int(d.tokens[a:b].sum()) % 97 for a, b in zip(rows, rows[1:])])
@@ -293,7 +293,7 @@ def test_curriculum_by_a_score(sets):
             a.window_difficulty(LEN)[order][: n // 8].mean() < 0.5 * a.window_difficulty(LEN).mean()
         )
         for wrong in (score[:-1], np.append(score, 1), [np.nan] * len(score), score[:, None]):
-            with pytest.raises(ValueError, match="one finite number for each"):
+            with pytest.raises(ValueError, match="one finite number per row"):
                 curriculum(d, wrong)
     with pytest.raises(ValueError, match="must be 'length'"):
         curriculum(sets[0], "size")
@@ -321,7 +321,7 @@ def preferences(n=40):
 
 
 def unpacked(w, side=""):
-    "The texts of each row of each window, with what is learned of them"
+    "The texts of each row of each window, with the tokens that have loss"
     return [
         [
             (w[side + "input_ids"][i][at].tolist(), w[side + "labels"][i][at].tolist())
@@ -332,8 +332,8 @@ def unpacked(w, side=""):
     ]
 
 
-def test_pairs_lie_side_by_side(tok, tmp_path):
-    "Row 3 here is the rival of row 3 there; all pairs once; only answers are learned"
+def test_pairs_are_side_by_side(tok, tmp_path):
+    "Row 3 of one side is paired with row 3 of the other; all pairs once; only answers have loss"
     d, _ = build_tokenset(
         rows_to(tmp_path / "a.jsonl", preferences()), tok, tmp_path / "a", 0.0, progress=False
     )
@@ -356,8 +356,8 @@ def test_pairs_lie_side_by_side(tok, tmp_path):
     assert sorted(seen) == list(range(40))
 
 
-def test_pairs_in_every_dialect(tok, tmp_path):
-    "Of several turns too: the same ids, and only what differs is learned"
+def test_pairs_in_every_format(tok, tmp_path):
+    "Also with several turns: the same ids, and only what differs has loss"
     plain = dict(
         prompt=[says("user", "a?"), says("assistant", "A."), says("user", "b?")],
         chosen="B.",
@@ -382,7 +382,7 @@ def test_pairs_in_every_dialect(tok, tmp_path):
     ] == ["B." + IM_END, "C." + IM_END]
 
 
-def test_pairs_of_which_one_side_teaches_nothing(tok, tmp_path):
+def test_pairs_of_which_one_side_has_no_loss(tok, tmp_path):
     "An answer beyond max_seq_len, or none that differs: the pair is in no sequence"
     u, a = says("user", "x"), says("assistant", "y")
     rows = [
@@ -436,7 +436,7 @@ def test_training_on_two_sets_of_preferences(tok, tmp_path):
 
 
 def test_an_answer_that_fits_exactly_is_kept(tok, tmp_path):
-    "A row is cut behind the last answer that fits, to the last token"
+    "A row is cut after the last answer that fits, to the last token"
     d, _ = build_tokenset(
         rows_to(
             tmp_path / "a.jsonl",
@@ -471,7 +471,7 @@ def docs(d, tok):
 def test_parts_of_a_set(tok, tmp_path):
     """A smaller share is part of a larger one; the first rows are the first.
 
-    Sides never meet and never change."""
+    The splits are disjoint and stable."""
     f, rows = (
         texts(tmp_path / "a.jsonl", 600),
         [json.loads(l)["text"] for l in open(tmp_path / "a.jsonl", encoding="utf-8")],
@@ -495,7 +495,7 @@ def test_parts_of_a_set(tok, tmp_path):
     wider, wide = make("wider", 0.4)
     assert {*valid} < {*wide} and {*wider} < {*train}
     t, v = make("both", 0.2, data_subset=0.5)
-    assert {*t} < {*train} and {*v} < {*valid} and {*t + v} == {*half}  # a row keeps its side
+    assert {*t} < {*train} and {*v} < {*valid} and {*t + v} == {*half}  # a row keeps its split
     assert make("first", max_data_size=7)[0] == rows[:7]
     t, v = make("few", 0.2, max_data_size=50)
     assert sorted(t + v) == sorted(rows[:50]) and {*v} < {*valid}
@@ -529,7 +529,7 @@ def test_rows_beyond_max_data_size_do_not_matter(tok, tmp_path):
     assert d.meta["n_docs"] == 5 and not d.meta["refused"]
 
 
-def test_one_question_stays_on_one_side(tok, tmp_path):
+def test_one_question_stays_in_one_split(tok, tmp_path):
     "With other answers too, whichever is preferred"
     rows = [
         dict(prompt=f"{i} and what?", chosen=f"answer {i} {j}", rejected=f"no {j}")
@@ -594,7 +594,7 @@ def go(folder, train, *callbacks, **options):
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
-    "The undisturbed run of a mixture with a curriculum, and its losses"
+    "The uninterrupted run of a mixture with a curriculum, and its losses"
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]))[1]
 
@@ -626,7 +626,7 @@ def test_a_mixture_resumes_exactly(files, whole, cut, tmp_path):
 
 
 def test_a_mixture_resumes_from_its_folder_alone(files, whole, cut, tmp_path):
-    "Weights in another unit, and no word about the data; then with another micro-batch"
+    "With weights in another unit, and without the data; then with another micro-batch"
     folder, losses = shutil.copytree(cut, tmp_path / "run"), Losses()
     resume(folder, callbacks=[losses])
     as_whole(folder, losses.at, whole)
@@ -664,7 +664,7 @@ def test_a_mixture_whose_files_are_gone_resumes(cut, whole, tmp_path):
     ],
 )
 def test_a_changed_mixture_is_refused(change, words, files, cut, whole, tmp_path):
-    "With the field and both values; the run as it was goes on, even where the files are gone"
+    "The error names the field and both values; the unchanged run resumes, even without the files"
     folder, (a, b, c) = shutil.copytree(cut, tmp_path / "run"), map(str, files)
     parts, options = [(a, 0.7), (b, 0.3)], {}
     if change == "weights":
@@ -685,7 +685,7 @@ def test_a_changed_mixture_is_refused(change, words, files, cut, whole, tmp_path
         go(folder, mix(parts), **options)
     assert (folder / "data" / "0" / "train" / "meta.json").exists() and (
         folder / "data" / "1" / "train" / "meta.json"
-    ).exists()  # nothing good was moved away
+    ).exists()  # no intact file was moved away
     as_whole(folder, go(folder, mix([(a, 0.7), (b, 0.3)]))[1], whole)
     for w in words:
         assert w in str(e.value), str(e.value)
@@ -703,7 +703,7 @@ def test_files_of_one_size_and_time_are_two_files(tok, tmp_path):
 
 
 def test_a_mixture_of_token_sets(sets, tok, tmp_path):
-    "Built by hand; its folders stand in run.json"
+    "Built by hand; its folders are recorded in run.json"
     m = Mixture([(sets[0], 2), (sets[1], 1)])
     run = fit(
         child.shape(),

@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, tok):
 def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, tok):
     (tmp_path / "in.jsonl").write_text('{"text": " "}\n{"txt": "?"}\n')
     with pytest.raises(
-        DataError, match='nothing of .*in.jsonl is left: 1 × empty text .*; 1 × no "text"'
+        DataError, match='no rows of .*in.jsonl are left: 1 × empty text .*; 1 × no "text"'
     ):
         prepare(tmp_path / "in.jsonl", tmp_path / "out.jsonl", tok)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
@@ -97,9 +97,9 @@ def test_a_folder_becomes_a_folder_or_a_file(tmp_path, tok):
     "name", ["pretrain_zh", "sft_zh", "tool_calling_minimind_str", "dpo", "reasoning"]
 )
 def test_real_rows(name, tmp_path, tok):
-    """Counts add up; what is written is read again, in the same number and of the same kind.
+    """Counts add up; the output has the same number of rows, of the same kind.
 
-    Tools, calls and thoughts survive."""
+    Tools, calls and reasoning are preserved."""
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
             "this test is for real rows, whose licences keep them out of the repository;"
@@ -131,8 +131,8 @@ def test_real_rows(name, tmp_path, tok):
     )
 
 
-def test_a_run_on_a_named_mixture_goes_on_without_its_files(data, tmp_path):
-    "From the folder alone, in a session where the names are unknown and the files gone"
+def test_a_run_on_a_named_mixture_resumes_without_its_files(data, tmp_path):
+    "From the folder alone, in a session without the names and the files"
     child.write_text(data / "a.jsonl")
     child.write_text(data / "b.jsonl", seed=1)
     register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=32, batch_size=4)
@@ -215,7 +215,7 @@ def test_an_objective_that_the_data_do_not_have(tmp_path):
 def test_a_mistaken_call_touches_no_tokens(tmp_path):
     """Other parts, other weights, one file in place of a mixture: refused.
 
-    The run goes on without its sources."""
+    The run resumes without its sources."""
     a, b = child.write_text(tmp_path / "a.jsonl"), child.write_text(tmp_path / "b.jsonl", seed=1)
     go = lambda train, **kw: fit(
         child.shape(), train, output_dir=tmp_path / "run", **{**OPTIONS, **kw}
@@ -235,7 +235,7 @@ def test_a_mistaken_call_touches_no_tokens(tmp_path):
     assert resume(tmp_path / "run", max_steps=9).step == 9
 
 
-def test_a_run_goes_on_without_its_own_validation_file(tmp_path):
+def test_a_run_resumes_without_its_own_validation_file(tmp_path):
     a, b = child.write_text(tmp_path / "a.jsonl"), child.write_text(tmp_path / "b.jsonl", seed=1)
     fit(child.shape(), a, b, output_dir=tmp_path / "run", **OPTIONS)
     b.unlink()
@@ -296,7 +296,7 @@ def test_a_registered_set_that_is_here_goes_before_a_corpus(data, corpus):
         resume("run", max_steps=8).step == 8
         and fit(child.shape(), "reasoning", output_dir="run", **{**OPTIONS, "max_steps": 9}).step
         == 9
-    )  # the corpus does not take its place
+    )  # the corpus does not replace it
     assert "reasoning is not here any more" in said(run)
 
 
@@ -338,7 +338,7 @@ def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
     )
 
 
-def test_two_things_of_one_name_are_an_error_that_says_how_to_name_each(data, tmp_path):
+def test_an_ambiguous_name_is_an_error_that_shows_both_names(data, tmp_path):
     put("pretrain_hq.jsonl")
     (tmp_path / "pretrain").mkdir()
     child.write_text("pretrain/mine.jsonl", seed=1)
@@ -366,7 +366,7 @@ def test_two_things_of_one_name_are_an_error_that_says_how_to_name_each(data, tm
         for s, to in (("./pretrain", "a"), (get_dataset_config("pretrain"), "b"))
     ]
     assert paths == ["pretrain/mine.jsonl", "data/dataset/minimind_dataset/pretrain_hq.jsonl"]
-    run = resume("a", max_steps=2)  # run.json says which it was
+    run = resume("a", max_steps=2)  # run.json records which it was
     assert run.step == 2 and run.facts["data"]["named"] == {"./pretrain": "path"}
 
 
@@ -423,10 +423,10 @@ def test_full_data_is_never_a_corpus(data, corpus):
     )
 
 
-def test_rows_too_long_to_be_learned_from(tmp_path, tok):
-    """A part of a mixture, and a validation set, of which nothing is left.
+def test_rows_that_are_all_too_long(tmp_path, tok):
+    """A part of a mixture, and a validation set, without usable rows.
 
-    That is said, not waited for or counted as a loss of 0."""
+    It is reported, not waited for or counted as a loss of 0."""
     long = [
         dict(
             conversations=[
@@ -559,7 +559,7 @@ def test_a_configuration_file_that_names_data_well():
 
 
 def test_workers_find_near_duplicates_where_the_parent_has_threads():
-    "rensa starts threads over many rows; a forked worker that wanted them would wait for ever"
+    "rensa starts threads for many rows; a forked worker that used them would wait forever"
     import rensa
 
     from minigpt.core.files import spread
@@ -578,7 +578,7 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
 
 
 def test_a_look_writes_nothing(data, tmp_path):
-    "`--analyze` alone is on what is read, a folder too; with an output it is on what was written"
+    "`--analyze` alone reports on the source, a folder too; with an output, on the output"
     (tmp_path / "raw").mkdir()
     child.write_text(tmp_path / "raw/a.jsonl", rows=20)
     child.write_text(tmp_path / "raw/b.jsonl", rows=30, seed=1)

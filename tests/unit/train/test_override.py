@@ -421,7 +421,7 @@ def test_what_others_keep_in_the_folder_stays(work, path):
     assert kept() and run.step == 14
     if path == "data/a.txt":
         assert run.facts["data"]["places"]["train"][0].startswith("data-")
-        with pytest.raises(FileExistsError, match="holds a.txt, which is no part of a token set"):
+        with pytest.raises(FileExistsError, match="holds a.txt, which is not part of a token set"):
             build_tokenset(work / "b.txt", run.tokenizer, home / "data")
 
 
@@ -452,7 +452,7 @@ def test_no_folder_where_tokens_are_to_appear(work):
     (work / "home").mkdir()
     (work / "home/data").write_text("mine")
     both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
-    with pytest.raises(FileExistsError, match="data is no folder, and tokens are to appear"):
+    with pytest.raises(FileExistsError, match="data is not a folder, so the tokens cannot"):
         go(work, to="home", train=both)
     (work / "home/data").unlink()
     (work / "home/data").symlink_to(work / "nowhere")
