@@ -282,8 +282,8 @@ def _try_download(job: _Download, bar: tqdm) -> tuple:  # Path, size and hash
         free = _free_bytes(job.to)
         if free < (size or 0) - first:
             raise job.error(
-                f"it needs {human_size(size - first)}, and {human_size(free)} are free; make room,"
-                " or choose another disk"
+                f"it needs {human_size(size - first)}, but only {human_size(free)} are free; free"
+                " some space, or choose another disk"
             )
         done, bar.n, bar.total = first, first, size
         with open(no_link(job.part), "ab") if done else open_new(job.part, -1) as f:
@@ -339,7 +339,7 @@ def _retry(job: _Download, bar: tqdm) -> tuple:  # As `_try_download`
             if e.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             kept = f"{human_size(_received(job))} are kept"
-            raise job.error(f"the disk is full; make room and call again: {kept}") from None
+            raise job.error(f"the disk is full; free some space and call again: {kept}") from None
 
 # %% ../../nbs/data/02_download.ipynb #49370711
 def _finish(job: _Download, path: Path, size: int | None, digest: str | None):

@@ -395,7 +395,7 @@ def _is_message_list(x) -> bool:
 
 
 def _is_json(text: bytes) -> bool:
-    "Whether text is JSON: most of its first lines, or all of it, as far as it was read."
+    "Whether text is JSON: most of its first lines, or all that was read."
     if text[:1] not in (b"{", b"["):
         return False
     lines = [l for l in text.split(b"\n")[:20] if l.strip()]
@@ -1004,7 +1004,7 @@ class _Columns:
         "Return the first of these names whose column is not empty."
         return next((n for n in names if n in self.filled), None)
 
-    def like(self, kind: str) -> str | None:
+    def find(self, kind: str) -> str | None:
         "Return the first non-empty column of this kind."
         return next((n for n in self.filled if kind in _kinds(n)), None)
 
@@ -1091,7 +1091,7 @@ def _detect_format(c: _Columns) -> str:
     "Detect the format of a row from its columns."
     if len(c.row) == 1 and "text" in c.filled:
         return "pretrain"
-    if c.like("rejected") or c.first("chosen"):
+    if c.find("rejected") or c.first("chosen"):
         return "dpo"
     if _messages_key(c):
         return "conversation"
@@ -1119,10 +1119,10 @@ def _refuse_fragments(c: _Columns, kind: str):
     if kind == "text" and not _messages_key(c) and _get_role(row):
         raise _RowError(
             "a message alone",
-            f"it has the role {row.get('role', row.get('from'))!r}; the "
-            f'messages of a conversation belong in one row, as a list under "messages"',
+            f"it has the role {row.get('role', row.get('from'))!r}; the"
+            ' messages of a conversation belong in one row, as a list under "messages"',
         )
-    k = c.like("media")
+    k = c.find("media")
     if not k or not isinstance(c.filled[k], (str, list, dict)):
         return
     is_media = _PATTERNS["media"].fullmatch(k)[1]
@@ -1147,7 +1147,7 @@ def _refuse(c: _Columns, kind: str):
                 f" {c.ignore_option(k)}",
             )
     for k, v in c.filled.items():
-        if k in _LOSS_FLAGS and _masks_loss(k, v):
+        if _masks_loss(k, v):
             raise _RowError("marked as not to be learned", f"{c.key(k)} is {v}")
 
 # %% ../../nbs/data/01_readers.ipynb #1d59e454
@@ -1296,15 +1296,9 @@ def _join_parts(i: int, content, m: dict) -> str:
 # %% ../../nbs/data/01_readers.ipynb #c962453d
 def _pop_reasoning(i: int, m: dict) -> str | None:
     "Remove and return the reasoning of a message, under any name."
-    found = {
-        k: v
-        for k, v in m.items()
-        if "reasoning" in _kinds(k)
-        and not _is_empty(v)
-        and (isinstance(v, str) or k == "reasoning_content")
-    }
-    for k in found:
-        m.pop(k)
+    keys = [k for k, v in m.items() if "reasoning" in _kinds(k) and not _is_empty(v)]
+    keys = [k for k in keys if isinstance(m[k], str) or k == "reasoning_content"]
+    found = {k: m.pop(k) for k in keys}
     if len({v for v in found.values() if isinstance(v, str)}) > 1:
         raise _RowError(
             "two thoughts", f"message {i} has {' and '.join(found)}; one of them would be lost"
@@ -1876,10 +1870,10 @@ def _build_conversation(c: _Columns) -> tuple[list, list[str]]:
 # %% ../../nbs/data/01_readers.ipynb #b5d1d465
 def _find_pair(c: _Columns) -> tuple[dict, list | None]:
     "Return the two answers, and the messages before them if the first one determines them."
-    if _is_response_pair(c) and not c.like("rejected"):
+    if _is_response_pair(c) and not c.find("rejected"):
         return dict(zip(("chosen", "rejected"), c.take(_response_key(c)))), None
-    worse = c.first("rejected") or c.like("rejected") or c.present("rejected")
-    better = c.first("chosen") or c.like("chosen") or c.present("chosen")
+    worse = c.first("rejected") or c.find("rejected") or c.present("rejected")
+    better = c.first("chosen") or c.find("chosen") or c.present("chosen")
     sides = dict(chosen=better and c.take(better), rejected=worse and c.take(worse))
     if sides["rejected"] is None:
         missing = "rejected" if better else "chosen"

@@ -354,7 +354,7 @@ def without_tokenizer(work):
 
 # What a beginner may well write → words of the answer: the thing, its value, what it must be
 MISTAKES = {
-    "data-None": (lambda w: new_run(w, train=None), ["None is no data", "name a file"]),
+    "data-None": (lambda w: new_run(w, train=None), ["None is not a data source", "name a file"]),
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
     "data-itself": (
         lambda w: new_run(w, train="Once upon a time there was a cat. " * 50),

@@ -644,7 +644,9 @@ def test_a_server_that_stays_down(site, tmp_path, waits):
 # --- this side ------------------------------------------------------------------------------------
 def test_no_room(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "free_space", lambda p: 1000)
-    with pytest.raises(DownloadError, match="needs 316.4 KiB, and 1000 B are free; make room"):
+    with pytest.raises(
+        DownloadError, match="needs 316.4 KiB, but only 1000 B are free; free some space"
+    ):
         fetch(site.add(), tmp_path / "a")
     assert names(tmp_path) == []
 
@@ -664,7 +666,7 @@ def test_the_disk_fills_up_on_the_way(site, tmp_path, waits, monkeypatch):
     monkeypatch.setattr(
         download, "open_new", lambda path, buffering: open("/dev/full", "wb", buffering)
     )  # a link there would be unlinked
-    with pytest.raises(DownloadError, match="the disk is full; make room"):
+    with pytest.raises(DownloadError, match="the disk is full; free some space"):
         fetch(site.add(), tmp_path / "a")
     assert not waits and not (tmp_path / "a").exists()
 
