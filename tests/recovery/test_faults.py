@@ -187,7 +187,7 @@ BAD = {  # name → (name of the file, how to make it, words of the message, opt
     "page": (
         "page.jsonl",
         lambda f: f.write_text("<!DOCTYPE html><p>Too many users have viewed this file"),
-        ["page.jsonl is a web page", "get the file again"],
+        ["page.jsonl is a web page", "download the file again"],
         {},
     ),
     "cut-gzip": ("cut.jsonl.gz", bad_gzip, ["cut.jsonl.gz"], {}),
@@ -354,7 +354,7 @@ def without_tokenizer(work):
 
 # What a beginner may well write → words of the answer: the thing, its value, what it must be
 MISTAKES = {
-    "data-None": (lambda w: new_run(w, train=None), ["None is no data", "name a file"]),
+    "data-None": (lambda w: new_run(w, train=None), ["None is not a data source", "name a file"]),
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
     "data-itself": (
         lambda w: new_run(w, train="Once upon a time there was a cat. " * 50),
@@ -370,9 +370,9 @@ MISTAKES = {
     ),
     "data-an-address": (
         lambda w: new_run(w, train="https://example.com/a.txt"),
-        ["is an address, and must be a file", "minigpt.data.get"],
+        ["is a URL, and must be a file", "minigpt.data.get"],
     ),
-    "valid-a-share": (lambda w: new_run(w, valid=0.1), ["0.1 is no data"]),
+    "valid-a-share": (lambda w: new_run(w, valid=0.1), ["0.1 is not a data source"]),
     "model-None": (
         lambda w: new_run(w, model=None),
         ["model=None must be a preset's name (tiny, "],
@@ -463,7 +463,7 @@ MISTAKES = {
     ),
     "rows in memory": (
         lambda w: fit(child.shape(), [dict(text="a")], output_dir=w / "x"),
-        ["{'text': 'a'} in the list of data is no path", ".jsonl"],
+        ["{'text': 'a'} in the list of data is not a path", ".jsonl"],
     ),
     "analyze a text": (
         lambda w: analyze((w / "notes.txt").write_text("hello") and w / "notes.txt"),

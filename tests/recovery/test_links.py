@@ -325,7 +325,7 @@ def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
 
 
 def test_a_lock_and_leftovers_that_are_links(outside, tmp_path, monkeypatch):
-    monkeypatch.setattr("minigpt.data.download._WAITS", ())
+    monkeypatch.setattr("minigpt.data.download._RETRY_DELAYS", ())
     before, run = told(outside), tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(outside / "passwd")

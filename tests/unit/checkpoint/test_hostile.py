@@ -140,7 +140,7 @@ def test_frames_of_zstd(tmp_path):
 
     Cut off anywhere but between frames, they are refused."""
     rng, file = random.Random(0), tmp_path / "a.txt"
-    zstd = lambda f: formats._Stream(f, formats._zstd(f))
+    zstd = lambda f: formats._IteratorStream(f, formats._decompress_zstd(f))
     for _i in range(40):
         packed, whole, ends = b"", b"", []
         for _ in range(rng.randint(1, 3)):
@@ -168,9 +168,9 @@ def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
     "In a text or in an object: named, before all of the file is in memory"
     monkeypatch.setattr(formats, "LONGEST", 1 << 20)
     for head, what in (
-        (b'[\n"', "the text that begins in line 2"),
-        (b'[\n{"text": "', "the object that begins in line 2"),
-        (b'[\n{"text": ["a", "', "the object that begins in line 2"),
+        (b'[\n"', "the text on line 2"),
+        (b'[\n{"text": "', "the object on line 2"),
+        (b'[\n{"text": ["a", "', "the object on line 2"),
     ):
         with zstandard.ZstdCompressor().stream_writer(open(tmp_path / "a.json", "wb")) as f:
             f.write(head)

@@ -317,7 +317,9 @@ def test_only_the_rest_is_asked_for(site, tmp_path, waits, kw):
     assert {h.get("If-Range") for _, r, h in site.asked if r} == {
         site.files["/log.jsonl"].tag or "Wed, 21 Oct 2015 07:28:00 GMT"
     }
-    assert waits == [download._WAITS[0]] * 3  # each brought something new, so patience begins anew
+    assert (
+        waits == [download._RETRY_DELAYS[0]] * 3
+    )  # each brought something new, so patience begins anew
 
 
 def test_cut_in_every_try_but_moving(site, tmp_path):
@@ -331,13 +333,13 @@ def test_cut_for_ever(site, tmp_path, waits):
     with pytest.raises(
         DownloadError,
         match=(
-            r"(?s)a was not fetched from .*/log.jsonl: .*cut after 4.9 KiB.*6 times in a row.*call"
-            r" again.*4.9 KiB of it are kept"
+            r"(?s)a was not fetched from .*/log.jsonl: .*lost after 4.9 KiB.*6 times in a row.*call"
+            r" again.*4.9 KiB are kept"
         ),
     ):
         fetch(url, tmp_path / "a")
     assert (
-        waits == list(download._WAITS)
+        waits == list(download._RETRY_DELAYS)
         and (tmp_path / "a.part").stat().st_size == 5000
         and not (tmp_path / "a").exists()
     )
@@ -370,7 +372,7 @@ def test_a_silent_server(site, tmp_path, monkeypatch):
 def test_a_body_shorter_than_announced_is_never_taken(site, tmp_path):
     url = site.add(length=7, ranges=False)
     (tmp_path / "a").write_bytes(b"good")
-    with pytest.raises(DownloadError, match="cut after"):
+    with pytest.raises(DownloadError, match="lost after"):
         fetch(url, tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"good"
 
@@ -520,7 +522,8 @@ def test_stopped_between_the_last_byte_and_the_rename(site, tmp_path, monkeypatc
 def test_wrong_bytes_are_thrown_away(site, tmp_path):
     url = site.add(body=OTHER)
     with pytest.raises(
-        DownloadError, match=f"its hash is {sha(OTHER)[:12]}…, not {sha(DATA)[:12]}….*thrown away"
+        DownloadError,
+        match=f"its hash is {sha(OTHER)[:12]}…, not {sha(DATA)[:12]}….*It was deleted",
     ):
         fetch(url, tmp_path / "a", sha256=sha(DATA))
     assert names(tmp_path) == []
@@ -534,13 +537,13 @@ def test_a_damaged_part_starts_over_at_the_second_call(site, tmp_path):
         fetch(url, tmp_path / "a")
     (tmp_path / "a.part").write_bytes(bytes(100_000))
     site.files["/log.jsonl"].cuts.clear()
-    with pytest.raises(DownloadError, match="thrown away"):
+    with pytest.raises(DownloadError, match="It was deleted"):
         fetch(url, tmp_path / "a", sha256=sha(DATA))
     assert fetch(url, tmp_path / "a", sha256=sha(DATA)).read_bytes() == DATA
 
 
 def test_another_size_is_refused_before_it_is_fetched(site, tmp_path):
-    with pytest.raises(DownloadError, match=f"the file there has {N:,} bytes, not 17"):
+    with pytest.raises(DownloadError, match=f"the remote file has {N:,} bytes, not 17"):
         fetch(site.add(), tmp_path / "a", size=17)
     assert names(tmp_path) == []
 
@@ -635,13 +638,15 @@ def test_retry_after_too_long(site, tmp_path, waits):
 def test_a_server_that_stays_down(site, tmp_path, waits):
     with pytest.raises(DownloadError, match="answers 500.*6 times in a row"):
         fetch(site.add(codes=[(500, {})] * 99), tmp_path / "a")
-    assert len(site.asked) == 6 and waits == list(download._WAITS)
+    assert len(site.asked) == 6 and waits == list(download._RETRY_DELAYS)
 
 
 # --- this side ------------------------------------------------------------------------------------
 def test_no_room(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "free_space", lambda p: 1000)
-    with pytest.raises(DownloadError, match="needs 316.4 KiB, and 1000 B are free; make room"):
+    with pytest.raises(
+        DownloadError, match="needs 316.4 KiB, but only 1000 B are free; free some space"
+    ):
         fetch(site.add(), tmp_path / "a")
     assert names(tmp_path) == []
 
@@ -661,13 +666,13 @@ def test_the_disk_fills_up_on_the_way(site, tmp_path, waits, monkeypatch):
     monkeypatch.setattr(
         download, "open_new", lambda path, buffering: open("/dev/full", "wb", buffering)
     )  # a link there would be unlinked
-    with pytest.raises(DownloadError, match="the disk is full; make room"):
+    with pytest.raises(DownloadError, match="the disk is full; free some space"):
         fetch(site.add(), tmp_path / "a")
     assert not waits and not (tmp_path / "a").exists()
 
 
 def test_two_processes_do_not_write_one_part(site, tmp_path, monkeypatch):
-    url, real = site.add(), download._read
+    url, real = site.add(), download._read_chunk
 
     def read(res):
         if (tmp_path / "a.part").exists():
@@ -675,7 +680,7 @@ def test_two_processes_do_not_write_one_part(site, tmp_path, monkeypatch):
                 f.write(b"of the other process")
         return real(res)
 
-    monkeypatch.setattr(download, "_read", read)
+    monkeypatch.setattr(download, "_read_chunk", read)
     with pytest.raises(DownloadError, match="another process is writing a.part"):
         fetch(url, tmp_path / "a")
     assert not (tmp_path / "a").exists()
@@ -827,7 +832,7 @@ def test_hub_a_whole_part_is_checked_too(at_hub, tmp_path, monkeypatch):
 
     hub(at_hub)
     with monkeypatch.context() as m:
-        m.setattr(download, "_wrong", stop)
+        m.setattr(download, "_mismatch", stop)
         with pytest.raises(Stop):
             from_hub(tmp_path / "a")
     (tmp_path / "a.part").write_bytes(OTHER)
@@ -858,8 +863,8 @@ def test_hub_closed_repository(at_hub, tmp_path, code):
     with pytest.raises(
         DownloadError,
         match=(
-            f"{code}, the repository is private, wants its terms"
-            f" accepted.*{at_hub.url}/datasets/o/n.*HF_TOKEN.*restricted"
+            f"{code}, the repository is private or gated"
+            f".*{at_hub.url}/datasets/o/n.*HF_TOKEN.*restricted"
         ),
     ):
         from_hub(tmp_path / "a")
@@ -914,7 +919,7 @@ DENIED = (
 @pytest.fixture
 def drive(site, monkeypatch):
     pytest.importorskip("gdown", reason="gdown is an extra")
-    monkeypatch.setattr(download, "_DRIVE", site.url + "/uc?export=download&id=")
+    monkeypatch.setattr(download, "_DRIVE_URL", site.url + "/uc?export=download&id=")
     return site
 
 

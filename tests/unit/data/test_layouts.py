@@ -407,7 +407,7 @@ REFUSED = {  # name → (row, reason, words of the detail)
         "[1, 2]",
     ),
     "three": (dict(instruction="2?", output=["a", "b", "c"]), "question or answer is no text", ""),
-    "unknown": (dict(sentence="x", promt="y"), 'no "text"', "promt is near prompt"),
+    "unknown": (dict(sentence="x", promt="y"), 'no "text"', "promt is similar to prompt"),
     "notebook": (dict(cells=[], nbformat=4, metadata={}), "a notebook", "nbconvert"),
     "no-content": (dict(messages=[dict(role="user", msg="2?"), A]), "no content", "'msg'"),
     "nameless": (
@@ -433,7 +433,7 @@ REFUSED = {  # name → (row, reason, words of the detail)
             ]
         ),
         "broken tools or tool_calls",
-        "no JSON",
+        "is not valid JSON",
     ),
 }
 
@@ -688,7 +688,7 @@ def test_a_line_for_each_file(tok, tmp_path):
         [b, c], tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
     )
     want = [
-        "b.txt: plain text; read as KOI8-U, which is a guess: encoding= names another",
+        "b.txt: plain text; read as KOI8-U, which is a guess: encoding= overrides it",
         "c.txt: plain text",
     ]
     assert said == want and tok.decode(train.tokens).startswith("Сегодня очень")
@@ -703,7 +703,7 @@ def test_a_line_for_each_file(tok, tmp_path):
     assert [
         r.text for r in (r for b_ in read_blocks(b, encoding="cp1251") for r in parse_block(b_))
     ][0] != "Сегодня"
-    with pytest.raises(ValueError, match="encoding='koi9' must be the name of an encoding"):
+    with pytest.raises(ValueError, match="encoding='koi9' must be an encoding that Python knows"):
         look_at(b, "koi9")
 
 
@@ -727,14 +727,14 @@ def test_what_a_folder_holds_besides(tok, tmp_path):
     said = []
     assert [f.name for f in data_files(tmp_path / "in", said.append)] == [
         "a.jsonl"
-    ] and "4 passed over (b.csv, c.parquet, d.ndjson, more/)" in said[0]
+    ] and "skipped 4 (b.csv, c.parquet, d.ndjson, more/)" in said[0]
     build_tokenset(
         tmp_path / "in", tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
     )
     assert (
-        len([s for s in said if "passed over" in s]) == 2
-        and "passed over" in str(analyze(tmp_path / "in", near_duplicates=False))
-        and "passed over" in prepare_summary(prepare(tmp_path / "in", tmp_path / "out", tok))
+        len([s for s in said if "skipped 4 (" in s]) == 2
+        and "skipped 4 (" in str(analyze(tmp_path / "in", near_duplicates=False))
+        and "skipped 4 (" in prepare_summary(prepare(tmp_path / "in", tmp_path / "out", tok))
     )
     (tmp_path / "in/a.jsonl").unlink()
     with pytest.raises(
@@ -865,8 +865,8 @@ def test_files_of_other_kinds_are_refused_by_name(name, tmp_path):
     with pytest.raises(
         DataError,
         match=(
-            f"{name} is (a notebook|a file of YAML|subtitles|a file of XML|a web page).*would be"
-            " learned as text: "
+            f"{name} is (a notebook|a YAML file|a subtitle file|an XML file|a web page); the model"
+            " would train on its .*: "
         ),
     ):
         look_at(tmp_path / name)
@@ -880,7 +880,7 @@ def test_a_table_with_tabs_is_for_encoders(tok, tmp_path):
         lambda f: prepare(f, tmp_path / "out.jsonl", tok),
     ):
         with pytest.raises(
-            DataError, match=r"a.tsv is a table, whose tabs would be learned as text: .*sep='\\t'"
+            DataError, match=r"a.tsv is a table; the model would train on its tabs: .*sep='\\t'"
         ):
             use(tmp_path / "a.tsv")
     assert len(build_tokenset(tmp_path / "a.tsv", tok, tmp_path / "set", 0.0, format="lines")[0])

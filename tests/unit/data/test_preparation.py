@@ -36,7 +36,7 @@ def tok():
 def data(tmp_path, monkeypatch):
     "An empty data folder, and a registry that forgets what a test puts into it"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_SETS", dict(registry._SETS))
+    monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     (tmp_path / "data/dataset/custom").mkdir(parents=True)
     return tmp_path / "data/dataset/custom"
 
@@ -143,7 +143,7 @@ def test_a_run_on_a_named_mixture_resumes_without_its_files(data, tmp_path):
         **OPTIONS,
     )
     assert run.facts["data"]["source"] == dict(mix=[["mine", 0.7], [str(data / "b.jsonl"), 0.3]])
-    del registry._SETS["mine"]
+    del registry._CONFIGS["mine"]
     for f in data.iterdir():
         f.unlink()
     assert resume("run", max_steps=9).step == 9

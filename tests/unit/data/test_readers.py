@@ -811,7 +811,7 @@ def test_archives_that_are_cut(tok, tmp_path):
             ):
                 with pytest.raises(
                     DataError,
-                    match=f"{name} is cut off or damaged behind line .*get the file again",
+                    match=f"{name} is cut off or damaged after line .*download the file again",
                 ):
                     use(tmp_path / name)
     damaged = bytearray(gzip.compress(whole))
@@ -990,7 +990,7 @@ def test_too_long(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(
         b'[\n{"text": "a"},\n{"text": "b", \n' + b'{"text": "c"},\n' * 100_000
     )
-    with pytest.raises(DataError, match="a.json: the object that begins in line 3 has no end"):
+    with pytest.raises(DataError, match="a.json: the object on line 3 has no end"):
         rows(tmp_path / "a.json")
 
 
