@@ -366,14 +366,14 @@ def test_tokens_of_a_refused_call_stay_for_the_next(work):
         (
             ["plot", "model"],
             [
-                "model is not a run: it has no run.json, but a model",
+                "model is not a run: it is a model without run.json",
                 "minigpt train DATA --config model",
             ],
         ),
         (
             ["monitor", "outputs/checkpoints/checkpoint-2", "--once"],
             [
-                "is a part of a run: name the run",
+                "is part of a run: pass the run",
                 "outputs",
                 "minigpt resume",
                 "--resume checkpoint-2",
@@ -381,7 +381,7 @@ def test_tokens_of_a_refused_call_stay_for_the_next(work):
         ),
         (
             ["plot", "outputs/checkpoint-4"],
-            ["is a part of a run: name the run", "--resume checkpoint-4"],
+            ["is part of a run: pass the run", "--resume checkpoint-4"],
         ),
     ],
     ids=lambda x: " ".join(x[:3]) if x[0] in ("chat", "train", "plot", "monitor") else "",

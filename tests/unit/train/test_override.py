@@ -534,7 +534,7 @@ def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
 @pytest.mark.parametrize(
     "content,words",
     [
-        ("[1]", "is not one that fit writes"),
+        ("[1]", "was not written by fit"),
         ('{"train": {}, "max_steps": 5}', "lacks attempts, choices"),
     ],
 )
