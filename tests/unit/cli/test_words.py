@@ -490,7 +490,7 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     s = run_status("run")
     assert any(
         told in t for t in s["troubles"]
-    ) and f"resting {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
+    ) and f"paused {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
     free = fit(MODEL, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
     assert "resting" not in free.history[-1] and "SLOWER" not in said(free.path)
 
