@@ -479,7 +479,7 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     )
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.0})
     told = (
-        "the processors are 100% busy, more than max_cpu=70, so training rests between its steps"
+        "the processors are 100% busy, more than max_cpu=70, so training pauses between steps"
         " and is SLOWER"
     )
     assert (
