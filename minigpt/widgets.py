@@ -363,10 +363,8 @@ class _Bytes:
     def open(self, a: Analysis, others: Comparison):
         self.analysis = a
         self.picture.value = a.figure()._repr_png_()
-        for c, names in (
-            (self.component, a.components),
-            (self.layer, dict.fromkeys(t.layer for t in a.tensors)),
-        ):
+        layers = dict.fromkeys(t.layer for t in a.tensors)
+        for c, names in (self.component, a.components), (self.layer, layers):
             _set_options(c, [(f"all {c.description}s", ""), *((n, n) for n in names)])
         self.show()
 
@@ -675,8 +673,8 @@ class ChatBox:
         controls = w.VBox([self.system, self.temperature])
         settings = w.Accordion(children=[controls], selected_index=None)
         settings.set_title(0, "system prompt and temperature")
-        line = w.HBox([self.asked, self.go, self.halt, self.clear])
-        parts = [self.past, self.now, line, settings, self.there, self.back]
+        row = w.HBox([self.asked, self.go, self.halt, self.clear])
+        parts = [self.past, self.now, row, settings, self.there, self.back]
         box = _make_column("minigpt-chat", parts)
         box.link = link  # keeps the link alive
         self.draw()

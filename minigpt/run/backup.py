@@ -195,16 +195,14 @@ class RunRecord:
         cls,
         facts: dict,  # The content of run.json; missing keys become None
     ) -> "RunRecord":
-        same = {k: facts.get(k) for k in ("id", "max_steps", "train", "model")}
+        names = "id", "max_steps", "train", "model", "saved_params", "saves"
         section = lambda k: facts[k] if isinstance(facts.get(k), dict) else {}
         return cls(
-            **same,
+            **{k: facts.get(k) for k in names},
             attempts=facts.get("attempts", []),
             initial_weights=facts.get("began"),
             places=section("data").get("places"),
             rules=section("identity").get("rules", 1),
-            saved_params=facts.get("saved_params"),
-            saves=facts.get("saves"),
         )
 
 
@@ -351,10 +349,9 @@ def made_later(
 
     The clocks of two machines cannot be compared.
     """
-    try:
+    attempt = None
+    with suppress(OSError):
         attempt = _read_or_empty(c.path / "trainer_state.json").get("attempt")
-    except OSError:
-        attempt = None
     return attempt if isinstance(attempt, int) else 0, c.step
 
 # %% ../../nbs/run/01_backup.ipynb #26e613c5
@@ -444,12 +441,12 @@ class _Jobs:
         self.pending, self.copying = {}, None  # group → job; the job being copied
         self.stores = set()  # stores with pinned directories
         self.passed_over = 0
-        self.asked = False  # whether the server was queried since a job was added or taken
+        self.queried = False  # whether the server was queried since a job was added or taken
 
     def put(self, group: str, job: _Job):
         with self.wake:
             old = self.pending.get(group)
-            self.pending[group], self.asked = job, False
+            self.pending[group], self.queried = job, False
             self._pin()
             # already deleted, so a newer save follows
             if not (job.source / "MANIFEST.json").exists():
@@ -465,7 +462,7 @@ class _Jobs:
         "Return the group's job, which stays pending until it is `finished`: copying may fail."
         with self.wake:
             job = self.copying = self.pending[group]
-            self.asked = False
+            self.queried = False
         return job
 
     def finished(self, group: str, job: _Job):
@@ -760,10 +757,7 @@ class _Server:
             else [*read_json(path / "MANIFEST.json")["files"], "MANIFEST.json"]
         )
         answers = [arrived(path / n, self.md5s.get(path, {}).get(n)) for n in names]
-        if any(a is not None for a in answers):
-            self.reports = True
-        elif self.reports is None:
-            self.reports = False
+        self.reports = bool(self.reports) or any(a is not None for a in answers)
         if all(a is True for a in answers):
             self.confirmed.add(path)
 
@@ -932,8 +926,7 @@ def _run_round(backup: "Backup"):
     _prune_states(backup, backup.keep)
     _prune_best(backup)
     if backup.trouble.reported:
-        text = f"the backup to {backup.folder} works again"
-        backup.messages.append((logging.INFO, text))
+        backup.messages.append((logging.INFO, f"the backup to {backup.folder} works again"))
     backup.trouble.clear()
     waiting = backup.server.waiting
     backup.doing = f"waiting for the upload of {waiting[0].name}" if waiting else "idle"
@@ -1089,7 +1082,7 @@ class Backup(_BackupFolder):
 
     def done(self, confirm: bool = True) -> bool:
         "Whether everything is copied and, where the folder reports it, has arrived."
-        copied = self.jobs.asked and not self.in_round and not self.pending
+        copied = self.jobs.queried and not self.in_round and not self.pending
         waiting = confirm and self.server.waiting
         return copied and not self.failed and not self.lost and not waiting
 
@@ -1143,7 +1136,7 @@ class Backup(_BackupFolder):
         for p in self.server.unconfirmed():
             self.doing = f"waiting for the upload of {p.name}"
             self.server.query(p)
-        self.jobs.asked = True
+        self.jobs.queried = True
 
     def _write_status(self):
         with suppress(OSError):  # the local disk is full: a later status will be written
@@ -1255,16 +1248,15 @@ def _delete_leftovers(backup: Backup):
 
 # %% ../../nbs/run/01_backup.ipynb #8b9e5872
 def _set_aside_superseded(local: Path, attempts: list[dict]):
-    "Set aside the states that the attempts made elsewhere have superseded."
+    "Set aside the states that the attempts elsewhere have superseded."
+    is_superseded = lambda path: given_up(read_json(path / "trainer_state.json"), attempts)
     for c in [c for s in stores_in(local) for c in s.all() if not c.problem]:
-        if given_up(read_json(c.path / "trainer_state.json"), attempts):
+        if is_superseded(c.path):
             logger.info(
                 f"{c.path.parent.name}/{c.path.name} is superseded: the run was resumed from an"
                 f" earlier step; moved to {set_aside(c.path, 'superseded')}"
             )
-    if problem(local, hashes=False) is None and given_up(
-        read_json(local / "trainer_state.json"), attempts
-    ):
+    if problem(local, hashes=False) is None and is_superseded(local):
         set_aside(local / "MANIFEST.json", "superseded")  # its state is among those above
 
 
@@ -1293,11 +1285,8 @@ def _group_files(remote: Path) -> dict[str, dict[str, dict]]:  # Folder → name
     "Group the files in mirror.json by folder; a `BackupError` for a name outside of them."
     groups = {}
     for name, want in listed(remote).items():
-        if (
-            not in_folder(name)
-            or len(Path(name).parts) < 2
-            or not name.startswith(("tokenizer/", "data"))
-        ):
+        is_nested = in_folder(name) and len(Path(name).parts) > 1
+        if not (is_nested and name.startswith(("tokenizer/", "data"))):
             raise BackupError(
                 f"{remote}/mirror.json lists {name!r}, which is outside of the tokenizer and the"
                 " data of a run: minigpt did not write this backup"

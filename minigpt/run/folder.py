@@ -163,10 +163,8 @@ class Run(_RunState):
     "A training run, read from its folder."
 
     def __repr__(self):
-        return (
-            f"Run({self.path}, {self.progress}, {len(self.checkpoints)}"
-            f" checkpoint{'s' * (len(self.checkpoints) != 1)})"
-        )
+        progress, n = self.progress, len(self.checkpoints)
+        return f"Run({self.path}, {progress}, {n} checkpoint{'s' * (n != 1)})"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -119,7 +119,7 @@ def _progress(c: Curves, end: int) -> dict:
     )
 
 # %% ../../nbs/run/05_status.ipynb #6f7707e9
-def _storage(path: Path, record: RunRecord, mirror: bool) -> list[Note]:
+def _storage(path: Path, record: RunRecord, is_backup: bool) -> list[Note]:
     "Compare the space that the run needs now and at its end with the free space."
     known = TrainConfig.__dataclass_fields__
     cfg = TrainConfig.make({k: v for k, v in record.train.items() if k in known})
@@ -128,7 +128,7 @@ def _storage(path: Path, record: RunRecord, mirror: bool) -> list[Note]:
     saves = record.saves or -(-record.max_steps // cfg.save_steps)
     free = free_space(path)
     used = sum(dir_size(path / d) for d in ("checkpoints", "snapshots", "best"))
-    if mirror:
+    if is_backup:
         used += dir_size(path / "final")
         plan = storage_plan(cfg, n, saves, sys.maxsize, free, 0, used)[1:]
         return [replace(l, text=l.text.replace("in the backup:", "here:")) for l in plan]
@@ -160,20 +160,19 @@ def _state_sizes(n: int | None, states: list) -> dict:
 
 # %% ../../nbs/run/05_status.ipynb #5d513338
 def _list_run(
-    run: Run, record: RunRecord | None, mirror: bool, training: bool, backup: bool
+    run: Run, record: RunRecord | None, is_backup: bool, training: bool, with_backup: bool
 ) -> dict:
     "List what is saved and the space it takes; `unread`: parts that could not be read."
     parts = _Parts(run.path)
-    stores = dict(
-        checkpoints=run.store.all, snapshots=run.snapshot_store.all, best=run.best_store.all
-    )
-    if backup and record and not mirror:
+    stores = dict(checkpoints=run.store.all, snapshots=run.snapshot_store.all)
+    stores["best"] = run.best_store.all
+    if with_backup and record and not is_backup:
         stores["backup"] = lambda: run.backup
     listed = [(name, c) for name, all in stores.items() for c in parts.read(name, all, [])]
     states = [c for name, c in listed if name in ("checkpoints", "snapshots")]
     found = [
         dict(
-            where="backup" if mirror or name == "backup" else "run",
+            where="backup" if is_backup or name == "backup" else "run",
             name=c.path.name,
             step=c.step,
             kind=c.kind,
@@ -183,7 +182,7 @@ def _list_run(
         )
         for name, c in listed
     ]
-    storage = lambda: _storage(run.path, record, mirror)
+    plan = lambda: _storage(run.path, record, is_backup) if record else []
     return dict(
         training=training,
         finished=record is not None and parts.read("final model", lambda: run.finished, False),
@@ -191,7 +190,7 @@ def _list_run(
         checkpoints=found,
         size=dir_size(run.path),
         free=parts.read("disk", lambda: free_space(run.path), 0),
-        storage=parts.read("storage", storage, []) if record else [],
+        storage=parts.read("storage", plan, []),
         **_state_sizes(record and record.saved_params, states),
         unread=parts.problems,
     )
@@ -204,9 +203,9 @@ def _state(training: bool, finished: bool, logged: bool) -> str:
     return "finished" if finished else "stopped"
 
 
-def _resume_options(path: Path, mirror: bool) -> dict:
+def _resume_options(path: Path, is_backup: bool) -> dict:
     "Return the arguments for `minigpt.train.resume`."
-    if not mirror:
+    if not is_backup:
         return dict(run=str(path))
     path = path.resolve()
     return dict(run=f"runs/{path.name}", gdrive_backup_dir=str(path.parent))
