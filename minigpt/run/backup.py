@@ -834,7 +834,7 @@ def _prune_states(backup: _BackupFolder, keep: int):
 
 
 def _prune_best(backup: _BackupFolder):
-    "Keep the newest safe best model, newer copies, and those that cannot be read at the moment."
+    "Keep the newest safe best model, copies that have not arrived, and unreadable ones."
     models, server = backup.best_models(), backup.server
     best = [c for c in models if c.path in server.confirmed or not c.problem and not server.reports]
     for c in models:
