@@ -222,7 +222,7 @@ def test_a_file_that_reads_back_empty_for_a_while(saves, tmp_path, monkeypatch):
     b.submit(saves / "checkpoints" / "checkpoint-300")
     b.step()
     assert (
-        "does not read back" in b.status()["failed"]["reason"]
+        "failed verification" in b.status()["failed"]["reason"]
         and b.status()["copied"]["step"] == 100
         and (b.path / "checkpoints" / "checkpoint-100").exists()
     )
@@ -528,7 +528,7 @@ def test_a_copy_a_hundred_times_slower_than_training(work, whole, tmp_path):
 
 
 def test_a_mount_that_was_never_made(work, tmp_path):
-    with pytest.raises(BackupError, match="nothing is mounted at .*go on without a backup"):
+    with pytest.raises(BackupError, match="nothing is mounted at .*train without a backup"):
         go(work, gdrive_backup_dir=str(tmp_path / "drive" / "MyDrive" / "runs"))
     with pytest.raises(BackupError, match="does not exist"):
         go(work, gdrive_backup_dir=str(tmp_path / "no" / "such"))
@@ -589,7 +589,7 @@ def test_old_tokens_go_although_the_first_try_failed(tmp_path, monkeypatch):
     (tmp_path / "disk" / "data").mkdir(parents=True)
     old = tmp_path / "disk" / "data" / "tokens.bin"
     old.write_bytes(b"old")
-    mirror = backup_module._Mirror(tmp_path / "run", tmp_path / "disk", set())
+    mirror = backup_module._SmallFiles(tmp_path / "run", tmp_path / "disk", set())
     mirror.files = {"data/tokens.bin": dict(size=3)}
 
     def fails(run_id, files):
@@ -1047,7 +1047,7 @@ def test_done_only_when_the_server_was_asked(saves, google, tmp_path):
         b.step()
         assert b.done()
         b.submit(saves / "checkpoints" / "checkpoint-200")
-        ask, b._ask = b._ask, lambda: None
+        ask, b._query_server = b._query_server, lambda: None
         b.step()
         assert not b.pending and not b.done(), "copied, and nobody has asked"
         ask()

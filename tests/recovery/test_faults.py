@@ -417,7 +417,7 @@ MISTAKES = {
     ),
     "part-of-a-run": (
         lambda w: open_run(w / "run/checkpoints/checkpoint-20"),
-        ["is a part of a run: name the run"],
+        ["is part of a run: pass the run"],
     ),
     "model-of-a-file": (
         lambda w: load_model(w / "text.jsonl"),
@@ -527,7 +527,7 @@ FILES_OF_OTHERS = {
     "run.json": (
         lambda f: f.write_text("[1]"),
         lambda d: open_run(d / "run").max_steps,
-        ["run.json is not one that fit writes"],
+        ["run.json was not written by fit"],
     ),
     "data/train/meta.json": (
         lambda f: f.write_text("{}"),

@@ -277,8 +277,8 @@ def test_a_whole_piece_is_not_copied_twice(tmp_path, monkeypatch):
         def __exit__(self, *e):
             self.f.close()
 
-    real = backup_module._continued
-    monkeypatch.setattr(backup_module, "_continued", lambda *a: Slow(real(*a)))
+    real = backup_module._reopen
+    monkeypatch.setattr(backup_module, "_reopen", lambda *a: Slow(real(*a)))
     with pytest.raises(OSError):
         backup_module.copy_file(tmp_path / "a", tmp_path / "b", progress)
     backup_module.copy_file(tmp_path / "a", tmp_path / "b", progress)

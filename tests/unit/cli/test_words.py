@@ -366,14 +366,14 @@ def test_tokens_of_a_refused_call_stay_for_the_next(work):
         (
             ["plot", "model"],
             [
-                "model is not a run: it has no run.json, but a model",
+                "model is not a run: it is a model without run.json",
                 "minigpt train DATA --config model",
             ],
         ),
         (
             ["monitor", "outputs/checkpoints/checkpoint-2", "--once"],
             [
-                "is a part of a run: name the run",
+                "is part of a run: pass the run",
                 "outputs",
                 "minigpt resume",
                 "--resume checkpoint-2",
@@ -381,7 +381,7 @@ def test_tokens_of_a_refused_call_stay_for_the_next(work):
         ),
         (
             ["plot", "outputs/checkpoint-4"],
-            ["is a part of a run: name the run", "--resume checkpoint-4"],
+            ["is part of a run: pass the run", "--resume checkpoint-4"],
         ),
     ],
     ids=lambda x: " ".join(x[:3]) if x[0] in ("chat", "train", "plot", "monitor") else "",
@@ -479,7 +479,7 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     )
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.0})
     told = (
-        "the processors are 100% busy, more than max_cpu=70, so training rests between its steps"
+        "the processors are 100% busy, more than max_cpu=70, so training pauses between steps"
         " and is SLOWER"
     )
     assert (
@@ -490,7 +490,7 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     s = run_status("run")
     assert any(
         told in t for t in s["troubles"]
-    ) and f"resting {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
+    ) and f"paused {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
     free = fit(MODEL, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
     assert "resting" not in free.history[-1] and "SLOWER" not in said(free.path)
 

@@ -542,7 +542,7 @@ def test_monitor_in_a_pipe_follows_until_the_end(tmp_path):
     assert (
         any(l.startswith("training, step") for l in lines)
         and any("stopped, step" in l for l in lines[-12:])
-        and lines[-1].startswith("to go on: resume(")
+        and lines[-1].startswith("to resume: resume(")
     )
 
 

@@ -14,7 +14,7 @@ from minigpt.checkpoint.store import CheckpointError, load_model
 from minigpt.data.registry import mix
 from minigpt.data.tokensets import TokenSet, build_tokenset
 from minigpt.model.gpt import GPTConfig
-from minigpt.run.backup import BackupError, _Mirror
+from minigpt.run.backup import BackupError, _SmallFiles
 from minigpt.run.folder import open_run
 from minigpt.train.inputs import ResumeError
 from minigpt.train.trainer import Callback, fit, resume
@@ -534,7 +534,7 @@ def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
 @pytest.mark.parametrize(
     "content,words",
     [
-        ("[1]", "is not one that fit writes"),
+        ("[1]", "was not written by fit"),
         ('{"train": {}, "max_steps": 5}', "lacks attempts, choices"),
     ],
 )
@@ -605,14 +605,14 @@ def test_a_backup_that_was_cut_off_in_a_change_has_the_tokens_of_before(work, mo
     drive = work / "drive"
     drive.mkdir()
     run = go(work, gdrive_backup_dir=str(drive))
-    old, real = contents(run.path / "data"), _Mirror._replace
+    old, real = contents(run.path / "data"), _SmallFiles._replace
 
     def cut_off(self, name, data):
         if name == "run.json":
             raise OSError(5, "unplugged")
         real(self, name, data)
 
-    monkeypatch.setattr(_Mirror, "_replace", cut_off)
+    monkeypatch.setattr(_SmallFiles, "_replace", cut_off)
     run = go(
         work,
         "b.txt",
