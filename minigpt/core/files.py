@@ -252,8 +252,8 @@ def regular(
     kind = stat.S_IFMT(os.stat(path).st_mode)
     if kind != stat.S_IFREG:
         raise NotAFile(
-            f"{path} is {_KINDS.get(kind, 'something else')}, not a file; replace it, or use another"
-            " path"
+            f"{path} is {_KINDS.get(kind, 'something else')}, not a file; replace it or use"
+            " another path"
         )
     return Path(path)
 
