@@ -42,7 +42,7 @@ def _mount_drive(say) -> bool:
         say(f"Drive was not mounted: {type(e).__name__}: {e}")
         return False
     if not os.path.ismount(MOUNT):
-        say(f"Drive was not mounted: {MOUNT} is empty")
+        say(f"Drive was not mounted: {MOUNT} is not a mount point")
         return False
     return True
 
