@@ -17,37 +17,37 @@ from ..core.files import human_size, human_time
 from ..core.notes import Note
 
 # %% ../../nbs/config/02_schedule.ipynb #2c6b8413
-class _Pace:
-    "Where things fall that are counted, in steps or in epochs; the end of training always counts."
+class _Intervals:
+    "Steps after which something is due, by steps or epochs; the last step always counts."
 
     def __init__(self, max_steps: int, windows: int, batch: int, offset: int):  # See `Schedule`
         self.max_steps, self.windows, self.batch, self.offset = max_steps, windows, batch, offset
 
     def position(self, step: int) -> int:
-        "Sequences read before this step."
+        "Return the number of sequences read before this step."
         return self.offset + step * self.batch
 
-    def _epoch(self, step: int) -> int:
+    def _epoch_of(self, step: int) -> int:
         return self.position(step) // self.windows
 
     def due(
         self,
-        step: int,  # Optimizer steps done
+        step: int,  # Completed optimizer steps
         strategy: str,  # steps, epoch or no
-        every: int,  # Steps between two times
+        every: int,  # Interval in steps
     ) -> bool:
-        "Does something fall after this step? The end of training always counts."
+        "Whether something is due after this step; it always is after the last."
         if step >= self.max_steps:
             return True
         if strategy == "steps":
             return step % every == 0
-        return strategy == "epoch" and self._epoch(step) > self._epoch(step - 1)
+        return strategy == "epoch" and self._epoch_of(step) > self._epoch_of(step - 1)
 
-    def _times(self, strategy: str, every: int, since: int) -> Iterator[int]:
-        "The steps behind `since` after which something is `due`."
+    def _steps(self, strategy: str, every: int, since: int) -> Iterator[int]:
+        "Yield the steps after `since` at which something is due."
         if strategy == "steps":
             yield from range((since // every + 1) * every, self.max_steps, every)
-        for epoch in count(self._epoch(since) + 1) if strategy == "epoch" else ():
+        for epoch in count(self._epoch_of(since) + 1) if strategy == "epoch" else ():
             step = -(-(epoch * self.windows - self.offset) // self.batch)
             if step >= self.max_steps:
                 break
@@ -56,8 +56,8 @@ class _Pace:
                 yield step
         yield self.max_steps
 
-    def _n_times(self, strategy: str, every: int) -> int:
-        "How many they are in the whole run."
+    def _count(self, strategy: str, every: int) -> int:
+        "Return the number of these steps in the complete run."
         last = self.max_steps - 1
         if strategy == "steps":
             return last // every + 1
@@ -65,137 +65,136 @@ class _Pace:
             return 1
         if self.batch >= self.windows:
             return self.max_steps
-        return self._epoch(last) - self._epoch(0) + 1
+        return self._epoch_of(last) - self._epoch_of(0) + 1
 
 # %% ../../nbs/config/02_schedule.ipynb #92cab2b8
-class Schedule(_Pace):
-    "When to save and when to evaluate."
+class Schedule(_Intervals):
+    "When to save and evaluate."
 
     def __init__(
         self,
         config: TrainConfig,  # Strategies, intervals and limits
-        max_steps: int,  # Steps of the whole run
-        windows: int,  # Sequences of an epoch
+        max_steps: int,  # Total number of steps
+        windows: int,  # Sequences per epoch
         clock: Callable[[], float] = time.monotonic,  # In seconds
-        offset: int = 0,  # Sequences passed over at step 0, after a change of effective batch
+        offset: int = 0,  # Sequences read at step 0, if the effective batch has changed
     ):
         super().__init__(max_steps, windows, config.effective_batch, offset)
         self.config, self.clock, self.saved_at = config, clock, clock()
 
     def save(self, step: int) -> bool:
-        "Is a checkpoint due?"
+        "Whether a checkpoint is due."
         return self.due(step, self.config.save_strategy, self.config.save_steps)
 
     def evaluation(self, step: int) -> bool:
-        "Is an evaluation due?"
-        return self.config.evaluation_strategy != "no" and self.due(
-            step, self.config.evaluation_strategy, self.config.eval_steps
-        )
+        "Whether an evaluation is due."
+        strategy = self.config.evaluation_strategy
+        return strategy != "no" and self.due(step, strategy, self.config.eval_steps)
 
     def snapshot(self) -> bool:
-        "Has it been too long since something was saved?"
+        "Whether a snapshot is due, since the last save is too old."
         every = self.config.time_save_interval_seconds
         return every > 0 and self.clock() - self.saved_at >= every
 
     def saved(self):
-        "A save has been made: the clock of the snapshots starts again."
+        "Restart the clock of the snapshots after a save."
         self.saved_at = self.clock()
 
     @property
     def keep(self) -> int | None:
-        "Checkpoints kept; None: all."
+        "Number of checkpoints to keep; None: all."
         return 1 if self.config.save_best_only else self.config.save_total_limit or None
 
     def checkpoints(self, since: int = 0) -> Iterator[int]:
-        "The steps behind `since` at which checkpoints fall."
-        return self._times(self.config.save_strategy, self.config.save_steps, since)
+        "Yield the steps after `since` at which checkpoints are due."
+        return self._steps(self.config.save_strategy, self.config.save_steps, since)
 
     @property
     def n_checkpoints(self) -> int:
-        "How many checkpoints fall in the whole run."
-        return self._n_times(self.config.save_strategy, self.config.save_steps)
+        "Number of checkpoints in the complete run."
+        return self._count(self.config.save_strategy, self.config.save_steps)
 
 # %% ../../nbs/config/02_schedule.ipynb #bf930084
 def checkpoint_size(
-    n_params: int,  # Of the model
-    light: bool = False,  # Weights alone?
-) -> int:  # Bytes, of tensors; a tokenizer and a few small files come to it
-    "What a checkpoint takes, for a model in fp32 trained with AdamW."
+    n_params: int,  # Parameters of the model
+    light: bool = False,  # Weights only
+) -> int:  # Bytes of the tensors, without the tokenizer and small files
+    "Return the size of a checkpoint of a model in fp32 trained with AdamW."
     return n_params * (4 if light else 12)
 
 # %% ../../nbs/config/02_schedule.ipynb #b10c3dac
 def storage_plan(
     config: TrainConfig,
-    n_params: int,  # Of the model
-    saves: int,  # Checkpoints that the run will make, if none were deleted
-    free: float,  # Bytes free on the disk of the run; infinity: not known
-    free_backup: float | None = None,  # Likewise where the backup is; None: no backup
-    there: int = 0,  # Bytes that checkpoints of this run take already
-    there_backup: int = 0,  # Likewise in the backup
-) -> list[Note]:  # Lines to show
-    "What the run will take, against what is free."
+    n_params: int,  # Parameters of the model
+    saves: int,  # Total number of checkpoints of the run, including deleted ones
+    free: float,  # Free bytes on the disk of the run; infinity: unknown
+    free_backup: float | None = None,  # Free bytes at the backup; None: no backup
+    there: int = 0,  # Bytes of existing checkpoints of this run
+    there_backup: int = 0,  # Bytes of those in the backup
+) -> list[Note]:  # Messages
+    "Compare the disk space that the run needs with the free space."
     full, light = checkpoint_size(n_params), checkpoint_size(n_params, True)
     keep = 1 if config.save_best_only else min(saves, config.save_total_limit or saves)
     snap = (config.snapshot_total_limit if config.time_save_interval_seconds else 0) * (
         light if config.snapshot_kind == "light" else full
     )
     best = light if config.evaluation_strategy != "no" else 0
-    # one more while the oldest is still there; the final model
+    # one more while the oldest still exists, and the final model
     need = (keep + 1) * full + snap + best + light
-    room = lambda n: "free space unknown" if n == math.inf else f"{human_size(n)} free"
+    free_text = lambda n: "free space unknown" if n == math.inf else f"{human_size(n)} free"
     lines = [
         Note(
             f"a checkpoint takes {human_size(full)} ({human_size(light)} of it weights);"
             f" {keep} kept, with snapshots, best and final model: {human_size(need)} at most;"
-            f" {room(free)}"
+            f" {free_text(free)}"
         )
     ]
 
-    def warn(what, need, free, kept, limit):
+    def warn(disk, need, free, kept, option):
         if need <= free:
             return
         fit = max(0, kept - math.ceil((need - free) / full))
-        cure = (
-            "not even one fits beside the others: make room, choose another place or a smaller"
-            " model, or set snapshot_kind='light'"
+        advice = (
+            "not even one fits: free some space, choose another disk or a smaller model, or set"
+            " snapshot_kind='light'"
         )
         if fit:
-            cure = f"{fit} checkpoints would fit: set {limit}={fit}"
-        sizes = f"{human_size(need)} wanted, {human_size(free)} free"
-        lines.append(Note(f"{what} will be full: {sizes}. {cure}", logging.WARNING))
+            advice = f"{fit} checkpoints would fit: set {option}={fit}"
+        sizes = f"{human_size(need)} needed, {human_size(free)} free"
+        lines.append(Note(f"{disk} will be full: {sizes}. {advice}", logging.WARNING))
 
     warn("the disk", need - there, free, keep, "save_total_limit")
     if free_backup is not None:
         need_backup = (config.backup_keep_last + 1) * full + best + light
         lines.append(
             Note(
-                f"in the backup: {config.backup_keep_last} states, best and final model:"
-                f" {human_size(need_backup)} at most; {room(free_backup)}"
+                f"in the backup: {config.backup_keep_last} checkpoints, best and final model:"
+                f" {human_size(need_backup)} at most; {free_text(free_backup)}"
             )
         )
-        need_backup -= there_backup
-        warn("the backup", need_backup, free_backup, config.backup_keep_last, "backup_keep_last")
+        need, keep = need_backup - there_backup, config.backup_keep_last
+        warn("the backup", need, free_backup, keep, "backup_keep_last")
     return lines
 
 # %% ../../nbs/config/02_schedule.ipynb #eea12700
 def time_plan(
     schedule: Schedule,
-    step: int,  # Steps done
-    seconds: float,  # Seconds a step, measured
+    step: int,  # Completed steps
+    seconds: float,  # Measured seconds per step
 ) -> str:
-    "How long the rest takes, and where its checkpoints fall."
+    "Describe the remaining time and the next checkpoints."
     saves = [*islice(schedule.checkpoints(step), 5)]
     shown = (
         [f"{s:,} (in {human_time((s - step) * seconds)})" for s in saves[:3]]
         + (["…"] if len(saves) > 4 else [])
         + [f"{schedule.max_steps:,}"] * (len(saves) > 3)
     )
-    rest = human_time((schedule.max_steps - step) * seconds)
+    remaining = human_time((schedule.max_steps - step) * seconds)
     plan = (
-        f"{seconds:.2f} s a step: {schedule.max_steps - step:,} more take about {rest};"
+        f"{seconds:.2f} s per step: {schedule.max_steps - step:,} more take about {remaining};"
         f" checkpoints at {', '.join(shown)}"
     )
     every = schedule.config.time_save_interval_seconds
     if every and seconds * schedule.config.save_steps > every:
-        plan += f"; a snapshot where {human_time(every)} pass without one"
+        plan += f"; a snapshot after {human_time(every)} without one"
     return plan

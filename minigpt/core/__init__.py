@@ -1,1 +1,1 @@
-"""Files that are there whole or not at all, and what every package shares."""
+"""Atomic files, and helpers that every package uses."""

@@ -285,13 +285,13 @@ def test_the_example_configuration(tmp_path):
                 " local_dir='DIR'))"
             ),
         ),
-        (dict(do_train=False), "the key 'do_train': fit trains"),
+        (dict(do_train=False), "the key 'do_train': fit always trains"),
         (
             dict(report_to="wandb"),
-            "the key 'report_to': there are tensorboard=True and metrics.jsonl",
+            "the key 'report_to': use tensorboard=True or metrics.jsonl",
         ),
-        (dict(mlm_probability=0.15), "the key 'mlm_probability': of an encoder it is blanks"),
-        (dict(run_name="mine"), "the key 'run_name': a run is called as its folder"),
+        (dict(mlm_probability=0.15), "the key 'mlm_probability': for an encoder, use blanks"),
+        (dict(run_name="mine"), "the key 'run_name': a run has the name of its directory"),
     ],
 )
 def test_bad_settings(tmp_path, change, message):
@@ -332,7 +332,7 @@ def test_keys_of_scripts_and_of_tess(tmp_path, capsys):
         for k in ("max_data_size", "warmup_steps", "save_steps", "max_steps", "eval_sequences")
     ] == [60, 2, 1, 2, 8] and [c.step for c in found.checkpoints] == [1, 2]
     assert (
-        "ignored, since they change nothing here: do_train, do_eval, report_to, overwrite_cache,"
+        "ignored, without effect here: do_train, do_eval, report_to, overwrite_cache,"
         " preprocessing_num_workers, cache_dir\n" in capsys.readouterr().out
     )
     again = mlm(

@@ -157,13 +157,13 @@ def quick(line):
             "--no-plot-loss",
             "--no-tensorboard",
         ]
-    given = {cli._spelled(w[2:].split("=")[0]) for w in words if w.startswith("--")} | (
+    given = {cli._canonical_name(w[2:].split("=")[0]) for w in words if w.startswith("--")} | (
         {"max-steps"} if "--resume" in line else set()
     )
     return words + [
         w
         for k, v in QUICK.items()
-        if cli._spelled(k[2:]).removeprefix("no-") not in given
+        if cli._canonical_name(k[2:]).removeprefix("no-") not in given
         for w in (k, v)
         if w
     ]

@@ -318,7 +318,7 @@ def test_the_command_itself(tmp_path):
 @pytest.mark.parametrize(
     "options,words",
     [
-        (dict(batchsize=4), ["no option 'batchsize'", "did you mean 'batch_size'"]),
+        (dict(batchsize=4), ["unknown option 'batchsize'", "did you mean 'batch_size'"]),
         (dict(batch_size=0), ["batch_size=0 must be at least 1"]),
         (dict(max_steps="many"), ["max_steps='many' must be of type int"]),
         (dict(lr_schedule="cos"), ["lr_schedule='cos' must be one of cosine"]),
@@ -451,7 +451,7 @@ MISTAKES = {
     ),
     "seed": (
         lambda w: fit(child.shape(), w / "a.txt", output_dir=w / "x", seed=1 << 70),
-        [f"seed={1 << 70} must be a whole number of 64 bits"],
+        [f"seed={1 << 70} must be a 64-bit integer"],
     ),
     "threads": (
         lambda w: fit(child.shape(), w / "a.txt", output_dir=w / "x", num_threads=10**6),

@@ -753,7 +753,7 @@ def own():
 def test_templates_that_take_for_ever(own, monkeypatch, template):
     "An error says so, in a thread as well, and soon; next to nothing was made meanwhile"
     monkeypatch.setattr("minigpt.tokenizer.template.SECONDS", 0.05)
-    monkeypatch.setattr("minigpt.tokenizer.template._FREE", 1 << 22)
+    monkeypatch.setattr("minigpt.tokenizer.template._FREE_CHARS", 1 << 22)
     tok = Tokenizer(own.hf, {**own.config, "chat_template": template})
     with ThreadPoolExecutor(1) as pool, within(20):
         error, most = peak(
@@ -777,7 +777,7 @@ def test_a_long_conversation_is_no_reason():
             messages=messages,
         )
     ) == 9 * (8 << 20)
-    with pytest.raises(TemplateLimit, match="makes more than"):
+    with pytest.raises(TemplateLimit, match="creates more than"):
         render_template(
             "{% for m in messages %}" + "{{ m.content|upper }}" * 80 + "{% endfor %}",
             messages=messages[:1],
@@ -862,8 +862,8 @@ def test_tokenizers_that_take_all_memory(tmp_path):
         pytest.raises(
             ValueError,
             match=(
-                "a/tokenizer.json is not used: it has a token with the id 50,000,000; ids may go up"
-                " to 16,777,215"
+                "a/tokenizer.json is not used: a token has the id 50,000,000; the largest allowed"
+                " is 16,777,215"
             ),
         ),
     ):
@@ -905,8 +905,8 @@ def test_an_expression_that_takes_too_many_steps(tmp_path, part):
             pytest.raises(
                 ValueError,
                 match=(
-                    "the tokenizer gives up on .*aaaaa.*: Onig.*retry-limit.*takes too many steps;"
-                    " take another tokenizer"
+                    "the tokenizer fails on .*aaaaa.*: Onig.*retry-limit.*takes too many steps;"
+                    " use another tokenizer"
                 ),
             ),
         ):

@@ -183,9 +183,9 @@ def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, data, name):
 def test_options_of_other_programs_are_answered(option, monkeypatch):
     for word in (f"--{option}", f"--{option.replace('_', '-')}=1"):
         monkeypatch.setattr(sys, "argv", ["minigpt", "train", "stories", word, "1"])
-        with pytest.raises(SystemExit, match=f"there is no option {word.partition('=')[0]}: "):
+        with pytest.raises(SystemExit, match=f"unknown option {word.partition('=')[0]}: "):
             cli.main()
-    with pytest.raises(TypeError, match=f"there is no option '{option}': "):
+    with pytest.raises(TypeError, match=f"unknown option '{option}': "):
         TrainConfig.make(**{option: 1})
 
 

@@ -196,17 +196,17 @@ def test_early_stopping_without_a_number(work):
 
 def test_options_that_are_not_here_are_answered(monkeypatch, capsys):
     for words, answer in {
-        "--no-unsloth": "nothing of Unsloth is used",
-        "--run_name=x": "a run is called as its folder, output_dir",
-        "--mode sft": "it is stage",
-        "--early-stopping --no-unsloth": "nothing of Unsloth",
+        "--no-unsloth": "Unsloth is not used",
+        "--run_name=x": "a run has the name of its directory, output_dir",
+        "--mode sft": "use stage",
+        "--early-stopping --no-unsloth": "Unsloth is not used",
     }.items():
         monkeypatch.setattr("sys.argv", ["minigpt", "train", "text.txt", *words.split()])
         with pytest.raises(SystemExit) as e:
             cli.main()
         assert answer in str(e.value)
     with pytest.raises(
-        TypeError, match="there is no option 'run_name': a run is called as its folder"
+        TypeError, match="unknown option 'run_name': a run has the name of its directory"
     ):
         TrainConfig.make(run_name="x")
 

@@ -106,7 +106,7 @@ def hf_ids(tok, text, special):
 @settings(max_examples=250)
 @given(texts=st.lists(TEXTS, max_size=5))
 @example(texts=["a  ", "  b", "", "c   d\n   e", " \u3000\u3000我  <|im_end|>   x"])
-@example(texts=["a  b", "a" + T._GAP + "b", T._CUT])
+@example(texts=["a  b", "a" + T._SPACE_MARK + "b", T._SEPARATOR])
 def test_many_texts_at_once_are_each_as_alone(kind, texts):
     tok = tokenizer(kind)
     for special in False, True:
@@ -163,7 +163,7 @@ def test_marks_in_ordinary_text_without_tiktoken():
 # --- what makes them agree ------------------------------------------------------------------------
 def merges(tok):
     "(left, right) in bytes, in order of rank"
-    byte_of = T._byte_of()
+    byte_of = T._byte_decoder()
     as_bytes = lambda t: bytes(byte_of[c] for c in t)
     return [
         tuple(map(as_bytes, m if isinstance(m, list) else m.split(" ")))
@@ -242,9 +242,9 @@ def test_saved_and_loaded(kind, tmp_path):
 def test_asks_for_what_it_needs():
     with pytest.raises(ValueError, match="vocab_size=100 must be at least 267"):
         train_tokenizer(ENGLISH, 100)
-    with pytest.raises(ValueError, match="no text to learn"):
+    with pytest.raises(ValueError, match="no text to train"):
         train_tokenizer([])
-    with pytest.raises(ValueError, match="no text to learn"):
+    with pytest.raises(ValueError, match="no text to train"):
         train_tokenizer(["", ""])
 
 
