@@ -195,7 +195,7 @@ def test_full_goes_on_exactly(saved, tmp_path):
     assert packed == path.parent / "checkpoint-25-full-zst"  # beside its source, where no run is
     with pytest.raises(
         CheckpointError,
-        match="export of kind 'compressed', no state to go on from.*weights_only=False",
+        match="export of kind 'compressed', and training cannot resume from it.*weights_only=False",
     ):
         read_checkpoint(packed)
     store = CheckpointStore(tmp_path)
@@ -214,7 +214,7 @@ def test_places_and_sources(plain, tmp_path):
     run = tmp_path / "demo"
     (run / "checkpoints").mkdir(parents=True)
     (run / "run.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="demo has no whole checkpoint yet"):
+    with pytest.raises(CheckpointError, match="demo has no complete checkpoint yet"):
         export(run)
     shutil.copytree(path, run / "checkpoints" / "checkpoint-25")
     assert (
@@ -645,7 +645,7 @@ def test_lies_about_quantization(plain, tmp_path):
         with pytest.raises(CheckpointError, match="is not used"):
             load_model(out)
     write_safetensors(out / "model.safetensors", tensors, {"minigpt": "[1"})
-    with pytest.raises(CheckpointError, match="metadata are not those of a quantized model"):
+    with pytest.raises(CheckpointError, match="quantization metadata is invalid"):
         load_model(out)
 
 
@@ -675,7 +675,7 @@ def test_bombs(plain, tmp_path):
         z.writestr("archive/data.pkl", b"\x80\x02N.")
         z.writestr("archive/version", "3\n")
         z.writestr("archive/data/0", bytes(50_000_000))
-    with pytest.raises(CheckpointError, match="the archive is packed"):
+    with pytest.raises(CheckpointError, match="the archive is compressed"):
         load_model(out)
     assert psutil.Process().memory_info().rss - before < 250e6
 
@@ -692,7 +692,7 @@ def test_pickles_of_strangers(plain, tmp_path, zipped):
     f = d / "pytorch_model.bin"
     torch.save({"model.norm.weight": Touch()}, f, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        CheckpointError, match="asks for posix.mkdir, which is no tensor and could run code"
+        CheckpointError, match="asks for posix.mkdir, which is not a tensor and could run code"
     ):
         load_model(d)
     with pytest.raises(CheckpointError, match="asks for posix.mkdir"):
@@ -731,7 +731,7 @@ def test_an_index_stays_in_its_directory(plain, tmp_path):
         index.write_text(json.dumps(dict(weight_map={"x": bad})))
         with pytest.raises(
             CheckpointError,
-            match="is not used: it (names .* which is no file of weights beside it|is no index)",
+            match="is not used: it (names .* which is not a .* beside it|is damaged)",
         ):
             load_model(d)
     index.write_text(json.dumps(dict(weight_map={"x": "a.safetensors", "y": "b.safetensors"})))
