@@ -1080,7 +1080,7 @@ def test_strange_directories(tmp_path):
         orjson.dumps(a.summary())
     with open(d / "trainer_state.json", "wb") as f:
         f.truncate(1 << 30)
-    assert any("more than the 32.0 MiB" in p for p in analyze(d).problems)
+    assert any("more than the limit of 32.0 MiB" in p for p in analyze(d).problems)
     (d / "loop").symlink_to("/")
     os.mkfifo(d / "fifo.pt")
     analyze(d)
