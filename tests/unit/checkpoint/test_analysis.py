@@ -358,7 +358,7 @@ def test_a_run_going_on_and_a_checkpoint_cut_off(run, tmp_path):
     both = compare([c, to / "checkpoints" / "checkpoint-2", to / "nothing.pt"])
     assert (
         [a.step for a in both] == [2, 4]
-        and "there is no" in both.failed[str(to / "nothing.pt")]
+        and "does not exist" in both.failed[str(to / "nothing.pt")]
         and "checkpoint-2" in str(both)
         and both._repr_html_()
     )
