@@ -514,7 +514,7 @@ def test_order_by_step_then_time(tmp_path):
         "b.safetensors",
         "final_model.pt",
     ]
-    with pytest.raises(ValueError, match="there is no checkpoint in"):
+    with pytest.raises(ValueError, match="no checkpoint found in"):
         compare(tmp_path / ".checkpoint-40.tmp-1")
     with pytest.raises(FileNotFoundError, match="did you mean 'final_model.pt'"):
         analyze(tmp_path / "final-model.pt")
