@@ -745,7 +745,7 @@ def read_config(
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         raise CheckpointError(
-            f"{path / 'config.json'} holds a {type(config).__name__}; it must be a JSON object with"
+            f"{path / 'config.json'} holds a {type(config).__name__}; it must be an object with"
             " the configuration of a model"
         )
     if q := config.get("quantization_config"):
