@@ -666,7 +666,7 @@ def test_bombs(plain, tmp_path):
             to.write(z.compress(bytes(1 << 24)))
         to.write(z.flush())
     assert f.stat().st_size < 1 << 20
-    with pytest.raises(CheckpointError, match="tells of 268,435,456 bytes"):
+    with pytest.raises(CheckpointError, match="claims 268,435,456 bytes"):
         load_model(out)
     f.write_bytes(
         zstandard.ZstdCompressor().compress((99_999_999).to_bytes(8, "little") + b" " * 99_999_999)
