@@ -124,7 +124,7 @@ def test_a_foreign_model_is_adapted_and_given_back(foreign, talks, tmp_path):
     try:
         with pytest.raises(CheckpointError, match="which is not found; restore it"):
             resume(tmp_path / "run", max_steps=9)
-        with pytest.raises(CheckpointError, match="which is not here. Bring that model"):
+        with pytest.raises(CheckpointError, match="which is not found. Copy that model"):
             run.model()
     finally:
         shutil.move(tmp_path / "away", foreign)

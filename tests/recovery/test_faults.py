@@ -421,9 +421,9 @@ MISTAKES = {
     ),
     "model-of-a-file": (
         lambda w: load_model(w / "text.jsonl"),
-        ["text.jsonl is a file", "must be a directory", "minigpt export "],
+        ["text.jsonl is a file", "must be a model directory", "minigpt export "],
     ),
-    "model-of-a-hub": (lambda w: load_model("gpt2"), ["no directory gpt2", "downloaded first"]),
+    "model-of-a-hub": (lambda w: load_model("gpt2"), ["gpt2 does not exist", "downloaded first"]),
     "temperature": (
         lambda w: open_run(w / "run").generate("a", temperature="0.7"),
         ["temperature='0.7' must be a number, without quotes"],

@@ -303,7 +303,7 @@ def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
     with pytest.raises(
         CheckpointError,
         match=(
-            "special_tokens_map.json is a link to .*passwd, outside of the directory, and is not"
+            "special_tokens_map.json is a link to .*passwd, outside the directory, and is not"
             " copied"
         ),
     ):

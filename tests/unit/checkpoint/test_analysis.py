@@ -358,7 +358,7 @@ def test_a_run_going_on_and_a_checkpoint_cut_off(run, tmp_path):
     both = compare([c, to / "checkpoints" / "checkpoint-2", to / "nothing.pt"])
     assert (
         [a.step for a in both] == [2, 4]
-        and "there is no" in both.failed[str(to / "nothing.pt")]
+        and "does not exist" in both.failed[str(to / "nothing.pt")]
         and "checkpoint-2" in str(both)
         and both._repr_html_()
     )
@@ -514,7 +514,7 @@ def test_order_by_step_then_time(tmp_path):
         "b.safetensors",
         "final_model.pt",
     ]
-    with pytest.raises(ValueError, match="there is no checkpoint in"):
+    with pytest.raises(ValueError, match="no checkpoint found in"):
         compare(tmp_path / ".checkpoint-40.tmp-1")
     with pytest.raises(FileNotFoundError, match="did you mean 'final_model.pt'"):
         analyze(tmp_path / "final-model.pt")
@@ -880,10 +880,10 @@ def harmful(folder):
     for n, evil in enumerate(
         ("../../evil", "archive/../../evil", "/tmp/evil", "..\\evil", "C:\\evil")
     ):
-        put(f"path{n}.pt", zipped(good, [(evil, b"x")]), "points outside of the archive")
+        put(f"path{n}.pt", zipped(good, [(evil, b"x")]), "points outside the archive")
     whole = zipped(good, [("archive/data/0", b"\0" * 4000)])
-    put("cut off.pt", whole[:-30], "cut off")
-    put("cut in the middle.pt", whole[:2000], "cut off")
+    put("cut off.pt", whole[:-30], "truncated")
+    put("cut in the middle.pt", whole[:2000], "truncated")
     i = whole.rfind(b"PK\1\2")
     put(
         "overlap.pt",
@@ -893,7 +893,7 @@ def harmful(folder):
     two = zipped(good, [("archive/data/0", b"\0" * 4000), ("archive/data/1", b"\0" * 8)])
     j = two.rfind(b"PK\1\2")
     put(
-        "moved.pt", two[: j + 42] + u32(500) + two[j + 46 :], "is not where"
+        "moved.pt", two[: j + 42] + u32(500) + two[j + 46 :], "is not at the offset"
     )  # into the middle of another record
     end = whole.rfind(b"PK\5\6")
     put(
@@ -907,7 +907,7 @@ def harmful(folder):
     )
     old = io.BytesIO()
     torch.save({"w": torch.ones(5)}, old, _use_new_zipfile_serialization=False)
-    put("old, cut off.pt", old.getvalue()[:-8], "cut off")
+    put("old, cut off.pt", old.getvalue()[:-8], "truncated")
     put("nothing.pt", b"", "it is empty")
     put("text.pt", b"<html>not found</html>" * 100, "damaged")
     header = lambda h, n=None, values=b"": (
@@ -922,11 +922,11 @@ def harmful(folder):
             header(one(), 1 << 62, bytes(8)),
             "its header claims 4,611,686,018,427,387,904 bytes",
         ),
-        ("length-", header(one(), 100_000, bytes(8)), "cut off"),
-        ("shape", header(one(shape="[3]"), None, bytes(8)), "does not take"),
+        ("length-", header(one(), 100_000, bytes(8)), "truncated"),
+        ("shape", header(one(shape="[3]"), None, bytes(8)), "do not match its shape"),
         ("minus", header(one(shape="[-2]"), None, bytes(8)), "impossible"),
         ("type", header(one(dtype="X9"), None, bytes(8)), "type X9"),
-        ("beyond", header(one(at="[0,800]", shape="[200]"), None, bytes(8)), "cut off"),
+        ("beyond", header(one(at="[0,800]", shape="[200]"), None, bytes(8)), "truncated"),
         ("gap", header(one(at="[8,16]"), None, bytes(16)), "gap"),
         (
             "overlap",
@@ -938,7 +938,7 @@ def harmful(folder):
         ("axes", header(one(shape="[" + "1," * 5000 + "2]"), None, bytes(8)), "impossible"),
         ("deep", header(b"[" * 100_000), "JSON"),
         ("list", header(b"[1]"), "not a JSON object"),
-        ("text", b"<html>", "cut off"),
+        ("text", b"<html>", "truncated"),
         ("words", header(one(shape='"ab"'), None, bytes(8)), "impossible"),
         ("offsets", header(one(at='["a",{}]'), None, bytes(8)), ""),
         ("number", header(b'{"a":3}'), "damaged"),
@@ -948,14 +948,14 @@ def harmful(folder):
     with open(folder / "9 MiB.safetensors", "wb") as f:
         f.write((9 << 20).to_bytes(8, "little"))
         f.truncate(20 << 20)
-    says["9 MiB.safetensors"] = "more than the 8.0 MiB"
+    says["9 MiB.safetensors"] = "more than the limit of 8.0 MiB"
     c = zstandard.ZstdCompressor()
     put(
         "bomb.safetensors.zst",
         c.compress((1 << 33).to_bytes(8, "little") + bytes(50_000_000)),
-        "more than the 8.0 MiB",
+        "more than the limit of 8.0 MiB",
     )
-    put("not.safetensors.zst", b"abc" * 100, "no zstd file")
+    put("not.safetensors.zst", b"abc" * 100, "not a zstd file")
     put("broken.safetensors.zst", c.compress(header(one(), None, bytes(8)))[:-9], "")
     return says
 
@@ -1080,7 +1080,7 @@ def test_strange_directories(tmp_path):
         orjson.dumps(a.summary())
     with open(d / "trainer_state.json", "wb") as f:
         f.truncate(1 << 30)
-    assert any("more than the 32.0 MiB" in p for p in analyze(d).problems)
+    assert any("more than the limit of 32.0 MiB" in p for p in analyze(d).problems)
     (d / "loop").symlink_to("/")
     os.mkfifo(d / "fifo.pt")
     analyze(d)

@@ -405,11 +405,11 @@ def test_a_header_with_more_tensors_than_are_read(copy):
         {f"x{i}": dict(dtype="U8", shape=[0], data_offsets=[0, 0]) for i in range(50_001)},
     )
     with within():
-        with pytest.raises(CheckpointError, match="its header has more than the 50,000 entries"):
+        with pytest.raises(CheckpointError, match="more than the limit of 50,000 entries"):
             load_model(path)
-        with pytest.raises(ValueError, match="more than the 50,000 entries"):
+        with pytest.raises(ValueError, match="more than the limit of 50,000 entries"):
             look_into(file)
-        assert any("more than the 50,000 entries" in p for p in look_into(path).problems)
+        assert any("more than the limit of 50,000 entries" in p for p in look_into(path).problems)
 
 
 def test_many_heads_and_many_embeddings(tmp_path):
@@ -437,7 +437,7 @@ def test_more_layers_than_tensors(copy):
         within(),
         pytest.raises(
             CheckpointError,
-            match="its configuration has 999 layers, and its weights are 11 tensors in all",
+            match="its configuration has 999 layers, but there are only 11 tensors",
         ),
     ):
         load_model(path)
@@ -447,7 +447,7 @@ NESTED = b")" + b"q\0h\0\x86" * 21  # a pair of pairs of pairs …
 PICKLES = dict(
     key=(b"}" + NESTED + b"Ns.", "tuples within tuples"),
     in_a_set=(b"cbuiltins\nset\n]" + NESTED + b"a\x85R.", "tuples within tuples"),
-    no_function=(b"])R.", "calls something that is no function"),
+    no_function=(b"])R.", "calls something that is not a function"),
     memory=(b"cbuiltins\nbytearray\nJ\0\0\0\x70\x85R.", "asks for 1,879,048,192 bytes"),
     long=(b"]" + b"N0" * 1000 + b".", "more than 1,000 instructions"),
 )
@@ -459,7 +459,7 @@ def test_pickles_that_take_for_ever(tmp_path, monkeypatch, kind, zipped):
     "What a reader of weights alone would still do"
     pickled, why = PICKLES[kind]
     if kind == "long":
-        monkeypatch.setattr(headers, "_LOADED", 1000)
+        monkeypatch.setattr(headers, "_MAX_LOADED", 1000)
     if zipped:
         with zipfile.ZipFile(tmp_path / "a.pt", "w") as z:
             z.writestr("archive/data.pkl", b"\x80\x02" + pickled)
@@ -634,22 +634,20 @@ def test_an_adapter_of_itself(copy):
     (copy / "link").symlink_to(a)
     for itself in a, "adapter", "./../made/adapter/../adapter", copy / "link":
         names_as_base(a, itself)
-        with pytest.raises(
-            CheckpointError, match="adapter names itself as the model that it is an adapter of"
-        ):
+        with pytest.raises(CheckpointError, match="adapter names itself as its base model"):
             load_model(a)
     names_as_base(a, b)
     names_as_base(b, a)
     with pytest.raises(
         CheckpointError,
         match=(
-            "adapter is an adapter of .*other, which is an adapter too, and must be a whole model"
+            "adapter is an adapter of .*other, which is an adapter too, and must be a full model"
         ),
     ):
         load_model(a)
     for nothing in "x\0y", "x" * 9000, "x/" * 3000:
         names_as_base(a, nothing)
-        with pytest.raises(CheckpointError, match="which is not here. Bring that model"):
+        with pytest.raises(CheckpointError, match="which is not found. Copy that model"):
             load_model(a)
     names_as_base(a, "adapter")
     shutil.copytree(

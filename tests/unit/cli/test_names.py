@@ -88,7 +88,7 @@ def test_a_run_or_a_directory_stands_for_model_and_tokenizer(at_home, named):
 
 def test_what_stands_for_no_model(at_home):
     model = GPT(GPTConfig(vocab_size=9, **TINY))
-    with pytest.raises(ValueError, match="in memory, so its tokenizer is not known"):
+    with pytest.raises(ValueError, match="tokenizer of a model in memory is not known"):
         Chat(model)
     with pytest.raises(
         TypeError,
@@ -100,9 +100,9 @@ def test_what_stands_for_no_model(at_home):
         generate("runs/x", [1])
     with pytest.raises(TypeError, match="by which names clients ask"):
         Server("~/run")
-    with pytest.raises(TypeError, match="3 must be the path of a directory with a model"):
+    with pytest.raises(TypeError, match="3 must be the path of a model directory"):
         open_model(3)
-    with pytest.raises(Exception, match="there is no directory"):
+    with pytest.raises(Exception, match="runs/no does not exist"):
         Chat("runs/no")
 
 
