@@ -52,7 +52,7 @@ def _argmax(logits: Tensor) -> Tensor:
 
 
 def _candidates(logits, temperature, top_k, top_p):
-    "Return probabilities (..., n) and ids of the candidates; ids are None for the whole vocabulary."
+    "Return the candidates' probabilities, (..., n), and ids (None: the whole vocabulary)."
     top = logits.amax(-1, keepdim=True)
     if not top.isfinite().all():
         raise ValueError(
@@ -91,13 +91,13 @@ def next_probs(
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, order, p)
 
 # %% ../../nbs/model/02_generation.ipynb #67a3fe2d
-def _sample(logits, temperature, top_k, top_p, generators):
+def _sample(logits, temperature, top_k, top_p, rngs):
     "Sample a token for each row of the logits (B, V), with the row's own generator."
     p, order = _candidates(logits, temperature, top_k, top_p)
     if temperature == 0:
         return order[:, 0].tolist()
     total = p.double().cumsum(-1)
-    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+    drawn = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in rngs])
     i = torch.searchsorted(total, total[:, -1:] * drawn, right=True)
     return (i if order is None else order.gather(1, i))[:, 0].tolist()
 
@@ -117,7 +117,7 @@ def _inference(model):
 
 # %% ../../nbs/model/02_generation.ipynb #a986e455
 def _prepare(model, prompts, max_new_tokens, sampling, stop_ids, seed):
-    """Return the prompts as lists of ids, the limit of new tokens for each, and the set of stop ids.
+    """Return the prompts as lists, the limit of new tokens for each, and the set of stop ids.
 
     Raise `ValueError` or `TypeError` for invalid arguments."""
     need_gpt(model, "generation")
@@ -261,7 +261,7 @@ class DecodeStep:
         return _matmul(self.norm(x, norm), head)
 
 # %% ../../nbs/model/02_generation.ipynb #fdadcbc5
-def _attention_mask(real: Tensor | None, new: Tensor) -> Tensor | None:
+def _attn_mask(real: Tensor | None, new: Tensor) -> Tensor | None:
     "Return the attention mask for `GPT.trunk`; `real`, (B, positions), is False at padding."
     if real is None:
         return None
@@ -274,11 +274,11 @@ def _generate(model, prompts, limits, sampling, stop, seed, use_cache):
     "Yield (row, token) as they are sampled."
     head, rows = model.head, [*range(len(prompts))]
     T, n = max(map(len, prompts), default=0), max(limits, default=0)
-    generators = [torch.Generator() for _ in rows]
-    for i, g in enumerate(generators):
+    rngs = [torch.Generator() for _ in rows]
+    for i, g in enumerate(rngs):
         g.seed() if seed is None else g.manual_seed(seed + i)
     new = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=head.device)  # (B, T)
-    padding = torch.tensor([[T - len(p)] for p in prompts])  # (B, 1) positions active the left
+    padding = torch.tensor([[T - len(p)] for p in prompts])  # (B, 1) positions on the left
     real, padded = (torch.arange(T + n) >= padding).to(head.device), bool(padding.any())  # (B, T+n)
     cache = step = None
     if use_cache:
@@ -292,13 +292,9 @@ def _generate(model, prompts, limits, sampling, stop, seed, use_cache):
             if step:
                 logits = step(new[:, 0], seen)  # (B, V)
             else:
-                x = model.trunk(model.model.embed_tokens(new), _attention_mask(seen, new), cache)[
-                    :, -1
-                ]
+                x = model.trunk(model.model.embed_tokens(new), _attn_mask(seen, new), cache)[:, -1]
                 logits = (head @ x.to(head.dtype).T).T
-            tokens = _sample(
-                logits.float().cpu().contiguous(), *sampling, [generators[i] for i in rows]
-            )
+            tokens = _sample(logits.float().cpu().contiguous(), *sampling, [rngs[i] for i in rows])
         active = [j for j, token in enumerate(tokens) if token not in stop]
         yield from ((rows[j], tokens[j]) for j in active)
         active = [j for j in active if k + 1 < limits[rows[j]]]
@@ -406,8 +402,7 @@ def stream_text(
     tokenizer: Tokenizer,
     prompt: str | list[dict],  # A text to continue ('': a new document), or a conversation
     tools: list[dict] | None = None,  # JSON schemas of functions, for a conversation
-    thinking: bool
-    | None = None,  # Whether the answer begins with reasoning, see `Tokenizer.render`
+    thinking: bool | None = None,  # Whether the answer begins with reasoning; see `render`
     **kw,  # Options of `generate`; `stop_ids` is the tokenizer's unless given
 ) -> Iterator[str]:  # Pieces of the new text
     "Continue a text or answer a conversation, as a stream."
@@ -466,8 +461,8 @@ def parse_tool_calls(
         rest = body[end:].lstrip()
         if not rest.startswith(_CLOSE):
             raise ValueError(
-                f"{which} is followed by {rest[:20]!r}; it must end in {_CLOSE}: if it is truncated,"
-                " increase max_new_tokens"
+                f"{which} is followed by {rest[:20]!r}; it must end in {_CLOSE}: if it is"
+                " truncated, increase max_new_tokens"
             )
         rest = rest.removeprefix(_CLOSE)
         if not isinstance(call, dict):

@@ -349,7 +349,7 @@ def test_conversations_and_gpts_are_refused(tmp_path, run):
         ' "Hello there."}]}\n' * 60
     )
     shape = lambda tok: TessConfig(vocab_size=tok.vocab_size, **TINY)
-    with pytest.raises(ValueError, match="an encoder learns from texts"):
+    with pytest.raises(ValueError, match="an encoder is trained on texts"):
         fit(
             shape,
             tmp_path / "talk.jsonl",
