@@ -112,10 +112,7 @@ def _get_text(m: dict, where: str) -> str:
     is_text = lambda p: p.get("type") == "text" and isinstance(p.get("text"), str)
     if isinstance(parts, list) and all(isinstance(p, dict) and is_text(p) for p in parts):
         return "\n".join(p["text"] for p in parts)
-    raise RequestError(
-        "content must be a string, or a list of parts of type text",
-        where + ".content",
-    )
+    raise RequestError("content must be a string or a list of text parts", where + ".content")
 
 
 def _get_function(c, where: str, *required: str) -> dict:
@@ -308,7 +305,7 @@ def _encode_prompt(
     if len(ids) >= (longest := model.config.max_len):
         raise RequestError(
             f"the prompt has {len(ids):,} tokens; with this model's context of {longest:,} it may"
-            f" have {longest - 1:,}, which leaves one for the answer; shorten it",
+            f" have at most {longest - 1:,}, which leaves one for the answer; shorten it",
             field,
             400,
             "context_length_exceeded",

@@ -200,7 +200,7 @@ class DecodeStep:
                 )
                 for l in model.model.layers
             ]
-            self.output = gain(model.model.norm), pack(model.head)
+            self.last = gain(model.model.norm), pack(model.head)
             # (n, 1, D)
             cos, sin = (torch.cat([t, t], -1) for t in rope_angles(0, n, D, c.rope_theta, "cpu"))
             sin[..., : D // 2].neg_()
@@ -251,13 +251,13 @@ class DecodeStep:
                 h[:, : H + K] = self.norm(h[:, : H + K], gains)
             h = torch.addcmul(h * cos, h.roll(D // 2, -1), sin)  # rotate both halves at once
             new.copy_(h[:, H:].unflatten(1, (2, K)).transpose(0, 1))
-            # heads that share keys take the place of positions
+            # treat the heads that share keys as positions
             y = F.scaled_dot_product_attention(h[:, :H].reshape(B * K, 1, H // K, D), *kv, mask)
             x = _matmul(y.reshape(B, H * D), o, x)
             h = self.norm(x, norm2)
             x = _matmul(F.silu(_matmul(h, gate)).mul_(_matmul(h, up)), down, x)
         cache.length += 1
-        norm, head = self.output
+        norm, head = self.last
         return _matmul(self.norm(x, norm), head)
 
 # %% ../../nbs/model/02_generation.ipynb #fdadcbc5
@@ -386,14 +386,9 @@ def _normalize_roles(prompt) -> list[dict]:
             " dict(role='user', content='…'). For several texts at once use"
             " minigpt.model.generate_batch"
         )
-    if bad := [
-        r
-        for m in prompt
-        if not isinstance(r := m.get("role"), str) or r.strip().lower() not in ROLES
-    ]:
-        raise ValueError(
-            f"the role {bad[0]!r} of a message must be user, assistant, system or tool"
-        )
+    for m in prompt:
+        if not isinstance(r := m.get("role"), str) or r.strip().lower() not in ROLES:
+            raise ValueError(f"the role {r!r} of a message must be user, assistant, system or tool")
     return [{**m, "role": ROLES[m["role"].strip().lower()]} for m in prompt]
 
 

@@ -121,14 +121,10 @@ class GPTConfig:
         if self.head_dim is None:
             if self.dim % self.n_head:
                 below = self.dim - self.dim % self.n_head
-                near = (
-                    f"nearest are {below} and {below + self.n_head}"
-                    if below
-                    else f"the nearest is {self.n_head}"
-                )
+                near = " or ".join(str(n) for n in (below, below + self.n_head) if n)
                 raise ValueError(
-                    f"dim={self.dim} must be a multiple of n_head={self.n_head}; {near}; or set"
-                    " head_dim"
+                    f"dim={self.dim} must be a multiple of n_head={self.n_head}, such as {near}; or"
+                    " set head_dim"
                 )
             object.__setattr__(self, "head_dim", self.dim // self.n_head)
         check_size("head_dim", self.head_dim, MOST["head_dim"])
@@ -418,7 +414,7 @@ class Attention(nn.Module):
             k, v = past(k, v)  # (B, K, positions, D)
         if (shared := q.shape[1] // k.shape[1]) > 1:
             if T == 1:
-                # (B, K, shared, D): heads that share keys take the place of positions
+                # (B, K, shared, D): treat the heads that share keys as positions
                 q = q.reshape(B, -1, shared, self.D)
             else:
                 k, v = (t.repeat_interleave(shared, 1) for t in (k, v))  # (B, H, positions, D)
@@ -628,8 +624,8 @@ class KVCache:
             )
         if self.length + T > self.max_len:
             raise ValueError(
-                f"the cache has room for {self.max_len} tokens and holds {self.length}; {T} more do"
-                " not fit; create a KVCache with a larger max_len"
+                f"the cache holds {self.length} of at most {self.max_len} tokens; {T} more do not"
+                " fit; create a KVCache with a larger max_len"
             )
 
 # %% ../../nbs/model/01_gpt.ipynb #7e443678
@@ -798,7 +794,7 @@ class GPT(LanguageModel):
         self,
         input_ids: Tensor,  # (B, T) int64
         labels: Tensor,  # (B, T) int64: the token to predict *at* each position; -100: none
-        n_targets: int | Tensor | None = None,  # Labels of the whole batch; default: of this one
+        n_targets: int | Tensor | None = None,  # Labels of the entire batch; default: of this one
         rows: Tensor | None = None,  # (B, T), see `hidden`
     ) -> Tensor:  # () cross-entropy in nats: the sum over this batch / `n_targets`
         "Return the cross-entropy of the labels."
