@@ -870,10 +870,8 @@ _NOISE_KEYS = *(n for n in _TESS_KEYS if n != "mask_id"), "dropout"
 # %% ../nbs/03_diffusion.ipynb #e73b188a
 def _read_keys(config: str | Path | dict) -> dict:
     "Return the keys of a configuration that have an effect; raise `ValueError` for an unknown one."
-    if isinstance(config, dict):
-        d, where = dict(config), "the configuration"
-    else:
-        d, where = read_options(config), config
+    d = dict(config) if isinstance(config, dict) else read_options(config)
+    where = "the configuration" if isinstance(config, dict) else config
     options = without_idle({k: v for k, v in d.items() if k not in _FILE_KEYS})
     d = {k: d[k] for k in d if k in _FILE_KEYS} | options
     known = (*_FILE_KEYS, *_NOISE_KEYS, *TrainConfig.names())

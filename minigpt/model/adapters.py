@@ -353,8 +353,5 @@ def lora(
     seed: int = 0,  # Initialises the adapter
 ) -> LoRAGPT:  # For `fit`; shares the base's weights
     "Return a model with frozen base weights and a trainable adapter."
-    return LoRAGPT(
-        model,
-        LoRAConfig(r=r, alpha=alpha, targets=targets, dropout=dropout, root_scale=root_scale),
-        seed,
-    )
+    config = LoRAConfig(r=r, alpha=alpha, targets=targets, dropout=dropout, root_scale=root_scale)
+    return LoRAGPT(model, config, seed)

@@ -535,9 +535,8 @@ def linear_cross_entropy(
     if not keep.all():
         hidden, labels = hidden[keep], labels[keep]
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(
-            hidden, weight, labels, n_targets, torch.is_grad_enabled(), dtype
-        )
+        grad = torch.is_grad_enabled()
+        return _LinearCrossEntropy.apply(hidden, weight, labels, n_targets, grad, dtype)
 
 # %% ../../nbs/model/01_gpt.ipynb #284b5d49
 class _LinearLogProbs(torch.autograd.Function):

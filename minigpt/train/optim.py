@@ -42,10 +42,8 @@ def adamw(
     device: str,  # The model's device
 ) -> torch.optim.AdamW:
     "Return AdamW (Loshchilov and Hutter 2019) for all trainable parameters."
-    return torch.optim.AdamW(
-        _param_groups([p for p in model.parameters() if p.requires_grad], config),
-        **_adamw_options(config, device),
-    )
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(_param_groups(params, config), **_adamw_options(config, device))
 
 # %% ../../nbs/train/02_optim.ipynb #b48eb099
 # Jordan's coefficients: steep at zero, so that small singular values grow fast
@@ -88,9 +86,8 @@ class Muon(torch.optim.Optimizer):
         self.adamw = torch.optim.AdamW(others, lr=lr, **adamw) if others else None
         groups = [*self.adamw.param_groups] if others else []
         if matrices:
-            groups.append(
-                dict(params=matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
-            )
+            options = dict(lr=lr, weight_decay=weight_decay, momentum=momentum)
+            groups.append(dict(params=matrices, **options))
         super().__init__(groups, {})
 
     @torch.no_grad()
@@ -127,11 +124,8 @@ class Muon(torch.optim.Optimizer):
         half = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 0)
         x = orthogonal(x.bfloat16() if half else x).to(x.dtype)
         torch._foreach_mul_(params, 1 - g["lr"] * g["weight_decay"])
-        torch._foreach_add_(
-            params,
-            [u.mT if t else u for u, t in zip(x, tall)],
-            alpha=-g["lr"] * 0.2 * math.sqrt(x.shape[-1]),
-        )
+        update = [u.mT if t else u for u, t in zip(x, tall)]
+        torch._foreach_add_(params, update, alpha=-g["lr"] * 0.2 * math.sqrt(x.shape[-1]))
 
 # %% ../../nbs/train/02_optim.ipynb #ad50196e
 def muon(
@@ -148,12 +142,8 @@ def muon(
     params = [p for p in model.parameters() if p.requires_grad]
     inner = [p for p in params if p.dim() == 2 and id(p) not in outer]
     inner_ids = {id(p) for p in inner}
-    return Muon(
-        inner,
-        _param_groups([p for p in params if id(p) not in inner_ids], config),
-        weight_decay=config.weight_decay,
-        **_adamw_options(config, device),
-    )
+    others = _param_groups([p for p in params if id(p) not in inner_ids], config)
+    return Muon(inner, others, weight_decay=config.weight_decay, **_adamw_options(config, device))
 
 # %% ../../nbs/train/02_optim.ipynb #e6df0de5
 def make_optimizer(

@@ -168,9 +168,8 @@ class _Distributor(_ProcessGroup):
         with self.together():
             if self.rank:
                 # trusted: it comes from a process of this training
-                package = torch.load(
-                    io.BytesIO(message.numpy()), map_location=device, weights_only=False
-                )
+                data = io.BytesIO(message.numpy())
+                package = torch.load(data, map_location=device, weights_only=False)
         self.idle = True
         return package
 
@@ -271,11 +270,8 @@ def _torchrun_team() -> Team:
     """Return the process group of the next training of a script.
 
     Its key prefix is unique, so that it does not read addresses of the previous group."""
-    return Team(
-        launched(),
-        int(os.environ["WORLD_SIZE"]),
-        dist.PrefixStore(f"training {next(_trainings)}", _get_store()),
-    )
+    store = dist.PrefixStore(f"training {next(_trainings)}", _get_store())
+    return Team(launched(), int(os.environ["WORLD_SIZE"]), store)
 
 # %% ../../nbs/train/04_parallel.ipynb #5c3d4ee0
 _WORKER = "import os; from minigpt.train.trainer import help_out; help_out(); os._exit(0)"

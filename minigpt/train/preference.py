@@ -33,11 +33,8 @@ def dpo_loss(
     For `sigmoid_norm`, the four log-probabilities are means over the tokens of an answer."""
     won, lost = beta * (chosen - chosen_reference), beta * (rejected - rejected_reference)
     margin = won - lost
-    return (
-        -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing,
-        won.detach(),
-        lost.detach(),
-    )
+    losses = -F.logsigmoid(margin) * (1 - label_smoothing) - F.logsigmoid(-margin) * label_smoothing
+    return losses, won.detach(), lost.detach()
 
 # %% ../../nbs/train/03_preference.ipynb #53cb0c9b
 def _sum_by_row(
@@ -174,17 +171,11 @@ def add_reference(
     if todo:
         device, file = next(model.parameters()).device, reference.create(known)
         model.eval()
-        for start in tqdm(
-            range(0, len(todo), batch_size),
-            desc="reference",
-            unit="batch",
-            disable=not progress,
-            dynamic_ncols=True,
-        ):
+        bar = dict(desc="reference", unit="batch", disable=not progress, dynamic_ncols=True)
+        for start in tqdm(range(0, len(todo), batch_size), **bar):
             index = np.array(todo[start : start + batch_size])
-            batch = {
-                k: torch.from_numpy(v).to(device) for k, v in data.windows(index, seq_len).items()
-            }
+            windows = data.windows(index, seq_len).items()
+            batch = {k: torch.from_numpy(v).to(device) for k, v in windows}
             n = int(batch["rows"].max()) + 1
             for k, prefix in enumerate(("", "rejected_")):
                 side = (batch[prefix + k] for k in ("input_ids", "labels", "rows"))

@@ -271,9 +271,7 @@ def decide_compile(
 
     with throw_away(model):
         if how == "auto":
-            if measure() * micro_steps < least:
-                return False
-            if (eager := median()) * micro_steps < least:
+            if measure() * micro_steps < least or (eager := median()) * micro_steps < least:
                 return False
             logger.info(
                 f"{human_time(eager * micro_steps)} of training without torch.compile; measuring it"
