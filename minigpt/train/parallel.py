@@ -266,7 +266,7 @@ _get_store = cache(lambda: next(dist.rendezvous("env://", timeout=_TIMEOUT))[0])
 _trainings = itertools.count()
 
 
-def _torchrun_team() -> Team:
+def _torchrun_group() -> Team:
     """Return the process group of the next training of a script.
 
     Its key prefix is unique, so that it does not read addresses of the previous group."""
@@ -313,7 +313,7 @@ def _local_interface():
 def join() -> Team:
     "Join the process group, in a worker."
     if launched() is not None:
-        return _torchrun_team()
+        return _torchrun_group()
     rank, size, parent = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.getppid()
     store = dist.FileStore(os.environ["MINIGPT_TEAM"], size)
     store.set(f"here {rank}", "")
@@ -324,14 +324,14 @@ def join() -> Team:
     return Team(rank, size, store)
 
 # %% ../../nbs/train/04_parallel.ipynb #c5117613
-def _check_torchrun(devices: int) -> Team | None:
+def _join_torchrun(devices: int) -> Team | None:
     "Return the process group under torchrun; None for a single process."
     if devices not in (1, size := int(os.environ["WORLD_SIZE"])):
         raise ValueError(
             f"devices={devices}, but torchrun has started {size} processes; omit devices, since"
             " torchrun determines it"
         )
-    return _torchrun_team() if size > 1 else None
+    return _torchrun_group() if size > 1 else None
 
 
 def _check_devices(devices: int, device: str):
@@ -379,7 +379,7 @@ def assemble(
 ) -> Team | None:  # None: a single process
     "Create the process group on rank 0; raise `ValueError` without that many devices."
     if launched() is not None:
-        return _check_torchrun(devices)
+        return _join_torchrun(devices)
     if devices == 1:
         return None
     _check_devices(devices, device)
