@@ -547,7 +547,7 @@ FILES_OF_OTHERS = {
     "tools.py": (
         lambda f: f.write_text("def f(:\n"),
         lambda d: tools_from_file(d / "run/tools.py"),
-        ["tools.py stopped with SyntaxError", "must run by itself"],
+        ["tools.py failed with SyntaxError", "must run on its own"],
     ),
     "options.json": (
         lambda f: f.write_text('{"batch_size": 8, // rows\n}'),

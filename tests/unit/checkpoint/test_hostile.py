@@ -583,10 +583,10 @@ def test_other_values_of_a_config(copy, change):
 def test_sizes_that_are_possible_one_by_one():
     with pytest.raises(
         ValueError,
-        match=r"vocab_size=16,777,216, dim=131,072.*has 2,250,566,402,048 parameters; it may have",
+        match=r"vocab_size=16,777,216, dim=131,072.*has 2,250,566,402,048 parameters; the limit is",
     ):
         GPTConfig(vocab_size=1 << 24, dim=1 << 17, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=8)
-    with pytest.raises(ValueError, match="parameters; it may have"):
+    with pytest.raises(ValueError, match="parameters; the limit is"):
         TessConfig(vocab_size=1 << 24, dim=1 << 17, n_layer=1, n_head=2, ffn_dim=8)
 
 

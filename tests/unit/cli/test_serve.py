@@ -204,7 +204,7 @@ def test_the_same_seed_the_same_text(client):
         (dict(n=2), openai.BadRequestError, "n is 2"),
         (dict(logprobs=True), openai.BadRequestError, "logprobs"),
         (dict(temperature=-1), openai.BadRequestError, "temperature"),
-        (dict(model="gpt-9"), openai.NotFoundError, "there is scripted, plain"),
+        (dict(model="gpt-9"), openai.NotFoundError, "available: scripted, plain"),
         (dict(messages=[]), openai.BadRequestError, "at least one"),
         (dict(messages=[dict(role="robot", content="x")]), openai.BadRequestError, "robot"),
         (dict(tool_choice="required", tools=[WEATHER]), openai.BadRequestError, "tool_choice"),
@@ -428,7 +428,7 @@ def test_old_turns_are_left_out_and_the_system_prompt_is_not(model, tok):
         and "day 11?" in read
     )
     before = [*chat.messages]
-    with pytest.raises(ValueError, match="too long for the model"):
+    with pytest.raises(ValueError, match="max_len is 800; shorten them"):
         list(chat.send("no " * 999))
     assert chat.messages == before and tok.decode(chat._prompt([])) == read
 

@@ -115,7 +115,7 @@ def test_weights_in_memory(tensors, tmp_path):
     "A tied model does not take them over, and an export of a `.pth` file uses them"
     config, weights = tensors
     shape = from_hf(json.loads(config))
-    with pytest.raises(ValueError, match="output layer of their own"):
+    with pytest.raises(ValueError, match="separate output layer"):
         GPT(shape).load_weights(weights)
     GPT(shape).load_weights(weights | {HEAD: weights[EMBEDDING]})
     torch.save(weights, tmp_path / "w.pth")

@@ -73,7 +73,7 @@ def reference_adamw(w, m, v, g, lr, decay, b1, b2, t):
 
 @pytest.mark.parametrize("at_once", [1 << 24, 100])
 def test_equals_a_plain_implementation(monkeypatch, at_once):
-    monkeypatch.setattr(optim, "_AT_ONCE", at_once)
+    monkeypatch.setattr(optim, "_STACK_SIZE", at_once)
     rng = np.random.default_rng(0)
     shapes = [(8, 8), (6, 12), (12, 6), (6, 12), (1, 5), (7,), (9, 4)]  # the last two: for AdamW
     params = [nn.Parameter(torch.tensor(rng.normal(size=s))) for s in shapes]

@@ -191,7 +191,7 @@ def test_a_helper_that_dies(text, alone, tmp_path):
     with pytest.raises(
         RuntimeError,
         match=(
-            "gone: process 1 of 2 ended with code -9. The same call goes on from the last"
+            "stopped: process 1 of 2 exited with code -9. The same call resumes from the last"
             " checkpoint"
         ),
     ):
@@ -205,7 +205,7 @@ def test_a_helper_that_dies(text, alone, tmp_path):
 
 def test_a_helper_that_cannot_be_started(monkeypatch):
     "The other one does not stay"
-    started, real = [], parallel._start
+    started, real = [], parallel._start_worker
 
     def start(rank, size, place):
         if rank == 2:
@@ -213,7 +213,7 @@ def test_a_helper_that_cannot_be_started(monkeypatch):
         started.append((real(rank, size, place), Path(place).parent))
         return started[-1][0]
 
-    monkeypatch.setattr("minigpt.train.parallel._start", start)
+    monkeypatch.setattr("minigpt.train.parallel._start_worker", start)
     with pytest.raises(OSError, match="allocate"):
         parallel.assemble(3, "cpu")
     helper, place = started[0]

@@ -367,7 +367,7 @@ def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
     """Also for rows without a label, no rows, and extreme chances.
 
     Chances too small for fp16, and next to 1, of which bf16 knows two digits."""
-    monkeypatch.setattr(minigpt.model.gpt, "_rows_at_once", lambda *a: rows)
+    monkeypatch.setattr(minigpt.model.gpt, "_chunk_size", lambda *a: rows)
     for n, scale, known in (
         (600, 1.0, False),
         (77, 8.0, False),
