@@ -73,7 +73,7 @@ SEQ, BATCHES = 512, 1000
 # --- the files ------------------------------------------------------------------------------------
 def base_rows(kind: str, folder: Path) -> list[dict]:
     "Good rows, as they stand in the files."
-    from minigpt.data.corpus import write_corpus, write_talks
+    from minigpt.data.corpus import write_conversations, write_corpus
     from minigpt.data.readers import parse_row
 
     files = [f for n in KINDS[kind] if (f := SHARED / f"{n}.jsonl").exists()]
@@ -83,7 +83,7 @@ def base_rows(kind: str, folder: Path) -> list[dict]:
         if kind == "text":
             write_corpus(files[0], 8)
         else:
-            write_talks(files[0])
+            write_conversations(files[0])
     return [
         json.loads(line)
         for f in files

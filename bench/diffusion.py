@@ -48,14 +48,14 @@ def restored(run, steps, texts, seq_len, **how) -> float:
     import torch
 
     from minigpt.data.tokensets import open_set
-    from minigpt.diffusion import draw_blanks, fill
+    from minigpt.diffusion import fill, mask_spans
 
     valid, model = open_set(run.path / "data" / "valid"), run.model()
     w = {
         k: torch.from_numpy(v)
         for k, v in valid.windows(np.arange(min(texts, valid.n_windows(seq_len))), seq_len).items()
     }
-    blank = draw_blanks(w["rows"] >= 0, "spans", torch.Generator().manual_seed(1))
+    blank = mask_spans(w["rows"] >= 0, "spans", torch.Generator().manual_seed(1))
     ids, real = w["input_ids"], w["rows"] >= 0
     if steps:
         made = fill(model, ids, blank, steps=steps, temperature=0, seed=1, real=real, **how)

@@ -49,22 +49,22 @@ def redraws(times: int):
     from minigpt.run import metrics as monitor
 
     print(f"{'points':>8}  {'drawn on':34} {'ms':>6} {'cpu ms':>7}")
-    decimate = monitor.decimate
+    downsample = monitor.downsample
     for n in 1_000, 100_000:
         curves = monitor.Curves(rows(n))
-        kept = monitor.LossPicture()
+        kept = monitor.LossFigure()
 
         def full():
-            monitor.decimate = lambda x, y, width: (x, y)
+            monitor.downsample = lambda x, y, width: (x, y)
             try:
                 kept.png(curves)
             finally:
-                monitor.decimate = decimate
+                monitor.downsample = downsample
 
         for name, f in {
             "the same figure, decimated": lambda: kept.png(curves),
             "the same figure, all points": full,
-            "a fresh figure, decimated": lambda: monitor.LossPicture().png(curves),
+            "a fresh figure, decimated": lambda: monitor.LossFigure().png(curves),
             "plot_losses, fresh (at a save)": (
                 lambda: monitor.plot_losses(curves).savefig(io.BytesIO(), format="png")
             ),

@@ -3,7 +3,7 @@
     python -m bench.tool_calls               # train first: four minutes on two cores
     python -m bench.tool_calls --run DIR     # ask the model of a run or of a checkpoint
 
-The model of --run may have been trained on anything. `minigpt.data.call_prompts` asks for its
+The model of --run may have been trained on anything. `minigpt.data.tool_prompts` asks for its
 functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
 those that no conversation of `call` has. The answer is the most likely one, and it counts as
     parsable    it calls something, and can be read
@@ -103,7 +103,7 @@ def main():
     p.add_argument("--show", type=int, default=5, help="wrong answers to print")
     a = p.parse_args()
     from minigpt.checkpoint.store import load_model
-    from minigpt.data.corpus import TOOLS, call_prompts
+    from minigpt.data.corpus import TOOLS, tool_prompts
     from minigpt.model.generation import generate_batch
     from minigpt.run.folder import open_run
     from minigpt.tokenizer.bpe import load_tokenizer
@@ -119,7 +119,7 @@ def main():
                 f"trained in {time.perf_counter() - began:.0f} s: {model.config.n_params:,}"
                 " parameters"
             )
-    asked, said = call_prompts(a.n, a.seed), []
+    asked, said = tool_prompts(a.n, a.seed), []
     for i in range(0, a.n, 25):
         prompts = [tok.encode_prompt(messages) for messages, _ in asked[i : i + 25]]
         said += map(

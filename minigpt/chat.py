@@ -19,7 +19,7 @@ from typing import Annotated, Any, get_type_hints
 
 from .checkpoint.store import open_model
 from .model.generation import generate, parse_tool_calls, text_pieces
-from .model.gpt import GPT, need_gpt
+from .model.gpt import GPT, check_gpt
 from .tokenizer.bpe import Tokenizer
 
 # %% ../nbs/01_chat.ipynb #fcb2fab9
@@ -409,7 +409,7 @@ class Chat:
         seed: int | None = None,  # The same seed gives the same answers
     ):
         self.model, self.tokenizer = open_model(model, tokenizer)
-        need_gpt(self.model, "a chat")
+        check_gpt(self.model, "a chat")
         self.tools = tools if isinstance(tools, Tools) else Tools(tools or ())
         self.system, self.thinking, self.max_rounds = system, thinking, max_rounds
         self.temperature, self.top_p, self.top_k, self.seed = temperature, top_p, top_k, seed

@@ -22,13 +22,13 @@ from typer.core import TyperCommand, TyperGroup
 from minigpt.config.options import (
     PATIENCE,
     TrainConfig,
+    drop_ignored_options,
     elsewhere,
     other_programs,
     read_options,
-    without_idle,
 )
-from .core.files import at_home, plain
-from .data.registry import Mix, all_here, list_datasets, locate, mix
+from .core.files import expand_home, plain
+from .data.registry import Mix, list_datasets, locate, mix, require_files
 
 # %% ../nbs/06_cli.ipynb #32b14e48
 def _dash(name: str) -> str:
@@ -46,7 +46,7 @@ def _expand_home(value):
     "Expand `~` in paths, which a shell does not do in `--output=~/x`."
     if isinstance(value, list):
         return [*map(_expand_home, value)]
-    return at_home(value) if isinstance(value, Path) else value
+    return expand_home(value) if isinstance(value, Path) else value
 
 
 class _App(typer.Typer):
@@ -223,7 +223,7 @@ def full_data(
         (p / "run.json").exists()
         for p in [folder, *([Path(backup) / folder.name] if backup else [])]
     )
-    return mix(FULL_DATA if exists else all_here(FULL_DATA))
+    return mix(FULL_DATA if exists else require_files(FULL_DATA))
 
 # %% ../nbs/06_cli.ipynb #61b56234
 def where_to_resume(
@@ -259,7 +259,7 @@ def run_name(data) -> str:
         data = data.parts[0][0]
     elif isinstance(data, list):
         data = data[0]
-    path = at_home(str(data))
+    path = expand_home(str(data))
     full_path, wildcards = Path(os.path.abspath(path)), "" if path.exists() else "*?[]"
     for p in (full_path, *full_path.parents):
         name = p.name.lstrip(".").split(".")[0]
@@ -330,7 +330,7 @@ def _merge_options(
     "Return the options of the presets, overridden by those of the configuration file."
     from minigpt.train import presets
 
-    config = without_idle(read_options(config_file), typer.echo) if config_file else {}
+    config = drop_ignored_options(read_options(config_file), typer.echo) if config_file else {}
     recipe, stage, hardware = (
         value or config.pop(k, None)
         for k, value in dict(recipe=recipe, stage=stage, hardware=hardware).items()
@@ -356,13 +356,13 @@ def _add_adapter(model, rank: int | None, alpha: float | None, targets):
     if rank is None:
         return model
     from minigpt.checkpoint.store import load_model
-    from minigpt.core.files import on_hub
+    from minigpt.core.files import hub_hint
     from minigpt.model.adapters import lora
 
     if not isinstance(model, str) or not Path(model).is_dir():
         raise ValueError(
             f"lora_r={rank} trains an adapter of a trained model; config={model!r} must be its"
-            f" directory{on_hub(model) if isinstance(model, str) else ''}"
+            f" directory{hub_hint(model) if isinstance(model, str) else ''}"
         )
     return lora(
         load_model(model),
@@ -486,11 +486,11 @@ def _load_model(path: Path, which: str | None = None):
     if has("run.json") or not (has("config.json") or has("adapter_config.json")):
         run = open_run(path)
         return run.model(which), run.tokenizer
-    from minigpt.checkpoint.store import home_of, load_model
+    from minigpt.checkpoint.store import load_model, model_dir
     from minigpt.tokenizer.bpe import load_tokenizer
 
     model = load_model(path)
-    return model, load_tokenizer(home_of(model) or path)
+    return model, load_tokenizer(model_dir(model) or path)
 
 # %% ../nbs/06_cli.ipynb #1160559f
 _Temperature = _option(float, "sampling temperature; 0: greedy decoding")
@@ -607,13 +607,13 @@ def runs(
     verify: _option(bool, "compare every file of one run with its hash") = False,
 ):
     "List runs, or all that one run has saved."
-    from minigpt.core.files import within_time
+    from minigpt.core.files import call_with_timeout
     from minigpt.run.folder import ANSWER, list_runs, open_run, run_table, runs_table
 
-    if within_time((folder / "run.json").exists, ANSWER, folder):
+    if call_with_timeout((folder / "run.json").exists, ANSWER, folder):
         typer.echo(run_table(open_run(folder), verify))
         return
-    found = within_time(lambda: list_runs(folder), ANSWER, folder)
+    found = call_with_timeout(lambda: list_runs(folder), ANSWER, folder)
     typer.echo(
         runs_table(found) if found else f"no runs in {folder}/; `minigpt train FILE` starts one"
     )
@@ -699,10 +699,10 @@ def bench(
     """Measure training speed on this machine.
 
     It shows tokens/s, utilisation, memory, and how long `--max-steps` would take."""
-    from minigpt.run.metrics import Shown, listening
+    from minigpt.run.metrics import ConsoleHandler, log_to
     from minigpt.train.speed import benchmark, benchmark_table
 
-    with listening(Shown()):
+    with log_to(ConsoleHandler()):
         result = benchmark(config, TrainConfig.make(**options), seconds)
     typer.echo(benchmark_table(result))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from .config.options import TrainConfig
 from .config.schedule import checkpoint_size, storage_plan
 from .core.files import free_space, human_size
-from .run.backup import COLAB_MOUNT, BackupError, check_there, on_colab
+from .run.backup import COLAB_MOUNT, BackupError, check_backup_folder, on_colab
 
 # %% ../nbs/05_colab.ipynb #abb38070
 MOUNT = COLAB_MOUNT  # Mount point of Drive
@@ -63,7 +63,7 @@ def setup(
         backup = str(instead or "")
     if backup:
         try:
-            check_there(backup)
+            check_backup_folder(backup)
         except (BackupError, OSError) as e:
             say(str(e))
             backup = ""

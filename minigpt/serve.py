@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from .chat import Answer
 from .checkpoint.store import open_model
-from .model.gpt import GPT, need_gpt
+from .model.gpt import GPT, check_gpt
 from .tokenizer.bpe import Tokenizer
 
 # %% ../nbs/02_serve.ipynb #5c15343c
@@ -517,7 +517,7 @@ class Server(ThreadingHTTPServer):
         opened = lambda m: m if isinstance(m, (tuple, list)) else open_model(m)
         self.models = {name: opened(m) for name, m in models.items()}
         for model, _ in self.models.values():
-            need_gpt(model, "OpenAI's API")
+            check_gpt(model, "OpenAI's API")
         self.created, self.lock, self.local = int(time.time()), threading.Lock(), host in _LOCAL
         self.stopping = threading.Event()  # once set, no token is generated
         if ":" in host:

@@ -36,8 +36,8 @@ from minigpt.checkpoint.headers import (
     torch_file,
 )
 from minigpt.core.files import (
-    at_home,
     dir_size,
+    expand_home,
     free_space,
     hash_bytes,
     hidden,
@@ -943,7 +943,7 @@ def create_demo(
     from minigpt.model.gpt import GPTConfig, to_hf
 
     config = GPTConfig.preset(config) if isinstance(config, str) else config
-    folder = at_home(folder)
+    folder = expand_home(folder)
     path = folder / f"checkpoint_step_{steps}.pt"
     if path.exists() and not overwrite:
         raise FileExistsError(

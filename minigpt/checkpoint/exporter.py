@@ -43,10 +43,10 @@ from minigpt.checkpoint.store import (
     write_safetensors,
 )
 from minigpt.core.files import (
-    at_home,
     delete,
     dir_size,
-    free_said,
+    expand_home,
+    format_free_space,
     human_size,
     new_dir,
     read_json,
@@ -54,9 +54,9 @@ from minigpt.core.files import (
 )
 from ..core.picture import figure
 from ..core.tables import html_table, text_table
-from ..data.tokensets import open_set, spread_over
+from ..data.tokensets import evenly_spaced, open_set
 from ..model.adapters import LoRAGPT
-from ..model.gpt import GPT, GPTConfig, LanguageModel, from_hf, need_gpt
+from ..model.gpt import GPT, GPTConfig, LanguageModel, check_gpt, from_hf
 from ..model.quantization import group_shape, quantize
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
@@ -175,7 +175,11 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
 # %% ../../nbs/checkpoint/03_exporter.ipynb #9df33bee
 def _resolve(source) -> Path | LanguageModel:
     "Return the path of a source or run; a model in memory unchanged."
-    return source if isinstance(source, LanguageModel) else at_home(getattr(source, "path", source))
+    return (
+        source
+        if isinstance(source, LanguageModel)
+        else expand_home(getattr(source, "path", source))
+    )
 
 
 def _find_path(source) -> Path:
@@ -459,8 +463,8 @@ def _write_export(out: Path, job: _Job, state: Path | None, metrics: bool, repla
         raise
     except OSError as e:
         raise CheckpointError(
-            f"{out} could not be written: {e} ({free_said(out)} there). Make room, or choose"
-            " another directory"
+            f"{out} could not be written: {e} ({format_free_space(out)} there). Make room,"
+            " or choose another directory"
         ) from e
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #13843dd7
@@ -507,7 +511,7 @@ def export(
             f"metrics=True keeps trainer_state.json, and {job.folder or 'the source'} has none"
         )
     name = (precision if weights_only else "full") + "-zst" * compress
-    out = at_home(out) if out else _default_out(source, name)
+    out = expand_home(out) if out else _default_out(source, name)
     _check_out(out, source, replace)
     with _count_bytes(job.total, out.name, progress) as count:
         _write_export(out, job, state, metrics, replace, count)
@@ -517,14 +521,14 @@ def export(
 @torch.no_grad()
 def _evaluate(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Tensor]:
     "Return the mean loss in nats and the most likely tokens, at positions with a label."
-    need_gpt(model, "this measurement of the loss")
+    check_gpt(model, "this measurement of the loss")
     n = data.n_windows(seq_len)
     if not n:
         raise ValueError(
             f"the data has no sequence of seq_len={seq_len}; use a smaller one, or more data"
         )
     total, best = 0.0, []
-    for i in spread_over(n, sequences):
+    for i in evenly_spaced(n, sequences):
         b = {k: torch.from_numpy(v) for k, v in data.windows(np.array([i]), seq_len).items()}
         mask = b["labels"] != -100
         logits = F.linear(model.hidden(b["input_ids"], rows=b.get("rows"))[mask], model.head)
@@ -653,11 +657,11 @@ def export_onnx(
             return F.linear(self.model.hidden(ids, rows=torch.zeros_like(ids)), self.model.head)
 
     source = _resolve(source)
-    out = at_home(out) if out else _default_out(source, "onnx")
+    out = expand_home(out) if out else _default_out(source, "onnx")
     _check_out(out, source, replace)
     shape, weights, folder = _open_source(source, config)
     model = weights.fill(shape.build())
-    need_gpt(model, "ONNX export")
+    check_gpt(model, "ONNX export")
     graph = Logits(model).eval()
     with new_dir(out, replace) as d, torch.no_grad():
         torch.onnx.export(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'BITS', 'PRECISIONS', 'DType', 'Refused', 'TooMuch', 'Reader', 'safetensors_header', 'printable', 'Named',
-           'Call', 'Storage', 'StoredTensor', 'follow_pickle', 'TorchFile', 'torch_file', 'tensors_in', 'foreign',
+           'Call', 'Storage', 'StoredTensor', 'interpret_pickle', 'TorchFile', 'torch_file', 'tensors_in', 'foreign',
            'jsonable']
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #822c7cc9
@@ -490,7 +490,7 @@ _OBJECTS: _Handlers = {
 _HANDLERS: _Handlers = {op: f for ops, f in (_PLAIN | _OBJECTS).items() for op in ops.split()}
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #828b2515
-def follow_pickle(
+def interpret_pickle(
     f,  # An open file, at the beginning of a pickle
     names: Counter,  # Counts each class and function that the pickle names
     to_load: bool = False,  # Also refuse what would take too much time or memory to load
@@ -534,7 +534,7 @@ _PARSE_ERRORS += EOFError, RuntimeError, struct.error, zipfile.BadZipFile
 def torch_file(
     path: Path,
     names: Counter,  # Counts each class and function that its pickles name
-    to_load: bool = False,  # As for `follow_pickle`
+    to_load: bool = False,  # As for `interpret_pickle`
 ) -> TorchFile:
     "Describe a `torch.save` file. Raises `Refused` if it is something else or truncated."
     with Reader(path) as f:
@@ -552,7 +552,7 @@ def torch_file(
 # %% ../../nbs/checkpoint/01_headers.ipynb #d180622a
 def _read_legacy(f, size: int, names: Counter, to_load: bool) -> TorchFile:
     "Read the format before torch 1.6."
-    follow = lambda: follow_pickle(f, names, to_load)
+    follow = lambda: interpret_pickle(f, names, to_load)
     top, spans = follow()
     if top != 0x1950A86A20F9469CFC6C:
         return TorchFile(top, {}, spans, size)  # a pickle, but not from torch
@@ -627,7 +627,7 @@ def _read_zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
         if main.file_size > _MAX_BYTES:
             limit = human_size(_MAX_BYTES)
             raise TooMuch(f"it has {human_size(main.file_size)}, more than the limit of {limit}")
-        top, spans = follow_pickle(io.BytesIO(z.read(main)), names, to_load)
+        top, spans = interpret_pickle(io.BytesIO(z.read(main)), names, to_load)
         return TorchFile(top, records, spans, main.file_size)
     except _PARSE_ERRORS as e:
         why = f"its pickle cannot be interpreted ({printable(str(e)) or type(e).__name__})"
@@ -637,7 +637,7 @@ def _read_zip(f, size: int, names: Counter, to_load: bool) -> TorchFile:
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #0656c502
 def tensors_in(
-    x,  # An object from `follow_pickle`
+    x,  # An object from `interpret_pickle`
     name: str = "",  # Its path
     depth: int = 0,  # Maximum: 32
     seen: set | None = None,  # Ids of visited objects
@@ -677,7 +677,7 @@ _TRAINER = re.compile(  # for the Trainer's training_args.bin
 
 
 def foreign(
-    names: Iterable[str],  # From `follow_pickle`
+    names: Iterable[str],  # From `interpret_pickle`
     file: str = "",  # File name; `training_args.bin` may name the Trainer's classes
 ) -> list[str]:
     "Return the names that do more than rebuild tensors and plain values."
@@ -686,7 +686,7 @@ def foreign(
 
 # %% ../../nbs/checkpoint/01_headers.ipynb #2ddfe34b
 def jsonable(
-    x,  # An object from `follow_pickle`, or a part of one
+    x,  # An object from `interpret_pickle`, or a part of one
     budget: list[int] | None = None,  # Number of objects left to copy; default: 20,000
     depth: int = 0,  # Maximum: 8
 ):  # Dicts, lists, strings, numbers

@@ -6,8 +6,8 @@
 __all__ = ['CheckpointError', 'State', 'pack_optimizer', 'unpack_optimizer', 'pack_rng', 'unpack_rng', 'write_safetensors',
            'write_manifest', 'Defect', 'problem', 'write_checkpoint', 'state_size', 'read_checkpoint', 'SafeTensors',
            'read_pickle', 'weight_files', 'is_weights', 'Weights', 'read_config', 'open_weights', 'load_model',
-           'find_base', 'home_of', 'Checkpoint', 'CheckpointStore', 'stores_in', 'refuse_links', 'newest', 'run_model',
-           'open_model', 'Saved', 'out_of_memory', 'Writer', 'write_final', 'place_final']
+           'find_base', 'model_dir', 'Checkpoint', 'CheckpointStore', 'stores_in', 'check_no_symlinks', 'newest',
+           'run_model', 'open_model', 'Saved', 'is_out_of_memory', 'Writer', 'write_final', 'place_final']
 
 # %% ../../nbs/checkpoint/02_store.ipynb #4f897d89
 import io
@@ -41,24 +41,24 @@ from .headers import DTYPES, Refused, TooMuch, safetensors_header, torch_file
 from minigpt.core.files import (
     NotAFile,
     Pace,
-    at_home,
     dir_size,
     entries,
-    free_said,
+    expand_home,
+    format_free_space,
     fsync,
     hash_file,
     hidden,
     human_size,
+    is_temporary_error,
     lexists,
-    may_pass,
     memory_use,
     new_dir,
     read_json,
     regular,
     remove_dir,
+    require_inside,
     rest,
     set_aside,
-    stay_inside,
     write_json,
 )
 from ..model.adapters import LoRAConfig, LoRAGPT, adapter_values
@@ -310,7 +310,9 @@ def problem(
     try:
         return _check_files(Path(path), hashes)
     except OSError as e:
-        return Defect("unreadable" if may_pass(e) else "damaged", f"it cannot be read: {e}")
+        return Defect(
+            "unreadable" if is_temporary_error(e) else "damaged", f"it cannot be read: {e}"
+        )
 
 # %% ../../nbs/checkpoint/02_store.ipynb #f9fe6ece
 class _ManifestError(Exception):
@@ -384,9 +386,9 @@ def write_checkpoint(
                 )
     except OSError as e:
         raise CheckpointError(
-            f"{path} could not be written: {e} ({free_said(path)} there, the checkpoint takes about"
-            f" {human_size(state_size(state))}). Earlier checkpoints are untouched. Make room,"
-            " or choose another output_dir"
+            f"{path} could not be written: {e} ({format_free_space(path)} there, the checkpoint"
+            f" takes about {human_size(state_size(state))}). Earlier checkpoints are untouched."
+            " Make room, or choose another output_dir"
         ) from e
     return path
 
@@ -723,7 +725,7 @@ def read_config(
     "Return the model configuration. Raises `CheckpointError` if the directory is not complete."
     if not isinstance(path, (str, Path)):
         raise TypeError(f"{path!r:.80} must be the path of a model directory")
-    path = at_home(path)
+    path = expand_home(path)
     if path.is_file():
         raise CheckpointError(
             f"{path} is a file, and must be a model directory; pass the directory that it is in,"
@@ -783,7 +785,7 @@ def load_model(
     Only a float32 model can be trained. An adapter shares the memory and device of its base.
     """
     if isinstance(path, (str, Path)):
-        path = at_home(path)
+        path = expand_home(path)
     if isinstance(path, Path) and (path / "adapter_config.json").exists():
         return _load_adapter(path, device, dtype, base)
     if base is not None:
@@ -913,7 +915,7 @@ def _load_adapter(path: Path, device: str, dtype: torch.dtype | None, base: GPT 
     return model.eval()
 
 # %% ../../nbs/checkpoint/02_store.ipynb #a57ed8b8
-def home_of(
+def model_dir(
     model,  # Any object
 ) -> Path | None:  # None if it was not loaded from a directory
     "Return the directory of a model or of its base, preferably the one with the tokenizer."
@@ -1001,7 +1003,7 @@ class CheckpointStore:
 
     def save(self, state: State) -> Path:
         "Write a checkpoint, then delete those beyond `keep`."
-        path = stay_inside(
+        path = require_inside(
             self.folder / f"{self.name}-{state.trainer['global_step']}", self.folder.parent
         )
         if lexists(path) and (defect := problem(path)):
@@ -1025,7 +1027,7 @@ class CheckpointStore:
         complete = [c for c in self.all() if not c.problem and c.path != newest and same_kind(c)]
         for c in complete[: max(0, len(complete) + (newest is not None) - self.keep)]:
             if c.path not in self.pinned:
-                remove_dir(stay_inside(c.path, self.folder.parent))
+                remove_dir(require_inside(c.path, self.folder.parent))
 
     def supersede(self, step: int) -> list[Path]:
         "Set aside the checkpoints beyond `step`, after training went back to it."
@@ -1052,7 +1054,7 @@ _RUN_FILES = """
 """
 
 
-def refuse_links(
+def check_no_symlinks(
     folder: str | Path,  # Of a run
 ):
     "Raise `CheckpointError` if something that a run writes is a symbolic link."
@@ -1122,16 +1124,16 @@ def open_model(
         tokenizer = load_tokenizer(tokenizer)
     if not isinstance(source, (LanguageModel, str, Path)) and hasattr(source, "facts"):
         source = source.path  # a `Run`
-    folder = at_home(source) if isinstance(source, (str, Path)) else None
+    folder = expand_home(source) if isinstance(source, (str, Path)) else None
     is_run = folder is not None and (folder / "run.json").exists()
     if tokenizer is None and is_run:
         tokenizer = load_tokenizer(folder / "tokenizer")
     model = source
     if not isinstance(source, LanguageModel):
         model = load_model(run_model(folder) if is_run else source)
-    if tokenizer is None and home_of(model) is None:
+    if tokenizer is None and model_dir(model) is None:
         raise ValueError("the tokenizer of a model in memory is not known; pass tokenizer=")
-    return model, load_tokenizer(home_of(model)) if tokenizer is None else tokenizer
+    return model, load_tokenizer(model_dir(model)) if tokenizer is None else tokenizer
 
 # %% ../../nbs/checkpoint/02_store.ipynb #13607a8c
 @dataclass(frozen=True)
@@ -1152,7 +1154,7 @@ def _copy_size(t: Tensor) -> int:
     return 1 << max(0, n - 1).bit_length() if t.is_cuda else n
 
 # %% ../../nbs/checkpoint/02_store.ipynb #dd3e0ac2
-def out_of_memory(e: BaseException) -> bool:
+def is_out_of_memory(e: BaseException) -> bool:
     "Whether an exception means that torch has run out of memory."
     texts = "can't allocate memory", "not enough memory", "out of memory"
     return isinstance(e, torch.cuda.OutOfMemoryError) or (
@@ -1194,7 +1196,7 @@ class Writer:
                     self.held = step
                 except RuntimeError as e:
                     # pinned memory can run out before other memory does
-                    if not out_of_memory(e):
+                    if not is_out_of_memory(e):
                         raise
                     self.buffers = {}
         if self.held == step:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import orjson
 
-from ..core.files import at_home
+from ..core.files import expand_home
 from ..core.suggest import did_you_mean
 
 # %% ../../nbs/config/01_options.ipynb #8d10e0c2
@@ -262,7 +262,7 @@ def other_programs() -> OtherPrograms:
     return OtherPrograms(**{kind: by_name(tables.values()) for kind, tables in data.items()})
 
 # %% ../../nbs/config/01_options.ipynb #82bd1a7f
-def without_idle(
+def drop_ignored_options(
     options: dict,  # From the configuration file of another program
     say: Callable[[str], None] = print,  # Prints the ignored options
 ) -> dict:  # The remaining options
@@ -442,7 +442,7 @@ class TrainConfig(
         for f in fields(self):
             object.__setattr__(self, f.name, _convert(f, getattr(self, f.name)))
         if self.gdrive_backup_dir.startswith("~"):
-            object.__setattr__(self, "gdrive_backup_dir", str(at_home(self.gdrive_backup_dir)))
+            object.__setattr__(self, "gdrive_backup_dir", str(expand_home(self.gdrive_backup_dir)))
         _check_ranges(self)
 
     @property

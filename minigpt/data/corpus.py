@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EN', 'ENGLISH', 'ZH', 'CHINESE', 'TOOLS', 'NO_TOOL', 'pick', 'take', 'between', 'read_grammar', 'tell', 'tidy',
            'table', 'article', 'facts_en', 'numbers', 'asked', 'number_zh', 'facts_zh', 'story', 'stories',
-           'write_corpus', 'exchange', 'talk', 'write_talks', 'add', 'multiply', 'change', 'count_letter', 'reverse',
-           'price', 'weather', 'alarm', 'phone', 'book', 'schema', 'kept_back', 'request', 'call', 'turns',
-           'write_calls', 'call_prompts', 'preference', 'write_preferences', 'reasoning', 'write_reasoning',
-           'stdlib_text', 'kn_probs', 'discounted', 'trigram_loss']
+           'write_corpus', 'exchange', 'talk', 'write_conversations', 'add', 'multiply', 'change', 'count_letter',
+           'reverse', 'price', 'weather', 'alarm', 'phone', 'book', 'schema', 'is_held_out', 'request', 'call', 'turns',
+           'write_calls', 'tool_prompts', 'preference', 'write_preferences', 'reasoning', 'write_reasoning',
+           'stdlib_text', 'kneser_ney_probs', 'discounted', 'trigram_loss']
 
 # %% ../../nbs/data/05_corpus.ipynb #3dc7410a
 import inspect
@@ -26,7 +26,7 @@ from random import Random
 
 import numpy as np
 
-from ..core.files import at_home, open_new, write_file
+from ..core.files import expand_home, open_new, write_file
 
 # %% ../../nbs/data/05_corpus.ipynb #84690096
 def pick(r: Random, pool: list):
@@ -283,7 +283,7 @@ def write_corpus(
     language: str = "mixed",  # `en`, `zh` or `mixed`
 ) -> Path:  # `path`
     "Write stories up to a size; deterministic. The file appears once it is complete."
-    path = at_home(path)
+    path = expand_home(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp, remaining = path.with_name(f".{path.name}.tmp"), megabytes * 1e6
     with open_new(tmp, -1) as f:
@@ -343,10 +343,10 @@ def talk(
 # %% ../../nbs/data/05_corpus.ipynb #3b4ec4b7
 def _write_rows(path: str | Path, rows: Iterator[dict]) -> Path:
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return write_file(at_home(path), "".join(lines))
+    return write_file(expand_home(path), "".join(lines))
 
 
-def write_talks(
+def write_conversations(
     path: str | Path,  # JSONL file to write, one {"conversations": [...]} per line
     n: int = 12_000,  # Conversations
     seed: int = 0,
@@ -491,14 +491,14 @@ _DRAW_ARGS = dict(
 NO_TOOL = ("No function at hand can tell me that.", "这些函数都帮不上忙。")
 
 
-def kept_back(value: int | str) -> bool:
+def is_held_out(value: int | str) -> bool:
     "Whether this argument value is held out of all conversations."
     return len(str(value)) > 2 and zlib.crc32(str(value).encode()) % 5 == 0
 
 
 def _all_held_out(args: dict) -> bool:
     "Whether all these argument values are held out, except letters."
-    return all(kept_back(v) or k == "letter" for k, v in args.items())
+    return all(is_held_out(v) or k == "letter" for k, v in args.items())
 
 
 def request(
@@ -510,7 +510,7 @@ def request(
     "Return a question for one function."
     sentences = _sentences(zh)
     *questions, answer = sentences[name]
-    fits = _all_held_out if held_out else lambda args: not any(map(kept_back, args.values()))
+    fits = _all_held_out if held_out else lambda args: not any(map(is_held_out, args.values()))
     while not fits(args := _DRAW_ARGS[name](r, zh)):
         pass
     result = TOOLS[name][0](**args)
@@ -586,7 +586,7 @@ def write_calls(
     return _write_rows(path, (dict(conversations=m) for m in rows))
 
 # %% ../../nbs/data/05_corpus.ipynb #85f91d57
-def call_prompts(
+def tool_prompts(
     n: int = 100,  # Questions, the same number for each function
     seed: int = 0,
 ) -> list[tuple[list[dict], dict]]:  # Messages, and the correct call
@@ -701,7 +701,7 @@ def stdlib_text(
             yield text
 
 # %% ../../nbs/data/05_corpus.ipynb #3023a3b5
-def kn_probs(
+def kneser_ney_probs(
     train_ids: np.ndarray,  # (N,) token ids to count
     grams: np.ndarray,  # (M, n) n-grams; the last token is predicted from those before
     vocab_size: int,  # V; ids are below it, and V**n must fit into 63 bits
@@ -760,4 +760,4 @@ def trigram_loss(
     if len(valid) < 3:
         raise ValueError(f"valid_ids has {len(valid)} tokens; a trigram needs at least 3")
     grams = np.lib.stride_tricks.sliding_window_view(valid, 3)
-    return float(-np.log(kn_probs(train_ids, grams, vocab_size)).mean())
+    return float(-np.log(kneser_ney_probs(train_ids, grams, vocab_size)).mean())

@@ -27,9 +27,9 @@ from minigpt.core.files import (
     fsync,
     human_size,
     human_time,
-    no_link,
     open_new,
     read_json,
+    require_no_link,
     write_json,
 )
 
@@ -286,7 +286,7 @@ def _try_download(job: _Download, bar: tqdm) -> tuple:  # Path, size and hash
                 " some space, or choose another disk"
             )
         done, bar.n, bar.total = first, first, size
-        with open(no_link(job.part), "ab") if done else open_new(job.part, -1) as f:
+        with open(require_no_link(job.part), "ab") if done else open_new(job.part, -1) as f:
             meta = {"source": job.source, "version": new_version, "size": size, "digest": digest}
             write_json(job.meta, meta)
             while chunk := chunk or _read_chunk(res):

@@ -17,14 +17,14 @@ import numpy as np
 import orjson
 from tqdm.auto import tqdm
 
-from ..core.files import at_home, fsync, hidden, open_new, spread
+from ..core.files import expand_home, fsync, hidden, open_new, spread
 from minigpt.data.quality import (
     N_BANDS,
     TERMS,
     Seen,
     analyze as _analyze,
-    band_keys,
     clean,
+    lsh_keys,
     row_key,
     score,
 )
@@ -32,17 +32,17 @@ from minigpt.data.readers import (
     Block,
     DataError,
     Row,
+    check_no_tables,
     count_read,
     data_files,
-    look_at,
-    no_tables,
+    inspect_file,
     parse_block,
     read_blocks,
     read_table,
     reading,
 )
 from .registry import data_dir, locate
-from .tokensets import check_text, count_refused, refusals, sample_texts
+from .tokensets import check_text, count_refused, format_refusals, sample_texts
 from ..tokenizer.bpe import Tokenizer, chat_messages, load_tokenizer, train_tokenizer
 
 # %% ../../nbs/data/07_preparation.ipynb #489a879e
@@ -288,7 +288,7 @@ def _prepare_block(block: Block, options: _Options) -> _PreparedBlock:
         chars=np.array([len(r.text) for r in rows], np.int64),
         keys=np.array([row_key(r) for r in rows], np.uint64),
         terms=score(rows) if rows else np.ones((0, len(TERMS))),
-        near=band_keys([r.text for r in rows]) if options.near and rows else None,
+        near=lsh_keys([r.text for r in rows]) if options.near and rows else None,
     )
 
 # %% ../../nbs/data/07_preparation.ipynb #2e26b7b5
@@ -302,7 +302,7 @@ def _check_numbers(max_seq_len: int, min_quality: float, on_bad_row: str):
 
 
 def _output_path(out: str | Path | None) -> Path:
-    out = at_home(out) if out else data_dir() / "dataset/preprocessed"
+    out = expand_home(out) if out else data_dir() / "dataset/preprocessed"
     if out.suffix in (".gz", ".zst", ".txt"):
         raise ValueError(f"out={str(out)!r} must be a folder or a .jsonl file, not compressed")
     return out
@@ -401,7 +401,7 @@ class _Totals:
         return low
 
     def empty_error(self, files: list[Path]) -> DataError:
-        why = "; ".join(refusals({k: v}) for k, v in self.rejected.items()) or "no rows"
+        why = "; ".join(format_refusals({k: v}) for k, v in self.rejected.items()) or "no rows"
         return DataError(f"no rows of {', '.join(map(str, files))} are left: {why}")
 
     def result(self, files: list[Path], out: list[str], skipped: list[str], counted: bool) -> dict:
@@ -492,7 +492,7 @@ def prepare(
     validate_only: bool = False,  # Count, and write nothing
     analyze: bool = False,  # Put a `Report` under `report`; without `out` nothing is written
     on_bad_row: str = "skip",  # `error` stops at the first refused row
-    encoding: str = "",  # As for `look_at`
+    encoding: str = "",  # As for `inspect_file`
     columns: dict[str, str] | None = None,  # As for `parse_row`
     overwrite: bool = False,  # Replace an existing `out`, once the new one is complete
     threads: int | None = None,  # Workers; default: one per core
@@ -516,10 +516,10 @@ def prepare(
     max_seq_len, skipped = 0 if validate_only else max_seq_len, []
     source = locate(source) if isinstance(source, (str, Path)) else source
     files = data_files(source, skipped.append, encoding)
-    no_tables(files, format)
+    check_no_tables(files, format)
     out = _output_path(out)
     targets = [None] * len(files) if validate_only else _output_files(files, out, overwrite)
-    looks = {f: look_at(f, encoding) for f in files}
+    looks = {f: inspect_file(f, encoding) for f in files}
     totals = _Totals(read_table(looks), _QualityFilter(min_quality if quality_filter else 0))
     tok = _tokenizer(tokenizer, max_seq_len > 0, files, format, encoding=encoding, columns=columns)
     options = _Options(format, tok, max_seq_len, add_special_tokens, near_duplicates)
@@ -559,7 +559,7 @@ def prepare_summary(
     ]
     for key in "rejected", "mended":
         most = sorted(r[key].items(), key=lambda kv: -kv[1]["count"])
-        lines += [f"{key}: {refusals({k: v})}" for k, v in most]
+        lines += [f"{key}: {format_refusals({k: v})}" for k, v in most]
     most = sorted(r["changes"].items(), key=lambda kv: -kv[1])
     lines += [f"changed: {n:,} × {k}" for k, n in most]
     return "\n".join(lines + ([str(r["report"])] if "report" in r else []))

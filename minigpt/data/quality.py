@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'TERMS', 'N_BANDS', 'BAND', 'TOPICS', 'SAMPLE', 'has_mojibake', 'clean', 'count_classes', 'row_key',
-           'role_troubles', 'score', 'Seen', 'band_keys', 'topics', 'language', 'Report', 'encoding_troubles',
-           'analyze']
+           'role_problems', 'score', 'Seen', 'lsh_keys', 'topics', 'language', 'Report', 'encoding_problems', 'analyze']
 
 # %% ../../nbs/data/04_quality.ipynb #f44266b4
 import heapq
@@ -32,10 +31,10 @@ from ..core.picture import figure
 from minigpt.data.readers import (
     Block,
     Row,
+    check_no_tables,
     count_read,
     data_files,
-    look_at,
-    no_tables,
+    inspect_file,
     parse_block,
     parse_row,
     read_blocks,
@@ -166,7 +165,7 @@ def row_key(row: Row) -> int:
     return xxhash.xxh3_64_intdigest(content)
 
 # %% ../../nbs/data/04_quality.ipynb #287e47ed
-def role_troubles(messages: list[dict]) -> list[str]:  # Empty if there are none
+def role_problems(messages: list[dict]) -> list[str]:  # Empty if there are none
     "Return the ways in which a conversation breaks the order: question, answer, question …"
     out, last, first = [], None, None
     for m in messages:
@@ -218,7 +217,7 @@ def score(
         out[:, 4] = np.where(repeated, 0.2, 1)
     for i, r in enumerate(rows):
         if r.messages:
-            out[i, 5] = 1 - 0.25 * len(role_troubles(r.messages))
+            out[i, 5] = 1 - 0.25 * len(role_problems(r.messages))
     return out.clip(0, 1)
 
 # %% ../../nbs/data/04_quality.ipynb #0143cf6b
@@ -262,7 +261,7 @@ def _rensa():
     return _import_extra("rensa", "finding near-duplicates", alternative)
 
 
-def band_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
+def lsh_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
     "Return keys of which near-duplicates share one; 0 for texts under 50 characters."
     keys = np.zeros((len(texts), N_BANDS), np.uint64)
     use = [i for i, t in enumerate(texts) if len(t) >= 50]
@@ -460,7 +459,7 @@ class Report(dict):
         return _plot(self)
 
 # %% ../../nbs/data/04_quality.ipynb #b328fcbf
-def encoding_troubles(text: str) -> list[str]:  # Empty if there are none
+def encoding_problems(text: str) -> list[str]:  # Empty if there are none
     "Return the encoding problems of a text: what `clean` would mend, and lost characters."
     checks = [("control characters", _CONTROL.search(text))]
     if not text.isascii():
@@ -530,7 +529,7 @@ def _analyze_block(block: Block, format: str | None, near: bool) -> _BlockStats:
     counts, turns = Counter(), Counter()
     for r in good:
         counts[r.kind] += 1
-        for k in encoding_troubles(r.text):
+        for k in encoding_problems(r.text):
             _record(tables["encoding_issues"], k, block, r)
         if "<ultra_think>" in r.text:
             counts["ultra"] += 1
@@ -542,7 +541,7 @@ def _analyze_block(block: Block, format: str | None, near: bool) -> _BlockStats:
             counts["tools"] += 1
         if "<think>" in r.text or any(m.get("reasoning_content") for m in answers):
             counts["thinks"] += 1
-        for t in role_troubles(r.messages):
+        for t in role_problems(r.messages):
             _record(tables["troubles"], t, block, r)
     texts = [r.text for r in good]
     classes = count_classes(texts) if good else np.zeros((0, len(CLASSES)), np.int64)
@@ -556,7 +555,7 @@ def _analyze_block(block: Block, format: str | None, near: bool) -> _BlockStats:
         lines=np.array([r.line for r in good], np.int64),
         read=[(r.read, r.unread) for r in good],
         terms=score(good, None, classes).astype(np.float32),
-        near=band_keys(texts) if near and good else None,
+        near=lsh_keys(texts) if near and good else None,
     )
 
 # %% ../../nbs/data/04_quality.ipynb #b807de4b
@@ -734,7 +733,7 @@ def analyze(
     format: str | None = None,  # `pretrain`, `conversation`, `dpo`; default: by each row's keys
     threads: int | None = None,  # Workers; default: one per core
     progress: bool = True,  # Show a progress bar for files above 8 MB
-    encoding: str = "",  # As for `look_at`
+    encoding: str = "",  # As for `inspect_file`
     columns: dict[str, str] | None = None,  # As for `parse_row`
 ) -> Report:
     "Analyze a data set in one pass."
@@ -745,8 +744,8 @@ def analyze(
     _ftfy()
     skipped = []
     files, threads = data_files(source, skipped.append, encoding), threads or os.cpu_count() or 1
-    no_tables(files, format)
-    looks, total = [look_at(f, encoding) for f in files], sum(f.stat().st_size for f in files)
+    check_no_tables(files, format)
+    looks, total = [inspect_file(f, encoding) for f in files], sum(f.stat().st_size for f in files)
     table, totals = read_table(dict(zip(files, looks))), _Totals()
     blocks = (b for f, l in zip(files, looks) for b in read_blocks(f, look=l, columns=columns))
     bar_options = dict(total=total, unit="B", unit_scale=True, desc="analyzing", leave=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'data_dir', 'find_file', 'locate', 'DatasetConfig', 'find_dataset', 'get_dataset_config', 'list_datasets',
-           'register_dataset', 'dataset', 'all_here', 'Mix', 'mix']
+           'register_dataset', 'dataset', 'require_files', 'Mix', 'mix']
 
 # %% ../../nbs/data/03_registry.ipynb #2af8e23d
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core.files import read_json
 from ..core.suggest import did_you_mean
-from .readers import DataError, look_at
+from .readers import DataError, inspect_file
 
 # %% ../../nbs/data/03_registry.ipynb #c6cddbcc
 FOLDERS = (
@@ -182,13 +182,13 @@ def dataset(
 
         get(source, target, progress=progress)
         try:
-            look_at(target)
+            inspect_file(target)
         except DataError as e:
             raise DataError(f"{source} is not a data file: {e}") from None
     return config
 
 # %% ../../nbs/data/03_registry.ipynb #ab2bb28f
-def all_here(
+def require_files(
     names: Iterable[str],  # Names of registered data sets
 ) -> list[DatasetConfig]:
     "Return registered data sets; a `FileNotFoundError` lists missing files and their sources."

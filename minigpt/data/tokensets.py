@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_rows', 'sample_texts', 'TokenSet', 'shuffled', 'pack', 'ChatSet', 'LineSet', 'PairSet', 'curriculum', 'Mixture',
-           'count_refused', 'refusals', 'check_text', 'no_text', 'lost_rows', 'source_facts', 'read_again',
-           'same_rules', 'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size', 'spread_over']
+           'count_refused', 'format_refusals', 'check_text', 'no_text', 'lost_rows_warning', 'source_records',
+           'tokenset_notes', 'same_rules', 'build_tokenset', 'open_tokenset', 'open_set', 'loader', 'check_size',
+           'evenly_spaced']
 
 # %% ../../nbs/data/06_tokensets.ipynb #31b3b1c0
 import contextlib
@@ -26,7 +27,7 @@ import xxhash
 from tqdm.auto import tqdm
 
 from minigpt.core.files import (
-    at_home,
+    expand_home,
     hash_bytes,
     hash_file,
     hidden,
@@ -39,15 +40,15 @@ from minigpt.core.files import (
 )
 from ..core.notes import Note
 from minigpt.data.readers import (
-    NO_ROW,
+    NO_ROW_REASONS,
     Block,
     DataError,
     Look,
     Row,
+    check_no_tables,
     count_read,
     data_files,
-    look_at,
-    no_tables,
+    inspect_file,
     open_data,
     parse_block,
     read_blocks,
@@ -84,7 +85,7 @@ def sample_texts(
 ) -> Iterator[str]:
     "Yield texts sampled at even distances over the files, in order."
     total, chunk = sum(f.stat().st_size for f in files), 1 << 16
-    looks = [look_at(f, encoding) for f in files]
+    looks = [inspect_file(f, encoding) for f in files]
     if total <= max_bytes or any(
         l.packed or l.encoding != "utf-8" or l.newline == "CR" or l.layout in ("objects", "inside")
         for l in looks
@@ -462,7 +463,7 @@ class ChatSet(TokenSet):
         If long rows are left out: whether an answer ends within `seq_len`."""
         return _has_loss(self.mask, self.starts, seq_len, self.skips)
 
-    def cut_inside(self, seq_len: int) -> int:
+    def count_cut_inside_answer(self, seq_len: int) -> int:
         "Return the number of rows that are cut before their first answer ends."
         if self.skips:
             return 0
@@ -470,7 +471,7 @@ class ChatSet(TokenSet):
         long = _long_rows(self.mask, self.starts, seq_len)
         return sum(_last_answer_end(mask, seq_len) < 0 for i, mask in long if teaches[i])
 
-    def too_long(self, seq_len: int) -> tuple[int, int]:
+    def count_too_long(self, seq_len: int) -> tuple[int, int]:
         "Return the numbers of rows that are longer, and of rows that are left out."
         return int((self.lengths() > seq_len).sum()), int((~self.teaches(seq_len)).sum())
 
@@ -794,7 +795,7 @@ def count_refused(
     return refused
 
 
-def refusals(
+def format_refusals(
     refused: dict,  # Of `count_refused`, or from the `meta` of a token set
 ) -> str:
     "Return one line per reason, with its first example."
@@ -810,7 +811,7 @@ def check_text(
     **kwargs,  # encoding, columns: as for `read_blocks`
 ):
     "Raise a `DataError` with all reasons if no row can be used."
-    no_tables(files, format)
+    check_no_tables(files, format)
     blocks = lambda: (b for f in files for b in read_blocks(f, **kwargs))
     if any(True for _ in _good_rows(blocks(), format)):
         return
@@ -824,8 +825,8 @@ def no_text(files: list[Path], refused: dict) -> DataError:
     "Return the error for files without a usable row."
     why = "it is blank, or data_subset leaves nothing of it"
     if refused:
-        why = f"rows refused: {refusals(refused)}"
-    if refused.keys() & {*NO_ROW}:
+        why = f"rows refused: {format_refusals(refused)}"
+    if refused.keys() & {*NO_ROW_REASONS}:
         why += (
             '. A row of a .jsonl file is {"text": "…"}, or {"conversations": [{"role": "user",'
             ' "content": "…"}, {"role": "assistant", "content": "…"}]}'
@@ -840,7 +841,7 @@ def _looks_like_json(file: Path) -> bool:
         return f.read(1 << 12).lstrip().startswith((b"{", b"["))
 
 # %% ../../nbs/data/06_tokensets.ipynb #5b1c0b02
-def lost_rows(
+def lost_rows_warning(
     refused: dict,  # Of `count_refused`
     good: int,  # Rows that were not refused
 ) -> Note | None:
@@ -850,7 +851,7 @@ def lost_rows(
         return None
     return Note(
         f"{lost:,} of {lost + good:,} rows are left out, more than a tenth. Mend them, or accept it"
-        f" with on_bad_row='skip' (--on-bad-row skip). rows refused: {refusals(refused)}",
+        f" with on_bad_row='skip' (--on-bad-row skip). rows refused: {format_refusals(refused)}",
         logging.WARNING,
     )
 
@@ -1030,7 +1031,7 @@ class _SplitWriter:
         write_json(self.path / "meta.json", meta | facts)
 
 # %% ../../nbs/data/06_tokensets.ipynb #853fcfe9
-def source_facts(files: list[Path], known: list[dict] = ()) -> list[dict]:
+def source_records(files: list[Path], known: list[dict] = ()) -> list[dict]:
     "Return path, size, time and hash of each file; reuse `known` hashes of the same size and time."
     out = []
     for f in files:
@@ -1067,7 +1068,7 @@ def _other_files(out: Path) -> list[str]:
     )
 
 # %% ../../nbs/data/06_tokensets.ipynb #1fbe74f7
-def read_again(
+def tokenset_notes(
     meta: dict,  # Of a token set
     on_bad_row: str = "warn",  # As for `build_tokenset`
 ) -> list[Note]:
@@ -1075,9 +1076,9 @@ def read_again(
     notes = [Note(line) for line in reading(meta.get("read") or {})]
     if refused := meta.get("refused"):
         check = on_bad_row == "warn" and "n_good" in meta
-        warning = lost_rows(refused, meta["n_good"]) if check else None
+        warning = lost_rows_warning(refused, meta["n_good"]) if check else None
         level = logging.WARNING if on_bad_row == "warn" else logging.INFO
-        notes.append(warning or Note(f"rows refused: {refusals(refused)}", level))
+        notes.append(warning or Note(f"rows refused: {format_refusals(refused)}", level))
     return notes
 
 
@@ -1103,7 +1104,7 @@ def _find_existing(
     key = lambda meta: [[s["xxh3"] for s in meta["sources"]], meta["tokenizer"], meta["options"]]
     for path in [out, *(takewhile(Path.exists, _numbered_paths(out)) if keep else ())]:
         old = _read_meta(path / "train")
-        facts["sources"] = source_facts(files, [*old.get("sources", ()), *facts["sources"]])
+        facts["sources"] = source_records(files, [*old.get("sources", ()), *facts["sources"]])
         if not old or key(old) != key(facts):
             continue
         if old.get("long_rows", long_rows) == long_rows and same_rules(old, tok):
@@ -1131,10 +1132,10 @@ def _reopen(
     old = _read_meta(path / "train")
     if on_bad_row == "error" and old["refused"]:
         raise DataError(
-            f"{path} was built without some rows:\n{refusals(old['refused'])}\nMend them,"
+            f"{path} was built without some rows:\n{format_refusals(old['refused'])}\nMend them,"
             " or pass on_bad_row='skip'"
         )
-    for note in read_again(old, on_bad_row):
+    for note in tokenset_notes(old, on_bad_row):
         say(note)
     return open_tokenset(path)
 
@@ -1253,14 +1254,14 @@ def build_tokenset(
     options = _Options(validation_split, *subset, format, encoding, columns or None)
     _check_options(options, on_bad_row, long_rows)
     say = say or (lambda note: tqdm.write(str(note)) if progress else None)
-    out, warn = at_home(out), lambda line: say(Note(line, logging.WARNING))
+    out, warn = expand_home(out), lambda line: say(Note(line, logging.WARNING))
     files = data_files(source, warn, encoding)
-    no_tables(files, format)
+    check_no_tables(files, format)
     _check_output(out)
     facts = dict(sources=(), tokenizer=tok.hash, options=options.to_meta(), rules=tok.rules)
     if path := _find_existing(out, keep, files, facts, tok, long_rows):
         return _reopen(path, on_bad_row, say)
-    out, looks = _output_path(out, keep), {f: look_at(f, encoding) for f in files}
+    out, looks = _output_path(out, keep), {f: inspect_file(f, encoding) for f in files}
     facts["kind"] = _first_kind(files, looks, options)
     blocks = (b for f in files for b in read_blocks(f, look=looks[f], columns=options.columns))
     total, stop = sum(s["size"] for s in facts["sources"]), on_bad_row == "error"
@@ -1272,10 +1273,10 @@ def build_tokenset(
         if not any(split.n for split in splits.splits):
             raise no_text(files, splits.refused)
         splits.close(long_rows, facts)
-    for note in read_again(_read_meta(out / "train"), on_bad_row):
+    for note in tokenset_notes(_read_meta(out / "train"), on_bad_row):
         say(note)
     if splits.mended:
-        say(Note(f"rows mended: {refusals(splits.mended)}"))
+        say(Note(f"rows mended: {format_refusals(splits.mended)}"))
     return open_tokenset(out)
 
 # %% ../../nbs/data/06_tokensets.ipynb #8030979b
@@ -1283,7 +1284,7 @@ def open_tokenset(
     path: str | Path,  # Folder that `build_tokenset` wrote
 ) -> tuple[TokenSet, TokenSet | None]:  # Training and validation set
     "Open both splits of a token set; validation is None if it is too small to evaluate."
-    train, valid = open_set(at_home(path) / "train"), open_set(at_home(path) / "valid")
+    train, valid = open_set(expand_home(path) / "train"), open_set(expand_home(path) / "valid")
     return train, valid if len(valid) > 1 else None
 
 
@@ -1294,7 +1295,7 @@ def open_set(
 
     Return a `ChatSet` for conversations, a `PairSet` for preferences, a `LineSet` if it was built
     with `format='lines'`."""
-    path = at_home(path)
+    path = expand_home(path)
     masked, meta = (path / "mask.bin").exists(), read_json(path / "meta.json")
     if masked:
         return (PairSet if meta.get("kind") == "preference" else ChatSet)(path)
@@ -1368,7 +1369,7 @@ def check_size(
         windows = data.n_windows(seq_len)
     if windows >= batch_size:
         return
-    if lost := sum(d.too_long(seq_len)[1] for d in parts if isinstance(d, ChatSet)):
+    if lost := sum(d.count_too_long(seq_len)[1] for d in parts if isinstance(d, ChatSet)):
         raise DataError(
             f"the training data has {windows} sequences of max_seq_len={seq_len}, and"
             f" one step takes {batch_size} (batch_size × gradient_accumulation): in {lost:,} rows"
@@ -1377,7 +1378,7 @@ def check_size(
             " long rows"
         )
     refused = filter(None, (getattr(d, "meta", {}).get("refused") for d in parts))
-    reasons = "; ".join(refusals(r).replace("\n", "; ") for r in refused)
+    reasons = "; ".join(format_refusals(r).replace("\n", "; ") for r in refused)
     raise DataError(
         f"the training data has {len(data):,} tokens: {windows} sequences of max_seq_len={seq_len},"
         f" and one step takes {batch_size} (batch_size × gradient_accumulation). Add text, or lower"
@@ -1385,7 +1386,7 @@ def check_size(
     )
 
 # %% ../../nbs/data/06_tokensets.ipynb #ee06752f
-def spread_over(
+def evenly_spaced(
     n: int,  # Sequences of a set
     most: int = 0,  # Size of the sample; 0: all
 ) -> np.ndarray:  # Their indices, in order

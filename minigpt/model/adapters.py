@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from .gpt import GPT, MOST, check_number, check_size, need_gpt
+from .gpt import GPT, MAX_SIZES, check_gpt, check_number, check_size
 
 # %% ../../nbs/model/03_adapters.ipynb #6fbf421c
 _SUPPORTED = """
@@ -184,7 +184,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         targets = _parse_targets(self.targets)
-        check_size("r", self.r, MOST["dim"], "8 to 64 is usual")
+        check_size("r", self.r, MAX_SIZES["dim"], "8 to 64 is usual")
         check_number("alpha", self.alpha, which="above 0; twice r is usual")
         check_number("dropout", self.dropout, lambda x: 0 <= x < 1, "at least 0 and below 1")
         object.__setattr__(self, "targets", targets)
@@ -282,7 +282,7 @@ def adapter_values(
     lora: LoRAConfig,
 ) -> int:
     "Return the number of values of an adapter."
-    need_gpt(base, "an adapter")
+    check_gpt(base, "an adapter")
     matrices = [getattr(part, n) for part, n in _target_layers(base, lora)]
     return sum(lora.r * (m.in_features + m.out_features) for m in matrices)
 
@@ -303,7 +303,7 @@ class LoRAGPT(GPT):
             raise TypeError(
                 f"base={base!r} must be a model, such as minigpt.checkpoint.load_model(directory)"
             )
-        need_gpt(base, "an adapter")
+        check_gpt(base, "an adapter")
         if isinstance(base, LoRAGPT):
             raise ValueError(
                 "this model already has an adapter; train it further, or adapt model.merged()"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.readers import ROLES
 from .families import family_of
-from .gpt import GPT, KVCache, need_gpt, rope_angles
+from .gpt import GPT, KVCache, check_gpt, rope_angles
 from ..tokenizer.bpe import Tokenizer
 
 # %% ../../nbs/model/02_generation.ipynb #e69070dd
@@ -120,7 +120,7 @@ def _prepare(model, prompts, max_new_tokens, sampling, stop_ids, seed):
     """Return the prompts as lists, the limit of new tokens for each, and the set of stop ids.
 
     Raise `ValueError` or `TypeError` for invalid arguments."""
-    need_gpt(model, "generation")
+    check_gpt(model, "generation")
     _check_sampling(*sampling)
     if not isinstance(max_new_tokens, Integral) or max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens!r} must be a whole number, 0 or more")

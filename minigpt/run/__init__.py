@@ -10,25 +10,25 @@ __all__, __getattr__, __dir__ = lazy_names(
         """,
         "backup": """
             COLAB_MOUNT BEAT RETRY POLL QUIET DATA_LIMIT BackupError Taken on_colab drive_mount
-            check_there read_run_id read_heartbeat listed Progress copy_file CheckpointCopy
-            copy_checkpoint arrived discard made_later BackupStatus Backup wait_for_others
-            given_up restore_run fetch
+            check_backup_folder read_run_id read_heartbeat listed Progress copy_file
+            CheckpointCopy copy_checkpoint arrived discard creation_key BackupStatus Backup
+            check_no_other_process is_abandoned restore_run fetch
         """,
         "guard": """
             Guard
         """,
         "metrics": """
-            TAGS Metrics read_metrics Curves Follower decimate smooth plot_losses save_plots
-            plot_runs LossPicture PlotWriter EventWriter RunLog note_of Shown listening read_log
-            memory in_notebook
+            TAGS Metrics read_metrics Curves Follower downsample smooth plot_losses save_plots
+            plot_runs LossFigure PlotWriter EventWriter RunLog to_note ConsoleHandler log_to
+            read_log memory in_notebook
         """,
         "folder": """
             ANSWER SAVED_COLUMNS Run split_checkpoint open_run list_runs runs_table saved_row
             run_table text_table
         """,
         "status": """
-            SILENT is_held pace Watch run_status numbers headline resume_code checkpoint_rows
-            notes status_text sparkline monitor
+            SILENT is_training pace Watch run_status numbers headline resume_code
+            checkpoint_rows notes status_text sparkline monitor
         """,
         "live": """
             BOX_STYLE run_html display_widget LiveLoss

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLAB_MOUNT', 'BEAT', 'RETRY', 'POLL', 'QUIET', 'DATA_LIMIT', 'BackupError', 'Taken', 'on_colab', 'drive_mount',
-           'check_there', 'read_run_id', 'read_heartbeat', 'listed', 'Progress', 'copy_file', 'CheckpointCopy',
-           'copy_checkpoint', 'arrived', 'discard', 'made_later', 'BackupStatus', 'Backup', 'wait_for_others',
-           'given_up', 'restore_run', 'fetch']
+           'check_backup_folder', 'read_run_id', 'read_heartbeat', 'listed', 'Progress', 'copy_file', 'CheckpointCopy',
+           'copy_checkpoint', 'arrived', 'discard', 'creation_key', 'BackupStatus', 'Backup', 'check_no_other_process',
+           'is_abandoned', 'restore_run', 'fetch']
 
 # %% ../../nbs/run/01_backup.ipynb #66f95fed
 import errno
@@ -31,10 +31,10 @@ from minigpt.checkpoint.store import (
     Checkpoint,
     CheckpointError,
     CheckpointStore,
+    check_no_symlinks,
     newest,
     place_final,
     problem,
-    refuse_links,
     stores_in,
 )
 from minigpt.core.files import (
@@ -48,16 +48,16 @@ from minigpt.core.files import (
     hidden,
     human_time,
     in_folder,
+    is_temporary_error,
     lexists,
-    may_pass,
     new_dir,
-    no_link,
     open_new,
     read_json,
     regular,
+    require_inside,
+    require_no_link,
     rest,
     set_aside,
-    stay_inside,
     write_all,
     write_file,
     write_json,
@@ -110,7 +110,7 @@ def drive_mount(
     return None if is_local else root.parent
 
 # %% ../../nbs/run/01_backup.ipynb #63dc20fa
-def check_there(
+def check_backup_folder(
     folder: str | Path,  # `gdrive_backup_dir`
 ):
     """Raise `BackupError` unless the folder exists or its parent does, so that it can be created.
@@ -150,7 +150,7 @@ def _read_dict(path: Path) -> dict | None:
     except orjson.JSONDecodeError:
         return None
     except OSError as e:
-        if may_pass(e) or isinstance(e, NotAFile):
+        if is_temporary_error(e) or isinstance(e, NotAFile):
             raise  # a pipe would be written to as well
         return None
     return content if isinstance(content, dict) else None
@@ -193,7 +193,11 @@ class Progress:
 
 def _reopen(target: Path, progress: Progress):
     "Open the target where the copy stopped, or at its beginning if that part is gone."
-    if progress.size and lexists(target) and os.stat(no_link(target)).st_size >= progress.size:
+    if (
+        progress.size
+        and lexists(target)
+        and os.stat(require_no_link(target)).st_size >= progress.size
+    ):
         f = open(target, "r+b", buffering=0)
         f.truncate(progress.size)
         f.seek(progress.size)
@@ -209,7 +213,10 @@ def copy_file(
 ) -> tuple[str, str]:  # xxh3-128 and md5 of the content
     "Copy a file in chunks of 4 MiB."
     progress = progress or Progress()
-    with open(regular(no_link(source)), "rb", buffering=0) as f, _reopen(target, progress) as g:
+    with (
+        open(regular(require_no_link(source)), "rb", buffering=0) as f,
+        _reopen(target, progress) as g,
+    ):
         f.seek(progress.size)
         while chunk := f.read(1 << 22):
             write_all(g, chunk)
@@ -232,7 +239,7 @@ class CheckpointCopy:
         source: Path,  # Complete; not a link
         target: Path,  # New, or of an earlier `run`
     ):
-        self.source, self.target, self.progress, self.done = no_link(source), target, {}, {}
+        self.source, self.target, self.progress, self.done = require_no_link(source), target, {}, {}
         self.manifest = (source / "MANIFEST.json").read_bytes()
 
     def run(self) -> dict[str, str]:  # Name of each file → md5
@@ -312,7 +319,7 @@ def discard(
     delete(folder, root, emptied=True)
 
 # %% ../../nbs/run/01_backup.ipynb #d96e8f11
-def made_later(
+def creation_key(
     c: Checkpoint,  # Of a run that may have been trained on several machines
 ) -> tuple[int, int]:  # Sort key
     """Sort key that orders checkpoints by creation: by attempt, then by step.
@@ -355,8 +362,8 @@ class _Heartbeat:
         if self.last is not None and now - self.last < self.interval and not ended:
             return
         if self.last is None:
-            check_there(self.folder)
-            no_link(self.path).mkdir(exist_ok=True)
+            check_backup_folder(self.folder)
+            require_no_link(self.path).mkdir(exist_ok=True)
         elif not self.path.is_dir():
             # never created again: it would not be on Drive
             raise OSError(errno.ENOTCONN, "the backup folder has vanished", str(self.path))
@@ -491,8 +498,8 @@ def _list_fixed_files(run_path: Path, folders: list[str]) -> list[Path]:
 # %% ../../nbs/run/01_backup.ipynb #420331d8
 def _make_parents(target: Path, root: Path):
     "Create the parent folders of a target below the run's folder, which is never created again."
-    for d in reversed(stay_inside(target, root).relative_to(root).parents[:-1]):
-        no_link(root / d).mkdir(exist_ok=True)
+    for d in reversed(require_inside(target, root).relative_to(root).parents[:-1]):
+        require_no_link(root / d).mkdir(exist_ok=True)
 
 
 def _copy_small_file(source: Path, root: Path, name: str, append: bool = False):
@@ -758,7 +765,7 @@ class _BackupFolder:
 
     def best_models(self) -> list[Checkpoint]:
         "Return the best models, oldest first: a superseded one may have a later step."
-        return sorted(stores_in(self.path)[2].all(), key=made_later)
+        return sorted(stores_in(self.path)[2].all(), key=creation_key)
 
     def copies(self) -> list[Checkpoint]:
         "Return the states in the backup, by step."
@@ -1060,7 +1067,7 @@ class Backup(_BackupFolder):
         "Return what is backed up and what is not, without reading the backup folder."
         return asdict(_build_status(self))
 
-    def pass_on(self):
+    def log_messages(self):
         "Log the messages of the thread. Call it from the main thread."
         while self.messages:
             logger.log(*self.messages.popleft())
@@ -1119,7 +1126,7 @@ def _get_interval(heartbeat: dict) -> float:
     return float(seconds) if type(seconds) in (int, float) and 0 < seconds <= 600 else BEAT
 
 
-def wait_for_others(backup: Backup):
+def check_no_other_process(backup: Backup):
     """Raise `BackupError` if another process writes to this backup.
 
     A heartbeat that does not change for 2.5 intervals is of a machine that is gone. The clock of
@@ -1155,7 +1162,7 @@ def wait_for_others(backup: Backup):
             )
 
 # %% ../../nbs/run/01_backup.ipynb #ee4bdec6
-def given_up(
+def is_abandoned(
     state: dict,  # A checkpoint's trainer_state.json
     attempts: list[dict],  # Of the run
 ) -> bool:
@@ -1190,10 +1197,10 @@ def _restore_files(remote: Path, target: Path, group: str, files: dict[str, dict
             for name, want in files.items():
                 copy = d / Path(name).relative_to(group)
                 copy.parent.mkdir(parents=True, exist_ok=True)
-                if copy_file(stay_inside(remote / name, remote), copy)[0] != want["xxh3_128"]:
+                if copy_file(require_inside(remote / name, remote), copy)[0] != want["xxh3_128"]:
                     raise CheckpointError(f"{remote / name} is damaged or has not arrived")
     except OSError as e:
-        if may_pass(e):
+        if is_temporary_error(e):
             raise BackupError(
                 f"{remote} cannot be restored now: {e}. Training has not started; call again when"
                 " the folder can be read and this disk has space for it"
@@ -1203,7 +1210,7 @@ def _restore_files(remote: Path, target: Path, group: str, files: dict[str, dict
 
 def _read_content(path: Path) -> bytes:
     "Read a file of a run, which must be neither a link nor a pipe."
-    return regular(no_link(path)).read_bytes()
+    return regular(require_no_link(path)).read_bytes()
 
 # %% ../../nbs/run/01_backup.ipynb #4bd197b0
 def _delete_leftovers(backup: Backup):
@@ -1219,7 +1226,7 @@ def _delete_leftovers(backup: Backup):
 # %% ../../nbs/run/01_backup.ipynb #8b9e5872
 def _set_aside_superseded(local: Path, attempts: list[dict]):
     "Set aside the states that the attempts elsewhere have superseded."
-    is_superseded = lambda path: given_up(read_json(path / "trainer_state.json"), attempts)
+    is_superseded = lambda path: is_abandoned(read_json(path / "trainer_state.json"), attempts)
     for c in [c for s in stores_in(local) for c in s.all() if not c.problem]:
         if is_superseded(c.path):
             logger.info(
@@ -1335,7 +1342,7 @@ def _restore_log(remote: Path, local: Path):
     log = local / "run.log"
     known = {*_read_content(log).splitlines()} if log.exists() else set()
     lines = _read_content(remote / "run.log").splitlines(True)
-    with open(no_link(log), "ab") as f:  # appended: this process has it open for logging
+    with open(require_no_link(log), "ab") as f:  # appended: this process has it open for logging
         f.write(b"".join(l for l in lines if l.rstrip(b"\r\n") not in known))
 
 
@@ -1360,7 +1367,7 @@ def restore_run(backup: Backup) -> bool:  # Whether anything was restored
     For a folder that lacks them or has older ones; files in the way are set aside.
     """
     remote, local = backup.path, backup.run_path
-    refuse_links(local)
+    check_no_symlinks(local)
     if os.path.islink(remote):
         raise BackupError(
             f"{remote} is a link to {os.readlink(remote)}, and a backup is a folder of its own."
@@ -1400,7 +1407,7 @@ def fetch(
     A `CheckpointError` or `OSError` if it is not complete.
     """
     target = backup.run_path / c.path.parent.name / c.path.name
-    stay_inside(target, backup.run_path)
+    require_inside(target, backup.run_path)
     if lexists(target):
         set_aside(target, "damaged")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,19 +15,19 @@ from pathlib import Path
 from ..checkpoint.store import Checkpoint, load_model, newest, problem, stores_in
 from minigpt.core.files import (
     ago,
-    at_home,
+    call_with_timeout,
     entries,
+    expand_home,
+    hub_hint,
     human_size,
     lexists,
-    on_hub,
     plain,
     read_json,
-    within_time,
 )
 from ..core.tables import text_table
 from ..model.generation import stream_text
 from ..model.gpt import GPT
-from .backup import Backup, BackupError, BackupStatus, check_there
+from .backup import Backup, BackupError, BackupStatus, check_backup_folder
 from .metrics import plot_losses, read_metrics
 from .record import RunRecord
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
@@ -46,7 +46,7 @@ class _RunFiles:
         self,
         path: str | Path,  # The folder
     ):
-        self.path = at_home(path)
+        self.path = expand_home(path)
         self.store, self.snapshot_store, self.best_store = stores_in(self.path)
 
     @property
@@ -137,11 +137,11 @@ class _RunState(_RunFiles):
             return []  # no backup, or this folder is one
 
         def list_backup():
-            check_there(folder)
+            check_backup_folder(folder)
             backup = Backup(folder, self.path)
             return backup.copies() + backup.best_models()
 
-        return within_time(list_backup, ANSWER, folder)
+        return call_with_timeout(list_backup, ANSWER, folder)
 
     @property
     def backup_said(self) -> str:
@@ -220,7 +220,7 @@ def split_checkpoint(
     path: str | Path,  # RUN/checkpoints/checkpoint-500, RUN/checkpoint-500, or a name alone
 ) -> tuple[Path | None, str]:  # The run's folder, or None if not such a path; the name
     "Split the path of a checkpoint into run and name."
-    path = at_home(path)
+    path = expand_home(path)
     if len(path.parts) < 2 or not re.fullmatch(r"(checkpoint|snapshot)-\d+", path.name):
         return None, str(path)
     inside = path.parent.name in ("checkpoints", "snapshots", "best")
@@ -231,7 +231,7 @@ def open_run(
     path: str | Path,  # Folder of a run
 ) -> Run:
     "Open a run from its folder."
-    path = at_home(path)
+    path = expand_home(path)
     if path.is_file():
         raise FileNotFoundError(
             f"{path} is a file, and must be the folder of a run or of a model. If another program"
@@ -259,7 +259,7 @@ def open_run(
             "; a run is a folder that minigpt.train.fit writes; to train from a model in a folder:"
             " minigpt train DATA --config DIR"
         )
-    raise FileNotFoundError(f"{path} is not a run: it has no run.json{hint}{on_hub(path)}")
+    raise FileNotFoundError(f"{path} is not a run: it has no run.json{hint}{hub_hint(path)}")
 
 # %% ../../nbs/run/04_folder.ipynb #28f90072
 def _is_maybe_run(path: Path) -> bool:
@@ -273,7 +273,7 @@ def list_runs(
     folder: str | Path = "runs",  # The parent folder of the runs
 ) -> list[Run]:
     "List the runs in a folder, by name."
-    return [Run(p) for p in entries(at_home(folder)) if _is_maybe_run(p)]
+    return [Run(p) for p in entries(expand_home(folder)) if _is_maybe_run(p)]
 
 # %% ../../nbs/run/04_folder.ipynb #2dc0d1d2
 def _last(history: list[dict], name: str) -> str:
@@ -304,7 +304,7 @@ def runs_table(
     damaged = []
     for r in runs:
         try:
-            lines.append(within_time(lambda r=r: _runs_row(r), ANSWER, r.path))
+            lines.append(call_with_timeout(lambda r=r: _runs_row(r), ANSWER, r.path))
         except ValueError as e:
             damaged.append(str(e))
         except (OSError, KeyError, TypeError) as e:

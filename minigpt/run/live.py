@@ -12,7 +12,7 @@ from functools import cached_property
 from html import escape
 from pathlib import Path
 
-from .metrics import LossPicture, in_notebook
+from .metrics import LossFigure, in_notebook
 from .status import Watch, headline, numbers, status_text
 
 # %% ../../nbs/run/06_live.ipynb #f1197fb6
@@ -55,7 +55,7 @@ class LiveLoss:
         path: str | Path,  # A run's folder or backup
         clock=time.monotonic,  # In seconds
     ):
-        self.watch, self.picture, self.clock = Watch(path), LossPicture(), clock
+        self.watch, self.picture, self.clock = Watch(path), LossFigure(), clock
         self.log, self.smoothed, self.last = False, True, 1000  # the state of the switches
         self.began, self.due, self.view = clock(), 0.0, None
 

@@ -32,7 +32,7 @@ from tokenizers import (
 )
 
 from minigpt.core.files import (
-    at_home,
+    expand_home,
     hash_bytes,
     human_size,
     read_json,
@@ -1003,7 +1003,7 @@ class Tokenizer(_ChatEncoder, _Decoder):
 
     def save(self, folder: str | Path) -> Path:
         "Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` reads too."
-        folder = at_home(folder)
+        folder = expand_home(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "tokenizer.json", self.hf.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self.config)
@@ -1091,7 +1091,7 @@ def characters(
 # %% ../../nbs/tokenizer/02_bpe.ipynb #c97728f9
 def _find_tokenizer_file(folder: str | Path) -> Path:
     "Return the path of a tokenizer.json; raise an error with instructions if there is none."
-    folder = at_home(folder)
+    folder = expand_home(folder)
     file = folder if folder.suffix == ".json" else folder / "tokenizer.json"
     unsafe = "a pickle can run code when it is opened, so it is not read; "
     if folder.is_file() and folder.suffix != ".json":

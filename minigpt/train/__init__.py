@@ -15,12 +15,12 @@ __all__, __getattr__, __dir__ = lazy_names(
             dpo_loss Preference add_reference
         """,
         "parallel": """
-            TeamError Team launched own_device join assemble share_batch
+            ProcessGroupError Team launched own_device join assemble share_batch
         """,
         "speed": """
-            best_device choose can_keep autocast attention_kernel same_bits throw_away
-            micro_step set_compiled decide_compile smaller memory_advice fit_batch
-            flops_per_token machine_flops benchmark benchmark_table
+            best_device choose can_keep autocast attention_kernel deterministic_mode
+            no_side_effects micro_step set_compiled decide_compile smaller memory_advice
+            fit_batch flops_per_token machine_flops benchmark benchmark_table
         """,
         "inputs": """
             BUILT_IN PATH REGISTERED CORPUS OVERRIDES meaning usual_options source_files

@@ -19,9 +19,9 @@ from torch import nn
 
 from ..checkpoint.store import load_model
 from ..config.options import TrainConfig
-from ..core.files import RunLock, at_home, on_hub
+from ..core.files import RunLock, expand_home, hub_hint
 from ..data.tokensets import ChatSet, Mixture, PairSet, TokenSet
-from ..model.gpt import PRESETS, GPTConfig, LanguageModel, shape_from_dict
+from ..model.gpt import PRESETS, GPTConfig, LanguageModel, config_from_dict
 from ..run.backup import Backup
 from ..run.metrics import RunLog
 from ..run.record import InitialWeights, RunRecord, Runtime
@@ -45,8 +45,8 @@ def _config_from_dict(d: dict, record: RunRecord | None):
     Unless it names a vocabulary size, it gets the run's or, in a new run, the tokenizer's.
     """
     if d.get("vocab_size") is not None:
-        return shape_from_dict(d)
-    with_size = lambda n: shape_from_dict({**d, "vocab_size": n})
+        return config_from_dict(d)
+    with_size = lambda n: config_from_dict({**d, "vocab_size": n})
     with_size(20_000)  # report errors in it before a tokenizer is trained
     return (
         with_size(record.model["vocab_size"]) if record else lambda tok: with_size(tok.vocab_size)
@@ -94,7 +94,7 @@ def _named_model(name: str | Path) -> ModelSource:
     "A preset, or the model in a directory."
     if name in PRESETS:
         return ModelSource.of(lambda tok: GPTConfig.preset(name, vocab_size=tok.vocab_size))
-    path = at_home(name)
+    path = expand_home(name)
     if any((path / n).exists() for n in ("config.json", "adapter_config.json")):
         return ModelSource.of(load_model(path))
     if path.is_file():
@@ -103,7 +103,7 @@ def _named_model(name: str | Path) -> ModelSource:
         raise FileNotFoundError(
             f"model={str(path)!r} is not a directory with a model: there is no config.json in it."
             " Name a finished run, a checkpoint, a Llama or Qwen3 directory, or one of the presets"
-            f" {', '.join(PRESETS)}{on_hub(path)}"
+            f" {', '.join(PRESETS)}{hub_hint(path)}"
         )
     return ModelSource.of(GPTConfig.preset(str(path)))  # its error lists the presets
 

@@ -212,7 +212,7 @@ class CopyToBackup(Callback):
         self.backup = backup
 
     def on_step(self, t):
-        self.backup.pass_on()
+        self.backup.log_messages()
 
     def on_save(self, t, path):
         self.backup.submit(path, {s.folder: s for s in (t.store, t.snapshots, t.best)}[path.parent])
@@ -279,7 +279,7 @@ class GuardResources(Callback):
             self.warned = True
             logger.warning(self.guard.slow)
         if why := self.guard.check():
-            t.ask_to_stop(
+            t.request_stop(
                 f"{why} (close other programs first, or train with less memory:"
                 f" {memory_advice(t.config)})"
             )

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from ..checkpoint.store import open_model
-from ..core.files import at_home, hash_bytes
+from ..core.files import expand_home, hash_bytes
 from ..core.tables import text_table
 from ..data.tokensets import TokenSet, build_tokenset, open_set
-from ..model.gpt import GPT, need_gpt
+from ..model.gpt import GPT, check_gpt
 from ..run.folder import Run
 from ..tokenizer.bpe import Tokenizer
 from .inputs import Source, source_files
@@ -116,7 +116,7 @@ def evaluate_on(
     unknown."""
     in_memory = isinstance(model, GPT)
     model, tok = open_model(model, tokenizer)
-    need_gpt(model, "this evaluation")
+    check_gpt(model, "this evaluation")
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tok.vocab_size:,} tokens and the model's vocab_size is"
@@ -132,7 +132,7 @@ def evaluate_on(
     if device == "auto":
         device = next(model.parameters()).device if in_memory else best_device()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        tokens = _load_token_set(data, tok, at_home(cache or folder), max_rows, progress)
+        tokens = _load_token_set(data, tok, expand_home(cache or folder), max_rows, progress)
         m = total_loss(
             model.to(device), tokens, seq_len, batch_size, max_sequences, token_bytes(tok), progress
         )

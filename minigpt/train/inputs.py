@@ -19,16 +19,16 @@ import orjson
 
 from ..checkpoint.store import stores_in
 from ..config.options import TrainConfig
-from ..core.files import at_home, in_folder, set_aside, write_file
+from ..core.files import expand_home, in_folder, set_aside, write_file
 from ..core.notes import Note
 from ..core.suggest import did_you_mean
 from minigpt.data.corpus import (
     stdlib_text,
     write_calls,
+    write_conversations,
     write_corpus,
     write_preferences,
     write_reasoning,
-    write_talks,
 )
 from ..data.readers import DataError, data_files
 from minigpt.data.registry import (
@@ -50,10 +50,10 @@ from minigpt.data.tokensets import (
     curriculum,
     open_set,
     open_tokenset,
-    read_again,
     same_rules,
     sample_texts,
-    source_facts,
+    source_records,
+    tokenset_notes,
 )
 from ..run.record import DataRecord, RunRecord
 from ..tokenizer.bpe import Tokenizer, load_tokenizer, train_tokenizer
@@ -97,7 +97,7 @@ def sets_of(data: TokenSet | Mixture) -> list[TokenSet]:
 # %% ../../nbs/train/06_inputs.ipynb #82692e6d
 BUILT_IN: dict[str, Callable[[Path], Path]] = dict(
     stories=write_corpus,
-    talks=write_talks,
+    talks=write_conversations,
     calls=write_calls,
     reasoning=write_reasoning,
     preferences=write_preferences,
@@ -223,7 +223,7 @@ def _paths(x) -> list[Path]:
     x = source.given if source.mix is None else source.parts
     if isinstance(x, (list, tuple)):
         return [p for y in x for p in _paths(y)]
-    return [p] if isinstance(x, (str, Path)) and (p := at_home(locate(x))).exists() else []
+    return [p] if isinstance(x, (str, Path)) and (p := expand_home(locate(x))).exists() else []
 
 
 def check_before_moving(
@@ -429,7 +429,7 @@ def _check_reading_options(call: _Request, meta: dict):
     ):
         if old != now:
             refuse(folder, k, old, now)
-    for note in read_again(meta, cfg.on_bad_row):
+    for note in tokenset_notes(meta, cfg.on_bad_row):
         _log_note(note)
     if (old := options.get("format") == "lines") != cfg.line_by_line:
         refuse(folder, "line_by_line", old, cfg.line_by_line)
@@ -449,9 +449,9 @@ def _current_files(call: _Request, place: Path, source, then: list[dict]) -> lis
         return None
     try:
         if named := _registered(source, decided, folder):
-            return source_facts(data_files(named.data_path), then)
+            return source_records(data_files(named.data_path), then)
         files, _ = source_files(source, folder, decided, encoding=call.cfg.encoding)
-        return source_facts(files, then)
+        return source_records(files, then)
     except DataError:
         raise
     except (FileNotFoundError, ValueError):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..config.options import TrainConfig, lr_at
 from ..config.schedule import Schedule
-from ..data.tokensets import TokenSet, loader, spread_over
+from ..data.tokensets import TokenSet, evenly_spaced, loader
 from ..model.gpt import GPT
 from ..run.record import Runtime
 from .optim import device_type, make_optimizer
@@ -197,7 +197,7 @@ class Trainer(Learner):
         for c in self.callbacks:
             getattr(c, event)(self, *args)
 
-    def ask_to_stop(self, why):
+    def request_stop(self, why):
         "Stop after this step. `why` is a signal or a text; the first reason given counts."
         self.stop = self.stop or why
 
@@ -227,7 +227,7 @@ def totals(
     model, data, seq_len, batch_size, max_sequences, objective, progress=False
 ) -> tuple[dict[str, float], int]:
     "Sums of an objective's metrics over a data set, and the number of targets."
-    index = spread_over(data.n_windows(seq_len), max_sequences)
+    index = evenly_spaced(data.n_windows(seq_len), max_sequences)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     total, count, starts = {}, 0, range(0, len(index), batch_size)

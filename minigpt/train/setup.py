@@ -22,33 +22,33 @@ from minigpt.checkpoint.store import (
     Checkpoint,
     CheckpointError,
     Defect,
+    check_no_symlinks,
     newest,
     problem,
-    refuse_links,
     stores_in,
 )
 from ..config.options import TrainConfig
 from minigpt.core.files import (
-    at_home,
     can_lock,
     entries,
+    expand_home,
     human_time,
+    is_temporary_error,
     lexists,
-    may_pass,
-    only_one,
     read_json,
+    run_lock,
     set_aside,
 )
 from minigpt.run.backup import (
     Backup,
     BackupError,
     BackupStatus,
-    check_there,
+    check_backup_folder,
+    check_no_other_process,
     fetch,
-    given_up,
+    is_abandoned,
     read_run_id,
     restore_run,
-    wait_for_others,
 )
 from ..run.folder import split_checkpoint
 from .call import FitCall, FitContext, ResumeFrom
@@ -83,9 +83,9 @@ def prepare_folder(call: FitCall) -> tuple[Path, Path | None]:
         raise TypeError(
             f"output_dir={call.output_dir!r} must be the path of a folder: a run is always saved"
         )
-    folder = at_home(call.output_dir)
+    folder = expand_home(call.output_dir)
     try:
-        refuse_links(folder)
+        check_no_symlinks(folder)
         folder.mkdir(parents=True, exist_ok=True)
         can_lock(folder)
     except OSError as e:
@@ -110,7 +110,7 @@ def _move_aside(folder: Path, call: FitCall) -> Path:
             f"output_dir={str(folder)!r} is the working directory or a parent of it, so"
             " overwrite=True cannot move it aside; choose a separate folder, such as runs/demo"
         )
-    with only_one(folder):
+    with run_lock(folder):
         pass
     others = call.model, call.tokenizer_path, getattr(call.model, "base_path", None)
     check_before_moving(folder, (call.train, call.valid), others)
@@ -130,7 +130,7 @@ def _why_unwanted(c: Checkpoint, t: RunTrainer, attempts: list[dict]) -> Defect 
         return None  # verifying the checkpoint reports this
     if state.get("run", t.run_id) != t.run_id:
         return Defect("unwanted", "it belongs to another run")
-    if given_up(state, attempts):
+    if is_abandoned(state, attempts):
         return Defect(
             "unwanted",
             "training later went back to an earlier step, so this checkpoint was abandoned",
@@ -225,7 +225,7 @@ def undo_if_refused(output_dir) -> Iterator[list]:
     New folders, the lock and the log are removed, and a folder that was moved aside (it is added to
     the list) is moved back. Token sets that were built stay for the next call.
     """
-    folder, moved = at_home(output_dir) if isinstance(output_dir, (str, Path)) else None, []
+    folder, moved = expand_home(output_dir) if isinstance(output_dir, (str, Path)) else None, []
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)] if folder else []
     files = [folder / n for n in ("run.log", ".lock") if folder and not os.path.lexists(folder / n)]
     try:
@@ -242,7 +242,7 @@ def _undo(folder: Path, new: list[Path], files: list[Path], aside: Path | None):
     "Remove new files and empty new folders, and move an old run back."
     if aside:
         new = [folder, *new]
-    with only_one(folder):
+    with run_lock(folder):
         for p in [folder / "run.log", folder / ".lock"] if aside else files:
             p.unlink(missing_ok=True)
         for p in [p for p in folder.iterdir() if folder in new] + new:
@@ -349,9 +349,9 @@ def open_backup(folder: Path, call: FitCall) -> Backup | None:
     cfg = call.train_config()
     if not cfg.gdrive_backup_dir:
         return None
-    check_there(cfg.gdrive_backup_dir)
+    check_backup_folder(cfg.gdrive_backup_dir)
     backup = Backup(cfg.gdrive_backup_dir, folder, cfg.backup_keep_last)
-    _retry(lambda: wait_for_others(backup), backup)
+    _retry(lambda: check_no_other_process(backup), backup)
     is_new = read_run_id(folder) is None
     if is_new and call.overwrite and backup.path.exists():
         logger.info(
@@ -374,7 +374,7 @@ def _retry(access: Callable, backup: Backup):
         try:
             return access()
         except OSError as e:
-            if not may_pass(e) or delay is None:
+            if not is_temporary_error(e) or delay is None:
                 raise BackupError(
                     f"{backup.path} cannot be read: {e}. Nothing was trained. Mount it again and"
                     " call again, or leave out gdrive_backup_dir to continue without it"
@@ -395,7 +395,7 @@ def finish_backup(backup: Backup, cfg: TrainConfig, seconds: float, confirm: boo
             bar.set_postfix_str(f"{s['doing']}; {left} left")
 
         complete = backup.finish(seconds, confirm, show)
-    backup.pass_on()
+    backup.log_messages()
     s = BackupStatus.from_dict(backup.status())
     copied = s.copied.name if s.copied else "no checkpoint yet"
     waiting = ", ".join(s.waiting or ())

@@ -31,7 +31,7 @@ from minigpt.checkpoint.store import (
 )
 from ..config.options import TrainConfig, lr_at
 from ..config.schedule import Schedule
-from ..core.files import lexists, only_one, read_json, write_file, write_json
+from ..core.files import lexists, read_json, run_lock, write_file, write_json
 from ..model.adapters import LoRAGPT, weights_hash
 from ..model.gpt import GPT
 from ..run.metrics import Metrics
@@ -389,7 +389,7 @@ class RunTrainer(Trainer):
         folder, same_folder = self.run_path, self.lock.is_there()
         if not same_folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.lock = self.at_end.enter_context(only_one(folder))
+            self.lock = self.at_end.enter_context(run_lock(folder))
         if not lexists(folder / "metrics.jsonl"):
             # the deleted file is still open
             write_file(folder / "metrics.jsonl", self.metrics.content())

@@ -31,8 +31,8 @@ from minigpt.checkpoint.store import (
     Checkpoint,
     CheckpointError,
     find_base,
-    home_of,
     load_model,
+    model_dir,
     newest,
     pack_optimizer,
     problem,
@@ -42,33 +42,33 @@ from minigpt.checkpoint.store import (
 from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
 from minigpt.core.files import (
-    at_home,
     dir_size,
     entries,
+    expand_home,
     free_space,
     human_size,
     human_time,
-    only_one,
     read_json,
+    run_lock,
     sweep,
     write_json,
 )
 from ..data.tokensets import ChatSet, LineSet, Mixture, PairSet, check_size
 from ..model.adapters import LoRAConfig, LoRAGPT, weights_hash
 from ..model.families import family_of
-from ..model.gpt import GPT, GPTConfig, LanguageModel, shape_from_dict
+from ..model.gpt import GPT, GPTConfig, LanguageModel, config_from_dict
 
 # %% ../../nbs/train/13_trainer.ipynb #a4e64409
 from minigpt.run.backup import (
     Backup,
     BackupError,
-    check_there,
+    check_backup_folder,
+    creation_key,
     drive_mount,
-    made_later,
     restore_run,
 )
 from ..run.folder import Run, open_run
-from ..run.metrics import RunLog, Shown, listening
+from ..run.metrics import ConsoleHandler, RunLog, log_to
 from ..run.record import DataRecord, InitialWeights, RunRecord, Runtime
 from ..tokenizer.bpe import Tokenizer, load_tokenizer
 
@@ -104,7 +104,14 @@ from minigpt.train.inputs import (
 # %% ../../nbs/train/13_trainer.ipynb #90825793
 from .loop import Callback, Learner, Trainer, TrainingError
 from .optim import device_type
-from .parallel import TeamError, assemble, join, launched, own_device, share_batch
+from minigpt.train.parallel import (
+    ProcessGroupError,
+    assemble,
+    join,
+    launched,
+    own_device,
+    share_batch,
+)
 from .preference import Preference
 from minigpt.train.setup import (
     check_readable,
@@ -122,10 +129,10 @@ from minigpt.train.speed import (
     can_keep,
     choose,
     decide_compile,
+    deterministic_mode,
     fit_batch,
+    is_out_of_memory,
     memory_advice,
-    out_of_memory,
-    same_bits,
     set_compiled,
 )
 from minigpt.train.state import (
@@ -185,7 +192,7 @@ def _stop_on_signals(t: Trainer):
             restore()
             raise KeyboardInterrupt("stopped immediately, without saving")
         # do not print here: the signal may have interrupted a print
-        t.ask_to_stop(signal.Signals(number))
+        t.request_stop(signal.Signals(number))
 
     # SIGHUP: the terminal was closed; nohup ignores it
     signals, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)
@@ -241,7 +248,7 @@ def describe_data(data, seq_len: int) -> list[str]:
         return [f"{len(lengths):,} lines, one sequence each, {padding:.1%} padding{longer}"]
     if not isinstance(data, ChatSet):
         return []
-    used = len(data.lengths()) - data.too_long(seq_len)[1]
+    used = len(data.lengths()) - data.count_too_long(seq_len)[1]
     rows = "pairs" if isinstance(data, PairSet) else "conversations"
     return [
         f"{used:,} {rows} share {data.n_windows(seq_len):,} sequences,"
@@ -251,7 +258,7 @@ def describe_data(data, seq_len: int) -> list[str]:
 
 def _describe_long_rows(data: ChatSet, seq_len: int) -> str:
     "What happens to rows that are longer than a sequence."
-    (longer, lost), inside = data.too_long(seq_len), data.cut_inside(seq_len)
+    (longer, lost), inside = data.count_too_long(seq_len), data.count_cut_inside_answer(seq_len)
     after, text = max(0, longer - lost) - inside, ""
     if after > 0:
         text += f"; {after:,} are longer than max_seq_len={seq_len} and truncated after an answer"
@@ -354,7 +361,7 @@ def fit(
         widget=widget,
     )
     if launched():
-        help_out()
+        run_worker()
         return Run(output_dir)
     return _run_fit(call)
 
@@ -408,11 +415,11 @@ def _open_folder(job: FitContext, moved: list):
     folder, aside = prepare_folder(job.call)
     moved.append(aside)
     job.folder = folder
-    job.lock = enter(only_one(folder))
+    job.lock = enter(run_lock(folder))
     job.log = enter(RunLog(folder / "run.log"))
     job.log.counts = False  # until the call is accepted
-    shown = Shown(logging.INFO if cfg.progress else logging.WARNING)
-    enter(listening(job.log, shown))
+    shown = ConsoleHandler(logging.INFO if cfg.progress else logging.WARNING)
+    enter(log_to(job.log, shown))
     check_readable(folder)
     for f in (
         folder,
@@ -495,7 +502,7 @@ def _choose_runtime(job: FitContext):
         job.at_end.callback(job.team.close)
         runtime = replace(runtime, device=own_device(runtime.device))
     torch.set_num_threads(runtime.threads)
-    job.at_end.enter_context(same_bits(cfg.deterministic))
+    job.at_end.enter_context(deterministic_mode(cfg.deterministic))
     job.runtime = runtime
 
 
@@ -516,7 +523,7 @@ def _open_inputs(job: FitContext):
     "Open the tokenizer, the training and the validation data."
     call, cfg, record = job.call, job.cfg, job.record
     job.source = resolve_model(call.model, record)
-    home = home_of(job.source.model)
+    home = model_dir(job.source.model)
     has_tokenizer = home and (home / "tokenizer.json").exists()
     of_model = call.tokenizer is None and home and not record and not cfg.retrain_tokenizer
     if of_model and not has_tokenizer:
@@ -809,7 +816,7 @@ def explain_out_of_memory(t: RunTrainer, when: str = ""):
     try:
         yield
     except RuntimeError as e:
-        if not out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         cause = str(e).splitlines()[0][:200]
         traceback.clear_frames(e.__traceback__)
@@ -828,7 +835,7 @@ def _move_to_device(model: LanguageModel, device: str) -> LanguageModel:
     try:
         return model.to(device)
     except RuntimeError as e:
-        if not out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         size = human_size(sum(p.numel() * p.element_size() for p in model.parameters()))
         raise TrainingError(
@@ -859,13 +866,13 @@ def _quiet_workers():
     "A process that `fit` started does not repeat an error that the first process reports."
     try:
         yield
-    except TeamError:
+    except ProcessGroupError:
         if launched() is None:
             raise SystemExit(1) from None
         raise
 
 # %% ../../nbs/train/13_trainer.ipynb #d510755a
-def help_out():
+def run_worker():
     "Compute a share of each step, until there are no more."
     team = join()
     # the first process handles signals
@@ -883,7 +890,7 @@ def help_out():
         team.connect(device, runtime.threads)
         set_compiled(learner.model, runtime.compile != "no", runtime.compile)
         learner.model.train()
-        with same_bits(p["config"].deterministic):
+        with deterministic_mode(p["config"].deterministic):
             while (share := team.share()) is not None:
                 step, n_targets, lr, micro_batches = share
                 team.draw(p["config"].seed, step)
@@ -911,7 +918,7 @@ def _submit_missing(
     if state:
         backup.submit(state.path, {s.folder: s for s in t.stores}.get(state.path.parent))
     if best := [c for c in t.best.all() if not c.problem]:
-        backup.submit(max(best, key=made_later).path, t.best)
+        backup.submit(max(best, key=creation_key).path, t.best)
 
 
 def _prune(t: RunTrainer):
@@ -971,7 +978,7 @@ def _initial_model(run: Run):
         model = load_model(path)
         if weights_hash(model) == initial.hash:
             return model
-    return shape_from_dict(record.model)
+    return config_from_dict(record.model)
 
 # %% ../../nbs/train/13_trainer.ipynb #31e40fcf
 def resume(
@@ -982,15 +989,15 @@ def resume(
     **options,  # Fields of `TrainConfig` to change; `callbacks` too
 ) -> Run:
     "Resume a run; on another machine, pass the `gdrive_backup_dir` that holds it."
-    run = at_home(run)
+    run = expand_home(run)
     if launched():
-        help_out()
+        run_worker()
         return Run(run)
     with undo_if_refused(run):
         stored = Run(run).record.train if (Path(run) / "run.json").exists() else {}
         if folder := options.get("gdrive_backup_dir", stored.get("gdrive_backup_dir")):
-            check_there(folder)
-            with only_one(run), listening(Shown()):
+            check_backup_folder(folder)
+            with run_lock(run), log_to(ConsoleHandler()):
                 restore_run(Backup(folder, run))
         record = open_run(run).record
     return fit(

@@ -126,12 +126,14 @@ def model_and_data(stage, work):
         )
     import torch
 
-    from minigpt.data.corpus import write_preferences, write_talks
+    from minigpt.data.corpus import write_conversations, write_preferences
     from minigpt.model.adapters import lora
     from minigpt.model.gpt import GPT
 
     write, rows = dict(
-        sft=(write_talks, 300), lora=(write_talks, 300), dpo=(write_preferences, 150)
+        sft=(write_conversations, 300),
+        lora=(write_conversations, 300),
+        dpo=(write_preferences, 150),
     )[stage]
     torch.manual_seed(1)
     base = GPT(shape())

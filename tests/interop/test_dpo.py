@@ -8,7 +8,7 @@ import torch
 
 from minigpt.checkpoint.store import CheckpointError, load_model
 from minigpt.config.options import TrainConfig
-from minigpt.data.corpus import write_preferences, write_talks
+from minigpt.data.corpus import write_conversations, write_preferences
 from minigpt.data.tokensets import build_tokenset, data_files, sample_texts
 from minigpt.model.adapters import lora
 from minigpt.model.gpt import GPT, GPTConfig
@@ -207,7 +207,7 @@ def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
     "Killed before its first save, a run from a model must not begin with random weights"
     from minigpt.checkpoint.exporter import export
 
-    talks = write_talks(tmp_path / "talks.jsonl", 100)
+    talks = write_conversations(tmp_path / "talks.jsonl", 100)
     export(gpt(tok), tmp_path / "base", tokenizer=tok)
     fit(load_model(tmp_path / "base"), talks, tokenizer=tok, output_dir=tmp_path / "run", **SHORT)
     want = load_model(tmp_path / "run").weights()
@@ -230,7 +230,7 @@ def test_a_model_directory_by_name(tok, tmp_path):
     "Its tokenizer comes with it; a folder that holds none is refused"
     from minigpt.checkpoint.exporter import export
 
-    talks = write_talks(tmp_path / "talks.jsonl", 100)
+    talks = write_conversations(tmp_path / "talks.jsonl", 100)
     export(gpt(tok), tmp_path / "base", tokenizer=tok)
     run = fit(
         str(tmp_path / "base"), talks, output_dir=tmp_path / "run", **{**SHORT, "max_steps": 2}

@@ -11,7 +11,7 @@ import torch
 
 from minigpt.checkpoint.exporter import export
 from minigpt.checkpoint.store import CheckpointError, load_model
-from minigpt.data.corpus import write_talks
+from minigpt.data.corpus import write_conversations
 from minigpt.data.tokensets import data_files, sample_texts
 from minigpt.model.adapters import LoRAConfig, lora, weights_hash
 from minigpt.tokenizer.bpe import train_tokenizer
@@ -37,7 +37,7 @@ SHORT = dict(
 
 @pytest.fixture(scope="module")
 def talks(tmp_path_factory):
-    return write_talks(tmp_path_factory.mktemp("talks") / "talks.jsonl", 200)
+    return write_conversations(tmp_path_factory.mktemp("talks") / "talks.jsonl", 200)
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3"])

@@ -62,7 +62,7 @@ SMALLER = {  # text: what runs in its place
 FILES = """
 import json, random
 from pathlib import Path
-from minigpt.data.corpus import stories, write_preferences, write_talks
+from minigpt.data.corpus import stories, write_preferences, write_conversations
 from minigpt.tokenizer.bpe import train_tokenizer
 lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.'
          for who in ('Ada','Eva','Finn') for n in range(2, 10)
@@ -72,8 +72,8 @@ Path('my.txt').write_text('\\n\\n'.join(lines*5))
 def rows(name, texts):
     Path(name).write_text(''.join(json.dumps(dict(text=t))+'\\n' for t in texts))
 rows('my.jsonl', lines*3); rows('found.jsonl', [t for t, _ in zip(stories(), range(300))])
-write_talks('talks.jsonl', 60)
-write_talks('held-out.jsonl', 9, seed=1)
+write_conversations('talks.jsonl', 60)
+write_conversations('held-out.jsonl', 9, seed=1)
 write_preferences('pairs.jsonl', 80)
 Path('my_functions.py').write_text('def add(a:int, b:int)->int: "The sum"; return a+b')
 """

@@ -34,7 +34,7 @@ from minigpt.model.gpt import GPT, GPTConfig
 from minigpt.run import backup as backup_module
 from minigpt.run.backup import Backup, BackupError, restore_run
 from minigpt.run.folder import open_run
-from minigpt.run.metrics import listening
+from minigpt.run.metrics import log_to
 from minigpt.tokenizer.bpe import train_tokenizer
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
@@ -790,7 +790,7 @@ def watched(tmp_path):
     (tmp_path / "run").mkdir()
     said, handler = [], logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    with listening(handler):
+    with log_to(handler):
         yield Backup(tmp_path / "disk", tmp_path / "run"), said
 
 
@@ -804,7 +804,7 @@ def test_another_machine_is_seen_whatever_its_clock(watched, clock):
         while not (b.path / "heartbeat.json").exists():
             time.sleep(0.01)
         with pytest.raises(BackupError, match="another process is training this run"):
-            backup_module.wait_for_others(b)
+            backup_module.check_no_other_process(b)
     finally:
         stop.set()
         other.join()
@@ -824,7 +824,7 @@ def test_a_machine_that_is_gone_is_waited_for_as_long_as_it_must_be(watched, clo
     )
     write_json(b.path / "heartbeat.json", heart | change)
     began = time.monotonic()
-    backup_module.wait_for_others(b)
+    backup_module.check_no_other_process(b)
     took = time.monotonic() - began
     assert (0.25 <= took < 2 and len(said) == 1) if waits else (took < 0.2 and not said)
 
@@ -835,7 +835,7 @@ def test_a_heart_that_says_nonsense_is_watched_as_usual(watched, text, monkeypat
     b, said = watched
     monkeypatch.setattr(backup_module, "BEAT", 0.05)
     (b.path / "heartbeat.json").write_text(text)
-    backup_module.wait_for_others(b)
+    backup_module.check_no_other_process(b)
     assert len(said) == 1
 
 
@@ -963,11 +963,11 @@ def test_going_back_counts_from_its_first_moment(work, tmp_path, monkeypatch):
     backup = dict(gdrive_backup_dir=str(tmp_path / "disk"), max_steps=30)
     go(work, **dict(backup, max_steps=STEPS))
 
-    def out_of_memory(*_):
+    def is_out_of_memory(*_):
         raise TrainingError("memory ran out")
 
     with monkeypatch.context() as m:
-        m.setattr("minigpt.train.trainer._tune", out_of_memory)
+        m.setattr("minigpt.train.trainer._tune", is_out_of_memory)
         with pytest.raises(TrainingError):
             go(work, resume="checkpoint-10", **backup)
     run, _ = go(work, **backup)

@@ -38,7 +38,7 @@ from minigpt.checkpoint.store import (
     write_final,
 )
 from minigpt.config.options import read_options
-from minigpt.core.files import only_one
+from minigpt.core.files import run_lock
 from minigpt.data.tokensets import DataError, TokenSet, build_tokenset
 from minigpt.model.adapters import lora
 from minigpt.model.gpt import GPT, GPTConfig
@@ -924,7 +924,7 @@ def test_the_folder_disappears_while_it_trains(whole, work, how):
 
     def end(t):
         if t.step == 16:
-            with pytest.raises(RuntimeError, match="another process"), only_one(work / "run"):
+            with pytest.raises(RuntimeError, match="another process"), run_lock(work / "run"):
                 pass
             raise PowerCut
 
@@ -1452,7 +1452,7 @@ def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
     p.kill()
     p.wait()
     assert not psutil.wait_procs(workers, timeout=10)[1]
-    with only_one(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
 
 

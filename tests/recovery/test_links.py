@@ -18,7 +18,7 @@ import pytest
 from minigpt.checkpoint.analysis import analyze
 from minigpt.checkpoint.exporter import export
 from minigpt.checkpoint.store import CheckpointError, CheckpointStore, problem, stores_in
-from minigpt.core.files import delete, new_dir, only_one, remove_dir, set_aside, sweep, write_file
+from minigpt.core.files import delete, new_dir, remove_dir, run_lock, set_aside, sweep, write_file
 from minigpt.data.download import get
 from minigpt.data.preparation import prepare
 from minigpt.data.tokensets import build_tokenset
@@ -329,7 +329,7 @@ def test_a_lock_and_leftovers_that_are_links(outside, tmp_path, monkeypatch):
     before, run = told(outside), tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(outside / "passwd")
-    with pytest.raises(OSError, match="a lock must be a file of its own"), only_one(run):
+    with pytest.raises(OSError, match="a lock must be a file of its own"), run_lock(run):
         pass
     (run / f".a.tmp-{os.getpid()}").symlink_to(outside / "passwd")
     write_file(run / "a", "mine")

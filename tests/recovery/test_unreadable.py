@@ -184,7 +184,7 @@ def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
     facts["train"]["gdrive_backup_dir"] = str(tmp_path / "disk")
     backup_module.write_json(work / "run/run.json", facts)
     monkeypatch.setattr("minigpt.run.folder.ANSWER", 0.05)
-    monkeypatch.setattr("minigpt.run.folder.check_there", lambda folder: hangs.wait(30))
+    monkeypatch.setattr("minigpt.run.folder.check_backup_folder", lambda folder: hangs.wait(30))
     said = run_table(open_run(work / "run"))
     hangs.set()
     assert "checkpoint-10" in said and "disk has not answered for 0 s: the mount hangs" in said

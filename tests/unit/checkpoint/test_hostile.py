@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 from minigpt import cli
 from minigpt.checkpoint import headers
 from minigpt.checkpoint.analysis import analyze as look_into
-from minigpt.checkpoint.headers import follow_pickle, foreign, torch_file
+from minigpt.checkpoint.headers import foreign, interpret_pickle, torch_file
 from minigpt.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
@@ -44,7 +44,7 @@ from minigpt.core.files import NotAFile, read_json
 from minigpt.data import readers as formats
 from minigpt.data.preparation import prepare
 from minigpt.data.quality import analyze
-from minigpt.data.readers import DataError, data_files, look_at, parse_block, read_blocks
+from minigpt.data.readers import DataError, data_files, inspect_file, parse_block, read_blocks
 from minigpt.data.tokensets import sample_texts
 from minigpt.diffusion import TessConfig
 from minigpt.model.adapters import lora
@@ -117,7 +117,7 @@ def test_a_line_that_unpacks_to_128_mib(tmp_path, monkeypatch, packer):
             f.write(bytes(1 << 22))
     assert file.stat().st_size < 2 << 20
     (look, found, texts), most = peak(
-        lambda: (look_at(file), rows(file), list(sample_texts([file])))
+        lambda: (inspect_file(file), rows(file), list(sample_texts([file])))
     )
     assert (
         look.packed == packer
@@ -264,7 +264,7 @@ def piped(path):
 
 def test_pipes_and_devices_as_data(tmp_path):
     with within():
-        for use in look_at, data_files, lambda p: list(sample_texts([p])), analyze:
+        for use in inspect_file, data_files, lambda p: list(sample_texts([p])), analyze:
             with pytest.raises(DataError, match="a.jsonl is a FIFO, not a file"):
                 use(piped(tmp_path / "a.jsonl"))
             with pytest.raises(DataError, match="/dev/zero is a device, not a file"):
@@ -922,7 +922,7 @@ MEMBER, CODE, METHOD = (
 def named(*attributes):
     "What strikes in a training_args.bin that takes these attributes"
     names = Counter()
-    follow_pickle(
+    interpret_pickle(
         io.BytesIO(
             b"\x80\x02]"
             + b"".join(b"cbuiltins\ngetattr\n" + a + b"\x86Ra" for a in attributes)

@@ -61,7 +61,7 @@ def home(tmp_path_factory):
 
 
 @pytest.fixture
-def at_home(home, monkeypatch, tmp_path):
+def expand_home(home, monkeypatch, tmp_path):
     "There, and somewhere else: a folder named ~ shows"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
@@ -71,22 +71,24 @@ def at_home(home, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["~/run", "~/model", "run", "memory"])
-def test_a_run_or_a_directory_stands_for_model_and_tokenizer(at_home, named):
-    source = dict(run=Run(at_home / "run"), memory=load_model(at_home / "model")).get(named, named)
+def test_a_run_or_a_directory_stands_for_model_and_tokenizer(expand_home, named):
+    source = dict(run=Run(expand_home / "run"), memory=load_model(expand_home / "model")).get(
+        named, named
+    )
     chat = Chat(source, max_new_tokens=2, seed=0)
     assert (
         isinstance(chat.ask("Hello"), str)
-        and chat.tokenizer.hash == load_tokenizer(at_home / "run" / "tokenizer").hash
+        and chat.tokenizer.hash == load_tokenizer(expand_home / "run" / "tokenizer").hash
     )
     assert Chat(source, "~/model").tokenizer.hash == chat.tokenizer.hash
     if named != "memory":
         with Server(dict(m=source), port=0) as s:
             assert isinstance(s.models["m"][0], GPT)
     evaluate_on(source, "~/text.txt", cache="~/cache", progress=False)
-    assert (at_home / "cache").is_dir()
+    assert (expand_home / "cache").is_dir()
 
 
-def test_what_stands_for_no_model(at_home):
+def test_what_stands_for_no_model(expand_home):
     model = GPT(GPTConfig(vocab_size=9, **TINY))
     with pytest.raises(ValueError, match="tokenizer of a model in memory is not known"):
         Chat(model)
@@ -106,21 +108,21 @@ def test_what_stands_for_no_model(at_home):
         Chat("runs/no")
 
 
-def test_the_users_folder(at_home):
+def test_the_users_folder(expand_home):
     "`~` names it wherever a folder is written or read"
     assert (
-        export(open_run("~/run"), "~/out/a") == at_home / "out" / "a"
-        and export("~/model", "~/out/b") == at_home / "out" / "b"
+        export(open_run("~/run"), "~/out/a") == expand_home / "out" / "a"
+        and export("~/model", "~/out/b") == expand_home / "out" / "b"
     )
     assert (
-        load_tokenizer("~/model").save("~/tok") == at_home / "tok"
-        and (at_home / "tok" / "tokenizer.json").exists()
+        load_tokenizer("~/model").save("~/tok") == expand_home / "tok"
+        and (expand_home / "tok" / "tokenizer.json").exists()
     )
     create_demo("~/demo", GPTConfig(vocab_size=50, **TINY), progress=False)
-    assert (at_home / "demo").is_dir() and Watch("~/run").status()["step"] == 1
+    assert (expand_home / "demo").is_dir() and Watch("~/run").status()["step"] == 1
 
 
-def test_the_users_folder_on_the_command_line(at_home, monkeypatch, capsys):
+def test_the_users_folder_on_the_command_line(expand_home, monkeypatch, capsys):
     for words in (
         ["tokenizer", "train", "~/text.txt", "--output=~/tok2", "--vocab-size=270"],
         ["export", "~/model", "~/out/c"],
@@ -132,9 +134,9 @@ def test_the_users_folder_on_the_command_line(at_home, monkeypatch, capsys):
             cli.main()
         assert not e.value.code, words
     assert (
-        (at_home / "tok2" / "tokenizer.json").exists()
-        and (at_home / "out" / "c" / "config.json").exists()
-        and (at_home / "p.png").exists()
+        (expand_home / "tok2" / "tokenizer.json").exists()
+        and (expand_home / "out" / "c" / "config.json").exists()
+        and (expand_home / "p.png").exists()
         and "step 1 of 1" in capsys.readouterr().out
     )
 

@@ -16,7 +16,7 @@ from minigpt.checkpoint.store import CheckpointError
 from minigpt.config.options import TrainConfig
 from minigpt.core.files import human_size
 from minigpt.model.gpt import GPTConfig
-from minigpt.run.backup import BackupError, check_there, drive_mount
+from minigpt.run.backup import BackupError, check_backup_folder, drive_mount
 from minigpt.run.folder import open_run
 from minigpt.run.guard import Guard
 from minigpt.run.metrics import read_log
@@ -399,22 +399,22 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
     "On a laptop it is a folder; on Colab, at Colab's mount; without a mount, it is not Drive"
     (tmp_path / "stuff/MyDrive").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
-    check_there(tmp_path / "stuff/MyDrive/x")
+    check_backup_folder(tmp_path / "stuff/MyDrive/x")
     assert (tmp_path / "stuff/MyDrive/x").is_dir() and drive_mount(
         tmp_path / "stuff/MyDrive/x"
     ) is None
     with pytest.raises(BackupError, match="nothing is mounted at .*empty"):
-        check_there(tmp_path / "empty/MyDrive/x")
+        check_backup_folder(tmp_path / "empty/MyDrive/x")
     real = os.path.isdir
     with (
         monkeypatch.context() as m
     ):  # a folder that an earlier program has made where Colab's mount belongs
         m.setattr("os.path.isdir", lambda p: str(p).startswith("/content/drive") or real(p))
         with pytest.raises(BackupError, match="nothing is mounted at /content/drive"):
-            check_there("/content/drive/MyDrive/x")
+            check_backup_folder("/content/drive/MyDrive/x")
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
     with pytest.raises(BackupError, match="nothing is mounted at .*stuff"):
-        check_there(tmp_path / "stuff/MyDrive/x")
+        check_backup_folder(tmp_path / "stuff/MyDrive/x")
     assert drive_mount(tmp_path / "stuff/MyDrive/x") == tmp_path / "stuff"
 
 

@@ -205,7 +205,7 @@ def test_a_long_row_is_cut_behind_an_answer(tok, tmp_path):
     assert (
         len(ids) <= 100
         and tok.decode([labels[-1]]) == IM_END
-        and data.too_long(100) == (2, 1)
+        and data.count_too_long(100) == (2, 1)
         and data.packs(100)[0].tolist() == [0]
     )
     ids, labels = data.row(1, 100)

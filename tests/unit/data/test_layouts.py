@@ -15,7 +15,7 @@ from minigpt.data.quality import analyze, clean
 from minigpt.data.readers import (
     DataError,
     count_read,
-    look_at,
+    inspect_file,
     parse_block,
     parse_row,
     read_blocks,
@@ -666,7 +666,7 @@ def test_no_text_is_left_out_without_a_word(tok, more, core):
 
 # --- what is said of a file -----------------------------------------------------------------------
 def lines_of(path, **how):
-    table = read_table({path: look_at(path)})
+    table = read_table({path: inspect_file(path)})
     for b in read_blocks(path, **how):
         count_read(table, path, [(r.read, r.unread) for r in parse_block(b) if not r.reason])
     return reading(table)
@@ -704,7 +704,7 @@ def test_a_line_for_each_file(tok, tmp_path):
         r.text for r in (r for b_ in read_blocks(b, encoding="cp1251") for r in parse_block(b_))
     ][0] != "Сегодня"
     with pytest.raises(ValueError, match="encoding='koi9' must be an encoding that Python knows"):
-        look_at(b, "koi9")
+        inspect_file(b, "koi9")
 
 
 def test_sound_options_leave_a_set_as_it_was(tok, tmp_path):
@@ -817,7 +817,7 @@ def test_a_long_first_row(tmp_path):
     (tmp_path / "c.txt").write_bytes(
         b"x" * 50_000 + b"\r" + b"x" * 50_000 + b"\r\n" + b"next\r\nlast\r\n"
     )
-    assert look_at(tmp_path / "c.txt").newline == "CRLF" and "".join(
+    assert inspect_file(tmp_path / "c.txt").newline == "CRLF" and "".join(
         r.text for r in rows_in(tmp_path / "c.txt")
     ).split("\n")[1:] == ["next", "last", ""]
 
@@ -835,7 +835,7 @@ def test_a_long_first_row(tmp_path):
 )
 def test_rows_under_a_key(text, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(text)
-    assert [r.text for r in rows_in(tmp_path / "a.json")] == ["a", "b"] and look_at(
+    assert [r.text for r in rows_in(tmp_path / "a.json")] == ["a", "b"] and inspect_file(
         tmp_path / "a.json"
     ).layout == "inside"
     monkeypatch.setattr(formats, "LONGEST", 60)  # the limit is that of a row, not that of the file
@@ -869,7 +869,7 @@ def test_files_of_other_kinds_are_refused_by_name(name, tmp_path):
             " would train on its .*: "
         ),
     ):
-        look_at(tmp_path / name)
+        inspect_file(tmp_path / name)
 
 
 def test_a_table_with_tabs_is_for_encoders(tok, tmp_path):
@@ -919,12 +919,14 @@ def test_encodings_are_guessed(encoding, tmp_path):
             for i in range(3)
         ).encode(encoding)
     )
-    assert look_at(tmp_path / "a.txt").guessed and "a guess" in str(look_at(tmp_path / "a.txt"))
+    assert inspect_file(tmp_path / "a.txt").guessed and "a guess" in str(
+        inspect_file(tmp_path / "a.txt")
+    )
     assert [r.text for r in rows_in(tmp_path / "a.txt")] == [text + "\n"] and [
         r.text for r in rows_in(tmp_path / "a.jsonl")
     ] == [f"{text}\n{i} {text}" for i in range(3)]
     assert (
-        not look_at(tmp_path / "a.txt", encoding).guessed
+        not inspect_file(tmp_path / "a.txt", encoding).guessed
         and rows_in(tmp_path / "a.txt", encoding=encoding)[0].text == text + "\n"
     )
 
@@ -1016,7 +1018,11 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     ) == sorted(old.packs(64)[0].tolist()) == [0, 1, 2]
     assert all(np.array_equal(a, b) for a, b in zip(cut.packs(64), old.packs(64)))
     assert tok.decode([whole.row(1, 64)[1][-1]]) == "<|im_end|>"
-    assert whole.too_long(64) == (2, 1) and cut.cut_inside(64) == 1 and whole.cut_inside(64) == 0
+    assert (
+        whole.count_too_long(64) == (2, 1)
+        and cut.count_cut_inside_answer(64) == 1
+        and whole.count_cut_inside_answer(64) == 0
+    )
     assert (
         "1 are longer than max_seq_len=64 and are cut behind an answer; 1 rows longer than"
         " max_seq_len=64 are left out; long_rows='cut' keeps their beginning"
@@ -1276,7 +1282,7 @@ def test_indentation_and_margins():
 
 
 def test_a_home_folder_is_meant_by_its_sign(tok, tmp_path, monkeypatch):
-    from minigpt.data.corpus import write_talks
+    from minigpt.data.corpus import write_conversations
     from minigpt.data.tokensets import open_tokenset
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -1285,7 +1291,7 @@ def test_a_home_folder_is_meant_by_its_sign(tok, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", *[dict(text=f"row {i}") for i in range(9)])
     build_tokenset("~/a.jsonl", tok, "~/set", 0.0)
     prepare("~/a.jsonl", "~/out.jsonl", tok)
-    write_talks("~/talks.jsonl", 2)
+    write_conversations("~/talks.jsonl", 2)
     assert (
         len(open_tokenset("~/set")[0])
         and not (tmp_path / "~").exists()

@@ -270,7 +270,7 @@ def test_curriculum(sets, kind):
                 sets[kind].tokens[np.asarray(sets[kind].mask)] if kind else sets[kind].tokens[1:]
             ).tolist()
         )
-        or easy.too_long(LEN)[0]
+        or easy.count_too_long(LEN)[0]
     )
     assert (
         sets[kind].difficulty is None and sets[kind].curriculum_id == "" != easy.curriculum_id

@@ -563,7 +563,7 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
     import rensa
 
     from minigpt.core.files import spread
-    from minigpt.data.quality import band_keys
+    from minigpt.data.quality import lsh_keys
 
     many = np.arange(2_000_000, dtype=np.uint64)
     rensa.RMinHash.digest_matrix_from_flat_token_hashes(
@@ -573,8 +573,8 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
         f"The mill on the hill number {i} turns its wheel for {i * 7} sacks of flour a day." * 20
         for i in range(300)
     ]
-    ((_, keys),) = spread(band_keys, [texts], 1)
-    assert np.array_equal(keys, band_keys(texts)) and keys.all()
+    ((_, keys),) = spread(lsh_keys, [texts], 1)
+    assert np.array_equal(keys, lsh_keys(texts)) and keys.all()
 
 
 def test_a_look_writes_nothing(data, tmp_path):

@@ -21,7 +21,7 @@ from hypothesis import given, settings, strategies as st
 
 from minigpt.data import readers as formats
 from minigpt.data.quality import analyze
-from minigpt.data.readers import DataError, Row, look_at, parse_block, parse_row, read_blocks
+from minigpt.data.readers import DataError, Row, inspect_file, parse_block, parse_row, read_blocks
 from minigpt.data.tokensets import build_tokenset
 from minigpt.tokenizer.bpe import SPECIALS, train_tokenizer
 from tests.harness import kill_child as child
@@ -644,7 +644,7 @@ def test_what_is_no_text(case, tok, tmp_path):
     name, content, words = REFUSED[case]
     (tmp_path / name).write_bytes(content)
     for use in (
-        look_at,
+        inspect_file,
         rows,
         lambda p: analyze(p, near_duplicates=False),
         lambda p: build_tokenset(p, tok, tmp_path / "set"),
@@ -740,7 +740,7 @@ def test_encodings(tmp_path_factory, encoding, data):
     if name == "a.json":
         lines = ["[", *(l + "," for l in lines[:-1]), lines[-1], "]"]
     path.write_bytes(PACK[packed](encoded("".join(l + end for l in lines), encoding)))
-    look, found = look_at(path), rows(path)
+    look, found = inspect_file(path), rows(path)
     assert not [r for r in found if r.reason] and (look.newline, look.packed) == (
         {"\n": "LF", "\r\n": "CRLF", "\r": "CR"}[end],
         {"members": "gzip", "frames": "zstd"}.get(packed, packed),

@@ -6,9 +6,9 @@ import pytest
 
 from minigpt.config.options import TrainConfig
 from minigpt.model import families
-from minigpt.model.families import Family, family_of, from_hf, register_family, shape_from_dict
+from minigpt.model.families import Family, config_from_dict, family_of, from_hf, register_family
 from minigpt.model.generation import complete, stream_text
-from minigpt.model.gpt import GPT, GPTConfig, LanguageModel, need_gpt
+from minigpt.model.gpt import GPT, GPTConfig, LanguageModel, check_gpt
 
 
 @dataclass(frozen=True)
@@ -43,29 +43,29 @@ def parrots(monkeypatch):
 
 def test_a_family_of_ones_own(parrots):
     assert from_hf(dict(model_type="parrot", vocab_size=300)) == Parrot.config
-    assert shape_from_dict(Parrot.config.to_dict()) == Parrot.config
+    assert config_from_dict(Parrot.config.to_dict()) == Parrot.config
     assert [*stream_text(Parrot(), None, "Hello", seed=1)] == ["Hello", " None {'seed': 1}"]
     assert complete(Parrot(), None, "Hello", [3]) == "Hello [3] {}"
     with pytest.raises(TypeError, match="this is a Parrot; it repeats$"):
-        need_gpt(Parrot(), "a chat")
+        check_gpt(Parrot(), "a chat")
 
 
 def test_without_a_family():
     assert family_of(Parrot()) is None and family_of("runs/mine") is None
     with pytest.raises(TypeError, match="this is a Parrot$"):
-        need_gpt(Parrot(), "a chat")
+        check_gpt(Parrot(), "a chat")
     with pytest.raises(ValueError, match="'llama', 'qwen3' and 'roberta' models only"):
         from_hf(dict(model_type=["llama"]))
     with pytest.raises(KeyError):
-        shape_from_dict(dict(model_type="parrot"))
+        config_from_dict(dict(model_type="parrot"))
 
 
 def test_both_families_of_the_package():
     gpt = GPT(GPTConfig.preset("tiny", vocab_size=300))
     assert family_of(gpt).model_types == ("llama", "qwen3") and family_of(gpt).objective is None
     shape = dict(vocab_size=300, dim=32, n_layer=1, n_head=2, ffn_dim=64)
-    encoder = shape_from_dict(dict(model_type="roberta", **shape)).build()
+    encoder = config_from_dict(dict(model_type="roberta", **shape)).build()
     learns = family_of(encoder).objective(encoder, None, TrainConfig())
     assert type(learns).__name__ == "Denoising"
     with pytest.raises(TypeError, match="a Tess, which fills gaps; use minigpt.diffusion"):
-        need_gpt(encoder, "a chat")
+        check_gpt(encoder, "a chat")

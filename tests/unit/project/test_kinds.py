@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 MODULES = [p for p in (ROOT / "minigpt").rglob("*.py") if p.name != "_modidx.py"]
-TORCHS = {"out_of_memory", "read_pickle"}  # torch tells these by words alone
+TORCHS = {"is_out_of_memory", "read_pickle"}  # torch tells these by words alone
 SEARCHES = {"startswith", "endswith", "find", "search", "match", "fullmatch", "findall"}
 WORDS = {"reason", "detail"}  # fields that hold a message
 

@@ -23,11 +23,11 @@ from minigpt.run.metrics import (
     Curves,
     EventWriter,
     Follower,
-    LossPicture,
+    LossFigure,
     Metrics,
     PlotWriter,
     RunLog,
-    decimate,
+    downsample,
     read_metrics,
 )
 from tests.harness.faulty import Disk
@@ -109,10 +109,10 @@ def test_another_file_in_its_place(tmp_path, replace):
 WRITE = """
 import sys, time
 from pathlib import Path
-from minigpt.core.files import only_one
+from minigpt.core.files import run_lock
 from minigpt.run.metrics import EventWriter, Metrics, read_metrics
 folder,attempt,step = Path(sys.argv[1]),int(sys.argv[2]),int(sys.argv[3])
-with only_one(folder):
+with run_lock(folder):
     m = Metrics(folder/'metrics.jsonl', attempt, step)
     e = None
     if len(sys.argv) > 4:
@@ -170,7 +170,7 @@ def test_a_writer_that_is_killed_is_followed(tmp_path):
 def test_decimation_keeps_what_a_picture_shows(values, width):
     y = np.array(values)
     x = np.arange(len(y)) * 10
-    u, v = decimate(x, y, width)
+    u, v = downsample(x, y, width)
     assert len(v) <= max(2 * width + 2, 1) and (v.min(), v.max(), u[0], u[-1]) == (
         y.min(),
         y.max(),
@@ -241,7 +241,7 @@ def test_a_full_disk_is_told_and_forgotten(tmp_path):
 def test_two_threads_draw(tmp_path):
     "The live view is drawn by the main thread while pictures are written by another"
     run = run_with_losses(tmp_path / "run", 300)
-    w, p, c = PlotWriter(run), LossPicture(), Curves(read_metrics(run / "metrics.jsonl"))
+    w, p, c = PlotWriter(run), LossFigure(), Curves(read_metrics(run / "metrics.jsonl"))
     alone = p.png(c), p.png(c, log=True)
     for i in range(3):
         w.save(i)
@@ -403,16 +403,16 @@ def test_a_mount_that_goes_away_while_it_is_watched(work):
 
 def test_looking_does_not_take_the_lock(tmp_path):
     "A thousand looks, and none of them leaves the lock taken, or a file where there was none"
-    from minigpt.core.files import only_one
-    from minigpt.run.status import is_held
+    from minigpt.core.files import run_lock
+    from minigpt.run.status import is_training
 
     for _ in range(100):
-        assert not is_held(tmp_path)
+        assert not is_training(tmp_path)
     assert not list(tmp_path.iterdir())
-    with only_one(tmp_path):
+    with run_lock(tmp_path):
         for _ in range(100):
-            assert is_held(tmp_path)
-    with only_one(tmp_path):
+            assert is_training(tmp_path)
+    with run_lock(tmp_path):
         pass
 
 

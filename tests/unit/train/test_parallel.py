@@ -70,7 +70,7 @@ def weights(run):
 
 
 def helpers():
-    return [p for p in psutil.Process().children() if "help_out" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "run_worker" in " ".join(p.cmdline())]
 
 
 def gone(processes):
