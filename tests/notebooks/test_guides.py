@@ -39,7 +39,9 @@ LEFT_OUT = {  # line: why
 SMALLER = {  # text: what runs in its place
     "--max-steps 2000": "--max-steps 2 --max-seq-len 64",
     "checkpoint-2000": "checkpoint-2",
-    "fit('small', ": "fit('tiny', ",
+    "fit('small', ": "fit(smaller, ",
+    'fit("tiny", ': "fit(smaller, ",
+    '"tiny",\n    mix': "smaller,\n    mix",
     "max_steps=5000, max_seq_len=256": "max_steps=2, max_seq_len=64",
     "--config small --max-steps 5000": "--config tiny --max-steps 5 --max-seq-len 64 --seconds 1",
     "max_steps=500,": "max_steps=12,",
@@ -59,6 +61,7 @@ FILES = """
 import json, random
 from pathlib import Path
 from minigpt.data.corpus import stories, write_preferences, write_talks
+from minigpt.model.gpt import GPTConfig
 from minigpt.tokenizer.bpe import train_tokenizer
 lines = [f'{who} has {n} {what}. {who} gives one away. Now {who} has {n-1} {what}.'
          for who in ('Ada','Eva','Finn') for n in range(2, 10)
@@ -71,6 +74,9 @@ rows('my.jsonl', lines*3); rows('found.jsonl', [t for t, _ in zip(stories(), ran
 write_talks('conversations.jsonl', 60)
 write_talks('held-out.jsonl', 9, seed=1)
 write_preferences('pairs.jsonl', 80)
+def smaller(tok):
+    heads = dict(n_head=2, n_kv_head=1)
+    return GPTConfig(vocab_size=tok.vocab_size, dim=32, n_layer=1, ffn_dim=64, **heads)
 Path('my_functions.py').write_text('def add(a:int, b:int)->int: "The sum"; return a+b')
 """
 QWEN3 = """
@@ -170,6 +176,10 @@ def test_every_entry_is_used():
     assert not [line for line in LEFT_OUT if line not in text.splitlines()] and not [
         old for old in SMALLER if old not in text
     ]
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 # --- the Chinese pages ----------------------------------------------------------------------------
