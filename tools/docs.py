@@ -1,8 +1,8 @@
 """The documentation site in _docs/site, from the notebooks: `python tools/docs.py [--serve]`.
 
-nbdev-proc-nbs turns each room into a page (a signature with the comments of its parameters for
-every public symbol); tutorials, README and changelog are taken as they are; the pages in docs/ are
-written by hand. mkdocs-material makes the site, strictly: a broken link or anchor is an error.
+nbdev-proc-nbs turns each notebook into a page (a signature with the comments of its parameters for
+every public symbol). Tutorials, README and changelog are copied; the pages in docs/ are written by
+hand. mkdocs-material builds the site, strictly: a broken link or anchor is an error.
 """
 
 import base64
@@ -22,21 +22,32 @@ from readme import ansi, block
 PROC, OUT = ROOT / "_proc", ROOT / "_docs"
 SRC = OUT / "src"
 GUIDES = {
-    "coming": "Coming from elsewhere",
-    "commands": "Commands of other documents",
-    "fast": "Make it fast",
-    "formats": "Formats",
+    "getting-started": "Getting started",
+    "colab": "Train on Colab with Drive",
+    "data": "Prepare data",
+    "fine-tuning": "Fine-tune (SFT, LoRA, DPO)",
+    "chat-and-serve": "Chat and serve",
+    "checkpoints": "Inspect and export checkpoints",
+    "performance": "Performance",
+    "migrating": "Migrating",
     "troubleshooting": "Troubleshooting",
-    "compare": "How it compares",
+}
+ABOUT = {
+    "commands": "Commands",
+    "formats": "Formats",
+    "comparison": "Comparison",
 }
 CHINESE = {
     "zh/index": ("简介", "README.zh.md"),
-    "zh/quickstart": ("快速上手", "docs/zh/quickstart.md"),
-    "zh/drive": ("用 Drive 训练", "docs/zh/drive.md"),
-    "zh/coming": ("从其他项目转过来", "docs/zh/coming.md"),
+    "zh/getting-started": ("快速上手", "docs/zh/getting-started.md"),
+    "zh/colab": ("在 Colab 上用 Drive 训练", "docs/zh/colab.md"),
+    "zh/data": ("准备数据", "docs/zh/data.md"),
+    "zh/fine-tuning": ("微调（SFT、LoRA、DPO）", "docs/zh/fine-tuning.md"),
+    "zh/migrating": ("迁移指南", "docs/zh/migrating.md"),
+    "zh/troubleshooting": ("常见问题", "docs/zh/troubleshooting.md"),
 }
 WRITTEN = {
-    **{g: f"docs/{g}.md" for g in GUIDES},
+    **{g: f"docs/{g}.md" for g in (*GUIDES, *ABOUT)},
     **{page: source for page, (_, source) in CHINESE.items()},
     "changelog": "CHANGELOG.md",
 }  # by hand: page to source
@@ -69,7 +80,7 @@ def load(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def rooms():
+def modules():
     "Module name to notebook, in reading order"
     found = {}
     for p in lessons():
@@ -122,7 +133,7 @@ def linked(text, source, page):
     return "".join(parts)
 
 
-def shown(o, source, page, pictures):
+def shown(o, source, page, pictures, alt=""):
     "An output as Markdown; a picture goes into `pictures`, path to bytes"
     if o["output_type"] == "stream":
         return (
@@ -136,7 +147,7 @@ def shown(o, source, page, pictures):
         pictures[f"{posixpath.dirname(page)}/{name}".lstrip("/")] = base64.b64decode(
             joined(data["image/png"])
         )
-        return f"![]({name})"
+        return f"![{alt}]({name})"
     if "text/html" in data:
         return (
             '<div class="output">\n'
@@ -172,7 +183,8 @@ def convert(notebook, source, page):
             if flags.get("echo") != "false" and text:
                 parts.append(block(text, "python"))
             if flags.get("output") != "false":
-                parts += [shown(o, source, page, pictures) for o in cell.get("outputs", [])]
+                alt = flags.get("fig-alt", "")
+                parts += [shown(o, source, page, pictures, alt) for o in cell.get("outputs", [])]
     write(page, "\n\n".join(o for o in parts if o) + "\n")
     for name, raw in pictures.items():
         (SRC / name).write_bytes(raw)
@@ -210,13 +222,14 @@ def configuration():
     cfg = settings()
     nav = [
         {"Home": "index.md"},
+        {"Guides": [{t: f"{g}.md"} for g, t in GUIDES.items()]},
         {
-            "Guides": [
+            "Tutorials": [
                 {title(ROOT / f"nbs/tutorials/{t}.ipynb"): f"tutorials/{t}.md"} for t in TUTORIALS
             ]
         },
-        {"Reference": [{m: reference(m)} for m in MODULES]},
-        *({t: f"{g}.md"} for g, t in GUIDES.items()),
+        {"API reference": [{m: reference(m)} for m in MODULES]},
+        {"Reference": [{t: f"{g}.md"} for g, t in ABOUT.items()]},
         {"Changelog": "changelog.md"},
         {"中文": [{t: f"{page}.md"} for page, (t, _) in CHINESE.items()]},
     ]
@@ -318,6 +331,6 @@ def main():
     )
 
 
-MODULES = rooms()
+MODULES = modules()
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py [--check]`.
 
-Markdown cells as they are, with links made relative to the root; code cells as code blocks,
+Markdown cells are copied, with links made relative to the root. Code cells become code blocks,
 followed by their stored outputs: text as a block, pictures as files in nbs/images/. `#| hide` drops
-a cell, `#| echo: false` its code, `#| output: false` its outputs.
+a cell, `#| echo: false` its code, `#| output: false` its outputs. `#| fig-alt:` describes pictures.
 """
 
 import base64
@@ -41,7 +41,7 @@ def block(text, lang=""):
     return f"{fence}{lang}\n{text}\n{fence}"
 
 
-def output(o, pictures):
+def output(o, pictures, alt=""):
     "One stored output as Markdown; a picture goes into `pictures`, name to bytes"
     if o["output_type"] == "stream":
         return (
@@ -53,7 +53,7 @@ def output(o, pictures):
             name = f"nbs/images/index-{len(pictures) + 1}.{ext}"
             raw = joined(data[kind])
             pictures[name] = raw.encode() if ext == "svg" else base64.b64decode(raw)
-            return f"![]({name})"
+            return f"![{alt}]({name})"
     if "text/markdown" in data:
         return relinked(joined(data["text/markdown"])).strip()
     if "text/plain" in data:
@@ -74,7 +74,8 @@ def render(nb):
             if flags.get("echo", "") != "false" and source:
                 parts.append(block(source, "python"))
             if flags.get("output", "") != "false":
-                parts += [output(o, pictures) for o in cell.get("outputs", [])]
+                alt = flags.get("fig-alt", "")
+                parts += [output(o, pictures, alt) for o in cell.get("outputs", [])]
     return head + "\n" + "\n\n".join(o for o in parts if o) + "\n", pictures
 
 
