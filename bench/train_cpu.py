@@ -89,11 +89,11 @@ TRAINERS = [
 def programs(a) -> list[str]:
     "What is measured; bf16 in any case where `fit` chooses it."
     from minigpt.config.options import TrainConfig
-    from minigpt.train.speed import choose
+    from minigpt.train.speed import choose_runtime
 
     halves = (
         [" bf16"]
-        if choose(TrainConfig(device="cpu", num_threads=a.threads))["precision"] == "bf16"
+        if choose_runtime(TrainConfig(device="cpu", num_threads=a.threads)).precision == "bf16"
         else []
     )
     peers = [n for n, d in (("nanoGPT", a.nanogpt), ("MiniMind", a.minimind)) if d]

@@ -18,7 +18,7 @@ __all__, __getattr__, __dir__ = lazy_names(
             ProcessGroupError Team launched own_device join assemble share_batch
         """,
         "speed": """
-            best_device choose can_keep autocast attention_kernel deterministic_mode
+            best_device choose_runtime can_keep autocast attention_kernel deterministic_mode
             no_side_effects micro_step set_compiled decide_compile smaller memory_advice
             fit_batch flops_per_token machine_flops benchmark benchmark_table
         """,

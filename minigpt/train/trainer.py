@@ -127,7 +127,7 @@ from minigpt.train.setup import (
 from minigpt.train.speed import (
     attention_kernel,
     can_keep,
-    choose,
+    choose_runtime,
     decide_compile,
     deterministic_mode,
     fit_batch,
@@ -490,7 +490,7 @@ def _choose_runtime(job: FitContext):
         (call.train, call.valid), None if "data" in call.override else record, job.folder
     )
     job.cfg = cfg = call.train_config(job.decided)
-    runtime = Runtime(**choose(cfg))
+    runtime = choose_runtime(cfg)
     if record:
         runtime = _keep_runtime(record.runtime, runtime, cfg)
     if cfg.devices > 1 and cfg.device == "auto":
@@ -696,7 +696,7 @@ def _summary(t: RunTrainer, runtime: Runtime) -> str:
         f"{model.config.n_params:,} parameters{adapter}"
         f" on {f'{t.team.size} × ' if t.team else ''}{runtime.device} in {runtime.precision},"
         f" {'compiled' if runtime.compile != 'no' else 'not compiled'},"
-        f" {attention_kernel(model, asdict(runtime), packed)} attention, {runtime.threads} threads,"
+        f" {attention_kernel(model, runtime, packed)} attention, {runtime.threads} threads,"
         f" {cfg.dataloader_workers} workers;"
         f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
         f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"

@@ -44,10 +44,11 @@ def test_a_symbol_has_its_signature_comments_and_source(site):
     text = words(site / "reference" / "model" / "adapters" / "index.html")
     assert (
         "r:int=8, # Rank" in text
-        and "Freeze a model, and add an adapter that can be trained." in text
+        and "Return a model with frozen base weights and a trainable adapter." in text
     )
-    assert "how many sequences at once: measured where it can be, then written down" in words(
-        site / "reference" / "train" / "speed" / "index.html"
+    assert (
+        "Choose device, precision, compilation and micro-batch size, where possible by measuring"
+        in words(site / "reference" / "train" / "speed" / "index.html")
     )
     assert re.search(
         r'href="[^"]+/blob/main/minigpt/model/adapters.py#L\d+"',

@@ -19,7 +19,7 @@ from minigpt.config.options import TrainConfig
 from minigpt.model.gpt import GPT, linear_cross_entropy
 from minigpt.run.folder import open_run
 from minigpt.run.guard import Guard
-from minigpt.train.speed import can_keep, choose, decide_compile
+from minigpt.train.speed import can_keep, choose_runtime, decide_compile
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
 from tests.recovery.test_faults import At, PowerCut, go, power_cut
@@ -316,7 +316,7 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
 def test_a_device_that_is_not_here(device, says, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
-        choose(TrainConfig(device=device))
+        choose_runtime(TrainConfig(device=device))
 
 
 def test_a_device_that_was_there(monkeypatch):
@@ -336,8 +336,8 @@ def test_a_device_that_was_there(monkeypatch):
         and can_keep("precision", "bf16", "cpu")
     )
     with pytest.raises(ValueError, match="finds 1 CUDA device here"):
-        choose(TrainConfig(device="cuda:1"))
-    assert choose(TrainConfig(device="cuda"))["precision"] == "fp16"
+        choose_runtime(TrainConfig(device="cuda:1"))
+    assert choose_runtime(TrainConfig(device="cuda")).precision == "fp16"
 
 
 def test_another_error_is_not_taken_for_memory(work):
