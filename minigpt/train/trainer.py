@@ -781,8 +781,8 @@ def _tune(t: RunTrainer, runtime: Runtime, old: Runtime | None) -> tuple[TrainCo
             f"micro-batches of {cfg.batch_size} instead of {t.config.batch_size} sequences, so that"
             f" each of {size} devices gets the same number"
         )
-    if mode == "auto" and t.complete:
-        mode = "yes"  # nothing is trained, so nothing is measured
+    if mode == "auto" and not t.complete:
+        mode = "yes"  # it was measured, and compiling pays off
     return cfg, replace(runtime, compile=mode, batch_size=cfg.batch_size, devices=size)
 
 

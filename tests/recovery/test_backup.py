@@ -692,7 +692,7 @@ def test_going_back_gives_up_the_later_course_in_the_backup_too(work, whole, tmp
 
 
 def light(parts, saves, step):
-    "A snapshot of the weights alone"
+    "A snapshot of the weights only"
     s = state(parts, step)
     s.optimizer = s.rng = None
     return CheckpointStore(saves / "snapshots", name="snapshot", kind="light").save(s)
@@ -1148,7 +1148,7 @@ def test_light_snapshots_only_on_demand(work, whole):
     go(work, resume="snapshot-9")
     assert json.loads((work / "run" / "run.json").read_text())["attempts"][-1][
         "step"
-    ] == 9 and "weights alone" in log(work)
+    ] == 9 and "weights only" in log(work)
 
 
 def test_early_stopping_and_going_on(work, whole):

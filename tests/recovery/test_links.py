@@ -270,7 +270,7 @@ def test_a_strangers_run_json(made, outside, tmp_path):
         before = sorted(os.listdir(tmp_path)), told(outside)
         with pytest.raises(
             ValueError,
-            match=rf"the tokens are in '{re.escape(place)}'; they must be in a folder data",
+            match=rf"names '{re.escape(place)}' as the directory of the tokens; it must be",
         ):
             fit(child.shape(), made / "text.jsonl", output_dir=run, **OPTIONS)
         b = Backup(tmp_path / "disk", run)

@@ -424,7 +424,7 @@ def test_training_on_two_sets_of_preferences(tok, tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match="objective='conversation_modeling' learns from rows of the kind conversation",
+        match="objective='conversation_modeling' trains on conversation rows",
     ):
         fit(
             child.shape(),

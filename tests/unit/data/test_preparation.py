@@ -199,9 +199,7 @@ def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_fo
 def test_an_objective_that_the_data_do_not_have(tmp_path):
     with pytest.raises(
         ValueError,
-        match=(
-            "objective='conversation_modeling' learns from rows of the kind conversation.*kind text"
-        ),
+        match=("objective='conversation_modeling' trains on conversation rows.*holds text rows"),
     ):
         fit(
             child.shape(),

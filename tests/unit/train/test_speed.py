@@ -153,8 +153,7 @@ def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monk
     alone = go(child.new_work(tmp_path / "alone"))[1]
     use = iter([50] * 8 + [97] * 1000)
     monkeypatch.setattr(
-        minigpt.train.trainer,
-        "Guard",
+        "minigpt.train.callbacks.Guard",
         lambda cpu, memory: Guard(
             cpu, memory, patience=0.0, every=0.0, memory=lambda: (next(use), 100)
         ),
@@ -182,7 +181,7 @@ def test_disable_monitoring_watches_nothing(work, monkeypatch):
     def none(*args):
         raise AssertionError("a guard was made")
 
-    monkeypatch.setattr(minigpt.train.trainer, "Guard", none)
+    monkeypatch.setattr("minigpt.train.callbacks.Guard", none)
     assert go(work, disable_monitoring=True)[0].finished
 
 
@@ -399,7 +398,7 @@ def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
 
     monkeypatch.setattr(GPT, "to", full)
     with pytest.raises(
-        TrainingError, match="the model, .* does not fit on cpu .*restart its kernel"
+        TrainingError, match=r"the model \(.* does not fit on cpu .*restart its kernel"
     ):
         go(work)
 
