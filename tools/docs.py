@@ -1,11 +1,13 @@
 """The documentation site in _docs/site, from the notebooks: `python tools/docs.py [--serve]`.
 
-nbdev-proc-nbs turns each notebook into a page (a signature with the comments of its parameters for
-every public symbol). Tutorials, README and changelog are copied; the pages in docs/ are written by
+nbdev-proc-nbs turns each notebook into a page; the signature of a public symbol becomes a table of
+its parameters. Tutorials, README and changelog are copied; the pages in docs/ are written by
 hand. mkdocs-material builds the site, strictly: a broken link or anchor is an error.
 """
 
+import ast
 import base64
+import html
 import json
 import os
 import posixpath
@@ -155,12 +157,63 @@ def shown(o, source, page, pictures, alt=""):
             + "\n</div>"
         )
     if "text/markdown" in data:
-        return linked(joined(data["text/markdown"]).removeprefix("---\n").strip(), source, page)
+        text = joined(data["text/markdown"]).removeprefix("---\n").strip()
+        return linked(with_parameter_table(text), source, page)
     return (
         block(ansi.sub("", joined(data["text/plain"])).strip("\n"), "text")
         if "text/plain" in data
         else ""
     )
+
+
+SIGNATURE = re.compile(
+    r"```python\n(?P<kind>def|class) (?P<name>\w+)\(\n(?P<parameters>.*?)\n\)"
+    r"(?P<returns>[^\n#]*?):?(?: # (?P<returned>[^\n]*))?\n```",
+    re.S,
+)
+
+
+def with_parameter_table(text):
+    "A signature with a comment for each parameter, as a short signature and a table"
+    return SIGNATURE.sub(lambda m: parameter_table(m) or m[0], text, count=1)
+
+
+def short_type(node):
+    "An annotation without the modules of its names"
+    if node is None or ast.unparse(node) == "NoneType":  # nbdev's guess from a default
+        return ""
+    return re.sub(r"\b(?:\w+\.)+(?=\w)", "", ast.unparse(node))
+
+
+def parameter_table(m):
+    "The table of a `SIGNATURE`; None: it does not parse, or no parameter has a comment"
+    lines = [re.fullmatch(r" *(.*?),?(?: # (.*))?", l) for l in m["parameters"].splitlines()]
+    returns = m["returns"].strip()
+    try:
+        f = ast.parse(f"def f({', '.join(l[1] for l in lines)}){returns}: pass").body[0]
+    except SyntaxError:  # a default such as <object object at 0x…>
+        return None
+    a = f.args
+    positional, stars = [*a.posonlyargs, *a.args], [x for x in (a.vararg, a.kwarg) if x]
+    defaults = [None] * (len(positional) - len(a.defaults)) + a.defaults
+    values = dict(zip([p.arg for p in positional + a.kwonlyargs], defaults + a.kw_defaults))
+    types = {p.arg: short_type(p.annotation) for p in positional + a.kwonlyargs + stars}
+    cell = lambda s: s.replace("|", "\\|") if s else ""
+    code = lambda s: f"<code>{html.escape(cell(s))}</code>" if s else ""
+    rows, names = [], []
+    for l in lines:
+        name = re.match(r"\**\w*", l[1])[0]
+        names.append(name)
+        if key := name.lstrip("*"):
+            default = ast.unparse(values[key]) if values.get(key) else ""
+            rows.append([code(name), code(types[key]), code(default), cell(l[2])])
+    if m["returned"] or returns:
+        rows.append(["returns", code(short_type(f.returns)), "", cell(m["returned"])])
+    if not any(r[3] for r in rows):
+        return None
+    head = ["| Parameter | Type | Default | Meaning |", "| - | - | - | - |"]
+    table = [f"| {' | '.join(r)} |" for r in rows]
+    return "\n".join([f"`{m['name']}({', '.join(names)})`", "", *head, *table])
 
 
 def convert(notebook, source, page):
