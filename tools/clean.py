@@ -3,8 +3,8 @@
     python tools/clean.py [--check] [notebook ...]
 
 What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a
-GPU notebook opens on a GPU), and without the state of widgets, which is large and dead once the
-kernel is gone."""
+GPU notebook opens on a GPU, and so do `cellView` and `jupyter`, which fold a cell), and without the
+state of widgets, which is large and of no use once the kernel is gone."""
 
 import json
 import sys
@@ -33,7 +33,8 @@ def without_widgets(outputs):
 def cleaned(text):
     "The text of a notebook, cleaned"
     nb, cfg = json.loads(text), get_config(ROOT)
-    clean_nb(nb, allowed_metadata_keys=cfg.get("allowed_metadata_keys"), clean_ids=cfg.clean_ids)
+    kept = ("allowed_metadata_keys", "allowed_cell_metadata_keys")
+    clean_nb(nb, **{k: cfg.get(k) for k in kept}, clean_ids=cfg.clean_ids)
     nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
         if "outputs" in cell:

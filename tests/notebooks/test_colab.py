@@ -1,6 +1,6 @@
-"""The Colab notebooks, in a real kernel, on a stand-in for Colab.
+"""The Colab notebooks, in a real kernel, on a stub of Colab.
 
-Train until the machine is killed, then go on on an emptied one where only Drive is left.
+Train until the machine is killed, then resume on an empty one that has only Drive.
 """
 
 import json
@@ -18,7 +18,7 @@ from project import ROOT
 
 STUB = {
     "google/colab/__init__.py": "",
-    # what Colab's own does, as far as minigpt can see: a mount point with MyDrive in it
+    # does what minigpt sees of Colab's own module: a mount point with MyDrive in it
     "google/colab/drive.py": (
         """
 import os
@@ -28,8 +28,8 @@ def mount(where, force_remount=False, timeout_ms=120000):
     open(os.path.join(where, '.mounted-'+os.environ['STUB_MACHINE']), 'w').close()
 """
     ),
-    # Colab has loaded its package before the first cell; its mount is at a path that only root
-    # could make here
+    # Colab imports its package before the first cell, and mounts Drive at a path that only root
+    # could create here
     "sitecustomize.py": (
         """
 import os, sys
@@ -57,7 +57,7 @@ def stub(tmp_path_factory):
 
 
 def execute(name, machine, stub, drive, **env):
-    "`jupyter execute` on a machine of its own"
+    "Start `jupyter execute` in a directory that stands for a machine."
     machine.mkdir(exist_ok=True)
     shutil.copy(ROOT / "nbs" / "tutorials" / f"{name}.ipynb", machine)
     env = {
@@ -86,7 +86,8 @@ def execute(name, machine, stub, drive, **env):
     )
 
 
-def said(machine, name):
+def printed(machine, name):
+    "Return what the cells printed."
     nb = nbformat.read(machine / f"{name}.out.ipynb", 4)
     return "\n".join(
         o.get("text", "") for c in nb.cells if c.cell_type == "code" for o in c.outputs
@@ -97,15 +98,17 @@ def test_a_disconnect_and_the_day_after(stub, tmp_path):
     drive, first, second = tmp_path / "drive", tmp_path / "first", tmp_path / "second"
     drive.mkdir()
     p = execute("train_with_drive", first, stub, drive)
-    whole = lambda: [
-        m
-        for m in (drive / "MyDrive" / "minigpt" / "stories" / "checkpoints").glob(
-            "checkpoint-*/MANIFEST.json"
-        )
-        if int(m.parent.name[11:]) >= 100
-    ]
+    complete = (
+        lambda: [  # checkpoints on Drive, from step 100
+            m
+            for m in (drive / "MyDrive" / "minigpt" / "my-gpt" / "checkpoints").glob(
+                "checkpoint-*/MANIFEST.json"
+            )
+            if int(m.parent.name[11:]) >= 100
+        ]
+    )
     end = time.time() + 200
-    while p.poll() is None and not whole() and time.time() < end:
+    while p.poll() is None and not complete() and time.time() < end:
         time.sleep(0.05)
     for child in (
         psutil.Process(p.pid).children(recursive=True) + [psutil.Process(p.pid)]
@@ -114,26 +117,28 @@ def test_a_disconnect_and_the_day_after(stub, tmp_path):
     ):
         child.kill()  # the runtime is reset
     out = p.communicate()[0]
-    assert whole(), out
-    assert not (first / "train_with_drive.out.ipynb").exists(), "it was faster than the disconnect"
+    assert complete(), out
+    assert not (first / "train_with_drive.out.ipynb").exists(), (
+        "the run ended before it could be killed"
+    )
     shutil.rmtree(first)
     p = execute("resume_after_disconnect", second, stub, drive)
     out = p.communicate(timeout=300)[0]
     assert p.returncode == 0, out
-    run = json.loads((second / "runs" / "stories" / "run.json").read_text())
+    run = json.loads((second / "runs" / "my-gpt" / "run.json").read_text())
     assert [a["step"] for a in run["attempts"]][0] == 0 and run["attempts"][-1]["step"] >= 100
-    text = said(second, "resume_after_disconnect")
+    text = printed(second, "resume_after_disconnect")
     assert (
-        "restoring stories from" in text
+        "restoring my-gpt from" in text
         and "was copied from the backup" in text
         and "backed up in" in text
     )
-    assert "training a tokenizer" not in text, "nothing may be trained anew"
-    assert (drive / "MyDrive" / "minigpt" / "stories" / "final" / "MANIFEST.json").exists()
+    assert "training a tokenizer" not in text, "nothing may be trained again"
+    assert (drive / "MyDrive" / "minigpt" / "my-gpt" / "final" / "MANIFEST.json").exists()
 
 
 def test_a_refused_mount(stub, tmp_path):
-    "The notebook says what it means and goes on, and nothing is written where Drive would be"
+    "The notebook explains the consequences and continues; nothing is written at the mount point."
     code = (
         "import sys; sys.orig_argv.append('ipykernel_launcher'); exec(open(sys.argv[1]).read());"
         " from minigpt.colab import setup; print(repr(setup('x', model='tiny')))"
@@ -160,7 +165,7 @@ def test_a_refused_mount(stub, tmp_path):
     assert not (tmp_path / "drive").exists()
 
 
-def test_in_a_subprocess_colab_is_known_by_its_environment(stub, tmp_path):
+def test_in_a_subprocess_colab_is_detected_by_its_environment(stub, tmp_path):
     code = "from minigpt.colab import in_colab, setup; assert in_colab(); print(repr(setup('x')))"
     r = subprocess.run(
         [sys.executable, "-c", code],
