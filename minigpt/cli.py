@@ -214,12 +214,12 @@ FULL_DATA = "pretrain", "sft_long", "sft_full", "reasoning"  # for `--use-full-d
 def full_data(
     folder: Path,  # The run's directory
     backup: str,  # gdrive_backup_dir
-    anew: bool,  # Whether an existing run is moved aside or gets other data
+    new_run: bool,  # Whether an existing run is moved aside or gets other data
 ) -> Mix:
     """Return all of MiniMind's texts and conversations.
 
     An existing run resumes with its own tokens; a new one requires every file."""
-    exists = not anew and any(
+    exists = not new_run and any(
         (p / "run.json").exists()
         for p in [folder, *([Path(backup) / folder.name] if backup else [])]
     )

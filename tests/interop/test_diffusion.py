@@ -464,7 +464,7 @@ def test_a_gpt_line_by_line(tmp_path):
     assert (
         found.finished
         and " lines, one sequence each, " in said
-        and "are longer than max_seq_len=6 and are cut" in said
+        and "are longer than max_seq_len=6 and truncated" in said
     )
 
 

@@ -1024,11 +1024,11 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
         and whole.count_cut_inside_answer(64) == 0
     )
     assert (
-        "1 are longer than max_seq_len=64 and are cut behind an answer; 1 rows longer than"
+        "1 are longer than max_seq_len=64 and truncated after an answer; 1 rows longer than"
         " max_seq_len=64 are left out; long_rows='cut' keeps their beginning"
         in describe_data(whole, 64)[0]
     )
-    assert "1 are longer and are cut inside an answer" in describe_data(cut, 64)[0]
+    assert "1 are longer and truncated inside an answer" in describe_data(cut, 64)[0]
     again = [
         build_tokenset(long, tok, tmp_path / name, 0.0, long_rows=how)[0].meta.get("long_rows")
         for name, how in (("skip", "cut"), ("None", "skip"))

@@ -1,0 +1,57 @@
+"""The project speaks the field's language: no word of the left column of CONTRIBUTING's glossary.
+
+Code, docstrings, comments, messages and prose, in notebooks and pages."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+UNIT = "nats|tokens|bytes|steps|seconds|ms|MB|GB|times|sequences|lines?|rows"
+EACH = "token|second|step|minute|hour|run|row|epoch|parameter|device|character|line|sequence"
+AVOID = {  # pattern → a sentence with it
+    r"\b(go|goes|went|going) on\b": "the run goes on",
+    r"\b(dies|died|dead or alive)\b": "a process that died",
+    r"\bdear(er)?\b": "how dear it is",
+    r"\bways? out\b": "and the ways out",
+    r"\b(is|are) (said|told)\b|\bsays so\b": "is said once",
+    r"\bas (it|they) (is|are|was|were)[.,;:)\n]": "stays as it is.",
+    r"\bstrangers?\b": "a stranger's file",
+    r"\bsomebody\b": "somebody else's package",
+    r"\bone behind another\b": "ids one behind another",
+    r"\bdialects?\b": "in the dialects of",
+    r"\banew\b": "trained anew",
+    r"\b(this|the|which) rooms?\b": "this room does",
+    r"\band the like\b": "files and the like",
+    rf"\b({UNIT}) an? ({EACH})\b(?! has)": "nats a token",
+    r"\bin front of\b": "in front of the answer",
+    r"\bmirrored\b": "mirrored to Drive",
+    r"\b(is|are) learned\b": "only answers are learned",
+}
+# a dialect is a word that a row holds in an example of bad data
+EXAMPLES = {("nbs/tutorials/prepare_and_inspect_data.ipynb", r"\bdialects?\b")}
+
+
+def texts():
+    "What is written in the project: path → text."
+    for f in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        cells = json.loads(f.read_text("utf-8"))["cells"]
+        yield f, "\n".join("".join(c["source"]) for c in cells)
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / f"{n}.md" for n in ("README", "ARCHITECTURE"))]
+    for f in [*pages, ROOT / "CHANGELOG.md"]:
+        yield f, f.read_text("utf-8")
+
+
+@pytest.mark.parametrize("pattern", AVOID)
+def test_no_word_of_the_left_column(pattern):
+    word = re.compile(pattern, re.I)
+    assert word.search(AVOID[pattern]), "the pattern does not find its own example"
+    found = [
+        f"{f.relative_to(ROOT).as_posix()}: …{text[max(0, m.start() - 40) : m.end() + 20]!r}"
+        for f, text in texts()
+        if (f.relative_to(ROOT).as_posix(), pattern) not in EXAMPLES
+        for m in word.finditer(text)
+    ]
+    assert not found, "\n".join(found)
