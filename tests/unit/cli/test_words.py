@@ -439,11 +439,11 @@ def test_losses_stand_in_the_log(work):
 
 
 def test_a_minute_later_there_is_another_line(monkeypatch):
-    from minigpt.train import trainer as train
+    from minigpt.train.callbacks import LogLosses
 
     lines, now = [], 0.0
-    monkeypatch.setattr(train.time, "monotonic", lambda: now)
-    log, t = train._LossLines(SimpleNamespace(write=lines.append)), SimpleNamespace(max_steps=10**6)
+    monkeypatch.setattr("minigpt.train.callbacks.time.monotonic", lambda: now)
+    log, t = LogLosses(SimpleNamespace(write=lines.append)), SimpleNamespace(max_steps=10**6)
     for step in range(1, 1801):
         now = step * 0.1
         log.on_log(t, dict(step=step, loss=1.0, lr=0.1, tokens_per_second=9.0))
@@ -472,10 +472,10 @@ def test_the_monitor_shows_what_model_and_optimizer_take(copy):
 
 def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
     from minigpt.run.status import run_status, status_text
-    from minigpt.train import trainer as train
 
     monkeypatch.setattr(
-        train, "Guard", lambda *limits: Guard(*limits, every=0.001, cpu=lambda: 100.0)
+        "minigpt.train.callbacks.Guard",
+        lambda *limits: Guard(*limits, every=0.001, cpu=lambda: 100.0),
     )
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.0})
     told = (

@@ -715,5 +715,5 @@ def test_a_mixture_of_token_sets(sets, tok, tmp_path):
     assert resume(tmp_path / "run", max_steps=5).history[-1]["step"] == 5 and run.facts["data"][
         "source"
     ]["mix"][0] == [str(sets[0].path), pytest.approx(2 / 3)]
-    with pytest.raises(ValueError, match="pass tokenizer="):
+    with pytest.raises(ValueError, match="as tokenizer="):
         fit(child.shape(), m, output_dir=tmp_path / "run2", **child.OPTIONS)

@@ -295,7 +295,7 @@ def test_a_registered_set_that_is_here_goes_before_a_corpus(data, corpus):
         and fit(child.shape(), "reasoning", output_dir="run", **{**OPTIONS, "max_steps": 9}).step
         == 9
     )  # the corpus does not replace it
-    assert "reasoning is not here any more" in said(run)
+    assert "reasoning no longer exists" in said(run)
 
 
 def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
@@ -319,7 +319,7 @@ def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
         and (run.path / "data/train/tokens.bin").read_bytes() == tokens
         and run.facts["data"]["named"] == dict(reasoning="built-in corpus")
     )
-    assert "training data: reasoning = built-in corpus, as when the run began" in said(run)
+    assert "training data: reasoning = built-in corpus, as when the run started" in said(run)
     run = fit(
         child.shape(),
         "reasoning",

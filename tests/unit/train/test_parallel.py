@@ -169,7 +169,8 @@ def test_another_number_of_devices(text, alone, tmp_path, capfd):
     run = train(text, tmp_path / "run", max_steps=10, lr_schedule="constant", progress=True)
     assert (
         run.finished
-        and "devices was 2 and is 1" in capfd.readouterr().out + (run.path / "run.log").read_text()
+        and "devices was 2 and is now 1"
+        in capfd.readouterr().out + (run.path / "run.log").read_text()
     )
 
 
