@@ -331,10 +331,12 @@ def compare(work, ref, same_saves=True):
     ).read_bytes():
         differ.append(f"the final {model}.safetensors has other bytes")
     end = Path(f"run/checkpoints/checkpoint-{STEPS}")
+    # a run that was finished when its machine was lost has its checkpoints in the backup only
+    saved = work / end if (work / end).exists() else work / "drive" / end
     differ += [
         f"{n} of the last checkpoint differs"
         for n in (model, "optimizer", "rng_state")
-        if not same_tensors(work / end / f"{n}.safetensors", ref / end / f"{n}.safetensors")
+        if not same_tensors(saved / f"{n}.safetensors", ref / end / f"{n}.safetensors")
     ]
     from minigpt.run.metrics import read_metrics
 

@@ -22,7 +22,8 @@ from minigpt.diffusion import Denoising, Tess, TessConfig, alpha_bars, extend, f
 from minigpt.model.adapters import lora, weights_hash
 from minigpt.run.folder import open_run
 from minigpt.tokenizer.bpe import load_tokenizer
-from minigpt.train.trainer import fit, measure, resume
+from minigpt.train.loop import measure
+from minigpt.train.trainer import fit, resume
 
 transformers = pytest.importorskip("transformers")
 TINY = dict(
