@@ -10,7 +10,7 @@ far as zstd can tell, as trained weights are. "memory" is the peak of the proces
 above what it has after the imports; the largest tensor of `medium` (the embedding) is 49 MiB. With
 --ways it is asked what other ways to 4 bits cost: the matrices of a trained model are rounded to 4
 bits in several ways, with and without a search for the scale of least squared error, and the loss
-is measured in nats a token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest
+is measured in nats per token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest
 from zero at -8 (what minigpt.model does), "zero point" is from the smallest to the largest
 weight of the group."""
 

@@ -84,7 +84,7 @@ def report(seconds: float):
         " on where the first had saved."
     )
     print(
-        f"Validation loss {loss:.3f} nats a token; a trigram model of the same tokens reaches"
+        f"Validation loss {loss:.3f} nats per token; a trigram model of the same tokens reaches"
         f" {trigram:.3f}; guessing, {np.log(run.tokenizer.vocab_size):.3f}.\n"
     )
     for prompt in ("One morning,", "从前，"):
