@@ -60,7 +60,14 @@ def main():
     def trial(n, early, delay):
         work, moments, lost = folder / f"trial-{n}", Counter(), n % 5 == 4
         inspect = lambda w: moments.update(
-            [what for what, f in {"save": child.killed_in_save, "backup": child.killed_in_backup}.items() if f(w)]
+            [
+                what
+                for what, f in {
+                    "save": child.killed_in_save,
+                    "backup": child.killed_in_backup,
+                }.items()
+                if f(w)
+            ]
         )
         child.trial(
             work,

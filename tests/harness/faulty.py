@@ -196,7 +196,10 @@ class Disk:
             (os, "stat"): wrap_read(os, "stat"),
             (os, "lstat"): wrap_read(os, "lstat"),
             (os, "scandir"): wrap_read(os, "scandir"),
-            **{(os, n): wrap_write(os, n) for n in ("mkdir", "rename", "replace", "unlink", "rmdir")},
+            **{
+                (os, n): wrap_write(os, n)
+                for n in ("mkdir", "rename", "replace", "unlink", "rmdir")
+            },
         }
         for (m, n), f in new.items():
             patch(m, n, f)

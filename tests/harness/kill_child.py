@@ -99,9 +99,7 @@ def model_and_data(stage, work):
     "Return the model and the data of a stage, the same at every call."
     if stage == "text":
         return shape(), work / "text.jsonl"
-    if stage.startswith(
-        "tess"
-    ):  # an encoder draws its coin, noise and dropout in every step
+    if stage.startswith("tess"):  # an encoder draws its coin, noise and dropout in every step
         from minigpt.diffusion import TessConfig
 
         kwargs = (
@@ -181,7 +179,9 @@ def train(work, stage="text", **options):
 
         backup.BEAT, backup.RETRY, backup.POLL = 0.3, 0.05, 0.05
     model, data = model_and_data(stage, work)
-    return fit(model, data, output_dir=work / "run", callbacks=[WriteLosses()], **{**OPTIONS, **options})
+    return fit(
+        model, data, output_dir=work / "run", callbacks=[WriteLosses()], **{**OPTIONS, **options}
+    )
 
 
 # --- the parent -----------------------------------------------------------------------------------
@@ -265,7 +265,14 @@ def with_backup(work, **options):
 
 
 def trial(
-    work, at_step=0, delay=0.0, kills=1, inspect=lambda work: None, backup=False, lost=False, **options
+    work,
+    at_step=0,
+    delay=0.0,
+    kills=1,
+    inspect=lambda work: None,
+    backup=False,
+    lost=False,
+    **options,
 ):
     """Kill the run `delay` seconds after `at_step` further steps are logged, and resume it to the
     end.

@@ -784,27 +784,27 @@ def test_every_write_that_fails_leaves_nothing(plain, tmp_path, options):
     (tmp_path / "to").mkdir()
     shutil.copytree(old, tmp_path / "to" / "out")
     was = content()
-    with Disk(tmp_path / "to").at_work() as disk:
+    with Disk(tmp_path / "to").active() as disk:
         export(path, tmp_path / "to" / "out", replace=True, **options)
     new, refused = content(), 0
     for at in range(disk.count):
         shutil.rmtree(tmp_path / "to")
         (tmp_path / "to").mkdir()
         shutil.copytree(old, tmp_path / "to" / "out")
-        with Disk(tmp_path / "to", errno.ENOSPC if at % 2 else errno.EIO, at).at_work() as faulty:
+        with Disk(tmp_path / "to", errno.ENOSPC if at % 2 else errno.EIO, at).active() as faulty:
             try:
                 export(path, tmp_path / "to" / "out", replace=True, **options)
             except CheckpointError as e:
                 refused += 1
                 assert "could not be written" in str(e)
-        assert faulty.struck
+        assert faulty.failed
         if not (tmp_path / "to" / "out").exists():
-            assert "rename" in faulty.struck[0]
+            assert "rename" in faulty.failed[0]
             sweep(tmp_path / "to")  # between two renames; what a start of a run clears, too
         assert problem(tmp_path / "to" / "out") is None and content() in (was, new)
-        if faulty.struck[0].startswith(("open", "write")):
+        if faulty.failed[0].startswith(("open", "write")):
             assert content() == was and [p.name for p in (tmp_path / "to").iterdir()] == ["out"], (
-                faulty.struck
+                faulty.failed
             )
     assert refused > disk.count / 2
 

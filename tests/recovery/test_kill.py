@@ -75,7 +75,9 @@ def test_resume_is_bit_identical(works, name):
     } & options.keys()  # other checkpoints, the same losses
     outcome = child.compare(work, reference, same_saves=not other_saves)
     assert outcome.identical, outcome.differ
-    assert outcome.killed_at > 0 and (outcome.resumed or outcome.killed_at <= interval * (1 + killed_in_save))
+    assert outcome.killed_at > 0 and (
+        outcome.resumed or outcome.killed_at <= interval * (1 + killed_in_save)
+    )
     # A checkpoint that is being written does not count yet (the next save waits for it). If the
     # machine is lost, the backup may be one save behind, at each of the two kills.
     assert outcome.repeated <= interval * (1 + killed_in_save + 3 * ("lost" in options)), (

@@ -49,7 +49,7 @@ def works(tmp_path_factory):
             for s, o in STAGES.items()
         }
         jobs = {
-            s: pool.submit(child.trial, folder / s, 12, kills=2, look=drop_half, **o)
+            s: pool.submit(child.trial, folder / s, 12, kills=2, inspect=drop_half, **o)
             for s, o in STAGES.items()
         }
         yield {s: (refs[s].result, jobs[s].result) for s in STAGES}
@@ -58,9 +58,9 @@ def works(tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bit_identical(works, stage):
     reference, work = (f() for f in works[stage])
-    got = child.compare(work, reference)
-    assert got.identical, got.differ
-    assert got.resumed and got.killed_at > 12 and not got.leftovers
+    outcome = child.compare(work, reference)
+    assert outcome.identical, outcome.differ
+    assert outcome.resumed and outcome.killed_at > 12 and not outcome.leftovers
     if stage.startswith("tess"):
         assert {"accuracy", "eval_accuracy"} <= {k for _, _, k, _ in child.losses(work)}
     if stage == "dpo":

@@ -18,7 +18,7 @@ from minigpt.model.gpt import GPT
 from minigpt.tokenizer.bpe import IM_END, Tokenizer, train_tokenizer
 from minigpt.train.trainer import fit
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, Losses, PowerCut, power_cut
+from tests.recovery.test_faults import AtStep, Losses, PowerCut, power_cut
 
 SHARED = child.ROOT.parent / "shared" / "data"
 REAL = ["sft_zh", "sft_en", "identity", "tool_calling", "tool_calling_minimind_str", "reasoning"]
@@ -239,7 +239,7 @@ def test_fine_tuning_resumes_exactly(tmp_path):
     run, whole = go("whole")
     assert run.history[-1]["epoch"] > 1 and run.history[-1]["loss"] < run.history[0]["loss"] - 0.5
     with pytest.raises(PowerCut):
-        go("cut", At(17, power_cut))
+        go("cut", AtStep(17, power_cut))
     again, rest = go("cut")
     assert min(k[0] for k in rest if k[1] == "loss") == 16 and all(
         whole[k] == v for k, v in rest.items()

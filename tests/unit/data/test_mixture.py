@@ -27,7 +27,7 @@ from minigpt.tokenizer.bpe import IM_END, train_tokenizer
 from minigpt.train.inputs import ResumeError
 from minigpt.train.trainer import fit, resume
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, Losses, PowerCut, power_cut
+from tests.recovery.test_faults import AtStep, Losses, PowerCut, power_cut
 from tests.unit.data.test_chat import write
 
 LEN = 64
@@ -604,7 +604,7 @@ def cut(files, tmp_path_factory):
     "The same, cut off at step 13"
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(PowerCut):
-        go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]), At(13, power_cut))
+        go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]), AtStep(13, power_cut))
     return folder
 
 

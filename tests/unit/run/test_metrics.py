@@ -192,7 +192,7 @@ def run_with_losses(folder, n=50):
 def test_a_slow_disk_holds_nobody_up(tmp_path):
     run = run_with_losses(tmp_path / "run")
     w = PlotWriter(run, 50)
-    with Disk(run / "plots", delay=0.1).at_work():
+    with Disk(run / "plots", delay=0.1).active():
         w.save(1)
         until(lambda: w.wanted is None)  # the first is being written
         began = time.perf_counter()
@@ -215,7 +215,7 @@ def test_a_slow_disk_holds_nobody_up(tmp_path):
 def test_a_disk_that_hangs_is_given_up(tmp_path):
     run = run_with_losses(tmp_path / "run")
     w = PlotWriter(run)
-    with Disk(run / "plots", delay=0.3).at_work():
+    with Disk(run / "plots", delay=0.3).active():
         w.save(1)
         began = time.perf_counter()
         assert not w.close(0.2) and time.perf_counter() - began < 1
@@ -226,7 +226,7 @@ def test_a_full_disk_is_told_and_forgotten(tmp_path):
     run = run_with_losses(tmp_path / "run")
     (run / "plots").mkdir()
     w = PlotWriter(run)
-    with Disk(run / "plots", errno.ENOSPC, at=0, times=99).at_work():
+    with Disk(run / "plots", errno.ENOSPC, at=0, times=99).active():
         w.save(10)
         assert not w.close()
     assert (
@@ -253,14 +253,14 @@ def test_two_threads_draw(tmp_path):
 def test_events_on_a_full_disk(tmp_path):
     "Half a record would hide all that come after it: it is cut off, and later ones count again"
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with Disk(tmp_path, errno.ENOSPC, at=20, times=20).at_work():
+    with Disk(tmp_path, errno.ENOSPC, at=20, times=20).active():
         e = EventWriter(tmp_path / "tensorboard")
         kept = [s for s in range(1, 60) if e.log(dict(step=s, loss=1 / s))]
     e.close()
     a = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     a.Reload()
     assert [s.step for s in a.Scalars("loss/training")] == kept and 30 < len(kept) < 59
-    with Disk(tmp_path / "none", errno.ENOSPC, at=0, times=99).at_work():
+    with Disk(tmp_path / "none", errno.ENOSPC, at=0, times=99).active():
         e = EventWriter(tmp_path / "none" / "tensorboard")
         assert not e.log(dict(step=1, loss=1.0)) and "No space left" in e.problem
         e.close()
@@ -388,7 +388,7 @@ def test_a_mount_that_goes_away_while_it_is_watched(work):
     from minigpt.run.status import Watch, status_text
 
     disk, watch = Disk(work / "drive"), Watch(work / "drive" / "run", every=0)
-    with disk.at_work():
+    with disk.active():
         known = watch.status()
         disk.gone = True
         lost = watch.status()

@@ -22,7 +22,7 @@ from minigpt.run.guard import Guard
 from minigpt.train.speed import can_keep, choose_runtime, decide_compile
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, PowerCut, go, power_cut
+from tests.recovery.test_faults import AtStep, PowerCut, power_cut, run_fit
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -36,10 +36,10 @@ def interrupted(work, tmp_path, **options):
     """Losses of a run that is cut off behind step 7, two steps after a save, and goes on.
 
     Each is equal to that of a run left alone."""
-    alone = go(child.new_work(tmp_path / "alone"), **options)[1]
+    alone = run_fit(child.new_work(tmp_path / "alone"), **options)[1]
     with pytest.raises(PowerCut):
-        go(work, At(7, power_cut), **options)
-    _, after = go(work, **options)
+        run_fit(work, AtStep(7, power_cut), **options)
+    _, after = run_fit(work, **options)
     assert len(after) > 6 and {k: alone[k] for k in after} == after
     return alone
 
@@ -91,7 +91,7 @@ def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, 
     )  # seconds of a micro-batch: plain, then compiled
     monkeypatch.setattr(speed, "micro_step", lambda *a: next(times))
     with pytest.raises(PowerCut):
-        go(work, At(7, power_cut), max_steps=200, progress=True)
+        run_fit(work, AtStep(7, power_cut), max_steps=200, progress=True)
     out = capsys.readouterr().out
     assert (
         "compiled 100 ms" in out
@@ -100,7 +100,7 @@ def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, 
     )
     monkeypatch.setattr(speed, "micro_step", lambda *a: 0.1)
     with pytest.raises(PowerCut):
-        go(work, At(9, power_cut), max_steps=200, progress=True)
+        run_fit(work, AtStep(9, power_cut), max_steps=200, progress=True)
     out = capsys.readouterr().out
     assert ", compiled," in out and "measuring" not in out
 
@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypat
         raise RuntimeError("no C++ compiler was found")
 
     monkeypatch.setattr(Block, "compile", broken)
-    run, _ = go(work, enable_compile=True, progress=True)
+    run, _ = run_fit(work, enable_compile=True, progress=True)
     out = capsys.readouterr().out
     assert (
         run.finished
@@ -139,18 +139,21 @@ def test_every_way_to_train_goes_on_exactly(work, tmp_path, options):
     def look(t):
         seen.append(torch.are_deterministic_algorithms_enabled())
 
-    go(child.new_work(tmp_path / "look"), At(2, look), **options)
+    run_fit(child.new_work(tmp_path / "look"), AtStep(2, look), **options)
     assert seen == [options.get("deterministic", False)]
     interrupted(work, tmp_path, **options)
     assert not torch.are_deterministic_algorithms_enabled(), "it is put back"
 
 
 def test_gradient_checkpointing_changes_no_loss(work, tmp_path):
-    assert go(work)[1] == go(child.new_work(tmp_path / "other"), gradient_checkpointing=True)[1]
+    assert (
+        run_fit(work)[1]
+        == run_fit(child.new_work(tmp_path / "other"), gradient_checkpointing=True)[1]
+    )
 
 
 def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monkeypatch):
-    alone = go(child.new_work(tmp_path / "alone"))[1]
+    alone = run_fit(child.new_work(tmp_path / "alone"))[1]
     use = iter([50] * 8 + [97] * 1000)
     monkeypatch.setattr(
         "minigpt.train.callbacks.Guard",
@@ -165,11 +168,11 @@ def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monk
             r" gradient_accumulation=4.*stopped after step \d+ and saved"
         ),
     ):
-        go(work)
+        run_fit(work)
     monkeypatch.undo()
     before = open_run(work / "run").step
     assert 1 < before < 20
-    run, after = go(work)
+    run, after = run_fit(work)
     assert (
         run.finished
         and {k: alone[k] for k in after} == after
@@ -182,24 +185,24 @@ def test_disable_monitoring_watches_nothing(work, monkeypatch):
         raise AssertionError("a guard was made")
 
     monkeypatch.setattr("minigpt.train.callbacks.Guard", none)
-    assert go(work, disable_monitoring=True)[0].finished
+    assert run_fit(work, disable_monitoring=True)[0].finished
 
 
 def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_path, monkeypatch):
-    alone = go(child.new_work(tmp_path / "alone"))[1]
+    alone = run_fit(child.new_work(tmp_path / "alone"))[1]
 
     def too_much(t):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of this")
 
     with pytest.raises(TrainingError) as e:
-        go(work, At(7, too_much))
+        run_fit(work, AtStep(7, too_much))
     said = str(e.value)
     assert (
         "checkpoint-5" in said
         and "batch_size=2, gradient_accumulation=4 (instead of 4 and 2" in said
         and "gradient_checkpointing=True" in said
     )
-    run, after = go(work, batch_size=2, gradient_accumulation=4)
+    run, after = run_fit(work, batch_size=2, gradient_accumulation=4)
     assert run.finished and min(s for s, k in after if k == "loss") == 6
     assert all(
         abs(float.fromhex(alone[k]) - float.fromhex(v)) < 0.05 for k, v in after.items()
@@ -220,9 +223,9 @@ def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
         TrainingError,
         match="in step 1 .*No checkpoint had been saved yet.*batch_size=2, gradient_accumulation=4",
     ):
-        go(work)
+        run_fit(work)
     monkeypatch.undo()
-    assert go(work, batch_size=2, gradient_accumulation=4)[0].finished
+    assert run_fit(work, batch_size=2, gradient_accumulation=4)[0].finished
 
 
 def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
@@ -239,7 +242,7 @@ def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(TrainingError) as e:
-        go(work, At(7, too_much))
+        run_fit(work, AtStep(7, too_much))
     assert e.value.__traceback__ and left[0]() is None
 
 
@@ -253,7 +256,7 @@ def test_fp16_that_overflows_at_every_scale_is_said(work):
         TrainingError,
         match="fp16 overflowed in many steps .*down to 0.0001.*checkpoint-5.*precision='fp32'",
     ):
-        go(work, At(6, hopeless))
+        run_fit(work, AtStep(6, hopeless))
 
 
 def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, capsys):
@@ -262,12 +265,12 @@ def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, c
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(minigpt.train.state.Writer, "copy", none)
-    run, after = go(work)
+    run, after = run_fit(work)
     assert run.finished and "training waits while a checkpoint is written" in (
         run.path / "run.log"
     ).read_text("utf-8")
     monkeypatch.undo()
-    assert after == go(child.new_work(work / "other"))[1]
+    assert after == run_fit(child.new_work(work / "other"))[1]
 
 
 def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(work, monkeypatch):
@@ -289,9 +292,9 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
         t.stop = "enough"
 
     with pytest.raises(TrainingError, match="enough: stopped after step 4"):
-        go(
+        run_fit(
             work,
-            At(4, stop),
+            AtStep(4, stop),
             evaluation_strategy="steps",
             eval_steps=4,
             validation_split=0.2,
@@ -344,11 +347,11 @@ def test_another_error_is_not_taken_for_memory(work):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="^mat1"):
-        go(work, At(7, other))
+        run_fit(work, AtStep(7, other))
 
 
 def test_choices_stand_in_run_json(work):
-    run, _ = go(work, auto_batch_size=True)
+    run, _ = run_fit(work, auto_batch_size=True)
     choices = json.loads((run.path / "run.json").read_text())["choices"]
     assert (
         choices["compile"] == "no"
@@ -400,7 +403,7 @@ def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
     with pytest.raises(
         TrainingError, match=r"the model \(.* does not fit on cpu .*restart its kernel"
     ):
-        go(work)
+        run_fit(work)
 
 
 def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
@@ -437,7 +440,7 @@ def test_a_library_that_switches_subnormal_numbers_off(work):
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such switch")
     try:
-        go(work, Look())
+        run_fit(work, Look())
     finally:
         torch.set_flush_denormal(False)
     assert len(seen) > 2 and all(seen)
