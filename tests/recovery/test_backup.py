@@ -135,7 +135,7 @@ def test_backup_survives_an_error_at_every_write(error, times, saves, tmp_path):
         folder.mkdir()
         b, before = Backup(folder, saves, keep=2, beat=1e9), []
 
-        def look():
+        def check():
             "The files are verified and no older than before; the status claims no more."
             verified = steps_saved(b)
             assert not before or verified and verified[-1] >= before[-1], (at, before, verified)
