@@ -1,6 +1,6 @@
 """Widgets in a real browser: what a user sees and clicks.
 
-`make compat-widgets` runs the same with ipywidgets 7.7, which is Colab's.
+`make compat-widgets` runs the same tests with ipywidgets 7.7, the version of Colab.
 """
 
 import os
@@ -25,21 +25,23 @@ expect.set_options(timeout=60_000)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    assert not missing, f"MINIGPT_REQUIRE_BROWSER is set, and there is no {', '.join(missing)}"
+    assert not missing, (
+        f"MINIGPT_REQUIRE_BROWSER is set, but these are missing: {', '.join(missing)}"
+    )
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
 
 
-def shot(page, name):
-    "Where MINIGPT_SHOTS names a folder, a picture of the page is kept there"
+def save_screenshot(page, name):
+    "Save a screenshot of the page if MINIGPT_SHOTS names a folder."
     if shots := os.environ.get("MINIGPT_SHOTS"):
         page.screenshot(path=Path(shots) / f"{name}.png")
 
 
 @pytest.fixture
 def show(lab, request):
-    "Runs cells in a notebook, and gives the page"
+    "Run cells in a notebook and return its page."
     pages = []
 
     def run(*cells, **kwargs):
@@ -48,7 +50,7 @@ def show(lab, request):
 
     yield run
     for page in pages:
-        shot(page, request.node.name)
+        save_screenshot(page, request.node.name)
         page.evaluate(
             "() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }"
         )  # not awaited
@@ -113,12 +115,12 @@ def test_checkpoint_explorer(show, lab):
     choose("component", "optimizer")
     seen("exp_avg_sq/model.layers.1.mlp.up_proj.weight")
     expect(explorer.get_by_text("model.layers.0.")).to_have_count(0)
-    shot(page, "explorer-bytes")
+    save_screenshot(page, "explorer-bytes")
 
     tab(1)
     choose("since", "checkpoint-10")
     seen("20 steps")
-    shot(page, "explorer-changes")
+    save_screenshot(page, "explorer-changes")
 
     tab(2)
     explorer.locator(".widget-slider .ui-slider-handle, .widget-slider .noUi-handle").focus()
@@ -131,13 +133,13 @@ def test_checkpoint_explorer(show, lab):
     assert (made / "MANIFEST.json").exists() and (
         made / "model.safetensors"
     ).stat().st_size < 100_000
-    shot(page, "explorer-export")
+    save_screenshot(page, "explorer-export")
     explorer.get_by_text("export", exact=True).click()
     seen("already")
 
     tab(3)
     seen("save weights only")
-    shot(page, "explorer-advice")
+    save_screenshot(page, "explorer-advice")
     assert page.title() != "1"
 
 
@@ -169,15 +171,15 @@ def test_a_run_live_and_resumed(show, lab):
     for _ in range(3):
         expect(picture).not_to_have_attribute(
             "src", picture.get_attribute("src")
-        )  # drawn anew while the cell is at work
-    shot(page, "live-loss")
+        )  # redrawn while the cell runs
+    save_screenshot(page, "live-loss")
     lab.ran(page)
     expect(page.locator(".minigpt-live-loss")).to_have_count(0)
     page.locator(".jp-RenderedImage img").wait_for()  # what stays in the notebook
 
     dashboard = page.locator(".minigpt-run-dashboard")
     dashboard.get_by_text("checkpoint-20").first.wait_for()
-    shot(page, "dashboard")
+    save_screenshot(page, "dashboard")
     dashboard.get_by_text("resume", exact=True).click()
     dashboard.get_by_text("step 40 of 40").first.wait_for()
     expect(dashboard.get_by_text("resume", exact=True)).to_be_disabled()
