@@ -52,9 +52,9 @@ def _ticks(
 
 
 def _label(value: float, distance: float) -> str:
-    "Format a tick, such as 1,500, 2.5, 250k or 3e-04; `distance`: to the next tick."
+    "Format a tick, such as 1,500, 2.5, 250k or 3.0e-4; `distance`: to the next tick."
     if distance < 1e-3:
-        return f"{value:.1e}" if value else "0"
+        return f"{value:.1e}".replace("e-0", "e-") if value else "0"
     if distance >= 1e4:
         return f"{value / 1000:,.0f}k"
     decimals = max(0, int(np.ceil(-np.log10(distance) - 1e-9)))
