@@ -335,7 +335,7 @@ def _small_chart(curves: Curves, name: str, title: str, other: str | None, scale
 
 # %% ../../nbs/run/03_metrics.ipynb #cc80ba1a
 _SWITCH = """<style>
-.minigpt-smooth:not(:checked) ~ .minigpt-charts .mean{display:none}
+.minigpt-smooth:not(:checked) ~ .minigpt-charts :not(.small) > * > * > .mean{display:none}
 .minigpt-smooth:not(:checked) ~ .minigpt-charts .raw{opacity:1}
 </style><input type="checkbox" class="minigpt-smooth" checked> <small>smoothed</small>"""
 

@@ -421,10 +421,11 @@ def view_callbacks(
         )
         at_end.callback(events.close)
         views.append(WriteTensorBoard(events))
-    if in_notebook() and (cfg.progress if widget is None else widget):
-        live = LiveLoss(t.run_path)
-        at_end.callback(_ignore_errors, live.finish)
-        views.append(ShowLive(live))
+    if in_notebook():
+        if cfg.progress if widget is None else widget:
+            live = LiveLoss(t.run_path)
+            at_end.callback(_ignore_errors, live.finish)
+            views.append(ShowLive(live))
     elif cfg.progress:
         views.append(ShowProgress())
     return views

@@ -329,7 +329,7 @@ def fit(
     overwrite: bool = False,  # Move a run in `output_dir` aside and start a new one
     override: str | Iterable[str] = (),  # What may differ from the run that is resumed
     resume_from_checkpoint: str | Path | None = None,  # Another name for `resume`
-    widget: bool | None = None,  # In a notebook, show live losses; default: as `progress`
+    widget: bool | None = None,  # Whether a notebook shows live losses; default: `progress`
     **options,  # Fields of `TrainConfig`
 ) -> Run:  # The finished run
     """Train a model, resume its training, or return it if it is finished.
