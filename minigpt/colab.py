@@ -114,7 +114,6 @@ def _report_gpu(say):
     if torch.cuda.is_available():
         say(f"GPU: {torch.cuda.get_device_name()}")
     else:
-        say(
-            "NO GPU: training will take many times longer; fit reports the time after its first"
-            " steps. To get one: Runtime > Change runtime type > T4 GPU, then run all cells again."
-        )
+        from minigpt.train.trainer import NO_GPU
+
+        say(NO_GPU)

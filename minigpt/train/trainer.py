@@ -65,6 +65,7 @@ from minigpt.run.backup import (
     check_backup_folder,
     creation_key,
     drive_mount,
+    on_colab,
     restore_run,
 )
 from ..run.folder import Run, open_run
@@ -685,8 +686,16 @@ def _add_callbacks(job: FitContext, t: RunTrainer):
     for line in describe_data(t.data, t.config.max_seq_len):
         logger.info(line)
     log_storage_plan(t, job.backup)
+    if on_colab() and job.runtime.device == "cpu":
+        logger.warning(NO_GPU)
 
 # %% ../../nbs/train/13_trainer.ipynb #77ec8f2f
+NO_GPU = (
+    "NO GPU: training will take many times longer; the time is logged after the first steps. To get"
+    " one: Runtime > Change runtime type > T4 GPU, then run all cells again"
+)
+
+
 def _summary(job: FitContext, t: RunTrainer) -> dict[str, str]:
     "Label and text of each line of the summary."
     cfg, runtime, windows = t.config, job.runtime, t.schedule.windows
