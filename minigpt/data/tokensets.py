@@ -1139,9 +1139,6 @@ class _Splits:
         self.per_row = 1 + (kind == "preference")
         self.refused, self.mended, self.rows, self.n_good = {}, {}, 0, 0
 
-    def encode(self, block: Block) -> _EncodedBlock:
-        return _encode_block(block, self.tok, self.options, self.kind)
-
     def add(self, block: Block, e: _EncodedBlock):
         self.rows += len(e.lengths) // self.per_row
         self.n_good += e.n_good
@@ -1177,7 +1174,8 @@ def _first_kind(files: list[Path], looks: dict[Path, Look], options: _Options) -
 def _encode_all(splits: _Splits, blocks: Iterable[Block], stop: bool, threads: int, bar: tqdm):
     "Encode the blocks, and write each row to its split; with `stop`, stop at a refused row."
     max_rows = splits.options.max_data_size
-    for block, e in spread(splits.encode, blocks, threads, bar.total > 16e6):
+    work = lambda block: _encode_block(block, splits.tok, splits.options, splits.kind)
+    for block, e in spread(work, blocks, threads, bar.total > 16e6):
         if max_rows:
             e = e.head((max_rows - splits.rows) * splits.per_row)
         splits.add(block, e)
