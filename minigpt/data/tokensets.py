@@ -847,7 +847,9 @@ def _mask_answers(mask: np.ndarray, messages: list[dict], shared: int = 0):
     answers = (m for m in messages if m["role"] == "assistant")
     excluded = [k for k, m in enumerate(answers) if k < shared or m.get("weight") == 0]
     if excluded:
-        edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
+        padded = np.zeros(len(mask) + 2, bool)
+        padded[1:-1] = mask
+        edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
         for k in excluded:
             mask[edges[2 * k] : edges[2 * k + 1]] = False
 
@@ -855,8 +857,9 @@ def _mask_answers(mask: np.ndarray, messages: list[dict], shared: int = 0):
 def _encode_chats(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Encode conversations; an answer whose weight is 0 has no loss."
     ids, learn, lengths = tok.encode_chats([(r.messages, None) for r in rows])
-    for r, mask in zip(rows, np.split(learn, lengths.cumsum()[:-1])):
-        _mask_answers(mask, r.messages)
+    ends = lengths.cumsum()
+    for r, a, b in zip(rows, ends - lengths, ends):
+        _mask_answers(learn[a:b], r.messages)
     return ids, learn, lengths
 
 
