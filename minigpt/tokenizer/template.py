@@ -72,10 +72,6 @@ class _Budget:
         if now > self.deadline:
             raise TemplateLimit(f"it has run for {SECONDS:g} seconds; it may have an endless loop")
 
-    def has_room(self, n: int) -> bool:
-        "Whether `n` characters are within the limit."
-        return n <= self.limit or n <= self.full_limit()
-
     def full_limit(self) -> int:
         "Return the limit including the size of the input, which is computed only when needed."
         if self.inputs is not None:
@@ -84,7 +80,8 @@ class _Budget:
 
     def check(self, n: int):
         "Raise `TemplateLimit` if there is no room for `n` more characters."
-        if not self.has_room(self.used + n):
+        total = self.used + n
+        if total > self.limit and total > self.full_limit():
             raise TemplateLimit(f"it creates more than {self.limit:,} characters for this input")
 
     def charge(self, n: int):
