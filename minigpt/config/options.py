@@ -292,9 +292,8 @@ PATIENCE = 3  # evaluations, for `early_stopping: true`
 # %% ../../nbs/config/01_options.ipynb #86bf6437
 _yes_no = lambda v: ("yes" if v else "no") if isinstance(v, bool) else v
 _NORMALIZERS = dict(  # option → function that normalizes its value
-    lr_schedule=lambda v: (
-        "constant" if v == "constant_with_warmup" else v
-    ),  # every schedule has a warmup
+    # every schedule has a warmup
+    lr_schedule=lambda v: "constant" if v == "constant_with_warmup" else v,
     precision=lambda v: dict(bfloat16="bf16", float16="fp16", float32="fp32").get(v, v),
     enable_compile=lambda v: {"1": "yes", "true": "yes", "0": "no", "false": "no"}.get(
         str(v).lower(), v
@@ -500,15 +499,13 @@ def lr_at(
 ) -> float:  # Learning rate of this step
     "Return the learning rate of a step: linear warmup, then the decay of the schedule."
     if start and step >= start[0]:
-        return start[1] * _decay(
-            min(1, (step - start[0]) / max(1, max_steps - 1 - start[0])), config
-        )
-    peak = config.learning_rate
-    default = min(100, max_steps // 10)
-    warmup = default if config.warmup_steps < 0 else min(config.warmup_steps, max_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * _decay(min(1, (step - warmup) / max(1, max_steps - 1 - warmup)), config)
+        first, rate = start
+    else:
+        default, rate = min(100, max_steps // 10), config.learning_rate
+        first = default if config.warmup_steps < 0 else min(config.warmup_steps, max_steps)
+        if step < first:
+            return rate * (step + 1) / first
+    return rate * _decay(min(1, (step - first) / max(1, max_steps - 1 - first)), config)
 
 # %% ../../nbs/config/01_options.ipynb #403288e6
 def read_options(

@@ -359,11 +359,6 @@ def _hash(x: str, n: int) -> int:
     "Return a stable hash of `x`, from 0 to `n-1`."
     return zlib.crc32(x.encode()) % n
 
-
-def _check_range(name: str, x: int, lo: int, hi: int):
-    if not lo <= x <= hi:
-        raise ValueError(f"{name}={x} must be from {lo} to {hi}")
-
 # %% ../../nbs/data/05_corpus.ipynb #47da2390
 def add(a: int, b: int) -> dict:
     "The sum of two numbers"
@@ -377,7 +372,8 @@ def multiply(a: int, b: int) -> dict:
 
 def change(price: int, paid: int) -> dict:
     "The coins that come back"
-    _check_range("paid", paid, price, 10**6)
+    if not price <= paid <= 10**6:
+        raise ValueError(f"paid={paid} must be from {price} to {10**6}")
     return dict(coins=paid - price)
 
 # %% ../../nbs/data/05_corpus.ipynb #412d8beb

@@ -12,6 +12,7 @@ import html
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -232,14 +233,6 @@ def _received(job: _Download) -> int:
     return job.part.stat().st_size if job.part.exists() else 0
 
 
-def _free_bytes(path: Path) -> float:
-    "Return the free bytes at a path; infinity if the file system does not report them."
-    try:
-        return free_space(path)
-    except OSError:
-        return float("inf")
-
-
 def _parse_headers(res, headers: dict) -> tuple:
     "Return first byte, total bytes, version, and size and hash as the Hub reports them."
     to_int = lambda name: int(n) if (n := headers.get(name, "")).isdigit() else None
@@ -278,7 +271,9 @@ def _try_download(job: _Download, bar: tqdm) -> tuple:  # Path, size and hash
                 " another file"
             )
         size, digest = size if job.size is None else job.size, job.digest or digest
-        free = _free_bytes(job.to)
+        free = float("inf")
+        with suppress(OSError):  # not every file system reports it
+            free = free_space(job.to)
         if free < (size or 0) - first:
             raise job.error(
                 f"it needs {human_size(size - first)}, but only {human_size(free)} are free; free"

@@ -19,9 +19,8 @@ import orjson
 from ..core.files import expand_home, fsync, hidden, open_new, spread
 from ..core.progress import tqdm
 from minigpt.data.quality import (
-    N_BANDS,
     TERMS,
-    Seen,
+    Duplicates,
     analyze as _analyze,
     clean,
     lsh_keys,
@@ -36,6 +35,7 @@ from minigpt.data.readers import (
     count_read,
     data_files,
     inspect_file,
+    join_text,
     parse_block,
     read_blocks,
     read_table,
@@ -102,11 +102,6 @@ def _normalize_gap(white: str) -> str:
     return "\n\n\n" if white.count("\n") > 3 else white.replace("\r\n", "\n")
 
 
-def _joined_text(messages: list[dict]) -> str:
-    "Join the texts of the messages, reasoning included."
-    return "\n".join([x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x])
-
-
 def _clean_row(row: Row, changes: Counter, continues: bool = False) -> Row:
     "Clean a row in place; with `continues`, it continues the text of the row before."
     if not row.messages:
@@ -119,7 +114,7 @@ def _clean_row(row: Row, changes: Counter, continues: bool = False) -> Row:
         for k in "content", "reasoning_content":
             if m.get(k):
                 m[k] = clean(m[k], changes)
-    row.text = _joined_text(row.messages)
+    row.text = join_text(row.messages)
     return row
 
 # %% ../../nbs/data/07_preparation.ipynb #69da990c
@@ -177,7 +172,7 @@ def _fit_chat(row: Row, tok: Tokenizer, max_seq_len: int, changes: Counter) -> _
         return [(Row(row.line, reason="too long", detail=why), 0)]
     if len(messages) < len(row.messages):
         changes["cut behind an answer"] += 1
-        row.messages, row.text = messages, _joined_text(messages)
+        row.messages, row.text = messages, join_text(messages)
     return [(row, len(tok.encode_chat(messages)[0]))]
 
 
@@ -341,33 +336,18 @@ def _tokenizer(
     check_text(files, format, **kwargs)
     return train_tokenizer(sample_texts(files, **kwargs))
 
-# %% ../../nbs/data/07_preparation.ipynb #1f48400d
-class _QualityFilter:
-    "Compute the quality of rows, duplicates of earlier blocks included."
-
-    def __init__(self, min_quality: float):  # Rows below are dropped; 0: none
-        self.min_quality = min_quality
-        self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
-
-    def duplicates(self, b: _PreparedBlock) -> np.ndarray:
-        "Whether each row occurred before, (rows,) bool."
-        out = self.exact.add(b.keys)
-        if b.near is not None:
-            use = b.near.any(1)
-            out[use] |= np.any([s.add(b.near[use, i]) for i, s in enumerate(self.bands)], axis=0)
-        return out
-
-    def __call__(self, b: _PreparedBlock) -> tuple[np.ndarray, np.ndarray]:
-        "Return the quality, (rows,), and whether it is too low, bool; add those rows to `bad`."
-        duplicate = self.duplicates(b)
-        b.terms[:, TERMS.index("duplication")] = np.where(duplicate, 0.2, 1)
-        q = b.terms.prod(1)
-        low = q < self.min_quality
-        for i in np.flatnonzero(low):
-            worst = f"low quality: {TERMS[int(b.terms[i].argmin())]}"
-            why = "duplicate" if duplicate[i] else worst
-            b.bad.append(Row(b.numbers[i], reason=why, detail=f"quality {q[i]:.2f}"))
-        return q, low
+# %% ../../nbs/data/07_preparation.ipynb #4539deb0
+def _filter(b: _PreparedBlock, seen: Duplicates, least: float) -> tuple[np.ndarray, np.ndarray]:
+    "Return the quality, (rows,), and whether it is below `least`, bool; add those rows to `bad`."
+    duplicate = np.logical_or(*seen.add(b.keys, b.near))
+    b.terms[:, TERMS.index("duplication")] = np.where(duplicate, 0.2, 1)
+    q = b.terms.prod(1)
+    low = q < least
+    for i in np.flatnonzero(low):
+        worst = f"low quality: {TERMS[int(b.terms[i].argmin())]}"
+        why = "duplicate" if duplicate[i] else worst
+        b.bad.append(Row(b.numbers[i], reason=why, detail=f"quality {q[i]:.2f}"))
+    return q, low
 
 # %% ../../nbs/data/07_preparation.ipynb #32fdabee
 @dataclass
@@ -375,7 +355,8 @@ class _Totals:
     "The counts of what was read, kept, changed and refused so far."
 
     table: dict  # Of `read_table`
-    filter: _QualityFilter
+    min_quality: float  # Rows below are dropped; 0: none
+    seen: Duplicates = field(default_factory=Duplicates)
     read: int = 0
     kept: int = 0
     quality: float = 0.0  # This and the next two: sums over the kept rows
@@ -387,7 +368,7 @@ class _Totals:
 
     def add(self, block: Block, b: _PreparedBlock) -> np.ndarray:
         "Count the rows of a block; return whether each is dropped, (rows,) bool."
-        q, low = self.filter(b)
+        q, low = _filter(b, self.seen, self.min_quality)
         count_refused(self.rejected, block, b.bad)
         count_read(self.table, block.path, b.kinds)
         for r in b.mended:
@@ -520,7 +501,7 @@ def prepare(
     out = _output_path(out)
     targets = [None] * len(files) if validate_only else _output_files(files, out, overwrite)
     looks = {f: inspect_file(f, encoding) for f in files}
-    totals = _Totals(read_table(looks), _QualityFilter(min_quality if quality_filter else 0))
+    totals = _Totals(read_table(looks), min_quality if quality_filter else 0)
     tok = _tokenizer(tokenizer, max_seq_len > 0, files, format, encoding=encoding, columns=columns)
     options = _Options(format, tok, max_seq_len, add_special_tokens, near_duplicates)
     read = lambda f: read_blocks(f, look=looks[f], columns=columns)

@@ -285,6 +285,26 @@ def lsh_keys(texts: Sequence[str]) -> np.ndarray:  # (n, N_BANDS) uint64
     keys[use] = bands + np.arange(N_BANDS, dtype=np.uint64)
     return keys
 
+# %% ../../nbs/data/04_quality.ipynb #598c4b16
+class Duplicates:
+    "The rows so far, to find those that equal or resemble an earlier one."
+
+    def __init__(self):
+        self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
+
+    def add(
+        self,
+        keys: np.ndarray,  # (n,) of `row_key`
+        near: np.ndarray | None,  # (n, N_BANDS) of `lsh_keys`; None: do not find near-duplicates
+    ) -> tuple[np.ndarray, np.ndarray]:  # (n,) bool each
+        "Add rows; return whether each equals an earlier one, and whether it only resembles one."
+        equal = self.exact.add(keys)
+        similar = np.zeros(len(keys), bool)
+        if near is not None:
+            use = near.any(1)
+            similar[use] = np.any([s.add(near[use, b]) for b, s in enumerate(self.bands)], axis=0)
+        return equal, similar & ~equal
+
 # %% ../../nbs/data/04_quality.ipynb #d188bb06
 TOPICS = orjson.loads((package_files("minigpt.data") / "topics.json").read_bytes())
 TOPICS = {topic: words.split() for topic, words in TOPICS.items()}
@@ -616,8 +636,7 @@ class _Totals:
         self.tables = _new_tables()
         self.counts, self.turns = Counter(), Counter()
         self.lengths, self.quality, self.classes = [], [], np.zeros(len(CLASSES), np.int64)
-        self.exact, self.bands = Seen(), [Seen(2_000_000) for _ in range(N_BANDS)]
-        self.sample = _Sample()
+        self.seen, self.sample = Duplicates(), _Sample()
 
     def add(self, block: Block, stats: _BlockStats, rows: _LazyRows):
         "Add the statistics of the next block."
@@ -626,11 +645,10 @@ class _Totals:
         self.turns += stats.turns
         self.classes += stats.classes
         self.lengths.append(stats.lengths)
-        equal, terms = self.exact.add(stats.keys), stats.terms
+        (equal, near), terms = self.seen.add(stats.keys, stats.near), stats.terms
         terms[:, TERMS.index("duplication")] = np.where(equal, 0.2, 1)
         q = terms.prod(1)
         self.quality.append(q)
-        near = self._near_duplicates(stats.near, equal)
         self.counts["near-duplicates"] += int(near.sum())
         self._record("duplicate", equal, block, rows)
         self._record("near-duplicate", near, block, rows)
@@ -639,14 +657,6 @@ class _Totals:
                 low = (q < 0.5) & (terms.argmin(1) == i)
                 self._record(f"low quality: {t}", low, block, rows, q)
         self.sample.add(len(self.quality), block.path.name, rows)
-
-    def _near_duplicates(self, keys: np.ndarray | None, equal: np.ndarray) -> np.ndarray:
-        "Whether each row shares a band key with an earlier one, and is not equal to one."
-        near = np.zeros(len(equal), bool)
-        if keys is not None:
-            use = keys.any(1)
-            near[use] = np.any([s.add(keys[use, b]) for b, s in enumerate(self.bands)], axis=0)
-        return near & ~equal
 
     def _record(self, kind: str, mask: np.ndarray, block: Block, rows: _LazyRows, q=None):
         "Count the rows with a problem; keep examples with their beginning, or their quality."

@@ -263,10 +263,9 @@ class Look:
 # %% ../../nbs/data/01_readers.ipynb #41c25247
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16: its BOM begins with the same bytes
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
+    # before UTF-16, whose marks begin with the same bytes
+    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-32"),
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "utf-16"),
 )
 
 
@@ -1770,6 +1769,12 @@ def _build_response(c: _Columns) -> tuple[str, list[dict]]:
         raise _RowError("question or answer is no text", f"{c.key(k)} is {problem}")
     return k, _wrap_messages(x, "assistant")
 
+# %% ../../nbs/data/01_readers.ipynb #67cb662c
+def join_text(messages: list[dict]) -> str:
+    "Join the texts of the messages, reasoning included."
+    parts = [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
+    return "\n".join(parts)
+
 # %% ../../nbs/data/01_readers.ipynb #8fe29ec6
 def _add_reasoning(c: _Columns, messages: list) -> list:
     "Add reasoning from a column of its own to the answer."
@@ -1809,11 +1814,6 @@ def _add_system(messages: list, c: _Columns) -> list:
         return messages
     return [dict(role="system", content=c.take(k)), *messages]
 
-
-def _join_text(messages: list[dict]) -> str:
-    parts = [x for m in messages for x in (m.get("reasoning_content"), m["content"]) if x]
-    return "\n".join(parts)
-
 # %% ../../nbs/data/01_readers.ipynb #de709ae7
 def parse_conversation(
     row: dict,  # The object on a line: a list of messages, or a question and an answer
@@ -1843,7 +1843,7 @@ def parse_conversation(
         messages = _add_tools(messages, c.take("tools") if c.first("tools") else tools)
     except _RowError as e:
         return e.to_row(number)
-    fields = dict(text=_join_text(messages), messages=messages, mended=tuple(mended + notes))
+    fields = dict(text=join_text(messages), messages=messages, mended=tuple(mended + notes))
     return _build_row(c, number, "messages", **fields)
 
 
@@ -1947,7 +1947,7 @@ def parse_preference(
     except _RowError as e:
         return e.to_row(number)
     fields = dict(messages=sides[0], rejected=sides[1], mended=tuple(sorted(mended)))
-    return _build_row(c, number, "pair", text=_join_text(sides[0]), **fields)
+    return _build_row(c, number, "pair", text=join_text(sides[0]), **fields)
 
 # %% ../../nbs/data/01_readers.ipynb #ae5ab4a6
 def _check_pair(chosen: list[dict], rejected: list[dict]):
@@ -2058,7 +2058,7 @@ def _parse_plain_row(row: dict, number: int) -> Row | None:
         return None
     return Row(
         number,
-        _join_text(messages),
+        join_text(messages),
         messages=messages,
         mended=tuple(mended),
         read="messages" if name == "messages" else "conversations → messages",

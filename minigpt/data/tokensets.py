@@ -29,12 +29,10 @@ from minigpt.core.files import (
     expand_home,
     hash_bytes,
     hash_file,
-    hidden,
     new_dir,
-    open_new,
     read_json,
     spread,
-    write_all,
+    write_file,
     write_json,
 )
 from ..core.notes import Note
@@ -394,10 +392,10 @@ def _digest(body: bytes, key: str) -> bytes:
     return xxhash.xxh3_128_digest(key.encode() + body)
 
 
-def _read_cache(file: Path | None, key: str) -> np.ndarray | None:
+def _read_cache(file: Path, key: str) -> np.ndarray | None:
     "Return the array that `_write_cache` saved; None if missing, damaged, or of other tokens."
     try:
-        data = file.read_bytes() if file else b""
+        data = file.read_bytes()
     except OSError:
         return None
     body, digest = data[:-16], data[-16:]
@@ -406,30 +404,10 @@ def _read_cache(file: Path | None, key: str) -> np.ndarray | None:
 
 def _write_cache(file: Path, array: np.ndarray, key: str):
     "Save an array followed by its digest; ignore a full or read-only disk."
-    tmp = hidden(file, "tmp")
     np.save(buffer := io.BytesIO(), array)
     body = buffer.getvalue()
-    try:
-        with open_new(tmp) as f:
-            write_all(f, body + _digest(body, key))
-        os.replace(tmp, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
-
-# %% ../../nbs/data/06_tokensets.ipynb #614dcaac
-def _cached_packs(
-    file: Path | None, n: int, key: str, compute: Callable[[], tuple[np.ndarray, np.ndarray]]
-) -> tuple[np.ndarray, np.ndarray]:
-    "Return the packs of `n` rows from `file`; compute and cache them if it has none."
-    if (cached := _read_cache(file, key)) is not None:
-        rows, starts = np.split(cached, [n])
-    else:
-        rows, starts = compute()
-        if file:
-            padding = np.full(n - len(rows), -1, np.int32)
-            _write_cache(file, np.concatenate([rows, padding, starts.astype(np.int32)]), key)
-    return rows[: starts[-1]], starts
+    with contextlib.suppress(OSError):
+        write_file(file, body + _digest(body, key))
 
 # %% ../../nbs/data/06_tokensets.ipynb #ce432028
 class ChatSet(TokenSet):
@@ -493,16 +471,20 @@ class ChatSet(TokenSet):
         seq_len: int,  # Positions of a sequence
     ) -> tuple[np.ndarray, np.ndarray]:  # As `pack`, without rows that have no loss
         "Return the rows grouped by the sequence they share."
-        if seq_len not in self._packs:
-            file, n = self.path / f"packs-{seq_len}{'-whole' * self.skips}.npy", len(self.lengths())
-            cache = file if self.difficulty is None else None
-            compute = lambda: self._pack(seq_len)
-            self._packs[seq_len] = _cached_packs(cache, n, self.fingerprint, compute)
+        if seq_len in self._packs:
+            return self._packs[seq_len]
+        lengths, key, cached = self.lengths(), self.fingerprint, self.difficulty is None
+        file = self.path / f"packs-{seq_len}{'-whole' * self.skips}.npy"
+        if cached and (packs := _read_cache(file, key)) is not None:
+            rows, starts = np.split(packs, [len(lengths)])
+        else:
+            use = np.flatnonzero(self.teaches(seq_len))
+            rows, starts = _pack_rows(lengths, use, self.difficulty, seq_len)
+            if cached:
+                padding = np.full(len(lengths) - len(rows), -1, np.int32)
+                _write_cache(file, np.concatenate([rows, padding, starts.astype(np.int32)]), key)
+        self._packs[seq_len] = rows[: starts[-1]], starts
         return self._packs[seq_len]
-
-    def _pack(self, seq_len: int):
-        use = np.flatnonzero(self.teaches(seq_len))
-        return _pack_rows(self.lengths(), use, self.difficulty, seq_len)
 
     def n_windows(self, seq_len: int) -> int:
         "Return the number of sequences per epoch."
@@ -860,6 +842,27 @@ def _in_share(text: str, share: float, salt: int) -> bool:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "replace"), salt) < share * 2**64
 
 # %% ../../nbs/data/06_tokensets.ipynb #a0d18169
+def _mask_answers(mask: np.ndarray, messages: list[dict], shared: int = 0):
+    "Exclude the first `shared` answers, and those whose weight is 0, from the loss, in place."
+    answers = (m for m in messages if m["role"] == "assistant")
+    excluded = [k for k, m in enumerate(answers) if k < shared or m.get("weight") == 0]
+    if excluded:
+        padded = np.zeros(len(mask) + 2, bool)
+        padded[1:-1] = mask
+        edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
+        for k in excluded:
+            mask[edges[2 * k] : edges[2 * k + 1]] = False
+
+
+def _encode_chats(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Encode conversations; an answer whose weight is 0 has no loss."
+    ids, learn, lengths = tok.encode_chats([(r.messages, None) for r in rows])
+    ends = lengths.cumsum()
+    for r, a, b in zip(rows, ends - lengths, ends):
+        _mask_answers(learn[a:b], r.messages)
+    return ids, learn, lengths
+
+
 def _encode_pairs(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Encode both sides of each preference; what they have in common has no loss."
     sides = [(side, None) for r in rows for side in (r.messages, r.rejected)]
@@ -869,42 +872,10 @@ def _encode_pairs(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarr
         pairs = enumerate(zip(r.messages, r.rejected))
         shorter = min(len(r.messages), len(r.rejected))
         common = next((i for i, (a, b) in pairs if a != b), shorter)
-        n_answers = sum(m["role"] == "assistant" for m in r.messages[:common])
+        shared = sum(m["role"] == "assistant" for m in r.messages[:common])
         for side in r.messages, r.rejected:
-            mask = next(masks)
-            if any(m.get("weight") == 0 for m in side):
-                weighed = [{**m, "weight": 0} if i < common else m for i, m in enumerate(side)]
-                _mask_zero_weight([weighed], mask, np.array([len(mask)]))
-            else:
-                _mask_first_answers(mask, n_answers)
+            _mask_answers(next(masks), side, shared)
     return ids, learn, lengths
-
-
-def _mask_first_answers(mask: np.ndarray, n: int):
-    "Exclude the first `n` answers from the loss mask, in place."
-    if n:
-        mask[: np.flatnonzero(mask[:-1] & ~mask[1:])[n - 1] + 1] = False
-
-# %% ../../nbs/data/06_tokensets.ipynb #4563d7ab
-def _encode_chats(rows: list[Row], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Encode conversations; an answer whose weight is 0 has no loss."
-    ids, learn, lengths = tok.encode_chats([(r.messages, None) for r in rows])
-    _mask_zero_weight([r.messages for r in rows], learn, lengths)
-    return ids, learn, lengths
-
-
-def _mask_zero_weight(chats: list[list[dict]], learn: np.ndarray, lengths: np.ndarray):
-    "Exclude the answers whose weight is 0 from the loss mask, in place."
-    ends = lengths.cumsum()
-    for messages, a, b in zip(chats, ends - lengths, ends):
-        answers = (m for m in messages if m["role"] == "assistant")
-        zero = [k for k, m in enumerate(answers) if m.get("weight") == 0]
-        if not zero:
-            continue
-        mask = learn[a:b]
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
-        for k in zero:
-            mask[edges[2 * k] : edges[2 * k + 1]] = False
 
 # %% ../../nbs/data/06_tokensets.ipynb #0b13f383
 @dataclass
@@ -1171,9 +1142,6 @@ class _Splits:
         self.per_row = 1 + (kind == "preference")
         self.refused, self.mended, self.rows, self.n_good = {}, {}, 0, 0
 
-    def encode(self, block: Block) -> _EncodedBlock:
-        return _encode_block(block, self.tok, self.options, self.kind)
-
     def add(self, block: Block, e: _EncodedBlock):
         self.rows += len(e.lengths) // self.per_row
         self.n_good += e.n_good
@@ -1209,7 +1177,8 @@ def _first_kind(files: list[Path], looks: dict[Path, Look], options: _Options) -
 def _encode_all(splits: _Splits, blocks: Iterable[Block], stop: bool, threads: int, bar: tqdm):
     "Encode the blocks, and write each row to its split; with `stop`, stop at a refused row."
     max_rows = splits.options.max_data_size
-    for block, e in spread(splits.encode, blocks, threads, bar.total > 16e6):
+    work = lambda block: _encode_block(block, splits.tok, splits.options, splits.kind)
+    for block, e in spread(work, blocks, threads, bar.total > 16e6):
         if max_rows:
             e = e.head((max_rows - splits.rows) * splits.per_row)
         splits.add(block, e)

@@ -383,17 +383,6 @@ def _render(template: str, **variables) -> str:
         ) from None
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #a0c2c06d
-def _token_text(name: str, value) -> str | None:
-    "Return a control token from its entry in tokenizer_config.json."
-    token = value.get("content") if isinstance(value, dict) else getattr(value, "content", value)
-    if token is None and value is None or isinstance(token, str):
-        return token
-    raise ValueError(
-        f"{name} is {str(value)[:60]!r} in tokenizer_config.json; it must be a string or an"
-        ' object with a string as its "content"'
-    )
-
-
 def _token_names(config: dict) -> set[str]:
     "Return the names of the tokens that a chat template can use."
     named = (k for k in config if k.endswith("_token") and not k.startswith("add_"))
@@ -411,7 +400,15 @@ class _Config:
         name: str,  # Such as `eos_token`
     ) -> str | None:  # None: it is not set
         "Return a token that tokenizer_config.json names."
-        return _token_text(name, self.config.get(name))
+        value = self.config.get(name)
+        is_object = isinstance(value, dict)
+        token = value.get("content") if is_object else getattr(value, "content", value)
+        if token is None and value is None or isinstance(token, str):
+            return token
+        raise ValueError(
+            f"{name} is {str(value)[:60]!r} in tokenizer_config.json; it must be a string or an"
+            ' object with a string as its "content"'
+        )
 
     def chat_template(
         self,
@@ -425,8 +422,7 @@ class _Config:
         messages: list[dict],  # A conversation, in any format that `chat_messages` reads
         tools: list[dict] | None = None,  # JSON schemas; default: those of the system message
         add_generation_prompt: bool = False,  # End with the start of an assistant turn
-        thinking: bool
-        | None = None,  # Whether to start with thoughts; None: the template's default
+        thinking: bool | None = None,  # Whether to start with thoughts; None: as the template does
     ) -> str:
         """Render the conversation as the text that the model reads.
 
@@ -492,17 +488,6 @@ class _Vocabulary(_Config):
         return frozenset(t["id"] for t in self.json["added_tokens"] if t["special"])
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #f99209a6
-def _without_special_tokens(data: dict, rules: int) -> HFTokenizer:
-    "Build a tokenizer that encodes special tokens and marks as ordinary letters."
-    added = [{**t, "special": not _is_word(t)} for t in data["added_tokens"]]
-    data = {**data, "added_tokens": added}
-    if rules > 1:
-        data = _rename_control_tokens(data)
-    hf = _without_truncation(HFTokenizer.from_str(json.dumps(data)))
-    hf.encode_special_tokens = True
-    return hf
-
-
 def _without_truncation(hf: HFTokenizer) -> HFTokenizer:
     "Return the tokenizer without truncation and padding."
     if not (hf.truncation or hf.padding):
@@ -556,7 +541,14 @@ class _Encoder(_Vocabulary):
 
     @cached_property
     def _ordinary(self) -> HFTokenizer:
-        return _without_special_tokens(self.json, self.rules)
+        "The tokenizer that encodes special tokens and marks as ordinary letters."
+        added = [{**t, "special": not _is_word(t)} for t in self.json["added_tokens"]]
+        data = {**self.json, "added_tokens": added}
+        if self.rules > 1:
+            data = _rename_control_tokens(data)
+        hf = _without_truncation(HFTokenizer.from_str(json.dumps(data)))
+        hf.encode_special_tokens = True
+        return hf
 
     @cached_property
     def _untruncated(self) -> HFTokenizer:
@@ -669,25 +661,6 @@ class _AddedTokens:
             return {self.hide(k, names): self.hide(v, names) for k, v in value.items()}
         return [self.hide(v, names) for v in value] if isinstance(value, list) else value
 
-    def hide_legacy(self, messages: list[dict], tools: list[dict] | None, rules: int) -> tuple:
-        "Hide control tokens of a training conversation by older encoding rules."
-        if rules > 1 and self.control.search(_all_text(messages, tools)):
-            return tuple(self.hide(x, self.control) for x in (messages, tools))
-        return messages, tools
-
-# %% ../../nbs/tokenizer/02_bpe.ipynb #153ca498
-def _answer_prefixes(config: _Config) -> list[str]:
-    "Return what the template writes at the start of an answer, longest first; usually nothing."
-    prefixes, messages = set(), [dict(role="user", content="")]
-    for thinking in None, True, False:
-        try:
-            text = config.render(messages, add_generation_prompt=True, thinking=thinking)
-        except ValueError:
-            continue  # it requires another conversation
-        _, start, prefix = text.rpartition(f"{IM_START}assistant\n")
-        prefixes.add(prefix if start else "")
-    return sorted(filter(None, prefixes), key=len, reverse=True)
-
 # %% ../../nbs/tokenizer/02_bpe.ipynb #4a0ba60a
 class _AnswerBoundaries:
     "Boundaries between the questions of a conversation and its answers."
@@ -698,7 +671,16 @@ class _AnswerBoundaries:
 
     @cached_property
     def prefixes(self) -> list[str]:
-        return _answer_prefixes(self.tok)
+        "What the template writes at the start of an answer, longest first; usually nothing."
+        prefixes, messages = set(), [dict(role="user", content="")]
+        for thinking in None, True, False:
+            try:
+                text = self.tok.render(messages, add_generation_prompt=True, thinking=thinking)
+            except ValueError:
+                continue  # it requires another conversation
+            _, start, prefix = text.rpartition(f"{IM_START}assistant\n")
+            prefixes.add(prefix if start else "")
+        return sorted(filter(None, prefixes), key=len, reverse=True)
 
     def must_split(self, pieces: list[str]) -> bool:
         "Whether encoding them at once may differ from encoding part by part."
@@ -740,10 +722,8 @@ def _contexts(added: _AddedTokens, before: str) -> list[str]:
 
 def _plain_contexts(tok: "_ChatEncoder", before: str) -> list[str]:
     "Return contexts as `_contexts` does, for `_ordinary`, which has no special tokens."
-    if not before:
-        return [""]
     if not before.endswith(tok._added.texts):
-        return _CONTEXTS
+        return _contexts(tok._added, before)
     plain = _encode_text(tok._ordinary, _LETTER).ids
     after_token = _encode_text(tok._untruncated, tok._added.texts[0] + _LETTER).ids
     return [""] if after_token[1:] == plain else _CONTEXTS
@@ -791,8 +771,10 @@ def _hide_control_tokens(
     "Return messages and tools for a template, with the names of tokens hidden in what they say."
     messages, message_tools = chat_messages(messages)
     tools, added = tools or message_tools, tok._added
-    if not prompt and tok.rules < 3:
-        return added.hide_legacy(messages, tools, tok.rules)
+    if not prompt and tok.rules < 3:  # older rules hide control tokens only, or nothing
+        if tok.rules > 1 and added.control.search(_all_text(messages, tools)):
+            messages, tools = (added.hide(x, added.control) for x in (messages, tools))
+        return messages, tools
     if tools and tok.config.get("chat_template") not in _OWN_TEMPLATES:
         # as transformers passes them to a template
         tools = [t if "function" in t else dict(type="function", function=t) for t in tools]

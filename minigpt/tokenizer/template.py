@@ -72,10 +72,6 @@ class _Budget:
         if now > self.deadline:
             raise TemplateLimit(f"it has run for {SECONDS:g} seconds; it may have an endless loop")
 
-    def has_room(self, n: int) -> bool:
-        "Whether `n` characters are within the limit."
-        return n <= self.limit or n <= self.full_limit()
-
     def full_limit(self) -> int:
         "Return the limit including the size of the input, which is computed only when needed."
         if self.inputs is not None:
@@ -84,7 +80,8 @@ class _Budget:
 
     def check(self, n: int):
         "Raise `TemplateLimit` if there is no room for `n` more characters."
-        if not self.has_room(self.used + n):
+        total = self.used + n
+        if total > self.limit and total > self.full_limit():
             raise TemplateLimit(f"it creates more than {self.limit:,} characters for this input")
 
     def charge(self, n: int):
@@ -189,6 +186,7 @@ def _invoke(name: str, value, user_args: tuple, func, *args, **kwargs):
 
 # %% ../../nbs/tokenizer/01_template.ipynb #a0352642
 _OPERATORS = {"*": operator.mul, "**": operator.pow, "%": operator.mod}
+_SEQUENCES = str, bytes, list, tuple
 
 
 def _add(parts: tuple):
@@ -197,9 +195,7 @@ def _add(parts: tuple):
         return _concat(parts)
     result = parts[0]
     for p in parts[1:]:
-        if isinstance(result, (str, bytes, list, tuple)) and isinstance(
-            p, (str, bytes, list, tuple)
-        ):
+        if isinstance(result, _SEQUENCES) and isinstance(p, _SEQUENCES):
             _thread.budget.charge(len(result) + len(p))
         result = result + p
     return _check_nested(result) if isinstance(result, (list, tuple)) else result
@@ -216,10 +212,9 @@ def _binary_op(sign: str, a, b):
             raise TemplateLimit("it uses numbers of thousands of digits")
     elif sign == "*":
         for x, n in (a, b), (b, a):
-            if isinstance(n, int) and isinstance(x, (str, bytes, list, tuple)):
-                budget.charge(
-                    (len(x) if isinstance(x, texts) else _measure(x, _FREE_CHARS)) * max(0, n)
-                )
+            if isinstance(n, int) and isinstance(x, _SEQUENCES):
+                size = len(x) if isinstance(x, texts) else _measure(x, _FREE_CHARS)
+                budget.charge(size * max(0, n))
     result = _OPERATORS[sign](a, b)
     return _check_nested(result) if isinstance(result, (list, tuple)) else result
 
@@ -255,7 +250,7 @@ def _emit(x):
 # %% ../../nbs/tokenizer/01_template.ipynb #459baf76
 def _count_slice(x):
     "Count a text or a list that is sliced."
-    if isinstance(x, (str, bytes, list, tuple)):
+    if isinstance(x, _SEQUENCES):
         _thread.budget.charge(len(x))
     return x
 
