@@ -123,10 +123,6 @@ class Tools:
     def __len__(self):
         return len(self.functions)
 
-    def __call__(self, f: Callable) -> Callable:
-        "Register a function, as the decorator `@tools`."
-        return self.add(f)
-
     def add(
         self,
         f: Callable,  # With type hints; it must return a JSON value
@@ -137,6 +133,8 @@ class Tools:
         self.functions[name], self._validators[name] = f, validator
         self.schemas.append(dict(name=name, description=_describe(f)[0], parameters=schema))
         return f
+
+    __call__ = add  # for the decorator `@tools`
 
     def call(
         self,

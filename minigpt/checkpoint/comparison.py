@@ -82,11 +82,8 @@ class _Cost:
     "The estimated cost of storing and training a model."
 
     def __init__(self, a: Analysis):
-        settings = {
-            **a.metadata.get("trainer_state", {}),
-            **a.metadata.get("training_args", {}),
-            **a.config,
-        }
+        stored = lambda name: a.metadata.get(name, {})
+        settings = stored("trainer_state") | stored("training_args") | a.config
         matrices = [t for t in a.weights() if len(t.shape) > 1]
         embedding = max(matrices, key=lambda t: t.shape[0], default=None)
         self.P, self.weights = a.params, sum(a.layers.values())

@@ -175,11 +175,9 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
 # %% ../../nbs/checkpoint/03_exporter.ipynb #9df33bee
 def _resolve(source) -> Path | LanguageModel:
     "Return the path of a source or run; a model in memory unchanged."
-    return (
-        source
-        if isinstance(source, LanguageModel)
-        else expand_home(getattr(source, "path", source))
-    )
+    if isinstance(source, LanguageModel):
+        return source
+    return expand_home(getattr(source, "path", source))
 
 
 def _find_path(source) -> Path:
@@ -537,23 +535,6 @@ def _evaluate(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Te
     best = torch.cat(best)
     return total / max(1, len(best)), best
 
-# %% ../../nbs/checkpoint/03_exporter.ipynb #4bef4ad9
-def _draw_report(report: dict):
-    "Draw the size and the change in loss of each precision."
-    fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
-    ax = fig.subplots()
-    for i, x in enumerate(reversed(report["precisions"].values())):
-        size, label = x["file"] / 2**20, f" {human_size(x['file'])}"
-        if report["tokens"]:
-            label += f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
-        ax.barh(i, size, color="C0")
-        ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
-        ax.text(size, i, label, va="center", fontsize=8)
-    names = [*report["precisions"]][::-1]
-    ax.set(xlabel="MiB (line: parameters × bits)", yticks=range(len(names)), yticklabels=names)
-    ax.margins(x=0.6)
-    return fig
-
 # %% ../../nbs/checkpoint/03_exporter.ipynb #ecb33f57
 class ExportReport(dict):
     "The results of `export_report`: a dictionary that is displayed as a table or `.figure()`."
@@ -583,7 +564,19 @@ class ExportReport(dict):
 
     def figure(self):
         "Return a figure of size and change in loss in each precision."
-        return _draw_report(self)
+        fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
+        ax = fig.subplots()
+        for i, x in enumerate(reversed(self["precisions"].values())):
+            size, label = x["file"] / 2**20, f" {human_size(x['file'])}"
+            if self["tokens"]:
+                label += f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
+            ax.barh(i, size, color="C0")
+            ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
+            ax.text(size, i, label, va="center", fontsize=8)
+        names = [*self["precisions"]][::-1]
+        ax.set(xlabel="MiB (line: parameters × bits)", yticks=range(len(names)), yticklabels=names)
+        ax.margins(x=0.6)
+        return fig
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #80a4667d
 def export_report(

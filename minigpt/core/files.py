@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -313,26 +313,23 @@ def call_with_timeout(
 
     A blocked thread is abandoned, and does not keep Python from exiting.
     """
-    result = []
+    result = Future()
 
     def call():
         try:
-            result.append((f(), None))
+            result.set_result(f())
         except BaseException as e:
-            result.append((None, e))
+            result.set_exception(e)
 
     thread = threading.Thread(target=call, name="minigpt-ask", daemon=True)
     thread.start()
     thread.join(seconds)
-    if not result:
+    if not result.done():
         raise TimeoutError(
             f"{what} has not answered for {human_time(seconds)}: the mount hangs. Mount it again,"
             " or do without it"
         )
-    value, error = result[0]
-    if error:
-        raise error
-    return value
+    return result.result()
 
 # %% ../../nbs/core/01_files.ipynb #b153cdff
 # errors of a file system that does not support a request

@@ -681,6 +681,13 @@ class LanguageModel(nn.Module):
             if source and k in params and k not in given:
                 params[k].copy_(params[source])
 
+    def run_block(self, block: nn.Module, x: Tensor, *inputs) -> Tensor:
+        "Run a block, which is compiled for training only."
+        run = block if self.training else block.forward
+        if self.training and self.recompute:
+            return checkpoint(run, x, *inputs, use_reentrant=False)
+        return run(x, *inputs)
+
 # %% ../../nbs/model/01_gpt.ipynb #c3f72683
 def has_own_head(
     weights: dict[str, Tensor],  # Name → tensor
@@ -758,12 +765,7 @@ class GPT(LanguageModel):
         rope = rope_angles(start, T, self.config.head_dim, self.config.rope_theta, x.device)
         x = self.drop(x)
         for i, block in enumerate(self.model.layers):
-            # a block is compiled for training only
-            run = block if self.training else block.forward
-            if self.training and self.recompute:
-                x = checkpoint(run, x, rope, mask, use_reentrant=False)
-            else:
-                x = run(x, rope, mask, cache and cache.layer(i))
+            x = self.run_block(block, x, rope, mask, cache and cache.layer(i))
         if cache:
             cache.length += T
         return self.model.norm(x)

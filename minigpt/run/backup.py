@@ -908,26 +908,6 @@ def _run_round(backup: "Backup"):
     waiting = backup.server.waiting
     backup.doing = f"waiting for the upload of {waiting[0].name}" if waiting else "idle"
 
-# %% ../../nbs/run/01_backup.ipynb #adcfbb5c
-def _build_status(backup: "Backup") -> BackupStatus:
-    server, pending = backup.server, backup.pending
-    job = pending.get("state") or next(iter(pending.values()), None)
-    return BackupStatus(
-        folder=str(backup.path),
-        run_id=backup.run_id,
-        time=time.time(),
-        doing="stopped" if backup.lost else backup.doing,
-        pending=job and job.source.name,
-        copied=server.newest(),
-        confirmed=server.newest(arrived=True) if server.reports else None,
-        server_tells=server.reports,
-        waiting=[p.name for p in server.waiting],
-        passed_over=backup.jobs.passed_over,
-        failed=backup.failed,
-        stopped=backup.lost,
-        session=backup.heart.session,
-    )
-
 # %% ../../nbs/run/01_backup.ipynb #55d8075f
 class _Worker:
     "The thread of a backup."
@@ -1065,7 +1045,24 @@ class Backup(_BackupFolder):
 
     def status(self) -> dict:
         "Return what is backed up and what is not, without reading the backup folder."
-        return asdict(_build_status(self))
+        server, pending = self.server, self.pending
+        job = pending.get("state") or next(iter(pending.values()), None)
+        status = BackupStatus(
+            folder=str(self.path),
+            run_id=self.run_id,
+            time=time.time(),
+            doing="stopped" if self.lost else self.doing,
+            pending=job and job.source.name,
+            copied=server.newest(),
+            confirmed=server.newest(arrived=True) if server.reports else None,
+            server_tells=server.reports,
+            waiting=[p.name for p in server.waiting],
+            passed_over=self.jobs.passed_over,
+            failed=self.failed,
+            stopped=self.lost,
+            session=self.heart.session,
+        )
+        return asdict(status)
 
     def log_messages(self):
         "Log the messages of the thread. Call it from the main thread."
@@ -1120,12 +1117,6 @@ class Backup(_BackupFolder):
             write_json(self.run_path / "backup.json", self.status())
 
 # %% ../../nbs/run/01_backup.ipynb #725c2c84
-def _get_interval(heartbeat: dict) -> float:
-    "Return the seconds between two heartbeats as recorded in one; `BEAT` if invalid."
-    seconds = heartbeat.get("seconds")
-    return float(seconds) if type(seconds) in (int, float) and 0 < seconds <= 600 else BEAT
-
-
 def check_no_other_process(backup: Backup):
     """Raise `BackupError` if another process writes to this backup.
 
@@ -1142,7 +1133,8 @@ def check_no_other_process(backup: Backup):
     if has_ended(first):
         return
     key = lambda beat: (beat.get("session"), beat.get("beat"))  # changes with each heartbeat
-    interval = _get_interval(first)
+    seconds = first.get("seconds")
+    interval = float(seconds) if type(seconds) in (int, float) and 0 < seconds <= 600 else BEAT
     end = time.monotonic() + 2.5 * interval
     logger.info(
         f"the last process that wrote to {backup.path} did not record that it ended; checking"

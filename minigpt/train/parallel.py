@@ -174,12 +174,6 @@ class _Distributor(_ProcessGroup):
         return package
 
 # %% ../../nbs/train/04_parallel.ipynb #91a0073e
-def _derive_seed(*numbers: int) -> int:
-    "Return a 63-bit seed from several numbers."
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
-
-
 def _wait_for_exit(workers: list[subprocess.Popen]):
     "Wait for processes to exit, and kill those that do not."
     for p in workers:
@@ -222,7 +216,9 @@ class Team(_Distributor):
         """Seed the random generators of a worker.
 
         The seed depends only on seed, step and rank, so that no state has to be saved."""
-        torch.manual_seed(_derive_seed(seed % 2**64, step, self.rank))
+        numbers = np.random.SeedSequence((seed % 2**64, step, self.rank))
+        state = numbers.generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0] >> np.uint64(1)))  # 63 bits
 
     def close(self):
         """End the workers and the process group.
