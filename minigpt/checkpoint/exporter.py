@@ -125,7 +125,7 @@ def minimind_config(
     )
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #e8c9640b
-def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig, Weights]:
+def _from_pickle(path: Path, config: GPTConfig | str | None) -> Weights:
     "Open a state dict in a torch.save file, alone or in a training state."
     error = lambda why: CheckpointError(f"{path} is not converted: {why}")
     d = read_pickle(path)
@@ -169,8 +169,7 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
             f"{path} does not contain the number of heads, rope_theta and norm_eps; pass"
             " config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)"
         )
-    weights = Weights([d], config, path)
-    return weights.config, weights
+    return Weights([d], config, path)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #9df33bee
 def _resolve(source) -> Path | LanguageModel:
@@ -196,20 +195,19 @@ def _find_path(source) -> Path:
     return run_model(path) if (path / "run.json").exists() else path
 
 
-def _open_source(source, config=None) -> tuple[GPTConfig, Weights, Path | None]:
-    "Return configuration and weights of a source, and its directory if it has one."
+def _open_source(source, config=None) -> tuple[Weights, Path | None]:
+    "Return the weights of a source, with its configuration, and its directory if it has one."
     if isinstance(source, LoRAGPT):
         source = source.merged()
     if isinstance(source, LanguageModel):
-        return source.config, Weights([source.weights()], source.config, "the model"), None
+        return Weights([source.weights()], source.config, "the model"), None
     path = _find_path(source)
     if path.is_file():
-        return *_from_pickle(path, config), None
+        return _from_pickle(path, config), None
     if (path / "adapter_config.json").exists():
         merged = load_model(path).merged()
-        return merged.config, Weights([merged.weights()], merged.config, path), path
-    weights = open_weights(path, read_config(path))
-    return weights.config, weights, path
+        return Weights([merged.weights()], merged.config, path), path
+    return open_weights(path, read_config(path)), path
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #0020a95f
 _TOKENIZER = """
@@ -280,9 +278,9 @@ def _copy_existing(folder: Path, d: Path, names: Iterable[str]):
             shutil.copyfile(path, d / name)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #7a3f3aa1
-def _write_model(d: Path, config, weights, folder, precision, compress, tokenizer, count) -> dict:
+def _write_model(d: Path, weights, folder, precision, compress, tokenizer, count) -> dict:
     "Write config, weights and tokenizer; return the hash of the weights."
-    has_config = folder and (folder / "config.json").exists()
+    config, has_config = weights.config, folder and (folder / "config.json").exists()
     original = read_json(folder / "config.json") if has_config else {}
     write_json(d / "config.json", _make_config(config, precision, compress, tokenizer, original))
     shapes, metadata = [(k, shape) for k, (_, shape) in weights.header.items()], {"format": "pt"}
@@ -399,7 +397,7 @@ class _Job(NamedTuple):
 
 
 def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenizer, config) -> _Job:
-    config, weights, folder = _open_source(source, config)
+    weights, folder = _open_source(source, config)
     if folder and not tokenizer and (folder / "adapter_config.json").exists():
         path = folder
         if not (folder / "tokenizer.json").exists():
@@ -410,9 +408,7 @@ def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenize
     kind = "best" if metrics else "weights"
     if compress or precision not in _DTYPES:
         kind = "compressed" if compress else "quantized"
-    write = lambda d, count: _write_model(
-        d, config, weights, folder, precision, compress, tokenizer, count
-    )
+    write = lambda d, count: _write_model(d, weights, folder, precision, compress, tokenizer, count)
     return _Job(folder, kind, total, write)
 
 
@@ -590,7 +586,8 @@ def export_report(
     "Measure size and loss in each precision, and the size of each kind of checkpoint."
     if isinstance(data, (str, Path)):
         data = open_set(data)
-    shape, weights, folder = _open_source(source, config)
+    weights, folder = _open_source(source, config)
+    shape = weights.config
     no_progress, kinds = lambda done, total: None, {}
     if data:
         model = weights.fill(shape.build().eval())
@@ -652,8 +649,8 @@ def export_onnx(
     source = _resolve(source)
     out = expand_home(out) if out else _default_out(source, "onnx")
     _check_out(out, source, replace)
-    shape, weights, folder = _open_source(source, config)
-    model = weights.fill(shape.build())
+    weights, folder = _open_source(source, config)
+    model = weights.fill(weights.config.build())
     check_gpt(model, "ONNX export")
     graph = Logits(model).eval()
     with new_dir(out, replace) as d, torch.no_grad():
@@ -666,7 +663,8 @@ def export_onnx(
             dynamo=True,
             verbose=False,
             dynamic_shapes=({0: "batch", 1: "length"},),
-            external_data=theory(shape)["fp32"] > 1 << 30,  # a protobuf is limited to 2 GiB
+            external_data=theory(weights.config)["fp32"]
+            > 1 << 30,  # a protobuf is limited to 2 GiB
         )
         if folder:
             _copy_existing(folder, d, _TOKENIZER.split())
