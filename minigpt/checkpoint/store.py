@@ -269,10 +269,8 @@ def write_manifest(
     step: int,  # Optimizer steps
 ):
     "Write MANIFEST.json with the size and hash of every file, which completes a checkpoint."
-    files = {
-        p.name: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
-        for p in sorted(folder.iterdir())
-    }
+    facts = lambda p: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
+    files = {p.name: facts(p) for p in sorted(folder.iterdir())}
     header = dict(format="minigpt checkpoint", version=1, kind=kind, step=step)
     write_json(folder / "MANIFEST.json", dict(header, time=time.time(), files=files))
 
@@ -306,9 +304,8 @@ def problem(
     try:
         return _check_files(Path(path), hashes)
     except OSError as e:
-        return Defect(
-            "unreadable" if is_temporary_error(e) else "damaged", f"it cannot be read: {e}"
-        )
+        kind = "unreadable" if is_temporary_error(e) else "damaged"
+        return Defect(kind, f"it cannot be read: {e}")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #f9fe6ece
 class _ManifestError(Exception):
@@ -755,11 +752,8 @@ def open_weights(
     config: GPTConfig,
 ) -> Weights:
     "Open the weights of a directory, in any format."
-    return Weights(
-        [read_pickle(f) if f.suffix == ".bin" else SafeTensors(f) for f in weight_files(path)],
-        config,
-        path,
-    )
+    parts = [read_pickle(f) if f.suffix == ".bin" else SafeTensors(f) for f in weight_files(path)]
+    return Weights(parts, config, path)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #aabd6e27
 def load_model(
@@ -991,9 +985,8 @@ class CheckpointStore:
 
     def save(self, state: State) -> Path:
         "Write a checkpoint, then delete those beyond `keep`."
-        path = require_inside(
-            self.folder / f"{self.name}-{state.trainer['global_step']}", self.folder.parent
-        )
+        name = f"{self.name}-{state.trainer['global_step']}"
+        path = require_inside(self.folder / name, self.folder.parent)
         if lexists(path) and (defect := problem(path)):
             set_aside(path, "unreadable" if defect.kind == "unreadable" else "damaged")
         write_checkpoint(path, state, self.kind)
@@ -1048,14 +1041,9 @@ def check_no_symlinks(
     "Raise `CheckpointError` if something that a run writes is a symbolic link."
     names = _RUN_FILES.split()
     written = [p for p in entries(folder) if p.name in names or p.name.startswith("data")]
+    data = [p for p in written if p.name.startswith("data") and not p.is_symlink()]
     # token sets have subdirectories
-    nested = [
-        Path(d) / n
-        for p in written
-        if p.name.startswith("data") and not p.is_symlink()
-        for d, folders, _ in os.walk(p)
-        for n in folders
-    ]
+    nested = [Path(d) / n for p in data for d, folders, _ in os.walk(p) for n in folders]
     for p in written + nested:
         if p.is_symlink():
             raise CheckpointError(
