@@ -281,10 +281,8 @@ class EncoderBlock(nn.Module):
         x: Tensor,  # (B, T, C)
         mask: Tensor | None = None,  # Bool, (B, 1, 1, T), True: attend; default: all
     ) -> Tensor:  # (B, T, C)
-        q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f in self.attention["self"].values()
-        )  # (B, H, T, D)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        q, k, v = (split(f(x)) for f in self.attention["self"].values())
         p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p).transpose(1, 2).flatten(2)
         out, ffn_out = self.attention["output"], self.output
@@ -660,10 +658,8 @@ def fill(
 
 def _to_batch(model: Tess, ids: list[int | None]) -> tuple[Tensor, Tensor]:
     "Return the ids of one text, with None for each gap, and the gaps: (1, T) each."
-    device, blank = model.lm_head.bias.device, [i is None for i in ids]
-    return torch.tensor([[i or 0 for i in ids]], device=device), torch.tensor(
-        [blank], device=device
-    )
+    tensor = lambda row: torch.tensor([row], device=model.lm_head.bias.device)
+    return tensor([i or 0 for i in ids]), tensor([i is None for i in ids])
 
 # %% ../nbs/03_diffusion.ipynb #9c92b70b
 def _continue(model: Tess, tokenizer: Tokenizer, prompt, max_new_tokens: int, **options) -> str:
@@ -764,10 +760,8 @@ def infill(
     if ends and len(ids) < model.config.max_len:
         ids.append(tokenizer.eos_id)
     x, gaps = _to_batch(model, ids)
-    steps = [
-        (t, list(zip(tokens.tolist(), probs.tolist())))
-        for t, tokens, probs in denoise(model, x, gaps, **options)
-    ]
+    denoised = denoise(model, x, gaps, **options)
+    steps = [(t, list(zip(tokens.tolist(), probs.tolist()))) for t, tokens, probs in denoised]
 
     def fill_in(predictions):
         predictions = iter(predictions)
@@ -786,14 +780,9 @@ def line_entities(
     most: int = 10_000,  # Number of entities at most
 ) -> list[str]:
     "Return the entities of a line-based data set, most frequent first."
-    counts = Counter(
-        field
-        for f in data_files(source)
-        for block in read_blocks(f)
-        for line in block.lines
-        for field in line.decode("utf-8", "replace").strip().split("\t")
-        if field
-    )
+    lines = (line for f in data_files(source) for block in read_blocks(f) for line in block.lines)
+    found = (w for line in lines for w in line.decode("utf-8", "replace").strip().split("\t"))
+    counts = Counter(filter(None, found))
     return [w for w, _ in counts.most_common() if len(tokenizer.encode(w)) > 1][:most]
 
 
