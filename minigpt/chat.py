@@ -167,10 +167,8 @@ _TAGS = dict(text=("<think>", "<tool_call>"), thinking=("</think>",))
 
 def _partial_length(text: str, tags: Iterable[str]) -> int:
     "Return how many characters at the end may begin a tag."
-    return max(
-        (n for t in tags for n in range(1, min(len(t), len(text) + 1)) if text.endswith(t[:n])),
-        default=0,
-    )
+    ends = (n for t in tags for n in range(1, min(len(t), len(text) + 1)) if text.endswith(t[:n]))
+    return max(ends, default=0)
 
 
 def _split_parts(pieces: Iterable[str], kind: str = "text") -> Iterator[tuple[str, str]]:

@@ -83,9 +83,7 @@ def read_request(
                 f" {' and '.join(map(json.dumps, supported))}; omit it",
                 k,
             )
-    limit = "max_completion_tokens"
-    if body.get(limit) is None:
-        limit = "max_tokens"
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -307,8 +305,7 @@ def _encode_prompt(
             f"the prompt has {len(ids):,} tokens; with this model's context of {longest:,} it may"
             f" have at most {longest - 1:,}, which leaves one for the answer; shorten it",
             field,
-            400,
-            "context_length_exceeded",
+            code="context_length_exceeded",
         )
     return ids, bool(schemas)
 

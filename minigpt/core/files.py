@@ -209,16 +209,14 @@ def spread(
         pool = ProcessPoolExecutor(n, get_context("fork"), _init_worker, (work, os.getpid()))
     else:
         pool = ThreadPoolExecutor(n)
-    items, pending = iter(items), deque()
+    items, pending, run = iter(items), deque(), _run_in_worker if fork else work
     try:
         with warnings.catch_warnings():
             # the workers use no threads of the parent
             warnings.filterwarnings("ignore", "This process.*multi-threaded", DeprecationWarning)
             while True:
-                pending += [
-                    (x, pool.submit(_run_in_worker, x) if fork else pool.submit(work, x))
-                    for x in islice(items, 2 * n - len(pending))
-                ]
+                more = islice(items, 2 * n - len(pending))
+                pending += [(x, pool.submit(run, x)) for x in more]
                 if not pending:
                     return
                 x, future = pending.popleft()

@@ -366,11 +366,9 @@ def rope_angles(
     device,  # Where to compute
 ) -> tuple[Tensor, Tensor]:  # Cosines and sines, (n, 1, D/2) each, float32
     "Return cosine and sine of each channel pair's angle at each position."
-    inv_freq = theta ** -(
-        torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    )
-    position = torch.arange(start, start + n, device=device, dtype=torch.float32)
-    angle = position[:, None, None] * inv_freq
+    arange = lambda *limits: torch.arange(*limits, device=device, dtype=torch.float32)
+    inv_freq = theta ** -(arange(0, head_dim, 2) / head_dim)
+    angle = arange(start, start + n)[:, None, None] * inv_freq
     return angle.cos(), angle.sin()
 
 

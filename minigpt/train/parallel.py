@@ -33,12 +33,6 @@ from .optim import device_type
 _TIMEOUT = datetime.timedelta(days=30)
 
 
-def _remove_store(folder: str):
-    "Delete the folder of the store."
-    with contextlib.suppress(OSError):
-        delete(folder)
-
-
 def _describe_exits(workers: list[subprocess.Popen], size: int) -> str:
     "Return a text that lists the workers that have exited."
     return ", ".join(
@@ -239,7 +233,8 @@ class Team(_Distributor):
         dist.destroy_process_group()
         _wait_for_exit(self.helpers)
         if self.place:
-            _remove_store(self.place)
+            with contextlib.suppress(OSError):
+                delete(self.place)
 
 # %% ../../nbs/train/04_parallel.ipynb #47d60cd7
 def launched() -> int | None:
@@ -393,7 +388,8 @@ def assemble(
             for p in workers:
                 p.kill()
                 p.wait()
-            _remove_store(folder)
+            with contextlib.suppress(OSError):
+                delete(folder)
             raise
 
 # %% ../../nbs/train/04_parallel.ipynb #3264a04b
