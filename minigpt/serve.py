@@ -258,14 +258,11 @@ def _read_body(handler: "_Handler", path: str):
         raise RequestError("the request is larger than 16 MB", status=413)
     data = handler.rfile.read(size)
     if path not in ("/v1/chat/completions", "/v1/completions"):
-        raise RequestError(
-            f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
-            status=404,
-        )
+        message = f"there is no POST {path}; there are /v1/chat/completions and /v1/completions"
+        raise RequestError(message, status=404)
     if (content_type := handler.headers.get_content_type()) != "application/json":
-        raise RequestError(
-            f"the request's Content-Type is {content_type}; it must be application/json", status=415
-        )
+        message = f"the request's Content-Type is {content_type}; it must be application/json"
+        raise RequestError(message, status=415)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:

@@ -209,14 +209,14 @@ def spread(
         pool = ProcessPoolExecutor(n, get_context("fork"), _init_worker, (work, os.getpid()))
     else:
         pool = ThreadPoolExecutor(n)
-    items, pending, run = iter(items), deque(), _run_in_worker if fork else work
+    run = _run_in_worker if fork else work
+    items, pending = iter(items), deque()
     try:
         with warnings.catch_warnings():
             # the workers use no threads of the parent
             warnings.filterwarnings("ignore", "This process.*multi-threaded", DeprecationWarning)
             while True:
-                more = islice(items, 2 * n - len(pending))
-                pending += [(x, pool.submit(run, x)) for x in more]
+                pending += [(x, pool.submit(run, x)) for x in islice(items, 2 * n - len(pending))]
                 if not pending:
                     return
                 x, future = pending.popleft()
@@ -424,21 +424,19 @@ def require_inside(
         raise OSError(errno.EXDEV, why, str(path))
     for folder in list(path.parents)[: len(parts) - 1]:
         if os.path.islink(folder):
-            raise OSError(
-                errno.ELOOP,
+            why = (
                 "this folder is a link, and nothing is written or deleted through it; replace"
-                " it by the folder itself",
-                str(folder),
+                " it by the folder itself"
             )
+            raise OSError(errno.ELOOP, why, str(folder))
     return path
 
 
 def require_no_link(path: str | Path) -> Path:  # `path`
     "Raise `OSError` if a path is a link, so that only the run's own files are written."
     if os.path.islink(path):
-        raise OSError(
-            errno.ELOOP, "this is a link, and must be the file or folder itself", str(path)
-        )
+        why = "this is a link, and must be the file or folder itself"
+        raise OSError(errno.ELOOP, why, str(path))
     return Path(path)
 
 
@@ -621,11 +619,8 @@ def can_lock(
     "Whether the file system supports locks; some network drives and FUSE mounts do not."
     lock = Path(folder) / ".lock"
     if os.path.islink(lock):
-        raise OSError(
-            errno.ELOOP,
-            "this is a link, and a lock must be a file of its own; delete the link",
-            str(lock),
-        )
+        why = "this is a link, and a lock must be a file of its own; delete the link"
+        raise OSError(errno.ELOOP, why, str(lock))
     if lexists(lock):
         regular(lock)
     if fcntl is None:
