@@ -418,7 +418,8 @@ def _embed_gaps(
 class Tess(_Encoder):
     "An encoder that predicts the tokens in the gaps of a text."
 
-    may_lack, filling = _MAY_LACK, _embed_gaps
+    may_lack = _MAY_LACK
+    filling = _embed_gaps
 
     def __init__(self, config: TessConfig):
         super().__init__(config)

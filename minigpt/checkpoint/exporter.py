@@ -650,7 +650,8 @@ def export_onnx(
     out = expand_home(out) if out else _default_out(source, "onnx")
     _check_out(out, source, replace)
     weights, folder = _open_source(source, config)
-    model = weights.fill(weights.config.build())
+    shape = weights.config
+    model = weights.fill(shape.build())
     check_gpt(model, "ONNX export")
     graph = Logits(model).eval()
     with new_dir(out, replace) as d, torch.no_grad():
@@ -663,8 +664,7 @@ def export_onnx(
             dynamo=True,
             verbose=False,
             dynamic_shapes=({0: "batch", 1: "length"},),
-            external_data=theory(weights.config)["fp32"]
-            > 1 << 30,  # a protobuf is limited to 2 GiB
+            external_data=theory(shape)["fp32"] > 1 << 30,  # a protobuf is limited to 2 GiB
         )
         if folder:
             _copy_existing(folder, d, _TOKENIZER.split())

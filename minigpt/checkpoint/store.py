@@ -455,9 +455,8 @@ class SafeTensors:
         if self.packed:
             self.file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(self.file))
         try:
-            entries, self.metadata, _ = safetensors_header(
-                self.file, None if self.packed else size, _MAX_HEADER
-            )
+            known_size = None if self.packed else size
+            entries, self.metadata, _ = safetensors_header(self.file, known_size, _MAX_HEADER)
         except Refused as e:
             self._refuse(str(e))
         for k, (dtype, *_) in entries.items():

@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.suggest import did_you_mean
-from minigpt.model.families import (
-    Family,
-    config_from_dict,
-    family_of,
-    from_hf,
-    register_family,
-)
+from .families import Family, config_from_dict, family_of, from_hf, register_family
 
 # %% ../../nbs/model/01_gpt.ipynb #bd7f74f0
 PRESETS = dict(

@@ -528,8 +528,8 @@ class _SmallFiles:
     def begin(self, run_id: str, folders: list[str], fixed: list[Path]):
         "Copy the files that never change, and list them."
         is_there = lambda p, size: _is_plain_file(p) and p.stat().st_size == size
-        copied = listed(self.path).items()
-        copied = {k: v for k, v in copied if is_there(self.path / k, v["size"])}
+        known = listed(self.path).items()
+        copied = {k: v for k, v in known if is_there(self.path / k, v["size"])}
         files = {}
         for p in fixed:
             name = p.relative_to(self.run_path).as_posix()

@@ -508,18 +508,16 @@ def _registered_tokenizer(call: _Request) -> Tokenizer | None:
             "train is a token set, and fit does not know its tokenizer; pass the one that it was"
             " built with as tokenizer="
         )
-    if (
-        any(_registered(s.given, call.decided, call.folder) for s in sources)
-        and (ready := data_dir() / "tokenizer").exists()
-        and not call.cfg.retrain_tokenizer
-    ):
-        tok = load_tokenizer(ready)
-        logger.info(
-            f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
-            " trains another"
-        )
-        return tok
-    return None
+    ready = data_dir() / "tokenizer"
+    registered = any(_registered(s.given, call.decided, call.folder) for s in sources)
+    if not registered or not ready.exists() or call.cfg.retrain_tokenizer:
+        return None
+    tok = load_tokenizer(ready)
+    logger.info(
+        f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
+        " trains another"
+    )
+    return tok
 
 # %% ../../nbs/train/06_inputs.ipynb #28629534
 def _check_special_tokens(call: _Request, tok: Tokenizer, given: Tokenizer | None, of_model: bool):
