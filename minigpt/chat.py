@@ -123,10 +123,6 @@ class Tools:
     def __len__(self):
         return len(self.functions)
 
-    def __call__(self, f: Callable) -> Callable:
-        "Register a function, as the decorator `@tools`."
-        return self.add(f)
-
     def add(
         self,
         f: Callable,  # With type hints; it must return a JSON value
@@ -137,6 +133,8 @@ class Tools:
         self.functions[name], self._validators[name] = f, validator
         self.schemas.append(dict(name=name, description=_describe(f)[0], parameters=schema))
         return f
+
+    __call__ = add  # for the decorator `@tools`
 
     def call(
         self,
@@ -169,10 +167,8 @@ _TAGS = dict(text=("<think>", "<tool_call>"), thinking=("</think>",))
 
 def _partial_length(text: str, tags: Iterable[str]) -> int:
     "Return how many characters at the end may begin a tag."
-    return max(
-        (n for t in tags for n in range(1, min(len(t), len(text) + 1)) if text.endswith(t[:n])),
-        default=0,
-    )
+    ends = (n for t in tags for n in range(1, min(len(t), len(text) + 1)) if text.endswith(t[:n]))
+    return max(ends, default=0)
 
 
 def _split_parts(pieces: Iterable[str], kind: str = "text") -> Iterator[tuple[str, str]]:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .checkpoint.store import load_model
 from .config.options import TrainConfig, drop_ignored_options, elsewhere, read_options
@@ -133,21 +132,10 @@ def _check_noise(c: "TessConfig"):
         _require(c, "mask_id", c.mask_id is not None, what)
 
 # %% ../nbs/03_diffusion.ipynb #86df0f2f
-_TESS_KEYS = (
-    "mask_id",
-    "simplex_value",
-    "num_diffusion_steps",
-    "num_inference_diffusion_steps",
-    "beta_schedule",
-    "self_condition",
-    "self_condition_zeros_after_softmax",
-    "blanks",
-    "pad_to_max_length",
-)
-
-
-def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
-    "Return the content of config.json."
+def _hf_config(
+    c: "TessConfig", *, eos_id: int | None = None, bos_id: int | None = None, **_
+) -> dict:
+    "Return the content of config.json for `transformers`, with additional keys of TESS."
     return dict(
         architectures=["RobertaForMaskedLM"],
         model_type="roberta",
@@ -170,6 +158,7 @@ def _hf_config(c: "TessConfig", eos_id: int | None, bos_id: int | None) -> dict:
 
 # %% ../nbs/03_diffusion.ipynb #67043ba8
 def _count_params(c: "TessConfig") -> int:
+    "Number of parameters, each counted once."
     C, V = c.dim, c.vocab_size
     embeddings = (V + c.max_len + c.pad_id + 1 + c.type_vocab) * C + 2 * C
     block = 4 * (C * C + C) + 2 * C * c.ffn_dim + c.ffn_dim + C + 4 * C
@@ -227,18 +216,16 @@ class TessConfig:
         "Return all fields, for JSON."
         return dict(model_type="roberta", **asdict(self))
 
-    @property
-    def n_params(self) -> int:
-        "Number of parameters, each counted once."
-        return _count_params(self)
+    n_params = property(_count_params)
+    to_hf = _hf_config
 
     def build(self) -> "Tess":
         "Return a new model with this configuration."
         return Tess(self)
 
-    def to_hf(self, *, eos_id: int | None = None, bos_id: int | None = None, **_) -> dict:
-        "Return the content of config.json for `transformers`, with additional keys of TESS."
-        return _hf_config(self, eos_id, bos_id)
+# %% ../nbs/03_diffusion.ipynb #e165712a
+_NAMES = [f.name for f in fields(TessConfig)]
+_TESS_KEYS = _NAMES[_NAMES.index("mask_id") :]
 
 # %% ../nbs/03_diffusion.ipynb #c61a868e
 def from_dict(d: dict) -> TessConfig:
@@ -294,10 +281,8 @@ class EncoderBlock(nn.Module):
         x: Tensor,  # (B, T, C)
         mask: Tensor | None = None,  # Bool, (B, 1, 1, T), True: attend; default: all
     ) -> Tensor:  # (B, T, C)
-        q, k, v = (
-            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for f in self.attention["self"].values()
-        )  # (B, H, T, D)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, H, T, D)
+        q, k, v = (split(f(x)) for f in self.attention["self"].values())
         p = self.dropout.p if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p).transpose(1, 2).flatten(2)
         out, ffn_out = self.attention["output"], self.output
@@ -363,12 +348,7 @@ class _Encoder(LanguageModel):
         x = F.dropout(x, c.dropout, self.training)
         mask = None if real is None else real[:, None, None]
         for block in self.blocks:
-            # a block is compiled for training only
-            run = block if self.training else block.forward
-            if self.training and self.recompute:
-                x = checkpoint(run, x, mask, use_reentrant=False)
-            else:
-                x = run(x, mask)
+            x = self.run_block(block, x, mask)
         return x
 
     def scores(
@@ -416,7 +396,7 @@ def _embed_gaps(
     model: "Tess",
     x: Tensor,  # (N, V) noised corners
     time: Tensor,  # (N,) int64, of each gap
-    previous: Tensor | None,  # (N, V) logits of the previous prediction
+    previous: Tensor | None = None,  # (N, V) logits of the previous prediction
 ) -> Tensor:  # (N, C)
     "Return the embeddings of the gaps."
     c, E = model.config, model.simplex_embeddings.weight
@@ -439,6 +419,7 @@ class Tess(_Encoder):
     "An encoder that predicts the tokens in the gaps of a text."
 
     may_lack = _MAY_LACK
+    filling = _embed_gaps
 
     def __init__(self, config: TessConfig):
         super().__init__(config)
@@ -455,15 +436,6 @@ class Tess(_Encoder):
     def objective(self, data, config: TrainConfig):
         "Return the training objective for `fit`."
         return Denoising(self.config, data, config)
-
-    def filling(
-        self,
-        x: Tensor,  # (N, V) noised corners
-        time: Tensor,  # (N,) int64, of each gap
-        previous: Tensor | None = None,  # (N, V) logits of the previous prediction
-    ) -> Tensor:  # (N, C)
-        "Return the embeddings of the gaps."
-        return _embed_gaps(self, x, time, previous)
 
     def guess(
         self,
@@ -685,9 +657,10 @@ def fill(
     return ids.masked_scatter(blank, tokens)
 
 
-def _to_batch(model, ids, blank):
-    device = model.lm_head.bias.device
-    return torch.tensor([ids], device=device), torch.tensor([blank], device=device)
+def _to_batch(model: Tess, ids: list[int | None]) -> tuple[Tensor, Tensor]:
+    "Return the ids of one text, with None for each gap, and the gaps: (1, T) each."
+    tensor = lambda row: torch.tensor([row], device=model.lm_head.bias.device)
+    return tensor([i or 0 for i in ids]), tensor([i is None for i in ids])
 
 # %% ../nbs/03_diffusion.ipynb #9c92b70b
 def _continue(model: Tess, tokenizer: Tokenizer, prompt, max_new_tokens: int, **options) -> str:
@@ -704,7 +677,7 @@ def _continue(model: Tess, tokenizer: Tokenizer, prompt, max_new_tokens: int, **
             f"the prompt has {len(head)} tokens and the model's max_len is"
             f" {model.config.max_len}, so no new token fits; shorten the prompt"
         )
-    ids, blank = _to_batch(model, head + [0] * n, [False] * len(head) + [True] * n)
+    ids, blank = _to_batch(model, head + [None] * n)
     new = fill(model, ids, blank, **options)[0, len(head) :].tolist()
     if tokenizer.eos_id in new:
         new = new[: new.index(tokenizer.eos_id)]
@@ -783,23 +756,17 @@ def infill(
             " slept.'"
         )
     ids = [*tokenizer.adds[0], *tokenizer.encode(head)]
-    blank = [False] * len(ids)
     for t in tails:
-        piece = tokenizer.encode(t)
-        ids += [0, *piece]
-        blank += [True, *[False] * len(piece)]
+        ids += [None, *tokenizer.encode(t)]
     if ends and len(ids) < model.config.max_len:
         ids.append(tokenizer.eos_id)
-        blank.append(False)
-    x, gaps = _to_batch(model, ids, blank)
-    steps = [
-        (t, list(zip(tokens.tolist(), probs.tolist())))
-        for t, tokens, probs in denoise(model, x, gaps, **options)
-    ]
+    x, gaps = _to_batch(model, ids)
+    denoised = denoise(model, x, gaps, **options)
+    steps = [(t, list(zip(tokens.tolist(), probs.tolist()))) for t, tokens, probs in denoised]
 
     def fill_in(predictions):
         predictions = iter(predictions)
-        return [next(predictions) if gap else (i, None) for i, gap in zip(ids, blank)]
+        return [next(predictions) if i is None else (i, None) for i in ids]
 
     decode = lambda ids: tokenizer.decode(ids, skip_special=True)
     n, last = min(frames, len(steps)), len(steps) - 1
@@ -814,14 +781,9 @@ def line_entities(
     most: int = 10_000,  # Number of entities at most
 ) -> list[str]:
     "Return the entities of a line-based data set, most frequent first."
-    counts = Counter(
-        field
-        for f in data_files(source)
-        for block in read_blocks(f)
-        for line in block.lines
-        for field in line.decode("utf-8", "replace").strip().split("\t")
-        if field
-    )
+    lines = (line for f in data_files(source) for block in read_blocks(f) for line in block.lines)
+    found = (w for line in lines for w in line.decode("utf-8", "replace").strip().split("\t"))
+    counts = Counter(filter(None, found))
     return [w for w, _ in counts.most_common() if len(tokenizer.encode(w)) > 1][:most]
 
 

@@ -83,9 +83,7 @@ def read_request(
                 f" {' and '.join(map(json.dumps, supported))}; omit it",
                 k,
             )
-    limit = "max_completion_tokens"
-    if body.get(limit) is None:
-        limit = "max_tokens"
+    limit = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     stop = body.get("stop") or []
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(s, str) and s for s in stop):
@@ -260,14 +258,11 @@ def _read_body(handler: "_Handler", path: str):
         raise RequestError("the request is larger than 16 MB", status=413)
     data = handler.rfile.read(size)
     if path not in ("/v1/chat/completions", "/v1/completions"):
-        raise RequestError(
-            f"there is no POST {path}; there are /v1/chat/completions and /v1/completions",
-            status=404,
-        )
+        message = f"there is no POST {path}; there are /v1/chat/completions and /v1/completions"
+        raise RequestError(message, status=404)
     if (content_type := handler.headers.get_content_type()) != "application/json":
-        raise RequestError(
-            f"the request's Content-Type is {content_type}; it must be application/json", status=415
-        )
+        message = f"the request's Content-Type is {content_type}; it must be application/json"
+        raise RequestError(message, status=415)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as e:
@@ -307,8 +302,7 @@ def _encode_prompt(
             f"the prompt has {len(ids):,} tokens; with this model's context of {longest:,} it may"
             f" have at most {longest - 1:,}, which leaves one for the answer; shorten it",
             field,
-            400,
-            "context_length_exceeded",
+            code="context_length_exceeded",
         )
     return ids, bool(schemas)
 

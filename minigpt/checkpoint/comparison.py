@@ -82,11 +82,8 @@ class _Cost:
     "The estimated cost of storing and training a model."
 
     def __init__(self, a: Analysis):
-        settings = {
-            **a.metadata.get("trainer_state", {}),
-            **a.metadata.get("training_args", {}),
-            **a.config,
-        }
+        stored = lambda name: a.metadata.get(name, {})
+        settings = stored("trainer_state") | stored("training_args") | a.config
         matrices = [t for t in a.weights() if len(t.shape) > 1]
         embedding = max(matrices, key=lambda t: t.shape[0], default=None)
         self.P, self.weights = a.params, sum(a.layers.values())
@@ -98,10 +95,9 @@ class _Cost:
         )
         self.checkpointing = settings.get("gradient_checkpointing") is True
         self.blocks = sorted(v for k, v in a.layers.items() if k.rpartition(".")[2].isdigit())
-        self.dim = _first_int(a.config, "hidden_size", "n_embd", "dim", "d_model") or (
-            embedding.shape[-1] if embedding else 1
-        )
-        self.vocab = _first_int(a.config, "vocab_size") or (embedding.shape[0] if embedding else 1)
+        rows, *_, columns = embedding.shape if embedding else (1, 1)
+        self.dim = _first_int(a.config, "hidden_size", "n_embd", "dim", "d_model") or columns
+        self.vocab = _first_int(a.config, "vocab_size") or rows
         keys = "batch_size", "per_device_train_batch_size", "train_batch_size"
         self.batch = _first_int(settings, *keys) or 8
         self.length = _first_int(settings, "max_seq_len", "max_seq_length", "block_size") or 512
@@ -378,9 +374,8 @@ def _draw_sizes(rows: Table):
         n = np.array([r[k] or 0 for r in rows]) / 2**20
         ax.barh(range(len(rows)), n, left=left, label=k)
         left = left + n
-    ax.set_yticks(
-        range(len(rows)), [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
-    )
+    names = [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
+    ax.set_yticks(range(len(rows)), names)
     ax.invert_yaxis()
     ax.set(xlabel="MiB")
     ax.legend(fontsize=7)

@@ -125,7 +125,7 @@ def minimind_config(
     )
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #e8c9640b
-def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig, Weights]:
+def _from_pickle(path: Path, config: GPTConfig | str | None) -> Weights:
     "Open a state dict in a torch.save file, alone or in a training state."
     error = lambda why: CheckpointError(f"{path} is not converted: {why}")
     d = read_pickle(path)
@@ -169,17 +169,14 @@ def _from_pickle(path: Path, config: GPTConfig | str | None) -> tuple[GPTConfig,
             f"{path} does not contain the number of heads, rope_theta and norm_eps; pass"
             " config='minimind' (--like minimind) if MiniMind trained it, else config=GPTConfig(…)"
         )
-    weights = Weights([d], config, path)
-    return weights.config, weights
+    return Weights([d], config, path)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #9df33bee
 def _resolve(source) -> Path | LanguageModel:
     "Return the path of a source or run; a model in memory unchanged."
-    return (
-        source
-        if isinstance(source, LanguageModel)
-        else expand_home(getattr(source, "path", source))
-    )
+    if isinstance(source, LanguageModel):
+        return source
+    return expand_home(getattr(source, "path", source))
 
 
 def _find_path(source) -> Path:
@@ -198,20 +195,19 @@ def _find_path(source) -> Path:
     return run_model(path) if (path / "run.json").exists() else path
 
 
-def _open_source(source, config=None) -> tuple[GPTConfig, Weights, Path | None]:
-    "Return configuration and weights of a source, and its directory if it has one."
+def _open_source(source, config=None) -> tuple[Weights, Path | None]:
+    "Return the weights of a source, with its configuration, and its directory if it has one."
     if isinstance(source, LoRAGPT):
         source = source.merged()
     if isinstance(source, LanguageModel):
-        return source.config, Weights([source.weights()], source.config, "the model"), None
+        return Weights([source.weights()], source.config, "the model"), None
     path = _find_path(source)
     if path.is_file():
-        return *_from_pickle(path, config), None
+        return _from_pickle(path, config), None
     if (path / "adapter_config.json").exists():
         merged = load_model(path).merged()
-        return merged.config, Weights([merged.weights()], merged.config, path), path
-    weights = open_weights(path, read_config(path))
-    return weights.config, weights, path
+        return Weights([merged.weights()], merged.config, path), path
+    return open_weights(path, read_config(path)), path
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #0020a95f
 _TOKENIZER = """
@@ -282,9 +278,9 @@ def _copy_existing(folder: Path, d: Path, names: Iterable[str]):
             shutil.copyfile(path, d / name)
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #7a3f3aa1
-def _write_model(d: Path, config, weights, folder, precision, compress, tokenizer, count) -> dict:
+def _write_model(d: Path, weights, folder, precision, compress, tokenizer, count) -> dict:
     "Write config, weights and tokenizer; return the hash of the weights."
-    has_config = folder and (folder / "config.json").exists()
+    config, has_config = weights.config, folder and (folder / "config.json").exists()
     original = read_json(folder / "config.json") if has_config else {}
     write_json(d / "config.json", _make_config(config, precision, compress, tokenizer, original))
     shapes, metadata = [(k, shape) for k, (_, shape) in weights.header.items()], {"format": "pt"}
@@ -401,7 +397,7 @@ class _Job(NamedTuple):
 
 
 def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenizer, config) -> _Job:
-    config, weights, folder = _open_source(source, config)
+    weights, folder = _open_source(source, config)
     if folder and not tokenizer and (folder / "adapter_config.json").exists():
         path = folder
         if not (folder / "tokenizer.json").exists():
@@ -412,9 +408,7 @@ def _weights_job(source, precision: str, compress: bool, metrics: bool, tokenize
     kind = "best" if metrics else "weights"
     if compress or precision not in _DTYPES:
         kind = "compressed" if compress else "quantized"
-    write = lambda d, count: _write_model(
-        d, config, weights, folder, precision, compress, tokenizer, count
-    )
+    write = lambda d, count: _write_model(d, weights, folder, precision, compress, tokenizer, count)
     return _Job(folder, kind, total, write)
 
 
@@ -537,23 +531,6 @@ def _evaluate(model: GPT, data, seq_len: int, sequences: int) -> tuple[float, Te
     best = torch.cat(best)
     return total / max(1, len(best)), best
 
-# %% ../../nbs/checkpoint/03_exporter.ipynb #4bef4ad9
-def _draw_report(report: dict):
-    "Draw the size and the change in loss of each precision."
-    fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
-    ax = fig.subplots()
-    for i, x in enumerate(reversed(report["precisions"].values())):
-        size, label = x["file"] / 2**20, f" {human_size(x['file'])}"
-        if report["tokens"]:
-            label += f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
-        ax.barh(i, size, color="C0")
-        ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
-        ax.text(size, i, label, va="center", fontsize=8)
-    names = [*report["precisions"]][::-1]
-    ax.set(xlabel="MiB (line: parameters × bits)", yticks=range(len(names)), yticklabels=names)
-    ax.margins(x=0.6)
-    return fig
-
 # %% ../../nbs/checkpoint/03_exporter.ipynb #ecb33f57
 class ExportReport(dict):
     "The results of `export_report`: a dictionary that is displayed as a table or `.figure()`."
@@ -583,7 +560,19 @@ class ExportReport(dict):
 
     def figure(self):
         "Return a figure of size and change in loss in each precision."
-        return _draw_report(self)
+        fig = figure(figsize=(6, 2), dpi=80, layout="constrained")
+        ax = fig.subplots()
+        for i, x in enumerate(reversed(self["precisions"].values())):
+            size, label = x["file"] / 2**20, f" {human_size(x['file'])}"
+            if self["tokens"]:
+                label += f", {x['change']:+.4f} nats, {x['agreed']:.1%} the same"
+            ax.barh(i, size, color="C0")
+            ax.plot([x["theory"] / 2**20] * 2, [i - 0.4, i + 0.4], color="k", lw=1)
+            ax.text(size, i, label, va="center", fontsize=8)
+        names = [*self["precisions"]][::-1]
+        ax.set(xlabel="MiB (line: parameters × bits)", yticks=range(len(names)), yticklabels=names)
+        ax.margins(x=0.6)
+        return fig
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #80a4667d
 def export_report(
@@ -597,7 +586,8 @@ def export_report(
     "Measure size and loss in each precision, and the size of each kind of checkpoint."
     if isinstance(data, (str, Path)):
         data = open_set(data)
-    shape, weights, folder = _open_source(source, config)
+    weights, folder = _open_source(source, config)
+    shape = weights.config
     no_progress, kinds = lambda done, total: None, {}
     if data:
         model = weights.fill(shape.build().eval())
@@ -659,7 +649,8 @@ def export_onnx(
     source = _resolve(source)
     out = expand_home(out) if out else _default_out(source, "onnx")
     _check_out(out, source, replace)
-    shape, weights, folder = _open_source(source, config)
+    weights, folder = _open_source(source, config)
+    shape = weights.config
     model = weights.fill(shape.build())
     check_gpt(model, "ONNX export")
     graph = Logits(model).eval()

@@ -575,17 +575,15 @@ def _read_legacy(f, size: int, names: Counter, to_load: bool) -> TorchFile:
 def _check_directory(infos: list[zipfile.ZipInfo], size: int):
     "Raise `Refused` if a zip directory has an entry that torch.save never writes."
     for i in infos:
+        record = f"its record {printable(i.filename)!r}"
         if ".." in re.split(r"[/\\]", i.filename) or re.match(r"[/\\]|.:", i.filename):
-            raise Refused(
-                f"its record {printable(i.filename)!r} points outside the archive, which torch.save"
-                " never writes"
-            )
+            raise Refused(f"{record} points outside the archive, which torch.save never writes")
         if i.header_offset < 0:
             raise Refused("its list of contents is damaged: a record has a negative offset")
         if i.compress_type:
             raise Refused(
-                f"its record {printable(i.filename)!r} is compressed, {i.compress_size:,} bytes for"
-                f" {i.file_size:,}, which torch.save never does"
+                f"{record} is compressed, {i.compress_size:,} bytes for {i.file_size:,}, which"
+                " torch.save never does"
             )
     if sum(i.file_size for i in infos) > size:
         raise Refused("its records overlap: their total size exceeds the file size")

@@ -100,13 +100,9 @@ def pack_optimizer(
     name = {id(p): n for n, p in model.named_parameters()}
     sd = optimizer.state_dict()
     names = [name[id(p)] for g in optimizer.param_groups for p in g["params"]]
-    tensors, scalars = {}, {}
-    for i, state in sd["state"].items():
-        for k, v in state.items():
-            if isinstance(v, Tensor):
-                tensors[f"{k}/{names[i]}"] = v
-            else:
-                scalars[f"{k}/{names[i]}"] = v
+    state = {f"{k}/{names[i]}": v for i, s in sd["state"].items() for k, v in s.items()}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    scalars = {k: v for k, v in state.items() if k not in tensors}
     groups = [{**g, "params": [names[i] for i in g["params"]]} for g in sd["param_groups"]]
     return tensors, dict(optimizer=type(optimizer).__name__, numbers=scalars, groups=groups)
 
@@ -273,10 +269,8 @@ def write_manifest(
     step: int,  # Optimizer steps
 ):
     "Write MANIFEST.json with the size and hash of every file, which completes a checkpoint."
-    files = {
-        p.name: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
-        for p in sorted(folder.iterdir())
-    }
+    facts = lambda p: dict(size=p.stat().st_size, xxh3_128=hashes.get(p.name) or hash_file(p))
+    files = {p.name: facts(p) for p in sorted(folder.iterdir())}
     header = dict(format="minigpt checkpoint", version=1, kind=kind, step=step)
     write_json(folder / "MANIFEST.json", dict(header, time=time.time(), files=files))
 
@@ -310,9 +304,8 @@ def problem(
     try:
         return _check_files(Path(path), hashes)
     except OSError as e:
-        return Defect(
-            "unreadable" if is_temporary_error(e) else "damaged", f"it cannot be read: {e}"
-        )
+        kind = "unreadable" if is_temporary_error(e) else "damaged"
+        return Defect(kind, f"it cannot be read: {e}")
 
 # %% ../../nbs/checkpoint/02_store.ipynb #f9fe6ece
 class _ManifestError(Exception):
@@ -462,9 +455,8 @@ class SafeTensors:
         if self.packed:
             self.file = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(self.file))
         try:
-            entries, self.metadata, _ = safetensors_header(
-                self.file, None if self.packed else size, _MAX_HEADER
-            )
+            known_size = None if self.packed else size
+            entries, self.metadata, _ = safetensors_header(self.file, known_size, _MAX_HEADER)
         except Refused as e:
             self._refuse(str(e))
         for k, (dtype, *_) in entries.items():
@@ -496,6 +488,8 @@ class SafeTensors:
                 yield k, t
             if self.packed and self._read_into(bytearray(1)):
                 self._refuse("it has more data after the last tensor")
+
+    items = __iter__  # as of a dict of tensors
 
 # %% ../../nbs/checkpoint/02_store.ipynb #5bb02067
 # what torch.load raises for a damaged file
@@ -579,11 +573,6 @@ def weight_files(
     return [path / n for n in names]
 
 # %% ../../nbs/checkpoint/02_store.ipynb #2df72d0e
-def _named_tensors(part: "SafeTensors | dict[str, Tensor]") -> Iterable[tuple[str, Tensor]]:
-    "Return the names and tensors of a part; those of a file can be read once."
-    return part if isinstance(part, SafeTensors) else part.items()
-
-
 def _tensor_specs(part: "SafeTensors | dict[str, Tensor]") -> dict[str, tuple[torch.dtype, tuple]]:
     "Return name → dtype and shape, without reading a tensor."
     if isinstance(part, SafeTensors):
@@ -595,12 +584,6 @@ def is_weights(x) -> bool:
     "Whether an object is a dict of tensors by name."
     valid = lambda k, t: isinstance(k, str) and isinstance(t, Tensor)
     return isinstance(x, dict) and all(valid(k, t) for k, t in x.items())
-
-
-def _check_part(part, name: str | Path):
-    "Raise `CheckpointError` unless a part maps names to tensors."
-    if not isinstance(part, SafeTensors) and not is_weights(part):
-        raise _load_error(name, "it must hold tensors by name, and nothing else")
 
 
 def _quantized_widths(part: "SafeTensors | dict[str, Tensor]") -> dict[str, int]:
@@ -642,7 +625,7 @@ def _is_untied(parts: "list[SafeTensors | dict[str, Tensor]]") -> bool:
     parts = [p for p in parts if _tensor_specs(p).keys() & {*pair}]
     # opened again, because a file can be read only once
     parts = [SafeTensors(p.path) if isinstance(p, SafeTensors) else p for p in parts]
-    return has_own_head({k: t for p in parts for k, t in _named_tensors(p) if k in pair})
+    return has_own_head({k: t for p in parts for k, t in p.items() if k in pair})
 
 # %% ../../nbs/checkpoint/02_store.ipynb #78ab2387
 def _match_config(
@@ -679,7 +662,8 @@ class Weights:
     ):
         self.parts, self.name, self.widths = parts, name, {}
         for p in parts:
-            _check_part(p, name)
+            if not isinstance(p, SafeTensors) and not is_weights(p):
+                raise _load_error(name, "it must hold tensors by name, and nothing else")
             self.widths |= _quantized_widths(p)
         specs = [item for p in parts for item in _tensor_specs(p).items()]
         if len(dict(specs)) < len(specs):
@@ -703,7 +687,7 @@ class Weights:
             except ValueError as e:
                 raise _load_error(self.name, f"{k}: {e}") from None
 
-        stored = (kt for p in self.parts for kt in _named_tensors(p))
+        stored = (kt for p in self.parts for kt in p.items())
         merged = _merge_quantized(stored, self.widths, join, self.name)
         return ((k, t) for k, t in merged if k in self.header)
 
@@ -767,11 +751,8 @@ def open_weights(
     config: GPTConfig,
 ) -> Weights:
     "Open the weights of a directory, in any format."
-    return Weights(
-        [read_pickle(f) if f.suffix == ".bin" else SafeTensors(f) for f in weight_files(path)],
-        config,
-        path,
-    )
+    parts = [read_pickle(f) if f.suffix == ".bin" else SafeTensors(f) for f in weight_files(path)]
+    return Weights(parts, config, path)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #aabd6e27
 def load_model(
@@ -1003,9 +984,8 @@ class CheckpointStore:
 
     def save(self, state: State) -> Path:
         "Write a checkpoint, then delete those beyond `keep`."
-        path = require_inside(
-            self.folder / f"{self.name}-{state.trainer['global_step']}", self.folder.parent
-        )
+        name = f"{self.name}-{state.trainer['global_step']}"
+        path = require_inside(self.folder / name, self.folder.parent)
         if lexists(path) and (defect := problem(path)):
             set_aside(path, "unreadable" if defect.kind == "unreadable" else "damaged")
         write_checkpoint(path, state, self.kind)
@@ -1060,14 +1040,9 @@ def check_no_symlinks(
     "Raise `CheckpointError` if something that a run writes is a symbolic link."
     names = _RUN_FILES.split()
     written = [p for p in entries(folder) if p.name in names or p.name.startswith("data")]
+    data = [p for p in written if p.name.startswith("data") and not p.is_symlink()]
     # token sets have subdirectories
-    nested = [
-        Path(d) / n
-        for p in written
-        if p.name.startswith("data") and not p.is_symlink()
-        for d, folders, _ in os.walk(p)
-        for n in folders
-    ]
+    nested = [Path(d) / n for p in data for d, folders, _ in os.walk(p) for n in folders]
     for p in written + nested:
         if p.is_symlink():
             raise CheckpointError(
@@ -1238,13 +1213,13 @@ class Writer:
 
     def _write(self, store, state) -> Saved:
         began, step = time.perf_counter(), state.trainer["global_step"]
+        path = error = None
         try:
-            path, error = store.save(state), None
+            path = store.save(state)
         except CheckpointError as e:
-            path, error = None, e
+            error = e
         except OSError as e:
-            name = f"{store.folder}/{store.name}-{step}"
-            path, error = None, CheckpointError(f"{name} could not be saved: {e}")
+            error = CheckpointError(f"{store.folder}/{store.name}-{step} could not be saved: {e}")
         seconds = time.perf_counter() - began
         return Saved(store, step, path, error, seconds, dir_size(path) if path else 0)
 

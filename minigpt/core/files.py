@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -209,16 +209,14 @@ def spread(
         pool = ProcessPoolExecutor(n, get_context("fork"), _init_worker, (work, os.getpid()))
     else:
         pool = ThreadPoolExecutor(n)
+    run = _run_in_worker if fork else work
     items, pending = iter(items), deque()
     try:
         with warnings.catch_warnings():
             # the workers use no threads of the parent
             warnings.filterwarnings("ignore", "This process.*multi-threaded", DeprecationWarning)
             while True:
-                pending += [
-                    (x, pool.submit(_run_in_worker, x) if fork else pool.submit(work, x))
-                    for x in islice(items, 2 * n - len(pending))
-                ]
+                pending += [(x, pool.submit(run, x)) for x in islice(items, 2 * n - len(pending))]
                 if not pending:
                     return
                 x, future = pending.popleft()
@@ -313,26 +311,23 @@ def call_with_timeout(
 
     A blocked thread is abandoned, and does not keep Python from exiting.
     """
-    result = []
+    result = Future()
 
     def call():
         try:
-            result.append((f(), None))
+            result.set_result(f())
         except BaseException as e:
-            result.append((None, e))
+            result.set_exception(e)
 
     thread = threading.Thread(target=call, name="minigpt-ask", daemon=True)
     thread.start()
     thread.join(seconds)
-    if not result:
+    if not result.done():
         raise TimeoutError(
             f"{what} has not answered for {human_time(seconds)}: the mount hangs. Mount it again,"
             " or do without it"
         )
-    value, error = result[0]
-    if error:
-        raise error
-    return value
+    return result.result()
 
 # %% ../../nbs/core/01_files.ipynb #b153cdff
 # errors of a file system that does not support a request
@@ -429,21 +424,19 @@ def require_inside(
         raise OSError(errno.EXDEV, why, str(path))
     for folder in list(path.parents)[: len(parts) - 1]:
         if os.path.islink(folder):
-            raise OSError(
-                errno.ELOOP,
+            why = (
                 "this folder is a link, and nothing is written or deleted through it; replace"
-                " it by the folder itself",
-                str(folder),
+                " it by the folder itself"
             )
+            raise OSError(errno.ELOOP, why, str(folder))
     return path
 
 
 def require_no_link(path: str | Path) -> Path:  # `path`
     "Raise `OSError` if a path is a link, so that only the run's own files are written."
     if os.path.islink(path):
-        raise OSError(
-            errno.ELOOP, "this is a link, and must be the file or folder itself", str(path)
-        )
+        why = "this is a link, and must be the file or folder itself"
+        raise OSError(errno.ELOOP, why, str(path))
     return Path(path)
 
 
@@ -626,11 +619,8 @@ def can_lock(
     "Whether the file system supports locks; some network drives and FUSE mounts do not."
     lock = Path(folder) / ".lock"
     if os.path.islink(lock):
-        raise OSError(
-            errno.ELOOP,
-            "this is a link, and a lock must be a file of its own; delete the link",
-            str(lock),
-        )
+        why = "this is a link, and a lock must be a file of its own; delete the link"
+        raise OSError(errno.ELOOP, why, str(lock))
     if lexists(lock):
         regular(lock)
     if fcntl is None:

@@ -65,9 +65,8 @@ def _resolve_targets(
             f"adapter_config.json has target_modules {modules!r:.80}; it must be a list of names,"
             " such as ['q_proj', 'v_proj']"
         )
-    n = n_layer or 1 + max(
-        (int(i) for m in modules for i in re.findall(r"\b[0-9]{1,4}\b", m)), default=0
-    )
+    numbers = (int(i) for m in modules for i in re.findall(r"\b[0-9]{1,4}\b", m))
+    n = n_layer or 1 + max(numbers, default=0)
     paths = [
         (f".model.layers.{i}.{part}.{name}", name, i)
         for i in range(n)
@@ -268,13 +267,8 @@ def weights_hash(
 # %% ../../nbs/model/03_adapters.ipynb #c7632aff
 def _target_layers(base: GPT, lora: LoRAConfig) -> list[tuple[nn.Module, str]]:
     "Return the layers to adapt: the parent module, and the name in it."
-    return [
-        (part, n)
-        for block in base.model.layers
-        for part in (block.self_attn, block.mlp)
-        for n in lora.targets
-        if hasattr(part, n)
-    ]
+    parts = [part for block in base.model.layers for part in (block.self_attn, block.mlp)]
+    return [(part, n) for part in parts for n in lora.targets if hasattr(part, n)]
 
 
 def adapter_values(

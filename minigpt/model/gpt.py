@@ -18,13 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.suggest import did_you_mean
-from minigpt.model.families import (
-    Family,
-    config_from_dict,
-    family_of,
-    from_hf,
-    register_family,
-)
+from .families import Family, config_from_dict, family_of, from_hf, register_family
 
 # %% ../../nbs/model/01_gpt.ipynb #bd7f74f0
 PRESETS = dict(
@@ -366,11 +360,9 @@ def rope_angles(
     device,  # Where to compute
 ) -> tuple[Tensor, Tensor]:  # Cosines and sines, (n, 1, D/2) each, float32
     "Return cosine and sine of each channel pair's angle at each position."
-    inv_freq = theta ** -(
-        torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    )
-    position = torch.arange(start, start + n, device=device, dtype=torch.float32)
-    angle = position[:, None, None] * inv_freq
+    arange = lambda *limits: torch.arange(*limits, device=device, dtype=torch.float32)
+    inv_freq = theta ** -(arange(0, head_dim, 2) / head_dim)
+    angle = arange(start, start + n)[:, None, None] * inv_freq
     return angle.cos(), angle.sin()
 
 
@@ -681,6 +673,13 @@ class LanguageModel(nn.Module):
             if source and k in params and k not in given:
                 params[k].copy_(params[source])
 
+    def run_block(self, block: nn.Module, x: Tensor, *inputs) -> Tensor:
+        "Run a block, which is compiled for training only."
+        run = block if self.training else block.forward
+        if self.training and self.recompute:
+            return checkpoint(run, x, *inputs, use_reentrant=False)
+        return run(x, *inputs)
+
 # %% ../../nbs/model/01_gpt.ipynb #c3f72683
 def has_own_head(
     weights: dict[str, Tensor],  # Name → tensor
@@ -758,12 +757,7 @@ class GPT(LanguageModel):
         rope = rope_angles(start, T, self.config.head_dim, self.config.rope_theta, x.device)
         x = self.drop(x)
         for i, block in enumerate(self.model.layers):
-            # a block is compiled for training only
-            run = block if self.training else block.forward
-            if self.training and self.recompute:
-                x = checkpoint(run, x, rope, mask, use_reentrant=False)
-            else:
-                x = run(x, rope, mask, cache and cache.layer(i))
+            x = self.run_block(block, x, rope, mask, cache and cache.layer(i))
         if cache:
             cache.length += T
         return self.model.norm(x)

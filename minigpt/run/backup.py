@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -193,11 +194,8 @@ class Progress:
 
 def _reopen(target: Path, progress: Progress):
     "Open the target where the copy stopped, or at its beginning if that part is gone."
-    if (
-        progress.size
-        and lexists(target)
-        and os.stat(require_no_link(target)).st_size >= progress.size
-    ):
+    has = lambda size: lexists(target) and os.stat(require_no_link(target)).st_size >= size
+    if progress.size and has(progress.size):
         f = open(target, "r+b", buffering=0)
         f.truncate(progress.size)
         f.seek(progress.size)
@@ -474,23 +472,17 @@ def _list_fixed_folders(run_path: Path) -> list[str]:
     places = _read_record(run_path).data.places
     if not places:
         return ["tokenizer", "data", "data-valid"]  # older versions did not record them
-    tokens = [
-        p
-        for p in (*places["train"], places["valid"])
-        if in_folder(p)
-        and ((run_path / p / "train" / "meta.json").exists() or not (run_path / p).exists())
-    ]
+    is_unfinished = lambda d: d.exists() and not (d / "train" / "meta.json").exists()
+    named = [p for p in (*places["train"], places["valid"]) if in_folder(p)]
+    tokens = [p for p in named if not is_unfinished(run_path / p)]
     return ["tokenizer", *tokens]
 
 
 def _list_fixed_files(run_path: Path, folders: list[str]) -> list[Path]:
     "List the files in these folders; only the tokenizer's if the tokens exceed `DATA_LIMIT`."
-    files = [
-        p
-        for n in folders
-        for p in sorted((run_path / n).rglob("*"))
-        if _is_plain_file(p) and not any(x.startswith(".") for x in p.relative_to(run_path).parts)
-    ]
+    is_hidden = lambda p: any(x.startswith(".") for x in p.relative_to(run_path).parts)
+    found = [p for n in folders for p in sorted((run_path / n).rglob("*"))]
+    files = [p for p in found if _is_plain_file(p) and not is_hidden(p)]
     if sum(p.stat().st_size for p in files) > DATA_LIMIT:
         files = [p for p in files if p.parent.name == "tokenizer"]
     return files
@@ -535,11 +527,9 @@ class _SmallFiles:
 
     def begin(self, run_id: str, folders: list[str], fixed: list[Path]):
         "Copy the files that never change, and list them."
-        copied = {
-            k: v
-            for k, v in listed(self.path).items()
-            if _is_plain_file(self.path / k) and (self.path / k).stat().st_size == v["size"]
-        }
+        is_there = lambda p, size: _is_plain_file(p) and p.stat().st_size == size
+        known = listed(self.path).items()
+        copied = {k: v for k, v in known if is_there(self.path / k, v["size"])}
         files = {}
         for p in fixed:
             name = p.relative_to(self.run_path).as_posix()
@@ -716,23 +706,19 @@ class _Server:
 
     def newest(self, arrived: bool = False) -> _Saved | None:
         "Return the newest state in the backup, or the newest that has arrived."
-        states = [
-            _Saved(p.name, c.step)
-            for p, c in [*self.complete.items()]
-            if c and (p in self.confirmed or not arrived)
-        ]
-        return max(states, key=lambda s: s.step, default=None)
+        states = [(p, c) for p, c in [*self.complete.items()] if c]
+        saved = [_Saved(p.name, c.step) for p, c in states if p in self.confirmed or not arrived]
+        return max(saved, key=lambda s: s.step, default=None)
 
     def unconfirmed(self) -> list[Path]:
         return [p for p in [*self.complete] if p not in self.confirmed]
 
     def query(self, path: Path):
         "Confirm a directory if all its files have arrived; of the run's folder, the small files."
-        names = (
-            ["run.json", "mirror.json", *listed(path)]
-            if path == self.path
-            else [*read_json(path / "MANIFEST.json")["files"], "MANIFEST.json"]
-        )
+        if path == self.path:
+            names = ["run.json", "mirror.json", *listed(path)]
+        else:
+            names = [*read_json(path / "MANIFEST.json")["files"], "MANIFEST.json"]
         answers = [arrived(path / n, self.md5s.get(path, {}).get(n)) for n in names]
         self.reports = bool(self.reports) or any(a is not None for a in answers)
         if all(a is True for a in answers):
@@ -773,13 +759,9 @@ class _BackupFolder:
 
     def safe(self) -> list[Checkpoint]:
         "Return the states that have arrived, or, where the folder does not report it, all copies."
-        return [
-            c
-            for c in self.copies()
-            if not c.problem
-            and c.kind != "light"
-            and (c.path in self.server.confirmed or not self.server.reports)
-        ]
+        is_safe = lambda c: c.path in self.server.confirmed or not self.server.reports
+        states = [c for c in self.copies() if not c.problem and c.kind != "light"]
+        return [c for c in states if is_safe(c)]
 
     def _list_complete(self) -> dict[Path, Checkpoint | None]:
         """Map complete directories to their checkpoint, or None if training cannot resume from it.
@@ -907,26 +889,6 @@ def _run_round(backup: "Backup"):
     backup.trouble.clear()
     waiting = backup.server.waiting
     backup.doing = f"waiting for the upload of {waiting[0].name}" if waiting else "idle"
-
-# %% ../../nbs/run/01_backup.ipynb #adcfbb5c
-def _build_status(backup: "Backup") -> BackupStatus:
-    server, pending = backup.server, backup.pending
-    job = pending.get("state") or next(iter(pending.values()), None)
-    return BackupStatus(
-        folder=str(backup.path),
-        run_id=backup.run_id,
-        time=time.time(),
-        doing="stopped" if backup.lost else backup.doing,
-        pending=job and job.source.name,
-        copied=server.newest(),
-        confirmed=server.newest(arrived=True) if server.reports else None,
-        server_tells=server.reports,
-        waiting=[p.name for p in server.waiting],
-        passed_over=backup.jobs.passed_over,
-        failed=backup.failed,
-        stopped=backup.lost,
-        session=backup.heart.session,
-    )
 
 # %% ../../nbs/run/01_backup.ipynb #55d8075f
 class _Worker:
@@ -1065,7 +1027,24 @@ class Backup(_BackupFolder):
 
     def status(self) -> dict:
         "Return what is backed up and what is not, without reading the backup folder."
-        return asdict(_build_status(self))
+        server, pending = self.server, self.pending
+        job = pending.get("state") or next(iter(pending.values()), None)
+        status = BackupStatus(
+            folder=str(self.path),
+            run_id=self.run_id,
+            time=time.time(),
+            doing="stopped" if self.lost else self.doing,
+            pending=job and job.source.name,
+            copied=server.newest(),
+            confirmed=server.newest(arrived=True) if server.reports else None,
+            server_tells=server.reports,
+            waiting=[p.name for p in server.waiting],
+            passed_over=self.jobs.passed_over,
+            failed=self.failed,
+            stopped=self.lost,
+            session=self.heart.session,
+        )
+        return asdict(status)
 
     def log_messages(self):
         "Log the messages of the thread. Call it from the main thread."
@@ -1120,12 +1099,6 @@ class Backup(_BackupFolder):
             write_json(self.run_path / "backup.json", self.status())
 
 # %% ../../nbs/run/01_backup.ipynb #725c2c84
-def _get_interval(heartbeat: dict) -> float:
-    "Return the seconds between two heartbeats as recorded in one; `BEAT` if invalid."
-    seconds = heartbeat.get("seconds")
-    return float(seconds) if type(seconds) in (int, float) and 0 < seconds <= 600 else BEAT
-
-
 def check_no_other_process(backup: Backup):
     """Raise `BackupError` if another process writes to this backup.
 
@@ -1142,7 +1115,8 @@ def check_no_other_process(backup: Backup):
     if has_ended(first):
         return
     key = lambda beat: (beat.get("session"), beat.get("beat"))  # changes with each heartbeat
-    interval = _get_interval(first)
+    seconds = first.get("seconds")
+    interval = float(seconds) if type(seconds) in (int, float) and 0 < seconds <= 600 else BEAT
     end = time.monotonic() + 2.5 * interval
     logger.info(
         f"the last process that wrote to {backup.path} did not record that it ended; checking"
@@ -1167,9 +1141,8 @@ def is_abandoned(
     attempts: list[dict],  # Of the run
 ) -> bool:
     "Whether the state is superseded: a later attempt resumed from an earlier step."
-    return any(
-        a["step"] < state["global_step"] for a in attempts[state.get("attempt", len(attempts)) :]
-    )
+    later = attempts[state.get("attempt", len(attempts)) :]
+    return any(a["step"] < state["global_step"] for a in later)
 
 
 def _has_saved_since(
@@ -1180,10 +1153,8 @@ def _has_saved_since(
     "Whether an attempt after the first `n` has trained and saved."
     saved = [c.path for s in stores_in(run) for c in s.all()]
     states = [_read_or_empty(p / "trainer_state.json") for p in [*saved, run]]
-    return any(
-        s.get("attempt", 0) > n and s["global_step"] > min(a["step"] for a in attempts[n:])
-        for s in states
-    )
+    since = [s for s in states if s.get("attempt", 0) > n]
+    return any(s["global_step"] > min(a["step"] for a in attempts[n:]) for s in since)
 
 # %% ../../nbs/run/01_backup.ipynb #a657c16b
 def _restore_files(remote: Path, target: Path, group: str, files: dict[str, dict]):
@@ -1240,9 +1211,7 @@ def _set_aside_superseded(local: Path, attempts: list[dict]):
 def _adopt_remote_attempts(remote: Path, local: Path) -> bool:
     "Return whether the run was resumed elsewhere; a `BackupError` if it was also resumed here."
     theirs, own = _read_record(remote).attempts, _read_record(local).attempts
-    same = next(
-        (i for i, (a, b) in enumerate(zip(own, theirs)) if a != b), min(len(own), len(theirs))
-    )
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, theirs)))
     if same == len(theirs):
         if (remote / "metrics.jsonl").exists() and not (local / "metrics.jsonl").exists():
             write_file(local / "metrics.jsonl", _read_content(remote / "metrics.jsonl"))
@@ -1412,7 +1381,6 @@ def fetch(
         set_aside(target, "damaged")
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_dir(target) as d:
-        d.rmdir()
         copy_checkpoint(c.path, d)
         if wrong := problem(d):
             raise CheckpointError(f"{target} failed verification after it was copied: {wrong}")

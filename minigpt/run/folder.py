@@ -105,11 +105,8 @@ class _RunState(_RunFiles):
         if problem(self.final, hashes=False) is not None:
             return False
         end = read_json(self.final / "trainer_state.json")
-        return (
-            end["global_step"] >= self.max_steps
-            or end.get("stopped_early", False)
-            and end["global_step"] >= self.step
-        )
+        step, stopped_early = end["global_step"], end.get("stopped_early", False)
+        return step >= self.max_steps or stopped_early and step >= self.step
 
     @property
     def step(self) -> int:

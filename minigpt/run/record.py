@@ -8,9 +8,17 @@ __all__ = ['Runtime', 'InitialWeights', 'DataRecord', 'RunRecord']
 # %% ../../nbs/run/00_record.ipynb #bf018a22
 from dataclasses import asdict, dataclass, fields
 
+# %% ../../nbs/run/00_record.ipynb #46c299bc
+class _FromDict:
+    "A dataclass that is created from an object in run.json; missing keys become None."
+
+    @classmethod
+    def from_dict(cls, d: dict):
+        return cls(**{f.name: d.get(f.name) for f in fields(cls)})
+
 # %% ../../nbs/run/00_record.ipynb #c5aefbb2
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(_FromDict):
     "The hardware and precision that a run computes with: `choices` in run.json."
 
     device: str  # In torch's notation, such as `cuda:0`
@@ -20,30 +28,22 @@ class Runtime:
     batch_size: int | None = None  # Sequences per micro-batch; None: not decided yet
     devices: int | None = None  # Processes that share a step; None: not decided yet
 
-    @classmethod
-    def from_dict(cls, d: dict) -> "Runtime":
-        return cls(**{f.name: d.get(f.name) for f in fields(cls)})
-
     def to_dict(self) -> dict:
         "What has been decided, for run.json."
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 # %% ../../nbs/run/00_record.ipynb #bde62618
 @dataclass(frozen=True)
-class InitialWeights:
+class InitialWeights(_FromDict):
     "The weights of step 0: `began` in run.json."
 
     hash: str
     path: str | None  # The directory that they were loaded from
     given: bool  # Whether the caller passed a model; otherwise the seed initialized it
 
-    @classmethod
-    def from_dict(cls, d: dict) -> "InitialWeights":
-        return cls(**{f.name: d.get(f.name) for f in fields(cls)})
-
 
 @dataclass(frozen=True)
-class DataRecord:
+class DataRecord(_FromDict):
     "The data of a run, as the call named them: `data` in run.json."
 
     source: str | list | dict | None = None  # Training data, as `source_to_json` writes it
@@ -51,10 +51,6 @@ class DataRecord:
     named: dict | None = None  # Name → what it stands for; None: written by an older version
     tokens: int | None = None
     places: dict | None = None  # Directories of its token sets; None: written by an older version
-
-    @classmethod
-    def from_dict(cls, d: dict) -> "DataRecord":
-        return cls(**{f.name: d.get(f.name) for f in fields(cls)})
 
 # %% ../../nbs/run/00_record.ipynb #cab6906c
 @dataclass(frozen=True)
@@ -92,23 +88,9 @@ class RunRecord:
 
     def to_dict(self) -> dict:
         "The content of run.json."
-        d = asdict(self)
-        return dict(
-            format="minigpt run",
-            version=1,
-            id=self.id,
-            identity=d["identity"],
-            model=d["model"],
-            lora=d["lora"],
-            began=d["initial_weights"],
-            saved_params=self.saved_params,
-            train=d["train"],
-            max_steps=self.max_steps,
-            saves=self.saves,
-            data=d["data"],
-            choices=self.runtime.to_dict(),
-            attempts=d["attempts"],
-        )
+        keys = dict(initial_weights="began", runtime="choices")
+        d = {keys.get(k, k): v for k, v in asdict(self).items()}
+        return dict(format="minigpt run", version=1) | d | dict(choices=self.runtime.to_dict())
 
     @property
     def rules(self) -> int:

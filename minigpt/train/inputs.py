@@ -130,24 +130,18 @@ def meaning(
         return PATH
     if source in (decided or {}):
         return decided[source]
-    if "\n" in source or any(len(p.encode()) > 255 for p in Path(source).parts):
+    path = Path(source)
+    if "\n" in source or any(len(p.encode()) > 255 for p in path.parts):
         raise DataError(
             f"{source[:40]!r}… is a text, and a file name was expected; write it into a .txt file"
             " and pass its name"
         )
     known = find_dataset(source)
     files = [p for f in known.files if (p := find_file(f))] if known else []
-    here = Path(source).exists() and not (
-        folder and Path(source).resolve() == Path(folder).resolve()
-    )
-    if (
-        here
-        and files
-        and known.name == source
-        and Path(source).resolve() not in [p.resolve() for p in files]
-    ):
+    here = path.exists() and not (folder and path.resolve() == Path(folder).resolve())
+    if here and files and known.name == source and path.resolve() not in map(Path.resolve, files):
         raise DataError(
-            f"{source!r} has two meanings: {'the folder' if Path(source).is_dir() else 'the file'}"
+            f"{source!r} has two meanings: {'the folder' if path.is_dir() else 'the file'}"
             f" {source} in {Path.cwd()}, and the registered data set in"
             f" {', '.join(map(str, files))}. Write './{source}' for the first, or {str(files[0])!r}"
             f" for the second (in Python also get_dataset_config({source!r}))"
@@ -159,7 +153,7 @@ def meaning(
     if source in BUILT_IN:
         return CORPUS
     # `_registered` reports that the name is unknown
-    return PATH if Path(source).suffix or len(Path(source).parts) > 1 else REGISTERED
+    return PATH if path.suffix or len(path.parts) > 1 else REGISTERED
 
 # %% ../../nbs/train/06_inputs.ipynb #fd4e3d11
 def _registered(
@@ -242,12 +236,8 @@ def check_before_moving(
             continue
         if meaning(s, folder=folder) == PATH:
             data_files(_locate(s))
-    if inside := [
-        p
-        for x in (*data, *others)
-        for p in _paths(x)
-        if folder.resolve() in (q := p.resolve(), *q.parents)
-    ]:
+    paths = [p for x in (*data, *others) for p in _paths(x)]
+    if inside := [p for p in paths if folder.resolve() in (q := p.resolve(), *q.parents)]:
         raise ValueError(
             f"{inside[0]} is in {folder}, which overwrite=True moves aside; move it elsewhere, or"
             " choose a new output_dir"
@@ -305,12 +295,9 @@ def meanings(
     if not isinstance(decided, dict):
         recorded = [n for s in (data.source, data.valid) for n in _recorded_names(s)]
         decided = {n: _meaning_before(n) for n in recorded}
-    return {
-        source_to_json(s): meaning(s.given, decided, folder)
-        for x in sources
-        for s in Source.of(x).parts
-        if isinstance(s.given, (str, Path, DatasetConfig))
-    }
+    parts = [s for x in sources for s in Source.of(x).parts]
+    named = [s for s in parts if isinstance(s.given, (str, Path, DatasetConfig))]
+    return {source_to_json(s): meaning(s.given, decided, folder) for s in named}
 
 # %% ../../nbs/train/06_inputs.ipynb #e9c71c0e
 def what_is_read(
@@ -342,11 +329,9 @@ def _describe_name(s, decided, folder) -> str:
             f" {', '.join(str(find_file(f) or known.place(f)) for f in known.files)}"
         )
     elif kind == CORPUS:
-        told = f"{s} = {kind}" + (
-            f"; the registered data set of this name is not here (minigpt data get {s})"
-            if find_dataset(s) and find_dataset(s).missing
-            else ""
-        )
+        told = f"{s} = {kind}"
+        if (known := find_dataset(s)) and known.missing:
+            told += f"; the registered data set of this name is not here (minigpt data get {s})"
     elif not isinstance(s, (str, Path)):
         return ""
     elif found := _describe_path(s):
@@ -355,9 +340,8 @@ def _describe_name(s, decided, folder) -> str:
         told = f"{s} = the {'folder' if Path(s).is_dir() else 'file'} {Path(s).absolute()}"
     else:
         return ""
-    return told + ", as when the run started" * (
-        isinstance(s, str) and s in (decided or {}) and _meaning_now(s, folder) != kind
-    )
+    changed = isinstance(s, str) and s in (decided or {}) and _meaning_now(s, folder) != kind
+    return told + ", as when the run started" * changed
 
 
 def _meaning_now(s: str, folder) -> str | None:
@@ -470,13 +454,8 @@ def _open_unchanged(call: _Request, place: Path, source) -> tuple[TokenSet, Toke
     now = _current_files(call, place, source, then)
     hashes = lambda facts: " ".join(s["xxh3"][:8] for s in facts)
     if now is not None and hashes(then) != hashes(now):
-        refuse(
-            call.folder,
-            "data",
-            f"{then[0]['path']} ({hashes(then)})",
-            f"{now[0]['path']} ({hashes(now)})",
-            ": the content has changed",
-        )
+        describe = lambda facts: f"{facts[0]['path']} ({hashes(facts)})"
+        refuse(call.folder, "data", describe(then), describe(now), ": the content has changed")
     return train, valid
 
 # %% ../../nbs/train/06_inputs.ipynb #b3dc7c58
@@ -529,18 +508,16 @@ def _registered_tokenizer(call: _Request) -> Tokenizer | None:
             "train is a token set, and fit does not know its tokenizer; pass the one that it was"
             " built with as tokenizer="
         )
-    if (
-        any(_registered(s.given, call.decided, call.folder) for s in sources)
-        and (ready := data_dir() / "tokenizer").exists()
-        and not call.cfg.retrain_tokenizer
-    ):
-        tok = load_tokenizer(ready)
-        logger.info(
-            f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
-            " trains another"
-        )
-        return tok
-    return None
+    ready = data_dir() / "tokenizer"
+    registered = any(_registered(s.given, call.decided, call.folder) for s in sources)
+    if not registered or not ready.exists() or call.cfg.retrain_tokenizer:
+        return None
+    tok = load_tokenizer(ready)
+    logger.info(
+        f"using the tokenizer in {ready} ({tok.vocab_size:,} tokens); retrain_tokenizer=True"
+        " trains another"
+    )
+    return tok
 
 # %% ../../nbs/train/06_inputs.ipynb #28629534
 def _check_special_tokens(call: _Request, tok: Tokenizer, given: Tokenizer | None, of_model: bool):
@@ -580,11 +557,8 @@ def token_places(
     data = record.data if record else DataRecord()
     # older versions did not store them
     places = data.places or dict(train=_default_paths(_n_sources(data.source)), valid="data-valid")
-    if bad := [
-        p
-        for p in (*places["train"], places["valid"])
-        if p is not None and not (in_folder(p) and p.startswith("data"))
-    ]:
+    named = [p for p in (*places["train"], places["valid"]) if p is not None]
+    if bad := [p for p in named if not (in_folder(p) and p.startswith("data"))]:
         raise ValueError(
             f"run.json names {bad[0]!r} as the directory of the tokens; it must be a directory"
             " data… in the run folder, and nothing outside is read or renamed. The file was"
@@ -602,20 +576,13 @@ def unread_tokens(
     "Token sets that a run does not read, left by a refused call or a change of data."
     folder = folder.resolve()
     read = [d for s in sets if s is not None for d in sets_of(s)]
-    used = {d.path.parent.resolve() for d in read} | {
-        folder / p for p in (*places["train"], places["valid"]) if p
-    }
-    found = {
-        m.parent.parent
-        for way in ("data*/train", "data*/*/train")
-        for m in folder.glob(f"{way}/meta.json")
-    }
+    used = {d.path.parent.resolve() for d in read}
+    used |= {folder / p for p in (*places["train"], places["valid"]) if p}
+    written = [*folder.glob("data*/train/meta.json"), *folder.glob("data*/*/train/meta.json")]
     # a directory around another token set is not listed
-    return sorted(
-        p.relative_to(folder).as_posix()
-        for p in found - used
-        if not any(p in u.parents for u in used)
-    )
+    around = {p for u in used for p in u.parents}
+    unread = {m.parent.parent for m in written} - used - around
+    return sorted(p.relative_to(folder).as_posix() for p in unread)
 
 
 def _default_paths(n_parts: int) -> list[str]:
@@ -851,11 +818,8 @@ def _mix_parts(
     ]
     _check_weights(call, weights)
     data = Mixture([(d, w) for (d, _), w in zip(opened, weights)])
-    held_out = [
-        (v, w)
-        for (_, v), w in zip(opened, weights)
-        if v is not None and v.n_windows(call.cfg.max_seq_len)
-    ]
+    is_usable = lambda v: v is not None and v.n_windows(call.cfg.max_seq_len)
+    held_out = [(v, w) for (_, v), w in zip(opened, weights) if is_usable(v)]
     return data, Mixture(held_out) if held_out else None
 
 
@@ -864,9 +828,8 @@ def _check_weights(call: _Request, weights: list[float]):
     if not call.same_data or not isinstance(source := call.record.data.source, dict):
         return
     was = [w for _, w in source["mix"]]
-    if None not in was and any(
-        abs(a / sum(was) - b / sum(weights)) > 1e-6 for a, b in zip(was, weights)
-    ):
+    differ = lambda a, b: abs(a / sum(was) - b / sum(weights)) > 1e-6
+    if None not in was and any(map(differ, was, weights)):
         then, now = f"a mixture with the weights {was}", f"one with the weights {weights}"
         refuse(call.folder, "data", then, now)
 

@@ -89,9 +89,8 @@ class Learner:
         self.model, self.config, self.objective = model, config, objective or NextToken()
         self.device, self.precision = runtime.device, runtime.precision
         self.optimizer = make_optimizer(model, config, self.device)
-        self.scaler = torch.amp.GradScaler(
-            device_type(self.device), enabled=self.precision == "fp16"
-        )
+        is_fp16 = self.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device_type(self.device), enabled=is_fp16)
         self.team: Team | None = None  # The processes that share the steps; None: only this one
         self.grad_norm = 0.0  # Of the last step, before clipping
 
@@ -120,9 +119,8 @@ class Learner:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             self.team.add_up([*gradients, *total.values()])
         self.scaler.unscale_(self.optimizer)
-        self.grad_norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.grad_clip or math.inf
-        )
+        max_norm = self.config.grad_clip or math.inf
+        self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -175,18 +173,16 @@ class Trainer(Learner):
         sizes = cfg.effective_batch, cfg.max_seq_len, cfg.seed, workers
         pinned = device_type(self.device) == "cuda"
         batches = loader(self.data, steps, *sizes, pinned, self.schedule.offset)
-        return (
-            self.objective.prepare(batch, (cfg.seed, step)) for step, batch in zip(steps, batches)
-        )
+        prepare = lambda step, batch: self.objective.prepare(batch, (cfg.seed, step))
+        return map(prepare, steps, batches)
 
     def train_step(self, batch: dict[str, Tensor]):
         "One optimizer step on an effective batch, in micro-batches."
         cfg = self.config
         n_targets = max(1, self.objective.count(batch))
         lr = lr_at(self.step, cfg, self.max_steps, self.lr_start)
-        micro_batches = [
-            dict(zip(batch, p)) for p in zip(*(t.split(cfg.batch_size) for t in batch.values()))
-        ]
+        parts = zip(*(t.split(cfg.batch_size) for t in batch.values()))
+        micro_batches = [dict(zip(batch, part)) for part in parts]
         if self.team:
             micro_batches = self.team.deal(micro_batches, self.step, n_targets, lr)
         self.losses.append(self.optimizer_step(micro_batches, n_targets, lr))

@@ -33,12 +33,6 @@ from .optim import device_type
 _TIMEOUT = datetime.timedelta(days=30)
 
 
-def _remove_store(folder: str):
-    "Delete the folder of the store."
-    with contextlib.suppress(OSError):
-        delete(folder)
-
-
 def _describe_exits(workers: list[subprocess.Popen], size: int) -> str:
     "Return a text that lists the workers that have exited."
     return ", ".join(
@@ -174,12 +168,6 @@ class _Distributor(_ProcessGroup):
         return package
 
 # %% ../../nbs/train/04_parallel.ipynb #91a0073e
-def _derive_seed(*numbers: int) -> int:
-    "Return a 63-bit seed from several numbers."
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(1))
-
-
 def _wait_for_exit(workers: list[subprocess.Popen]):
     "Wait for processes to exit, and kill those that do not."
     for p in workers:
@@ -222,7 +210,9 @@ class Team(_Distributor):
         """Seed the random generators of a worker.
 
         The seed depends only on seed, step and rank, so that no state has to be saved."""
-        torch.manual_seed(_derive_seed(seed % 2**64, step, self.rank))
+        numbers = np.random.SeedSequence((seed % 2**64, step, self.rank))
+        state = numbers.generate_state(1, np.uint64)
+        torch.manual_seed(int(state[0] >> np.uint64(1)))  # 63 bits
 
     def close(self):
         """End the workers and the process group.
@@ -243,7 +233,8 @@ class Team(_Distributor):
         dist.destroy_process_group()
         _wait_for_exit(self.helpers)
         if self.place:
-            _remove_store(self.place)
+            with contextlib.suppress(OSError):
+                delete(self.place)
 
 # %% ../../nbs/train/04_parallel.ipynb #47d60cd7
 def launched() -> int | None:
@@ -397,7 +388,8 @@ def assemble(
             for p in workers:
                 p.kill()
                 p.wait()
-            _remove_store(folder)
+            with contextlib.suppress(OSError):
+                delete(folder)
             raise
 
 # %% ../../nbs/train/04_parallel.ipynb #3264a04b

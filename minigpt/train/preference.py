@@ -87,9 +87,8 @@ class Preference:
         n = int(batch["rows"].max()) + 1
 
         def score(prefix):
-            ids, labels, rows, reference = (
-                batch[prefix + k] for k in ("input_ids", "labels", "rows", "reference")
-            )
+            keys = "input_ids", "labels", "rows", "reference"
+            ids, labels, rows, reference = (batch[prefix + k] for k in keys)
             log_probs, length = _answer_log_probs(model, ids, labels, rows, n)
             divisor = length.clamp_min(1) if self.mean else 1
             return log_probs / divisor, _sum_by_row(reference, rows, n) / divisor, length > 0

@@ -153,9 +153,8 @@ def attention_kernel(
     head_dim = getattr(c, "head_dim", c.dim // c.n_head)
     q = torch.empty(1, c.n_head, T, head_dim, **options, requires_grad=True)
     mask = torch.ones(1, 1, T, T, device=q.device, dtype=torch.bool) if packed else None
-    return {0: "plain", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}.get(
-        choose_kernel(q, q, q, mask, c.dropout, not packed), "torch's"
-    )
+    names = {0: "plain", 1: "flash", 2: "memory-efficient", 3: "cuDNN"}
+    return names.get(choose_kernel(q, q, q, mask, c.dropout, not packed), "torch's")
 
 # %% ../../nbs/train/05_speed.ipynb #bc51f675
 @contextlib.contextmanager
