@@ -1,9 +1,10 @@
-"""What it costs to be watched: redraws of the live view, and all that is logged and shown.
+"""What do views of a run cost: redraws of the live view, logging and plots?
 
     python -m bench.live
     python -m bench.live --steps 40 --batch 8 --seq 512
 
-The view is redrawn with few and with many points; the rest is a share of a CPU step of `small`.
+The view is redrawn with few and with many points; the other costs are a share of a CPU step of
+`small`.
 """
 
 import argparse
@@ -32,10 +33,11 @@ def rows(n: int):
         )
 
 
-def ms(f, times: int) -> tuple[float, float]:
-    """Median milliseconds on the clock, and lowest milliseconds of processor time.
+def milliseconds(f, times: int) -> tuple[float, float]:
+    """Return the median wall time and the lowest processor time, in milliseconds.
 
-    The second is little disturbed by other programs."""
+    Other programs hardly affect the second.
+    """
     f()
     seen = []
     for _ in range(times):
@@ -69,12 +71,12 @@ def redraws(times: int):
                 lambda: monitor.plot_losses(curves).savefig(io.BytesIO(), format="png")
             ),
         }.items():
-            wall, cpu = ms(f, times)
+            wall, cpu = milliseconds(f, times)
             print(f"{n:8,}  {name:34} {wall:6.0f} {cpu:7.0f}")
 
 
-def share(steps: int, batch: int, seq: int, every: int):
-    "Train, and time what the views do in the training thread."
+def view_share(steps: int, batch: int, seq: int, every: int):
+    "Train, and time the views in the training thread."
     from minigpt.run.metrics import EventWriter, PlotWriter
     from minigpt.train.trainer import Callback, fit
     from minigpt.widgets import LiveLoss
@@ -98,7 +100,7 @@ def share(steps: int, batch: int, seq: int, every: int):
                 self.events = EventWriter(t.run_path / "tensorboard")
             except ImportError:
                 self.events = None
-                print("tensorboard is not installed: without its files")
+                print("tensorboard is not installed: its files are not measured")
             self.began, self.first = time.perf_counter(), t.step
 
         def on_log(self, t, row):
@@ -130,13 +132,13 @@ def share(steps: int, batch: int, seq: int, every: int):
             callbacks=[views],
         )
     print(
-        f"\n`small`, {views.n} steps of {batch} × {seq} tokens, {views.seconds / views.n:.2f} s a"
+        f"\n`small`, {views.n} steps of {batch} × {seq} tokens, {views.seconds / views.n:.2f} s per"
         f" step; a line every {every}, {views.redraws} redraws"
     )
     for name, s in views.spent.items():
-        print(f"{name:22} {1000 * s / views.n:8.2f} ms a step {100 * s / views.seconds:6.2f}%")
+        print(f"{name:22} {1000 * s / views.n:8.2f} ms per step {100 * s / views.seconds:6.2f}%")
     print(
-        f"{'all':22} {1000 * sum(views.spent.values()) / views.n:8.2f} ms a step"
+        f"{'all':22} {1000 * sum(views.spent.values()) / views.n:8.2f} ms per step"
         f" {100 * sum(views.spent.values()) / views.seconds:6.2f}%   (goal: below 2%)"
     )
 
@@ -151,4 +153,4 @@ if __name__ == "__main__":
     a = p.parse_args()
     print(f"{os.cpu_count()} cores, load {', '.join(f'{l:.1f}' for l in os.getloadavg())}")
     redraws(a.times)
-    share(a.steps, a.batch, a.seq, a.every)
+    view_share(a.steps, a.batch, a.seq, a.every)
