@@ -880,7 +880,7 @@ def part_c(folder: Path, files: dict, a):
             )
             for (k, b, s, w), m in found.items()
         ],
-        ("", "batches/s", "million positions/s", "ms a batch"),
+        ("", "batches/s", "million positions/s", "ms per batch"),
     )
     found = run_alternating(
         {
@@ -903,7 +903,7 @@ def part_c(folder: Path, files: dict, a):
             )
             for (k, w), m in found.items()
         ],
-        ("", "ms a step", "of them waiting", "share"),
+        ("", "ms per step", "of them waiting", "share"),
     )
 
 

@@ -580,7 +580,7 @@ def measure(program: str, folder: Path, steps: int, a) -> dict:
         m = json.loads(done.stdout.splitlines()[-1])
         disturbed = m["others"] > 0.2
         print(
-            f"{program:<{WIDTH}} {m['tokens_per_second']:7,.0f} tokens/s, {m['step_ms']:.0f} ms a"
+            f"{program:<{WIDTH}} {m['tokens_per_second']:7,.0f} tokens/s, {m['step_ms']:.0f} ms per"
             f" step, others {m['others']:.2f} cores"
             + (f", loss {m['losses'][0]:.3f} → {m['losses'][-1]:.3f}" if m["losses"] else "")
             + (f" ({m['note']})" if "note" in m else "")

@@ -840,7 +840,7 @@ def test_another_machine_is_detected_whatever_its_clock(foreign_backup, clock):
 @pytest.mark.parametrize(
     "change, waits",
     [({}, True), (dict(ended=True), False), (dict(session="mine"), False)],
-    ids=["died", "ended", "own"],
+    ids=["killed", "ended", "own"],
 )
 def test_stopped_machine_is_waited_for_no_longer_than_necessary(
     foreign_backup, clock, change, waits
