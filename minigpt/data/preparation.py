@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from tqdm.auto import tqdm
 
 from ..core.files import expand_home, fsync, hidden, open_new, spread
+from ..core.progress import tqdm
 from minigpt.data.quality import (
     N_BANDS,
     TERMS,

@@ -24,10 +24,10 @@ import numpy as np
 import orjson
 import xxhash
 import zstandard
-from tqdm.auto import tqdm
 
 from ..core.files import human_size, spread
 from ..core.picture import figure
+from ..core.progress import tqdm
 from minigpt.data.readers import (
     Block,
     Row,

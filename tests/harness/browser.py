@@ -148,13 +148,24 @@ class Lab:
             ],
         )
         (self.folder / "nbs" / name).write_text(json.dumps(nb))
-        page = self.context.new_page()
-        page.goto(f"{self.url}lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}")
+        page = self.visit(name)
         page.wait_for_function(READY)
         page.evaluate(RUN)
         if wait:
             self.ran(page)
         return page
+
+    def visit(self, name):
+        "Open a notebook in a new page."
+        page = self.context.new_page()
+        page.goto(f"{self.url}lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}")
+        return page
+
+    def save(self, page) -> Path:
+        "Save the notebook of a page; return its file."
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        path = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
+        return self.folder / "nbs" / Path(path).name
 
     def ran(self, page):
         "Wait until all cells of `page` have run."

@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from minigpt.core.charts import downsample
+from minigpt.run.live import LiveLoss
 from minigpt.run.metrics import (
     Curves,
     EventWriter,
     Follower,
-    LossFigure,
     Metrics,
     PlotWriter,
     RunLog,
-    downsample,
+    losses_html,
     read_metrics,
 )
 from tests.harness.faulty import Disk
@@ -242,13 +243,13 @@ def test_full_disk_is_reported_until_it_has_space(tmp_path):
 
 
 def test_two_threads_can_draw(tmp_path):
-    "The main thread draws the live view while another thread writes plots."
+    "One thread draws the live view while another one writes plots."
     run = run_with_losses(tmp_path / "run", 300)
-    w, p, c = PlotWriter(run), LossFigure(), Curves(read_metrics(run / "metrics.jsonl"))
-    alone = p.png(c), p.png(c, log=True)
+    w, c = PlotWriter(run), Curves(read_metrics(run / "metrics.jsonl"))
+    alone = losses_html(c), losses_html(c, log=True)
     for i in range(3):
         w.save(i)
-        assert (p.png(c), p.png(c, log=True)) == alone
+        assert (losses_html(c), losses_html(c, log=True)) == alone
     assert w.close()
 
 
@@ -630,7 +631,7 @@ from minigpt.run.status import monitor
 print([m for m in ('matplotlib', 'tensorboard', 'IPython') if m in sys.modules])
 live = LiveLoss(sys.argv[1])
 print(live); live.finish()
-assert live.png().startswith(b'\\x89PNG')
+assert 'data:image/png;base64,' in live.charts(ended=True)['text/html']
 print(RunDashboard(sys.argv[1])); monitor(sys.argv[1])
 """
     p = run_python(code, run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -639,26 +640,60 @@ print(RunDashboard(sys.argv[1])); monitor(sys.argv[1])
     assert out.startswith("[]\n") and out.count("stopped, step 50 of 100 (50%)") == 3
 
 
-def test_live_view_takes_little_time(tmp_path):
-    """A redraw takes at most a fiftieth of the time, however slow it is and however often it is
-    requested.
-    """
-    pytest.importorskip("ipywidgets")
-    from minigpt.widgets import LiveLoss
+class Handle:
+    "A display handle that counts its updates."
 
-    run = run_with_losses(tmp_path / "run")
+    def __init__(self):
+        self.updates = []
+
+    def update(self, bundle, raw):
+        self.updates.append(bundle["text/plain"])
+
+
+def make_live(folder, **options):
+    run = run_with_losses(folder)
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=100, train={}, model={})))
-    now, spent = [0.0], [0.0]
-    live = LiveLoss(run, clock=lambda: now[0])
+    live = LiveLoss(run, **options)
+    live.views = [Handle(), Handle()]
+    return live
 
-    def png():
+
+def test_live_view_takes_little_time(tmp_path):
+    "Charts take at most a fiftieth of the time, however slow they are and however often asked for."
+    now, spent = [0.0], [0.0]
+    live = make_live(tmp_path / "run", clock=lambda: now[0])
+
+    def charts():
         now[0] += 0.5
         spent[0] += 0.5
-        return b""
+        return {"text/plain": ""}
 
-    live.widget
-    live.png = png
+    live.charts = charts
     while now[0] < 1000:
         live.update()
         now[0] += 0.02
     assert 0.01 < spent[0] / now[0] < 0.021
+
+
+def test_live_view_moves_during_a_long_step(tmp_path, monkeypatch):
+    "A thread updates the numbers every second while the main thread is busy."
+    live = make_live(tmp_path / "run")
+    monkeypatch.setattr(live, "show", lambda: None)
+    live.phase = "evaluating"
+    live.start()
+    time.sleep(3.5)
+    assert len(live.views[0].updates) in (2, 3, 4)
+    assert "evaluating, step 50 of 100" in live.views[0].updates[0]
+    live.finish()
+    assert not live.thread and "stopped, step 50" in live.views[0].updates[-1]
+
+
+def test_live_view_that_fails_ends_alone(tmp_path, monkeypatch, caplog):
+    live = make_live(tmp_path / "run")
+    monkeypatch.setattr(live, "show", lambda: None)
+    live.views[0].update = lambda *_, **__: 1 / 0
+    live.start()
+    live.thread.join(5)
+    assert (
+        not live.thread.is_alive() and "the live view stops here: ZeroDivisionError" in caplog.text
+    )
