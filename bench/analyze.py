@@ -1,15 +1,16 @@
-"""How long does it take to see what is in a 1.5 GB checkpoint, and in how much memory?
+"""How long does it take to inspect a 1.5 GB checkpoint, and how much memory?
 
     python -m bench.analyze                # medium, 1.3 GB each; half a minute on 2 cores
     python -m bench.analyze --preset small
 
-    sudo python -m bench.analyze --cold    # also once with nothing in the system's cache
+    sudo python -m bench.analyze --cold    # also once with an empty file cache
 
-The files, one .pt and our directory, have AdamW's moments; they hold zeros, but are otherwise what
-the programs write: names, shapes, records. Each is analysed in fresh processes, medians over the
-rounds: first the imports, measured apart, then `analyze`. Memory is the process's peak, less what
-it had after the imports. The goal is under 1 s and under 100 MB, and that torch and transformers
-stay out of it. --cold slows everything else on the machine down for a while.
+The files, one .pt file and our directory, contain AdamW's moments. The moments are zeros; names,
+shapes and records are those that the programs write. Each file is analyzed in fresh processes; the
+figures are medians over the rounds. The imports are timed separately, before `analyze`. Memory is
+the peak of the process minus what it had after the imports. The goal is under 1 s and under 100 MB,
+without importing torch or transformers. --cold slows down everything else on the machine for a
+while.
 """
 
 import argparse
@@ -45,8 +46,8 @@ print(json.dumps(dict(
 """
 
 
-def make(folder, preset):
-    "The same state as one .pt and as our directory"
+def write_checkpoints(folder, preset):
+    "Write the same state as one .pt file and as our directory."
     import torch
 
     from minigpt.checkpoint.store import State, pack_rng, write_checkpoint
@@ -58,7 +59,7 @@ def make(folder, preset):
         model = GPT(config)
     zeros = {
         k: torch.zeros(1).expand(p.shape) for k, p in model.named_parameters()
-    }  # one number each in memory
+    }  # the moments share one number each in memory
     names = list(zeros)
     moments = {f"{m}/{k}": z for m in ("exp_avg", "exp_avg_sq") for k, z in zeros.items()} | {
         f"step/{k}": torch.tensor(9.0) for k in zeros
@@ -109,9 +110,9 @@ def main():
     p.add_argument("--preset", default="medium")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument(
-        "--cold", action="store_true", help="drop the system's cache first, as root on Linux"
+        "--cold", action="store_true", help="drop the file cache first; needs root on Linux"
     )
-    p.add_argument("--folder", help="where to write; default: the folder for temporary files")
+    p.add_argument("--folder", help="where to write; default: the temporary folder")
     a = p.parse_args()
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = lambda path: json.loads(
@@ -126,7 +127,7 @@ def main():
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     worst = []
     with tempfile.TemporaryDirectory(dir=a.folder) as d:
-        paths, params = make(Path(d), a.preset)
+        paths, params = write_checkpoints(Path(d), a.preset)
         for path in paths:
             if a.cold:
                 os.sync()

@@ -1,19 +1,19 @@
-"""What does saving cost? The stall it puts into training, beside other ways to save the same state.
+"""What does saving cost? The time that it blocks training, compared with other ways to save.
 
     python -m bench.checkpoint                    # small and medium, 3 rounds; 4 minutes on 2 cores
     python -m bench.checkpoint --presets small
 
-The others are a blocking `torch.save` and `torch.distributed.checkpoint.async_save`. All needs 8 GB
-of memory and of disk.
+The others are a blocking `torch.save` and `torch.distributed.checkpoint.async_save`. The benchmark
+needs 8 GB of memory and of disk.
 
-The state is a model with AdamW's moments, fp32, on the CPU. "copy" is the least that any save has
-to do between two steps: copying the state into buffers that exist. A stall is the time that the
-call holds the training up; the file is complete later. The first save of a run also makes the
-buffers; it is given apart. "beside a save": the same training steps (batch 2 of 256 tokens, 2
-threads) with and without a save under way. "the disk": writing and flushing as many bytes in one
-file. "resume": reading and verifying the checkpoint, restoring model, optimizer and random
-generators, and one step. Methods alternate; medians over the rounds. The last line is the worst
-ratio of our stall to the copy.
+The state is a model with AdamW's moments, fp32, on the CPU. "copy" is the minimum that any save
+must do between two steps: copy the state into existing buffers. A stall is the time that the call
+blocks training; the file is complete later. The first save of a run also allocates the buffers and
+is listed separately. "beside a save": the same training steps (batch 2 of 256 tokens, 2 threads)
+with and without a running save. "the disk": write and flush as many bytes in one file. "resume":
+read and verify the checkpoint, restore model, optimizer and random states, and train one step.
+Methods alternate; the figures are medians over the rounds. The last line is the highest ratio of
+our stall to the copy.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def measure(preset, rounds, folder, threads):
     t = {k: statistics.median(v) for k, v in times.items()}
     del buffers
 
-    # training beside a save, in turns with training alone
+    # training during a save, alternating with training alone
     alone, beside = [], []
     for r in range(rounds):
         writer.save(store, state(100 + r))
@@ -215,7 +215,7 @@ def main():
     p.add_argument("--presets", nargs="+", default=["small", "medium"])
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--folder", help="where to write; default: the folder for temporary files")
+    p.add_argument("--folder", help="where to write; default: the temporary folder")
     a = p.parse_args()
     import torch
 

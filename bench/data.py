@@ -2,44 +2,46 @@
 
     python -m bench.data                        # all parts on 200 MB, 3 rounds
     python -m bench.data --parts b c            # some of them
-    python -m bench.data --parts a --large      # also our memory on ten times as much
+    python -m bench.data --parts a --large      # also our memory on a file ten times as large
 
 All parts take 25 minutes on 2 cores, and 9 GB of disk for temporary files.
 
-The files: rows of ../shared/data (where they are missing, of the built-in corpora), one kind for
-texts and one for conversations, repeated in an order that is new each time round, and with fresh
-noise: a random number somewhere in each row, and two neighbouring sentences changed over. MB are
-millions of bytes of the JSONL file, for every method. The tokenizer has 15,000 tokens and is
-learned from the same rows. Each measurement is a process of its own, the order of the methods
-changes from round to round, and imports are not timed. "memory" is the peak of the whole process
-tree, sampled each 0.25 s: pages of its own, shared ones divided among those who share (PSS without
-mapped files, which the kernel takes back when it likes); "+ files" is with them. "cores" is the
-processor time used, by all processes of the method, for each second; "MB/s a core" counts it
-instead of the time: where other programs are busy too, believe this one.
+The files contain rows of ../shared/data (of the built-in corpora if they are missing), one file of
+texts and one of conversations. The rows are repeated, each time in another order and with other
+noise: a random number in each row, and two adjacent sentences swapped. MB are millions of bytes of
+the JSONL file, for every method. The tokenizer has 15,000 tokens and is trained on the same rows.
+Each measurement runs in its own process, the order of the methods changes every round, and imports
+are not timed. "memory" is the peak of the process tree, sampled every 0.25 s: private pages plus a
+share of the shared ones (PSS without mapped files, which the kernel can reclaim at any time); "+
+files" includes mapped files. "cores" is processor time per second, over all processes of the
+method; "MB/s per core" divides by processor time instead of wall time: it is the reliable figure if
+other programs are running.
 
-a   `build_tokenset`, validation_split=0, beside
-    - the encoder alone: over the texts in memory (conversations: rendered before), nothing kept;
-      the fastest of our `encode_batch`, 500 texts a call, and tiktoken's encode_to_numpy and
-      encode_ordinary with our pattern as it stands in tokenizer.json, each in 1 process, 2 threads,
-      2 processes, chosen on a quarter of the file (as the next one's settings are). Ids: ours must
-      be as many as its, plus an end token for each text; 1,000 rows are compared with tiktoken's
-      one by one.
-    - nanoGPT's way, as its data/openwebtext/prepare.py: `datasets` reads the JSON, `map` encodes
-      each row with encode_ordinary of the same tokenizer, and shards of 2 MB are written into a
-      memmap. Without its split of the data, which costs more; the fastest of num_proc 1 and 2, and
-      of `batched` (which it does not use).
-    - MiniMind's way: all rows in memory, each tokenized in __getitem__ with a fast tokenizer of
-      `transformers`, padded (by it or by hand) and cut to 512 positions, and for conversations
+a   `build_tokenset`, validation_split=0, compared with
+    - the encoder alone: texts in memory (conversations already rendered), results discarded; the
+      fastest of our `encode_batch`, 500 texts per call, and tiktoken's encode_to_numpy and
+      encode_ordinary with the pattern of our tokenizer.json, each in 1 process, 2 threads and 2
+      processes, chosen on a quarter of the file (like the settings of nanoGPT). Our ids must be as
+      many as the encoder's, plus an end token per text; 1,000 rows are compared with tiktoken's id
+      by id.
+    - nanoGPT's method, as in its data/openwebtext/prepare.py: `datasets` reads the JSON, `map`
+      encodes each row with encode_ordinary of the same tokenizer, and shards of 2 MB are written
+      into a memmap. Without its split of the data, which costs more; the fastest of num_proc 1 and
+      2, and of `batched` (which it does not use).
+    - MiniMind's method: all rows in memory, each tokenized in __getitem__ with a fast tokenizer of
+      `transformers`, padded (by it or by hand) and truncated to 512 positions; conversations are
       rendered with apply_chat_template and searched for answers; DataLoader, batch 16, 0 or 2
-      workers. Measured is the rate after the start over --seconds seconds; each epoch costs that
+      workers. The rate is measured for --seconds seconds after the start; each epoch costs this
       again.
 b   `analyze`, with and without near-duplicates.
-c   `loader` on these token sets: batches/s after the first batch; and the share of a training step
+c   `loader` on these token sets: batches/s after the first batch, and the share of a training step
     that waits for `next` (preset tiny, 8 × 256, 30 steps, CPU).
-d   A token set of a good 10⁹ random tokens (2 GB; the conversations' mask is 1 GB more) in 3
-    million rows, read lately: from after the import of minigpt.data to `open_set(…).batch(12345, 8,
-    512)`. The first start packs the conversations and keeps how; a restart finds that.
-Figures of one shared machine vary: the ratios are of medians over the rounds."""
+d   A token set of about 10⁹ random tokens (2 GB; the mask of the conversations is 1 GB more) in 3
+    million rows, in the file cache: from the import of minigpt.data to
+    `open_set(…).batch(12345, 8, 512)`. The first start packs the conversations and stores the
+    result; a restart reads it.
+Figures of a shared machine vary: the ratios are of medians over the rounds.
+"""
 
 import argparse
 import contextlib
@@ -72,7 +74,7 @@ SEQ, BATCHES = 512, 1000
 
 # --- the files ------------------------------------------------------------------------------------
 def base_rows(kind: str, folder: Path) -> list[dict]:
-    "Good rows, as they stand in the files."
+    "Return valid rows in their original form."
     from minigpt.data.corpus import write_conversations, write_corpus
     from minigpt.data.readers import parse_row
 
@@ -105,7 +107,7 @@ def noisy(text: str, r: random.Random) -> str:
 
 
 def write_rows(path: Path, rows: list[dict], megabytes: float):
-    "Rows again and again, each time in another order and with other noise."
+    "Write rows repeatedly, each time in another order and with other noise."
     r, room = random.Random(0), megabytes * 1e6
     part = path.with_suffix(".part")
     with open(part, "wb") as f:
@@ -115,16 +117,19 @@ def write_rows(path: Path, rows: list[dict], megabytes: float):
                 if "text" in row:
                     row = {"text": noisy(row["text"], r)}
                 else:
-                    said = list(row["conversations"])
+                    conversation = list(row["conversations"])
                     which = r.choice(
                         [
                             i
-                            for i, m in enumerate(said)
+                            for i, m in enumerate(conversation)
                             if m["role"] in ("user", "assistant") and m["content"]
                         ]
                     )
-                    said[which] = {**said[which], "content": noisy(said[which]["content"], r)}
-                    row = {"conversations": said}
+                    conversation[which] = {
+                        **conversation[which],
+                        "content": noisy(conversation[which]["content"], r),
+                    }
+                    row = {"conversations": conversation}
                 line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
                 f.write(line)
                 room -= len(line)
@@ -134,7 +139,7 @@ def write_rows(path: Path, rows: list[dict], megabytes: float):
 
 
 def prepare(folder: Path, megabytes: float):
-    "Both files, a tokenizer, and the rendered conversations for the encoder."
+    "Write both files, a tokenizer, and the rendered conversations for the encoder."
     from minigpt.data.readers import parse_row
     from minigpt.data.tokensets import data_files, sample_texts
     from minigpt.tokenizer.bpe import load_tokenizer, train_tokenizer
@@ -163,7 +168,7 @@ def prepare(folder: Path, megabytes: float):
 
 
 def texts_of(file: Path, limit: float = 1.0) -> tuple[list[str], int]:
-    "What the encoder reads, and how many bytes of the JSONL file that stands for."
+    "Return the texts for the encoder, and the number of bytes of the JSONL file that they cover."
     rendered, texts, size, most = file.with_suffix(".rendered"), [], 0, limit * file.stat().st_size
     others = open(rendered, "rb") if rendered.exists() else None
     for line in open(file, "rb"):
@@ -174,7 +179,7 @@ def texts_of(file: Path, limit: float = 1.0) -> tuple[list[str], int]:
     return texts, size
 
 
-# --- the methods: each in a process of its own ----------------------------------------------------
+# --- the methods: each in its own process ---------------------------------------------------------
 def own(clock, folder, file, out):
     "`build_tokenset`."
     from minigpt.data.tokensets import build_tokenset
@@ -192,7 +197,7 @@ def own(clock, folder, file, out):
 
 
 def plain_tiktoken(tok):
-    "tiktoken with the vocabulary and the whole pattern of a tokenizer of ours."
+    "Return tiktoken with the vocabulary and the complete pattern of our tokenizer."
     import tiktoken
 
     from minigpt.tokenizer.bpe import PATTERN
@@ -206,7 +211,7 @@ def plain_tiktoken(tok):
 
 
 def _how(name: str, special: bool, tok):
-    "How many tokens some texts have, in one of the ways."
+    "Return the number of tokens of some texts with one encoder."
     fast, allowed = plain_tiktoken(tok), "all" if special else set()
     if name == "encode_batch":
         return lambda texts: len(tok.encode_batch(texts, special)[0])
@@ -230,7 +235,7 @@ def _count(part):
 
 
 def encoder(clock, folder, file, out, name, workers, limit=1.0):
-    "Text to ids and nothing else."
+    "Encode texts to ids and discard them."
     global _work, _texts
     from minigpt.tokenizer.bpe import load_tokenizer
 
@@ -316,9 +321,8 @@ def nanogpt(clock, folder, file, out, num_proc, batched):
 
 
 def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
-    "Tokenizing in `__getitem__`."
-    # one text at a time leaves nothing to do side by side, and its threads would hang the workers
-    # that are forked
+    "Tokenize in `__getitem__`."
+    # Single texts leave nothing to parallelize, and the threads would hang forked workers.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers import PreTrainedTokenizerFast
@@ -347,7 +351,7 @@ def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
         def __len__(self):
             return len(self.rows)
 
-        def learned(self, ids):
+        def loss_mask(self, ids):
             mask, i = [0] * len(ids), 0
             while i < len(ids):
                 if ids[i : i + len(began)] != began:
@@ -390,7 +394,7 @@ def minimind(clock, folder, file, out, workers, seconds, by_hand=False):
                 )
                 ids = tok(text).input_ids[:SEQ]
                 ids += [tok.pad_token_id] * (SEQ - len(ids))
-                mask = torch.tensor(self.learned(ids), dtype=torch.bool)
+                mask = torch.tensor(self.loss_mask(ids), dtype=torch.bool)
                 ids = torch.tensor(ids)
                 labels = torch.where(mask, ids, -100)
             return ids, labels, self.sizes[i]
@@ -454,7 +458,7 @@ def loading(clock, folder, file, out, batch, seq, workers, n):
 
 
 def training(clock, folder, file, out, batch, seq, workers, steps):
-    "A bare loop: what is not waiting is forward, backward and the optimizer."
+    "Train in a bare loop: all time except waiting is forward, backward and the optimizer."
     import torch
 
     from minigpt.data.tokensets import loader, open_set
@@ -522,7 +526,7 @@ METHODS = dict(
 
 
 class Clock:
-    "Wall and processor time of a block, children included."
+    "Wall and processor time of a block, including child processes."
 
     def cpu(self):
         import psutil
@@ -543,9 +547,9 @@ class Clock:
         self.used = max(1e-6, self.cpu() - self.used)
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------
 def memory_of(p) -> tuple[int, int]:
-    "Bytes of a process, its share of what it shares: without mapped files, and with them."
+    "Return the bytes of a process with its share of shared pages: without and with mapped files."
     try:
         found = {
             k: int(v.split()[0]) * 1024
@@ -565,7 +569,7 @@ def memory_of(p) -> tuple[int, int]:
 
 
 def run(method: str, folder: Path, file: Path, **how) -> dict:
-    "A method in a process of its own, with the peak of its memory."
+    "Run a method in its own process and record its peak memory."
     import psutil
 
     with tempfile.TemporaryDirectory(dir=folder) as out:
@@ -587,10 +591,10 @@ def run(method: str, folder: Path, file: Path, **how) -> dict:
                         tree = tree if n % 4 else [root, *root.children(recursive=True)]
                     except psutil.Error:
                         break
-                    now = [memory_of(x) for x in tree]
+                    usage = [memory_of(x) for x in tree]
                     n += 1
                     for i in 0, 1:
-                        peak[i] = max(peak[i], sum(m[i] for m in now))
+                        peak[i] = max(peak[i], sum(m[i] for m in usage))
                     time.sleep(0.25)
 
             watcher = threading.Thread(target=watch, daemon=True)
@@ -619,17 +623,17 @@ def child(job: dict):
     print(json.dumps(dict(m, seconds=clock.seconds, used=clock.used)))
 
 
-def in_turns(methods: dict, rounds: int) -> dict[str, list[dict]]:
-    "Name → measurements; the order changes from round to round."
+def run_alternating(methods: dict, rounds: int) -> dict[str, list[dict]]:
+    "Return name → measurements; the order changes every round."
     out = {k: [] for k in methods}
     for r in range(rounds):
         for k in list(methods)[:: -1 if r % 2 else 1]:
             out[k].append(methods[k]())
-            say(k, out[k][-1])
+            report(k, out[k][-1])
     return out
 
 
-def say(name: str, m: dict):
+def report(name: str, m: dict):
     if VERBOSE:
         print(
             f"    {name}: {m['seconds']:.1f} s, "
@@ -644,10 +648,10 @@ median = lambda ms, k: statistics.median(m[k] for m in ms)
 
 
 def best(methods: dict) -> tuple[dict, dict]:
-    "Each of several settings once: the fastest, and all rates."
+    "Run each of several settings once; return the fastest, and all rates."
     found = {k: f() for k, f in methods.items()}
     for k, m in found.items():
-        say(k, m)
+        report(k, m)
     return max(found, key=lambda k: found[k]["rate"]), {k: m["rate"] for k, m in found.items()}
 
 
@@ -694,38 +698,39 @@ def part_a(folder: Path, files: dict, a):
             dict(encoder=fastest),
         )
         if kind == "text" and have_datasets():
-            ways = {
+            settings = {
                 f"num_proc {n}{', batched' if b else ''}": dict(num_proc=n, batched=b)
                 for n, b in ((2, False), (1, False), (2, True))
             }
             with open(file, "rb") as f, open(part := folder / "quarter.jsonl", "wb") as q:
                 q.writelines(f.readlines(file.stat().st_size // 4))
-            way, rates = best(
-                {k: lambda how=how: run("nanogpt", folder, part, **how) for k, how in ways.items()}
+            setting, rates = best(
+                {
+                    k: lambda how=how: run("nanogpt", folder, part, **how)
+                    for k, how in settings.items()
+                }
             )
             print(
                 "nanoGPT, MB/s on a quarter of the file: "
                 + "; ".join(f"{k}: {r:.2f}" for k, r in rates.items())
             )
-            methods["nanoGPT"], chosen["nanoGPT"] = runs("nanogpt", **ways[way]), way
+            methods["nanoGPT"], chosen["nanoGPT"] = runs("nanogpt", **settings[setting]), setting
         elif kind == "text":
-            print(
-                "datasets is not installed, so nanoGPT's way is not measured: pip install datasets"
-            )
-        ways = {
+            print("datasets is not installed, so nanoGPT is not measured: pip install datasets")
+        settings = {
             f"{w} workers{', padded by hand' if h else ''}": dict(workers=w, by_hand=h)
             for h in ((False, True) if kind == "text" else (False,))
             for w in (0, 2)
         }
-        way, rates = best(
-            {k: runs("minimind", **how, seconds=a.seconds) for k, how in ways.items()}
+        setting, rates = best(
+            {k: runs("minimind", **how, seconds=a.seconds) for k, how in settings.items()}
         )
         print("MiniMind, MB/s: " + "; ".join(f"{k}: {r:.2f}" for k, r in rates.items()))
         methods["MiniMind"], chosen["MiniMind"] = (
-            runs("minimind", **ways[way], seconds=a.seconds),
-            way,
+            runs("minimind", **settings[setting], seconds=a.seconds),
+            setting,
         )
-        found = in_turns(methods, a.rounds)
+        found = run_alternating(methods, a.rounds)
         ours = median(found["minigpt"], "rate")
         table(
             f"(a) JSONL → ids, {file.stat().st_size / 1e6:,.0f} MB of {NAMES[kind]},"
@@ -744,17 +749,17 @@ def part_a(folder: Path, files: dict, a):
                 )
                 for k, m in found.items()
             ],
-            ("", "MB/s", "of", "cores", "MB/s a core", "ours/this", "memory MB", "+ files", ""),
+            ("", "MB/s", "of", "cores", "MB/s per core", "ours/this", "memory MB", "+ files", ""),
         )
         core = median(found["minigpt"], "per_core") / median(found["encoder"], "per_core")
         others = max(median(m, "rate") for k, m in found.items() if k not in ("minigpt", "encoder"))
         print(
             f"  {100 * ours / median(found['encoder'], 'rate'):.0f}% of the encoder alone (goal"
             " 85),"
-            f" {100 * core:.0f}% for each second of processor time; {ours / others:.2f} × the"
+            f" {100 * core:.0f}% per second of processor time; {ours / others:.2f} × the"
             " faster of the others (goal 3)"
         )
-        same(folder, file, found, kind)
+        compare_ids(folder, file, found, kind)
     if a.large:
         for kind in a.kinds[:1]:
             big = folder / f"{kind}-{10 * a.megabytes:g}.jsonl"
@@ -778,8 +783,8 @@ def part_a(folder: Path, files: dict, a):
             )
 
 
-def same(folder: Path, file: Path, found: dict, kind: str):
-    "Are the ids the encoder's?"
+def compare_ids(folder: Path, file: Path, found: dict, kind: str):
+    "Compare the ids with the encoder's."
     import numpy as np
 
     from minigpt.data.tokensets import build_tokenset
@@ -817,7 +822,7 @@ def tokens_folder(folder: Path, file: Path) -> Path:
 
 
 def part_b(folder: Path, files: dict, a):
-    found = in_turns(
+    found = run_alternating(
         {
             (k, near): lambda k=k, near=near: run("analysis", folder, files[k], near=near)
             for k in a.kinds
@@ -840,7 +845,7 @@ def part_b(folder: Path, files: dict, a):
             )
             for (k, near), m in found.items()
         ],
-        ("", "MB/s", "of", "goal", "cores", "MB/s a core", "memory MB", ""),
+        ("", "MB/s", "of", "goal", "cores", "MB/s per core", "memory MB", ""),
     )
 
 
@@ -854,8 +859,8 @@ def part_c(folder: Path, files: dict, a):
     cases = [(k, b, s, w) for k in a.kinds for b, s in ((16, 512), (8, 256)) for w in (0, 2)]
     for k in a.kinds:
         for s in 256, 512:
-            run("loading", folder, sets[k], batch=8, seq=s, workers=0, n=5)  # packs
-    found = in_turns(
+            run("loading", folder, sets[k], batch=8, seq=s, workers=0, n=5)  # packs the rows
+    found = run_alternating(
         {
             c: lambda c=c: run(
                 "loading", folder, sets[c[0]], batch=c[1], seq=c[2], workers=c[3], n=BATCHES
@@ -875,9 +880,9 @@ def part_c(folder: Path, files: dict, a):
             )
             for (k, b, s, w), m in found.items()
         ],
-        ("", "batches/s", "million positions/s", "ms a batch"),
+        ("", "batches/s", "million positions/s", "ms per batch"),
     )
-    found = in_turns(
+    found = run_alternating(
         {
             (k, w): lambda k=k, w=w: run(
                 "training", folder, sets[k], batch=8, seq=256, workers=w, steps=30
@@ -898,12 +903,12 @@ def part_c(folder: Path, files: dict, a):
             )
             for (k, w), m in found.items()
         ],
-        ("", "ms a step", "of them waiting", "share"),
+        ("", "ms per step", "of them waiting", "share"),
     )
 
 
 def synthetic(path: Path, chat: bool, tokens: int = 1_010_000_000, rows: int = 3 * 10**6):
-    "A token set of random ids, as `build_tokenset` lays it out."
+    "Write a token set of random ids in the format of `build_tokenset`."
     import numpy as np
 
     path.mkdir()
@@ -917,7 +922,7 @@ def synthetic(path: Path, chat: bool, tokens: int = 1_010_000_000, rows: int = 3
         for i in range(0, n, 1 << 24):
             f.write(dice.integers(0, 15_000, min(1 << 24, n - i), np.uint16).tobytes())
     if chat:
-        with open(path / "mask.bin", "wb") as f:  # the second half of each row is learned
+        with open(path / "mask.bin", "wb") as f:  # the second half of each row has loss
             for i in range(0, rows, 100_000):
                 l = lengths[i : i + 100_000]
                 f.write(
@@ -952,7 +957,7 @@ def part_d(folder: Path, files: dict, a):
         synthetic(path, kind == "chat")
         ms = [run("first_batch", folder, path) for _ in range(1 + a.rounds)]
         size = sum(f.stat().st_size for f in path.iterdir()) / 1e9
-        assert len({m["same"] for m in ms}) == 1, "a restart gives another batch"
+        assert len({m["same"] for m in ms}) == 1, "the batch differs after a restart"
         shutil.rmtree(path)
         for what, m in (
             (f"{NAMES[kind]}, {size:.1f} GB, {ms[0]['rows']:,} rows: first start", ms[:1]),
@@ -994,16 +999,18 @@ def main():
         "--seconds",
         type=float,
         default=10,
-        help="how long each measurement of MiniMind's way takes",
+        help="seconds per measurement of MiniMind",
     )
     p.add_argument(
-        "--large", action="store_true", help="(a) also our memory on a file ten times as large"
+        "--large",
+        action="store_true",
+        help="(a) also measure our memory on a file ten times as large",
     )
     p.add_argument(
         "--keep",
-        help="a folder for the files, which stays and is used again; default: a temporary one",
+        help="a folder for the files, kept for the next run; default: a temporary one",
     )
-    p.add_argument("--verbose", action="store_true", help="say each measurement")
+    p.add_argument("--verbose", action="store_true", help="print each measurement")
     p.add_argument("--child", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.child:

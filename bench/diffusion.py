@@ -1,10 +1,10 @@
-"""Does simplex diffusion fill gaps, and what does self-conditioning give?
+"""How well does simplex diffusion fill gaps, and what does self-conditioning add?
 
-Sentences of the built-in corpus; held-out sentences with 15 to 50% of their tokens missing. Each is
-a training of `fit` at the same size, data and steps: a masked language model (one look, as it is
-trained), and encoders without and with self-conditioning. Printed is the share of missing tokens
-that are restored, taking the likeliest token each time; the unigram always says the most frequent
-one.
+The texts are sentences of the built-in corpus; 15 to 50% of the tokens of held-out sentences are
+missing. The models are trained with `fit` at the same size, on the same data, for the same number
+of steps: a masked language model (one forward pass, as in training), and encoders without and with
+self-conditioning. The printed figure is the share of missing tokens that are restored by the most
+likely token; the unigram baseline always predicts the most frequent one.
 """
 
 import argparse
@@ -23,8 +23,8 @@ KINDS = {
 }
 
 
-def sentences(folder: Path, megabytes: float = 2.0) -> Path:
-    "A file of different sentences, one a line"
+def write_sentences(folder: Path, megabytes: float = 2.0) -> Path:
+    "Write a file of different sentences, one per line."
     from minigpt.data.corpus import write_corpus
 
     rows = (
@@ -42,8 +42,8 @@ def sentences(folder: Path, megabytes: float = 2.0) -> Path:
     return folder / "sentences.txt"
 
 
-def restored(run, steps, texts, seq_len, **how) -> float:
-    "Share of the missing tokens of held-out sentences"
+def restored_share(run, steps, texts, seq_len, **how) -> float:
+    "Return the share of restored tokens of held-out sentences."
     import numpy as np
     import torch
 
@@ -88,7 +88,7 @@ def main():
 
     print(f"{'':24}{'1 guess':>9}{'3':>9}{'10':>9}{'30':>9}{'loss':>9}{'time':>9}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        text = sentences(Path(folder))
+        text = write_sentences(Path(folder))
         for i, kind in enumerate(a.only):
             shape = lambda tok: TessConfig(
                 vocab_size=tok.vocab_size,
@@ -127,10 +127,10 @@ def main():
                 tensorboard=False,
             )
             if not i:
-                print(f"{'unigram':24}{restored(run, 0, a.texts, 24):9.1%}", flush=True)
+                print(f"{'unigram':24}{restored_share(run, 0, a.texts, 24):9.1%}", flush=True)
             rows, took = run.history, time.perf_counter() - began
             shares = [
-                restored(run, n, a.texts, 24)
+                restored_share(run, n, a.texts, 24)
                 for n in ((1,) if kind == "masked language model" else (1, 3, 10, 30))
             ]
             print(

@@ -4,15 +4,15 @@
     python -m bench.export --preset small
     python -m bench.export --ways RUN --text FILE.txt      # a trained run, and unseen text
 
-Checkpoints are those of a preset, with AdamW's moments: 1.3 GB of disk for `medium`. Sizes are of
-all files of a directory. The weights are random and the optimizer has taken two steps: noise, as
-far as zstd can tell, as trained weights are. "memory" is the peak of the process that exports,
-above what it has after the imports; the largest tensor of `medium` (the embedding) is 49 MiB. With
---ways it is asked what other ways to 4 bits cost: the matrices of a trained model are rounded to 4
-bits in several ways, with and without a search for the scale of least squared error, and the loss
-is measured in nats per token: "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight farthest
-from zero at -8 (what minigpt.model does), "zero point" is from the smallest to the largest
-weight of the group."""
+Checkpoints are those of a preset, with AdamW's moments: 1.3 GB of disk for `medium`. A size is the
+total of all files of a directory. The weights are random and the optimizer has taken two steps: for
+zstd this is noise, as trained weights are. "memory" is the peak of the process that exports, minus
+what it has after the imports; the largest tensor of `medium` (the embedding) is 49 MiB. --ways
+compares methods of 4-bit quantization: the matrices of a trained model are rounded to 4 bits, with
+and without a search for the scale of least squared error, and the loss is evaluated in nats per
+token. "symmetric" is -7 to 7, "signed" is -8 to 7 with the weight of largest magnitude at -8 (the
+method of minigpt.model), "zero point" is from the smallest to the largest weight of the group.
+"""
 
 import argparse
 import itertools
@@ -42,7 +42,7 @@ def peak():
 
 
 def checkpoint(preset, folder):
-    "A full checkpoint of a model that has taken two steps"
+    "Write a full checkpoint of a model that has taken two steps."
     import torch
 
     from minigpt.checkpoint.store import State, pack_optimizer, pack_rng, write_checkpoint
@@ -72,8 +72,8 @@ def checkpoint(preset, folder):
     )
 
 
-def one(folder, kind):
-    "Export, in a process of its own"
+def export_one(folder, kind):
+    "Export one kind in this process."
     from minigpt.checkpoint.exporter import export
     from minigpt.checkpoint.store import load_model
     from minigpt.core.files import dir_size
@@ -96,7 +96,7 @@ def one(folder, kind):
     )
 
 
-def ways(run, text, group_sizes=(32, 64, 128)):
+def compare_quantization(run, text, group_sizes=(32, 64, 128)):
     import torch
     import torch.nn.functional as F
 
@@ -109,26 +109,26 @@ def ways(run, text, group_sizes=(32, 64, 128)):
     ids = torch.tensor(run.tokenizer.encode(Path(text).read_text(encoding="utf-8")))[
         : 256 * (n + 1)
     ].view(-1, n + 1)
-    was = {k: v.clone() for k, v in model.weights().items() if v.dim() == 2}
+    originals = {k: v.clone() for k, v in model.weights().items() if v.dim() == 2}
 
     @torch.no_grad()
     def loss(change):
         for k, v in model.weights().items():
-            if k in was:
-                v.copy_(change(was[k]))
+            if k in originals:
+                v.copy_(change(originals[k]))
         return sum(
             model.loss(x[:, :-1].contiguous(), x[:, 1:].contiguous()).item() for x in ids.split(8)
         ) / len(ids.split(8))
 
-    def rounded(w, group, way, search):
+    def quantize_matrix(w, group, method, search):
         rows, width = w.shape
         count, size = group_shape(width, group)
         x = F.pad(w, (0, count * size - width)).view(rows, count, size)
         best = None
         for shrink in (1, 0.95, 0.9, 0.85, 0.8) if search else (1,):
-            if way == "symmetric":
+            if method == "symmetric":
                 step, zero, low = x.abs().amax(-1, True) / 7, 0, -7
-            elif way == "signed":
+            elif method == "signed":
                 step, zero, low = x.gather(-1, x.abs().argmax(-1, True)) / -8, 0, -8
             else:
                 step, low = (x.amax(-1, True) - x.amin(-1, True)) / 15, -8
@@ -150,13 +150,14 @@ def ways(run, text, group_sizes=(32, 64, 128)):
             f"minigpt.model.quantize, {bits} bits:"
             f" {loss(lambda w: dequantize(*quantize(w, bits), w.shape[1])) - base:+.4f}"
         )  # noqa: B023
-    for way, group, search in itertools.product(
+    for method, group, search in itertools.product(
         ("symmetric", "signed", "zero point"), group_sizes, (False, True)
     ):
-        bits = 4 + 16 / group * (1 + (way == "zero point"))
+        bits = 4 + 16 / group * (1 + (method == "zero point"))
         print(
-            f"{way:10} groups of {group:3} {'searched' if search else '        '} {bits:.2f} bits a"
-            f" weight: {loss(lambda w: rounded(w, group, way, search)) - base:+.4f}",
+            f"{method:10} groups of {group:3} {'searched' if search else '        '} {bits:.2f}"
+            " bits per weight:"
+            f" {loss(lambda w: quantize_matrix(w, group, method, search)) - base:+.4f}",
             flush=True,
         )
 
@@ -171,9 +172,9 @@ def main():
     a.add_argument("--one", nargs=2)
     a = a.parse_args()
     if a.one:
-        return one(Path(a.one[0]), a.one[1])
+        return export_one(Path(a.one[0]), a.one[1])
     if a.ways:
-        return ways(a.ways, a.text)
+        return compare_quantization(a.ways, a.text)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(a.preset, Path(folder))
         for kind in KINDS:

@@ -1,14 +1,14 @@
-"""New tokens a second of `minigpt.model.generation` beside transformers' `generate`, on the CPU.
+"""New tokens per second of `minigpt.model.generation` and of transformers' `generate`, on the CPU.
 
     python -m bench.generate        # `small`, 128 tokens, 5 rounds; 3 minutes on 2 quiet cores
     python -m bench.generate --model tiny --rounds 1 --tokens 16
 
-Both have the same weights, read from the same folder: random ones, in fp32; the prompts are random
-ids, 32 in each row, so all rows are equally long, and nothing ends early. Both programs run in one
-process and take turns, so that whatever else the machine does meets both; the figures are medians
-over the rounds. transformers' generate is as it comes (dynamic cache, attention by sdpa); its
-logits and the tokens of the greedy texts are compared with ours. Sampling is temperature 0.8, top_k
-50, top_p 0.95. The last line is the lowest of the ratios ours / transformers.
+Both use the same random weights, read from the same folder, in fp32. The prompts are random ids, 32
+in each row, so all rows have the same length, and nothing ends early. Both programs run in one
+process and alternate, so that other load on the machine affects both; the figures are medians over
+the rounds. transformers' generate has its defaults (dynamic cache, sdpa attention); its logits and
+greedy tokens are compared with ours. Sampling uses temperature 0.8, top_k 50, top_p 0.95. The last
+line is the lowest of the ratios ours / transformers.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PROMPT = 32
 
 
 def prepare(folder: Path, name: str):
-    "A checkpoint with random weights."
+    "Write a checkpoint with random weights."
     import torch
 
     from minigpt.checkpoint.store import State, write_checkpoint
@@ -48,7 +48,7 @@ def prepare(folder: Path, name: str):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--model", default="small", help="a preset's name")
+    p.add_argument("--model", default="small", help="name of a preset")
     p.add_argument("--tokens", type=int, default=128, help="new tokens in each row")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--batch", type=int, nargs="+", default=[1, 8])
@@ -72,10 +72,10 @@ def main():
         f"{os.cpu_count()} cores ({platform.machine()}, load"
         f" {', '.join(f'{l:.1f}' for l in os.getloadavg())}), {a.threads} threads, torch"
         f" {torch.__version__}, transformers {transformers.__version__}; {model.config.n_params:,}"
-        f" parameters, {a.tokens} new tokens in each row behind {PROMPT}"
+        f" parameters, {a.tokens} new tokens per row after {PROMPT}"
     )
     theirs.generation_config.eos_token_id = None
-    ways = dict(
+    settings = dict(
         greedy=(dict(temperature=0), dict(do_sample=False)),
         sampled=(
             dict(temperature=0.8, top_k=50, top_p=0.95, seed=0),
@@ -89,9 +89,9 @@ def main():
         )
         with torch.inference_mode():
             assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-4), (
-                "the two models give other logits"
+                "the two models give different logits"
             )
-        for way, (ours_kw, theirs_kw) in ways.items():
+        for setting, (ours_kw, theirs_kw) in settings.items():
             run = dict(
                 minigpt=lambda n: generate_batch(model, ids.tolist(), max_new_tokens=n, **ours_kw),
                 transformers=lambda n: theirs.generate(
@@ -113,15 +113,15 @@ def main():
             same = sum(x == y for u, v in zip(*made.values()) for x, y in zip(u, v)) / (
                 B * a.tokens
             )
-            if way == "greedy":
+            if setting == "greedy":
                 assert all(u[:4] == v[:4] for u, v in zip(*made.values())), (
-                    "the two programs write other texts"
+                    "the two programs generate different texts"
                 )
             ratios.append(statistics.median(x / y for x, y in zip(*speed.values())))
             print(
-                f"batch {B}, {way:7}: {statistics.median(speed['minigpt']):6.0f} tokens/s,"
+                f"batch {B}, {setting:7}: {statistics.median(speed['minigpt']):6.0f} tokens/s,"
                 f" transformers {statistics.median(speed['transformers']):6.0f}, ratio"
-                f" {ratios[-1]:.2f}" + f", {same:.1%} of the tokens equal" * (way == "greedy"),
+                f" {ratios[-1]:.2f}" + f", {same:.1%} of the tokens equal" * (setting == "greedy"),
                 flush=True,
             )
     print(f"ratio {min(ratios):.2f}")

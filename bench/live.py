@@ -1,11 +1,11 @@
-"""What it costs to be watched: redraws of the live view, and all that is logged and shown.
+"""What do views of a run cost: redraws of the live view, logging and plots?
 
     python -m bench.live
     python -m bench.live --steps 40 --batch 8 --seq 512
 
-The charts are drawn with few and with many points, beside Matplotlib's SVG and PNG of the same
-losses; then `small` trains on this CPU, and the shares of all views and the intervals between the
-updates of the live view are measured.
+The charts are drawn with few and with many points, and compared with Matplotlib's SVG and PNG of
+the same losses. Then `small` trains on this CPU, and the shares of all views and the intervals
+between updates of the live view are measured.
 """
 
 import argparse
@@ -34,10 +34,11 @@ def rows(n: int):
         )
 
 
-def ms(f, times: int) -> tuple[float, float]:
-    """Median milliseconds on the clock, and lowest milliseconds of processor time.
+def milliseconds(f, times: int) -> tuple[float, float]:
+    """Return the median wall time and the lowest processor time, in milliseconds.
 
-    The second is little disturbed by other programs."""
+    Other programs hardly affect the second.
+    """
     f()
     seen = []
     for _ in range(times):
@@ -61,7 +62,7 @@ def redraws(times: int):
             "Matplotlib's PNG, losses only": lambda: draw(curves, "png"),
             "Matplotlib's SVG, losses only": lambda: draw(curves, "svg"),
         }.items():
-            wall, cpu = ms(f, times)
+            wall, cpu = milliseconds(f, times)
             size = f"{len(losses_html(curves)) / 1000:6.1f}" if "HTML" in name else ""
             print(f"{n:8,}  {name:34} {wall:6.0f} {cpu:7.0f} {size}")
 
@@ -83,8 +84,8 @@ def describe_intervals(times: list[float]) -> str:
     return f"{len(times)} updates, median {statistics.median(gaps):.2f} s, longest {gaps[-1]:.2f} s"
 
 
-def share(steps: int, batch: int, seq: int, every: int):
-    "Train, and measure what the views take."
+def measure_views(steps: int, batch: int, seq: int, every: int):
+    "Train, and measure the cost of the views."
     from minigpt.run.live import LiveLoss
     from minigpt.run.metrics import EventWriter, PlotWriter
     from minigpt.train.trainer import Callback, fit
@@ -112,7 +113,7 @@ def share(steps: int, batch: int, seq: int, every: int):
                 self.events = EventWriter(t.run_path / "tensorboard")
             except ImportError:
                 self.events = None
-                print("tensorboard is not installed: without its files")
+                print("tensorboard is not installed: its files are not measured")
             self.began, self.first = time.perf_counter(), t.step
 
         def on_step(self, t):
@@ -171,4 +172,4 @@ if __name__ == "__main__":
     a = p.parse_args()
     print(f"{os.cpu_count()} cores, load {', '.join(f'{l:.1f}' for l in os.getloadavg())}")
     redraws(a.times)
-    share(a.steps, a.batch, a.seq, a.every)
+    measure_views(a.steps, a.batch, a.seq, a.every)

@@ -1,25 +1,25 @@
-"""A model fine-tuned in full, with our LoRA, and with PEFT's: what is trained and saved, and speed.
+"""Full fine-tuning, our LoRA and PEFT's: trained parameters, sizes, and speed.
 
     python -m bench.lora                     # `small`, 3 rounds of 8 steps on the CPU
     python -m bench.lora --device cuda --batch 16 --seq 512 --steps 40
 
-All three start from the same weights, both adapters too, and learn from the same batches with AdamW
+All three start from the same weights, adapters included, and train on the same batches with AdamW
 in fp32, gradients clipped at 1, one learning rate; both adapters have rank 8 on every matrix of the
-blocks. Each measurement is a process of its own, and the order changes from round to round.
+blocks. Each measurement runs in its own process, and the order changes every round.
 
 full         `minigpt.train.fit` on the model
 LoRA         `fit` on `lora(model)`
-PEFT         Hugging Face Trainer on `get_peft_model`, as bench/train_cpu.py sets it up: no logging,
-             no evaluation, batches ready as tensors
+PEFT         Hugging Face Trainer on `get_peft_model`, set up as in bench/train_cpu.py: no logging,
+             no evaluation, batches prepared as tensors
 
 step         median over the steps after the first three
-memory       most that the process held in these steps, less what it held when its libraries were
-             loaded; on a GPU, most that was allocated
+memory       peak of the process in these steps, minus what it had after the imports; on a GPU, the
+             peak that was allocated
 weights      size of the file with the model or the adapter
 checkpoint   size of the directory that a resume needs, with optimizer and random states
-The losses of LoRA and PEFT are equal to 0.5% in every step: it is checked. As in
-bench/train_cpu.py, a measurement waits for a quiet machine and is repeated if other programs used
-more than a fifth of a core.
+The losses of LoRA and PEFT must be equal to 0.5% in every step. As in bench/train_cpu.py, a
+measurement waits for a quiet machine and is repeated if other programs used more than a fifth of a
+core.
 """
 
 import argparse
@@ -42,7 +42,7 @@ WARM, VOCAB, RANK, LR = 3, 6400, 8, 1e-3
 
 
 class Peak:
-    "The most memory that is held between `start` and `end`, in MiB."
+    "The peak memory between `start` and `end`, in MiB."
 
     def __init__(self, device: str):
         import psutil
@@ -70,7 +70,7 @@ class Peak:
 
 
 def size(path: Path) -> float:
-    "MiB of a file or a directory."
+    "Return the MiB of a file or a directory."
     return (
         sum(
             f.stat().st_size for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file()
@@ -80,7 +80,7 @@ def size(path: Path) -> float:
 
 
 def prepare(folder: Path, a):
-    "As bench/train_cpu.py, and an adapter's first weights under PEFT's names."
+    "As bench/train_cpu.py; also write an adapter's initial weights under PEFT's names."
     from safetensors.torch import save_file
 
     train_cpu.prepare(folder, a.steps)
@@ -237,7 +237,7 @@ PROGRAMS = dict(
 
 
 def measure(program: str, folder: Path, a) -> dict:
-    "One program in a process of its own; again, where another program took processor time away."
+    "Run one program in its own process; repeat if another program used processor time."
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(a.threads),
@@ -272,7 +272,7 @@ def measure(program: str, folder: Path, a) -> dict:
         m = json.loads(done.stdout.splitlines()[-1])
         disturbed = m["others"] > 0.2
         print(
-            f"{program:<6}{m['step_ms']:8,.0f} ms a step, {m['memory']:,.0f} MiB, others"
+            f"{program:<6}{m['step_ms']:8,.0f} ms per step, {m['memory']:,.0f} MiB, others"
             f" {m['others']:.2f} cores, loss {m['losses'][0]:.4f} → {m['losses'][-1]:.4f}"
             + (", again" if disturbed and tries_left else ""),
             flush=True,
@@ -285,7 +285,7 @@ def measure(program: str, folder: Path, a) -> dict:
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--preset", default="small", help="tiny, small, medium or large")
-    p.add_argument("--steps", type=int, default=8, help="steps that are measured; 4 more are run")
+    p.add_argument("--steps", type=int, default=8, help="steps to measure; 4 more are run")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--seq", type=int, default=256)
@@ -296,15 +296,14 @@ def main():
         "--wait",
         type=float,
         default=30,
-        help="seconds to wait, at most, for other programs to be quiet before each measurement",
+        help="maximum seconds to wait before each measurement until other programs are idle",
     )
     p.add_argument(
         "--retries",
         type=int,
         default=2,
         help=(
-            "how often to repeat a measurement during which other programs used more than a fifth"
-            " of a core"
+            "how often to repeat a measurement if other programs used more than a fifth of a core"
         ),
     )
     p.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -339,7 +338,7 @@ def main():
                 results[name].append(measure(name, Path(folder), a))
             ours, theirs = (results[k][-1]["losses"] for k in ("LoRA", "PEFT"))
             assert all(abs(x - y) < 0.005 * y for x, y in zip(ours, theirs)), (
-                f"LoRA and PEFT learn differently: {ours} and {theirs}"
+                f"the losses of LoRA and PEFT differ: {ours} and {theirs}"
             )
     middle = {
         k: {
@@ -350,7 +349,7 @@ def main():
     }
     total = middle["full"]["trained"]
     print(
-        f"\n{a.preset}, {total:,.0f} parameters; {a.batch} × {a.seq} tokens a step, fp32; medians"
+        f"\n{a.preset}, {total:,.0f} parameters; {a.batch} × {a.seq} tokens per step, fp32; medians"
         f" of {a.rounds}\n\n{'':6}{'trained':>12}{'share':>8}{'step':>10}{'memory':>12}"
         f"{'weights':>11}{'checkpoint':>13}"
     )

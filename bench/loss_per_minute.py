@@ -1,34 +1,34 @@
 """Validation loss on tiny Shakespeare that `fit` reaches in the time of nanoGPT's CPU recipe.
 
     python -m bench.loss_per_minute --nanogpt DIR      # about 4 minutes on 2 quiet cores
-    python -m bench.loss_per_minute --seconds 85       # ours alone, in the time that is given
+    python -m bench.loss_per_minute --seconds 85       # ours alone, in a given time
     python -m bench.loss_per_minute --gpu              # ours alone; about a minute on an H200
 
-DIR is a checkout of github.com/karpathy/nanoGPT; --gpu takes the batches of its GPU recipe. A token
+DIR is a checkout of github.com/karpathy/nanoGPT; --gpu uses the batches of its GPU recipe. A token
 is a character.
 
-The text is read from --text (default ../shared/data/tinyshakespeare.txt, beside the repository);
-its last tenth is for validation, as nanoGPT's prepare.py has it. nanoGPT runs in a copy of its own
-folder, as its README says for a CPU: 0.8M parameters, 2,000 steps of 12 × 64 characters. Ours is
-SHAPE and RECIPE below: a smaller model, more tokens, Muon, a learning rate that falls in a line to
-zero. They were found by trials of 65 s each on two cores, on the same validation split: 1.585 with
-4 layers at a rate of .01, 1.576 with 3, 1.558 at .007, 1.554 with norms on queries and keys, 1.549
-at .008 after 20 steps of warm-up instead of 50; two trainings alike differ by up to .007. Worse
-were windows of 256, 6 sequences a step, a width of 112 or 128, one head for keys and values, a rate
-of .005 or .02, no weight decay or twice as much. Both are processes of their own, on the same
-number of threads, and time is that of the whole process, from its start: imports, tokens, training
-and checkpoints, and nanoGPT's evaluations, by which it decides what to keep. How many steps of ours
-fit is found by a short run in front, and that many less 3% are made. The losses are computed
-afterwards, over the whole validation split, in the same way for both: cut into pieces of the
-model's own context (64 and 128, or 256), every character but the first predicted once. Ours is
-opened by transformers for that, with its tokenizer.
+The text is --text (default ../shared/data/tinyshakespeare.txt, next to the repository); its last
+tenth is for validation, as in nanoGPT's prepare.py. nanoGPT runs in a copy of its folder, with the
+CPU recipe of its README: 0.8M parameters, 2,000 steps of 12 × 64 characters. Ours is SHAPE and
+RECIPE below: a smaller model, more tokens, Muon, a learning rate that decays linearly to zero. They
+were found in trials of 65 s each on two cores, on the same validation split: 1.585 with 4 layers at
+a rate of .01, 1.576 with 3, 1.558 at .007, 1.554 with norms on queries and keys, 1.549 at .008
+after 20 steps of warm-up instead of 50; two equal trainings differ by up to .007. Worse were
+windows of 256, 6 sequences per step, a width of 112 or 128, one key/value head, a rate of .005 or
+.02, and no weight decay or twice as much. Each program is its own process, with the same number of
+threads, and the time is that of the complete process: imports, tokens, training and checkpoints,
+and nanoGPT's evaluations, which decide what it keeps. A short run first measures how many steps of
+ours fit; 3% fewer are trained. The losses are computed afterwards over the complete validation
+split, equally for both: it is cut into pieces of the model's context (64 and 128, or 256), and
+every character but the first is predicted once. transformers opens our model and tokenizer for
+that.
 
-On a GPU nanoGPT's "baby GPT" reaches 1.4697 at best within 5,000 steps of 64 × 256 characters (its
-README). Ours has its width and depth, and learns faster than the text lasts: 1,000 steps are
-enough, and with more it only learns the text by heart. On an H200 (torch 2.11, bf16, `fit`'s own
-validation) the trials ended at 1.448 with a dropout of .25 after 1,000 steps, and at 1.453 with .3
-after 1,250; a rate that falls over 2,500 steps reached 1.464 on its way (.3), 1.469 (.4) and 1.478
-(.2). The last line is our loss; the one before it nanoGPT's.
+On a GPU nanoGPT's "baby GPT" reaches at best 1.4697 within 5,000 steps of 64 × 256 characters (its
+README). Ours has the same width and depth, and starts to overfit soon: 1,000 steps are enough, and
+with more it only memorizes the text. On an H200 (torch 2.11, bf16, `fit`'s own validation) the
+trials ended at 1.448 with a dropout of .25 after 1,000 steps, and at 1.453 with .3 after 1,250; a
+rate that decays over 2,500 steps reached 1.464 in between (.3), 1.469 (.4) and 1.478 (.2). The last
+line is our loss; the one before it nanoGPT's.
 """
 
 import argparse
@@ -75,7 +75,7 @@ GPU_STEPS, GPU_NANOGPT = 1000, 1.4697
 
 # --- ours -----------------------------------------------------------------------------------------
 def run_ours(work: Path, out: Path, steps: int, threads: int, gpu: bool):
-    "`fit` on the text, cut by character."
+    "Run `fit` on the text, tokenized by character."
     from minigpt.model.gpt import GPTConfig
     from minigpt.tokenizer.bpe import characters
     from minigpt.train.trainer import Callback, fit
@@ -103,7 +103,7 @@ def run_ours(work: Path, out: Path, steps: int, threads: int, gpu: bool):
 
 
 def score_ours(work: Path, out: Path, context: int) -> dict:
-    "The loss of the finished run, as transformers opens it."
+    "Return the loss of the finished run, opened by transformers."
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -117,13 +117,13 @@ def score_ours(work: Path, out: Path, context: int) -> dict:
         "a token must be a character"
     )
     return dict(
-        loss=whole_split(lambda x: model(x).logits, ids, context), params=model.num_parameters()
+        loss=split_loss(lambda x: model(x).logits, ids, context), params=model.num_parameters()
     )
 
 
 # --- nanoGPT --------------------------------------------------------------------------------------
 def run_nanogpt(work: Path, threads: int) -> float:
-    "Its train.py; seconds."
+    "Run its train.py; return the seconds."
     subprocess.run(
         [sys.executable, "data/shakespeare_char/prepare.py"],
         cwd=work / "nanoGPT",
@@ -138,7 +138,7 @@ def run_nanogpt(work: Path, threads: int) -> float:
 
 
 def score_nanogpt(work: Path) -> dict:
-    "The loss of the checkpoint that it kept."
+    "Return the loss of the checkpoint that it kept."
     import numpy as np
     import torch
 
@@ -154,15 +154,15 @@ def score_nanogpt(work: Path) -> dict:
         )
     )
     return dict(
-        loss=whole_split(lambda x: model(x, x)[0], ids, model.config.block_size),
+        loss=split_loss(lambda x: model(x, x)[0], ids, model.config.block_size),
         params=model.get_num_params(),
         step=kept["iter_num"],
     )
 
 
-# --- measuring ------------------------------------------------------------------------------------
-def whole_split(logits, ids, T: int) -> float:
-    "Nats a character: pieces of `T`, each character but the first predicted once."
+# --- measurement ----------------------------------------------------------------------------------
+def split_loss(logits, ids, T: int) -> float:
+    "Return nats per character over pieces of `T`; each character but the first is predicted once."
     import torch
     import torch.nn.functional as F
 
@@ -182,7 +182,7 @@ def whole_split(logits, ids, T: int) -> float:
 
 
 def timed(command: list, cwd: Path, threads: int, gpu: bool = False):
-    "Seconds that a process takes, and the last line it prints."
+    "Run a process; return its seconds and the last line that it prints."
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -206,16 +206,14 @@ def main():
     p.add_argument(
         "--nanogpt",
         type=Path,
-        help="folder with the source of nanoGPT; without it, ours is measured alone",
+        help="folder with the source of nanoGPT; without it, only ours is measured",
     )
-    p.add_argument(
-        "--seconds", type=float, default=85, help="time for ours, where nanoGPT is not run"
-    )
+    p.add_argument("--seconds", type=float, default=85, help="time for ours if nanoGPT is not run")
     p.add_argument("--steps", type=int, default=0, help="steps of ours; 0: as many as fit")
     p.add_argument(
         "--gpu",
         action="store_true",
-        help="nanoGPT's GPU batches instead of a time; --steps are as few as you say",
+        help="use nanoGPT's GPU batches and a fixed number of --steps instead of a time",
     )
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -226,7 +224,7 @@ def main():
     if a.gpu:
         a.nanogpt, a.steps = None, a.steps or GPU_STEPS
     if not a.text.exists():
-        sys.exit(f"there is no {a.text}; name the file with --text")
+        sys.exit(f"not found: {a.text}; set --text")
     import torch
 
     if a.gpu:
@@ -267,37 +265,37 @@ def main():
             a.threads,
             a.gpu,
         )
-        told = []
+        results = []
         if a.nanogpt:
             shutil.copytree(
                 a.nanogpt, work / "nanoGPT", ignore=shutil.ignore_patterns(".git", "out*")
             )
             shutil.copy(a.text, work / "nanoGPT" / "data" / "shakespeare_char" / "input.txt")
             a.seconds, s = run_nanogpt(work, a.threads), score_nanogpt(work)
-            told.append(
+            results.append(
                 f"nanoGPT {s['loss']:.4f} in {a.seconds:.0f} s: {s['params']:,} parameters, best of"
                 f" its 2,000 steps at {s['step']:,}"
             )
-            print(told[-1], flush=True)
+            print(results[-1], flush=True)
         if not a.steps:
             seconds, line = ours("short", 60)
             step = json.loads(line)["step"]
             a.steps = int(0.97 * (a.seconds - seconds) / step + 60)
             print(
-                f"a step of ours takes {1000 * step:.0f} ms, all else {seconds - 60 * step:.0f} s:"
-                f" {a.steps:,} steps",
+                f"each step of ours takes {1000 * step:.0f} ms, all else {seconds - 60 * step:.0f}"
+                f" s: {a.steps:,} steps",
                 flush=True,
             )
         seconds, _ = ours("run", a.steps)
         s = score_ours(work, work / "run", (GPU_RECIPE if a.gpu else RECIPE)["max_seq_len"])
         if a.gpu:
-            told.append(f"nanoGPT {GPU_NANOGPT} at best in 5,000 steps, by its README")
+            results.append(f"nanoGPT {GPU_NANOGPT} at best in 5,000 steps, according to its README")
         print(
-            *told,
+            *results,
             f"minigpt {s['loss']:.4f} in {seconds:.0f} s: {s['params']:,} parameters, {a.steps:,}"
             " steps"
             + (
-                f" (MORE than the {a.seconds:.0f} s there were: the machine was busier)"
+                f" (MORE than the {a.seconds:.0f} s available: the machine was busier)"
                 if seconds > 1.02 * a.seconds and not a.gpu
                 else ""
             ),

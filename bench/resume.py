@@ -1,12 +1,12 @@
-"""How long does a resume take to its first batch, at step 10 and at step 1,000,000 of a big set?
+"""How long does a resume take to its first batch, at step 10 and at step 1,000,000 of a large set?
 
     python -m bench.resume
 
-Makes a token set (1 GB of real bytes by default; `--sparse` takes no room on the disk), then starts
-a fresh process for each measurement, near and far by turns. Timed is what a resume does: open the
-set, make the loader of the remaining steps, take the first batch. The time to `import torch` is not
-in it. The pages of the set are in memory before the first measurement, as far as they fit, so that
-near and far are read from the same place.
+It writes a token set (1 GB of real bytes by default; `--sparse` takes no disk space), and starts a
+fresh process for each measurement, alternating between near and far steps. The time is that of a
+resume: open the set, create the loader of the remaining steps, get the first batch. `import torch`
+is not included. The pages of the set are in memory before the first measurement as far as they fit,
+so both steps read from the same source.
 """
 
 import argparse
@@ -30,8 +30,8 @@ print(time.perf_counter()-t, int(first["input_ids"].sum()))
 """
 
 
-def make(folder, gigabytes, sparse):
-    "A token set without a text"
+def write_token_set(folder, gigabytes, sparse):
+    "Write a token set without a text."
     import numpy as np
 
     n = int(gigabytes * 1e9) // 2
@@ -75,15 +75,15 @@ def main():
     ap.add_argument("--repeats", type=int, default=9)
     a = ap.parse_args()
     with tempfile.TemporaryDirectory(prefix="minigpt-resume-") as folder:
-        n = make(Path(folder), a.gigabytes, a.sparse)
+        n = write_token_set(Path(folder), a.gigabytes, a.sparse)
         steps = n // a.seq_len // a.batch
         print(
             f"{n:,} tokens, {'sparse' if a.sparse else 'real'}; {a.batch} × {a.seq_len}: {steps:,}"
-            f" steps an epoch, step {a.far:,} is in epoch {a.far // steps}; {a.repeats} fresh"
-            " processes each, by turns"
+            f" steps per epoch, step {a.far:,} is in epoch {a.far // steps}; {a.repeats} fresh"
+            " processes each, alternating"
         )
         times = {a.near: [], a.far: []}
-        for r in range(a.repeats + 1):  # the first round only warms up
+        for r in range(a.repeats + 1):  # the first round is a warm-up
             for step in times if r % 2 else reversed(times):
                 out = subprocess.run(
                     [

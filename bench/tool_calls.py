@@ -1,12 +1,12 @@
-"""How often does a small model call the right function, asked in ways that it has not seen?
+"""How often does a small model call the right function for phrasings that it has not seen?
 
     python -m bench.tool_calls               # train first: four minutes on two cores
-    python -m bench.tool_calls --run DIR     # ask the model of a run or of a checkpoint
+    python -m bench.tool_calls --run DIR     # test the model of a run or of a checkpoint
 
-The model of --run may have been trained on anything. `minigpt.data.tool_prompts` asks for its
-functions in turn, in English and Chinese, three functions on offer; ways to ask and values are
-those that no conversation of `call` has. The answer is the most likely one, and it counts as
-    parsable    it calls something, and can be read
+The model of --run can be trained on anything. `minigpt.data.tool_prompts` asks for each of its
+functions, in English and Chinese, with three functions on offer; no conversation of `call` has the
+same phrasings or values. The answer is the most likely one, and it counts as
+    parsable    it calls something, and can be parsed
     function    it is one call, of the right function
     arguments   and all arguments are right
 """
@@ -20,7 +20,8 @@ from pathlib import Path
 def train(out: Path, a):
     """Train a small model on the calls of the built-in corpus.
 
-    First short questions, without the schemas, then whole conversations."""
+    Short questions without schemas come first, then complete conversations.
+    """
     from minigpt.data.corpus import call, write_calls
     from minigpt.model.gpt import GPTConfig
     from minigpt.tokenizer.bpe import train_tokenizer
@@ -73,7 +74,7 @@ def train(out: Path, a):
 
 
 def score(text: str, call: dict) -> tuple[bool, bool, bool]:
-    "Parsable, the right function, all arguments right."
+    "Return whether the answer is parsable, calls the right function, and has the right arguments."
     from minigpt.model.generation import parse_tool_calls
 
     try:
@@ -94,13 +95,13 @@ def main():
         "--steps",
         type=int,
         default=1000,
-        help="of the first lesson; the second has two fifths of them",
+        help="optimizer steps on short questions; the second stage has two fifths of them",
     )
-    p.add_argument("--vocab", type=int, default=1200, help="tokens of the vocabulary")
-    p.add_argument("--threads", type=int, default=0, help="of torch; 0: one a core")
+    p.add_argument("--vocab", type=int, default=1200, help="vocabulary size")
+    p.add_argument("--threads", type=int, default=0, help="torch threads; 0: one per core")
     p.add_argument("--n", type=int, default=100, help="questions")
-    p.add_argument("--seed", type=int, default=0, help="another one, other questions")
-    p.add_argument("--show", type=int, default=5, help="wrong answers to print")
+    p.add_argument("--seed", type=int, default=0, help="seed of the questions")
+    p.add_argument("--show", type=int, default=5, help="number of wrong answers to print")
     a = p.parse_args()
     from minigpt.checkpoint.store import load_model
     from minigpt.data.corpus import TOOLS, tool_prompts
@@ -119,17 +120,17 @@ def main():
                 f"trained in {time.perf_counter() - began:.0f} s: {model.config.n_params:,}"
                 " parameters"
             )
-    asked, said = tool_prompts(a.n, a.seed), []
+    prompts, answers = tool_prompts(a.n, a.seed), []
     for i in range(0, a.n, 25):
-        prompts = [tok.encode_prompt(messages) for messages, _ in asked[i : i + 25]]
-        said += map(
+        prompts = [tok.encode_prompt(messages) for messages, _ in prompts[i : i + 25]]
+        answers += map(
             tok.decode,
             generate_batch(
                 model, prompts, max_new_tokens=100, temperature=0, stop_ids=tok.stop_ids
             ),
         )
     scores = {k: [] for k in (*TOOLS, "all")}
-    for (messages, right), text in zip(asked, said):
+    for (messages, right), text in zip(prompts, answers):
         s = score(text, right)
         for k in (right["name"], "all"):
             scores[k].append(s)

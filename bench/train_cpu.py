@@ -1,4 +1,4 @@
-"""Tokens/s of `minigpt.train.fit` beside other training loops on the CPU: the same model and data.
+"""Tokens/s of `minigpt.train.fit` and other training loops on the CPU: the same model and data.
 
     python -m bench.train_cpu            # 3 rounds of 40 steps, 5 minutes on 2 quiet cores
     python -m bench.train_cpu --nanogpt DIR --minimind DIR     # their loops too
@@ -8,44 +8,44 @@ The folders are copies of github.com/karpathy/nanoGPT and jingyaogong/minimind. 
 Trainer's fastest setting counts.
 
 The model: vocabulary 6,400, 4 layers, 4 heads (4 for keys and values), width 256, FFN 1,024, tied,
-5,835,008 parameters; 8 sequences of 256 tokens a step, fp32, AdamW, gradients clipped at 1,
-constant learning rate (all programs reach it at step 1). Each measurement is a process of its own,
-and the order changes from round to round. Time runs between two steps, as callbacks of the programs
-see them: after the first 5 steps, and until the last step but one, so that neither start, nor
-compiling, nor the save at the end is in it.
+5,835,008 parameters; 8 sequences of 256 tokens per step, fp32, AdamW, gradients clipped at 1,
+constant learning rate (all programs reach it at step 1). Each measurement runs in its own process,
+and the order changes every round. Time is measured between steps, in callbacks of the programs:
+from the end of the first 5 steps to the last step but one, so that start-up, compiling and the
+final save are excluded.
 
-minigpt fit    `fit` in its defaults, without progress bar, plot and validation: it logs and checks
-               its losses as always. It is announced as a run of 10,000 steps and cut off, so that
-               it chooses as in a long run: `enable_compile="auto"` leaves a run of seconds alone.
-               `--all` measures it eager, compiled and in bf16 too.
-Trainer        in the best settings we found (TRAINER below): no saving, evaluation, logging or
-               progress bar, no check for NaN, tokens ready as tensors and cut into batches by
-               slicing, no key/value cache, labels shifted already. `--all` measures its attention
+minigpt fit    `fit` with its defaults, without progress bar, plot and validation: it logs and
+               checks its losses as always. It is configured as a run of 10,000 steps and stopped
+               early, so that it makes the choices of a long run: `enable_compile="auto"` does not
+               compile a run of seconds. `--all` measures it eager, compiled and in bf16 too.
+Trainer        with the best settings that we found (TRAINER below): no saving, evaluation, logging
+               or progress bar, no check for NaN, tokens prepared as tensors and sliced into
+               batches, no key/value cache, labels already shifted. `--all` measures its attention
                kernels and AdamWs, and torch.compile. Tokens/s in one or two quiet measurements
                each: sdpa and fused 2,701, sdpa and plain 2,558 and 2,633, eager and fused 2,724,
                eager and plain 2,741; sdpa and fused alone ranged from 2,620 to 2,850 in six more,
-               so no order is known.
-nanoGPT        its train.py as it is, with its own data loader, and its model, a GPT-2: learned
+               so the differences are noise.
+nanoGPT        its unchanged train.py with its own data loader and its model, a GPT-2: learned
                positions (65,536 parameters more), LayerNorm, GELU. The two matrices of its FFN are
-               made half as wide again (1,536), so that they hold what the three of a Llama do. It
-               draws batches at random.
+               half as wide again (1,536), so that they have as many parameters as the three of a
+               Llama. It draws batches at random.
 MiniMind       the loop of its train_pretrain.py on its model, a Llama with norms on queries and
-               keys (512 parameters more), with the same weights and batches as ours, ready as
-               tensors. Its AdamW has torch's defaults, and it shifts labels itself, so it learns
-               from 255 positions of 256.
-floor          the matrix products of such a step alone, in the same precision: forward and backward
+               keys (512 parameters more), with the same weights and batches as ours, prepared as
+               tensors. Its AdamW has torch's defaults, and it shifts labels itself, so 255 of 256
+               positions have loss.
+floor          only the matrix products of such a step, in the same precision: forward and backward
                of every linear layer, of the output layer and of attention, for half of the
-               positions, as the causal mask leaves. Results go to memory that is there already.
-Where `fit` chooses bf16, because the processor has units for it, the Trainer and the floor are
-measured in bf16 too.
+               positions because of the causal mask. Results are written to existing memory.
+If `fit` chooses bf16, because the processor supports it, the Trainer and the floor are measured in
+bf16 too.
 
-What can be compared is checked in each round: the Trainer has as many parameters as `fit`, and
-equal losses to 0.5% (2% in bf16); those of nanoGPT and MiniMind end within a tenth; and all of them
-fall. "others" is how many cores other programs used meanwhile. On two cores one more busy program
-makes the figures worthless (each matrix product waits for its slower thread: 2,700 tokens/s were
-seen to become 400), so each measurement waits for a quiet machine (--wait seconds at most), and is
-repeated (--retries times at most) where others took more than a fifth of a core. The last line is
-the median over the rounds of ours in its defaults / Trainer.
+Each round checks what is comparable: the Trainer has as many parameters as `fit`, and losses equal
+to 0.5% (2% in bf16); the final losses of nanoGPT and MiniMind differ by less than 0.1; all losses
+fall. "others" is how many cores other programs used meanwhile. On two cores one other busy program
+makes the figures useless (each matrix product waits for its slower thread: 2,700 tokens/s can
+become 400), so each measurement waits for a quiet machine (at most --wait seconds), and is repeated
+(at most --retries times) if others used more than a fifth of a core. The last line is the median
+over the rounds of ours in its defaults / Trainer.
 """
 
 import argparse
@@ -70,7 +70,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SHAPE = dict(vocab_size=6400, dim=256, n_layer=4, n_head=4, n_kv_head=4, ffn_dim=1024, max_len=256)
 BATCH, SEQ, WARM = 8, 256, 5
-ANNOUNCED = 10_000  # steps of the run that `fit` believes in
+ANNOUNCED = 10_000  # steps of the run that `fit` plans
 RECIPE = dict(learning_rate=1e-3, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.99)
 OURS = {
     "minigpt fit": {},
@@ -87,7 +87,7 @@ TRAINERS = [
 
 
 def programs(a) -> list[str]:
-    "What is measured; bf16 in any case where `fit` chooses it."
+    "Return the programs to measure; bf16 in any case if `fit` chooses it."
     from minigpt.config.options import TrainConfig
     from minigpt.train.speed import choose_runtime
 
@@ -117,9 +117,10 @@ def programs(a) -> list[str]:
 
 # --- what the processes share ---------------------------------------------------------------------
 def prepare(folder: Path, steps: int):
-    """Token set of the built-in corpus, its tokenizer, and initial weights.
+    """Write the token set of the built-in corpus, its tokenizer, and initial weights.
 
-    And the batches of every step as tensors."""
+    Also write the batches of every step as tensors.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -144,7 +145,7 @@ def prepare(folder: Path, steps: int):
 
 
 class Clock:
-    "When each step ended, and how much processor time had been used by then, by us and by all."
+    "The end of each step, and the processor time that we and all programs had used by then."
 
     def __init__(self):
         self.at = {}
@@ -175,7 +176,7 @@ class Clock:
 
 # --- the programs ---------------------------------------------------------------------------------
 def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> dict:
-    "`fit` in its defaults, or in other settings."
+    "`fit` with its defaults, or with other settings."
     from safetensors.torch import load_file
 
     from minigpt.data.tokensets import TokenSet
@@ -186,14 +187,14 @@ def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> d
 
     clock = Clock()
 
-    class Enough(Exception):
+    class StopAfterMeasurement(Exception):
         "All steps are measured."
 
     class Tick(Callback):
         def on_step(self, t):
             clock.tick(t.step)
             if t.step == steps:
-                raise Enough
+                raise StopAfterMeasurement
 
     model = (
         GPT(GPTConfig(**SHAPE))
@@ -201,7 +202,7 @@ def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> d
         .load_weights(load_file(folder / "weights.safetensors"))
         .requires_grad_(True)
     )
-    with contextlib.suppress(Enough):
+    with contextlib.suppress(StopAfterMeasurement):
         fit(
             model,
             TokenSet(folder / "data" / "train"),
@@ -232,7 +233,7 @@ def run_ours(folder: Path, out: Path, steps: int, threads: int, **settings) -> d
 
 
 def hf_llama(folder: Path, attention: str):
-    "The model in transformers, with our weights."
+    "Return the model in transformers, with our weights."
     from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -261,13 +262,13 @@ def hf_llama(folder: Path, attention: str):
 
 
 def hf_trainer(folder: Path, losses: list):
-    "A Trainer that takes the batches in our order and keeps its losses; and these batches."
+    "Return a Trainer with batches in our order that keeps its losses, and these batches."
     import torch
     from safetensors.torch import load_file
     from transformers import Trainer
 
     class Batches(torch.utils.data.Dataset):
-        "A slice of the tensors is a batch; nothing to collate."
+        "A batch is a slice of the tensors; nothing to collate."
 
         def __init__(self):
             self.data = load_file(folder / "batches.safetensors")
@@ -351,10 +352,11 @@ def tens(losses: list[float]) -> list[float]:
 
 
 @contextlib.contextmanager
-def watched(clock: Clock, losses: list[float]):
-    """A loop that is not ours: each step of its optimizer is a tick.
+def tick_on_steps(clock: Clock, losses: list[float]):
+    """Patch a foreign loop so that each optimizer step is a tick.
 
-    What it prints as `loss` (behind a colon or a blank) is kept."""
+    Keep what it prints as `loss` (after a colon or a space).
+    """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(lambda *_: clock.tick(len(clock.at) + 1))
@@ -364,12 +366,12 @@ def watched(clock: Clock, losses: list[float]):
 
 
 def run_nanogpt(folder: Path, out: Path, steps: int, threads: int, source: str, how: str) -> dict:
-    "nanoGPT's train.py, run from its own folder."
+    "Run nanoGPT's train.py from its own folder."
     import torch
 
     out.mkdir()
     os.symlink(folder / "data" / "train" / "tokens.bin", out / "train.bin")
-    os.symlink(out / "train.bin", out / "val.bin")  # uint16 both here and there
+    os.symlink(out / "train.bin", out / "val.bin")  # uint16 in both
     (out / "meta.pkl").write_bytes(pickle.dumps(dict(vocab_size=SHAPE["vocab_size"])))
     os.chdir(source)
     sys.path.insert(0, source)
@@ -410,7 +412,7 @@ def run_nanogpt(folder: Path, out: Path, steps: int, threads: int, source: str, 
     sys.argv = ["train.py", *(f"--{k}={v}" for k, v in options.items())]
     torch.set_num_threads(threads)
     clock, losses = Clock(), []
-    with watched(clock, losses):
+    with tick_on_steps(clock, losses):
         model = runpy.run_path("train.py")["raw_model"]
     return dict(
         clock.facts(WARM, steps - 1),
@@ -427,7 +429,7 @@ def run_minimind(folder: Path, out: Path, steps: int, threads: int, source: str,
     sys.path.insert(0, source)
     try:
         __import__("datasets")
-    except ImportError:  # it reads texts with it, and would not be imported without
+    except ImportError:  # it reads texts with it, and could not be imported without it
         absent = sys.modules["datasets"] = ModuleType("datasets")
         absent.__spec__, absent.__getattr__ = ModuleSpec("datasets", None), lambda name: None
     from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
@@ -471,7 +473,7 @@ def run_minimind(folder: Path, out: Path, steps: int, threads: int, source: str,
     ids = load_file(folder / "batches.safetensors")["input_ids"].split(BATCH)
     clock, losses = Clock(), []
     model.train()
-    with watched(clock, losses):
+    with tick_on_steps(clock, losses):
         loop.train_epoch(
             0, zip(ids, ids), 1 + len(ids)
         )  # as if one more were to come: then it does not save
@@ -483,7 +485,7 @@ def run_minimind(folder: Path, out: Path, steps: int, threads: int, source: str,
 
 
 def run_floor(steps: int, threads: int, precision: str) -> dict:
-    "The matrix products of a step, and nothing else."
+    "Compute only the matrix products of a step."
     import torch
 
     torch.set_num_threads(threads)
@@ -502,7 +504,7 @@ def run_floor(steps: int, threads: int, precision: str) -> dict:
         q, k, s = new(BATCH * H, SEQ, D), new(BATCH * H, SEQ // 2, D), new(BATCH * H, SEQ, SEQ // 2)
         pairs.extend(
             2 * [(q, k.mT), (s, k), (s.mT, q)]
-        )  # scores and their mix of values; the gradients of scores, queries, keys and values
+        )  # scores and their weighted values; the gradients of scores, queries, keys and values
 
     for _ in range(SHAPE["n_layer"]):
         for shape in (C, H * D), (C, K * D), (C, K * D), (H * D, C), (C, F), (C, F), (F, C):
@@ -521,7 +523,7 @@ def run_floor(steps: int, threads: int, precision: str) -> dict:
 
 
 def run(program: str, folder: Path, out: Path, a) -> dict:
-    "A program in this process."
+    "Run a program in this process."
     kind, *how = program.split()
     if kind == "minigpt":
         return run_ours(folder, out, a.steps, a.threads, **OURS[program])
@@ -534,8 +536,8 @@ def run(program: str, folder: Path, out: Path, a) -> dict:
     )
 
 
-# --- measuring ------------------------------------------------------------------------------------
-def quiet(wait: float):
+# --- measurement ----------------------------------------------------------------------------------
+def wait_until_quiet(wait: float):
     "Wait until other programs use less than a fifth of a core."
     import psutil
 
@@ -545,7 +547,7 @@ def quiet(wait: float):
 
 
 def measure(program: str, folder: Path, steps: int, a) -> dict:
-    "One program in a process of its own; again, where another program took processor time away."
+    "Run one program in its own process; repeat if another program used processor time."
     env = {
         **os.environ,
         "OMP_NUM_THREADS": str(a.threads),
@@ -570,7 +572,7 @@ def measure(program: str, folder: Path, steps: int, a) -> dict:
         str(folder),
     ]
     for tries_left in reversed(range(1 + a.retries)):
-        quiet(a.wait)
+        wait_until_quiet(a.wait)
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run([*call, out], env=env, capture_output=True, text=True)
         if done.returncode:
@@ -578,7 +580,7 @@ def measure(program: str, folder: Path, steps: int, a) -> dict:
         m = json.loads(done.stdout.splitlines()[-1])
         disturbed = m["others"] > 0.2
         print(
-            f"{program:<{WIDTH}} {m['tokens_per_second']:7,.0f} tokens/s, {m['step_ms']:.0f} ms a"
+            f"{program:<{WIDTH}} {m['tokens_per_second']:7,.0f} tokens/s, {m['step_ms']:.0f} ms per"
             f" step, others {m['others']:.2f} cores"
             + (f", loss {m['losses'][0]:.3f} → {m['losses'][-1]:.3f}" if m["losses"] else "")
             + (f" ({m['note']})" if "note" in m else "")
@@ -590,8 +592,8 @@ def measure(program: str, folder: Path, steps: int, a) -> dict:
     return m
 
 
-def same_work(program: str, m: dict, ours: dict):
-    "Does its loss fall, as ours does, and equally where model and batches are the same?"
+def check_equal_work(program: str, m: dict, ours: dict):
+    "Check that the loss falls, and equals ours if model and batches are the same."
     if not m["losses"]:
         return
     assert m["losses"][-1] < m["losses"][0], f"{program}: the loss does not fall: {m['losses']}"
@@ -615,8 +617,8 @@ def same_work(program: str, m: dict, ours: dict):
 WIDTH = 40  # of a program's name
 
 
-def table(results: dict[str, list[dict]]) -> float:  # Ours in its defaults / the fastest Trainer
-    "Tokens/s of every round, their medians, what share of the floor they are, and ours / theirs."
+def table(results: dict[str, list[dict]]) -> float:  # ours in its defaults / the fastest Trainer
+    "Print tokens/s of every round, medians, shares of the floor; return ours / theirs."
     speed = {k: [m["tokens_per_second"] for m in v] for k, v in results.items()}
     middle = {k: statistics.median(v) for k, v in speed.items()}
     floor = lambda k: middle[
@@ -645,27 +647,24 @@ def table(results: dict[str, list[dict]]) -> float:  # Ours in its defaults / th
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--steps", type=int, default=40, help="steps that are measured; 6 more are run")
+    p.add_argument("--steps", type=int, default=40, help="steps to measure; 6 more are run")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument(
         "--wait",
         type=float,
         default=30,
-        help="seconds to wait, at most, for other programs to be quiet before each measurement",
+        help="maximum seconds to wait before each measurement until other programs are idle",
     )
     p.add_argument(
         "--retries",
         type=int,
         default=2,
         help=(
-            "how often to repeat a measurement during which other programs used more than a fifth"
-            " of a core"
+            "how often to repeat a measurement if other programs used more than a fifth of a core"
         ),
     )
-    p.add_argument(
-        "--all", action="store_true", help="measure every program in all of its settings"
-    )
+    p.add_argument("--all", action="store_true", help="measure all settings of every program")
     p.add_argument(
         "--nanogpt", default="", metavar="DIR", help="measure nanoGPT's train.py in this folder too"
     )
@@ -703,7 +702,7 @@ def main():
             for name in list(results)[:: -1 if r % 2 else 1]:
                 results[name].append(measure(name, Path(folder), total, a))
             for name, found in results.items():
-                same_work(name, found[-1], results["minigpt fit"][-1])
+                check_equal_work(name, found[-1], results["minigpt fit"][-1])
 
     print(
         f"\n{results['minigpt fit'][0]['params']:,} parameters; {a.steps} steps of {BATCH} × {SEQ}"

@@ -5,44 +5,43 @@
     python -m bench.train_gpu --only fit Trainer     # programs with one of these in their name
     python -m bench.train_gpu --smoke                # a tiny model on the CPU: does everything run?
 
-Printed are tokens/s, model FLOPs utilisation, memory and seconds to the first step; with --smoke
-the figures mean nothing.
+It prints tokens/s, model FLOPs utilization, memory and seconds to the first step; with --smoke the
+figures are meaningless.
 
-Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences a step, one round: `fit`
+Measured so far, on an H200 with torch 2.11, 124M in bf16, 64 sequences per step, one round: `fit`
 521,000 tokens/s, an MFU of 45.0%; Trainer compiled 429,000 (37.1%), so the ratio was 1.22. Both
-computed rightly, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass
-over the logits, which has not been timed. The other programs, fp16 and `medium` have not been
-measured.
+were correct, and losses were equal to 0.2%. Since then the loss in bf16 takes one more pass over
+the logits, which has not been timed. The other programs, fp16 and `medium` have not been measured.
 
 124M      the shape of GPT-2: 12 layers, 12 heads, width 768, vocabulary 50,304. Ours is a Llama
           with FFN 2,048: 123,587,328 parameters, as many as GPT-2 has without biases and positions.
 medium    our preset: 20 layers, 16 heads (4 for keys and values), width 640, FFN 2,048, vocabulary
           20,000: 111,949,440 parameters.
-Sequences of 1,024 tokens of the built-in corpus, as many at once as suit the memory (--batch),
+Sequences of 1,024 tokens of the built-in corpus, as many per step as fit into memory (--batch),
 AdamW, gradients clipped at 1, constant learning rate.
 
-minigpt   `fit` in its defaults, eager, compiled, and compiled with max-autotune; no progress bar,
-          plot and validation. It is announced as a run of 10,000 steps and cut off, so that it
-          chooses as in a long run.
+minigpt   `fit` with its defaults, eager, compiled, and compiled with max-autotune; no progress bar,
+          plot and validation. It is configured as a run of 10,000 steps and stopped early, so that
+          it makes the choices of a long run.
 Trainer   Hugging Face's, on its own Llama with our weights and batches, eager and compiled: sdpa
-          attention (which takes the flash kernel), fused AdamW, TF32 where a product is left in
-          fp32, no saving, evaluation or logging, tokens ready in pinned memory.
-bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without biases, as wide
-          inside as makes their parameters those of ours, flash attention, fused AdamW, autocast,
-          the next batch on its way during a step; eager and compiled as a whole.
+          attention (which takes the flash kernel), fused AdamW, TF32 for products that stay in
+          fp32, no saving, evaluation or logging, tokens prepared in pinned memory.
+bare      a loop and a model like nanoGPT's, written here: GPT-2 blocks without biases, with an
+          inner width that gives as many parameters as ours, flash attention, fused AdamW, autocast,
+          the next batch transferred during a step; eager and compiled.
 
-First it is checked that ours computes the right thing: the loss and the gradients of a batch, in
-each precision, eager and compiled, against plain cross-entropy in fp32; and that a tiny run with
-dropout and `deterministic` that is cut off and goes on has, bit for bit, the losses of one that was
-left alone (not yet run on a GPU). In the timed runs every loss must fall, and the Trainer's must be
-ours to 5%. Each measurement is a process of its own, and the order changes from round to round.
-Time runs from the 10th step to the last, with the GPU waited for at both ends. "first" is how long
-it takes from the call, imports done, to the end of the first step; it is that of the first round,
-for which nothing has been compiled yet. MFU is (6N + 12·layers·heads·head width·length) operations
-a token, as nanoGPT and PaLM (arxiv.org/abs/2204.02311) count them, N without positions, against the
-peak of dense products that the data sheet promises (PEAKS), or, for a GPU that is not there and for
-the CPU, against what a product of large matrices reaches. The last line is the median over the
-rounds of ours in its defaults / the fastest Trainer, for the first size and precision.
+First, the results are checked: the loss and the gradients of a batch, in each precision, eager and
+compiled, against plain cross-entropy in fp32; and a tiny run with dropout and `deterministic` that
+is interrupted and resumed must have, bit for bit, the losses of an uninterrupted one (not yet run
+on a GPU). In the timed runs every loss must fall, and the Trainer's must equal ours to 5%. Each
+measurement runs in its own process, and the order changes every round. Time is measured from the
+10th step to the last, with the GPU synchronized at both ends. "first" is the time from the call,
+after the imports, to the end of the first step, in the first round, when nothing has been compiled
+yet. MFU is (6N + 12·layers·heads·head width·length) operations per token, as in nanoGPT and PaLM
+(arxiv.org/abs/2204.02311), N without positions, divided by the peak of dense products in the data
+sheet (PEAKS), or, for other GPUs and the CPU, by what a product of large matrices reaches. The last
+line is the median over the rounds of ours in its defaults / the fastest Trainer, for the first size
+and precision.
 """
 
 import argparse
@@ -68,7 +67,7 @@ SIZES = {
     "medium": dict(vocab_size=20_000, dim=640, n_layer=20, n_head=16, n_kv_head=4, ffn_dim=2048),
     "smoke": dict(vocab_size=600, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64),
 }
-ANNOUNCED = 10_000  # steps of the run that `fit` believes in
+ANNOUNCED = 10_000  # steps of the run that `fit` plans
 LR, DECAY, BETAS = 6e-4, 0.1, (0.9, 0.95)
 OURS = {
     "minigpt fit": {},
@@ -82,10 +81,10 @@ SMOKE = [
     "minigpt eager",
     "Trainer eager",
     "bare eager",
-]  # compiling takes longer than the suite has
-# Operations a second, dense, fp16 or bf16 with fp32 sums; NVIDIA's data sheets: H100 and H200 SXM
-# (half of the figure "with sparsity"), H100 PCIe, A100, L4 (half likewise), T4; RTX 4090: Ada white
-# paper, appendix A
+]  # compiling takes longer than the test suite allows
+# Dense operations per second, fp16 or bf16 with fp32 sums, from NVIDIA's data sheets: H100 and H200
+# SXM (half of the figure "with sparsity"), H100 PCIe, A100, L4 (also half), T4; RTX 4090: Ada white
+# paper, appendix A.
 PEAKS = {
     r"H100 PCIe": 756e12,
     r"H[12]00": 989e12,
@@ -102,8 +101,10 @@ def gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def peak(precision: str) -> tuple[float, str]:  # Operations a second, and whose figure this is
-    "What the machine can compute at best."
+def peak(
+    precision: str,
+) -> tuple[float, str]:  # operations per second, and the source of the figure
+    "Return the peak of the machine."
     import torch
 
     from minigpt.train.speed import machine_flops
@@ -121,15 +122,16 @@ def peak(precision: str) -> tuple[float, str]:  # Operations a second, and whose
 
 
 def flops_per_token(params: int, shape: dict, length: int) -> int:
-    "Operations of forward and backward."
+    "Return the operations of forward and backward."
     return 6 * params + 12 * shape["n_layer"] * shape["dim"] * length  # heads × their width = dim
 
 
 # --- what the processes share ---------------------------------------------------------------------
 def prepare(folder: Path, megabytes: float):
-    """Token set of the built-in corpus, and its tokenizer: the same for every size.
+    """Write the token set of the built-in corpus and its tokenizer, the same for every size.
 
-    Their embeddings have rows to spare."""
+    The embeddings have spare rows.
+    """
     from minigpt.data.corpus import write_corpus
     from minigpt.data.tokensets import build_tokenset, data_files, sample_texts
     from minigpt.tokenizer.bpe import train_tokenizer
@@ -145,18 +147,18 @@ def prepare(folder: Path, megabytes: float):
 
 @dataclass
 class Case:
-    "What every program gets."
+    "The input of every program."
 
-    folder: Path  # Of `prepare`
-    size: str  # Of SIZES
+    folder: Path  # of `prepare`
+    size: str  # key of SIZES
     precision: str  # bf16 or fp16
-    batch: int  # Sequences of a step
-    length: int  # Tokens of a sequence
-    steps: int  # All steps
-    warm: int  # Of these, the first ones, which are not measured
+    batch: int  # sequences per step
+    length: int  # tokens per sequence
+    steps: int  # all steps
+    warm: int  # the first of them, which are not measured
 
     def __post_init__(self):
-        self.folder = Path(self.folder)  # a text where it comes from another process
+        self.folder = Path(self.folder)  # a string if it comes from another process
 
     @property
     def shape(self) -> dict:
@@ -180,7 +182,7 @@ class Case:
         return TokenSet(self.folder / "data" / "train")
 
     def batches(self) -> list[dict]:  # ids and labels, (batch, length) int64
-        "The batches that `fit` will see."
+        "Return the batches that `fit` will use."
         from minigpt.data.tokensets import loader
 
         return list(
@@ -189,7 +191,7 @@ class Case:
 
 
 class Clock:
-    "When the first step ended, and the steps between which time counts."
+    "The end of the first step, and the steps between which time is measured."
 
     def __init__(self, case: Case):
         self.case, self.at, self.began = case, {}, time.perf_counter()
@@ -204,7 +206,7 @@ class Clock:
         self.at[step] = time.perf_counter()
 
     def facts(self, params: int, losses: list[float]) -> dict:
-        "What one process reports; `losses` are means over ten steps."
+        "Return what one process reports; `losses` are means over ten steps."
         import psutil
         import torch
 
@@ -223,15 +225,15 @@ class Clock:
 
 
 def tens(losses: list) -> list[float]:
-    "Means over ten steps of losses that are still on the device."
+    "Return means over ten steps of losses that are still on the device."
     import torch
 
     return torch.stack(losses).view(-1, 10).mean(1).tolist()
 
 
-# --- is it right? ---------------------------------------------------------------------------------
-def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
-    "Loss and gradients of ours against plain cross-entropy in fp32, on the same weights."
+# --- correctness ----------------------------------------------------------------------------------
+def check(case: Case, modes: list[str]) -> list[str]:  # one line per mode
+    "Compare loss and gradients of ours with plain cross-entropy in fp32, on the same weights."
     import torch
     import torch.nn.functional as F
 
@@ -274,13 +276,15 @@ def check(case: Case, modes: list[str]) -> list[str]:  # A line for each mode
         )
         lines.append(
             f"{case.precision} {mode}: loss {loss.item():.5f} (plain fp32: {plain.item():.5f}),"
-            f" gradients {off[1]:.3%} off; a run that was cut off {goes_on(case, mode)}"
+            f" gradients {off[1]:.3%} off; an interrupted run {check_resume(case, mode)}"
         )
     return lines
 
 
-def goes_on(case: Case, mode: str) -> str:  # How it goes on
-    "A run of 12 steps, cut off behind the 7th and called again, against one that was left alone."
+def check_resume(case: Case, mode: str) -> str:
+    """Check that a run of 12 steps, interrupted after step 7 and resumed, equals an uninterrupted
+    one.
+    """
     import torch
 
     from minigpt.model.gpt import GPT, GPTConfig
@@ -288,22 +292,20 @@ def goes_on(case: Case, mode: str) -> str:  # How it goes on
     from minigpt.tokenizer.bpe import load_tokenizer
     from minigpt.train.trainer import Callback, fit
 
-    class Off(Exception):
-        "The power is."
+    class Interrupted(Exception):
+        "The run is interrupted."
 
-    class At7(Callback):
+    class InterruptAt7(Callback):
         def on_step(self, t):
             if t.step == 7:
-                raise Off
+                raise Interrupted
 
-    length = (
-        1024 if gpu() else 32
-    )  # long enough for attention's gradient to be added up in several parts
+    length = 1024 if gpu() else 32  # long enough to sum attention's gradient in several parts
 
     def losses(out, *callbacks):
         torch.manual_seed(0)
         model = GPT(GPTConfig(**SIZES["smoke"], max_len=length, dropout=0.1))
-        with contextlib.suppress(Off):
+        with contextlib.suppress(Interrupted):
             fit(
                 model,
                 case.data(),
@@ -326,13 +328,13 @@ def goes_on(case: Case, mode: str) -> str:  # How it goes on
         return [r["loss"] for r in open_run(out).history if "loss" in r]
 
     with tempfile.TemporaryDirectory() as out:
-        alone = losses(Path(out) / "alone")
-        losses(Path(out) / "cut", At7())
+        uninterrupted = losses(Path(out) / "alone")
+        losses(Path(out) / "cut", InterruptAt7())
         after = losses(Path(out) / "cut")
-    assert len(alone) == 12 and alone == after, (
-        f"{case.precision} {mode}: {alone} without an interruption, {after} with one"
+    assert len(uninterrupted) == 12 and uninterrupted == after, (
+        f"{case.precision} {mode}: {uninterrupted} without an interruption, {after} with one"
     )
-    return "goes on bit for bit"
+    return "resumes bit for bit"
 
 
 # --- the programs ---------------------------------------------------------------------------------
@@ -344,18 +346,18 @@ def run_ours(case: Case, settings: dict) -> dict:
 
     clock = Clock(case)
 
-    class Enough(Exception):
+    class StopAfterMeasurement(Exception):
         "All steps are measured."
 
     class Tick(Callback):
         def on_step(self, t):
             clock.tick(t.step)
             if t.step == case.steps:
-                raise Enough
+                raise StopAfterMeasurement
 
     model = case.model()
     with tempfile.TemporaryDirectory() as out:
-        with contextlib.suppress(Enough):
+        with contextlib.suppress(StopAfterMeasurement):
             fit(
                 model,
                 case.data(),
@@ -405,7 +407,7 @@ def run_trainer(case: Case, compiled: bool) -> dict:
             clock.tick(state.global_step)
 
     class Batches(torch.utils.data.Dataset):
-        "A slice of the tensors is a batch; nothing to collate."
+        "A batch is a slice of the tensors; nothing to collate."
 
         def __init__(self):
             self.ids, self.labels = (
@@ -476,7 +478,7 @@ def run_trainer(case: Case, compiled: bool) -> dict:
 
 
 def bare_model(shape: dict, length: int):
-    "A GPT-2 without biases, with as many parameters as ours has, positions apart."
+    "Return a GPT-2 without biases, with as many parameters as ours apart from positions."
     import torch.nn.functional as F
     from torch import nn
 
@@ -538,7 +540,7 @@ def bare_model(shape: dict, length: int):
 
 
 def run_bare(case: Case, compiled: bool) -> dict:
-    "As little as a training loop can be."
+    "A minimal training loop."
     import torch
 
     clock, losses = Clock(case), []
@@ -580,7 +582,7 @@ def run_bare(case: Case, compiled: bool) -> dict:
 
 
 def run(program: str, case: Case) -> dict:
-    "A program in this process."
+    "Run a program in this process."
     kind, how = program.split()
     return (
         run_ours(case, OURS[program])
@@ -589,14 +591,14 @@ def run(program: str, case: Case) -> dict:
     )
 
 
-# --- measuring ------------------------------------------------------------------------------------
+# --- measurement ----------------------------------------------------------------------------------
 def child(task: str, case: Case) -> dict | list:
-    "A program, or `check eager compiled`, in this process."
+    "Run a program, or `check eager compiled`, in this process."
     return check(case, task.split()[1:]) if task.startswith("check") else run(task, case)
 
 
 def in_process(task: str, case: Case) -> dict | list:
-    "The same in a process of its own; what it has compiled is kept for the next round."
+    "Run it in its own process; compiled code is cached for the next round."
     cache = case.folder / f"cache of {task} {case.size} {case.precision}"
     env = {
         **os.environ,
@@ -618,8 +620,8 @@ def in_process(task: str, case: Case) -> dict | list:
 
 def measure(
     names: list[str], case: Case, rounds: int, smoke: bool
-) -> dict[str, list[dict]]:  # Program → its measurements
-    "Alternating rounds; a program that fails (out of memory, say) is named, and then left out"
+) -> dict[str, list[dict]]:  # program → its measurements
+    "Alternate the programs; one that fails (out of memory, for example) is reported and left out."
     results = {n: [] for n in names}
     for r in range(rounds):
         for name in list(results)[:: -1 if r % 2 else 1]:
@@ -643,12 +645,12 @@ def measure(
                 + (f" ({m['note']})" if "note" in m else ""),
                 flush=True,
             )
-    same_losses(results)
+    check_equal_losses(results)
     return results
 
 
-def same_losses(results: dict[str, list[dict]]):
-    "Are the Trainer's losses ours?"
+def check_equal_losses(results: dict[str, list[dict]]):
+    "Check that the Trainer's losses equal ours."
     ours = next((v[0] for k, v in results.items() if k.startswith("minigpt")), None)
     for k, v in results.items():
         if ours and k.startswith("Trainer"):
@@ -659,12 +661,12 @@ def same_losses(results: dict[str, list[dict]]):
 
 def table(
     results: dict[str, list[dict]], case: Case
-) -> float | None:  # Ours in its defaults / the fastest Trainer
-    "A line a program."
+) -> float | None:  # ours in its defaults / the fastest Trainer
+    "Print one line per program."
     limit, whose = peak(case.precision)
     middle = {k: statistics.median(m["tokens_per_second"] for m in v) for k, v in results.items()}
     print(
-        f"\n{case.size} {case.precision}: {case.batch} × {case.length} tokens a step,"
+        f"\n{case.size} {case.precision}: {case.batch} × {case.length} tokens per step,"
         f" {case.steps - case.warm} steps; peak {limit / 1e12:,.3g} TFLOP/s ({whose})"
     )
     print(f"{'program':<24}{'parameters':>12}{'tokens/s':>12}{'MFU':>7}{'memory':>11}{'first':>9}")
@@ -687,8 +689,8 @@ def table(
     return ratio
 
 
-def usual_batch() -> int:
-    "Sequences of 1,024 tokens that every program holds at once."
+def default_batch() -> int:
+    "Return how many sequences of 1,024 tokens fit into memory with every program."
     import torch
 
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -702,7 +704,7 @@ def main():
         "--precisions",
         nargs="+",
         choices=["bf16", "fp16"],
-        help="default: both, but fp16 alone before Ampere, which has no bf16",
+        help="default: both, but only fp16 before Ampere, which has no bf16",
     )
     p.add_argument(
         "--only",
@@ -716,15 +718,15 @@ def main():
         "--steps",
         type=int,
         default=50,
-        help="steps that are measured, a multiple of 10; 10 more are run",
+        help="steps to measure, a multiple of 10; 10 more are run",
     )
     p.add_argument(
-        "--batch", type=int, help="sequences of a step; default: by the memory of the GPU"
+        "--batch", type=int, help="sequences per step; default: depends on the memory of the GPU"
     )
     p.add_argument(
         "--smoke",
         action="store_true",
-        help="a tiny model on the CPU, in one round, hardly any of it in processes of their own",
+        help="a tiny model on the CPU, in one round, mostly in one process",
     )
     p.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -750,7 +752,7 @@ def main():
         print("transformers or accelerate is not installed: no Trainer")
         names = [n for n in names if not n.startswith("Trainer")]
     sizes, length, batch = (
-        (["smoke"], 32, 4) if a.smoke else (a.sizes, 1024, a.batch or usual_batch())
+        (["smoke"], 32, 4) if a.smoke else (a.sizes, 1024, a.batch or default_batch())
     )
     precisions = (
         ["bf16"]
@@ -773,7 +775,7 @@ def main():
                     if a.smoke
                     else in_process("check eager compiled", case)
                 )
-                print(f"{size}, is it right?", *lines, sep="\n  ", flush=True)
+                print(f"{size}, correctness", *lines, sep="\n  ", flush=True)
                 ratios.append(table(measure(names, case, a.rounds, a.smoke), case))
     if ratios[0]:
         print(f"ratio {ratios[0]:.2f}")

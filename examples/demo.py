@@ -1,4 +1,4 @@
-"""The whole of minigpt in a few minutes: train, be killed, resume, look at what came out.
+"""Try minigpt in a few minutes: train, get killed, resume, and look at the results.
 
 python examples/demo.py [--steps N]
 """
@@ -15,7 +15,7 @@ RUN = Path("runs/demo")
 
 
 def train(steps: int):
-    "One process that trains; it does not know whether it begins or goes on."
+    "Train in this process; it does not know whether it starts or resumes."
     from minigpt.model.gpt import GPTConfig
     from minigpt.train.trainer import fit
 
@@ -41,8 +41,8 @@ def start(steps: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__, "--train", "--steps", str(steps)])
 
 
-def kill_in_the_middle(steps: int):
-    "Start training, and end it with SIGKILL after its third checkpoint: no handler runs"
+def train_until_killed(steps: int):
+    "Start training and kill it with SIGKILL after its third checkpoint: no handler runs."
     from minigpt.run.folder import Run
 
     child, run = start(steps), Run(RUN)
@@ -52,9 +52,7 @@ def kill_in_the_middle(steps: int):
         time.sleep(0.2)
     time.sleep(2)
     if child.poll() is not None:
-        sys.exit(
-            f"training ended by itself with exit code {child.returncode} before it could be killed"
-        )
+        sys.exit(f"training exited with code {child.returncode} before the kill")
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     steps_logged = [r["step"] for r in run.history]
@@ -65,7 +63,7 @@ def kill_in_the_middle(steps: int):
 
 
 def report(seconds: float):
-    "What a user would look at afterwards."
+    "Print what a user would look at afterwards."
     import numpy as np
 
     from minigpt.core.files import human_size, human_time
@@ -80,8 +78,8 @@ def report(seconds: float):
     )
     loss = [r["eval_loss"] for r in run.history if "eval_loss" in r][-1]
     print(
-        f"\nAttempts started at steps {[a['step'] for a in run.facts['attempts']]}: the second went"
-        " on where the first had saved."
+        f"\nAttempts started at steps {[a['step'] for a in run.facts['attempts']]}: the second"
+        " resumed from the checkpoint of the first."
     )
     print(
         f"Validation loss {loss:.3f} nats per token; a trigram model of the same tokens reaches"
@@ -101,17 +99,17 @@ def report(seconds: float):
         )
     )
     print(
-        f"\nLoss curve: {RUN / 'plots' / 'loss_curve_latest.png'}   All of it took"
+        f"\nLoss curve: {RUN / 'plots' / 'loss_curve_latest.png'}   Total time:"
         f" {human_time(seconds)}."
     )
     if loss >= trigram:
-        print("The model is not better than a trigram model yet: it needs more steps.")
+        print("The model is not better than a trigram model yet: train it for more steps.")
 
 
 def main():
     args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args.add_argument(
-        "--steps", type=int, default=640, help="optimizer steps; fewer to try the demo itself"
+        "--steps", type=int, default=640, help="optimizer steps; fewer for a quick try"
     )
     args.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     args = args.parse_args()
@@ -122,7 +120,7 @@ def main():
     if RUN.exists():
         print(f"an earlier demo is kept as {set_aside(RUN, 'old')}")
     began = time.time()
-    kill_in_the_middle(args.steps)
+    train_until_killed(args.steps)
     if start(args.steps).wait():
         sys.exit("the resumed training failed")
     report(time.time() - began)

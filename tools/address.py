@@ -1,10 +1,11 @@
-"""Puts settings.ini's address (user, repo, branch) wherever the repository names itself.
+"""Update the address of the repository (user, repo, branch in settings.ini) in all files.
 
     python tools/address.py [--check]
 
-That is pyproject.toml's urls, and in the notebooks the Open-in-Colab badges, the install cells
-(`git+https://...`) and plain links to the repository. README.md follows from nbs/index.ipynb
-(tools/readme.py)."""
+The files are pyproject.toml (urls) and the notebooks: Open-in-Colab badges, install cells
+(`git+https://...`) and links to the repository. README.md follows from nbs/index.ipynb
+(tools/readme.py).
+"""
 
 import re
 import sys
@@ -12,13 +13,14 @@ import sys
 from project import ROOT, notebooks, settings
 
 name = r"[\w-][\w.-]*?"
-end = r"(?=\.git\b|\.?(?![\w.-]))"  # a name may hold dots, but ends neither in one nor in .git
+end = r"(?=\.git\b|\.?(?![\w.-]))"  # a name may contain dots, but does not end in one or in .git
 
 
-def rewritten(text, cfg, old):
-    """`text` of a notebook with every mention of the repository brought to the address in `cfg`.
+def rewrite(text, cfg, old):
+    """Return `text` of a notebook with every address replaced by the one in `cfg`.
 
-    `old` is the address until now."""
+    `old` is the previous address.
+    """
     user, repo, branch = cfg["user"], cfg["repo"], cfg["branch"]
     text = re.sub(
         rf"(colab\.research\.google\.com/github)/{name}/{name}/blob/[^/\s]+/",
@@ -29,15 +31,15 @@ def rewritten(text, cfg, old):
     return re.sub(rf"{re.escape(old)}{end}", f"https://github.com/{user}/{repo}", text)
 
 
-def changes(root=ROOT):
-    "The files that name another address than settings.ini: path to new text"
+def changed_files(root=ROOT):
+    "Return the files with another address than settings.ini: path → new text."
     cfg, res = settings(root), {}
     project = root / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     old = re.search(r'^Repository = "(.*)"$', text, re.M)[1]
     for path in notebooks(root):
         was = path.read_text(encoding="utf-8")
-        if (now := rewritten(was, cfg, old)) != was:
+        if (now := rewrite(was, cfg, old)) != was:
             res[path] = now
     now = re.sub(r'^Repository = ".*"$', f'Repository = "{cfg["git_url"]}"', text, flags=re.M)
     now = re.sub(
@@ -53,11 +55,11 @@ def changes(root=ROOT):
 
 
 if __name__ == "__main__":
-    found = changes()
+    found = changed_files()
     if "--check" in sys.argv:
         for path in found:
             print(
-                f"{path.relative_to(ROOT)} names another address than settings.ini: run `make"
+                f"{path.relative_to(ROOT)} has another address than settings.ini: run `make"
                 " address`"
             )
         sys.exit(bool(found))

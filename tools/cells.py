@@ -1,8 +1,9 @@
-"""Exported cells that say too much: `python tools/cells.py` lists them.
+"""List exported cells that are too large: `python tools/cells.py`.
 
 A cell has one idea: at most 60 lines and 3 definitions. A class whose methods belong together may
-have 150 lines, where CLASSES names it. How many cells of each notebook say more stands in
-tools/cells.json; the numbers only fall: `--write` lowers them."""
+have 150 lines if CLASSES names it. tools/cells.json holds the number of larger cells of each
+notebook; the numbers only fall: `--write` lowers them.
+"""
 
 import ast
 import json
@@ -33,7 +34,7 @@ COUNTS = ROOT / "tools" / "cells.json"
 
 
 def excess(source):
-    "Why an exported cell says too much; an empty string: it does not"
+    "Return why an exported cell is too large, or an empty string."
     body = ast.parse(source).body
     defined = [o for o in body if isinstance(o, (ast.FunctionDef, ast.ClassDef))]
     lines = len(source.splitlines())
@@ -44,8 +45,8 @@ def excess(source):
     return f"{len(defined)} definitions" if len(defined) > DEFINITIONS else ""
 
 
-def large():
-    "(notebook, first name, reason) of each exported cell that says too much"
+def large_cells():
+    "Return (notebook, first name, reason) of each exported cell that is too large."
     for path in lessons():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             flags, source = directives(joined(cell["source"]))
@@ -58,9 +59,9 @@ def large():
 
 
 def problems():
-    "Notebooks with more large cells than tools/cells.json says, or fewer"
+    "Return notebooks whose number of large cells differs from tools/cells.json."
     before = json.loads(COUNTS.read_text(encoding="utf-8"))
-    now = Counter(path for path, *_ in large())
+    now = Counter(path for path, *_ in large_cells())
     for path in sorted({*before, *now}):
         had, has = before.get(path, 0), now[path]
         if has > had:
@@ -70,7 +71,7 @@ def problems():
 
 
 if __name__ == "__main__":
-    found = list(large())
+    found = list(large_cells())
     if "--write" in sys.argv:
         counts = Counter(path for path, *_ in found)
         COUNTS.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,9 @@
-"""What a commit must satisfy before anything runs: `python tools/check.py`.
+"""Check the tree before a commit: `python tools/check.py`.
 
-The modules are what the notebooks export, notebooks are clean, README.md and the addresses are
-fresh; ruff finds nothing, packages import only packages below them, and no more exported cells
-than before say too much. It works on a copy, so it changes nothing here."""
+The modules equal what the notebooks export, notebooks are clean, README.md and the addresses are
+up to date, ruff finds nothing, packages import only packages below them, and no more exported cells
+than before are too large. It works on a copy and changes nothing.
+"""
 
 import subprocess
 import sys
@@ -25,7 +26,9 @@ def files(root):
 
 
 def check_export():
-    "Problems of minigpt/; the copy starts without modules, so one without a notebook shows"
+    """Return the problems of minigpt/; the copy starts without modules, so one without a notebook
+    shows.
+    """
     with tempfile.TemporaryDirectory() as d:
         tree = Path(d) / settings()["repo"]
         copy_tree(tree)
@@ -42,18 +45,18 @@ def check_export():
 
 
 def check_style():
-    "What ruff and import-linter find"
-    here = Path(sys.executable).parent
-    for command, cure in (
+    "Yield what ruff and import-linter find."
+    bin_dir = Path(sys.executable).parent
+    for command, fix in (
         (["ruff", "format", "--check", "--quiet"], "run `ruff format`"),
-        (["ruff", "check", "--quiet", "--output-format", "concise"], "mend it"),
+        (["ruff", "check", "--quiet", "--output-format", "concise"], "fix it"),
         (["lint-imports", "--no-logo"], "an import must point to a package below"),
     ):
         done = subprocess.run(
-            [here / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
+            [bin_dir / command[0], *command[1:]], cwd=ROOT, capture_output=True, text=True
         )
         if done.returncode:
-            yield f"{' '.join(command[:2])}: {cure}\n{done.stdout}{done.stderr}"
+            yield f"{' '.join(command[:2])}: {fix}\n{done.stdout}{done.stderr}"
 
 
 if __name__ == "__main__":
@@ -63,12 +66,14 @@ if __name__ == "__main__":
         for p in clean.unclean(notebooks())
     ]
     problems += [
-        f"{p.relative_to(ROOT)} names another address than settings.ini: run `make address`"
-        for p in address.changes()
+        f"{p.relative_to(ROOT)} has another address than settings.ini: run `make address`"
+        for p in address.changed_files()
     ]
     problems += [f"{p.relative_to(ROOT)} is stale: run `make readme`" for p in readme.stale()]
     for o in problems:
         print(o, file=sys.stderr)
     if problems:
         sys.exit(1)
-    print(f"{len(notebooks())} notebooks: clean, exported, formatted; README and addresses fresh")
+    print(
+        f"{len(notebooks())} notebooks: clean, exported, formatted; README and addresses up to date"
+    )

@@ -1,10 +1,11 @@
-"""Notebooks as they are committed: those that are named, or all of nbs/.
+"""Clean notebooks for a commit: the given ones, or all of nbs/.
 
     python tools/clean.py [--check] [notebook ...]
 
-What nbdev-clean does (execution counts, stray metadata; `accelerator` and `colab` stay, so that a
-GPU notebook opens on a GPU, and so do `cellView` and `jupyter`, which fold a cell), and without the
-state of widgets, which is large and of no use once the kernel is gone."""
+It does what nbdev-clean does (it removes execution counts and stray metadata; `accelerator` and
+`colab` stay, so that a GPU notebook opens on a GPU, and so do `cellView` and `jupyter`, which fold
+a cell), and removes the state of widgets, which is large and useless once the kernel is gone.
+"""
 
 import json
 import sys
@@ -19,7 +20,7 @@ view = "application/vnd.jupyter.widget-view+json"
 
 
 def without_widgets(outputs):
-    "`outputs` without views of widgets; one that has nothing to show besides is dropped"
+    "Return `outputs` without widget views; an output with nothing else is dropped."
     res = []
     for o in outputs:
         data = o.get("data", {})
@@ -30,8 +31,8 @@ def without_widgets(outputs):
     return res
 
 
-def cleaned(text):
-    "The text of a notebook, cleaned"
+def clean_text(text):
+    "Return the cleaned text of a notebook."
     nb, cfg = json.loads(text), get_config(ROOT)
     kept = ("allowed_metadata_keys", "allowed_cell_metadata_keys")
     clean_nb(nb, **{k: cfg.get(k) for k in kept}, clean_ids=cfg.clean_ids)
@@ -43,9 +44,9 @@ def cleaned(text):
 
 
 def unclean(paths):
-    "Those of `paths` that cleaning would change: path to new text"
+    "Return those of `paths` that cleaning would change: path → new text."
     texts = {p: p.read_text(encoding="utf-8") for p in paths}
-    return {p: new for p, text in texts.items() if (new := cleaned(text)) != text}
+    return {p: new for p, text in texts.items() if (new := clean_text(text)) != text}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The tree under the nbdev that this Python has (`make compat-nbdev`: 2.4), on a copy.
+"""Check the tree with the installed nbdev (`make compat-nbdev`: 2.4), on a copy.
 
     python tools/compat_nbdev.py [notebook ...]
 
-Exporting gives the same code, and notebooks pass. The same code: nbdev 2.4 writes only the first `>
-` line as a module's docstring, nbdev 3 the exported Markdown cells as well; the docstring of a
-module is left out of the comparison, the rest must be equal.
+The export must give the same code, and the notebooks must pass. nbdev 2.4 writes only the first `>`
+line as the docstring of a module, nbdev 3 also the exported Markdown cells. So the docstrings of
+modules are not compared; the rest must be equal.
 """
 
 import ast
@@ -18,7 +18,7 @@ from project import ROOT, copy_tree, export, lessons, settings
 
 
 def code(text):
-    "A module as a syntax tree, without its docstring"
+    "Return a module as a syntax tree, without its docstring."
     tree = ast.parse(text)
     if ast.get_docstring(tree) is not None:
         tree.body.pop(0)
@@ -46,7 +46,7 @@ if __name__ == "__main__":
             or code((tree / m).read_text()) != code((ROOT / m).read_text())
         ]
         if wrong:
-            sys.exit("nbdev 2.4 exports other code than minigpt/ holds: " + ", ".join(wrong))
+            sys.exit("nbdev 2.4 exports different code: " + ", ".join(wrong))
         print(f"nbdev 2.4 exports the same code: {len(modules)} modules")
         env = {**os.environ, "PYTHONPATH": str(tree)}
         for nb in chosen:

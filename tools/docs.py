@@ -1,8 +1,8 @@
-"""The documentation site in _docs/site, from the notebooks: `python tools/docs.py [--serve]`.
+"""Build the documentation site in _docs/site from the notebooks: `python tools/docs.py [--serve]`.
 
 nbdev-proc-nbs turns each notebook into a page; the signature of a public symbol becomes a table of
-its parameters. Tutorials, README and changelog are copied; the pages in docs/ are written by
-hand. mkdocs-material builds the site, strictly: a broken link or anchor is an error.
+its parameters. Tutorials, README and changelog are copied; the pages in docs/ are written by hand.
+mkdocs-material builds the site in strict mode: a broken link or anchor is an error.
 """
 
 import ast
@@ -52,9 +52,9 @@ WRITTEN = {
     **{g: f"docs/{g}.md" for g in (*GUIDES, *ABOUT)},
     **{page: source for page, (_, source) in CHINESE.items()},
     "changelog": "CHANGELOG.md",
-}  # by hand: page to source
-# Each sign of Chinese is a word; lunr's trimmer knows no letters but ours, so what it would cut off
-# separates words instead
+}  # written by hand: page → source
+# Each Chinese character is a word. lunr's trimmer knows only Latin letters, so the characters that
+# it would remove separate words instead.
 SEARCH = {
     "separator": r"""[\s\-.,:;()\[\]"'`=/，。：；、（）“”]+|(?=[\u3000-\u9fff])""",
     "pipeline": ["stemmer", "stopWordFilter"],
@@ -83,7 +83,7 @@ def load(path):
 
 
 def modules():
-    "Module name to notebook, in reading order"
+    "Return module name → notebook, in reading order."
     found = {}
     for p in lessons():
         for c in load(p)["cells"]:
@@ -95,29 +95,29 @@ def modules():
 
 
 def reference(module):
-    "The page of a module: `train.trainer` stands at reference/train/trainer.md"
+    "Return the page of a module: `train.trainer` is reference/train/trainer.md."
     return f"reference/{module.replace('.', '/')}.md"
 
 
 def page_of(target):
-    "The page for a file of nbs/ or of the root, seen from the site's root; None: it has none"
+    "Return the page of a file of nbs/ or of the root, relative to the site's root, or None."
     if target.startswith("nbs/tutorials/"):
         return f"tutorials/{Path(target).stem}.md"
     if target == "nbs/index.ipynb" or target == "README.md":
         return "index.md"
     if target.startswith("nbs/images/"):
-        return Path(target).name  # README's; its page has them beside it
+        return Path(target).name  # of README; they are copied next to its page
     if page := next((p for p, source in WRITTEN.items() if target == source), None):
         return f"{page}.md"
     name = next((n for n, p in MODULES.items() if target == f"nbs/{p}"), None)
     return name and reference(name)
 
 
-def linked(text, source, page):
-    "Markdown with the links of `source`, a path in the repository, as they must read on `page`"
+def relink(text, source, page):
+    "Return Markdown in which the links of `source`, a repository path, are relative to `page`."
 
-    def to(link):
-        symbol = re.fullmatch(r"/([\w/]+)\.html(#.*)?", link)  # of nbdev
+    def replace_link(link):
+        symbol = re.fullmatch(r"/([\w/]+)\.html(#.*)?", link)  # a link of nbdev
         if symbol and (module := symbol[1].replace("/", ".")) in MODULES:
             to_page = posixpath.relpath(reference(module), posixpath.dirname(page))
             return to_page + (symbol[2] or "").lower()
@@ -131,12 +131,12 @@ def linked(text, source, page):
 
     parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
-        parts[i] = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + to(m[2]), parts[i])
+        parts[i] = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + replace_link(m[2]), parts[i])
     return "".join(parts)
 
 
-def shown(o, source, page, pictures, alt=""):
-    "An output as Markdown; a picture goes into `pictures`, path to bytes"
+def render_output(o, source, page, pictures, alt=""):
+    "Return an output as Markdown; add pictures to `pictures`, path → bytes."
     if o["output_type"] == "stream":
         return (
             ""
@@ -158,7 +158,7 @@ def shown(o, source, page, pictures, alt=""):
         )
     if "text/markdown" in data:
         text = joined(data["text/markdown"]).removeprefix("---\n").strip()
-        return linked(with_parameter_table(text), source, page)
+        return relink(with_parameter_table(text), source, page)
     return (
         block(ansi.sub("", joined(data["text/plain"])).strip("\n"), "text")
         if "text/plain" in data
@@ -174,19 +174,19 @@ SIGNATURE = re.compile(
 
 
 def with_parameter_table(text):
-    "A signature with a comment for each parameter, as a short signature and a table"
+    "Return a signature with parameter comments as a short signature and a table."
     return SIGNATURE.sub(lambda m: parameter_table(m) or m[0], text, count=1)
 
 
 def short_type(node):
-    "An annotation without the modules of its names"
+    "Return an annotation without the modules of its names."
     if node is None or ast.unparse(node) == "NoneType":  # nbdev's guess from a default
         return ""
     return re.sub(r"\b(?:\w+\.)+(?=\w)", "", ast.unparse(node))
 
 
 def parameter_table(m):
-    "The table of a `SIGNATURE`; None: it does not parse, or no parameter has a comment"
+    "Return the table of a `SIGNATURE`; None if it does not parse or has no comments."
     lines = [re.fullmatch(r" *(.*?),?(?: # (.*))?", l) for l in m["parameters"].splitlines()]
     returns = m["returns"].strip()
     try:
@@ -217,7 +217,7 @@ def parameter_table(m):
 
 
 def convert(notebook, source, page):
-    "Write a page from a notebook"
+    "Write a page from a notebook."
     parts, pictures = [], {}
     for cell in load(notebook)["cells"]:
         flags, text = directives(joined(cell["source"]))
@@ -231,29 +231,31 @@ def convert(notebook, source, page):
         elif "hide" in flags or text.startswith("<!-- WARNING"):
             continue
         elif cell["cell_type"] == "markdown":
-            parts.append(linked(text, source, page).strip())
+            parts.append(relink(text, source, page).strip())
         else:
             if flags.get("echo") != "false" and text:
                 parts.append(block(text, "python"))
             if flags.get("output") != "false":
                 alt = flags.get("fig-alt", "")
-                parts += [shown(o, source, page, pictures, alt) for o in cell.get("outputs", [])]
+                parts += [
+                    render_output(o, source, page, pictures, alt) for o in cell.get("outputs", [])
+                ]
     write(page, "\n\n".join(o for o in parts if o) + "\n")
     for name, raw in pictures.items():
         (SRC / name).write_bytes(raw)
 
 
-def settle():
-    "Links to symbols that show no heading of their own lead to their page"
+def redirect_missing_anchors():
+    "Redirect links to symbols without a heading to their page."
     text = {reference(m): (SRC / reference(m)).read_text(encoding="utf-8") for m in MODULES}
     has = {page: {h.lower() for h in re.findall(r"^#+ (\w+)", t, re.M)} for page, t in text.items()}
     for page, t in text.items():
 
-        def to(m, page=page):
+        def replace_link(m, page=page):
             target = posixpath.normpath(posixpath.join(posixpath.dirname(page), m[1]))
             return m[0] if m[2] in has.get(target, ()) else f"({m[1]})"
 
-        write(page, re.sub(r"\(([\w./]+\.md)#([\w.]+)\)", to, t))
+        write(page, re.sub(r"\(([\w./]+\.md)#([\w.]+)\)", replace_link, t))
 
 
 def write(page, text):
@@ -357,18 +359,18 @@ def main():
     shutil.rmtree(OUT, ignore_errors=True)
     for name, notebook in MODULES.items():
         convert(PROC / notebook, f"nbs/{notebook}", reference(name))
-    settle()
+    redirect_missing_anchors()
     for t in TUTORIALS:
         convert(ROOT / f"nbs/tutorials/{t}.ipynb", f"nbs/tutorials/{t}.ipynb", f"tutorials/{t}.md")
     convert(ROOT / "nbs/index.ipynb", "nbs/index.ipynb", "index.md")
     for page, source in WRITTEN.items():
         write(
-            f"{page}.md", linked((ROOT / source).read_text(encoding="utf-8"), source, f"{page}.md")
+            f"{page}.md", relink((ROOT / source).read_text(encoding="utf-8"), source, f"{page}.md")
         )
     write("extra.css", CSS)
     (OUT / "mkdocs.yml").write_text(
         json.dumps(configuration(), indent=1), encoding="utf-8"
-    )  # JSON is YAML
+    )  # JSON is valid YAML
     sys.exit(
         subprocess.run(
             [

@@ -1,8 +1,9 @@
-"""Sets up this clone's git: nbdev-merge merges notebooks, and unclean ones are not committed.
+"""Set up git in this clone: merge notebooks with nbdev-merge, refuse commits of unclean ones.
 
-Instead of nbdev-install-hooks, which also writes to Jupyter's configuration in the home folder and
-needs nbdev on PATH for every git command. Undo: `git config --remove-section merge.jupyternotebook`
-and remove the hook."""
+nbdev-install-hooks also writes to Jupyter's configuration in the home folder and needs nbdev on
+PATH for every git command. Undo: `git config --remove-section merge.jupyternotebook`, and remove
+the hook.
+"""
 
 import subprocess
 import sys
@@ -32,8 +33,10 @@ if __name__ == "__main__":
     git("config", "merge.jupyternotebook.driver", f'"{python.parent / "nbdev-merge"}" %O %A %B %P')
     path = ROOT / git("rev-parse", "--git-path", "hooks") / "pre-commit"
     if path.exists() and "make hooks" not in path.read_text():
-        sys.exit(f"{path} is not ours: left as it is. Add to it:\n{hook.format(bin=python.parent)}")
+        sys.exit(
+            f"{path} is not our hook and is unchanged. Add to it:\n{hook.format(bin=python.parent)}"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(hook.format(bin=python.parent))
     path.chmod(0o755)
-    print("Notebooks are merged by nbdev-merge, and checked before each commit.")
+    print("nbdev-merge merges notebooks, and each commit checks them.")

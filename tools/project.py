@@ -1,4 +1,4 @@
-"What the tools and tests/unit/project share: where things are, and what settings.ini says."
+"Shared by the tools and tests/unit/project: paths, and the contents of settings.ini."
 
 import os
 import re
@@ -10,21 +10,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INIT = ROOT / "minigpt" / "__init__.py"
-# Folders of nbs/ and minigpt/, in reading order: a package imports only those before it, and the
+# Folders of nbs/ and minigpt/ in reading order: a package imports only those before it, and the
 # modules at the root come last.
 PACKAGES = ("core", "tokenizer", "config", "data", "model", "checkpoint", "run", "train", "")
-exported = ["minigpt/**/*.py", "nbs/llms.txt"]  # what nbdev-export writes
+exported = ["minigpt/**/*.py", "nbs/llms.txt"]  # written by nbdev-export
 
 
 def settings(root=ROOT):
-    "settings.ini as a mapping"
+    "Return settings.ini as a mapping."
     ini = ConfigParser(delimiters=["="])
     ini.read(root / "settings.ini", encoding="utf-8")
     return ini["DEFAULT"]
 
 
 def notebooks(root=ROOT):
-    "Every notebook of the project, in reading order"
+    "Return every notebook of the project, in reading order."
     return sorted(
         p
         for p in (root / "nbs").rglob("*.ipynb")
@@ -33,17 +33,17 @@ def notebooks(root=ROOT):
 
 
 def lessons(root=ROOT):
-    "The notebooks that are exported, in reading order"
+    "Return the notebooks that are exported, in reading order."
     return [p for o in PACKAGES for p in sorted((root / "nbs" / o).glob("[0-9]*.ipynb"))]
 
 
 def joined(o):
-    "A notebook's text, stored as one string or as a list of lines"
+    "Return the text of a notebook, which is stored as a string or a list of lines."
     return o if isinstance(o, str) else "".join(o)
 
 
 def directives(source):
-    "A code cell's `#| name value` lines as a dict, and the source without them"
+    "Return a code cell's `#| name value` lines as a dict, and the source without them."
     found, lines = {}, source.splitlines()
     while lines and (m := re.match(r"#\s*\|\s*([\w-]+)\s*:?\s*(.*)", lines[0])):
         found[m[1]] = m[2].strip()
@@ -52,7 +52,7 @@ def directives(source):
 
 
 def copy_tree(dest, root=ROOT):
-    "What exporting needs, copied to `dest`: configuration, notebooks, modules"
+    "Copy what the export needs to `dest`: configuration, notebooks, modules."
     names = ["settings.ini", "pyproject.toml", "setup.py"]
     files = (
         [root / o for o in names] + notebooks(root) + [p for o in exported for p in root.glob(o)]
@@ -64,7 +64,7 @@ def copy_tree(dest, root=ROOT):
 
 
 def export(root, command="nbdev-export"):
-    "Run `command`, of the environment of this Python, in `root`"
+    "Run `command` of this Python's environment in `root`."
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
     r = subprocess.run(
         [Path(sys.executable).parent / command],

@@ -1,8 +1,8 @@
-"""README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py [--check]`.
+"""Write README.md from nbs/index.ipynb, without Quarto: `python tools/readme.py [--check]`.
 
-Markdown cells are copied, with links made relative to the root. Code cells become code blocks,
-followed by their stored outputs: text as a block, pictures as files in nbs/images/. `#| hide` drops
-a cell, `#| echo: false` its code, `#| output: false` its outputs. `#| fig-alt:` describes pictures.
+Markdown cells are copied, with links relative to the root. Code cells become code blocks, followed
+by their stored outputs: text as a block, pictures as files in nbs/images/. `#| hide` drops a cell,
+`#| echo: false` its code, `#| output: false` its outputs. `#| fig-alt:` describes pictures.
 """
 
 import base64
@@ -18,7 +18,7 @@ ansi = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
 def from_root(link):
-    "A link in nbs/index.ipynb as it must read in README.md"
+    "Return a link of nbs/index.ipynb relative to the root."
     if re.match(r"[a-z][a-z0-9+.-]*:|#|/", link):
         return link
     path, mark, rest = re.match(r"([^#?]*)([#?]?)(.*)", link, re.S).groups()
@@ -26,7 +26,7 @@ def from_root(link):
 
 
 def relinked(text):
-    "Markdown with its links seen from the root; code is left alone"
+    "Return Markdown with links relative to the root; code is unchanged."
     parts = re.split(r"(^```.*?^```[^\n]*$|`[^`\n]+`)", text, flags=re.M | re.S)
     for i in range(0, len(parts), 2):
         p = re.sub(r"(\]\()([^)\s]+)", lambda m: m[1] + from_root(m[2]), parts[i])
@@ -36,13 +36,13 @@ def relinked(text):
 
 
 def block(text, lang=""):
-    "A fenced block, with a fence longer than any inside"
+    "Return a fenced block whose fence is longer than any inside."
     fence = "`" * max([3] + [len(o) + 1 for o in re.findall(r"^`{3,}", text, re.M)])
     return f"{fence}{lang}\n{text}\n{fence}"
 
 
 def output(o, pictures, alt=""):
-    "One stored output as Markdown; a picture goes into `pictures`, name to bytes"
+    "Return a stored output as Markdown; add pictures to `pictures`, name → bytes."
     if o["output_type"] == "stream":
         return (
             "" if o.get("name") == "stderr" else block(ansi.sub("", joined(o["text"])).strip("\n"))
@@ -62,7 +62,7 @@ def output(o, pictures, alt=""):
 
 
 def render(nb):
-    "README.md's text, and its pictures: name to bytes"
+    "Return the text of README.md and its pictures: name → bytes."
     parts, pictures = [], {}
     for cell in nb["cells"]:
         flags, source = directives(joined(cell["source"]))
@@ -79,8 +79,8 @@ def render(nb):
     return head + "\n" + "\n\n".join(o for o in parts if o) + "\n", pictures
 
 
-def wanted(root=ROOT):
-    "The files that nbs/index.ipynb asks for: path to bytes. None while there is no index"
+def expected_files(root=ROOT):
+    "Return the files of nbs/index.ipynb: path → bytes; None if there is no index."
     index = root / "nbs" / "index.ipynb"
     if not index.exists():
         return {}
@@ -92,7 +92,7 @@ def wanted(root=ROOT):
 
 
 def stale(root=ROOT):
-    return [p for p, raw in wanted(root).items() if not p.exists() or p.read_bytes() != raw]
+    return [p for p, raw in expected_files(root).items() if not p.exists() or p.read_bytes() != raw]
 
 
 if __name__ == "__main__":
@@ -101,7 +101,7 @@ if __name__ == "__main__":
         for path in found:
             print(f"{path.relative_to(ROOT)} is stale: run `make readme`")
         sys.exit(bool(found))
-    files = wanted()
+    files = expected_files()
     for path in found:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(files[path])

@@ -1,9 +1,10 @@
-"""Is the code here that of another revision, but for its layout? `python tools/same_code.py REV`.
+"""Is the code equal to that of another revision except for layout? `python tools/same_code.py REV`.
 
-Formatting, cells that are cut in two, and files that move change no syntax tree: every statement
-of a notebook or module is compared with REV by its tree. `--moved FILE` is a JSON object of
-renamed files ("nbs/old.ipynb": "nbs/new.ipynb") and modules ("minigpt.old": "minigpt.new");
-`--docstrings` compares all but the docstrings. What differs is listed, for a reader to review."""
+Formatting, split cells and moved files change no syntax tree: every statement of a notebook or
+module is compared with REV by its tree. `--moved FILE` is a JSON object of renamed files
+("nbs/old.ipynb": "nbs/new.ipynb") and modules ("minigpt.old": "minigpt.new"); `--docstrings`
+ignores docstrings. Differences are listed for review.
+"""
 
 import argparse
 import ast
@@ -20,7 +21,7 @@ FOLDERS = ("nbs", "tests", "tools", "bench", "examples")
 
 
 class Layout(ast.NodeTransformer):
-    "Takes away what a formatter may change; gives moved modules their new names"
+    "Normalize what a formatter may change, and rename moved modules."
 
     def __init__(self, moved, docstrings):
         self.moved, self.docstrings = moved, docstrings
@@ -36,7 +37,7 @@ class Layout(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_JoinedStr(self, node):
-        "f-strings cut into adjacent literals keep their parts apart in some versions of Python"
+        "Adjacent literals of an f-string stay separate parts in some versions of Python."
         self.generic_visit(node)
         parts = []
         for part in node.values:
@@ -48,7 +49,7 @@ class Layout(ast.NodeTransformer):
 
 
 def without_magics(source):
-    "A cell's Python: lines for IPython (`%time`, `!pip`) become comments"
+    "Return the Python code of a cell: lines for IPython (`%time`, `!pip`) become comments."
     lines = source.splitlines()
     if lines and lines[0].startswith("%%"):
         return ""
@@ -56,7 +57,7 @@ def without_magics(source):
 
 
 def sources(path, text):
-    "The pieces of Python in a file: the cells of a notebook, or all of a module"
+    "Return the pieces of Python in a file: the cells of a notebook, or the complete module."
     if not path.endswith(".ipynb"):
         return [text]
     cells = json.loads(text)["cells"]
@@ -64,7 +65,7 @@ def sources(path, text):
 
 
 def statements(path, text, layout):
-    "Every statement at the top of a file: its path, its name, its tree, how often it stands there"
+    "Count the top-level statements of a file by path, name and tree."
     found = Counter()
     for source in sources(path, text):
         for node in ast.parse(source).body:
@@ -80,29 +81,29 @@ def git(*args):
     ).stdout
 
 
-def wanted(path):
+def is_compared(path):
     return path.endswith((".py", ".ipynb")) and PurePosixPath(path).parts[0] in FOLDERS
 
 
-def here():
-    "Path and text of every file of the working tree"
+def working_tree():
+    "Yield path and text of every file of the working tree."
     for path in git("ls-files", "--cached", "--others", "--exclude-standard").splitlines():
-        if wanted(path) and (ROOT / path).exists():
+        if is_compared(path) and (ROOT / path).exists():
             yield path, (ROOT / path).read_text(encoding="utf-8")
 
 
-def there(revision):
-    "Path and text of every file of `revision`"
+def files_of(revision):
+    "Yield path and text of every file of `revision`."
     for path in git("ls-tree", "-r", "--name-only", revision).splitlines():
-        if wanted(path):
+        if is_compared(path):
             yield path, git("show", f"{revision}:{path}")
 
 
 def differences(revision, layout):
-    "One line for each statement that is in one tree only"
+    "Return one line for each statement that is in one tree only."
     moved = layout.moved
-    old = {o for p, text in there(revision) for o in statements(moved.get(p, p), text, layout)}
-    new = {o for p, text in here() for o in statements(p, text, layout)}
+    old = {o for p, text in files_of(revision) for o in statements(moved.get(p, p), text, layout)}
+    new = {o for p, text in working_tree() for o in statements(p, text, layout)}
     for sign, found in ("-", old - new), ("+", new - old):
         for path, name, _, n in sorted(found):
             yield f"{sign} {path}: {name}" + (f" ({n} times)" if n > 1 else "")
@@ -110,9 +111,9 @@ def differences(revision, layout):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("revision", help="what to compare with, as git names it")
-    parser.add_argument("--moved", help="JSON file of old to new names of files and modules")
-    parser.add_argument("--docstrings", action="store_true", help="docstrings may differ")
+    parser.add_argument("revision", help="git revision to compare with")
+    parser.add_argument("--moved", help="JSON file: old → new names of files and modules")
+    parser.add_argument("--docstrings", action="store_true", help="ignore docstrings")
     return parser.parse_args()
 
 

@@ -186,7 +186,7 @@ def train(work, stage="text", **options):
 
 # --- the parent -----------------------------------------------------------------------------------
 def start(work, **options):
-    "Start the process; its output is appended to `says.txt`."
+    "Start the process; its output is appended to `output.txt`."
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -194,7 +194,7 @@ def start(work, **options):
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    with open(work / "says.txt", "a") as out:
+    with open(work / "output.txt", "a") as out:
         return subprocess.Popen(
             [sys.executable, str(Path(__file__).resolve()), str(work), json.dumps(options)],
             env=env,
@@ -229,7 +229,7 @@ def finish(work, limit=120, **options):
     finally:
         p.kill()
         p.wait()
-    assert rc == 0, f"exit status {rc}\n{(work / 'says.txt').read_text()[-3000:]}"
+    assert rc == 0, f"exit status {rc}\n{(work / 'output.txt').read_text()[-3000:]}"
 
 
 @dataclass

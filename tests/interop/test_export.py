@@ -540,12 +540,12 @@ def test_damage_in_zstd_is_found_without_a_manifest(plain, tmp_path):
     out = export(plain[1], tmp_path / "out", compress=True)
     (out / "MANIFEST.json").unlink()
     f = out / "model.safetensors.zst"
-    whole = f.read_bytes()
-    for at in (4, 20, len(whole) // 2, len(whole) - 200, len(whole) - 1):
-        f.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+    content = f.read_bytes()
+    for at in (4, 20, len(content) // 2, len(content) - 200, len(content) - 1):
+        f.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
         with pytest.raises(CheckpointError, match="model.safetensors.zst is not used"):
             load_model(out)
-        f.write_bytes(whole[: at - 4])
+        f.write_bytes(content[: at - 4])
         with pytest.raises(CheckpointError, match="model.safetensors.zst is not used"):
             load_model(out)
 
@@ -709,8 +709,8 @@ def test_untrusted_pickles_are_not_executed(plain, tmp_path, zipped):
         export(f, tmp_path / "x", config="minimind")
     torch.save(plain[0].weights(), f, _use_new_zipfile_serialization=zipped)
     assert torch.equal(logits(load_model(d), plain[2]), logits(plain[0], plain[2]))
-    whole = f.read_bytes()
-    for broken in (whole[: len(whole) // 2], whole[:100], b"", b"hello", whole[:-100]):
+    content = f.read_bytes()
+    for broken in (content[: len(content) // 2], content[:100], b"", b"hello", content[:-100]):
         f.write_bytes(broken)
         with pytest.raises(CheckpointError, match="pytorch_model.bin is not used"):
             load_model(d)

@@ -95,8 +95,8 @@ for step in 10, 20, 30:
     state = State(model.config, model.weights(), tok, dict(global_step=step),
                   optimizer=pack_optimizer(optimizer, model), rng=pack_rng())
     write_checkpoint(Path("steps")/f"checkpoint-{step}", state)
-stranger = {"<img src=x onerror=document.title=1>.层": torch.zeros(3)}
-write_safetensors("steps/from_a_stranger.safetensors", stranger)
+untrusted = {"<img src=x onerror=document.title=1>.层": torch.zeros(3)}
+write_safetensors("steps/untrusted.safetensors", untrusted)
 from minigpt.widgets import CheckpointExplorer
 CheckpointExplorer("steps")"""
 
@@ -108,7 +108,7 @@ def test_checkpoint_explorer(show, lab):
     choose = lambda label, option: explorer.get_by_label(label, exact=True).select_option(option)
     seen = lambda text: explorer.get_by_text(text).first.wait_for()
 
-    seen("from_a_stranger.safetensors: safetensors file")
+    seen("untrusted.safetensors: safetensors file")
     seen("89.7%")
     choose("checkpoint", "checkpoint-30")
     seen("step 30")

@@ -39,7 +39,7 @@ from minigpt.tokenizer.bpe import train_tokenizer
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
 from tests.harness.faulty import Disk, Server, keeps_attributes, patch
-from tests.recovery.test_faults import (  # noqa: F401 (the last two are fixtures: an uninterrupted run and a folder)
+from tests.recovery.test_faults import (  # noqa: F401 (the last two are fixtures)
     SHORT,
     STEPS,
     AtStep,
@@ -161,7 +161,7 @@ def test_backup_survives_an_error_at_every_write(error, times, saves, tmp_path):
 
 def test_save_survives_an_error_at_every_write(parts, tmp_path):
     "A failed save keeps the previous checkpoint; the next save succeeds."
-    made = [state(parts, s) for s in (100, 200, 300)]
+    states = [state(parts, s) for s in (100, 200, 300)]
 
     def save(store, s):
         try:
@@ -172,14 +172,14 @@ def test_save_survives_an_error_at_every_write(parts, tmp_path):
 
     with Disk(tmp_path / "count").active() as disk:
         store = CheckpointStore(tmp_path / "count", keep=2)
-        for s in made:
+        for s in states:
             assert save(store, s)
     for at in range(disk.count):
         folder = tmp_path / f"{at}"
         store = CheckpointStore(folder, keep=2)
         with Disk(folder, [errno.EIO, errno.ENOSPC][at % 2], at).active() as faulty:
             good, last = 0, None
-            for s in made:
+            for s in states:
                 if save(store, s):
                     last = s.trainer["global_step"]
                 c = store.newest()
@@ -188,7 +188,7 @@ def test_save_survives_an_error_at_every_write(parts, tmp_path):
                     faulty.failed,
                 )
                 good = c.step if c else 0
-        assert faulty.failed and save(store, made[-1]) and store.newest().step == 300
+        assert faulty.failed and save(store, states[-1]) and store.newest().step == 300
         shutil.rmtree(folder)
 
 
@@ -226,11 +226,11 @@ def test_file_that_reads_back_empty_is_retried(saves, tmp_path, monkeypatch):
         and b.status()["copied"]["step"] == 100
         and (b.path / "checkpoints" / "checkpoint-100").exists()
     )
-    made = (b.path / "checkpoints" / "checkpoint-300" / "model.safetensors").stat().st_ino
+    inode = (b.path / "checkpoints" / "checkpoint-300" / "model.safetensors").stat().st_ino
     run_until_done(b)
     assert (
         b.path / "checkpoints" / "checkpoint-300" / "model.safetensors"
-    ).stat().st_ino == made and [c.step for c in b.copies()] == [300]
+    ).stat().st_ino == inode and [c.step for c in b.copies()] == [300]
 
 
 def test_backup_changes_only_its_own_folder(saves, tmp_path):
@@ -840,7 +840,7 @@ def test_another_machine_is_detected_whatever_its_clock(foreign_backup, clock):
 @pytest.mark.parametrize(
     "change, waits",
     [({}, True), (dict(ended=True), False), (dict(session="mine"), False)],
-    ids=["died", "ended", "own"],
+    ids=["killed", "ended", "own"],
 )
 def test_stopped_machine_is_waited_for_no_longer_than_necessary(
     foreign_backup, clock, change, waits

@@ -1123,7 +1123,7 @@ def test_sigterm_stops_the_run(workers, work, uninterrupted):
     p = child.start(work, **{**SHORT, "pause": 0.05, "dataloader_workers": workers})
     wait(lambda: len(child.losses(work)) > 6 + workers, p)
     p.send_signal(signal.SIGTERM)
-    assert p.wait(60) == 143, (work / "says.txt").read_text()
+    assert p.wait(60) == 143, (work / "output.txt").read_text()
     before = {(s, k): x for _, s, k, x in child.losses(work)}
     stopped = max(s for s, k in before if k == "loss")
     assert stopped < STEPS and max(steps(work)) == stopped and not leftovers(work)
@@ -1412,9 +1412,9 @@ def test_pickle_is_never_opened(work, tmp_path, uninterrupted):
         ValueError, match="tokenizer.pkl is a pickle.*not read.*train a tokenizer.json"
     ):
         run_fit(work, tokenizer=folder)
-    stranger = tmp_path / "stranger"
-    stranger.mkdir()
-    shutil.copy(uninterrupted[0] / "run/config.json", stranger)
+    untrusted = tmp_path / "untrusted"
+    untrusted.mkdir()
+    shutil.copy(uninterrupted[0] / "run/config.json", untrusted)
     for name in (
         "pytorch_model.bin",
         "optimizer.pt",
@@ -1422,17 +1422,17 @@ def test_pickle_is_never_opened(work, tmp_path, uninterrupted):
         "training_args.bin",
         "scheduler.pt",
     ):
-        (stranger / name).write_bytes(bad)
+        (untrusted / name).write_bytes(bad)
     with pytest.raises(CheckpointError, match="pytorch_model.bin is not used"):
-        load_model(stranger)
+        load_model(untrusted)
     with pytest.raises(CheckpointError):
-        read_checkpoint(stranger)
+        read_checkpoint(untrusted)
     for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json"):
-        (stranger / name).write_bytes(bad)
+        (untrusted / name).write_bytes(bad)
     with pytest.raises(Exception):
-        load_model(stranger)
+        load_model(untrusted)
     with pytest.raises(ValueError):
-        run_fit(work, tokenizer=stranger)
+        run_fit(work, tokenizer=untrusted)
     assert not mark.exists()
     run_fit(work)
 

@@ -236,7 +236,7 @@ def test_list_of_runs_shows_unreadable_ones(interrupted, tmp_path, monkeypatch):
 def test_interrupted_copy_continues(saves, tmp_path, monkeypatch):
     """With an error after every piece, each round completes one more file and copies nothing twice.
 
-    The user is told once.
+    The failure is reported once.
     """
     (tmp_path / "disk").mkdir()
     b = Backup(tmp_path / "disk", saves, beat=99)

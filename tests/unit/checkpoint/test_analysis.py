@@ -310,13 +310,13 @@ def test_a_run(run):
     assert (
         a.components.get("optimizer") is None and a.best_loss is not None
     )  # the best one has only weights
-    whole = analyze(run.path)
-    assert_sums_match(whole)
+    full = analyze(run.path)
+    assert_sums_match(full)
     assert (
-        whole.size == dir_size(run.path)
-        and whole.kind == "minigpt run"
-        and {"checkpoints/", "best/", "model"} <= whole.components.keys()
-        and whole.step == 6
+        full.size == dir_size(run.path)
+        and full.kind == "minigpt run"
+        and {"checkpoints/", "best/", "model"} <= full.components.keys()
+        and full.step == 6
     )
     assert [a.step for a in compare(run.path)] == sorted([2, 4, 6, run.best.step, 6])
     with pytest.raises(
@@ -885,13 +885,13 @@ def harmful(folder):
         ("../../evil", "archive/../../evil", "/tmp/evil", "..\\evil", "C:\\evil")
     ):
         add(f"path{n}.pt", zipped(good, [(evil, b"x")]), "points outside the archive")
-    whole = zipped(good, [("archive/data/0", b"\0" * 4000)])
-    add("cut off.pt", whole[:-30], "truncated")
-    add("cut in the middle.pt", whole[:2000], "truncated")
-    i = whole.rfind(b"PK\1\2")
+    archive = zipped(good, [("archive/data/0", b"\0" * 4000)])
+    add("cut off.pt", archive[:-30], "truncated")
+    add("cut in the middle.pt", archive[:2000], "truncated")
+    i = archive.rfind(b"PK\1\2")
     add(
         "overlap.pt",
-        whole[: i + 20] + u32(1 << 30) + u32(1 << 30) + whole[i + 28 :],
+        archive[: i + 20] + u32(1 << 30) + u32(1 << 30) + archive[i + 28 :],
         "its records overlap",
     )
     two = zipped(good, [("archive/data/0", b"\0" * 4000), ("archive/data/1", b"\0" * 8)])
@@ -899,14 +899,14 @@ def harmful(folder):
     add(
         "moved.pt", two[: j + 42] + u32(500) + two[j + 46 :], "is not at the offset"
     )  # into another record
-    end = whole.rfind(b"PK\5\6")
+    end = archive.rfind(b"PK\5\6")
     add(
         "long list of contents.pt",
-        whole[:end]
+        archive[:end]
         + b"\0" * (20 << 20)
-        + whole[end : end + 12]
-        + u32(len(whole[i:end]) + (20 << 20) + 100)
-        + whole[end + 16 :],
+        + archive[end : end + 12]
+        + u32(len(archive[i:end]) + (20 << 20) + 100)
+        + archive[end + 16 :],
         "claims a header or a list of contents",
     )
     old = io.BytesIO()

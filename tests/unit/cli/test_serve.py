@@ -151,12 +151,12 @@ def test_function_call_and_its_result(client, model, tok, stream):
 
 
 def test_unknown_or_invalid_calls_are_text(client, model, tok):
-    whole, broken = f"<tool_call>\n{CALL}\n</tool_call>", '<tool_call>\n{"name": "weath'
-    model.script(tok, whole, broken, whole)
+    complete, broken = f"<tool_call>\n{CALL}\n</tool_call>", '<tool_call>\n{"name": "weath'
+    model.script(tok, complete, broken, complete)
     for text, kw in (
-        (whole, {}),
+        (complete, {}),
         (broken, dict(tools=[WEATHER])),
-        (whole, dict(tools=[WEATHER], tool_choice="none")),
+        (complete, dict(tools=[WEATHER], tool_choice="none")),
     ):
         choice = client.chat.completions.create(model="scripted", messages=ASK, **kw).choices[0]
         assert (choice.message.content, choice.finish_reason, choice.message.tool_calls) == (

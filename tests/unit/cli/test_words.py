@@ -343,10 +343,10 @@ def test_tokens_of_a_refused_call_are_reused(work):
     with pytest.raises(ValueError, match="one step takes 4000"):
         fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "batch_size": 2000})
     assert sorted(p.name for p in (work / "run").iterdir()) == ["data", "tokenizer"]
-    made = (work / "run/data/train/tokens.bin").stat().st_mtime_ns
+    modified = (work / "run/data/train/tokens.bin").stat().st_mtime_ns
     assert (
         fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 1}).step == 1
-        and (work / "run/data/train/tokens.bin").stat().st_mtime_ns == made
+        and (work / "run/data/train/tokens.bin").stat().st_mtime_ns == modified
     )
 
 

@@ -241,13 +241,13 @@ def test_fine_tuning_resume_is_bit_identical(tmp_path):
             child.shape(), f, output_dir=tmp_path / name, callbacks=[losses, *callbacks], **options
         ), losses.at
 
-    run, whole = run_once("whole")
+    run, uninterrupted = run_once("whole")
     assert run.history[-1]["epoch"] > 1 and run.history[-1]["loss"] < run.history[0]["loss"] - 0.5
     with pytest.raises(PowerCut):
         run_once("cut", AtStep(17, power_cut))
     again, rest = run_once("cut")
     assert min(k[0] for k in rest if k[1] == "loss") == 16 and all(
-        whole[k] == v for k, v in rest.items()
+        uninterrupted[k] == v for k, v in rest.items()
     )
     assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

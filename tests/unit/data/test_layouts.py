@@ -989,8 +989,8 @@ def test_messages_of_weight_zero_have_no_loss(tok, tmp_path):
             write(tmp_path / f"{i}.jsonl", talks[i]), tok, tmp_path / f"s{i}", 0.0
         )
         assert text_with_loss(data, tok).replace("<|im_end|>", "") == want
-    made = prepare(tmp_path / "0.jsonl", tmp_path / "out.jsonl", tok, max_seq_len=0)
-    data, _ = build_tokenset(made["output"], tok, tmp_path / "again", 0.0)
+    prepared = prepare(tmp_path / "0.jsonl", tmp_path / "out.jsonl", tok, max_seq_len=0)
+    data, _ = build_tokenset(prepared["output"], tok, tmp_path / "again", 0.0)
     assert text_with_loss(data, tok).replace("<|im_end|>", "") == "Yes."
 
 
@@ -1257,11 +1257,11 @@ def test_pieces_of_a_text_have_one_end_of_text(name, tok, tmp_path):
     (tmp_path / name).write_text(
         json.dumps(dict(text="\n\n" + text)) + "\n" if name == "a.jsonl" else text
     )
-    made = prepare(tmp_path / name, tmp_path / "out.jsonl", tok, max_seq_len=256)
+    prepared = prepare(tmp_path / name, tmp_path / "out.jsonl", tok, max_seq_len=256)
     data, _ = build_tokenset(tmp_path / "out.jsonl", tok, tmp_path / "set", 0.0)
     ids = np.asarray(data.tokens)
     assert (
-        made["processed_samples"] > 20
+        prepared["processed_samples"] > 20
         and (ids == tok.eos_id).sum() == 1 == (ids[-1:] == tok.eos_id).sum()
         and tok.decode(ids[:-1]) == text.rstrip()
     )

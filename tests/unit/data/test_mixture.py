@@ -550,10 +550,10 @@ def test_rows_of_one_question_are_in_one_split(tok, tmp_path):
     train, valid = build_tokenset(
         rows_to(tmp_path / "a.jsonl", rows), tok, tmp_path / "a", 0.2, progress=False
     )
-    asked = lambda d: [
+    questions = lambda d: [
         t.split("\n")[1].split()[0] for t in tok.decode(d.tokens).split("<|im_start|>user")[1:]
     ]
-    a, b = asked(train), asked(valid)
+    a, b = questions(train), questions(valid)
     assert (
         not {*a} & {*b}
         and len({*a} | {*b}) == 200
@@ -563,7 +563,7 @@ def test_rows_of_one_question_are_in_one_split(tok, tmp_path):
     subset, _ = build_tokenset(
         tmp_path / "a.jsonl", tok, tmp_path / "b", 0.0, data_subset=0.3, progress=False
     )
-    assert all(asked(subset).count(q) == 8 for q in {*asked(subset)})
+    assert all(questions(subset).count(q) == 8 for q in {*questions(subset)})
 
 
 # --- a run ----------------------------------------------------------------------------------------

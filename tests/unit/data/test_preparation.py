@@ -109,14 +109,14 @@ def test_real_rows_are_prepared(name, tmp_path, tok):
     some = tmp_path / "some.jsonl"
     with open(f, "rb") as lines:
         some.write_bytes(b"".join(next(lines) for _ in range(250)))
-    made = prepare(some, tmp_path / "out.jsonl", tok, max_seq_len=0)
+    prepared = prepare(some, tmp_path / "out.jsonl", tok, max_seq_len=0)
     before, after = (
         [r for b in read_blocks(p) for r in parse_block(b)] for p in (some, tmp_path / "out.jsonl")
     )
     assert (
-        made["original_samples"]
+        prepared["original_samples"]
         == 250
-        == made["processed_samples"] + sum(v["count"] for v in made["rejected"].values())
+        == prepared["processed_samples"] + sum(v["count"] for v in prepared["rejected"].values())
     )
     assert [r.kind for r in after] == [r.kind for r in before if not r.reason] and not any(
         r.reason or r.mended for r in after
@@ -488,10 +488,10 @@ def test_notes_and_leftovers_in_a_folder_are_ignored(tmp_path, tok):
     for n in (".a.jsonl.source.json", "a.jsonl.source.json", "a.jsonl.part.json", "._a.jsonl"):
         (tmp_path / "in" / n).write_text("{}")
     (tmp_path / "in/empty.jsonl").write_text('{"text": ""}\n')
-    made = prepare(tmp_path / "in", tmp_path / "out", tok)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.jsonl"] and made["output"] == str(
-        tmp_path / "out/a.jsonl"
-    )
+    prepared = prepare(tmp_path / "in", tmp_path / "out", tok)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a.jsonl"] and prepared[
+        "output"
+    ] == str(tmp_path / "out/a.jsonl")
 
 
 def test_presets_fit_the_machine():
@@ -589,7 +589,7 @@ def test_analyze_writes_nothing(data, tmp_path):
         and "topics" in shown.output
     )
     assert sorted(tmp_path.rglob("*")) == before
-    made = prepare(tmp_path / "raw", "out", analyze=True, max_seq_len=0)
-    assert len(made["output"]) == 2 and made["report"]["total_samples"] == 50
+    prepared = prepare(tmp_path / "raw", "out", analyze=True, max_seq_len=0)
+    assert len(prepared["output"]) == 2 and prepared["report"]["total_samples"] == 50
     write_registered()
     assert prepare("r1_mix_1024.jsonl", analyze=True)["files"] == [REASONING]

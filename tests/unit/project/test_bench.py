@@ -56,7 +56,7 @@ def test_each_program_has_a_row(benchmark_output):
 
 def test_results_are_checked_before_timing(benchmark_output):
     assert (
-        benchmark_output.index("is it right?")
+        benchmark_output.index("correctness")
         < benchmark_output.index("bf16 eager: loss")
         < benchmark_output.index("round 1")
     )

@@ -87,7 +87,7 @@ def test_pyproject_agrees_with_settings():
 
 
 def test_all_files_use_one_address():
-    assert not address.changes(), "names another address than settings.ini: run `make address`"
+    assert not address.changed_files(), "has another address than settings.ini: run `make address`"
 
 
 def test_new_address_replaces_every_form():
@@ -100,14 +100,14 @@ def test_new_address_replaces_every_form():
     )
     cfg = dict(user="new", repo="gpt.x", branch="dev")
     assert (
-        address.rewritten(text, cfg, old)
+        address.rewrite(text, cfg, old)
         == "https://colab.research.google.com/github/new/gpt.x/blob/dev/nbs/a.ipynb pip install"
         " git+https://github.com/new/gpt.x\\ngit+https://github.com/new/gpt.x.git@v1"
         " (https://github.com/new/gpt.x). https://github.com/someone/minigpt-other"
         " https://github.com/other/nanoGPT"
     )
-    moved = address.rewritten(text, cfg, old)
-    assert address.rewritten(moved, cfg, "https://github.com/new/gpt.x") == moved
+    moved = address.rewrite(text, cfg, old)
+    assert address.rewrite(moved, cfg, "https://github.com/new/gpt.x") == moved
 
 
 @every
@@ -392,9 +392,9 @@ def test_cleaning_keeps_the_accelerator_and_drops_widgets():
             accelerator="GPU", colab={"gpuType": "T4"}, widgets={"state": {}}, language_info={}
         ),
     )
-    res = json.loads(clean.cleaned(json.dumps(nb)))
+    res = json.loads(clean.clean_text(json.dumps(nb)))
     assert res["metadata"] == dict(accelerator="GPU", colab={"gpuType": "T4"})
     [cell] = res["cells"]
     assert cell["execution_count"] is None and cell["metadata"] == {}
     assert [sorted(o["data"]) for o in cell["outputs"]] == [["text/html", "text/plain"]]
-    assert clean.cleaned(clean.cleaned(json.dumps(nb))) == clean.cleaned(json.dumps(nb))
+    assert clean.clean_text(clean.clean_text(json.dumps(nb))) == clean.clean_text(json.dumps(nb))

@@ -376,8 +376,8 @@ def endings():
 @cache
 def no_decoder():
     tok = HF.from_str(endings().hf.to_str())
-    made = json.loads(tok.to_str()) | dict(decoder=None)
-    return Tokenizer(HF.from_str(json.dumps(made)), CONFIG)
+    parsed = json.loads(tok.to_str()) | dict(decoder=None)
+    return Tokenizer(HF.from_str(json.dumps(parsed)), CONFIG)
 
 
 KINDS = dict(

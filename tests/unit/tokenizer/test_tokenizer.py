@@ -210,13 +210,13 @@ def test_unordered_merges_use_hugging_face():
 
     tiktoken would give other ids, so it is not used.
     """
-    made = json.loads(tokenizer("english").hf.to_str())
-    made["model"]["merges"][:2] = reversed(made["model"]["merges"][:2])
-    other = Tokenizer(T.HFTokenizer.from_str(json.dumps(made)))
+    parsed = json.loads(tokenizer("english").hf.to_str())
+    parsed["model"]["merges"][:2] = reversed(parsed["model"]["merges"][:2])
+    other = Tokenizer(T.HFTokenizer.from_str(json.dumps(parsed)))
     assert other.fast is None and other.decode(other.encode(ENGLISH[0])) == ENGLISH[0]
-    made = json.loads(tokenizer("english").hf.to_str())
-    made["normalizer"] = {"type": "NFC"}
-    assert Tokenizer(T.HFTokenizer.from_str(json.dumps(made))).fast is None
+    parsed = json.loads(tokenizer("english").hf.to_str())
+    parsed["normalizer"] = {"type": "NFC"}
+    assert Tokenizer(T.HFTokenizer.from_str(json.dumps(parsed))).fast is None
 
 
 # --- training and saving --------------------------------------------------------------------------

@@ -71,10 +71,10 @@ def test_held_out_loss_equals_the_reported_one(run):
 def test_loss_of_an_export(run, file):
     from minigpt.checkpoint.exporter import export
 
-    whole = evaluate_on(run, file, progress=False)
+    full = evaluate_on(run, file, progress=False)
     for precision, near in ("bf16", 0.01), ("int8", 0.02):
-        made = export(run.path, run.path.parent / precision, precision)
-        assert abs(evaluate_on(made, file, progress=False)["loss"] - whole["loss"]) < near
+        exported = export(run.path, run.path.parent / precision, precision)
+        assert abs(evaluate_on(exported, file, progress=False)["loss"] - full["loss"]) < near
 
 
 def test_loss_equals_transformers(texts, tmp_path):

@@ -127,10 +127,10 @@ def test_preferences_and_adapters_in_two_processes(tmp_path):
         runs = []
         for devices in 1, 2:
             torch.manual_seed(0)
-            made = model or lora(SHAPE.build(), r=2)
+            adapted = model or lora(SHAPE.build(), r=2)
             runs.append(
                 fit(
-                    made,
+                    adapted,
                     data,
                     output_dir=tmp_path / f"{name}{devices}",
                     **{
@@ -153,7 +153,7 @@ def test_resume_is_bit_identical(text, tmp_path):
     from dataclasses import replace
 
     model = replace(SHAPE, dropout=0.1)
-    whole = train(text, tmp_path / "whole", model=model, devices=2)
+    reference = train(text, tmp_path / "whole", model=model, devices=2)
 
     class PowerCut(Exception):
         pass
@@ -164,8 +164,8 @@ def test_resume_is_bit_identical(text, tmp_path):
     with pytest.raises(PowerCut):
         train(text, tmp_path / "cut", AtStep(6, power_cut), model=model, devices=2)
     cut = train(text, tmp_path / "cut", model=model, devices=2)
-    assert losses(cut) == losses(whole) and all(
-        torch.equal(v, weights(whole)[k]) for k, v in weights(cut).items()
+    assert losses(cut) == losses(reference) and all(
+        torch.equal(v, weights(reference)[k]) for k, v in weights(cut).items()
     )
 
 
