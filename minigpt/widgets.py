@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
+from .core.colors import color, themed
 from .data.quality import Report, analyze
 from .data.readers import Row
 from .run.live import BOX_STYLE
 from .tokenizer.bpe import Tokenizer, chat_messages, chat_pieces
 
 # %% ../nbs/04_widgets.ipynb #6af2c5aa
-_TRAINED = "background:#cdeccd;color:#000"
+_TRAINED = f"background:{color('trained')}"
 
 
 def _format_pieces(pieces: list[str], limit: int = 20_000) -> str:
@@ -38,7 +39,7 @@ def row_html(
     chat = lambda messages: box(_format_pieces(chat_pieces(*chat_messages(messages))))
     if row.reason:
         refused = f"<b>refused: {escape(row.reason)}</b> {escape(row.detail)}"
-        return refused + (box(escape(raw)) if raw else "")
+        return themed(refused + (box(escape(raw)) if raw else ""))
     mended = escape(", ".join(row.mended))
     out = f"<div>repaired while reading: {mended}</div>" if mended else ""
     if row.rejected:
@@ -46,8 +47,9 @@ def row_html(
             f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{chat(side)}</td>'
             for name, side in (("chosen", row.messages), ("rejected", row.rejected))
         )
-        return f'{out}<table style="width:100%;table-layout:fixed"><tr>{cells}</tr></table>'
-    return out + (chat(row.messages) if row.messages else box(_format_pieces(["", row.text])))
+        return themed(f'{out}<table style="width:100%;table-layout:fixed"><tr>{cells}</tr></table>')
+    text = chat(row.messages) if row.messages else box(_format_pieces(["", row.text]))
+    return themed(out + text)
 
 # %% ../nbs/04_widgets.ipynb #7e080c4a
 def _messages_of(r: Row, role: str) -> list[dict]:
@@ -93,13 +95,20 @@ def _format_location(example: dict, tokenizer: Tokenizer | None) -> str:
         location += f" · {len(ids):,} tokens"
     return location
 
-# %% ../nbs/04_widgets.ipynb #f80a5a4a
+# %% ../nbs/04_widgets.ipynb #68760a19
 def _make_button(name: str, click: Callable[[], object], width: str = "110px"):
     import ipywidgets as w
 
     button = w.Button(description=name, layout=w.Layout(width=width))
     button.on_click(lambda _: click())
     return button
+
+
+def _make_row(*parts):
+    "Put widgets side by side; those that do not fit on a phone continue below."
+    import ipywidgets as w
+
+    return w.HBox(parts, layout=w.Layout(flex_flow="row wrap"))
 
 
 def _make_column(name: str, parts: list):
@@ -110,7 +119,7 @@ def _make_column(name: str, parts: list):
     box.add_class(name)
     return box
 
-
+# %% ../nbs/04_widgets.ipynb #f80a5a4a
 class _RowBrowser:
     "The filters of the data explorer, and one row at a time."
 
@@ -119,7 +128,7 @@ class _RowBrowser:
 
         self.groups, self.tokenizer = groups, tokenizer
         longest = max([1, *(len(e["row"].text) for es in groups.values() for e in es)])
-        wide = w.Layout(width="auto", flex="1 1 auto")
+        wide = w.Layout(width="auto", flex="1 1 260px")
         menu = lambda name, of: w.Dropdown(options=[*zip(of, of)], description=name, layout=wide)
         self.problem, self.kind = menu("show", groups), menu("rows", _KINDS)
         size = dict(value=(0, longest), min=0, max=longest, continuous_update=False)
@@ -128,7 +137,7 @@ class _RowBrowser:
         self.next = _make_button("next ▶", lambda: self.move(1), "100px")
         self.location, self.view = w.HTML(), w.HTML()
         filters, pager = [self.problem, self.kind], [self.back, self.next, self.location]
-        self.parts = [w.HBox(filters), self.length, w.HBox(pager), self.view]
+        self.parts = [_make_row(*filters), self.length, _make_row(*pager), self.view]
         for c in *filters, self.length:
             c.observe(self.apply_filters, "value")
         self.apply_filters()
@@ -164,24 +173,78 @@ def data_explorer(
 
     report = source if isinstance(source, Report) else analyze(source, tokenizer)
     rows = _RowBrowser(_group_examples(report), tokenizer)
-    note = w.HTML(
-        f'<span style="{_TRAINED}">green</span>: tokens with loss. Everything else is context.'
-    )
+    legend = f'<span style="{_TRAINED}">green</span>: tokens with loss. Everything else is context.'
+    note = w.HTML(themed(legend))
     summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None)
     summary.set_title(0, "complete report")
     return _make_column("minigpt-data-explorer", [*rows.parts, note, summary])
 
 # %% ../nbs/04_widgets.ipynb #cedfced4
+import base64
+import logging
 from functools import cached_property
 
 from .core.tables import html_table
 from .run.live import LiveLoss as LiveLoss, display_widget, run_html
-from .run.metrics import in_notebook
+from .run.metrics import LossFigure, in_notebook
 from .run.status import Watch, checkpoint_rows, notes, resume_code, status_text
 
 # %% ../nbs/04_widgets.ipynb #635c8d80
+def _format_note(note) -> str:
+    "Format a `Note` as HTML, in the color of its level."
+    if not note.warns:
+        return f"<div>{escape(note.text)}</div>"
+    name = "error" if note.level >= logging.ERROR else "warning"
+    return f'<div style="color:{color(name)}">{escape(note.text)}</div>'
+
+
+def _format_details(s: dict) -> str:
+    "Format what is saved, the notes, and how to resume, as HTML; `s`: of `run_status`."
+    rows, (code, command) = checkpoint_rows(s), resume_code(s)
+    box = f"border:1px solid {color('border')};padding:6px;white-space:pre-wrap;"
+    box += f"overflow-wrap:anywhere;color:inherit;background:{color('surface')}"
+    return (
+        (html_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")
+        + "".join(map(_format_note, notes(s)))
+        + f'<pre style="{box}">{escape(code)}\n\n# in a terminal\n{escape(command)}</pre>'
+    )
+
+# %% ../nbs/04_widgets.ipynb #da2b1e3a
+class _CurveView:
+    "An image of the curves of a run, with switches for smoothing and the scale."
+
+    def __init__(self, follower):  # Of the run's metrics
+        import ipywidgets as w
+
+        self.follower, self.figure = follower, LossFigure()
+        size = w.Layout(width="100%", max_width="720px")
+        self.image = w.Image(format="png", layout=size)
+        self.switches = [
+            w.ToggleButton(value=on, description=name, layout=w.Layout(width="110px"))
+            for name, on in (("smoothed", True), ("log scale", False))
+        ]
+        for switch in self.switches:
+            switch.observe(lambda _: self.draw(), "value")
+
+    def draw(self):
+        "Draw the curves, once there are some."
+        curves = self.follower.curves
+        self.image.layout.display = None if curves.step else "none"
+        if curves.step:
+            smoothed, log = (switch.value for switch in self.switches)
+            # the second panel shows the last steps, if there are more
+            last = 1000 if curves.step > 1000 else 0
+            self.image.value = self.figure.png(curves, log, smoothed, last)
+
+    def page(self) -> str:
+        "Return the image as HTML."
+        data = base64.b64encode(bytes(self.image.value)).decode()
+        image = f'<img src="data:image/png;base64,{data}" style="max-width:100%">'
+        return image if data else ""
+
+# %% ../nbs/04_widgets.ipynb #ee6a49c6
 class RunDashboard:
-    "Show progress, storage, checkpoints, backup and problems of a run, and resume it."
+    "Show progress, curves, storage, checkpoints, backup and problems of a run, and resume it."
 
     def __init__(
         self,
@@ -193,38 +256,40 @@ class RunDashboard:
         return status_text(self.watch.status(fresh=True))
 
     def _ipython_display_(self):
-        display_widget(self.widget, repr(self)) if in_notebook() else print(self)
+        if in_notebook():
+            display_widget(self.widget, repr(self), **{"text/html": self.page()})
+        else:
+            print(self)
 
     @cached_property
     def widget(self):
         "An ipywidgets VBox."
         import ipywidgets as w
 
-        self.html, self.out = w.HTML(), w.Output()
+        self.html, self.details, self.out = w.HTML(), w.HTML(), w.Output()
+        self.curves = _CurveView(self.watch.follower)
         self.look = _make_button("refresh", self.refresh)
         self.go = _make_button("resume", self.resume)
-        parts = [self.html, w.HBox([self.look, self.go]), self.out]
+        self.buttons = _make_row(*self.curves.switches, self.look, self.go)
+        parts = [self.html, self.curves.image, self.buttons, self.details, self.out]
         self.refresh()
         return _make_column("minigpt-run-dashboard", parts)
 
     def refresh(self) -> dict:
         "Update the view; return the result of `run_status`."
         s = self.watch.status(fresh=True)
-        rows, (code, command) = checkpoint_rows(s), resume_code(s)
-        note = lambda n: f'<div style="{"color:#b00020" if n.warns else ""}">{escape(n.text)}</div>'
-        self.html.value = (
-            run_html(s)
-            + (html_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")
-            + f'<div style="line-height:1.5">{"".join(map(note, notes(s)))}</div><pre'
-            f' style="border:1px solid #bbb;padding:6px;white-space:pre-wrap">{escape(code)}\n\n#'
-            f" in a terminal\n{escape(command)}</pre>"
-        )
+        self.html.value, self.details.value = themed(run_html(s)), themed(_format_details(s))
         self.go.disabled = s["state"] != "stopped"
+        self.curves.draw()
         return s
+
+    def page(self) -> str:
+        "Return the view as HTML, for readers without a kernel."
+        return self.html.value + self.curves.page() + self.details.value
 
     def resume(self, _=None):
         "Resume the run."
-        self.go.disabled = True
+        self.go.disabled, self.buttons.layout.display = True, "none"
         with self.out:
             try:
                 from minigpt.train.trainer import resume  # imports torch only when clicked
@@ -232,6 +297,7 @@ class RunDashboard:
                 resume(**self.refresh()["resume"])
             except (Exception, KeyboardInterrupt) as e:
                 print(f"{type(e).__name__}: {e}")
+        self.buttons.layout.display = None
         self.refresh()
 
 # %% ../nbs/04_widgets.ipynb #ac4cb02a
@@ -259,40 +325,18 @@ def _format_bars(
 ) -> str:  # HTML
     if not table:
         return "no rows"
-    head, *rows = table.cells()
-    right = [all(isinstance(r[k], (int, float, type(None))) for r in table) for k in table.keys()]
     lengths = list(lengths)
     longest = max((n for n in lengths if n < math.inf), default=0) or 1
-
-    def format_row(cells, tag, bar=None, style=""):
-        styles = [
-            f"padding:1px 10px;white-space:nowrap;text-align:{'right' if r else 'left'}"
-            for r in right
-        ]
-        if bar is not None:
-            percent = 100 * min(1, max(0, bar / longest))
-            styles[0] += (
-                ";min-width:200px;background:linear-gradient(90deg,rgba(76,120,168,.4)"
-                f" {percent:.1f}%,transparent 0)"
-            )
-        tds = (f'<{tag} style="{x}">{escape(c)}</{tag}>' for x, c in zip(styles, cells))
-        return f'<tr style="{style}">{"".join(tds)}</tr>'
-
-    body = "".join(
-        format_row(r, "td", n, "outline:2px solid #4c78a8" if i == selected else "")
-        for i, (r, n) in enumerate(zip(rows[:limit], lengths or [None] * len(rows)))
-    )
-    html = f'<table style="line-height:1.5">{format_row(head, "th")}{body}</table>'
-    more = f"and {len(rows) - limit:,} more" if len(rows) > limit else ""
-    return f'<div style="overflow:auto">{html}</div>{more}'
+    bars = [n / longest for n in lengths[:limit]]
+    html = html_table(table.cells()[: limit + 1], table._numbers(), bars=bars, selected=selected)
+    return themed(html + (f"and {len(table) - limit:,} more" if len(table) > limit else ""))
 
 
 def _format_lines(lines: Iterable[str], errors: Iterable[str] = ()) -> str:
     "Format lines of text, and errors in red."
-    return (
-        f'<div style="line-height:1.5">{"<br>".join(map(escape, lines))}'
-        + "".join(f'<div style="color:#b00">! {escape(l)}</div>' for l in errors)
-        + "</div>"
+    return themed(
+        "<br>".join(map(escape, lines))
+        + "".join(f'<div style="color:{color("error")}">! {escape(l)}</div>' for l in errors)
     )
 
 
@@ -353,10 +397,13 @@ class _Bytes:
 
         self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="100px"))
         self.component, self.layer = (
-            w.Dropdown(description=k, layout=w.Layout(width="48%")) for k in ("component", "layer")
+            w.Dropdown(description=k, layout=w.Layout(width="auto", flex="1 1 260px"))
+            for k in ("component", "layer")
         )
-        self.picture, self.table = w.Image(layout=w.Layout(max_width="720px")), w.HTML()
-        self.box = w.VBox([self.picture, self.by, w.HBox([self.component, self.layer]), self.table])
+        size = w.Layout(width="100%", max_width="720px")
+        self.picture, self.table = w.Image(layout=size), w.HTML()
+        menus = _make_row(self.component, self.layer)
+        self.box = w.VBox([self.picture, self.by, menus, self.table])
         for c in self.by, self.component, self.layer:
             c.observe(self.show, "value")
 
@@ -382,7 +429,8 @@ class _Changes:
         import ipywidgets as w
 
         self.all, self.message, self.table = w.HTML(), w.HTML(), w.HTML()
-        self.since = w.Dropdown(description="since", layout=w.Layout(width="48%"))
+        size = w.Layout(width="100%", max_width="420px")
+        self.since = w.Dropdown(description="since", layout=size)
         self.box = w.VBox([self.all, self.since, self.message, self.table])
         self.since.observe(self.show, "value")
 
@@ -432,7 +480,7 @@ def _format_sizes(
     return (
         _format_bars(table, [r["MiB"] for r in rows], selected)
         + f"in {rows[selected]['precision']}: <b>{human_size(table[selected]['weights'])}</b> of"
-        f" weights; as stored now: {human_size(sum(t.bytes for t in a.weights()))}"
+        f" weights; stored now: {human_size(sum(t.bytes for t in a.weights()))}"
     )
 
 # %% ../nbs/04_widgets.ipynb #b62aa146
@@ -445,7 +493,8 @@ class _Precisions:
         import ipywidgets as w
 
         self.sizes, self.message = w.HTML(), w.HTML()
-        options, wide = [(k.upper(), k) for k in PRECISIONS], w.Layout(width="420px")
+        options = [(k.upper(), k) for k in PRECISIONS]
+        wide = w.Layout(width="100%", max_width="420px")
         self.precision = w.SelectionSlider(options=options, description="precision", layout=wide)
         self.weights_only, self.compress = (
             w.Checkbox(checked, description=k, indent=False, layout=w.Layout(width="130px"))
@@ -453,7 +502,7 @@ class _Precisions:
         )
         self.button = w.Button(description="export", button_style="primary")
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="300px", visibility="hidden"))
-        controls = w.HBox([self.weights_only, self.compress, self.button, self.bar])
+        controls = _make_row(self.weights_only, self.compress, self.button, self.bar)
         self.box = w.VBox([self.precision, self.sizes, controls, self.message])
         self.precision.observe(self.show, "value")
         self.button.on_click(self.write)
@@ -497,12 +546,14 @@ class _Advice:
     def __init__(self):
         import ipywidgets as w
 
+        measures = [("disk", "disk"), ("training memory", "memory"), ("training time", "time")]
         targets = [("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))]
+        self.by = w.Dropdown(options=measures, description="sort by")
         self.target = w.Dropdown(options=targets, description="deploy to")
         style = dict(description="hours of training", style=dict(description_width="initial"))
         self.hours, self.table = w.BoundedFloatText(0, min=0, max=1e5, **style), w.HTML()
-        self.box = w.VBox([w.HBox([self.target, self.hours]), self.table])
-        for c in self.target, self.hours:
+        self.box = w.VBox([_make_row(self.by, self.target, self.hours), self.table])
+        for c in self.by, self.target, self.hours:
             c.observe(self.show, "value")
 
     def open(self, a: Analysis, others: Comparison):
@@ -510,12 +561,10 @@ class _Advice:
         self.show()
 
     def show(self, _=None):
-        rows = suggestions(self.analysis, self.hours.value or None, self.target.value or None)
-        self.table.value = (
-            f'<div style="line-height:1.4">{rows._repr_html_()}</div>'
-            if rows
-            else "no suggestions: the file has no weights"
-        )
+        by, target = self.by.value, self.target.value or None
+        rows = suggestions(self.analysis, self.hours.value or None, target, by)
+        bars = _format_bars(rows, [r[by] or 0 for r in rows])
+        self.table.value = bars if rows else "no suggestions: the file has no weights"
 
 # %% ../nbs/04_widgets.ipynb #ba3a015c
 class CheckpointExplorer:
@@ -528,7 +577,8 @@ class CheckpointExplorer:
         import ipywidgets as w
 
         self.path = Path(path)
-        self.checkpoint = w.Dropdown(description="checkpoint", layout=w.Layout(width="60%"))
+        wide = w.Layout(width="auto", flex="1 1 260px")
+        self.checkpoint = w.Dropdown(description="checkpoint", layout=wide)
         self.facts = w.HTML()
         self.pages = _Bytes(), _Changes(), _Precisions(), _Advice()
         self.bytes, self.changes, self.precisions, self.advice = self.pages
@@ -536,8 +586,8 @@ class CheckpointExplorer:
         for i, p in enumerate(self.pages):
             tabs.set_title(i, p.title)
         refresh = _make_button("refresh", self.look)
-        self.box = w.VBox([w.HBox([self.checkpoint, refresh]), self.facts, tabs])
-        self.box.add_class("minigpt-checkpoint-explorer")
+        parts = [_make_row(self.checkpoint, refresh), self.facts, tabs]
+        self.box = _make_column("minigpt-checkpoint-explorer", parts)
         self.checkpoint.observe(self.open, "value")
         self.look()
 
@@ -550,7 +600,8 @@ class CheckpointExplorer:
         names = [r["checkpoint"] for r in self.found.rows()]
         self.checkpoint.unobserve(self.open, "value")
         self.checkpoint.options = [(n, i) for i, n in enumerate(names)]
-        self.checkpoint.value = names.index(before) if before in names else len(names) - 1
+        newest = names[self.found.index(self.found.newest)]
+        self.checkpoint.value = names.index(before if before in names else newest)
         self.checkpoint.observe(self.open, "value")
         self.open()
 
@@ -583,9 +634,9 @@ from .run.folder import Run, open_run
 _STYLES = dict(
     user=("you", "font-weight:bold"),
     text=("", ""),
-    call=("→", "font-family:monospace;color:#777"),
-    result=("←", "font-family:monospace;color:#777"),
-    note=("", "color:#b00020"),
+    call=("→", f"font-family:monospace;color:{color('muted')}"),
+    result=("←", f"font-family:monospace;color:{color('muted')}"),
+    note=("", f"color:{color('error')}"),
 )
 
 
@@ -605,13 +656,14 @@ def events_html(
     for kind, pieces in texts:
         text = f'<div style="{wrap}">{escape("".join(pieces))}</div>'
         if kind == "thinking":
-            fold = f'<details style="color:#777;margin:6px 0"{" open" if open else ""}>'
+            style = f"color:{color('muted')};margin:6px 0"
+            fold = f'<details style="{style}"{" open" if open else ""}>'
             out.append(f"{fold}<summary>thoughts</summary>{text}</details>")
         else:
             mark, css = _STYLES[kind]
             style = f"display:flex;gap:8px;margin:6px 0;line-height:1.45;{css}"
             out.append(f'<div style="{style}"><span>{mark}</span>{text}</div>')
-    return "".join(out)
+    return themed("".join(out)) if out else ""
 
 # %% ../nbs/04_widgets.ipynb #d8253e33
 class ChatBox:

@@ -398,19 +398,26 @@ def _draw_sizes(rows: Table):
     ax.legend(fontsize=7)
     return fig
 
+# %% ../../nbs/checkpoint/05_comparison.ipynb #9122b087
+def _step(a: Analysis) -> float:
+    "Return the step of a checkpoint, or infinity if it is unknown."
+    if a.step is not None:
+        return a.step
+    numbers = re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name)
+    return int(numbers[-1]) if numbers else math.inf
+
 # %% ../../nbs/checkpoint/05_comparison.ipynb #2963303f
 class Comparison(list):
     "Analyses in the order of their steps; `failed` maps unreadable paths to errors."
 
     def __init__(self, analyses: list[Analysis], failed: dict[str, str] | None = None):
-        def step(a):
-            if a.step is not None:
-                return a.step
-            numbers = re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name)
-            return int(numbers[-1]) if numbers else math.inf
-
-        super().__init__(sorted(analyses, key=lambda a: (step(a), a.time)))
+        super().__init__(sorted(analyses, key=lambda a: (_step(a), a.time)))
         self.failed = failed or {}
+
+    @property
+    def newest(self) -> Analysis:
+        "The checkpoint of the highest known step, the latest one of several."
+        return max(self, key=lambda a: (_step(a) < math.inf, _step(a), a.time))
 
     def rows(self) -> Table:
         "Return one row per checkpoint."
