@@ -119,6 +119,13 @@ def _make_column(name: str, parts: list):
     box.add_class(name)
     return box
 
+# %% ../nbs/04_widgets.ipynb #888fa82b
+def _stretch():
+    "Return the layout of a part of a row that takes the space that is left."
+    import ipywidgets as w
+
+    return w.Layout(width="auto", min_width="0", flex="1 1 200px")
+
 # %% ../nbs/04_widgets.ipynb #f80a5a4a
 class _RowBrowser:
     "The filters of the data explorer, and one row at a time."
@@ -128,11 +135,13 @@ class _RowBrowser:
 
         self.groups, self.tokenizer = groups, tokenizer
         longest = max([1, *(len(e["row"].text) for es in groups.values() for e in es)])
-        wide = w.Layout(width="auto", flex="1 1 260px")
-        menu = lambda name, of: w.Dropdown(options=[*zip(of, of)], description=name, layout=wide)
+        menu = lambda name, of: w.Dropdown(
+            options=[*zip(of, of)], description=name, layout=_stretch()
+        )
         self.problem, self.kind = menu("show", groups), menu("rows", _KINDS)
         size = dict(value=(0, longest), min=0, max=longest, continuous_update=False)
-        self.length = w.IntRangeSlider(description="characters", layout=wide, **size)
+        size |= dict(description="characters", layout=w.Layout(width="auto"))
+        self.length = w.IntRangeSlider(**size)
         self.back = _make_button("◀ previous", lambda: self.move(-1), "100px")
         self.next = _make_button("next ▶", lambda: self.move(1), "100px")
         self.location, self.view = w.HTML(), w.HTML()
@@ -181,7 +190,9 @@ def data_explorer(
 
 # %% ../nbs/04_widgets.ipynb #cedfced4
 import base64
+import contextlib
 import logging
+import time
 from functools import cached_property
 
 from .core.tables import html_table
@@ -200,7 +211,9 @@ def _format_note(note) -> str:
 
 def _format_details(s: dict) -> str:
     "Format what is saved, the notes, and how to resume, as HTML; `s`: of `run_status`."
-    rows, (code, command) = checkpoint_rows(s), resume_code(s)
+    # the name is the title of a row on a phone
+    rows = [(name, where, *others) for where, name, *others in checkpoint_rows(s)]
+    code, command = resume_code(s)
     box = f"border:1px solid {color('border')};padding:6px;white-space:pre-wrap;"
     box += f"overflow-wrap:anywhere;color:inherit;background:{color('surface')}"
     return (
@@ -217,7 +230,7 @@ class _CurveView:
         import ipywidgets as w
 
         self.follower, self.figure = follower, LossFigure()
-        size = w.Layout(width="100%", max_width="720px")
+        size = w.Layout(width="100%", max_width="720px", margin="0")
         self.image = w.Image(format="png", layout=size)
         self.switches = [
             w.ToggleButton(value=on, description=name, layout=w.Layout(width="110px"))
@@ -241,6 +254,24 @@ class _CurveView:
         data = base64.b64encode(bytes(self.image.value)).decode()
         image = f'<img src="data:image/png;base64,{data}" style="max-width:100%">'
         return image if data else ""
+
+# %% ../nbs/04_widgets.ipynb #2cb25ee3
+def _update_callback(dashboard):
+    "Return a callback of training that updates a dashboard."
+    from minigpt.train.loop import Callback
+
+    class Update(Callback):
+        order, due = -40, 0.0
+
+        def on_log(self, t, row):
+            if (start := time.monotonic()) < self.due:
+                return
+            with contextlib.suppress(Exception):  # a view must not stop training
+                dashboard.update()
+            now = time.monotonic()
+            self.due = now + max(1.0, 49 * (now - start))
+
+    return Update()
 
 # %% ../nbs/04_widgets.ipynb #ee6a49c6
 class RunDashboard:
@@ -271,8 +302,8 @@ class RunDashboard:
         self.look = _make_button("refresh", self.refresh)
         self.go = _make_button("resume", self.resume)
         self.buttons = _make_row(*self.curves.switches, self.look, self.go)
-        parts = [self.html, self.curves.image, self.buttons, self.details, self.out]
         self.refresh()
+        parts = [self.html, self.curves.image, self.buttons, self.details, self.out]
         return _make_column("minigpt-run-dashboard", parts)
 
     def refresh(self) -> dict:
@@ -282,6 +313,11 @@ class RunDashboard:
         self.go.disabled = s["state"] != "stopped"
         self.curves.draw()
         return s
+
+    def update(self):
+        "Update progress and curves."
+        self.html.value = themed(run_html(self.watch.progress()))
+        self.curves.draw()
 
     def page(self) -> str:
         "Return the view as HTML, for readers without a kernel."
@@ -294,7 +330,8 @@ class RunDashboard:
             try:
                 from minigpt.train.trainer import resume  # imports torch only when clicked
 
-                resume(**self.refresh()["resume"])
+                view = dict(widget=False, callbacks=[_update_callback(self)])
+                resume(**self.refresh()["resume"], **view)
             except (Exception, KeyboardInterrupt) as e:
                 print(f"{type(e).__name__}: {e}")
         self.buttons.layout.display = None
@@ -395,12 +432,11 @@ class _Bytes:
     def __init__(self):
         import ipywidgets as w
 
-        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="100px"))
+        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="auto"))
         self.component, self.layer = (
-            w.Dropdown(description=k, layout=w.Layout(width="auto", flex="1 1 260px"))
-            for k in ("component", "layer")
+            w.Dropdown(description=k, layout=_stretch()) for k in ("component", "layer")
         )
-        size = w.Layout(width="100%", max_width="720px")
+        size = w.Layout(width="100%", max_width="720px", margin="0")
         self.picture, self.table = w.Image(layout=size), w.HTML()
         menus = _make_row(self.component, self.layer)
         self.box = w.VBox([self.picture, self.by, menus, self.table])
@@ -429,7 +465,7 @@ class _Changes:
         import ipywidgets as w
 
         self.all, self.message, self.table = w.HTML(), w.HTML(), w.HTML()
-        size = w.Layout(width="100%", max_width="420px")
+        size = w.Layout(width="auto", max_width="420px")
         self.since = w.Dropdown(description="since", layout=size)
         self.box = w.VBox([self.all, self.since, self.message, self.table])
         self.since.observe(self.show, "value")
@@ -477,11 +513,11 @@ def _format_sizes(
         saves="{:.0%}".format,
         exported=human_size,
     )
-    return (
-        _format_bars(table, [r["MiB"] for r in rows], selected)
-        + f"in {rows[selected]['precision']}: <b>{human_size(table[selected]['weights'])}</b> of"
+    text = (
+        f"in {rows[selected]['precision']}: <b>{human_size(table[selected]['weights'])}</b> of"
         f" weights; stored now: {human_size(sum(t.bytes for t in a.weights()))}"
     )
+    return _format_bars(table, [r["MiB"] for r in rows], selected) + themed(text)
 
 # %% ../nbs/04_widgets.ipynb #b62aa146
 class _Precisions:
@@ -546,12 +582,14 @@ class _Advice:
     def __init__(self):
         import ipywidgets as w
 
-        measures = [("disk", "disk"), ("training memory", "memory"), ("training time", "time")]
+        measures = [("bytes on disk", "disk"), ("training memory", "memory")]
+        measures += [("training time", "time")]
         targets = [("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))]
-        self.by = w.Dropdown(options=measures, description="sort by")
-        self.target = w.Dropdown(options=targets, description="deploy to")
-        style = dict(description="hours of training", style=dict(description_width="initial"))
-        self.hours, self.table = w.BoundedFloatText(0, min=0, max=1e5, **style), w.HTML()
+        self.by = w.Dropdown(options=measures, description="sort by", layout=_stretch())
+        self.target = w.Dropdown(options=targets, description="deploy to", layout=_stretch())
+        label = dict(description="hours of training", style=dict(description_width="initial"))
+        self.hours = w.BoundedFloatText(0, min=0, max=1e5, layout=_stretch(), **label)
+        self.table = w.HTML()
         self.box = w.VBox([_make_row(self.by, self.target, self.hours), self.table])
         for c in self.by, self.target, self.hours:
             c.observe(self.show, "value")
@@ -563,8 +601,11 @@ class _Advice:
     def show(self, _=None):
         by, target = self.by.value, self.target.value or None
         rows = suggestions(self.analysis, self.hours.value or None, target, by)
+        measure = self.by.label
+        text = f"What each would save, sorted by {measure}, the largest saving first."
         bars = _format_bars(rows, [r[by] or 0 for r in rows])
-        self.table.value = bars if rows else "no suggestions: the file has no weights"
+        none = "no suggestions: the file has no weights"
+        self.table.value = _format_lines([text]) + bars if rows else none
 
 # %% ../nbs/04_widgets.ipynb #ba3a015c
 class CheckpointExplorer:
@@ -577,19 +618,25 @@ class CheckpointExplorer:
         import ipywidgets as w
 
         self.path = Path(path)
-        wide = w.Layout(width="auto", flex="1 1 260px")
-        self.checkpoint = w.Dropdown(description="checkpoint", layout=wide)
+        self.checkpoint = w.Dropdown(description="checkpoint", layout=_stretch())
         self.facts = w.HTML()
         self.pages = _Bytes(), _Changes(), _Precisions(), _Advice()
         self.bytes, self.changes, self.precisions, self.advice = self.pages
-        tabs = w.Tab(children=[p.box for p in self.pages])
-        for i, p in enumerate(self.pages):
-            tabs.set_title(i, p.title)
+        titles = [(p.title, i) for i, p in enumerate(self.pages)]
+        self.page = w.ToggleButtons(options=titles, style=dict(button_width="auto"))
+        self.page.observe(self.turn, "value")
+        self.turn()
         refresh = _make_button("refresh", self.look)
-        parts = [_make_row(self.checkpoint, refresh), self.facts, tabs]
+        parts = [_make_row(self.checkpoint, refresh), self.facts, self.page]
+        parts += [p.box for p in self.pages]
         self.box = _make_column("minigpt-checkpoint-explorer", parts)
         self.checkpoint.observe(self.open, "value")
         self.look()
+
+    def turn(self, _=None):
+        "Show the selected page."
+        for i, p in enumerate(self.pages):
+            p.box.layout.display = None if i == self.page.value else "none"
 
     def look(self, _=None):
         "Read the folder; keep the selected checkpoint, at first the newest."
@@ -624,7 +671,6 @@ class CheckpointExplorer:
 
 # %% ../nbs/04_widgets.ipynb #35ada0a1
 import threading
-import time
 from itertools import groupby
 
 from .chat import Chat

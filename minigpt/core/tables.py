@@ -44,6 +44,7 @@ def html_table(
 
     def format_cell(i, text, bar):
         column = f' data-column="{escape(names[i])}"' if i and names[i] else ""
+        column += ' class="minigpt-none"' if i and text in ("", "–") else ""
         style = _cell_style(i in right, None if i else bar)
         return f'<td{column} style="{style}">{escape(text)}</td>'
 
@@ -57,4 +58,5 @@ def html_table(
     title = f"<tr>{''.join(titles)}</tr>" if head else ""
     wide = ' class="minigpt-wide"' if len(names) > 3 else ""
     table = "".join(format_row(n, row) for n, row in enumerate(body))
-    return f'<div style="overflow-x:auto"><table{wide}>{title}{table}</table></div>'
+    scroll = '<div class="minigpt-scroll" style="overflow-x:auto">'
+    return f"{scroll}<table{wide}>{title}{table}</table></div>"
