@@ -288,7 +288,8 @@ class RunDashboard:
 
     def _ipython_display_(self):
         if in_notebook():
-            display_widget(self.widget, repr(self), **{"text/html": self.page()})
+            box, parts = self.widget, (self.html.value, self.curves.page(), self.details.value)
+            display_widget(box, repr(self), **{"text/html": "".join(parts)})
         else:
             print(self)
 
@@ -318,10 +319,6 @@ class RunDashboard:
         "Update progress and curves."
         self.html.value = themed(run_html(self.watch.progress()))
         self.curves.draw()
-
-    def page(self) -> str:
-        "Return the view as HTML, for readers without a kernel."
-        return self.html.value + self.curves.page() + self.details.value
 
     def resume(self, _=None):
         "Resume the run."

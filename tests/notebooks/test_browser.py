@@ -77,7 +77,7 @@ data_explorer("sums.jsonl")""")
 
 # The contrast of each text of our HTML with its background, bars included; the smallest first
 CONTRASTS = r"""boxes => {
-  const numbers = c => { const n = c.match(/[\d.]+/g).map(Number); return [...n.slice(0, 3), n[3] ?? 1]; };
+  const numbers = c => [...c.match(/[\d.]+/g).map(Number), 1].slice(0, 4);
   const over = (top, below) => [0, 1, 2].map(i => top[i]*top[3] + below[i]*(1 - top[3])).concat(1);
   const linear = c => c/255 <= .04045 ? c/255/12.92 : ((c/255 + .055)/1.055)**2.4;
   const luminance = c => .2126*linear(c[0]) + .7152*linear(c[1]) + .0722*linear(c[2]);
