@@ -35,6 +35,7 @@ from minigpt.checkpoint.headers import (
     tensors_in,
     torch_file,
 )
+from ..core.colors import COLORS, color, themed
 from minigpt.core.files import (
     dir_size,
     expand_home,
@@ -86,14 +87,17 @@ class Table(list):
         self,
         rows: Iterable[dict] = (),
         hide: tuple[str, ...] = (),  # Columns to hide
+        sort: str | None = None,  # Column of numbers to sort by, the largest first, None last
         **show,  # Formatter of a column, such as `size=human_size`
     ):
         super().__init__(rows)
-        self.hide, self.show = hide, show
+        self.hide, self.sorted_by, self.show = hide, sort, show
+        if sort:
+            self.sort(key=lambda r: math.inf if r[sort] is None else -r[sort])
 
     def top(self, n: int) -> "Table":
         "Return the first `n` rows."
-        return Table(self[:n], self.hide, **self.show)
+        return Table(self[:n], self.hide, self.sorted_by, **self.show)
 
     def keys(self) -> list[str]:
         return [k for k in self[0] if k not in self.hide] if self else []
@@ -101,7 +105,7 @@ class Table(list):
     def cells(self) -> list[list[str]]:
         "Return the header and the rows as strings."
         text = lambda k, v: "–" if v is None else printable(str(self.show.get(k, str)(v)), 300)
-        head = [k.replace("_", " ") for k in self.keys()]
+        head = [k.replace("_", " ") + " ↓" * (k == self.sorted_by) for k in self.keys()]
         return [head] + [[text(k, r.get(k)) for k in self.keys()] for r in self]
 
     def __str__(self):
@@ -115,7 +119,7 @@ class Table(list):
         return [i for i, k in enumerate(self.keys()) if numeric(k)]
 
     def _repr_html_(self):
-        return html_table(self.cells(), self._numbers())
+        return themed(html_table(self.cells(), self._numbers())) if self else "nothing"
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #89f321b5
 def _sum_by_key(pairs: Iterable[tuple[str, int]]) -> Counter:
@@ -187,9 +191,9 @@ def _by_component(a: _Contents) -> Table:
     n = Counter(t.component for t in a.tensors)
     rows = [
         dict(component=k, size=v, share=v / max(1, a.size), tensors=n[k] or None)
-        for k, v in sorted(a.components.items(), key=lambda kv: -kv[1])
+        for k, v in a.components.items()
     ]
-    return Table(rows, size=human_size, share="{:.1%}".format)
+    return Table(rows, sort="size", size=human_size, share="{:.1%}".format)
 
 
 def _by_layer(a: _Contents) -> Table:
@@ -202,10 +206,10 @@ def _by_layer(a: _Contents) -> Table:
 def _by_tensor(a: _Contents) -> Table:
     rows = [
         dict(tensor=t.name, component=t.component, shape=t.shape, dtype=t.dtype, size=t.bytes)
-        for t in sorted(a.tensors, key=lambda t: -t.bytes)
+        for t in a.tensors
     ]
     shape = lambda s: "×".join(map(str, s)) or "one number"
-    return Table(rows, size=human_size, shape=shape)
+    return Table(rows, sort="size", size=human_size, shape=shape)
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #c9869bff
 def _summary_lines(a: _Contents) -> list[str]:
@@ -232,24 +236,19 @@ def _to_text(a: _Contents, n: int) -> str:
 # %% ../../nbs/checkpoint/04_analysis.ipynb #a9fe0709
 def _to_html(a: _Contents) -> str:
     head, *lines = _summary_lines(a)
-    bar = lambda share: (
-        f'<div style="background:#4c78a8;height:0.8em;width:{100 * share:.1f}%"></div>'
-    )
-    rows = "".join(
-        f"<tr><td>{escape(printable(r['component']))}</td><td>{human_size(r['size'])}</td>"
-        f'<td>{r["share"]:.1%}</td><td style="width:16em">{bar(r["share"])}</td></tr>'
-        for r in _by_component(a)
-    )
-    problem = lambda p: f'<div style="color:#b00">! {escape(printable(p, 1000))}</div>'
-    return (
+    parts = _by_component(a)
+    cells = [row[:3] for row in parts.cells()]
+    error = f'<div style="color:{color("error")}">! '
+    table = lambda t: html_table(t.cells(), t._numbers())
+    return themed(
         f"<b>{escape(head)}</b>"
         + "".join(f"<div>{escape(s)}</div>" for s in lines)
-        + f'<table class="minigpt-table">{rows}</table>'
-        + "".join(map(problem, a.problems))
+        + (html_table(cells, right=(1, 2), bars=[r["share"] for r in parts]) if parts else "")
+        + "".join(f"{error}{escape(printable(p, 1000))}</div>" for p in a.problems)
         + f"<details><summary>{len(a.layers)}"
-        f" layers</summary>{_by_layer(a)._repr_html_()}</details>"
+        f" layers</summary>{table(_by_layer(a))}</details>"
         f"<details><summary>{min(50, len(a.tensors))} largest of {len(a.tensors)}"
-        f" tensors</summary>{_by_tensor(a).top(50)._repr_html_()}</details>"
+        f" tensors</summary>{table(_by_tensor(a).top(50))}</details>"
     )
 
 # %% ../../nbs/checkpoint/04_analysis.ipynb #ffa74af3
@@ -289,7 +288,8 @@ def treemap(
 def _draw_components(ax, a: _Contents):
     rows = _by_component(a)[::-1]
     mib = [r["size"] / 2**20 for r in rows]
-    ax.barh([printable(r["component"], 60).replace("$", r"\$") for r in rows], mib)
+    names = [printable(r["component"], 60).replace("$", r"\$") for r in rows]
+    ax.barh(names, mib, color=COLORS["accent"][0])
     ax.set(xlabel="MiB", title=f"{human_size(a.size)} on disk")
     for i, r in enumerate(rows):
         ax.text(mib[i], i, f" {human_size(r['size'])}", va="center", fontsize=7)
@@ -301,8 +301,8 @@ def _draw_layers(ax, a: _Contents):
 
     layers = sorted(a.layers.items(), key=lambda kv: -kv[1])[:200]
     for (name, size), (x, y, w, h) in zip(layers, treemap([v for _, v in layers], 1.6, 1)):
-        color = "#4c78a8" if name.rpartition(".")[2].isdigit() else "#f58518"
-        ax.add_patch(Rectangle((x, y), w, h, facecolor=color, edgecolor="white", linewidth=1))
+        fill = COLORS["accent" if name.rpartition(".")[2].isdigit() else "second"][0]
+        ax.add_patch(Rectangle((x, y), w, h, facecolor=fill, edgecolor="white", linewidth=1))
         if w * h > 0.012:
             short = printable(name, 60).removeprefix("model.").removeprefix("transformer.")
             style = dict(ha="center", va="center", fontsize=6 if w > 0.12 else 5, color="white")

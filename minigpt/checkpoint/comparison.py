@@ -26,8 +26,10 @@ from minigpt.checkpoint.analysis import (
     values,
 )
 from .headers import PRECISIONS, printable
+from ..core.colors import COLORS, themed
 from ..core.files import human_size
 from ..core.picture import figure
+from ..core.tables import html_table
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #af295300
 def _count_params(model) -> int:
@@ -66,11 +68,7 @@ def precision_table(
 _FLOPS, _HALF_FLOPS, _BANDWIDTH = 6e12, 20e12, 250e9
 # usual limits of the weights, in bytes
 _TARGETS = dict(mobile=64 << 20, edge=256 << 20, server=None)
-_PRIORITY = dict(
-    mobile=("quantization", "distillation", "save weights", "ONNX", "pruning"),
-    edge=("quantization", "save weights", "ONNX", "pruning", "distillation"),
-    server=("save weights", "half", "quantization", "ONNX"),
-)
+_MEASURES = "disk", "memory", "time"
 
 
 def _first_int(d: dict, *keys: str) -> int | None:
@@ -152,16 +150,21 @@ class _Advice:
             how += f", {'within' if fits else 'above'} the {human_size(self.limit)} for"
             how += f" {self.target}"
         share = max(saved / (self.a.size if total is None else total), time)
-        row = dict(what=what, saves=" and ".join(gains), share=share, how=how)
-        hidden = dict(bytes=int(saved), hours=time * self.hours, of=of, fits=fits)
-        self.rows.append(row | hidden)
+        saved = int(saved)
+        row = dict(what=what, disk=None, memory=None, time=time if time > 0 else None, fits=fits)
+        if saved:
+            row["memory" if of == "memory" else "disk"] = saved
+        texts = dict(how=how, saves=" and ".join(gains))
+        hidden = dict(share=share, bytes=saved, hours=time * self.hours, of=of)
+        self.rows.append(row | texts | hidden)
 
-    def ranked(self) -> Table:
-        "Return the suggestions, the most useful first."
-        order = _PRIORITY.get(self.target, ())
-        rank = lambda what: next((i for i, k in enumerate(order) if what.startswith(k)), len(order))
-        self.rows.sort(key=lambda r: (rank(r["what"]), r["fits"] is False, -r["share"]))
-        return Table(self.rows, hide=("bytes", "hours", "of", "fits"), share="{:.0%}".format)
+    def sorted(self, by: str) -> Table:
+        "Return the suggestions, sorted by a measure."
+        hide = ("saves", "share", "bytes", "hours", "of") + ("fits",) * (self.limit is None)
+        time = lambda t: f"{t * self.hours:.2g} h" if self.hours else f"{t:.0%}"
+        fits = lambda yes: "yes" if yes else "no"
+        shown = dict(disk=human_size, memory=human_size, time=time, fits=fits)
+        return Table(self.rows, hide, sort=by, **shown)
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #c2a29d05
 def _suggest_storage(advice: _Advice, state: int):
@@ -241,11 +244,15 @@ def suggestions(
     a: Analysis,
     training_hours: float | None = None,  # Total training time, to report saved hours as well
     target: str | None = None,  # Where the model is deployed: `mobile`, `edge` or `server`
-) -> Table:  # The most useful first, with savings, their share of the total, and how to get them
+    by: str = "disk",  # The saving to sort by: `disk`, `memory` (of training) or `time`
+) -> Table:  # The largest saving first, and how to get it
     """Suggest how to make a checkpoint or its training smaller or faster.
 
-    Hidden columns: `bytes`, `hours`, `of` (file, memory, programs), `fits` (the target).
+    Hidden columns: `saves` (all savings as text), `share` (of the total), `bytes`, `hours`, `of`
+    (file, memory, programs).
     """
+    if by not in _MEASURES:
+        raise ValueError(f"by={by!r} must be {', '.join(_MEASURES)}")
     if target not in (None, *_TARGETS):
         raise ValueError(f"target={target!r} must be {', '.join(_TARGETS)}, or None")
     if training_hours is not None and not training_hours > 0:
@@ -258,7 +265,7 @@ def suggestions(
     _suggest_models(advice)
     if state or training_hours:
         _suggest_training(advice)
-    return advice.ranked()
+    return advice.sorted(by)
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #52841af8
 def _strip_prefixes(name: str) -> str:
@@ -277,6 +284,12 @@ def _distance(a: Analysis, b: Analysis, s: TensorInfo, t: TensorInfo) -> tuple[b
     return changed, diff, norm
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #1f744153
+def _lines_and_table(lines: list[str], table: Table) -> str:
+    "Format lines and a table as HTML."
+    html = "".join(f"<div>{escape(printable(l, 1000))}</div>" for l in lines)
+    return themed(html + (html_table(table.cells(), table._numbers()) if table else ""))
+
+
 _DIFFERENCES = dict(
     only_first="only in the first",
     only_second="only in the second",
@@ -314,8 +327,7 @@ class Difference(dict):
     __repr__ = __str__
 
     def _repr_html_(self):
-        lines = "".join(f"<div>{escape(printable(l, 1000))}</div>" for l in self.lines())
-        return lines + self["layers"]._repr_html_()
+        return _lines_and_table(self.lines(), self["layers"])
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #6a877f3c
 def difference(
@@ -370,9 +382,9 @@ def _draw_sizes(rows: Table):
     fig = figure(figsize=(7, 0.6 + 0.3 * len(rows)), dpi=80, layout="constrained")
     ax = fig.subplots()
     left = np.zeros(len(rows))
-    for k in "model", "optimizer", "other":
+    for k, name in dict(model="accent", optimizer="second", other="muted").items():
         n = np.array([r[k] or 0 for r in rows]) / 2**20
-        ax.barh(range(len(rows)), n, left=left, label=k)
+        ax.barh(range(len(rows)), n, left=left, label=k, color=COLORS[name][0])
         left = left + n
     names = [printable(r["checkpoint"], 60).replace("$", r"\$") for r in rows]
     ax.set_yticks(range(len(rows)), names)
@@ -381,19 +393,26 @@ def _draw_sizes(rows: Table):
     ax.legend(fontsize=7)
     return fig
 
+# %% ../../nbs/checkpoint/05_comparison.ipynb #9122b087
+def _step(a: Analysis) -> float:
+    "Return the step of a checkpoint, or infinity if it is unknown."
+    if a.step is not None:
+        return a.step
+    numbers = re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name)
+    return int(numbers[-1]) if numbers else math.inf
+
 # %% ../../nbs/checkpoint/05_comparison.ipynb #2963303f
 class Comparison(list):
     "Analyses in the order of their steps; `failed` maps unreadable paths to errors."
 
     def __init__(self, analyses: list[Analysis], failed: dict[str, str] | None = None):
-        def step(a):
-            if a.step is not None:
-                return a.step
-            numbers = re.findall(r"[-_](\d{1,15})(?=\.\w+$|$)", a.path.name)
-            return int(numbers[-1]) if numbers else math.inf
-
-        super().__init__(sorted(analyses, key=lambda a: (step(a), a.time)))
+        super().__init__(sorted(analyses, key=lambda a: (_step(a), a.time)))
         self.failed = failed or {}
+
+    @property
+    def newest(self) -> Analysis:
+        "The checkpoint of the highest known step, the latest one of several."
+        return max(self, key=lambda a: (_step(a) < math.inf, _step(a), a.time))
 
     def rows(self) -> Table:
         "Return one row per checkpoint."
@@ -433,7 +452,7 @@ class Comparison(list):
     __repr__ = __str__
 
     def _repr_html_(self):
-        return self.rows()._repr_html_() + "".join(f"<div>{escape(l)}</div>" for l in self.lines())
+        return _lines_and_table(self.lines(), self.rows())
 
     def figure(self):
         "Return a figure of the sizes by component."

@@ -72,8 +72,11 @@ _STYLE = f"""<style>
 :is({_DARK}) .minigpt{{{_variables(1)}}}
 .minigpt{{color:{color("text")};background:{color("background")};line-height:1.5;
 overflow-wrap:anywhere}}
-@media(max-width:600px){{.minigpt-wide tr{{display:flex;flex-wrap:wrap;padding:4px 0}}
-.minigpt-wide td{{text-align:left!important}}.minigpt-wide th{{display:none}}
+@media(max-width:600px){{.minigpt td{{overflow-wrap:anywhere;min-width:0!important}}
+.minigpt-scroll{{width:0;min-width:100%}}.minigpt-none{{display:none}}
+.minigpt-wide,.minigpt-wide tbody{{display:block}}.minigpt-wide th{{display:none}}
+.minigpt-wide tr{{display:flex;flex-wrap:wrap;padding:4px 0}}
+.minigpt-wide td{{text-align:left!important}}
 .minigpt-wide td:first-child{{width:100%;font-weight:bold}}
 .minigpt-wide td[data-column]:before{{content:attr(data-column)" ";color:{color("muted")}}}}}
 </style>"""

@@ -9,6 +9,8 @@ __all__ = ['text_table', 'html_table']
 from collections.abc import Collection, Sequence
 from html import escape
 
+from .colors import color
+
 # %% ../../nbs/core/06_tables.ipynb #9455c6db
 def text_table(
     rows: Sequence[Sequence[str]],  # All of the same length
@@ -20,20 +22,41 @@ def text_table(
     return "\n".join("  ".join(align(i, c) for i, c in enumerate(r)).rstrip() for r in rows)
 
 # %% ../../nbs/core/06_tables.ipynb #99115444
-_CELL = "text-align:{};padding:1px 14px 1px 0;vertical-align:top;overflow-wrap:anywhere"
+def _cell_style(right: bool, bar: float | None) -> str:
+    "Return the CSS of a cell; `bar`: the fraction of it that is filled."
+    style = "padding:1px 14px 1px 0;vertical-align:top;text-align:"
+    style += "right;white-space:nowrap" if right else "left;max-width:36em"
+    if bar is None:
+        return style
+    fill = f"linear-gradient(90deg,{color('bar')} {100 * min(1, max(0, bar)):.1f}%,transparent 0)"
+    return f"{style};min-width:160px;background:{fill}"
 
 
 def html_table(
     rows: Sequence[Sequence[str]],  # The header first
-    right: Collection[int] = (),  # Right-aligned columns
+    right: Collection[int] = (),  # Right-aligned columns, such as numbers
     head: bool = True,  # Whether the first row is a header
-) -> str:
+    bars: Sequence[float] = (),  # Of each row below the header, from 0 to 1
+    selected: int | None = None,  # A row below the header to outline
+) -> str:  # To be displayed `themed`
     "Format rows as an HTML table; the texts are escaped."
+    names, *body = rows if head else ([""] * len(rows[0]), *rows)
 
-    def format_row(row, tag):
-        style = lambda i: _CELL.format("right" if i in right else "left")
-        cells = (f'<{tag} style="{style(i)}">{escape(c)}</{tag}>' for i, c in enumerate(row))
-        return f"<tr>{''.join(cells)}</tr>"
+    def format_cell(i, text, bar):
+        column = f' data-column="{escape(names[i])}"' if i and names[i] else ""
+        column += ' class="minigpt-none"' if i and text in ("", "–") else ""
+        style = _cell_style(i in right, None if i else bar)
+        return f'<td{column} style="{style}">{escape(text)}</td>'
 
-    body = [format_row(r, "th" if head and not n else "td") for n, r in enumerate(rows)]
-    return f'<table style="line-height:1.5">{"".join(body)}</table>'
+    def format_row(n, row):
+        mark = f' style="outline:2px solid {color("accent")}"' if n == selected else ""
+        bar = bars[n] if n < len(bars) else None
+        return f"<tr{mark}>{''.join(format_cell(i, c, bar) for i, c in enumerate(row))}</tr>"
+
+    style = lambda i: _cell_style(i in right, None)
+    titles = (f'<th style="{style(i)}">{escape(name)}</th>' for i, name in enumerate(names))
+    title = f"<tr>{''.join(titles)}</tr>" if head else ""
+    wide = ' class="minigpt-wide"' if len(names) > 3 else ""
+    table = "".join(format_row(n, row) for n, row in enumerate(body))
+    scroll = '<div class="minigpt-scroll" style="overflow-x:auto">'
+    return f"{scroll}<table{wide}>{title}{table}</table></div>"

@@ -79,6 +79,59 @@ data_explorer("sums.jsonl")""")
     assert page.title() != "1"
 
 
+# The contrast of each text of our HTML with its background, bars included; the smallest first
+CONTRASTS = r"""boxes => {
+  const numbers = c => [...c.match(/[\d.]+/g).map(Number), 1].slice(0, 4);
+  const over = (top, below) => [0, 1, 2].map(i => top[i]*top[3] + below[i]*(1 - top[3])).concat(1);
+  const linear = c => c/255 <= .04045 ? c/255/12.92 : ((c/255 + .055)/1.055)**2.4;
+  const luminance = c => .2126*linear(c[0]) + .7152*linear(c[1]) + .0722*linear(c[2]);
+  const contrast = (a, b) => {
+    const [x, y] = [luminance(a), luminance(b)].sort((p, q) => p - q);
+    return (y + .05)/(x + .05);
+  };
+  const ground = e => {
+    const colors = [];
+    for (; e; e = e.parentElement) colors.unshift(numbers(getComputedStyle(e).backgroundColor));
+    return colors.reduce((below, top) => over(top, below), [255, 255, 255, 1]);
+  };
+  const found = [];
+  for (const box of boxes) {
+    const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT);
+    for (let n; n = texts.nextNode();) {
+      const e = n.parentElement, style = getComputedStyle(e);
+      if (!n.data.trim() || !e.getClientRects().length) continue;
+      const bars = [...style.backgroundImage.matchAll(/rgba?\([^)]*\)/g)].map(m => numbers(m[0]));
+      for (const g of [ground(e), ...bars.map(b => over(b, ground(e)))])
+        found.push([contrast(over(numbers(style.color), g), g), n.data.trim().slice(0, 60)]);
+    }
+  }
+  return found.sort((a, b) => a[0] - b[0]);
+}"""
+# Parts of a widget that are wider than the page
+WIDE = r"""widget => [...widget.querySelectorAll('*')].filter(e => e.getClientRects().length
+  && e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible'
+  && e.tagName != 'SELECT' && e.tagName != 'INPUT')
+  .map(e => [e.tagName, e.className, e.innerText.slice(0, 60)])"""
+
+
+def is_readable(page, widget, name):
+    "Check contrasts and widths, in light and dark, on a laptop and on a phone"
+    for theme in "Light", "Dark":
+        change = "t => window.jupyterapp.commands.execute('apputils:change-theme', {theme: t})"
+        page.evaluate(change, f"JupyterLab {theme}")
+        expect(page.locator("body")).to_have_attribute(
+            "data-jp-theme-light", "true" if theme == "Light" else "false"
+        )
+        for width in 1280, 390:
+            page.set_viewport_size(dict(width=width, height=1400))
+            page.wait_for_timeout(500)
+            save_screenshot(page, f"{name}-{theme}-{width}")
+            contrasts = widget.locator(".minigpt").evaluate_all(CONTRASTS)
+            assert contrasts and contrasts[0][0] >= 4.5, (theme, contrasts[:3])
+            assert not widget.evaluate(WIDE), (theme, width)
+    page.set_viewport_size(dict(width=1200, height=1400))
+
+
 CHECKPOINTS = r"""
 import torch
 from pathlib import Path
@@ -104,10 +157,12 @@ CheckpointExplorer("steps")"""
 def test_checkpoint_explorer(show, lab):
     page = show(CHECKPOINTS)
     explorer = page.locator(".minigpt-checkpoint-explorer")
-    tab = lambda i: explorer.locator(".lm-TabBar-tab, .p-TabBar-tab").nth(i).click()
+    turn_to = lambda name: explorer.get_by_role("button", name=name, exact=True).click()
     choose = lambda label, option: explorer.get_by_label(label, exact=True).select_option(option)
     seen = lambda text: explorer.get_by_text(text).first.wait_for()
 
+    seen("step 30")  # the newest, not the last by name
+    choose("checkpoint", "untrusted.safetensors")
     seen("untrusted.safetensors: safetensors file")
     seen("89.7%")
     choose("checkpoint", "checkpoint-30")
@@ -117,14 +172,14 @@ def test_checkpoint_explorer(show, lab):
     choose("component", "optimizer")
     seen("exp_avg_sq/model.layers.1.mlp.up_proj.weight")
     expect(explorer.get_by_text("model.layers.0.")).to_have_count(0)
-    save_screenshot(page, "explorer-bytes")
 
-    tab(1)
+    is_readable(page, explorer, "explorer-bytes")
+    turn_to("changes")
     choose("since", "checkpoint-10")
     seen("20 steps")
-    save_screenshot(page, "explorer-changes")
+    is_readable(page, explorer, "explorer-changes")
 
-    tab(2)
+    turn_to("lower precision")
     explorer.locator(".widget-slider .ui-slider-handle, .widget-slider .noUi-handle").focus()
     for _ in range(4):
         page.keyboard.press("ArrowRight")
@@ -139,9 +194,10 @@ def test_checkpoint_explorer(show, lab):
     explorer.get_by_text("export", exact=True).click()
     seen("already")
 
-    tab(3)
+    turn_to("suggestions")
+    seen("sorted by bytes on disk")
     seen("save weights only")
-    save_screenshot(page, "explorer-advice")
+    is_readable(page, explorer, "explorer-advice")
     assert page.title() != "1"
 
 
@@ -186,10 +242,17 @@ def test_live_view_and_resume(show, lab):
 
     dashboard = page.locator(".minigpt-run-dashboard")
     dashboard.get_by_text("checkpoint-20").first.wait_for()
-    save_screenshot(page, "dashboard")
-    dashboard.get_by_text("resume", exact=True).click()
+    means = dashboard.locator(".minigpt-charts path.mean").first
+    expect(means).to_be_visible()
+    dashboard.locator(".minigpt-smooth").uncheck()
+    expect(means).to_be_hidden()
+    is_readable(page, dashboard, "dashboard")
+    resume = dashboard.get_by_role("button", name="resume", exact=True)
+    resume.click()
+    expect(resume).to_be_hidden()  # it cannot answer meanwhile
     dashboard.get_by_text("step 40 of 40").first.wait_for()
-    expect(dashboard.get_by_text("resume", exact=True)).to_be_disabled()
+    expect(resume).to_be_disabled()
+    expect(resume).to_be_visible()
 
 
 def no_lost_widgets(page):

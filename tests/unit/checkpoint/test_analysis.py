@@ -456,12 +456,16 @@ def test_suggested_sizes_are_exact(tmp_path):
         next(r for r in suggestions(a, 10) if r["what"] == "larger batch")["hours"]
         < found["larger batch"]["hours"] / 5
     )
-    mobile = suggestions(a, target="mobile")
-    assert (
-        mobile[0]["what"] == "quantization to INT4"
-        and mobile[0]["fits"]
-        and "ONNX" in [r["what"] for r in mobile]
-    )  # 57 MiB; INT8 would take 110
+    for by in "disk", "memory", "time":
+        rows = suggestions(a, training_hours=10, target="mobile", by=by)
+        savings = [r[by] or 0 for r in rows]
+        assert savings == sorted(savings, reverse=True) and savings[0] > 0
+        assert f"{by} ↓" in rows.cells()[0] and f"{by} ↓" in rows._repr_html_()
+    mobile = {r["what"]: r["fits"] for r in rows}
+    assert mobile["quantization to INT4"] and "ONNX" in mobile  # 57 MiB
+    assert mobile["quantization to INT8"] is False  # 110 MiB
+    with pytest.raises(ValueError, match="by='bytes' must be disk, memory, time"):
+        suggestions(a, by="bytes")
     with pytest.raises(ValueError, match="target='phone' must be mobile, edge, server"):
         suggestions(a, target="phone")
     with pytest.raises(ValueError, match="training_hours=-1 must be above 0"):
