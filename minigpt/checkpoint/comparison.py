@@ -26,6 +26,7 @@ from minigpt.checkpoint.analysis import (
     values,
 )
 from .headers import PRECISIONS, printable
+from ..core.errors import short_errors
 from ..core.files import human_size
 from ..core.picture import figure
 
@@ -445,6 +446,7 @@ class Comparison(list):
         return _draw_sizes(self.rows())
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #790e0aac
+@short_errors
 def compare(
     paths: str | Path | list,  # A directory of checkpoints, or a list of checkpoints or analyses
 ) -> Comparison:  # Ordered by step, then time

@@ -26,6 +26,7 @@ import xxhash
 import zstandard
 from tqdm.auto import tqdm
 
+from ..core.errors import short_errors
 from ..core.files import human_size, spread
 from ..core.picture import figure
 from minigpt.data.readers import (
@@ -726,6 +727,7 @@ def _report(files: list[Path], looks: list, totals: _Totals, near: bool, tokeniz
     )
 
 # %% ../../nbs/data/04_quality.ipynb #586ed908
+@short_errors
 def analyze(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
     tokenizer: Tokenizer | str | Path | None = None,  # For lengths in tokens, of 2,000 rows

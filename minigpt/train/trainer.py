@@ -41,6 +41,7 @@ from minigpt.checkpoint.store import (
 )
 from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
+from ..core.errors import short_errors
 from minigpt.core.files import (
     dir_size,
     entries,
@@ -314,6 +315,7 @@ def software_versions() -> dict:
     )
 
 # %% ../../nbs/train/13_trainer.ipynb #7d0ec1f0
+@short_errors
 @_release_frames
 @_exclusive
 def fit(
@@ -981,6 +983,7 @@ def _initial_model(run: Run):
     return config_from_dict(record.model)
 
 # %% ../../nbs/train/13_trainer.ipynb #31e40fcf
+@short_errors
 def resume(
     run: str | Path,  # The run folder
     checkpoint: str | Path = "auto",  # The newest complete one, or the name or path of one
