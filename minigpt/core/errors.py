@@ -61,7 +61,8 @@ def _call_lines(
     for t in (t for t in frames if _package(t) != "IPython"):
         code = t.tb_frame.f_code
         file = "" if _package(t) == "__main__" else f" of {Path(code.co_filename).name}"
-        function = "" if code.co_name == "<module>" else f" in {code.co_name}"
+        # a cell is called <module>, or <cell line: 1> by IPython 7
+        function = "" if code.co_name.startswith("<") else f" in {code.co_name}"
         source = linecache.getline(code.co_filename, t.tb_lineno).strip()
         lines.append(f"line {t.tb_lineno}{file}{function}: {source}")
     return lines[-5:]
