@@ -1,15 +1,15 @@
-"""How often is a run that was killed at a random moment bit-identical to an uninterrupted one?
+"""How often is a run that is killed at a random moment bit-identical to an uninterrupted one?
 
     python -m bench.kill --trials 20
 
-Each trial trains in a process of its own, kills it with SIGKILL at a moment drawn uniformly from
-the run's time (start-up and saves included), starts the same call again until it is finished, and
-compares every loss as `float.hex`, the final weights, the optimizer and the random generators. In
-half of the trials the run makes snapshots all the time and is mirrored to a backup. In a fifth, the
-machine is lost with the kill: only the backup is left, and a second kill comes while it is being
-restored. "repeated" is how many steps were trained twice; it is one save interval at most, and
-where the kill came inside a save, what was trained while that was written as well; where the
-machine was lost, the copy may be a save behind, twice.
+Each trial trains in its own process, kills it with SIGKILL at a moment drawn uniformly from the
+duration of the run (start-up and saves included), and repeats the same call until the run is
+finished. It then compares every loss as `float.hex`, the final weights, the optimizer and the
+random states. Half of the trials write snapshots all the time and copy them to a backup. In a fifth
+of the trials the machine is lost with the kill: only the backup is left, and a second kill comes
+during the restore. "repeated" is how many steps were trained twice: at most one save interval, plus
+the steps that were trained while a checkpoint was being written; if the machine was lost, the
+backup may also be one save behind at each of the two kills.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from tests.harness import kill_child as child
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Seconds added to a step of a hundredth: a save takes about as long as one or two steps, as in life
+# Seconds added to each step of 10 ms, so that a save takes one or two steps, as in a real run.
 PAUSE = 0.02
 
 
@@ -36,31 +36,38 @@ def main():
     ap = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ap.add_argument("--trials", type=int, default=20, help="moments to kill at")
-    ap.add_argument("--kills", type=int, default=1, help="kills in a trial")
+    ap.add_argument("--trials", type=int, default=20, help="number of trials")
+    ap.add_argument("--kills", type=int, default=1, help="kills per trial")
     ap.add_argument("--seed", type=int, default=0)
-    ap.add_argument("--jobs", type=int, default=1, help="trials at once")
+    ap.add_argument("--jobs", type=int, default=1, help="trials that run in parallel")
     ap.add_argument("--keep", action="store_true", help="keep the folders of trials that differ")
     a = ap.parse_args()
     rng, folder = random.Random(a.seed), Path(tempfile.mkdtemp(prefix="minigpt-kill-"))
     began = time.perf_counter()
     ref = child.reference(folder / "reference", pause=PAUSE)
-    whole = time.perf_counter() - began
-    training = child.seconds_of_training(ref)
+    total = time.perf_counter() - began
+    training = child.training_seconds(ref)
     print(
         f"{child.STEPS} steps, a save every {child.OPTIONS['save_steps']}; the uninterrupted run"
-        f" took {whole:.1f} s, {training:.1f} s of them in training"
+        f" took {total:.1f} s, {training:.1f} s of them in training"
     )
     print(
-        f"{'trial':>5}  {'killed':>8}  {'steps then':>10}  {'inside a':>11}  {'machine':>7} "
+        f"{'trial':>5}  {'killed':>8}  {'at step':>10}  {'inside':>11}  {'machine':>7} "
         f" {'resumed':>7}  {'identical':>9}  {'repeated':>8}  leftovers"
     )
     outcomes, interval = [], child.OPTIONS["save_steps"]
 
     def trial(n, early, delay):
         work, moments, lost = folder / f"trial-{n}", Counter(), n % 5 == 4
-        look = lambda w: moments.update(
-            [what for what, f in {"save": child.in_save, "backup": child.in_backup}.items() if f(w)]
+        inspect = lambda w: moments.update(
+            [
+                what
+                for what, f in {
+                    "save": child.killed_in_save,
+                    "backup": child.killed_in_backup,
+                }.items()
+                if f(w)
+            ]
         )
         child.trial(
             work,
@@ -70,32 +77,32 @@ def main():
             dataloader_workers=n % 3 % 2,
             backup=n % 2 == 1,
             lost=lost,
-            look=look,
+            inspect=inspect,
             pause=PAUSE,
         )
         o = child.compare(work, ref, same_saves=not (lost or n % 2))
         o.lost, o.inside = lost, "+".join(sorted(moments))
         o.limit = interval * (
             1 + ("save" in o.inside) + 3 * lost
-        )  # a save that is being written does not count yet; the next one waits for it
+        )  # a checkpoint that is being written does not count yet; the next save waits for it
         if o.identical or not a.keep:
-            child.clear(work)
+            child.remove(work)
         return n, delay, o
 
     drawn = []
     for n in range(a.trials):
-        # most moments fall into the training itself, counted from its first step, so that a slow
-        # start of Python does not use them up
+        # Most kills fall into training, counted from its first step, so that a slow start of Python
+        # does not use them up.
         early = rng.random() < 0.1
         drawn.append(
-            (n, early, rng.uniform(0.2, whole - training) if early else rng.uniform(0, training))
+            (n, early, rng.uniform(0.2, total - training) if early else rng.uniform(0, training))
         )
     with ThreadPoolExecutor(a.jobs) as pool:
         for n, delay, o in pool.map(lambda d: trial(*d), drawn):
             outcomes.append(o)
             print(
                 f"{n + 1:>5}  {f'+{delay:.2f} s':>8}  {o.killed_at:>10}  {o.inside:>11} "
-                f" {'lost' if o.lost else '':>7}  {'yes' if o.resumed else 'anew':>7} "
+                f" {'lost' if o.lost else '':>7}  {'yes' if o.resumed else 'fresh':>7} "
                 f" {'yes' if o.identical else 'NO':>9}  {o.repeated:>8} "
                 f" {', '.join(o.leftovers) or '–'}",
                 flush=True,

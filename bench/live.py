@@ -3,7 +3,9 @@
     python -m bench.live
     python -m bench.live --steps 40 --batch 8 --seq 512
 
-The view is redrawn with few and with many points; the rest is a share of a CPU step of `small`.
+The charts are drawn with few and with many points, beside Matplotlib's SVG and PNG of the same
+losses; then `small` trains on this CPU, and the shares of all views and the intervals between the
+updates of the live view are measured.
 """
 
 import argparse
@@ -46,54 +48,66 @@ def ms(f, times: int) -> tuple[float, float]:
 
 
 def redraws(times: int):
-    from minigpt.run import metrics as monitor
+    from minigpt.run.metrics import Curves, losses_html, plot_losses
 
-    print(f"{'points':>8}  {'drawn on':34} {'ms':>6} {'cpu ms':>7}")
-    downsample = monitor.downsample
+    def draw(curves, form):
+        plot_losses(curves).savefig(io.BytesIO(), format=form)
+
+    print(f"{'points':>8}  {'drawn as':34} {'ms':>6} {'cpu ms':>7} {'kB':>6}")
     for n in 1_000, 100_000:
-        curves = monitor.Curves(rows(n))
-        kept = monitor.LossFigure()
-
-        def full():
-            monitor.downsample = lambda x, y, width: (x, y)
-            try:
-                kept.png(curves)
-            finally:
-                monitor.downsample = downsample
-
+        curves = Curves(rows(n))
         for name, f in {
-            "the same figure, decimated": lambda: kept.png(curves),
-            "the same figure, all points": full,
-            "a fresh figure, decimated": lambda: monitor.LossFigure().png(curves),
-            "plot_losses, fresh (at a save)": (
-                lambda: monitor.plot_losses(curves).savefig(io.BytesIO(), format="png")
-            ),
+            "HTML and SVG, all charts": lambda: losses_html(curves),
+            "Matplotlib's PNG, losses only": lambda: draw(curves, "png"),
+            "Matplotlib's SVG, losses only": lambda: draw(curves, "svg"),
         }.items():
             wall, cpu = ms(f, times)
-            print(f"{n:8,}  {name:34} {wall:6.0f} {cpu:7.0f}")
+            size = f"{len(losses_html(curves)) / 1000:6.1f}" if "HTML" in name else ""
+            print(f"{n:8,}  {name:34} {wall:6.0f} {cpu:7.0f} {size}")
+
+
+class Handle:
+    "A display handle that records when it is updated."
+
+    def __init__(self):
+        self.times = []
+
+    def update(self, bundle, raw):
+        self.times.append(time.perf_counter())
+
+
+def describe_intervals(times: list[float]) -> str:
+    gaps = sorted(b - a for a, b in zip(times, times[1:]))
+    if not gaps:
+        return "one update"
+    return f"{len(times)} updates, median {statistics.median(gaps):.2f} s, longest {gaps[-1]:.2f} s"
 
 
 def share(steps: int, batch: int, seq: int, every: int):
-    "Train, and time what the views do in the training thread."
+    "Train, and measure what the views take."
+    from minigpt.run.live import LiveLoss
     from minigpt.run.metrics import EventWriter, PlotWriter
     from minigpt.train.trainer import Callback, fit
-    from minigpt.widgets import LiveLoss
 
     class Views(Callback):
         def __init__(self):
-            self.spent, self.redraws = {}, 0
+            self.spent, self.handles = {}, [Handle(), Handle()]
 
         def timed(self, name, f, *args):
-            began = time.perf_counter()
-            r = f(*args)
-            self.spent[name] = self.spent.get(name, 0) + time.perf_counter() - began
-            return r
+            "Add the processor time of this thread."
+            began = time.thread_time()
+            result = f(*args)
+            self.spent[name] = self.spent.get(name, 0) + time.thread_time() - began
+            return result
 
         def on_start(self, t):
             write = t.metrics.write
             t.metrics.write = lambda **row: self.timed("metrics.jsonl", lambda: write(**row))
             self.live, self.plots = LiveLoss(t.run_path), PlotWriter(t.run_path)
-            self.live.widget
+            update = self.live.update
+            self.live.update = lambda: self.timed("live view", update)
+            self.live.views, self.live.show = self.handles, lambda: None
+            self.live.start()
             try:
                 self.events = EventWriter(t.run_path / "tensorboard")
             except ImportError:
@@ -101,16 +115,19 @@ def share(steps: int, batch: int, seq: int, every: int):
                 print("tensorboard is not installed: without its files")
             self.began, self.first = time.perf_counter(), t.step
 
+        def on_step(self, t):
+            self.live.step = t.step
+
         def on_log(self, t, row):
             if self.events:
                 self.timed("TensorBoard", self.events.log, row)
-            self.redraws += self.timed("live view", self.live.update)
 
         def on_save(self, t, path):
-            self.timed("asking for a picture", self.plots.save, t.step)
+            self.timed("request of a plot", self.plots.save, t.step)
 
         def on_end(self, t):
             self.seconds, self.n = time.perf_counter() - self.began, t.step - self.first
+            self.live.finish()
             self.plots.close()
 
     views = Views()
@@ -130,15 +147,18 @@ def share(steps: int, batch: int, seq: int, every: int):
             callbacks=[views],
         )
     print(
-        f"\n`small`, {views.n} steps of {batch} × {seq} tokens, {views.seconds / views.n:.2f} s a"
-        f" step; a line every {every}, {views.redraws} redraws"
+        f"\n`small`, {views.n} steps of {batch} × {seq} tokens, {views.seconds / views.n:.2f} s per"
+        f" step; a row of metrics every {every}"
     )
     for name, s in views.spent.items():
-        print(f"{name:22} {1000 * s / views.n:8.2f} ms a step {100 * s / views.seconds:6.2f}%")
+        print(f"{name:22} {1000 * s / views.n:8.2f} ms per step {100 * s / views.seconds:6.2f}%")
+    total = sum(views.spent.values())
     print(
-        f"{'all':22} {1000 * sum(views.spent.values()) / views.n:8.2f} ms a step"
-        f" {100 * sum(views.spent.values()) / views.seconds:6.2f}%   (goal: below 2%)"
+        f"{'all':22} {1000 * total / views.n:8.2f} ms per step"
+        f" {100 * total / views.seconds:6.2f}%   (goal: below 2%)"
     )
+    for name, h in zip(("numbers", "charts"), views.handles):
+        print(f"{name:22} {describe_intervals(h.times)}")
 
 
 if __name__ == "__main__":

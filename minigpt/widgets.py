@@ -174,9 +174,9 @@ def data_explorer(
 # %% ../nbs/04_widgets.ipynb #cedfced4
 from functools import cached_property
 
+from .core.progress import in_notebook
 from .core.tables import html_table
 from .run.live import LiveLoss as LiveLoss, display_widget, run_html
-from .run.metrics import in_notebook
 from .run.status import Watch, checkpoint_rows, notes, resume_code, status_text
 
 # %% ../nbs/04_widgets.ipynb #635c8d80

@@ -1,7 +1,4 @@
-"""Shared by all tests: the repository's root, its tools on the path, and fixed settings.
-
-The settings keep results the same from run to run.
-"""
+"Settings shared by all tests: the repository root, its tools on the path, reproducible results."
 
 import os
 import signal
@@ -12,10 +9,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for the network
-# Tests compare with what a CPU computes, even beside a GPU; bench/train_gpu.py checks the GPU
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test uses the network
+# Tests compare with CPU results even if there is a GPU; bench/train_gpu.py checks the GPU.
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-# A shell's background job ignores Ctrl-C, and so would every process that a test starts
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:

@@ -891,8 +891,8 @@ class _ProgressFile:
 def _train_demo(config, steps: int, progress: bool) -> tuple:
     "Train on random tokens; return model, optimizer, schedule and losses."
     import torch
-    from tqdm.auto import tqdm
 
+    from minigpt.core.progress import tqdm
     from minigpt.model.gpt import GPT
 
     with (
@@ -919,7 +919,8 @@ def _train_demo(config, steps: int, progress: bool) -> tuple:
 def _save_atomically(state: dict, path: Path, total: int, progress: bool):
     "Run `torch.save` with a progress bar of about `total` bytes."
     import torch
-    from tqdm.auto import tqdm
+
+    from minigpt.core.progress import tqdm
 
     tmp = hidden(path, "tmp")
     options = dict(total=total, unit="B", unit_scale=True, desc=path.name, disable=not progress)

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .headers import PRECISIONS
 from minigpt.checkpoint.store import (
@@ -54,6 +53,7 @@ from minigpt.core.files import (
     write_json,
 )
 from ..core.picture import figure
+from ..core.progress import tqdm
 from ..core.tables import html_table, text_table
 from ..data.tokensets import evenly_spaced, open_set
 from ..model.adapters import LoRAGPT

@@ -20,8 +20,6 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPCookieProcessor, HTTPRedirectHandler, Request, build_opener
 
-from tqdm.auto import tqdm
-
 from minigpt.core.files import (
     free_space,
     fsync,
@@ -32,6 +30,7 @@ from minigpt.core.files import (
     require_no_link,
     write_json,
 )
+from ..core.progress import tqdm
 
 # %% ../../nbs/data/02_download.ipynb #8c8c20b4
 class DownloadError(OSError):

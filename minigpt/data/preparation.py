@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from tqdm.auto import tqdm
 
 from ..core.errors import short_errors
 from ..core.files import expand_home, fsync, hidden, open_new, spread
+from ..core.progress import tqdm
 from minigpt.data.quality import (
     N_BANDS,
     TERMS,

@@ -24,11 +24,11 @@ import numpy as np
 import orjson
 import xxhash
 import zstandard
-from tqdm.auto import tqdm
 
 from ..core.errors import short_errors
 from ..core.files import human_size, spread
 from ..core.picture import figure
+from ..core.progress import tqdm
 from minigpt.data.readers import (
     Block,
     Row,

@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
-from tqdm.auto import tqdm
 
 from minigpt.core.files import (
     expand_home,
@@ -39,6 +38,7 @@ from minigpt.core.files import (
     write_json,
 )
 from ..core.notes import Note
+from ..core.progress import tqdm
 from minigpt.data.readers import (
     NO_ROW_REASONS,
     Block,

@@ -18,9 +18,9 @@ __all__, __getattr__, __dir__ = lazy_names(
             Guard
         """,
         "metrics": """
-            TAGS Metrics read_metrics Curves Follower downsample smooth plot_losses save_plots
-            plot_runs LossFigure PlotWriter EventWriter RunLog to_note ConsoleHandler log_to
-            read_log memory in_notebook
+            TAGS Metrics read_metrics Curves Follower plot_losses save_plots plot_runs
+            losses_html PlotWriter EventWriter RunLog to_note ConsoleHandler log_to read_log
+            memory
         """,
         "folder": """
             ANSWER SAVED_COLUMNS Run split_checkpoint open_run list_runs runs_table saved_row
@@ -31,7 +31,7 @@ __all__, __getattr__, __dir__ = lazy_names(
             checkpoint_rows notes status_text sparkline monitor
         """,
         "live": """
-            BOX_STYLE run_html display_widget LiveLoss
+            logger BOX_STYLE run_html display_widget LiveLoss
         """,
     },
 )

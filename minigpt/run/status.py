@@ -25,11 +25,12 @@ from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
 from ..core.files import dir_size, expand_home, free_space, human_size, human_time, plain
 from ..core.notes import Note
+from ..core.progress import in_notebook
 from ..core.tables import text_table
 from ..model.gpt import config_from_dict
 from .backup import drive_mount, read_heartbeat
 from .folder import SAVED_COLUMNS, Run, open_run, saved_row
-from .metrics import Curves, Follower, LossFigure, in_notebook, read_log
+from .metrics import Curves, Follower, losses_html, read_log
 from .record import RunRecord
 
 # %% ../../nbs/run/05_status.ipynb #d762b318
@@ -114,6 +115,7 @@ def _progress(c: Curves, end: int) -> dict:
         max_steps=end,
         seconds_per_step=seconds,
         seconds_left=seconds * max(0, end - c.step) if seconds and end else None,
+        started=c.start.get("time"),
         updated=max(c.last("time") or 0, c.start.get("time", 0)) or None,
         **{k: c.last(k) for k in (*names.split(), "memory_reserved")},
         best_loss=float(losses.min()) if len(losses) else None,
@@ -280,8 +282,8 @@ def numbers(
 ) -> list[tuple[str, str]]:  # Name and value of each known number
     "Format the last numbers of a run."
     formats = dict(
-        loss=("loss", "{:.3f}"),
-        eval_loss=("validation", "{:.3f}"),
+        loss=("training loss", "{:.3f}"),
+        eval_loss=("validation loss", "{:.3f}"),
         lr=("learning rate", "{:.2e}"),
         grad_norm=("gradient norm", "{:.2f}"),
         tokens_per_second=("tokens/s", "{:,.0f}"),
@@ -290,7 +292,9 @@ def numbers(
     )
     out = [(name, f.format(s[k])) for k, (name, f) in formats.items() if s[k] is not None]
     if s["best_loss"] is not None:
-        out.insert(2, ("lowest", f"{s['best_loss']:.3f} at step {s['best_step']:,}"))
+        out.insert(
+            2, ("lowest validation loss", f"{s['best_loss']:.3f} at step {s['best_step']:,}")
+        )
     if s.get("resting"):
         out.append(("paused", f"{s['resting']:.0%} of the time (max_cpu)"))
     sizes = dict(memory="memory", memory_reserved="reserved")
@@ -428,19 +432,16 @@ def _dashboard(s: dict, curves: Curves):
 def _open_display(watch: Watch, s: dict):
     "Yield a function that shows a status: in a notebook's cell, a terminal, or as lines."
     if in_notebook():
-        from IPython.display import Image, display
+        from IPython.display import HTML, display
 
-        picture, drawn = LossFigure(), time.monotonic()
+        curves = lambda s: HTML(losses_html(watch.follower.curves, switch=not s["training"]))
         bundle = lambda s: {"text/plain": status_text(s)}
-        image = display(Image(picture.png(watch.follower.curves)), display_id=True)
+        charts = display(curves(s), display_id=True)
         text = display(bundle(s), raw=True, display_id=True)
 
         def show(s):
-            nonlocal drawn
             text.update(bundle(s), raw=True)
-            if time.monotonic() - drawn > 10 or not s["training"]:
-                image.update(Image(picture.png(watch.follower.curves)))
-                drawn = time.monotonic()
+            charts.update(curves(s))
 
         yield show
     elif sys.stdout.isatty():

@@ -14,15 +14,15 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 
-from tqdm.auto import tqdm
-
 from ..checkpoint.store import Saved, write_final
 from ..config.schedule import checkpoint_size, time_plan
 from ..core.files import human_size
+from ..core.progress import in_notebook, tqdm
 from ..model.generation import complete
 from ..run.backup import Backup
 from ..run.guard import Guard
-from ..run.metrics import EventWriter, PlotWriter, RunLog, in_notebook, memory, read_metrics
+from ..run.live import LiveLoss
+from ..run.metrics import EventWriter, PlotWriter, RunLog, memory, read_metrics
 from .loop import Callback, measure
 from .speed import autocast, memory_advice
 from .state import RunTrainer, n_saved_params
@@ -144,14 +144,15 @@ class SaveCheckpoints(Callback):
             t.saved(s)
 
     def on_end(self, t):
-        t.writer.wait()
-        self.collect(t)
-        if (t.stop or t.complete) and self.saved_step != t.step:
-            if t.stop:
-                logger.info("saving; press Ctrl-C again to stop without saving")
-            self.save(t, t.store)
+        with t.phase("saving"):
             t.writer.wait()
             self.collect(t)
+            if (t.stop or t.complete) and self.saved_step != t.step:
+                if t.stop:
+                    logger.info("saving; press Ctrl-C again to stop without saving")
+                self.save(t, t.store)
+                t.writer.wait()
+                self.collect(t)
         if self.saved_step != t.step:
             raise self.failures.last.error
         if t.complete:
@@ -183,15 +184,17 @@ class Evaluate(Callback):
         cfg, best = t.config, t.validation
         t.check_losses()
         size = cfg.eval_batch_size or cfg.batch_size
-        with autocast(t.device, t.precision):
-            metrics = measure(
-                t.model, self.valid, cfg.max_seq_len, size, cfg.eval_sequences, t.objective
-            )
+        row, sample = dict(step=t.step, epoch=round(t.epoch, 4)), {}
+        with t.phase("evaluating"):
+            with autocast(t.device, t.precision):
+                metrics = measure(
+                    t.model, self.valid, cfg.max_seq_len, size, cfg.eval_sequences, t.objective
+                )
+            if cfg.progress:
+                text = complete(t.model, t.tokenizer, "", max_new_tokens=40, seed=t.step)
+                sample = dict(sample=text)
         is_best = best.add(t.step, metrics["loss"])
-        row = dict(step=t.step, epoch=round(t.epoch, 4))
-        row |= {f"eval_{k}": v for k, v in metrics.items()}
-        if cfg.progress:
-            row["sample"] = complete(t.model, t.tokenizer, "", max_new_tokens=40, seed=t.step)
+        row |= {f"eval_{k}": v for k, v in metrics.items()} | sample
         t.log(row)
         if is_best:
             t.writer.save(t.best, replace(t.state(), optimizer=None, rng=None))
@@ -326,24 +329,32 @@ class WriteTensorBoard(Callback):
                 " Training continues"
             )
 
+# %% ../../nbs/train/11_callbacks.ipynb #3a2ca602
+def first_phase(t: RunTrainer) -> str:
+    "What happens in the first step."
+    return "training" if t.complete or t.record.runtime.compile == "no" else "compiling"
+
 
 class ShowLive(Callback):
     "Show the losses in a notebook while training runs."
 
     order = -40
 
-    def __init__(self, live):
+    def __init__(self, live: LiveLoss):
         self.live = live
 
     def on_start(self, t):
-        self.live.show()
+        self.live.step, self.live.phase = t.step, first_phase(t)
+        self.live.start()
 
-    def on_log(self, t, row):
-        try:
-            self.live.update()
-        except Exception as e:  # a view must not stop training
-            self.on_log = lambda t, row: None
-            logger.warning(f"the live view stops here: {type(e).__name__}: {e}. Training continues")
+    def on_step(self, t):
+        self.live.step, self.live.phase = t.step, "training"
+
+    def on_phase(self, t, phase):
+        self.live.phase = phase
+
+    def on_end(self, t):
+        self.live.phase = "finished" if t.complete else "stopped"
 
 # %% ../../nbs/train/11_callbacks.ipynb #9c73b205
 class ShowProgress(Callback):
@@ -352,19 +363,27 @@ class ShowProgress(Callback):
     order = -40
 
     def on_start(self, t):
-        self.shown, self.bar = {}, tqdm(disable=True)
+        self.shown, self.bar, self.name = {}, tqdm(disable=True), t.run_path.name
         with self.terminal_may_close():
             self.bar = tqdm(
                 total=t.max_steps,
                 initial=t.step,
-                desc=t.run_path.name,
+                desc=self.name,
                 unit="step",
                 dynamic_ncols=True,
             )
+        if (phase := first_phase(t)) != "training":
+            self.on_phase(t, phase)
 
     def on_step(self, t):
         with self.terminal_may_close():
+            if self.bar.n == self.bar.initial:
+                self.bar.set_description(self.name, refresh=False)  # the model is compiled
             self.bar.update()
+
+    def on_phase(self, t, phase):
+        with self.terminal_may_close():
+            self.bar.set_description(self.name if phase == "training" else f"{self.name}, {phase}")
 
     @contextlib.contextmanager
     def terminal_may_close(self):
@@ -402,12 +421,11 @@ def view_callbacks(
         )
         at_end.callback(events.close)
         views.append(WriteTensorBoard(events))
-    if widget or widget is None and cfg.progress and in_notebook() and find_spec("ipywidgets"):
-        from minigpt.run.live import LiveLoss
-
-        live = LiveLoss(t.run_path)
-        at_end.callback(_ignore_errors, live.finish)
-        views.append(ShowLive(live))
+    if in_notebook():
+        if cfg.progress if widget is None else widget:
+            live = LiveLoss(t.run_path)
+            at_end.callback(_ignore_errors, live.finish)
+            views.append(ShowLive(live))
     elif cfg.progress:
         views.append(ShowProgress())
     return views

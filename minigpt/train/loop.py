@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..config.options import TrainConfig, lr_at
 from ..config.schedule import Schedule
+from ..core.progress import tqdm
 from ..data.tokensets import TokenSet, evenly_spaced, loader
 from ..model.gpt import GPT
 from ..run.record import Runtime
@@ -47,6 +47,9 @@ class Callback:
 
         Saving happens in the background, so this is some steps after the step it holds.
         """
+
+    def on_phase(self, t: "Trainer", phase: str):
+        "Before something that takes long: `evaluating` or `saving`; `training` after it."
 
     def on_end(self, t: "Trainer"):
         "After the last step, or after a stop between two steps."
@@ -196,6 +199,15 @@ class Trainer(Learner):
     def call(self, event: str, *args):
         for c in self.callbacks:
             getattr(c, event)(self, *args)
+
+    @contextlib.contextmanager
+    def phase(self, name: str):
+        "Tell the callbacks what happens in the block."
+        self.call("on_phase", name)
+        try:
+            yield
+        finally:
+            self.call("on_phase", "training")
 
     def request_stop(self, why):
         "Stop after this step. `why` is a signal or a text; the first reason given counts."

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..config.options import TrainConfig
 from ..core.files import write_file
+from ..core.progress import tqdm
 from ..data.tokensets import PairSet
 from ..model.gpt import GPT
 

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from minigpt.checkpoint.store import (
     Checkpoint,
     CheckpointError,
@@ -39,6 +37,7 @@ from minigpt.core.files import (
     run_lock,
     set_aside,
 )
+from ..core.progress import tqdm
 from minigpt.run.backup import (
     Backup,
     BackupError,

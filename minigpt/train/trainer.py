@@ -103,7 +103,7 @@ from minigpt.train.inputs import (
 )
 
 # %% ../../nbs/train/13_trainer.ipynb #90825793
-from .loop import Callback, Learner, Trainer, TrainingError
+from .loop import Callback, Learner, NextToken, Trainer, TrainingError
 from .optim import device_type
 from minigpt.train.parallel import (
     ProcessGroupError,
@@ -331,7 +331,7 @@ def fit(
     overwrite: bool = False,  # Move a run in `output_dir` aside and start a new one
     override: str | Iterable[str] = (),  # What may differ from the run that is resumed
     resume_from_checkpoint: str | Path | None = None,  # Another name for `resume`
-    widget: bool | None = None,  # Show live losses; default: in a notebook with ipywidgets
+    widget: bool | None = None,  # Whether a notebook shows live losses; default: `progress`
     **options,  # Fields of `TrainConfig`
 ) -> Run:  # The finished run
     """Train a model, resume its training, or return it if it is finished.
@@ -682,27 +682,49 @@ def _add_callbacks(job: FitContext, t: RunTrainer):
     callbacks.append(CopyToBackup(job.backup) if job.backup else None)
     callbacks.append(Evaluate(job.inputs.valid) if job.inputs.valid is not None else None)
     t.add_callbacks([*filter(None, callbacks), *job.call.callbacks])
-    logger.info(_summary(t, job.runtime))
+    for label, text in _summary(job, t).items():
+        logger.info(f"{label + ':':<12}{text}")
     for line in describe_data(t.data, t.config.max_seq_len):
         logger.info(line)
     log_storage_plan(t, job.backup)
 
+# %% ../../nbs/train/13_trainer.ipynb #77ec8f2f
+def _summary(job: FitContext, t: RunTrainer) -> dict[str, str]:
+    "Label and text of each line of the summary."
+    cfg, runtime, windows = t.config, job.runtime, t.schedule.windows
+    per_epoch = windows / cfg.effective_batch
+    epochs = t.max_steps / per_epoch
+    packed = any(isinstance(d, (ChatSet, LineSet)) for d in sets_of(t.data))
+    done = f", of which {t.step:,} are done" * bool(t.step)
+    name = runtime.device
+    if device_type(name) == "cuda":
+        name += f" ({torch.cuda.get_device_name(name)})"
+    return {
+        "model": _describe_parameters(t.model),
+        "data": f"{len(t.data):,} tokens, {windows:,} sequences of {cfg.max_seq_len}",
+        "steps": f"{t.max_steps:,} = {epochs:.2f} epochs × {per_epoch:,.0f}{done}",
+        "batch": (
+            f"{cfg.effective_batch} sequences = {cfg.batch_size} × {cfg.gradient_accumulation}"
+            " (batch_size × gradient_accumulation),"
+            f" {cfg.effective_batch * cfg.max_seq_len:,} tokens per step"
+        ),
+        "device": (
+            f"{f'{t.team.size} × ' if t.team else ''}{name}, {runtime.precision},"
+            f" {'compiled' if runtime.compile != 'no' else 'not compiled'},"
+            f" {attention_kernel(t.model, runtime, packed)} attention,"
+            f" num_threads={runtime.threads}, dataloader_workers={cfg.dataloader_workers}"
+        ),
+        "backup": str(job.backup.path) if job.backup else "none; gdrive_backup_dir sets one",
+    }
 
-def _summary(t: RunTrainer, runtime: Runtime) -> str:
-    "The run in one line."
-    model, data, cfg = t.model, t.data, t.config
+
+def _describe_parameters(model: LanguageModel) -> str:
+    "Format the number of parameters, and how many of them are trained."
+    total = model.config.n_params
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = any(isinstance(d, (ChatSet, LineSet)) for d in sets_of(data))
-    adapter = f", of which {trained:,} (an adapter) are trained," * isinstance(model, LoRAGPT)
-    return (
-        f"{model.config.n_params:,} parameters{adapter}"
-        f" on {f'{t.team.size} × ' if t.team else ''}{runtime.device} in {runtime.precision},"
-        f" {'compiled' if runtime.compile != 'no' else 'not compiled'},"
-        f" {attention_kernel(model, runtime, packed)} attention, {runtime.threads} threads,"
-        f" {cfg.dataloader_workers} workers;"
-        f" {len(data):,} tokens; steps {t.step:,} to {t.max_steps:,} of {cfg.batch_size} ×"
-        f" {cfg.gradient_accumulation} sequences of {cfg.max_seq_len}"
-    )
+    if not isinstance(model, LoRAGPT):
+        return f"{total:,} parameters, all trained"
+    return f"{total:,} parameters, of which {trained:,} (an adapter) are trained"
 
 # %% ../../nbs/train/13_trainer.ipynb #4d774357
 def _start_backup(job: FitContext, t: RunTrainer, start: Checkpoint | None):
@@ -758,8 +780,20 @@ def _report_end(job: FitContext, t: RunTrainer, began: float):
         f"finished {t.step:,} steps in {human_time(time.perf_counter() - began)}{loss}; the model"
         f" is in {job.folder}"
     )
+    if best.loss is not None and isinstance(t.objective, NextToken):
+        logger.info(_explain_loss(best.loss, t.tokenizer.vocab_size))
+    logger.info(f"next: open_run({str(job.folder)!r}).generate(…), or minigpt chat {job.folder}")
     if job.backup:
         finish_backup(job.backup, t.config, t.config.backup_wait_seconds)
+
+# %% ../../nbs/train/13_trainer.ipynb #d35fbafd
+def _explain_loss(loss: float, vocab_size: int) -> str:
+    "Describe a loss in nats per token."
+    return (
+        f"a loss of {loss:.2f} is a perplexity of {math.exp(min(loss, 700)):,.1f}: the model is as"
+        f" unsure as between so many equally likely tokens; guessing among {vocab_size:,} tokens is"
+        f" a loss of {math.log(vocab_size):.2f}"
+    )
 
 # %% ../../nbs/train/13_trainer.ipynb #86c034e8
 def _tune(t: RunTrainer, runtime: Runtime, old: Runtime | None) -> tuple[TrainConfig, Runtime]:

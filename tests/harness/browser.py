@@ -1,6 +1,6 @@
-"""JupyterLab in a Chromium without a window, so that tests see what a user of the widgets sees.
+"""JupyterLab in a headless Chromium, so that tests see what a user of the widgets sees.
 
-Everything it writes goes to a temporary folder.
+All files are written to a temporary folder.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-COMING = os.environ.get("MINIGPT_BROWSER_COMING")  # .ci/run installs one meanwhile
+COMING = os.environ.get("MINIGPT_BROWSER_COMING")  # exists while .ci/run installs it
 for _ in range(900):
     if not COMING or not os.path.exists(COMING):
         break
@@ -35,7 +35,7 @@ FLAGS = [
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
-}  # cells outside the view exist too
+}  # render cells outside the view too
 READY = (
     "() =>"
     " window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus ==="
@@ -53,7 +53,7 @@ ERRORS = """() => window.jupyterapp.shell.currentWidget.context.model.toJSON().c
 
 
 class Lab:
-    "One JupyterLab and one browser; each notebook is a page with its own kernel."
+    "One JupyterLab server and one browser; each notebook is a page with its own kernel."
 
     def __init__(self, folder):
         from playwright.sync_api import sync_playwright
@@ -109,7 +109,7 @@ class Lab:
             raise
 
     def facts(self, seconds=60):
-        "What the server says of itself once it listens: address and token"
+        "Return the address and the token of the server once it listens."
         path, end = (
             self.folder / f"runtime/jpserver-{self.server.pid}.json",
             time.monotonic() + seconds,
@@ -124,9 +124,10 @@ class Lab:
         )
 
     def open(self, *cells, wait=True):
-        """The page of a notebook of `cells` that has run; raises where a cell raises.
+        """Run `cells` in a new notebook and return its page; raise if a cell raises.
 
-        `wait=False`: the cells may still be at work."""
+        With `wait=False` the cells may still be running.
+        """
         name = next(self.names)
         nb = dict(
             nbformat=4,
@@ -147,16 +148,27 @@ class Lab:
             ],
         )
         (self.folder / "nbs" / name).write_text(json.dumps(nb))
-        page = self.context.new_page()
-        page.goto(f"{self.url}lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}")
+        page = self.visit(name)
         page.wait_for_function(READY)
         page.evaluate(RUN)
         if wait:
             self.ran(page)
         return page
 
+    def visit(self, name):
+        "Open a notebook in a new page."
+        page = self.context.new_page()
+        page.goto(f"{self.url}lab/workspaces/{Path(name).stem}/tree/{name}?token={self.token}")
+        return page
+
+    def save(self, page) -> Path:
+        "Save the notebook of a page; return its file."
+        page.evaluate("() => window.jupyterapp.commands.execute('docmanager:save')")
+        path = page.evaluate("() => window.jupyterapp.shell.currentWidget.context.path")
+        return self.folder / "nbs" / Path(path).name
+
     def ran(self, page):
-        "Wait until the cells of `page` have run"
+        "Wait until all cells of `page` have run."
         page.evaluate("() => window.ran")
         if errors := page.evaluate(ERRORS):
             raise AssertionError(re.sub(r"\x1b\[[\d;]*m", "", "\n".join(errors)))
@@ -166,7 +178,7 @@ class Lab:
             self.browser.close()
         if self.play:
             self.play.stop()
-        self.server.terminate()  # it ends its kernels first
+        self.server.terminate()  # shuts down the kernels first
         try:
             self.server.wait(20)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""A file layer that fails on purpose, below one folder.
+"""A file layer that fails on purpose below one folder.
 
-Errors at a chosen write, short writes, a folder that vanishes, a slow one, and a server to which
-files arrive late. The code under test is not changed: `open` and the functions of `os` are replaced
-while a fault is at work.
+It raises errors at chosen writes, writes short, makes a folder vanish or slow, and simulates a
+server that files reach late. The code under test is unchanged: `open` and functions of `os` are
+patched while a fault is active.
 """
 
 import builtins
@@ -19,27 +19,27 @@ import time
 from pathlib import Path
 
 WRITING = set("wax+")
-KEPT = getattr(
+PATHLIB_ACCESSOR = getattr(
     pathlib, "_NormalAccessor", None
-)  # Python 3.10: the functions that pathlib found when it was imported, and calls instead
+)  # Python 3.10: pathlib calls the functions that it found on import
 
 
-def put(module, name, f):
-    "Replace a function, for pathlib too"
+def patch(module, name, f):
+    "Patch a function, also for pathlib."
     setattr(module, name, f)
-    if hasattr(KEPT, name):
-        setattr(KEPT, name, staticmethod(f))
+    if hasattr(PATHLIB_ACCESSOR, name):
+        setattr(PATHLIB_ACCESSOR, name, staticmethod(f))
 
 
 class File:
-    "An open file whose writes ask the disk first"
+    "An open file that reports each write to the disk first."
 
     def __init__(self, disk, file, path):
         self.disk, self.file, self.path = disk, file, path
 
     def write(self, data):
         data = memoryview(data).cast("B") if not isinstance(data, str) else data
-        self.disk.strike(f"write {self.path}")
+        self.disk.count_write(f"write {self.path}")
         if self.disk.short and len(data) > 1:
             data = data[: random.Random(len(data)).randrange(1, len(data))]
         n = self.file.write(data)
@@ -47,7 +47,7 @@ class File:
         return n
 
     def truncate(self, *size):
-        self.disk.strike(f"truncate {self.path}")
+        self.disk.count_write(f"truncate {self.path}")
         n = self.file.truncate(*size)
         self.file.flush()
         self.disk.changed(self.path)
@@ -71,12 +71,12 @@ class File:
 
 
 class Disk:
-    """What can be wrong with the folder `root`.
+    """Faults of the folder `root`.
 
-    `at` is the number of the write (counted from 0: opening to write, writing, renaming, deleting,
-    making, flushing) from which on it fails with `error`, `times` times; `gone` makes every access
-    fail; `delay` seconds pass with each write. What stands in `unreadable` (path → errno) cannot be
-    opened or listed, nor anything below it.
+    Writes (opening for writing, writing, renaming, deleting, creating, flushing) are counted from
+    0. From number `at` on, `times` of them fail with `error`. `gone` makes every access fail; each
+    write takes `delay` seconds longer. Paths in `unreadable` (path → errno), and all below them,
+    cannot be opened or listed.
     """
 
     def __init__(self, root, error=errno.EIO, at=None, times=1, short=False, delay=0.0):
@@ -88,34 +88,34 @@ class Disk:
             short,
             delay,
         )
-        self.count, self.struck, self.gone, self.log = 0, [], False, []
+        self.count, self.failed, self.gone, self.log = 0, [], False, []
         self.server, self.unreadable = None, {}
 
-    def refuse(self, path, itself=True):
-        "Fail where a path, or a folder around it, cannot be read"
-        if not self.below(path):
+    def check_readable(self, path, itself=True):
+        "Raise if the path or a folder around it is unreadable."
+        if not self.contains(path):
             return
         path = os.path.abspath(os.fspath(path))
         for bad, error in self.unreadable.items():
             if (path == bad and itself) or path.startswith(bad + os.sep):
                 raise OSError(error, os.strerror(error), path)
 
-    def below(self, path):
+    def contains(self, path):
         try:
             path = os.path.abspath(os.fspath(path))
         except TypeError:
             return False  # a file descriptor
         return isinstance(path, str) and (path == self.root or path.startswith(self.root + os.sep))
 
-    def strike(self, what):
-        "Count a write, and fail if it is its turn"
+    def count_write(self, what):
+        "Count a write, and raise if this one must fail."
         if self.gone:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         n, self.count = self.count, self.count + 1
         if self.delay:
             time.sleep(self.delay)
         if self.at is not None and self.at <= n < self.at + self.times:
-            self.struck.append(what)
+            self.failed.append(what)
             raise OSError(self.error, os.strerror(self.error))
 
     def changed(self, path):
@@ -123,8 +123,8 @@ class Disk:
             self.server.changed(path)
 
     @contextlib.contextmanager
-    def at_work(self):
-        "Replace what touches files"
+    def active(self):
+        "Patch the functions that access files."
         real = {
             (m, n): getattr(m, n)
             for m, n in [
@@ -142,88 +142,90 @@ class Disk:
             ]
         }
 
-        def opened(file, mode="r", *a, **k):
-            if not self.below(file):
+        def fake_open(file, mode="r", *a, **k):
+            if not self.contains(file):
                 return real[builtins, "open"](file, mode, *a, **k)
             if self.gone:
                 raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(file))
             if not WRITING & set(mode):
-                self.refuse(file)
+                self.check_readable(file)
                 return real[builtins, "open"](file, mode, *a, **k)
-            self.strike(f"open {file}")
+            self.count_write(f"open {file}")
             f = File(self, real[builtins, "open"](file, mode, *a, **k), os.path.abspath(file))
             self.changed(f.path)
             return f
 
-        def acting(m, name):
-            def act(path, *a, **k):
-                whole = (
+        def wrap_write(m, name):
+            def call(path, *a, **k):
+                full = (
                     os.path.join(os.readlink(f"/proc/self/fd/{k['dir_fd']}"), path)
                     if k.get("dir_fd")
                     else path
                 )  # relative to an open folder
-                if self.below(whole):
-                    self.strike(f"{name} {whole}")
+                if self.contains(full):
+                    self.count_write(f"{name} {full}")
                 r = real[m, name](path, *a, **k)
-                if self.server and self.below(whole) and name in ("unlink", "rename", "replace"):
-                    self.server.moved(whole, a[0] if a else None)
+                if self.server and self.contains(full) and name in ("unlink", "rename", "replace"):
+                    self.server.moved(full, a[0] if a else None)
                 return r
 
-            return act
+            return call
 
-        def looking(m, name):
-            def look(path=".", *a, **k):
-                if self.gone and self.below(path):
+        def wrap_read(m, name):
+            def call(path=".", *a, **k):
+                if self.gone and self.contains(path):
                     raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), str(path))
-                self.refuse(path, itself=name == "scandir")
+                self.check_readable(path, itself=name == "scandir")
                 return real[m, name](path, *a, **k)
 
-            return look
+            return call
 
         def fsync(fd):
             try:
                 path = os.readlink(f"/proc/self/fd/{fd}")
             except OSError:
                 path = None
-            if path and self.below(path):
-                self.strike(f"fsync {path}")
+            if path and self.contains(path):
+                self.count_write(f"fsync {path}")
             return real[os, "fsync"](fd)
 
         new = {
-            (builtins, "open"): opened,
-            (io, "open"): opened,
+            (builtins, "open"): fake_open,
+            (io, "open"): fake_open,
             (os, "fsync"): fsync,
-            (os, "stat"): looking(os, "stat"),
-            (os, "lstat"): looking(os, "lstat"),
-            (os, "scandir"): looking(os, "scandir"),
-            **{(os, n): acting(os, n) for n in ("mkdir", "rename", "replace", "unlink", "rmdir")},
+            (os, "stat"): wrap_read(os, "stat"),
+            (os, "lstat"): wrap_read(os, "lstat"),
+            (os, "scandir"): wrap_read(os, "scandir"),
+            **{
+                (os, n): wrap_write(os, n)
+                for n in ("mkdir", "rename", "replace", "unlink", "rmdir")
+            },
         }
         for (m, n), f in new.items():
-            put(m, n, f)
+            patch(m, n, f)
         try:
             yield self
         finally:
             for (m, n), f in real.items():
-                put(m, n, f)
+                patch(m, n, f)
 
 
 class Server:
-    """Google's side: what has arrived there of the files below `root`.
+    """The cloud side: which files below `root` have arrived there.
 
-    Files arrive in random order, when `deliver` is called; what is deleted or cut is deleted and
-    cut there at once, the worst that can happen. The attributes of DriveFS are set on the files
-    themselves.
+    Files arrive in random order when `deliver` is called. Deletions and truncations arrive at once,
+    which is the worst case. The attributes of DriveFS are set on the files.
     """
 
-    def __init__(self, root, there, seed=0):
-        self.root, self.there, self.rng, self.waiting, self.lock = (
+    def __init__(self, root, arrived, seed=0):
+        self.root, self.arrived, self.rng, self.waiting, self.lock = (
             Path(root),
-            Path(there),
+            Path(arrived),
             random.Random(seed),
             set(),
             threading.RLock(),
         )
-        self.there.mkdir()
+        self.arrived.mkdir()
 
     def changed(self, path):
         with self.lock:
@@ -234,15 +236,15 @@ class Server:
             os.setxattr(path, "user.drive.uncommitted", b"1")
             if (
                 path.stat().st_size == 0
-                and (f := self.there / path.relative_to(self.root)).exists()
+                and (f := self.arrived / path.relative_to(self.root)).exists()
             ):
                 f.write_bytes(b"")
 
     def moved(self, path, to):
-        "A file or folder was deleted (`to` None) or renamed"
+        "Record that a file or folder was deleted (`to` is None) or renamed."
         with self.lock:
             path = Path(os.path.abspath(path))
-            there = self.there / path.relative_to(self.root)
+            arrived = self.arrived / path.relative_to(self.root)
             self.waiting = {
                 (
                     p
@@ -255,30 +257,30 @@ class Server:
                 if to or p != path
             }
             if to is None:
-                there.unlink(missing_ok=True)
-            elif there.exists():
+                arrived.unlink(missing_ok=True)
+            elif arrived.exists():
                 (
-                    target := self.there / Path(os.path.abspath(to)).relative_to(self.root)
+                    target := self.arrived / Path(os.path.abspath(to)).relative_to(self.root)
                 ).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(there, target)
+                os.replace(arrived, target)
 
     def deliver(self, n):
-        "Up to `n` files, drawn at random, arrive"
+        "Let up to `n` files, drawn at random, arrive."
         with self.lock:
             for p in self.rng.sample(sorted(self.waiting), min(n, len(self.waiting))):
                 self.waiting.discard(p)
                 if not p.exists():
                     continue
                 data = p.read_bytes()
-                to = self.there / p.relative_to(self.root)
+                to = self.arrived / p.relative_to(self.root)
                 to.parent.mkdir(parents=True, exist_ok=True)
                 to.write_bytes(data)
                 os.setxattr(p, "user.drive.md5", hashlib.md5(data).hexdigest().encode())
                 os.setxattr(p, "user.drive.uncommitted", b"0")
 
-    def machine_dies(self, to):
-        "Another machine sees what has arrived, and nothing else"
-        shutil.copytree(self.there, to)
+    def copy_to(self, to):
+        "Copy what another machine would see: only what has arrived."
+        shutil.copytree(self.arrived, to)
 
 
 def keeps_attributes(folder):

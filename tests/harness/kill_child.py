@@ -1,8 +1,8 @@
-"""A small training that its parent kills, and the parent's half: start, kill, go on, compare.
+"""A small training run that its parent kills, and the parent: start, kill, resume, compare.
 
 Run as a program, it trains: `kill_child.py WORK_FOLDER OPTIONS_AS_JSON`. The tests and
 `bench/kill.py` import the rest. WORK_FOLDER gets the corpus `text.jsonl`, the run `run/` and
-`losses.txt` with a line `attempt step kind float.hex` a value.
+`losses.txt` with one line `attempt step kind float.hex` per value.
 """
 
 import json
@@ -38,12 +38,12 @@ OPTIONS = dict(
     plot_loss=False,
     tensorboard=False,
 )
-# `minigpt` keeps these; anything else that begins with a point is a leftover
+# `minigpt` keeps these; any other hidden file is a leftover.
 OWN = {".lock"}
 
 
 def write_text(path, rows=120, seed=0):
-    "A corpus of a little over an epoch and a half for STEPS steps"
+    "Write a corpus of a little over one and a half epochs for STEPS steps."
     rng = random.Random(seed)
     words = [
         "the",
@@ -96,15 +96,13 @@ def shape(vocab_size=300):
 
 
 def model_and_data(stage, work):
-    "What a stage trains, and on what: both the same at every call"
+    "Return the model and the data of a stage, the same at every call."
     if stage == "text":
         return shape(), work / "text.jsonl"
-    if stage.startswith(
-        "tess"
-    ):  # an encoder: its coin, its noise and its dropout are drawn in every step
+    if stage.startswith("tess"):  # an encoder draws its coin, noise and dropout in every step
         from minigpt.diffusion import TessConfig
 
-        how = (
+        kwargs = (
             dict(self_condition="logits_addition")
             if stage == "tess"
             else dict(self_condition="logits", pad_to_max_length=False)
@@ -120,7 +118,7 @@ def model_and_data(stage, work):
                 dropout=0.1,
                 num_diffusion_steps=50,
                 num_inference_diffusion_steps=5,
-                **how,
+                **kwargs,
             ),
             work / "text.jsonl",
         )
@@ -145,8 +143,8 @@ def model_and_data(stage, work):
 def train(work, stage="text", **options):
     from minigpt.train.trainer import Callback, fit
 
-    class Write(Callback):
-        "Each loss, as exactly as it is, on the disk before anything else happens to this step"
+    class WriteLosses(Callback):
+        "Write each loss exactly, and flush it to disk before the step continues."
 
         def __init__(self):
             self.file = open(work / "losses.txt", "a")
@@ -173,20 +171,22 @@ def train(work, stage="text", **options):
 
         def on_step(self, t):
             if pause:
-                time.sleep(pause)  # a slower run has more moments to be killed in
+                time.sleep(pause)  # a slower run can be killed at more moments
 
     pause = options.pop("pause", 0)
-    if options.get("gdrive_backup_dir"):  # half a minute is long for a training of seconds
+    if options.get("gdrive_backup_dir"):  # half a minute is long for a run of seconds
         from minigpt.run import backup
 
         backup.BEAT, backup.RETRY, backup.POLL = 0.3, 0.05, 0.05
     model, data = model_and_data(stage, work)
-    return fit(model, data, output_dir=work / "run", callbacks=[Write()], **{**OPTIONS, **options})
+    return fit(
+        model, data, output_dir=work / "run", callbacks=[WriteLosses()], **{**OPTIONS, **options}
+    )
 
 
 # --- the parent -----------------------------------------------------------------------------------
 def start(work, **options):
-    "The process; what it says goes to `says.txt`"
+    "Start the process; its output is appended to `says.txt`."
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -204,12 +204,12 @@ def start(work, **options):
 
 
 def losses(work):
-    "(attempt, step, kind, hex) a loss"
-    return [l for l in lines(work) if l[2] != "start"]
+    "Return (attempt, step, kind, hex) per loss."
+    return [l for l in read_lines(work) if l[2] != "start"]
 
 
-def lines(work):
-    "The same, and a line for each start; a line torn by the kill is left out"
+def read_lines(work):
+    "Return all complete lines of losses.txt; each start has one too."
     p = work / "losses.txt"
     return (
         [
@@ -222,7 +222,7 @@ def lines(work):
 
 
 def finish(work, limit=120, **options):
-    "Start, and wait until it has ended well"
+    "Start the process and wait until it succeeds."
     p = start(work, **options)
     try:
         rc = p.wait(limit)
@@ -234,13 +234,13 @@ def finish(work, limit=120, **options):
 
 @dataclass
 class Outcome:
-    "What a killed run looks like when it is finished at last"
+    "What became of a killed run once it has finished."
 
     killed_at: int  # steps logged when it was killed
-    resumed: bool  # went on from a checkpoint, instead of from the beginning
-    differ: list  # what is not as in the uninterrupted run; empty: bit-identical
-    repeated: int  # most steps done twice
-    leftovers: list  # hidden files and folders that nobody owns
+    resumed: bool  # from a checkpoint, not from the beginning
+    differ: list  # differences from the uninterrupted run; empty: bit-identical
+    repeated: int  # most steps trained twice
+    leftovers: list  # hidden files and folders that are left over
 
     @property
     def identical(self):
@@ -254,23 +254,32 @@ def new_work(work):
 
 
 def reference(work, **options):
-    "The uninterrupted run; its folder, to compare with"
+    "Train the uninterrupted run to compare with; return its folder."
     finish(new_work(work), **options)
     return work
 
 
 def with_backup(work, **options):
-    "Options of a run that makes snapshots and is mirrored"
+    "Return the options of a run with snapshots and a backup."
     return dict(options, gdrive_backup_dir=str(work / "drive"), time_save_interval_seconds=0.05)
 
 
 def trial(
-    work, at_step=0, delay=0.0, kills=1, look=lambda work: None, backup=False, lost=False, **options
+    work,
+    at_step=0,
+    delay=0.0,
+    kills=1,
+    inspect=lambda work: None,
+    backup=False,
+    lost=False,
+    **options,
 ):
-    """Kill the run `delay` seconds after `at_step` further steps are logged, and go on to its end.
+    """Kill the run `delay` seconds after `at_step` further steps are logged, and resume it to the
+    end.
 
-    It is killed `kills` times; `look` sees what a kill left. `backup`: mirror it; `lost`: after a
-    kill nothing is left but the backup, and later kills come while that is being restored.
+    It is killed `kills` times; `look` inspects the folder after each kill. `backup` copies the run
+    to a backup. With `lost`, only the backup is left after the first kill, and later kills come
+    during the restore.
     """
     new_work(work)
     if backup or lost:
@@ -292,18 +301,18 @@ def trial(
         finally:
             p.send_signal(signal.SIGKILL)
             p.wait()
-        look(work)
+        inspect(work)
         if lost and not kill:
-            clear(work / "run")
+            remove(work / "run")
             at_step, delay = 0, delay % 0.3
         if p.returncode != -signal.SIGKILL:
-            break  # it was faster
+            break  # it finished before the kill
     finish(work, **options)
     return work
 
 
 def same_tensors(a, b):
-    "Do two files hold the same, bit for bit? Facts in the header may stand in another order."
+    "Whether two files hold the same tensors bit for bit; the order of the metadata may differ."
     from safetensors import safe_open
 
     with safe_open(a, "np") as x, safe_open(b, "np") as y:
@@ -315,7 +324,7 @@ def same_tensors(a, b):
 
 
 def compare(work, ref, same_saves=True):
-    "An `Outcome`; with `same_saves`, the checkpoints that are left must have the same names"
+    "Return the `Outcome`; with `same_saves`, the names of the remaining checkpoints must be equal."
     last, wanted = ({(s, k): x for _, s, k, x in losses(w)} for w in (work, ref))
     differ = [
         f"{k} of step {s}: {last.get((s, k))} instead of {x}"
@@ -331,7 +340,7 @@ def compare(work, ref, same_saves=True):
     ).read_bytes():
         differ.append(f"the final {model}.safetensors has other bytes")
     end = Path(f"run/checkpoints/checkpoint-{STEPS}")
-    # a run that was finished when its machine was lost has its checkpoints in the backup only
+    # if the machine was lost after the run had finished, only the backup has its checkpoints
     saved = work / end if (work / end).exists() else work / "drive" / end
     differ += [
         f"{n} of the last checkpoint differs"
@@ -345,13 +354,13 @@ def compare(work, ref, same_saves=True):
         for r in read_metrics(w / "run" / "metrics.jsonl")
     ]
     if history(work) != history(ref):
-        differ.append("metrics.jsonl tells another course")
+        differ.append("metrics.jsonl has another history")
     names = lambda w: sorted(p.name for p in (w / "run" / "checkpoints").iterdir())
     if same_saves and names(work) != names(ref):
         differ.append(f"checkpoints/ has {names(work)} instead of {names(ref)}")
     repeated, resumed, killed_at = 0, False, 0
     before = 0
-    for n, (_, s, k, _) in enumerate(lines(work)):
+    for n, (_, s, k, _) in enumerate(read_lines(work)):
         if k == "start" and n:
             repeated, resumed, killed_at = max(repeated, before - s), resumed or s > 0, before
         if k == "loss":
@@ -363,7 +372,7 @@ def compare(work, ref, same_saves=True):
 
 
 def epoch_steps(ref):
-    "The first step at which the second epoch has begun"
+    "Return the first step of the second epoch."
     from minigpt.run.metrics import read_metrics
 
     return next(
@@ -371,8 +380,8 @@ def epoch_steps(ref):
     )
 
 
-def in_save(work):
-    "Was it killed while it wrote a checkpoint, or the final model?"
+def killed_in_save(work):
+    "Whether the run was killed while it wrote a checkpoint or the final model."
     return any(
         p.name not in OWN
         for folder in ("run", "run/checkpoints", "run/snapshots", "run/best")
@@ -380,8 +389,8 @@ def in_save(work):
     )
 
 
-def in_backup(work):
-    "Was it killed while it copied to the backup?"
+def killed_in_backup(work):
+    "Whether the run was killed while it copied to the backup."
     folders = [
         p
         for n in ("checkpoints", "snapshots", "best")
@@ -390,12 +399,12 @@ def in_backup(work):
     return any(not (p / "MANIFEST.json").exists() for p in folders)
 
 
-def seconds_of_training(ref):
+def training_seconds(ref):
     rows = [json.loads(l) for l in (ref / "run" / "metrics.jsonl").read_text().splitlines()]
     return rows[-1]["time"] - rows[0]["time"]
 
 
-def clear(work):
+def remove(work):
     shutil.rmtree(work, ignore_errors=True)
 
 

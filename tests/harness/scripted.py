@@ -1,4 +1,4 @@
-"A model that says what a test wants it to say."
+"A model that gives scripted answers."
 
 import time
 
@@ -8,7 +8,7 @@ from minigpt.model.gpt import GPT
 
 
 class Scripted(GPT):
-    "Its answers are given; what it reads changes nothing"
+    "Answers with the next scripted text, whatever the prompt is."
 
     def script(self, tok, *answers, pause=0):
         self.answers, self.pause, self.steps = (
@@ -24,10 +24,10 @@ class Scripted(GPT):
 
     def trunk(self, x, mask=None, cache=None):
         if x.shape[1] > 1 or not cache.length:
-            self.now = [*self.answers.pop(0)]  # a prompt
+            self.answer = [*self.answers.pop(0)]  # a new prompt
         cache.length += x.shape[1]
         self.steps += 1
         time.sleep(self.pause)
         out = torch.zeros(*x.shape[:2], self.config.vocab_size)
-        out[:, -1, self.now.pop(0)] = 100.0
+        out[:, -1, self.answer.pop(0)] = 100.0
         return out

@@ -1,6 +1,6 @@
-"""The encoder of simplex diffusion beside transformers and diffusers.
+"""The simplex-diffusion encoder, compared with transformers and diffusers.
 
-Also the policy of checkpoints, backup and views on it. (Kill and resume: test_stages.py.)
+Also checkpoints, backup and views of such a run. (Kill and resume: test_stages.py.)
 """
 
 import json
@@ -98,12 +98,12 @@ def roberta(tmp_path_factory):
         )
     ).eval()
     for p in theirs.parameters():
-        p.data += 0.1 * torch.randn_like(p)  # biases and gains too
+        p.data += 0.1 * torch.randn_like(p)  # biases and norms too
     theirs.save_pretrained(path := tmp_path_factory.mktemp("roberta"))
     return theirs, path
 
 
-def test_schedule_is_that_of_diffusers():
+def test_schedule_equals_diffusers():
     betas = (
         pytest.importorskip("diffusers")
         .DDPMScheduler(500, beta_schedule="squaredcos_cap_v2")
@@ -112,13 +112,13 @@ def test_schedule_is_that_of_diffusers():
     assert (alpha_bars(500) - (1 - betas).cumprod(0)).abs().max() < 1e-6
 
 
-def test_a_roberta_of_transformers(roberta):
+def test_roberta_weights_are_loaded(roberta):
     theirs, path = roberta
     ours = load_model(path)
     assert isinstance(ours, Tess) and ours.config.simplex_value == 5 and ours.config.max_len == 64
     assert weights_hash(load_model(path)) == weights_hash(
         ours
-    )  # what it lacks begins the same each time
+    )  # missing weights get the same initial values each time
     ids = torch.randint(2, 300, (3, 40))
     real = torch.arange(40) < torch.tensor([40, 31, 7])[:, None]
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_a_roberta_of_transformers(roberta):
     assert (a - b)[real].abs().max() < 1e-4
     assert torch.equal(
         ours.simplex_embeddings.weight, ours.roberta["embeddings"]["word_embeddings"].weight
-    )  # begins as a copy
+    )  # starts as a copy
     assert sum(p.numel() for p in ours.parameters()) == ours.config.n_params
     assert replace(ours.config, simplex_value=None, mask_id=4).n_params == sum(
         p.numel() for p in theirs.parameters()
@@ -145,8 +145,8 @@ def test_our_checkpoint_opens_in_transformers(run):
     ] == run.tokenizer.encode(text)
 
 
-def test_policy(run):
-    "Saved, kept, mirrored, evaluated and described as any run is"
+def test_run_follows_the_checkpoint_policy(run):
+    "It is saved, kept, backed up, evaluated and described like any run."
     assert (
         run.finished
         and [c.step for c in run.checkpoints][-2:] == [10, 12]
@@ -172,7 +172,7 @@ def test_policy(run):
     )
 
 
-def test_resume_by_name_and_refusals(run, tmp_path):
+def test_resume_by_name_and_refused_options(run, tmp_path):
     how = settings(tmp_path)
     first = mlm(how)
     with pytest.raises(
@@ -219,10 +219,10 @@ def test_command_line(tmp_path):
         call("mlm", "tess.json", "--resume_from_checkpoint", "checkpoint-10").returncode == 0
         and open_run(tmp_path / "runs" / "tess").step == 13
     )
-    said = call(
+    answer = call(
         "infill", "runs/tess", "Ann and<mask><mask> went home at 7.", "--steps", "4", "--seed", "1"
     ).stdout
-    assert said.startswith("Ann and") and said.rstrip().endswith("went home at 7.")
+    assert answer.startswith("Ann and") and answer.rstrip().endswith("went home at 7.")
     assert call("generate", "runs/tess", "Ann", "--max-new-tokens", "5").stdout.startswith("Ann")
     for name in "chat", "evaluate":
         refused = call(name, "runs/tess", *(["text.txt"] if name == "evaluate" else []))
@@ -238,8 +238,8 @@ def test_command_line(tmp_path):
     )
 
 
-def test_the_example_configuration(tmp_path):
-    "configs/tess.json as it is, but for the files, the size and the length"
+def test_example_configuration(tmp_path):
+    "configs/tess.json unchanged but for the files, the size and the length."
     given = json.loads((ROOT / "configs" / "tess.json").read_text(encoding="utf-8"))
     assert {
         "simplex_value": 5,
@@ -295,16 +295,17 @@ def test_the_example_configuration(tmp_path):
         (dict(run_name="mine"), "the key 'run_name': a run has the name of its directory"),
     ],
 )
-def test_bad_settings(tmp_path, change, message):
+def test_bad_settings_are_refused(tmp_path, change, message):
     with pytest.raises((ValueError, OSError)) as e:
         mlm(settings(tmp_path, **change))
     assert message in str(e.value)
 
 
-def test_keys_of_scripts_and_of_tess(tmp_path, capsys):
-    """What has an equal is taken, what changes nothing is passed over and named.
+def test_options_of_other_scripts_and_of_tess(tmp_path, capsys):
+    """Options with an equivalent are accepted; options without effect are ignored and reported.
 
-    A checkpoint is named by its path."""
+    A checkpoint is named by its path.
+    """
     how = {
         k: v
         for k, v in settings(tmp_path).items()
@@ -369,8 +370,8 @@ def test_conversations_and_gpts_are_refused(tmp_path, run):
         load_model(tmp_path)
 
 
-def test_a_start_from_elsewhere_with_more_words(roberta, tmp_path, run):
-    "A folder of transformers, a tokenizer, entities: checkpoints hold the longer tokenizer"
+def test_pretrained_weights_with_additional_tokens(roberta, tmp_path, run):
+    "With a transformers folder, a tokenizer and entities, checkpoints have the longer tokenizer."
     theirs, path = roberta
     theirs.save_pretrained(tmp_path / "start")
     run.tokenizer.save(tmp_path / "start")
@@ -398,7 +399,7 @@ def test_a_start_from_elsewhere_with_more_words(roberta, tmp_path, run):
     ] == tok.encode("in Nanjing Road.")
 
 
-def test_extend_a_gpt(run):
+def test_gpt_is_extended(run):
     from minigpt.model.gpt import GPT, GPTConfig
 
     torch.manual_seed(0)
@@ -416,14 +417,14 @@ def test_extend_a_gpt(run):
         )
     roomy = GPT(
         GPTConfig.preset("tiny", vocab_size=tok.vocab_size + 9, n_layer=1)
-    )  # has a row to spare already
+    )  # has a spare row already
     E = extend(roomy, run.tokenizer, ["Nanjing"])[0].head
     assert len(E) == tok.vocab_size + 9 and torch.allclose(
         E[tok.vocab_size - 1], roomy.head[run.tokenizer.encode("Nanjing")].mean(0)
     )
 
 
-def test_masked_language_model(tmp_path):
+def test_masked_language_model_trains(tmp_path):
     found = mlm(settings(tmp_path, simplex_value=None))
     assert (
         found.model().config.mask_id == found.tokenizer.id("<mask>")
@@ -433,7 +434,7 @@ def test_masked_language_model(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_export(run, tmp_path, precision):
+def test_export_opens_in_every_precision(run, tmp_path, precision):
     small = load_model(
         export(run.path, tmp_path / "small", precision, progress=lambda done, total: None)
     )
@@ -442,7 +443,7 @@ def test_export(run, tmp_path, precision):
         assert (small(ids) - run.model()(ids)).abs().max() < 0.1
 
 
-def test_a_gpt_line_by_line(tmp_path):
+def test_gpt_line_by_line(tmp_path):
     from minigpt.model.gpt import GPTConfig
 
     settings(tmp_path)
@@ -461,15 +462,15 @@ def test_a_gpt_line_by_line(tmp_path):
         tensorboard=False,
         widget=False,
     )
-    said = (found.path / "run.log").read_text(encoding="utf-8")
+    run_log = (found.path / "run.log").read_text(encoding="utf-8")
     assert (
         found.finished
-        and " lines, one sequence each, " in said
-        and "are longer than max_seq_len=6 and truncated" in said
+        and " lines, one sequence each, " in run_log
+        and "are longer than max_seq_len=6 and truncated" in run_log
     )
 
 
-def test_validation_and_sampling_leave_the_generators_alone(run):
+def test_validation_and_sampling_keep_the_random_state(run):
     from minigpt.data.tokensets import open_set
 
     model, valid = run.model(), open_set(run.path / "data" / "valid")
@@ -487,7 +488,8 @@ def test_validation_and_sampling_leave_the_generators_alone(run):
 def test_storage_plan_of_roberta_base():
     """About 500 MB of weights, 1 GB of optimizer state, 7.5 GB for five.
 
-    As a masked language model; the embedding of guesses comes to it."""
+    The same for a masked language model; the embedding of the guesses is extra.
+    """
     n = TessConfig.preset("base", simplex_value=None, mask_id=50264).n_params
     assert (
         abs(4 * n / 500e6 - 1) < 0.01

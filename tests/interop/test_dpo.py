@@ -1,4 +1,4 @@
-"DPO beside TRL, and what `fit` does with preferences."
+"DPO compared with TRL, and how `fit` trains on preferences."
 
 import math
 
@@ -61,8 +61,8 @@ def gpt(tok, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "sigmoid_norm"])
-def test_the_loss_is_that_of_trl(kind, pairs, tok, tmp_path):
-    "On the same pairs, from the same two models: packed here, one pair a row there"
+def test_loss_equals_trl(kind, pairs, tok, tmp_path):
+    "On the same pairs, from the same two models; rows are packed here, one pair per row in TRL."
     trl, transformers, datasets = (
         pytest.importorskip(m, reason=f"pip install {m}, to compare with TRL")
         for m in ("trl", "transformers", "datasets")
@@ -129,7 +129,7 @@ def test_the_loss_is_that_of_trl(kind, pairs, tok, tmp_path):
     )
 
 
-def test_training_begins_at_ln_2_and_tells_pairs_apart(pairs, tok, tmp_path):
+def test_loss_starts_at_ln_2_and_margins_grow(pairs, tok, tmp_path):
     run = fit(
         gpt(tok),
         pairs,
@@ -148,8 +148,8 @@ def test_training_begins_at_ln_2_and_tells_pairs_apart(pairs, tok, tmp_path):
     }
 
 
-def test_a_reference_for_two_and_in_half_precision(pairs, tok, tmp_path):
-    "The file is the model's: another model gets another, and so does another precision"
+def test_reference_of_another_model_or_precision_is_separate(pairs, tok, tmp_path):
+    "The file belongs to a model: another model or another precision gets its own."
     data, _ = build_tokenset(pairs, tok, tmp_path / "data", 0.0, progress=False)
     for _name, out, more in (
         ("a", "one", {}),
@@ -169,8 +169,8 @@ def test_a_reference_for_two_and_in_half_precision(pairs, tok, tmp_path):
     )
 
 
-def test_an_adapter_learns_preferences(pairs, tok, tmp_path):
-    "The reference is the base; a few numbers are trained"
+def test_adapter_trains_on_preferences(pairs, tok, tmp_path):
+    "The reference is the base model; only the adapter is trained."
     run = fit(
         lora(gpt(tok), r=4),
         pairs,
@@ -184,8 +184,8 @@ def test_an_adapter_learns_preferences(pairs, tok, tmp_path):
     )
 
 
-def test_a_lost_reference(pairs, tok, tmp_path):
-    "It is computed again from the model that the run began with, and from no other"
+def test_lost_reference_is_recomputed(pairs, tok, tmp_path):
+    "It is computed again from the model that the run started with, and from no other."
     from minigpt.checkpoint.exporter import export
 
     export(gpt(tok), tmp_path / "base", tokenizer=tok)
@@ -203,8 +203,8 @@ def test_a_lost_reference(pairs, tok, tmp_path):
     assert resume(tmp_path / "run", max_steps=10).step == 10 and lose()
 
 
-def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
-    "Killed before its first save, a run from a model must not begin with random weights"
+def test_resume_without_a_checkpoint_keeps_the_weights(tok, tmp_path):
+    "A run from a model that was killed before its first save must not start with random weights."
     from minigpt.checkpoint.exporter import export
 
     talks = write_conversations(tmp_path / "talks.jsonl", 100)
@@ -226,8 +226,8 @@ def test_given_weights_and_no_checkpoint_yet(tok, tmp_path):
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
-def test_a_model_directory_by_name(tok, tmp_path):
-    "Its tokenizer comes with it; a folder that holds none is refused"
+def test_model_directory_by_name(tok, tmp_path):
+    "Its tokenizer is used with it; a folder without a model is refused."
     from minigpt.checkpoint.exporter import export
 
     talks = write_conversations(tmp_path / "talks.jsonl", 100)

@@ -1,6 +1,6 @@
-"""What no cell of 06_quantize, 07_checkpoint and 08_export can hold.
+"""What the notebooks of quantization, checkpoints and export cannot test.
 
-Other programs' files and readers, files that lie, kills, full disks, memory.
+Files and readers of other programs, invalid files, kills, full disks, memory.
 """
 
 import errno
@@ -54,7 +54,7 @@ SHAPES = dict(
 
 
 def trained(config, ids, steps=25):
-    "Far enough from the start for a wrong rotary base or scale to show"
+    "Train far enough that a wrong rotary base or scale would show."
     torch.manual_seed(0)
     model = GPT(config)
     opt = torch.optim.AdamW(model.parameters(), 5e-3)
@@ -66,7 +66,7 @@ def trained(config, ids, steps=25):
 
 
 def make(shape, folder):
-    "A model, its full checkpoint, and ids to try"
+    "Return a model, its full checkpoint, and ids to try."
     torch.set_num_threads(1)
     tok = train_tokenizer(TEXT * 20, vocab_size=350)
     config = GPTConfig(
@@ -109,26 +109,28 @@ def saved(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    "Where one shape is enough"
+    "For tests where one shape is enough."
     return make("llama", tmp_path_factory.mktemp("plain"))
 
 
-def scores(model, ids):
+def logits(model, ids):
     with torch.no_grad():
         return model(ids)
 
 
-def off(a, b):
+def relative_error(a, b):
     return ((a.float() - b).norm() / b.norm()).item()
 
 
 # --- every kind opens -----------------------------------------------------------------------------
-WITHIN = dict(fp32=0, fp16=1e-3, bf16=1e-2, int8=2e-2, int4=0.25)  # of the norm of all logits
+WITHIN = dict(
+    fp32=0, fp16=1e-3, bf16=1e-2, int8=2e-2, int4=0.25
+)  # relative to the norm of all logits
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "zst"])
 @pytest.mark.parametrize("precision", BITS)
-def test_opens_and_writes(saved, tmp_path, precision, compress):
+def test_exports_open_with_equal_logits(saved, tmp_path, precision, compress):
     model, path, ids = saved
     steps = []
     out = export(
@@ -146,19 +148,24 @@ def test_opens_and_writes(saved, tmp_path, precision, compress):
     )
     again = load_model(out)
     assert again.head.dtype == torch.float32 and again.config == model.config
-    assert off(scores(again, ids), scores(model, ids)) <= WITHIN[precision]
+    assert relative_error(logits(again, ids), logits(model, ids)) <= WITHIN[precision]
     assert isinstance(
         complete(again, load_tokenizer(out), "The", max_new_tokens=5, temperature=0), str
     )
     half = load_model(out, dtype=torch.bfloat16)
-    assert half.head.dtype == torch.bfloat16 and off(scores(half, ids), scores(model, ids)) < 0.3
-    # an export of an export is the same file, at the same precision, and opens at others
+    assert (
+        half.head.dtype == torch.bfloat16
+        and relative_error(logits(half, ids), logits(model, ids)) < 0.3
+    )
+    # An export of an export is the same file at the same precision, and opens at others.
     twice = export(out, tmp_path / "twice", precision)
     tensors = load_file(twice / "model.safetensors")
     first = load_file(export(path, tmp_path / "again", precision) / "model.safetensors")
     assert tensors.keys() == first.keys() and all(torch.equal(tensors[k], first[k]) for k in first)
     assert (
-        off(scores(load_model(export(out, tmp_path / "bf16", "bf16")), ids), scores(model, ids))
+        relative_error(
+            logits(load_model(export(out, tmp_path / "bf16", "bf16")), ids), logits(model, ids)
+        )
         <= WITHIN[precision] + 0.01
     )
     if compress:
@@ -172,11 +179,11 @@ def test_opens_and_writes(saved, tmp_path, precision, compress):
         ).read_bytes()
 
 
-def test_sorted_by_another_library(saved, tmp_path):
-    "safetensors' own writer puts the tensors in another order: scales before numbers"
+def test_tensor_order_of_another_library(saved, tmp_path):
+    "safetensors' own writer stores the tensors in another order: scales before numbers."
     model, path, ids = saved
     out = export(path, tmp_path / "out", "int4")
-    want = scores(load_model(out), ids)
+    want = logits(load_model(out), ids)
     from minigpt.checkpoint.store import SafeTensors
 
     metadata, tensors = (
@@ -185,14 +192,14 @@ def test_sorted_by_another_library(saved, tmp_path):
     )
     (out / "MANIFEST.json").unlink()
     save_file(tensors, out / "model.safetensors", metadata)
-    assert torch.equal(scores(load_model(out), ids), want)
-    assert torch.equal(scores(load_model(export(out, tmp_path / "out2", "fp32")), ids), want)
+    assert torch.equal(logits(load_model(out), ids), want)
+    assert torch.equal(logits(load_model(export(out, tmp_path / "out2", "fp32")), ids), want)
 
 
-def test_full_goes_on_exactly(saved, tmp_path):
+def test_full_export_resumes_bit_for_bit(saved, tmp_path):
     model, path, _ = saved
     packed = export(path, weights_only=False, compress=True)
-    assert packed == path.parent / "checkpoint-25-full-zst"  # beside its source, where no run is
+    assert packed == path.parent / "checkpoint-25-full-zst"  # next to its source, outside any run
     with pytest.raises(
         CheckpointError,
         match="export of kind 'compressed', and training cannot resume from it.*weights_only=False",
@@ -200,7 +207,7 @@ def test_full_goes_on_exactly(saved, tmp_path):
         read_checkpoint(packed)
     store = CheckpointStore(tmp_path)
     shutil.copytree(packed, tmp_path / "checkpoint-30")
-    assert store.newest() is None  # not what a run resumes from, even in its place
+    assert store.newest() is None  # not a state to resume from, even in its folder
     export(packed, tmp_path / "checkpoint-25", weights_only=False)
     assert store.newest().step == 25 and store.newest().kind == "step"
     a, b = read_checkpoint(path), read_checkpoint(tmp_path / "checkpoint-25")
@@ -209,7 +216,7 @@ def test_full_goes_on_exactly(saved, tmp_path):
     shutil.rmtree(packed)
 
 
-def test_places_and_sources(plain, tmp_path):
+def test_destinations_and_sources(plain, tmp_path):
     model, path, ids = plain
     run = tmp_path / "demo"
     (run / "checkpoints").mkdir(parents=True)
@@ -243,7 +250,7 @@ def test_places_and_sources(plain, tmp_path):
         and json.loads((best / "trainer_state.json").read_text())["loss"] == 1.5
     )
     assert torch.equal(
-        scores(load_model(export(model, tmp_path / "memory")), ids), scores(model, ids)
+        logits(load_model(export(model, tmp_path / "memory")), ids), logits(model, ids)
     )
     with pytest.raises(ValueError, match="has no default directory; pass one"):
         export(model)
@@ -265,7 +272,7 @@ def test_places_and_sources(plain, tmp_path):
     )
 
 
-def test_what_cannot_be_written_is_said(plain, tmp_path):
+def test_impossible_exports_are_refused(plain, tmp_path):
     model, path, _ = plain
     loud = GPT(model.config).load_weights(model.weights())
     with torch.no_grad():
@@ -286,7 +293,7 @@ def test_what_cannot_be_written_is_said(plain, tmp_path):
 
 # --- transformers ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
-def test_transformers_opens_it(saved, tmp_path, precision):
+def test_export_opens_in_transformers(saved, tmp_path, precision):
     transformers = pytest.importorskip("transformers")
     model, path, ids = saved
     out = export(path, tmp_path / "out", precision)
@@ -300,7 +307,7 @@ def test_transformers_opens_it(saved, tmp_path, precision):
         and not info["mismatched_keys"]
         and hf.dtype == dtype
     )
-    assert (scores_hf(hf.float().eval(), ids) - scores(load_model(out), ids)).abs().max() < 1e-4
+    assert (logits_hf(hf.float().eval(), ids) - logits(load_model(out), ids)).abs().max() < 1e-4
     assert len(transformers.AutoTokenizer.from_pretrained(out)) == load_tokenizer(out).vocab_size
 
 
@@ -309,8 +316,8 @@ def test_transformers_opens_it(saved, tmp_path, precision):
     [dict(precision="int8"), dict(precision="int4"), dict(compress=True)],
     ids=["int8", "int4", "zst"],
 )
-def test_transformers_refuses_what_it_cannot_read(plain, tmp_path, options):
-    "Instead of opening it with weights that are numbers of a code, or new"
+def test_transformers_refuses_our_quantized_files(plain, tmp_path, options):
+    "It must not load them as numbers of a code, or with random weights."
     transformers = pytest.importorskip("transformers")
     out = export(plain[1], tmp_path / "out", **options)
     assert (
@@ -321,7 +328,7 @@ def test_transformers_refuses_what_it_cannot_read(plain, tmp_path, options):
         transformers.AutoModelForCausalLM.from_pretrained(out)
 
 
-def scores_hf(hf, ids):
+def logits_hf(hf, ids):
     with torch.no_grad():
         return hf(ids).logits
 
@@ -329,7 +336,7 @@ def scores_hf(hf, ids):
 @pytest.mark.parametrize(
     "how", [dict(), dict(max_shard_size="60KB"), "bin"], ids=["whole", "sharded", "pickle"]
 )
-def test_what_transformers_writes(saved, tmp_path, how):
+def test_checkpoints_of_transformers_open(saved, tmp_path, how):
     transformers = pytest.importorskip("transformers")
     model, path, ids = saved
     hf = transformers.AutoModelForCausalLM.from_pretrained(path)
@@ -339,11 +346,11 @@ def test_what_transformers_writes(saved, tmp_path, how):
     else:
         hf.save_pretrained(tmp_path / "hf", **how)
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists() == ("max_shard_size" in how)
-    assert torch.equal(scores(load_model(tmp_path / "hf"), ids), scores(model, ids))
+    assert torch.equal(logits(load_model(tmp_path / "hf"), ids), logits(model, ids))
     out = export(tmp_path / "hf", tmp_path / "out", "bf16", tokenizer=path)
     assert (
-        scores_hf(transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), ids)
-        - scores(load_model(out), ids)
+        logits_hf(transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), ids)
+        - logits(load_model(out), ids)
     ).abs().max() < 1e-4
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [
         *load_tokenizer(path).stop_ids
@@ -354,7 +361,7 @@ def test_what_transformers_writes(saved, tmp_path, how):
 def minimind(w, ids, heads, eps, theta=1e6):
     """MiniMind's forward pass, written from its description.
 
-    Rotary halves, RMSNorm on each head from version 3 on, SwiGLU."""
+    Rotary halves, RMSNorm per head from version 3 on, SwiGLU."""
     norm = lambda x, g: g * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
     w = {k: v.float() for k, v in w.items()}
     x = w["model.embed_tokens.weight"][ids]
@@ -364,7 +371,7 @@ def minimind(w, ids, heads, eps, theta=1e6):
         torch.arange(T).float(), theta ** -(torch.arange(0, D, 2).float() / D)
     ).repeat(1, 2)
 
-    def turn(x):
+    def rotate(x):
         return (
             x * angle.cos() + torch.cat([-x[..., D // 2 :], x[..., : D // 2]], -1) * angle.sin()
         )  # (B, heads, T, D)
@@ -377,7 +384,7 @@ def minimind(w, ids, heads, eps, theta=1e6):
         )
         if f"model.layers.{i}.self_attn.q_norm.weight" in w:
             q, k = norm(q, get("self_attn.q_norm")), norm(k, get("self_attn.k_norm"))
-        q, k = turn(q), turn(k)
+        q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(heads // t.shape[1], 1) for t in (k, v))
         a = (
             q @ k.transpose(-2, -1) / math.sqrt(D) + torch.full((T, T), -math.inf).triu(1)
@@ -393,7 +400,7 @@ def minimind(w, ids, heads, eps, theta=1e6):
 
 
 def minimind_weights(version):
-    "As its trainer saves them: fp16, the tied layer twice"
+    "Weights as its trainer saves them: fp16, the tied layer twice."
     g = torch.Generator().manual_seed(version)
     r = lambda *s: (torch.randn(*s, generator=g) * 0.1).half()
     w = {"model.embed_tokens.weight": r(90, 64), "model.norm.weight": 1 + r(64)}
@@ -421,7 +428,7 @@ def minimind_weights(version):
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "resume"])
-def test_minimind(tmp_path, version, wrapped):
+def test_minimind_checkpoints_open(tmp_path, version, wrapped):
     w = minimind_weights(version)
     torch.save(
         dict(model={f"_orig_mod.{k}": v for k, v in w.items()}, epoch=1, step=7) if wrapped else w,
@@ -431,7 +438,7 @@ def test_minimind(tmp_path, version, wrapped):
     assert out.name == "pretrain_64-fp32"
     ids = torch.randint(90, (2, 60))
     assert (
-        scores(load_model(out), ids) - minimind(w, ids, 8, 1e-6 if version == 3 else 1e-5)
+        logits(load_model(out), ids) - minimind(w, ids, 8, 1e-6 if version == 3 else 1e-5)
     ).abs().max() < 1e-4
     with pytest.raises(ValueError, match="does not contain the number of heads.*config='minimind'"):
         export(tmp_path / "pretrain_64.pth", tmp_path / "x")
@@ -440,18 +447,18 @@ def test_minimind(tmp_path, version, wrapped):
     )
 
 
-def test_real_minimind_and_nanogpt(root, tmp_path):
-    "Files that MiniMind and nanoGPT wrote"
+def test_real_minimind_and_nanogpt_files_open(root, tmp_path):
+    "Files that MiniMind and nanoGPT wrote."
     there = root.parent / "shared" / "checkpoints"
     if not there.exists():
-        pytest.skip("those files are not here")
+        pytest.skip("needs the files of MiniMind and nanoGPT in ../shared/checkpoints")
     for name in ("pretrain_64", "pretrain_64_resume"):
         f = there / "minimind" / f"{name}.pth"
         w = torch.load(f, weights_only=True)
         w = w.get("model", w)
         ids = torch.randint(6400, (2, 200))
         assert (
-            scores(load_model(export(f, tmp_path / name, config="minimind")), ids)
+            logits(load_model(export(f, tmp_path / name, config="minimind")), ids)
             - minimind(w, ids, 8, 1e-6)
         ).abs().max() < 1e-4
     with pytest.raises(
@@ -465,7 +472,7 @@ def test_real_minimind_and_nanogpt(root, tmp_path):
         assert load_model(there / d).config.n_params == 510_272
 
 
-def test_other_state_dicts(plain, tmp_path):
+def test_other_state_dicts_open(plain, tmp_path):
     model, _, ids = plain
     torch.save(
         dict(
@@ -476,8 +483,8 @@ def test_other_state_dicts(plain, tmp_path):
         tmp_path / "mine.pt",
     )
     assert torch.equal(
-        scores(load_model(export(tmp_path / "mine.pt", config=model.config)), ids),
-        scores(model, ids),
+        logits(load_model(export(tmp_path / "mine.pt", config=model.config)), ids),
+        logits(model, ids),
     )
     for name, d, why in (
         ("gpt2", {"transformer.wpe.weight": torch.ones(2)}, "GPT-2"),
@@ -499,37 +506,37 @@ def test_other_state_dicts(plain, tmp_path):
             export(tmp_path / f"{name}.pt", tmp_path / "x", config="minimind")
 
 
-# --- files that are cut off, changed, or lie ------------------------------------------------------
+# --- truncated, changed and invalid files ---------------------------------------------------------
 @pytest.mark.parametrize(
     "options",
     [dict(precision="fp16"), dict(precision="int4"), dict(compress=True)],
     ids=["fp16", "int4", "zst"],
 )
-def test_any_damage_is_named(plain, tmp_path, options):
+def test_damage_is_named(plain, tmp_path, options):
     out = export(plain[1], tmp_path / "out", **options)
     for f in sorted(out.iterdir()):
-        whole = f.read_bytes()
+        content = f.read_bytes()
         for broken in (
-            whole[:-1],
-            whole[: len(whole) // 2],
+            content[:-1],
+            content[: len(content) // 2],
             b"",
-            bytes([whole[0] ^ 1]) + whole[1:],
-            whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+            bytes([content[0] ^ 1]) + content[1:],
+            content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
             None,
         ):
             f.unlink() if broken is None else f.write_bytes(broken)
-            if f.name == "MANIFEST.json" and broken in (None, whole[:-1]):
-                continue  # then it is a directory as others make them; a lost line end is no damage
+            if f.name == "MANIFEST.json" and broken in (None, content[:-1]):
+                continue  # such a directory needs no manifest; a missing line end is not damage
             with pytest.raises((CheckpointError, ValueError), match=f.name.replace(".", r"\.")):
                 load_model(out)
             with pytest.raises((CheckpointError, ValueError)):
                 export(out, tmp_path / "x")
-        f.write_bytes(whole)
+        f.write_bytes(content)
     assert problem(out) is None and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-def test_damage_behind_zstd_is_found_without_a_manifest(plain, tmp_path):
-    "By the checksum of the frame"
+def test_damage_in_zstd_is_found_without_a_manifest(plain, tmp_path):
+    "By the checksum of the frame."
     out = export(plain[1], tmp_path / "out", compress=True)
     (out / "MANIFEST.json").unlink()
     f = out / "model.safetensors.zst"
@@ -543,41 +550,41 @@ def test_damage_behind_zstd_is_found_without_a_manifest(plain, tmp_path):
             load_model(out)
 
 
-def lies(whole):
-    "A safetensors file with a header that lies, in each way"
-    n = int.from_bytes(whole[:8], "little")
-    header, data = json.loads(whole[8 : 8 + n]), whole[8 + n :]
+def invalid_headers(valid_file):
+    "Yield safetensors files whose header is wrong in one way."
+    n = int.from_bytes(valid_file[:8], "little")
+    header, data = json.loads(valid_file[8 : 8 + n]), valid_file[8 + n :]
 
-    def made(change, data=data):
+    def build(change, data=data):
         h = json.loads(json.dumps(header))
         change(h, h["model.norm.weight"])
         head = json.dumps(h).encode()
         return len(head).to_bytes(8, "little") + head + data
 
-    yield "length", (1 << 62).to_bytes(8, "little") + whole[8:]
-    yield "length+1", (n + 1).to_bytes(8, "little") + whole[8:]
-    yield "no JSON", whole[:8] + b"x" * n + data
+    yield "length", (1 << 62).to_bytes(8, "little") + valid_file[8:]
+    yield "length+1", (n + 1).to_bytes(8, "little") + valid_file[8:]
+    yield "no JSON", valid_file[:8] + b"x" * n + data
     yield "list", (2).to_bytes(8, "little") + b"[]" + data
-    yield "shape", made(lambda h, t: t.update(shape=[1 << 40]))
-    yield "negative", made(lambda h, t: t.update(shape=[-96, -1]))
-    yield "text", made(lambda h, t: t.update(shape=["96"]))
-    yield "offsets", made(lambda h, t: t.update(data_offsets=[0, 1 << 50]))
+    yield "shape", build(lambda h, t: t.update(shape=[1 << 40]))
+    yield "negative", build(lambda h, t: t.update(shape=[-96, -1]))
+    yield "text", build(lambda h, t: t.update(shape=["96"]))
+    yield "offsets", build(lambda h, t: t.update(data_offsets=[0, 1 << 50]))
     yield (
         "overlap",
-        made(lambda h, t: t.update(data_offsets=[0, t["data_offsets"][1] - t["data_offsets"][0]])),
+        build(lambda h, t: t.update(data_offsets=[0, t["data_offsets"][1] - t["data_offsets"][0]])),
     )
     yield (
         "shared",
-        made(
+        build(
             lambda h, t: h["model.layers.0.input_layernorm.weight"].update(
                 data_offsets=h["model.layers.1.input_layernorm.weight"]["data_offsets"]
             )
         ),
     )
-    yield "dtype", made(lambda h, t: t.update(dtype="F8_E4M3"))
+    yield "dtype", build(lambda h, t: t.update(dtype="F8_E4M3"))
     yield (
         "huge",
-        made(
+        build(
             lambda h, t: h.update(
                 extra=dict(
                     dtype="F32", shape=[1 << 44], data_offsets=[len(data), len(data) + (1 << 46)]
@@ -585,40 +592,40 @@ def lies(whole):
             )
         ),
     )
-    yield "more", made(lambda h, t: None, data + b"more")
+    yield "more", build(lambda h, t: None, data + b"more")
     yield (
         "zero",
-        made(
+        build(
             lambda h, t: h.update(
                 extra=dict(dtype="F32", shape=[1 << 47, 1 << 47, 0], data_offsets=[len(data)] * 2)
             )
         ),
     )
-    yield "less", made(lambda h, t: h.pop("model.norm.weight"))
-    yield "other name", made(lambda h, t: h.update({"model.other": h.pop("model.norm.weight")}))
+    yield "less", build(lambda h, t: h.pop("model.norm.weight"))
+    yield "other name", build(lambda h, t: h.update({"model.other": h.pop("model.norm.weight")}))
 
 
 @pytest.mark.parametrize("kind", ["plain", "zst", "int4"])
-def test_lies_are_refused_and_take_no_memory(plain, tmp_path, kind):
+def test_invalid_headers_are_refused_without_memory(plain, tmp_path, kind):
     out = export(plain[1], tmp_path / "out", "int4" if kind == "int4" else "fp32")
     (out / "MANIFEST.json").unlink()
     f = out / "model.safetensors"
-    whole = f.read_bytes()
+    valid_file = f.read_bytes()
     if kind == "zst":
         f.unlink()
         f = out / "model.safetensors.zst"
     before = psutil.Process().memory_info().rss
-    for name, lie in lies(whole):
+    for name, lie in invalid_headers(valid_file):
         f.write_bytes(zstandard.ZstdCompressor().compress(lie) if kind == "zst" else lie)
         with pytest.raises(CheckpointError, match="is not used"):
             load_model(out)
             print(name)
     assert psutil.Process().memory_info().rss - before < 50e6
-    f.write_bytes(zstandard.ZstdCompressor().compress(whole) if kind == "zst" else whole)
+    f.write_bytes(zstandard.ZstdCompressor().compress(valid_file) if kind == "zst" else valid_file)
     load_model(out)
 
 
-def test_lies_about_quantization(plain, tmp_path):
+def test_invalid_quantization_is_refused(plain, tmp_path):
     out = export(plain[1], tmp_path / "out", "int4")
     (out / "MANIFEST.json").unlink()
     from minigpt.checkpoint.store import SafeTensors
@@ -652,8 +659,8 @@ def test_lies_about_quantization(plain, tmp_path):
         load_model(out)
 
 
-def test_bombs(plain, tmp_path):
-    "Small files that would become large"
+def test_decompression_bombs_are_refused(plain, tmp_path):
+    "Small files that would decompress to large ones."
     out = export(plain[1], tmp_path / "out", compress=True)
     (out / "MANIFEST.json").unlink()
     f = out / "model.safetensors.zst"
@@ -684,7 +691,7 @@ def test_bombs(plain, tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_pickles_of_strangers(plain, tmp_path, zipped):
+def test_untrusted_pickles_are_not_executed(plain, tmp_path, zipped):
     class Touch:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -701,7 +708,7 @@ def test_pickles_of_strangers(plain, tmp_path, zipped):
     with pytest.raises(CheckpointError, match="asks for posix.mkdir"):
         export(f, tmp_path / "x", config="minimind")
     torch.save(plain[0].weights(), f, _use_new_zipfile_serialization=zipped)
-    assert torch.equal(scores(load_model(d), plain[2]), scores(plain[0], plain[2]))
+    assert torch.equal(logits(load_model(d), plain[2]), logits(plain[0], plain[2]))
     whole = f.read_bytes()
     for broken in (whole[: len(whole) // 2], whole[:100], b"", b"hello", whole[:-100]):
         f.write_bytes(broken)
@@ -716,7 +723,7 @@ def test_pickles_of_strangers(plain, tmp_path, zipped):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_index_stays_in_its_directory(plain, tmp_path):
+def test_index_cannot_leave_its_directory(plain, tmp_path):
     d = export(plain[1], tmp_path / "out")
     (d / "MANIFEST.json").unlink()
     (d / "model.safetensors").rename(d / "a.safetensors")
@@ -749,7 +756,7 @@ def test_an_index_stays_in_its_directory(plain, tmp_path):
             load_model(d)
 
 
-def test_others_quantization_is_refused(plain, tmp_path):
+def test_foreign_quantization_is_refused(plain, tmp_path):
     d = export(plain[1], tmp_path / "out")
     (d / "MANIFEST.json").unlink()
     c = json.loads((d / "config.json").read_text())
@@ -770,8 +777,8 @@ def test_others_quantization_is_refused(plain, tmp_path):
     ],
     ids=["int4", "zst", "full", "full-zst"],
 )
-def test_every_write_that_fails_leaves_nothing(plain, tmp_path, options):
-    "A full disk, or a drive that goes away, at every write in turn; what stood there stays"
+def test_failed_export_leaves_no_files(plain, tmp_path, options):
+    "The disk is full or vanishes at each write in turn; the previous file stays."
     path, content = (
         plain[1],
         lambda: {
@@ -784,27 +791,27 @@ def test_every_write_that_fails_leaves_nothing(plain, tmp_path, options):
     (tmp_path / "to").mkdir()
     shutil.copytree(old, tmp_path / "to" / "out")
     was = content()
-    with Disk(tmp_path / "to").at_work() as disk:
+    with Disk(tmp_path / "to").active() as disk:
         export(path, tmp_path / "to" / "out", replace=True, **options)
     new, refused = content(), 0
     for at in range(disk.count):
         shutil.rmtree(tmp_path / "to")
         (tmp_path / "to").mkdir()
         shutil.copytree(old, tmp_path / "to" / "out")
-        with Disk(tmp_path / "to", errno.ENOSPC if at % 2 else errno.EIO, at).at_work() as faulty:
+        with Disk(tmp_path / "to", errno.ENOSPC if at % 2 else errno.EIO, at).active() as faulty:
             try:
                 export(path, tmp_path / "to" / "out", replace=True, **options)
             except CheckpointError as e:
                 refused += 1
                 assert "could not be written" in str(e)
-        assert faulty.struck
+        assert faulty.failed
         if not (tmp_path / "to" / "out").exists():
-            assert "rename" in faulty.struck[0]
-            sweep(tmp_path / "to")  # between two renames; what a start of a run clears, too
+            assert "rename" in faulty.failed[0]
+            sweep(tmp_path / "to")  # between two renames; the next start of a run deletes it too
         assert problem(tmp_path / "to" / "out") is None and content() in (was, new)
-        if faulty.struck[0].startswith(("open", "write")):
+        if faulty.failed[0].startswith(("open", "write")):
             assert content() == was and [p.name for p in (tmp_path / "to").iterdir()] == ["out"], (
-                faulty.struck
+                faulty.failed
             )
     assert refused > disk.count / 2
 
@@ -822,7 +829,7 @@ print('done', flush=True)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_killed_while_exporting(plain, tmp_path, root, how):
+def test_killed_export_leaves_no_partial_files(plain, tmp_path, root, how):
     _, path, _ = plain
     p = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(path), str(tmp_path / "out"), "int4"],
@@ -864,9 +871,9 @@ print(exported, peak()-base)
 """
 
 
-def test_memory_is_that_of_the_largest_tensor(plain, tmp_path, root):
+def test_export_memory_is_one_tensor(plain, tmp_path, root):
     if sys.platform != "linux":
-        pytest.skip("measured on Linux")
+        pytest.skip("memory is measured on Linux only")
     config = GPTConfig(
         vocab_size=4096, dim=512, n_layer=8, n_head=8, n_kv_head=2, ffn_dim=1024
     )  # 20M parameters; the largest tensor 8 MiB
@@ -895,7 +902,7 @@ def test_memory_is_that_of_the_largest_tensor(plain, tmp_path, root):
 
 
 # --- ONNX -----------------------------------------------------------------------------------------
-def test_onnx(plain, tmp_path):
+def test_onnx_logits_are_equal(plain, tmp_path):
     pytest.importorskip("onnxscript")
     onnx = pytest.importorskip("onnx")
     if "dynamic_shapes" not in inspect.signature(torch.onnx.export).parameters:
@@ -918,11 +925,11 @@ def test_onnx(plain, tmp_path):
         runs.append(lambda x: onnxruntime.InferenceSession(out / "model.onnx").run(None, x)[0])
     for run in runs:
         for x in (ids, ids[:1, :1], ids[:3, :50]):
-            assert (torch.from_numpy(run({"ids": x.numpy()})) - scores(model, x)).abs().max() < 1e-4
+            assert (torch.from_numpy(run({"ids": x.numpy()})) - logits(model, x)).abs().max() < 1e-4
     assert load_tokenizer(out).encode("The keeper") == load_tokenizer(path).encode("The keeper")
 
 
-def test_only_an_earlier_export_is_replaced(plain, tmp_path):
+def test_only_a_previous_export_is_replaced(plain, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     (run / "run.json").write_text("{}")
@@ -934,7 +941,7 @@ def test_only_an_earlier_export_is_replaced(plain, tmp_path):
     full = export(plain[1], tmp_path / "full", weights_only=False)
     (
         tmp_path / "mine" / "model.onnx"
-    ).touch()  # from the one training can go on; the other is not ours
+    ).touch()  # the first is a checkpoint to resume from; the other is not ours
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for out in (
         run,
@@ -958,8 +965,8 @@ def test_only_an_earlier_export_is_replaced(plain, tmp_path):
     )
 
 
-def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsys):
-    "`minigpt generate` takes what `minigpt export` makes, and gives what the run gives"
+def test_export_generates_on_the_command_line(tmp_path, monkeypatch, capsys):
+    "`minigpt generate` on an export gives the same text as on the run."
     from minigpt import cli
     from minigpt.data.corpus import write_corpus
     from minigpt.model.gpt import GPTConfig
@@ -993,7 +1000,7 @@ def test_an_export_writes_texts_on_the_command_line(tmp_path, monkeypatch, capsy
     ) == command("generate", tmp_path / "run", "The", "--max-new-tokens", 12, "--seed", 1)
 
 
-def test_onnx_with_an_old_torch(plain, tmp_path, monkeypatch):
+def test_onnx_with_an_old_torch_is_explained(plain, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnx")
     monkeypatch.setattr(torch.onnx, "export", lambda model, args, f, dynamo=False: None)

@@ -1,6 +1,6 @@
-"""Adapters beside PEFT and transformers: each opens what the other wrote.
+"""Adapters compared with PEFT and transformers: each opens what the other wrote.
 
-A model made elsewhere is adapted, merged and given back.
+A model from elsewhere is adapted, merged and written back.
 """
 
 import json
@@ -36,15 +36,15 @@ SHORT = dict(
 
 
 @pytest.fixture(scope="module")
-def talks(tmp_path_factory):
+def conversations(tmp_path_factory):
     return write_conversations(tmp_path_factory.mktemp("talks") / "talks.jsonl", 200)
 
 
 @pytest.fixture(scope="module", params=["Llama", "Qwen3"])
-def foreign(request, talks, tmp_path_factory):
-    "A model directory of transformers, with a tokenizer"
+def hf_model(request, conversations, tmp_path_factory):
+    "A model directory of transformers, with a tokenizer."
     tok, path = (
-        train_tokenizer(sample_texts(data_files(talks)), 400),
+        train_tokenizer(sample_texts(data_files(conversations)), 400),
         tmp_path_factory.mktemp(request.param) / "base",
     )
     torch.manual_seed(0)
@@ -64,7 +64,9 @@ def foreign(request, talks, tmp_path_factory):
     )
     model = getattr(transformers, f"{request.param}ForCausalLM")(config)
     for p in model.parameters():
-        p.data += 0.05 * torch.randn_like(p)  # at initialisation, little depends on anything
+        p.data += 0.05 * torch.randn_like(
+            p
+        )  # at initialization the output depends on almost nothing
     model.save_pretrained(path)
     tok.save(path)
     return path
@@ -80,64 +82,67 @@ def logits(model, x=None):
     return getattr(out, "logits", out)
 
 
-def shaken(model):
-    "An adapter that changes something"
+def random_adapter(model):
+    "Return a model with an adapter that changes its output."
     for k, t in model.weights().items():
         if "lora_B" in k:
             t.copy_(0.1 * torch.randn_like(t))
     return model
 
 
-def test_a_foreign_model_is_adapted_and_given_back(foreign, talks, tmp_path):
-    "Loaded from disk, tuned, interrupted, merged, and opened by transformers and by PEFT"
-    before = weights_hash(load_model(foreign))
+def test_hf_model_is_adapted_merged_and_exported(hf_model, conversations, tmp_path):
+    "Loaded from disk, fine-tuned, interrupted, merged, and opened by transformers and by PEFT."
+    before = weights_hash(load_model(hf_model))
     call = lambda **o: fit(
-        lora(load_model(foreign), r=4), talks, output_dir=tmp_path / "run", **{**SHORT, **o}
+        lora(load_model(hf_model), r=4),
+        conversations,
+        output_dir=tmp_path / "run",
+        **{**SHORT, **o},
     )
     call(max_steps=3)
     run = call()
     assert [a["step"] for a in run.facts["attempts"]] == [0, 3] and weights_hash(
-        load_model(foreign)
+        load_model(hf_model)
     ) == before
     assert (
         run.tokenizer.hash
         == json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["tokenizer"]
-    )  # the model's own, not another
+    )  # the model's own tokenizer
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         export(tmp_path / "run", tmp_path / "merged")
     ).eval()
     torch.testing.assert_close(logits(merged), logits(run.model()), atol=1e-4, rtol=1e-4)
-    assert (logits(run.model()) - logits(load_model(foreign))).abs().max() > 1e-3
+    assert (logits(run.model()) - logits(load_model(hf_model))).abs().max() > 1e-3
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").encode(
         "A small cat. 小"
     ) == run.tokenizer.encode("A small cat. 小")
     with pytest.raises(ResumeError, match=r"lora.r = 4, and this call has lora.r = 8"):
-        fit(lora(load_model(foreign)), talks, output_dir=tmp_path / "run", **SHORT)
-    other = load_model(foreign)
+        fit(lora(load_model(hf_model)), conversations, output_dir=tmp_path / "run", **SHORT)
+    other = load_model(hf_model)
     other.model.norm.weight.data += 1
     with pytest.raises(
         ResumeError, match=r"lora.base = \w+, and this call has lora.base = \w+ .*another model"
     ):
-        fit(lora(other, r=4), talks, output_dir=tmp_path / "run", **SHORT)
-    assert resume(tmp_path / "run", max_steps=8).step == 8  # the folder says what to adapt
-    shutil.move(foreign, tmp_path / "away")
+        fit(lora(other, r=4), conversations, output_dir=tmp_path / "run", **SHORT)
+    assert resume(tmp_path / "run", max_steps=8).step == 8  # the folder names the base model
+    shutil.move(hf_model, tmp_path / "away")
     try:
         with pytest.raises(CheckpointError, match="which is not found; restore it"):
             resume(tmp_path / "run", max_steps=9)
         with pytest.raises(CheckpointError, match="which is not found. Copy that model"):
             run.model()
     finally:
-        shutil.move(tmp_path / "away", foreign)
+        shutil.move(tmp_path / "away", hf_model)
 
 
-def test_peft_opens_ours(foreign, talks, tmp_path):
+def test_our_adapter_opens_in_peft(hf_model, conversations, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install peft, to compare with it")
-    model = shaken(
-        lora(load_model(foreign), r=3, alpha=5, targets=["q_proj", "down_proj"], root_scale=True)
+    model = random_adapter(
+        lora(load_model(hf_model), r=3, alpha=5, targets=["q_proj", "down_proj"], root_scale=True)
     )
-    fit(model, talks, output_dir=tmp_path / "run", **SHORT)
+    fit(model, conversations, output_dir=tmp_path / "run", **SHORT)
     theirs = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(foreign),
+        transformers.AutoModelForCausalLM.from_pretrained(hf_model),
         tmp_path / "run" / "checkpoints" / "checkpoint-6",
     ).eval()
     torch.testing.assert_close(logits(theirs), logits(model.eval()), atol=1e-4, rtol=1e-4)
@@ -151,10 +156,10 @@ def test_peft_opens_ours(foreign, talks, tmp_path):
     ],
     ids=["all", "some"],
 )
-def test_ours_opens_pefts(foreign, options, tmp_path):
+def test_peft_adapter_opens_here(hf_model, options, tmp_path):
     peft = pytest.importorskip("peft", reason="pip install peft, to compare with it")
     theirs = peft.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(foreign),
+        transformers.AutoModelForCausalLM.from_pretrained(hf_model),
         peft.LoraConfig(task_type="CAUSAL_LM", **options),
     ).eval()
     for k, p in theirs.named_parameters():
@@ -185,7 +190,7 @@ def test_ours_opens_pefts(foreign, options, tmp_path):
             load_model(tmp_path / "safe")
 
 
-# What PEFT can be asked for → the name by which it is refused; None: it is computed
+# Options of PEFT → the name in the error; None: supported.
 SETTINGS = [
     (dict(init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
     (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4'"),
@@ -220,15 +225,15 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("foreign", ["Llama"], indirect=True)
-def test_each_setting_of_peft_is_computed_or_refused_by_name(foreign, tmp_path):
-    "Adapters that PEFT made: never a third thing"
+@pytest.mark.parametrize("hf_model", ["Llama"], indirect=True)
+def test_peft_options_are_supported_or_refused(hf_model, tmp_path):
+    "Adapters of PEFT: there is no third case."
     peft = pytest.importorskip("peft", reason="pip install peft, to compare with it")
     torch.manual_seed(1)
     for i, (setting, refused) in enumerate(SETTINGS):
         options = dict(r=4, target_modules=["q_proj", "k_proj", "v_proj", "up_proj"]) | setting
         theirs = peft.get_peft_model(
-            transformers.AutoModelForCausalLM.from_pretrained(foreign),
+            transformers.AutoModelForCausalLM.from_pretrained(hf_model),
             peft.LoraConfig(task_type="CAUSAL_LM", **options),
         ).eval()
         for k, p in theirs.named_parameters():
@@ -266,24 +271,24 @@ def test_each_setting_of_peft_is_computed_or_refused_by_name(foreign, tmp_path):
         (dict(layers_to_transform=[]), None),
     ],
 )
-def test_settings_without_peft(change, why):
-    "Of hand-made and of future files"
-    said = LoRAConfig(r=3, targets=["q_proj"]).to_peft() | change
+def test_unsupported_settings_are_refused(change, why):
+    "Settings of hand-written and of future files."
+    config = LoRAConfig(r=3, targets=["q_proj"]).to_peft() | change
     if why is None:
-        assert LoRAConfig.from_peft(said) == LoRAConfig(r=3, targets=["q_proj"])
+        assert LoRAConfig.from_peft(config) == LoRAConfig(r=3, targets=["q_proj"])
     else:
         with pytest.raises(ValueError, match=why):
-            LoRAConfig.from_peft(said)
+            LoRAConfig.from_peft(config)
 
 
-def test_adapters_share_a_base(foreign, tmp_path, talks):
-    "Two of them in memory, one base; each answers as itself"
-    base = load_model(foreign)
+def test_adapters_share_a_base(hf_model, tmp_path, conversations):
+    "Two of them in memory share one base; each gives its own answers."
+    base = load_model(hf_model)
     for seed in (1, 2):
         torch.manual_seed(seed)
         fit(
-            shaken(lora(load_model(foreign), r=2, seed=seed)),
-            talks,
+            random_adapter(lora(load_model(hf_model), r=2, seed=seed)),
+            conversations,
             output_dir=tmp_path / f"run-{seed}",
             **SHORT,
         )
@@ -303,12 +308,18 @@ def test_adapters_share_a_base(foreign, tmp_path, talks):
     )
 
 
-def test_an_adapter_is_trained_on(foreign, talks, tmp_path):
-    """In a run of its own, which begins with its weights.
+def test_adapter_is_trained_further(hf_model, conversations, tmp_path):
+    """In a run of its own, which starts with its weights.
 
-    It begins with no others where it has no checkpoint yet."""
-    fit(shaken(lora(load_model(foreign), r=2)), talks, output_dir=tmp_path / "one", **SHORT)
-    fit(tmp_path / "one", talks, output_dir=tmp_path / "two", **SHORT)
+    It uses no other weights if it has no checkpoint yet.
+    """
+    fit(
+        random_adapter(lora(load_model(hf_model), r=2)),
+        conversations,
+        output_dir=tmp_path / "one",
+        **SHORT,
+    )
+    fit(tmp_path / "one", conversations, output_dir=tmp_path / "two", **SHORT)
     want = load_model(tmp_path / "two").weights()
     for d in ("checkpoints", "best"):
         shutil.rmtree(tmp_path / "two" / d)
@@ -318,14 +329,14 @@ def test_an_adapter_is_trained_on(foreign, talks, tmp_path):
         CheckpointError,
         match=("started from a model that this call does not pass: pass that model, .*one"),
     ):
-        fit(lora(load_model(foreign), r=2), talks, output_dir=tmp_path / "two", **SHORT)
+        fit(lora(load_model(hf_model), r=2), conversations, output_dir=tmp_path / "two", **SHORT)
     resume(tmp_path / "two")
     got = load_model(tmp_path / "two").weights()
     assert all(torch.equal(want[k], got[k]) for k in want)
 
 
-def test_a_damaged_adapter_is_not_used(foreign, talks, tmp_path):
-    run = fit(lora(load_model(foreign), r=2), talks, output_dir=tmp_path / "run", **SHORT)
+def test_damaged_adapter_is_not_used(hf_model, conversations, tmp_path):
+    run = fit(lora(load_model(hf_model), r=2), conversations, output_dir=tmp_path / "run", **SHORT)
     newest = tmp_path / "run" / "checkpoints" / "checkpoint-6" / "adapter_model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-3] ^= 1
@@ -333,18 +344,18 @@ def test_a_damaged_adapter_is_not_used(foreign, talks, tmp_path):
     with pytest.raises(CheckpointError, match="adapter_model.safetensors is damaged"):
         load_model(newest.parent)
     fit(
-        lora(load_model(foreign), r=2),
-        talks,
+        lora(load_model(hf_model), r=2),
+        conversations,
         output_dir=tmp_path / "run",
         **{**SHORT, "max_steps": 7},
     )
-    assert run.facts["attempts"][-1]["step"] == 3  # the one before
+    assert run.facts["attempts"][-1]["step"] == 3  # the previous checkpoint
 
 
-def test_more_targets_than_the_files(foreign):
-    "What an adapter names and its file does not hold"
-    model = lora(load_model(foreign), r=2, targets="q_proj")
+def test_targets_missing_from_the_file(hf_model):
+    "Names that the adapter lists and its file lacks."
+    model = lora(load_model(hf_model), r=2, targets="q_proj")
     assert {k.split(".")[-3] for k in model.weights()} == {"q_proj"}
     with pytest.raises(ValueError, match="k_proj.lora_A.weight is missing in the weights"):
-        lora(load_model(foreign), r=2, targets=["q_proj", "k_proj"]).load_weights(model.weights())
+        lora(load_model(hf_model), r=2, targets=["q_proj", "k_proj"]).load_weights(model.weights())
     assert LoRAConfig.from_peft(model.lora.to_peft()) == model.lora

@@ -1,8 +1,8 @@
-"""What we save opens in transformers as it is: the same logits, greedy text and token ids.
+"""Our checkpoints open in transformers directly: the same logits, greedy text and token ids.
 
 Runs with transformers 5 (`make test`) and with 4.57 (`make compat-transformers`). The weights are
-trained a little first: at initialisation attention is nearly uniform, so that a wrong rotary base,
-say, would hardly show.
+trained a little first: at initialization attention is nearly uniform, so a wrong rotary base, for
+example, would hardly show.
 """
 
 import json
@@ -97,7 +97,7 @@ CONVERSATIONS = {
 
 
 def save_plain(folder, model, tokenizer):
-    "A weights-only checkpoint, as a run writes it."
+    "Write a weights-only checkpoint, as a run does."
     write_checkpoint(
         folder, State(model.config, model.weights(), tokenizer, dict(global_step=0)), "best"
     )
@@ -110,7 +110,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def stream(tokenizer):
-    "A few thousand tokens, in an order that does not repeat"
+    "A few thousand tokens in an order that does not repeat."
     order = torch.randint(len(CORPUS), (200,), generator=torch.Generator().manual_seed(3)).tolist()
     return torch.tensor(
         [i for n in order for i in [*tokenizer.encode(CORPUS[n]), tokenizer.eos_id]]
@@ -128,7 +128,7 @@ def trained(config, stream, steps=40):
         opt.zero_grad()
         loss.backward()
         opt.step()
-    assert loss < 4, "it should have learned something"
+    assert loss < 4, "the loss did not fall"
     return model.eval()
 
 
@@ -143,7 +143,7 @@ def trained(config, stream, steps=40):
     ids=lambda p: f"{'qwen3' if p[0] else 'llama'}-{p[1]:.0f}-{'tied' if p[2] else 'untied'}",
 )
 def saved(request, tmp_path_factory, tokenizer, stream):
-    "A trained model and the folder it was saved in"
+    "A trained model and the folder it was saved in."
     qk_norm, theta, tied = request.param
     config = GPTConfig(
         vocab_size=tokenizer.vocab_size,
@@ -163,12 +163,12 @@ def saved(request, tmp_path_factory, tokenizer, stream):
     return model, folder
 
 
-def ours(model, ids):
+def our_logits(model, ids):
     with torch.no_grad():
         return model(ids)
 
 
-def test_logits_and_greedy_text_agree(saved, stream, tokenizer):
+def test_logits_and_greedy_text_are_equal(saved, stream, tokenizer):
     model, folder = saved
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert type(hf).__name__ == ("Qwen3ForCausalLM" if model.config.qk_norm else "LlamaForCausalLM")
@@ -181,8 +181,8 @@ def test_logits_and_greedy_text_agree(saved, stream, tokenizer):
     for n in (8, 700):
         ids = stream[None, :n]
         with torch.no_grad():
-            assert (hf(ids).logits - ours(model, ids)).abs().max() < 1e-4
-    # The check above would see a wrong base:
+            assert (hf(ids).logits - our_logits(model, ids)).abs().max() < 1e-4
+    # The check above would detect a wrong rotary base:
     other = (
         GPT(
             GPTConfig.from_dict(
@@ -192,7 +192,9 @@ def test_logits_and_greedy_text_agree(saved, stream, tokenizer):
         .load_weights(model.weights())
         .eval()
     )
-    assert (ours(other, stream[None, :700]) - ours(model, stream[None, :700])).abs().max() > 1e-2
+    assert (
+        our_logits(other, stream[None, :700]) - our_logits(model, stream[None, :700])
+    ).abs().max() > 1e-2
 
     prompt = tokenizer.encode("The old")
     text = hf.generate(
@@ -211,24 +213,24 @@ def test_logits_and_greedy_text_agree(saved, stream, tokenizer):
     ) == tokenizer.decode(text, skip_special=True)
 
 
-def test_what_transformers_saves_opens_here(saved, stream, tmp_path):
+def test_checkpoints_of_transformers_open_here(saved, stream, tmp_path):
     model, folder = saved
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
     hf.save_pretrained(tmp_path)
     config = from_hf(json.loads((tmp_path / "config.json").read_text(encoding="utf-8")))
     assert config == model.config
     again = GPT(config).load_weights(load_file(tmp_path / "model.safetensors")).eval()
-    assert torch.equal(ours(again, stream[None, :50]), ours(model, stream[None, :50]))
+    assert torch.equal(our_logits(again, stream[None, :50]), our_logits(model, stream[None, :50]))
 
 
-def theirs(folder):
+def load_hf(folder):
     tok = transformers.AutoTokenizer.from_pretrained(folder)
     assert isinstance(tok, transformers.PreTrainedTokenizerFast)
     return tok
 
 
-def same_chat(tokenizer, hf, conversation, name, add_generation_prompt=False):
-    "Is a conversation the same ids in both?"
+def assert_same_chat(tokenizer, hf, conversation, name, add_generation_prompt=False):
+    "Assert that a conversation has the same ids in both."
     messages, tools = chat_messages(conversation)
     want = hf.apply_chat_template(
         messages,
@@ -245,9 +247,9 @@ def same_chat(tokenizer, hf, conversation, name, add_generation_prompt=False):
     )
 
 
-def test_token_ids_agree(saved):
+def test_token_ids_are_equal(saved):
     model, folder = saved
-    hf, tokenizer = theirs(folder), load_tokenizer(folder)
+    hf, tokenizer = load_hf(folder), load_tokenizer(folder)
     assert hf.eos_token_id == tokenizer.eos_id and len(hf) == tokenizer.vocab_size
     for text in TEXTS + CORPUS:
         ids = tokenizer.encode(text, special=True)
@@ -255,10 +257,10 @@ def test_token_ids_agree(saved):
         assert hf.decode(ids) == tokenizer.decode(ids) == text
     for name, conversation in CONVERSATIONS.items():
         for open_turn in (False, True):
-            same_chat(tokenizer, hf, conversation, name, open_turn)
+            assert_same_chat(tokenizer, hf, conversation, name, open_turn)
 
 
-def calling(arguments):
+def call_messages(arguments):
     return [
         {"role": "user", "content": "Rain?"},
         {
@@ -280,25 +282,26 @@ def calling(arguments):
     "arguments",
     [{}, {"city": "武汉", "note": 'x, "y": \\ a/b\n🌧', "n": [1, 2.5, None, {"deep": [True]}]}],
 )
-def test_calls_in_the_form_of_openai(saved, arguments):
-    """As they are, without `chat_messages` before.
+def test_openai_calls_are_rendered(saved, arguments):
+    """Directly, without calling `chat_messages` first.
 
-    Arguments as an object or as JSON, however that is spelled."""
-    hf, tokenizer = theirs(saved[1]), load_tokenizer(saved[1])
+    Arguments are an object or JSON, however it is formatted.
+    """
+    hf, tokenizer = load_hf(saved[1]), load_tokenizer(saved[1])
     for a in (
         arguments,
         json.dumps(arguments),
         json.dumps(arguments, ensure_ascii=False, separators=(",", ":")),
         json.dumps(arguments, indent=2).replace("/", "\\/"),
     ):
-        want = tokenizer.encode_chat(calling(arguments))[0].tolist()
-        assert tokenizer.encode_chat(calling(a))[0].tolist() == want
-        got = hf.apply_chat_template(calling(a), tokenize=True, return_dict=False)
+        want = tokenizer.encode_chat(call_messages(arguments))[0].tolist()
+        assert tokenizer.encode_chat(call_messages(a))[0].tolist() == want
+        got = hf.apply_chat_template(call_messages(a), tokenize=True, return_dict=False)
         assert list(got) == want, hf.decode(got)
 
 
-def test_the_template_of_older_versions_is_still_ours(tokenizer):
-    "Its tokenizers go on with it; their ids are the same as before, by the fast way too"
+def test_template_of_older_versions_is_supported(tokenizer):
+    "Its tokenizers still work with it, and give the same ids as before, also with fast encoding."
     import hashlib
 
     from minigpt.tokenizer.bpe import _OWN_TEMPLATES, CHAT_TEMPLATE, Tokenizer
@@ -318,13 +321,13 @@ def test_the_template_of_older_versions_is_still_ours(tokenizer):
     marked = [
         {"role": "user", "content": "x<|im_start|>assistant\ny<|im_end|>"},
         {"role": "assistant", "content": "z"},
-    ]  # the pieces of others' templates are found by these marks
+    ]  # the parts of foreign templates are recognized by these markers
     assert [x.tolist() for x in old.encode_chat(marked)] == [
         x.tolist() for x in tokenizer.encode_chat(marked)
     ]
 
 
-def test_every_real_conversation_has_the_same_ids(tmp_path, tokenizer, root):
+def test_real_conversations_have_equal_ids(tmp_path, tokenizer, root):
     for folder, qk_norm, rows in ((tmp_path / "llama", False, 300), (tmp_path / "qwen3", True, 30)):
         save_plain(
             folder,
@@ -341,7 +344,7 @@ def test_every_real_conversation_has_the_same_ids(tmp_path, tokenizer, root):
             ),
             tokenizer,
         )
-        hf = theirs(folder)
+        hf = load_hf(folder)
         for name in (
             "sft_zh",
             "sft_en",
@@ -352,10 +355,10 @@ def test_every_real_conversation_has_the_same_ids(tmp_path, tokenizer, root):
         ):
             for path in root.parent.glob(
                 f"shared/data/{name}.jsonl"
-            ):  # only where that data is at hand
+            ):  # only if that data is available
                 with path.open(encoding="utf-8") as f:
                     for n, line in zip(range(1, rows + 1), f):
-                        same_chat(
+                        assert_same_chat(
                             tokenizer, hf, json.loads(line)["conversations"], f"{name} line {n}"
                         )
 
@@ -369,10 +372,12 @@ MINIMIND_TEMPLATE = (
 )
 
 
-def test_a_tokenizer_of_others(tmp_path):
-    """Built as MiniMind builds its own: byte-level BPE with GPT-2's pattern, special tokens first.
+def test_minimind_tokenizer_gives_equal_ids(tmp_path):
+    """It is built as MiniMind builds its own: byte-level BPE with GPT-2's pattern, special tokens
+    first.
 
-    The template opens the assistant's turn itself."""
+    The template itself opens the assistant's turn.
+    """
     raw = HFTokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
@@ -414,7 +419,7 @@ def test_a_tokenizer_of_others(tmp_path):
         added_tokens_decoder={str(raw.token_to_id(t)): v for t, v in token.items()},
     )
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    tokenizer, hf = load_tokenizer(tmp_path), theirs(tmp_path)
+    tokenizer, hf = load_tokenizer(tmp_path), load_hf(tmp_path)
     assert tokenizer.eos_id == hf.eos_token_id == 2 and tokenizer.stop_ids == (0, 2)
     for text in TEXTS + CORPUS:
         ids = tokenizer.encode(text, special=True)
@@ -423,15 +428,15 @@ def test_a_tokenizer_of_others(tmp_path):
         )
         assert tokenizer.decode(ids) == text == tokenizer.decode(tokenizer.encode(text))
     for name in ("one turn", "system, turns", "question"):
-        same_chat(tokenizer, hf, CONVERSATIONS[name], name)
+        assert_same_chat(tokenizer, hf, CONVERSATIONS[name], name)
     again = load_tokenizer(tokenizer.save(tmp_path / "again"))
-    assert again.hash == tokenizer.hash and theirs(tmp_path / "again")("船 <|im_end|>")[
+    assert again.hash == tokenizer.hash and load_hf(tmp_path / "again")("船 <|im_end|>")[
         "input_ids"
     ] == tokenizer.encode("船 <|im_end|>", special=True)
 
 
-def test_every_directory_of_a_run_opens(tmp_path):
-    "Step checkpoint, best model and the run's own folder, as they are"
+def test_every_directory_of_a_run_opens_in_transformers(tmp_path):
+    "Step checkpoint, best model and the run's own folder, unchanged."
     (tmp_path / "text.txt").write_text(
         "\n\n".join(f"{s} {n}" for n in range(400) for s in CORPUS), encoding="utf-8"
     )
@@ -453,7 +458,7 @@ def test_every_directory_of_a_run_opens(tmp_path):
     text = "It snowed on the harbour. 船开了。"
     ids = run.tokenizer.encode(text, special=True)
     for folder in (run.path, run.best.path, *(c.path for c in run.checkpoints)):
-        assert theirs(folder)(text)["input_ids"] == ids
+        assert load_hf(folder)(text)["input_ids"] == ids
         theirs_ = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         with torch.no_grad():
             difference = (

@@ -1,10 +1,12 @@
 """Widgets in a real browser: what a user sees and clicks.
 
-`make compat-widgets` runs the same with ipywidgets 7.7, which is Colab's.
+`make compat-widgets` runs the same tests with ipywidgets 7.7, the version of Colab.
 """
 
+import json
 import os
 import re
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,21 +27,23 @@ expect.set_options(timeout=60_000)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    assert not missing, f"MINIGPT_REQUIRE_BROWSER is set, and there is no {', '.join(missing)}"
+    assert not missing, (
+        f"MINIGPT_REQUIRE_BROWSER is set, but these are missing: {', '.join(missing)}"
+    )
     lab = Lab(tmp_path_factory.mktemp("lab"))
     yield lab
     lab.close()
 
 
-def shot(page, name):
-    "Where MINIGPT_SHOTS names a folder, a picture of the page is kept there"
+def save_screenshot(page, name):
+    "Save a screenshot of the page if MINIGPT_SHOTS names a folder."
     if shots := os.environ.get("MINIGPT_SHOTS"):
         page.screenshot(path=Path(shots) / f"{name}.png")
 
 
 @pytest.fixture
 def show(lab, request):
-    "Runs cells in a notebook, and gives the page"
+    "Run cells in a notebook and return its page."
     pages = []
 
     def run(*cells, **kwargs):
@@ -48,7 +52,7 @@ def show(lab, request):
 
     yield run
     for page in pages:
-        shot(page, request.node.name)
+        save_screenshot(page, request.node.name)
         page.evaluate(
             "() => { window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }"
         )  # not awaited
@@ -113,12 +117,12 @@ def test_checkpoint_explorer(show, lab):
     choose("component", "optimizer")
     seen("exp_avg_sq/model.layers.1.mlp.up_proj.weight")
     expect(explorer.get_by_text("model.layers.0.")).to_have_count(0)
-    shot(page, "explorer-bytes")
+    save_screenshot(page, "explorer-bytes")
 
     tab(1)
     choose("since", "checkpoint-10")
     seen("20 steps")
-    shot(page, "explorer-changes")
+    save_screenshot(page, "explorer-changes")
 
     tab(2)
     explorer.locator(".widget-slider .ui-slider-handle, .widget-slider .noUi-handle").focus()
@@ -131,53 +135,99 @@ def test_checkpoint_explorer(show, lab):
     assert (made / "MANIFEST.json").exists() and (
         made / "model.safetensors"
     ).stat().st_size < 100_000
-    shot(page, "explorer-export")
+    save_screenshot(page, "explorer-export")
     explorer.get_by_text("export", exact=True).click()
     seen("already")
 
     tab(3)
     seen("save weights only")
-    shot(page, "explorer-advice")
+    save_screenshot(page, "explorer-advice")
     assert page.title() != "1"
 
 
 TRAINING = r"""
-import time
+import os, time
 from pathlib import Path
 from minigpt.model.gpt import GPTConfig
 from minigpt.train.trainer import Callback, fit
-from minigpt.widgets import LiveLoss, RunDashboard
-Path("hill.txt").write_text("The sun rose over the hill, and the boat was gone.\n"*3000)
-class Live(Callback):
-    def on_start(self, t): self.live = LiveLoss("runs/hill"); self.live.show()
-    def on_log(self, t, row):
-        self.live.draw()
-        time.sleep(.4)     # slow enough to be seen
-        if t.step == 32: raise OSError("the power was cut")
+from minigpt.widgets import RunDashboard
+Path("hill.txt").write_text("The sun rose over the hill, and the boat was gone.\n\n"*3000)
+Path("pid.txt").write_text(str(os.getpid()))
+class Slow(Callback):
+    def on_step(self, t):
+        time.sleep(.1)  # slow enough to be seen
+        if t.step == FAILS: raise OSError("the power was cut")
 shape = GPTConfig(vocab_size=280, dim=32, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=64)
 try:
-    fit(shape, "hill.txt", output_dir="runs/hill", tokenizer_vocab_size=280, max_seq_len=64,
+    fit(shape, "hill.txt", output_dir="runs/NAME", tokenizer_vocab_size=280, max_seq_len=64,
         batch_size=4, max_steps=40, save_steps=20, logging_steps=4, eval_steps=40, num_threads=1,
-        learning_rate=3e-3, progress=False, callbacks=[live := Live()])
-except OSError: live.live.finish()
+        learning_rate=3e-3, callbacks=[Slow()])
+except OSError: pass
 """
 
 
-def test_a_run_live_and_resumed(show, lab):
-    page = show(TRAINING, "RunDashboard('runs/hill')", wait=False)
-    picture = page.locator(".minigpt-live-loss img")
-    for _ in range(3):
-        expect(picture).not_to_have_attribute(
-            "src", picture.get_attribute("src")
-        )  # drawn anew while the cell is at work
-    shot(page, "live-loss")
+def cells(name, fails):
+    return TRAINING.replace("NAME", name).replace("FAILS", str(fails))
+
+
+def test_live_view_and_resume(show, lab):
+    page = show(cells("hill", fails=32), "RunDashboard('runs/hill')", wait=False)
+    header = page.get_by_text(re.compile(r"training, step \d+ of 40"))
+    page.locator(".minigpt-chart").first.wait_for()
+    seen = {header.inner_text() for _ in range(20) if page.wait_for_timeout(100) is None}
+    assert len(seen) >= 2, f"the numbers did not move: {seen}"
+    save_screenshot(page, "live-loss")
     lab.ran(page)
-    expect(page.locator(".minigpt-live-loss")).to_have_count(0)
-    page.locator(".jp-RenderedImage img").wait_for()  # what stays in the notebook
+    page.get_by_text(re.compile("stopped, step 32 of 40")).first.wait_for()
+    means = page.locator(".minigpt-charts path.mean").first
+    expect(means).to_be_visible()
+    page.locator(".minigpt-smooth").first.uncheck()  # without the kernel
+    expect(means).to_be_hidden()
 
     dashboard = page.locator(".minigpt-run-dashboard")
     dashboard.get_by_text("checkpoint-20").first.wait_for()
-    shot(page, "dashboard")
+    save_screenshot(page, "dashboard")
     dashboard.get_by_text("resume", exact=True).click()
     dashboard.get_by_text("step 40 of 40").first.wait_for()
     expect(dashboard.get_by_text("resume", exact=True)).to_be_disabled()
+
+
+def no_lost_widgets(page):
+    expect(page.locator(".minigpt-chart").first).to_be_visible()
+    expect(page.get_by_text("Error displaying widget")).to_have_count(0)
+    expect(page.get_by_text("model not found")).to_have_count(0)
+
+
+def test_live_view_outlives_a_killed_kernel(show, lab):
+    page = show(cells("killed", fails=-1), wait=False)
+    page.locator(".minigpt-chart").first.wait_for()
+    os.kill(int((lab.folder / "nbs/pid.txt").read_text()), signal.SIGKILL)
+    page.wait_for_timeout(1000)
+    header = page.get_by_text(re.compile(r"training, step \d+ of 40")).inner_text()
+    lab.save(page)
+    page.reload()
+    page.get_by_text(header).wait_for()
+    no_lost_widgets(page)
+    save_screenshot(page, "killed")
+
+
+def test_finished_notebook_reopens_trusted_or_not(show, lab):
+    page = show(cells("finished", fails=-1))
+    path = lab.save(page)
+    saved = json.loads(path.read_text())
+    again = lab.visit(path.name)
+    again.get_by_text("finished, step 40 of 40").wait_for()
+    no_lost_widgets(again)
+    expect(again.locator(".minigpt-static").first).to_be_hidden()
+    again.close()
+
+    saved["cells"][0]["source"] += "# another notebook, which this Jupyter does not trust"
+    other = path.with_name("from-elsewhere.ipynb")
+    other.write_text(json.dumps(saved))
+    again = lab.visit(other.name)
+    again.get_by_text("finished, step 40 of 40").wait_for()
+    expect(again.locator(".minigpt-static").first).to_be_visible()
+    expect(again.locator(".minigpt-charts svg")).to_have_count(0)
+    expect(again.get_by_text("Error displaying widget")).to_have_count(0)
+    save_screenshot(again, "untrusted")
+    again.close()

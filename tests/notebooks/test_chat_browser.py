@@ -1,11 +1,11 @@
-"The chat widget in a real browser: growing answers, Stop, an interrupted kernel, settings."
+"The chat widget in a real browser: streamed answers, Stop, an interrupted kernel, settings."
 
 import re
 
-import ipykernel  # after the reasons to skip
+import ipykernel  # after the skip conditions
 
 from tests.conftest import ROOT
-from tests.notebooks.test_browser import expect, lab, shot, show
+from tests.notebooks.test_browser import expect, lab, save_screenshot, show
 
 CHAT = r"""
 import sys, time
@@ -44,8 +44,8 @@ def test_chat(show):
     seen(re.compile("Be brief"))  # in the result of the call
     growing = box.get_by_text(re.compile(r"^(no )+")).last
     lengths = {len(growing.inner_text()) for _ in range(40) if page.wait_for_timeout(50) is None}
-    assert len(lengths) >= 3, f"the answer did not appear bit by bit: {lengths}"
-    shot(page, "chat-writing")
+    assert len(lengths) >= 3, f"the answer was not streamed:  {lengths}"
+    save_screenshot(page, "chat-writing")
     seen("<script>document.title = 1</script>")
     expect(box.get_by_text("stop", exact=True)).to_be_disabled()
     box.get_by_text("thoughts").first.click()
@@ -57,7 +57,7 @@ def test_chat(show):
     expect(box.get_by_text("send", exact=True)).to_be_enabled()
     ask("Interrupt?")
     seen(re.compile("interrupt interrupt"))
-    for _ in range(9):  # one that comes between two bits of the answer finds nothing to interrupt
+    for _ in range(9):  # an interrupt between two parts of the answer has no effect
         page.evaluate(
             "() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.interrupt()"
         )
@@ -67,13 +67,13 @@ def test_chat(show):
     else:
         assert (
             ipykernel.version_info[0] >= 7
-        )  # there, JupyterLab has widgets handled in a thread, which no interrupt reaches
+        )  # there, JupyterLab handles widgets in a thread, which no interrupt reaches
         box.get_by_text("stop", exact=True).click()
     expect(box.get_by_text("send", exact=True)).to_be_enabled()
     ask("Again?")
     seen("Once more.")
     expect(box.get_by_text("send", exact=True)).to_be_enabled()
-    shot(page, "chat")
+    save_screenshot(page, "chat")
     assert page.title() != "1"
     box.get_by_text("reset", exact=True).click()
     expect(box.get_by_text("Once more.")).to_have_count(0)

@@ -1,6 +1,6 @@
-"""The Colab notebooks, in a real kernel, on a stub of Colab.
+"""The Colab notebooks in a real kernel, with a stub of Colab.
 
-Train until the machine is killed, then resume on an empty one that has only Drive.
+They train until the machine is killed, and resume on an empty machine that has only Drive.
 """
 
 import json
@@ -18,7 +18,7 @@ from project import ROOT
 
 STUB = {
     "google/colab/__init__.py": "",
-    # does what minigpt sees of Colab's own module: a mount point with MyDrive in it
+    # Emulates what minigpt uses of Colab's module: a mount point with MyDrive in it.
     "google/colab/drive.py": (
         """
 import os
@@ -29,7 +29,7 @@ def mount(where, force_remount=False, timeout_ms=120000):
 """
     ),
     # Colab imports its package before the first cell, and mounts Drive at a path that only root
-    # could create here
+    # could create here.
     "sitecustomize.py": (
         """
 import os, sys
@@ -57,7 +57,7 @@ def stub(tmp_path_factory):
 
 
 def execute(name, machine, stub, drive, **env):
-    "Start `jupyter execute` in a directory that stands for a machine."
+    "Start `jupyter execute` in a directory that simulates a machine."
     machine.mkdir(exist_ok=True)
     shutil.copy(ROOT / "nbs" / "tutorials" / f"{name}.ipynb", machine)
     env = {
@@ -86,7 +86,7 @@ def execute(name, machine, stub, drive, **env):
     )
 
 
-def printed(machine, name):
+def printed_output(machine, name):
     "Return what the cells printed."
     nb = nbformat.read(machine / f"{name}.out.ipynb", 4)
     return "\n".join(
@@ -94,7 +94,7 @@ def printed(machine, name):
     )
 
 
-def test_a_disconnect_and_the_day_after(stub, tmp_path):
+def test_run_resumes_after_a_disconnect(stub, tmp_path):
     drive, first, second = tmp_path / "drive", tmp_path / "first", tmp_path / "second"
     drive.mkdir()
     p = execute("train_with_drive", first, stub, drive)
@@ -118,26 +118,24 @@ def test_a_disconnect_and_the_day_after(stub, tmp_path):
         child.kill()  # the runtime is reset
     out = p.communicate()[0]
     assert complete(), out
-    assert not (first / "train_with_drive.out.ipynb").exists(), (
-        "the run ended before it could be killed"
-    )
+    assert not (first / "train_with_drive.out.ipynb").exists(), "the run finished before the kill"
     shutil.rmtree(first)
     p = execute("resume_after_disconnect", second, stub, drive)
     out = p.communicate(timeout=300)[0]
     assert p.returncode == 0, out
     run = json.loads((second / "runs" / "my-gpt" / "run.json").read_text())
     assert [a["step"] for a in run["attempts"]][0] == 0 and run["attempts"][-1]["step"] >= 100
-    text = printed(second, "resume_after_disconnect")
+    text = printed_output(second, "resume_after_disconnect")
     assert (
         "restoring my-gpt from" in text
         and "was copied from the backup" in text
         and "backed up in" in text
     )
-    assert "training a tokenizer" not in text, "nothing may be trained again"
+    assert "training a tokenizer" not in text, "a finished run was trained again"
     assert (drive / "MyDrive" / "minigpt" / "my-gpt" / "final" / "MANIFEST.json").exists()
 
 
-def test_a_refused_mount(stub, tmp_path):
+def test_refused_mount_is_explained(stub, tmp_path):
     "The notebook explains the consequences and continues; nothing is written at the mount point."
     code = (
         "import sys; sys.orig_argv.append('ipykernel_launcher'); exec(open(sys.argv[1]).read());"
@@ -165,7 +163,7 @@ def test_a_refused_mount(stub, tmp_path):
     assert not (tmp_path / "drive").exists()
 
 
-def test_in_a_subprocess_colab_is_detected_by_its_environment(stub, tmp_path):
+def test_colab_is_detected_in_a_subprocess(stub, tmp_path):
     code = "from minigpt.colab import in_colab, setup; assert in_colab(); print(repr(setup('x')))"
     r = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,6 +1,6 @@
 """Every row of docs/commands.md runs, in the order of the page.
 
-In one folder with small data; what its last column names is seen.
+They run in one folder with small data; the output must contain what the last column names.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ ROWS = [
 ]
 TINY = dict(
     n_layer=1, dim=16, n_head=2, n_kv_head=1, ffn_dim=32
-)  # what stands in the place of every preset: the size is not what a row is about
+)  # replaces every preset: the rows are not about sizes
 MEDIUM = model.PRESETS["medium"]
 QUICK = {
     "--max-steps": "1",
@@ -57,7 +57,7 @@ def code(cell):
     return re.findall(r"`([^`]+)`", cell)
 
 
-def talk(question, answer, **more):
+def conversation(question, answer, **more):
     return dict(
         conversations=[
             dict(role="user", content=question),
@@ -66,8 +66,8 @@ def talk(question, answer, **more):
     )
 
 
-def lay_out():
-    "The files that the rows name"
+def write_files():
+    "Write the files that the rows name."
     data = Path("data/dataset/minimind_dataset")
     data.mkdir(parents=True)
     lines = lambda path, rows: Path(path).write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -83,13 +83,13 @@ def lay_out():
             "agent_ultra_think",
         )
     ):
-        lines(data / f"{name}.jsonl", [talk(f"{n}+{i}?", str(n + i)) for n in range(150)])
+        lines(data / f"{name}.jsonl", [conversation(f"{n}+{i}?", str(n + i)) for n in range(150)])
     lines(
         data / "dpo.jsonl",
         [
             dict(
-                chosen=talk(f"{n}?", "a")["conversations"],
-                rejected=talk(f"{n}?", "b")["conversations"],
+                chosen=conversation(f"{n}?", "a")["conversations"],
+                rejected=conversation(f"{n}?", "b")["conversations"],
             )
             for n in range(150)
         ],
@@ -142,8 +142,8 @@ def lay_out():
         )
 
 
-def quick(line):
-    "The words of a command, with what makes a training small"
+def with_short_training(line):
+    "Return the words of a command with options that keep training short."
     words = shlex.split(line)[1:]
     if words[0] != "train":
         return words
@@ -169,10 +169,10 @@ def quick(line):
     ]
 
 
-def command(line, monkeypatch):
-    "What a command says, in a process of its own it would be the same"
+def run_command(line, monkeypatch):
+    "Run a command in this process and return its output."
     out = io.StringIO()
-    monkeypatch.setattr(sys, "argv", ["minigpt", *quick(line)])
+    monkeypatch.setattr(sys, "argv", ["minigpt", *with_short_training(line)])
     monkeypatch.setattr(sys, "stdin", io.StringIO("/help\n"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         try:
@@ -183,7 +183,7 @@ def command(line, monkeypatch):
 
 
 def trained(since):
-    "What stands in the run that a row has trained: its log and its options"
+    "Return the log and the options of the newest run."
     runs = [
         r
         for r in [*list_runs("."), *list_runs("runs")]
@@ -197,12 +197,12 @@ def trained(since):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    "Row to all that was seen when it was run"
+def outputs(tmp_path_factory):
+    "Row → all output of its command."
     found, keys = {}, {}
     with pytest.MonkeyPatch.context() as m:
         m.chdir(tmp_path_factory.mktemp("commands"))
-        lay_out()
+        write_files()
         for name in model.PRESETS:
             m.setitem(model.PRESETS, name, model.PRESETS[name] if name == "medium" else TINY)
         m.setattr(cli, "app", get_command(cli.app))  # built once
@@ -232,7 +232,7 @@ def seen(tmp_path_factory):
                 continue
             if line.startswith("minigpt "):
                 m.setitem(model.PRESETS, "medium", TINY)
-                found[i] = command(line, m)
+                found[i] = run_command(line, m)
                 m.setitem(model.PRESETS, "medium", MEDIUM)
             else:
                 try:
@@ -244,20 +244,20 @@ def seen(tmp_path_factory):
         Path("keys.yaml").write_text(
             yaml.safe_dump({k: v for d in keys.values() for k, v in d.items()})
         )
-        all = command(
+        all = run_command(
             "minigpt train my.txt --config-file keys.yaml --valid tess.txt --output-dir runs/keys",
             m,
         )
         return found | dict.fromkeys(keys, all + trained(since))
 
 
-def test_the_page_has_its_rows():
+def test_page_has_rows():
     assert len(ROWS) >= 70 and all(
         len(row) == 3 and len(code(row[0])) == 1 and code(row[2]) for row in ROWS
     )
 
 
 @pytest.mark.parametrize("i", range(len(ROWS)), ids=[code(write)[0] for write, *_ in ROWS])
-def test_a_row(i, seen):
+def test_row(i, outputs):
     for part in code(ROWS[i][2]):
-        assert part in seen[i], seen[i]
+        assert part in outputs[i], outputs[i]

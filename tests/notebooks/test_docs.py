@@ -1,4 +1,4 @@
-"The documentation site builds, strictly, and shows what it should."
+"The documentation site builds in strict mode and contains what it should."
 
 import re
 import subprocess
@@ -19,11 +19,11 @@ def site():
     return ROOT / "_docs" / "site"
 
 
-def words(path):
+def read_text(path):
     return re.sub(r"<[^>]+>", "", path.read_text(encoding="utf-8"))
 
 
-def test_pages(site):
+def test_pages_have_their_contents(site):
     from docs import MODULES, TUTORIALS, WRITTEN, reference
 
     for page in [
@@ -40,15 +40,15 @@ def test_pages(site):
     assert (site / "search" / "search_index.json").stat().st_size > 100_000
 
 
-def test_a_symbol_has_its_signature_comments_and_source(site):
-    text = words(site / "reference" / "model" / "adapters" / "index.html")
+def test_symbol_has_signature_comments_and_source(site):
+    text = read_text(site / "reference" / "model" / "adapters" / "index.html")
     assert (
         re.search(r"\nr\s+int\s+8\s+Rank", text)  # a row of the parameter table
         and "Return a model with frozen base weights and a trainable adapter." in text
     )
     assert (
         "Choose device, precision, compilation and micro-batch size, where possible by measuring"
-        in words(site / "reference" / "train" / "speed" / "index.html")
+        in read_text(site / "reference" / "train" / "speed" / "index.html")
     )
     assert re.search(
         r'href="[^"]+/blob/main/minigpt/model/adapters.py#L\d+"',

@@ -1,9 +1,9 @@
-"""Every block of code in README and the guides runs, in order, on a simulated Colab.
+"""Every code block in README and the guides runs, in order, on a simulated Colab.
 
 Each page becomes one program in its own folder: its python blocks unchanged, its sh blocks line by
-line. FILES and QWEN3 write what they need, SMALLER shortens them, LEFT_OUT names the lines that
-cannot run here. An entry that no page uses is an error. The Chinese pages have the code and the
-figures of the English ones, so only the English ones run.
+line. FILES and QWEN3 write the required files, SMALLER shortens long runs, LEFT_OUT names the lines
+that cannot run here. An unused entry is an error. The Chinese pages have the code and the figures
+of the English ones, so only the English ones run.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ LEFT_OUT = {  # line: why
         "the network"
     ),
 }
-SMALLER = {  # text: what runs in its place
+SMALLER = {  # text: its replacement
     "--max-steps 2000": "--max-steps 2 --max-seq-len 64",
     "checkpoint-2000": "checkpoint-2",
     "fit('small', ": "fit(smaller, ",
@@ -104,14 +104,14 @@ def sh(block):
 
 
 def blocks(page):
-    "Language and text of each block that can run."
+    "Return the language and text of each block that can run."
     return re.findall(
         r"^```(python|sh)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S
     )
 
 
 def program(page):
-    "The program that runs a page."
+    "Return the program that runs a page."
     parts = [SH]
     for language, text in blocks(page):
         text = "".join(line + "\n" for line in text.splitlines() if line not in LEFT_OUT)
@@ -163,28 +163,28 @@ def done(tmp_path_factory):
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)])
-def test_every_block_runs(page, done):
+def test_every_code_block_runs(page, done):
     result = done[page].result()
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-def test_every_entry_is_used():
+def test_every_replacement_is_used():
     assert {
         language for p in PAGES for language, _ in fenced((ROOT / p).read_text(encoding="utf-8"))
-    } <= {"python", "sh", "text", ""}, "a block of another language would not run"
+    } <= {"python", "sh", "text", ""}, "blocks of other languages would not run"
     text = "\n".join(t for p in PAGES for _, t in blocks(p))
     assert not [line for line in LEFT_OUT if line not in text.splitlines()] and not [
         old for old in SMALLER if old not in text
     ]
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 # --- the Chinese pages ----------------------------------------------------------------------------
 def bare(code):
-    "Code without comments and empty lines."
+    "Return code without comments and empty lines."
     lines = (re.sub(r"\s*#.*", "", line).rstrip() for line in code.splitlines())
     return "\n".join(line for line in lines if line)
 
@@ -197,7 +197,7 @@ def fenced(text):
 
 
 def figures(text):
-    "The numbers of a text without its code; 26 million and 2600 万 are the same."
+    "Return the numbers of a text without its code; 26 million and 2600 万 are equal."
     text = re.sub(r"^```.*?^```$|\]\([^)]*\)", "", text, flags=re.M | re.S)
     scale = {"million": 1e6, "万": 1e4, "亿": 1e8}
     return {
@@ -207,7 +207,7 @@ def figures(text):
 
 
 @pytest.mark.parametrize("page", CHINESE)
-def test_a_chinese_page_has_the_code_and_the_figures(page):
+def test_chinese_page_has_equal_code_and_figures(page):
     chinese, english = ((ROOT / name).read_text(encoding="utf-8") for name in (page, CHINESE[page]))
     assert fenced(chinese) == fenced(english)
     assert figures(chinese) == figures(english)
@@ -220,7 +220,7 @@ def test_both_languages_link_to_each_other(page):
         assert f"]({link})" in (ROOT / here).read_text(encoding="utf-8"), f"{here} lacks {link}"
 
 
-def test_the_chinese_table_of_names_has_every_row():
+def test_chinese_table_of_names_has_every_row():
     english, chinese = (
         (ROOT / name).read_text(encoding="utf-8")
         for name in ("docs/migrating.md", "docs/zh/migrating.md")
@@ -233,8 +233,8 @@ def test_the_chinese_table_of_names_has_every_row():
     assert sorted(rows(chinese), key=sorted) == sorted(rows(english), key=sorted)
 
 
-def test_names_that_are_accepted_unchanged():
-    "The options that the table calls accepted, and those that it calls the same."
+def test_names_accepted_unchanged():
+    "The options that the table calls accepted, and those that it calls equal."
     text = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
     taken = [
         n.lstrip("-")

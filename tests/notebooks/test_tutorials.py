@@ -1,4 +1,4 @@
-"What a reader finds in every tutorial: a first screen that says what it is for, and no test code."
+"What every tutorial must have: a first screen with its purpose, and no test code."
 
 import json
 import re
@@ -24,7 +24,7 @@ def cells(name, kind):
 
 
 @every
-def test_the_first_cell_says_what_the_reader_gets(name):
+def test_first_cell_states_the_purpose(name):
     first = cells(name, "markdown")[0]
     for part in ("# ", "> ", "[![Open In Colab]", *(f"- **{o}** " for o in PROMISES)):
         assert any(line.startswith(part) for line in first.splitlines()), part
@@ -40,7 +40,7 @@ def test_terms_are_explained(name):
 
 
 @every
-def test_code_that_only_tests_need_is_folded(name):
+def test_test_only_code_is_folded(name):
     for source in cells(name, "code"):
         assert not re.search(r"^\s*assert |IN_TEST", source, re.M), source
     for c in load(name)["cells"]:
@@ -49,7 +49,7 @@ def test_code_that_only_tests_need_is_folded(name):
 
 
 @every
-def test_it_ends_with_next_steps(name):
+def test_tutorial_ends_with_next_steps(name):
     *_, last = cells(name, "markdown")
     links = re.findall(r"\]\((\w+\.ipynb)\)", last)
     assert last.startswith("## Next steps") and len(set(links)) >= 2
@@ -57,13 +57,13 @@ def test_it_ends_with_next_steps(name):
 
 
 @every
-def test_colab_opens_it_on_a_gpu_where_one_helps(name):
+def test_colab_opens_on_a_gpu_where_one_helps(name):
     metadata = load(name)["metadata"]
     assert (metadata.get("accelerator") == "GPU") == (name not in NO_GPU)
     assert name in NO_GPU or metadata["colab"]["gpuType"] == "T4"
 
 
-def test_no_two_tutorials_write_to_the_same_run():
+def test_tutorials_write_to_different_runs():
     runs = {}
     for name in NAMES:
         for source in cells(name, "code"):

@@ -1,6 +1,6 @@
 """What goes wrong on real machines: bad input, full disks, damage, signals, two processes.
 
-A clear message each time, and the next call goes on.
+Each fault has a clear message, and the next call resumes.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ SHORT = dict(child.OPTIONS, max_steps=STEPS, save_steps=5, eval_steps=5, save_to
 
 
 class Losses(Callback):
-    "Training and validation losses, exactly"
+    "Record training and validation losses exactly."
 
     def __init__(self):
         self.at = {}
@@ -64,8 +64,8 @@ class Losses(Callback):
                 self.at[row["step"], k] = row[k].hex()
 
 
-class At(Callback):
-    "Do something after a step was trained and saved"
+class AtStep(Callback):
+    "Run a function after a step was trained and saved."
 
     def __init__(self, step, do):
         self.step, self.do = step, do
@@ -84,8 +84,8 @@ def power_cut(t):
     raise PowerCut
 
 
-def go(work, *callbacks, **options):
-    "Train in this process; the run and its losses"
+def run_fit(work, *callbacks, **options):
+    "Train in this process; return the run and its losses."
     losses = Losses()
     run = fit(
         child.shape(),
@@ -119,40 +119,40 @@ def work(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    "The undisturbed run: folder and losses"
+def uninterrupted(tmp_path_factory):
+    "The uninterrupted run: folder and losses."
     work = child.new_work(tmp_path_factory.mktemp("whole") / "work")
-    return work, go(work)[1]
+    return work, run_fit(work)[1]
 
 
 @pytest.fixture(scope="module")
-def cut(tmp_path_factory):
-    "A run that ended at step 12, with checkpoints 5 and 10"
+def interrupted(tmp_path_factory):
+    "A run that stopped at step 12, with checkpoints 5 and 10."
     work = child.new_work(tmp_path_factory.mktemp("cut") / "work")
     with pytest.raises(PowerCut):
-        go(work, At(12, power_cut))
+        run_fit(work, AtStep(12, power_cut))
     assert steps(work) == [5, 10]
     return work
 
 
-def copied(work, to):
+def copy_to(work, to):
     shutil.copytree(work, to)
     return to
 
 
-def same_as(whole, work, losses, since=0):
-    "Bit for bit the undisturbed run, from a step on"
-    assert weights(work) == weights(whole[0])
+def assert_same_run(uninterrupted, work, losses, since=0):
+    "Check that a run equals the uninterrupted one bit for bit, from a step on."
+    assert weights(work) == weights(uninterrupted[0])
     assert {k: v for k, v in losses.items() if k[0] > since} == {
-        k: v for k, v in whole[1].items() if k[0] > since
+        k: v for k, v in uninterrupted[1].items() if k[0] > since
     }
     assert all(
-        whole[1][k] == v for k, v in losses.items()
-    )  # a save comes before the evaluation of its step, which is done again
+        uninterrupted[1][k] == v for k, v in losses.items()
+    )  # a save comes before the evaluation of its step, which is repeated
     history = lambda w: [
         (r["step"], r.get("loss"), r.get("eval_loss")) for r in open_run(w / "run").history
     ]
-    assert history(work) == history(whole[0])
+    assert history(work) == history(uninterrupted[0])
     assert not leftovers(work)
 
 
@@ -164,7 +164,7 @@ def bad_gzip(f):
 GOOD = b"".join(
     json.dumps({"text": f"a good text, number {i} of many"}).encode() + b"\n" for i in range(60)
 )
-BAD = {  # name → (name of the file, how to make it, words of the message, options)
+BAD = {  # name → (file name, how to create it, words of the message, options)
     "missing": (
         "none.jsonl",
         lambda f: None,
@@ -220,7 +220,7 @@ CLI = dict(SHORT, max_steps=2, plot_loss=None, progress=None)
 
 
 def command(*args, **options):
-    "Arguments of `minigpt`"
+    "Return the arguments of `minigpt`."
     words = [*map(str, args)]
     for k, v in options.items():
         if v is not None and not isinstance(v, bool):
@@ -231,7 +231,7 @@ def command(*args, **options):
 
 
 def terminal(monkeypatch, capsys, *args, **options):
-    "Exit status and everything that was written"
+    "Return the exit status and all output of a command."
     monkeypatch.setattr(sys, "argv", ["minigpt", *command(*args, **options)])
     code = 0
     try:
@@ -245,7 +245,7 @@ def terminal(monkeypatch, capsys, *args, **options):
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, tmp_path, work, whole):
+def test_bad_input_is_reported(case, tmp_path, work, uninterrupted):
     name, make, words, options = BAD[case]
     make(tmp_path / name)
     with pytest.raises((DataError, FileNotFoundError)) as e:
@@ -253,13 +253,13 @@ def test_bad_input(case, tmp_path, work, whole):
     for w in words:
         assert w in str(e.value)
     assert "\n" not in str(e.value).strip() and not leftovers(work)
-    # nothing is left that stands in the way of good input
-    _, losses = go(work)
-    same_as(whole, work, losses)
+    # No files are left that would interfere with good input.
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses)
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_in_a_terminal(case, tmp_path, monkeypatch, capsys):
+def test_bad_input_in_a_terminal_is_one_line(case, tmp_path, monkeypatch, capsys):
     name, make, words, options = BAD[case]
     make(tmp_path / name)
     code, out = terminal(
@@ -275,7 +275,7 @@ def test_bad_input_in_a_terminal(case, tmp_path, monkeypatch, capsys):
         assert w in out
 
 
-def test_a_terminal_goes_on_after_bad_input(tmp_path, monkeypatch, capsys, work):
+def test_terminal_continues_after_bad_input(tmp_path, monkeypatch, capsys, work):
     for case in ("missing", "no-text", "small"):
         name, make, _, _ = BAD[case]
         make(tmp_path / name)
@@ -295,8 +295,8 @@ def test_a_terminal_goes_on_after_bad_input(tmp_path, monkeypatch, capsys, work)
     assert code == 0 and "is already finished after 2 steps" in out
 
 
-def test_the_command_itself(tmp_path):
-    "As a process: one line and no traceback"
+def test_command_reports_bad_input(tmp_path):
+    "In a process: one line and no traceback."
     p = subprocess.run(
         [
             sys.executable,
@@ -325,9 +325,9 @@ def test_the_command_itself(tmp_path):
     ],
     ids=["name", "zero", "type", "choice"],
 )
-def test_bad_options(options, words, work):
+def test_bad_options_are_refused(options, words, work):
     with pytest.raises((TypeError, ValueError)) as e:
-        go(work, **options)
+        run_fit(work, **options)
     for w in words:
         assert w in str(e.value)
     assert not (work / "run").exists()
@@ -352,7 +352,7 @@ def without_tokenizer(work):
     return work / "bare"
 
 
-# What a beginner may well write → words of the answer: the thing, its value, what it must be
+# Mistakes that a beginner may make → words of the error: the thing, its value, what it must be
 MISTAKES = {
     "data-None": (lambda w: new_run(w, train=None), ["None is not a data source", "name a file"]),
     "data-none-named": (lambda w: new_run(w, train=[]), ["list of data files is empty"]),
@@ -515,10 +515,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes(case, whole):
+def test_mistakes_are_explained(case, uninterrupted):
     do, words = MISTAKES[case]
     with pytest.raises((CheckpointError, OSError, TypeError, ValueError)) as e:
-        do(whole[0])
+        do(uninterrupted[0])
     for w in words:
         assert w in str(e.value)
 
@@ -558,9 +558,9 @@ FILES_OF_OTHERS = {
 
 
 @pytest.mark.parametrize("name", FILES_OF_OTHERS)
-def test_files_of_others(name, whole, tmp_path):
+def test_unsupported_files_are_refused(name, uninterrupted, tmp_path):
     harm, use, words = FILES_OF_OTHERS[name]
-    copied(whole[0], tmp_path / "work")
+    copy_to(uninterrupted[0], tmp_path / "work")
     harm(tmp_path / "work" / "run" / name)
     with pytest.raises((CheckpointError, OSError, ValueError)) as e:
         use(tmp_path / "work")
@@ -568,11 +568,15 @@ def test_files_of_others(name, whole, tmp_path):
         assert w in str(e.value)
 
 
-def test_another_tokenizer_for_weights_that_have_one(whole, tmp_path):
-    "It may be meant, so it is said and not refused"
+def test_different_tokenizer_is_a_warning(uninterrupted, tmp_path):
+    "It may be intended, so it is a warning and not an error."
     new = lambda name, **kw: (
         new_run(
-            whole[0], model=whole[0] / "run", output_dir=tmp_path / name, max_steps=1, **kw
+            uninterrupted[0],
+            model=uninterrupted[0] / "run",
+            output_dir=tmp_path / name,
+            max_steps=1,
+            **kw,
         ).path
         / "run.log"
     ).read_text(encoding="utf-8")
@@ -582,16 +586,16 @@ def test_another_tokenizer_for_weights_that_have_one(whole, tmp_path):
     assert "another tokenizer" not in new("own")
 
 
-def test_a_damaged_run_hides_no_other(whole, tmp_path):
-    copied(whole[0], tmp_path / "runs")
+def test_damaged_run_does_not_hide_other_runs(uninterrupted, tmp_path):
+    copy_to(uninterrupted[0], tmp_path / "runs")
     shutil.copytree(tmp_path / "runs" / "run", tmp_path / "runs" / "other")
     (tmp_path / "runs" / "other" / "run.json").write_text("{")
     said = runs_table(list_runs(tmp_path / "runs"))
     assert "run  " in said and "20/20" in said and "other/run.json is not valid JSON" in said
 
 
-def test_a_single_text_is_trained_on(tmp_path):
-    "Whether its hash falls on the side of validation or not"
+def test_single_text_is_trained_on(tmp_path):
+    "Whether or not its hash assigns it to the validation split."
     tok = train_tokenizer(["some text"])
     for i in range(40):
         f = tmp_path / f"{i}.txt"
@@ -629,8 +633,8 @@ def test_broken_rows_are_skipped_and_counted(work, monkeypatch, capsys):
         assert w in out
 
 
-def test_error_is_an_error_also_where_the_token_set_is_there_already(work):
-    "Built with on_bad_row='skip' first"
+def test_on_bad_row_error_applies_to_an_existing_token_set(work):
+    "The token set was built with on_bad_row='skip' first."
     tok = train_tokenizer(["some text"])
     (work / "text.jsonl").write_bytes(GOOD + b"{\n")
     build_tokenset(work / "text.jsonl", tok, work / "tokens", progress=False)
@@ -645,7 +649,7 @@ def read_json(path):
 
 
 # --- where nothing can be written -----------------------------------------------------------------
-def test_output_dir_below_a_file(work, monkeypatch, capsys):
+def test_output_dir_below_a_file_is_refused(work, monkeypatch, capsys):
     (work / "file").touch()
     with pytest.raises(
         OSError, match=r"output_dir='.*file/run' cannot be written: .*choose a folder of your own"
@@ -658,10 +662,10 @@ def test_output_dir_below_a_file(work, monkeypatch, capsys):
 
 
 @contextlib.contextmanager
-def not_root():
-    "Root may write anywhere, so it becomes nobody for a while"
+def unprivileged_user():
+    "Run as an unprivileged user for a while, because root may write anywhere."
     if not hasattr(os, "geteuid"):
-        pytest.skip("no permissions to take away on this system")
+        pytest.skip("requires POSIX permissions")
     if os.geteuid():
         yield
         return
@@ -673,12 +677,12 @@ def not_root():
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o555])
-def test_output_dir_without_permission(mode, work, whole):
+def test_output_dir_without_permission_is_refused(mode, work, uninterrupted):
     import tempfile
 
     with tempfile.TemporaryDirectory(
         prefix="minigpt-test-"
-    ) as outside:  # pytest's own folders are closed to others
+    ) as outside:  # other users cannot enter pytest's own folders
         os.chmod(outside, 0o755)
         text = shutil.copy(work / "text.jsonl", outside)
         locked = Path(outside) / "locked"
@@ -687,7 +691,7 @@ def test_output_dir_without_permission(mode, work, whole):
         if os.geteuid() == 0:
             os.chown(locked, 65534, 65534)
         with (
-            not_root(),
+            unprivileged_user(),
             pytest.raises(
                 OSError,
                 match=(
@@ -699,12 +703,12 @@ def test_output_dir_without_permission(mode, work, whole):
             fit(child.shape(), text, output_dir=locked / "run", **SHORT)
         locked.chmod(0o755)
         run = fit(child.shape(), text, output_dir=locked / "run", **SHORT)
-        assert (run.path / "model.safetensors").read_bytes() == weights(whole[0])
+        assert (run.path / "model.safetensors").read_bytes() == weights(uninterrupted[0])
 
 
 # --- a full disk ----------------------------------------------------------------------------------
 class SmallDisk:
-    "A real disk of a few MB, which can be filled to the last byte"
+    "A real disk of a few MB that can be filled to the last byte."
 
     def __init__(self, path, megabytes=8):
         self.path = path
@@ -732,7 +736,7 @@ class SmallDisk:
 
 
 class RefusingDisk:
-    "Where nothing may be mounted: fsync says that the disk is full"
+    "If no disk can be mounted, fsync reports that the disk is full."
 
     def __init__(self, path, monkeypatch):
         self.path, self.full, real = path, False, os.fsync
@@ -768,18 +772,18 @@ def disk(request, tmp_path, monkeypatch):
     d.close()
 
 
-class Chatty(Callback):
-    "More metrics than the page holds that the file has already"
+class LogLargeMetrics(Callback):
+    "Log more metrics than the page that the file already occupies can hold."
 
     def on_step(self, t):
         t.log(dict(step=t.step, note="x" * 1000))
 
 
-def disk_full(disk, whole, leave, *callbacks, **options):
-    "The disk fills up after the save of step 5; what the end of training says"
+def disk_full(disk, uninterrupted, leave, *callbacks, **options):
+    "Fill the disk after the save of step 5; return the log of the failed run."
     work = child.new_work(disk.path / "work")
     with pytest.raises(CheckpointError) as e:
-        go(work, At(6, lambda t: disk.fill(leave)), *callbacks, **options)
+        run_fit(work, AtStep(6, lambda t: disk.fill(leave)), *callbacks, **options)
     for w in (
         "checkpoint-20 could not be written",
         "No space left",
@@ -790,32 +794,32 @@ def disk_full(disk, whole, leave, *callbacks, **options):
         assert w in str(e.value)
     assert steps(work) == [5] and problem(work / "run/checkpoints/checkpoint-5") is None
     assert not list((work / "run/checkpoints").glob(".*")), (
-        "the half-written checkpoint still takes room"
+        "the incomplete checkpoint still takes space"
     )
     disk.free()
-    said = log(work)
-    _, losses = go(work, **options)
+    messages = log(work)
+    _, losses = run_fit(work, **options)
     assert "resuming from checkpoint-5" in log(work)
-    assert weights(work) == weights(whole[0])
+    assert weights(work) == weights(uninterrupted[0])
     assert {k: v for k, v in losses.items() if k[1] == "loss"} == {
-        k: v for k, v in whole[1].items() if k[0] > 5 and k[1] == "loss"
+        k: v for k, v in uninterrupted[1].items() if k[0] > 5 and k[1] == "loss"
     }
     assert not leftovers(work)
-    return said
+    return messages
 
 
-def test_full_disk_while_saving(disk, whole):
-    said = disk_full(disk, whole, 100_000, evaluation_strategy="no")
-    assert "NOT SAVED at step 10" in said and "Training continues" in said
+def test_full_disk_during_save(disk, uninterrupted):
+    messages = disk_full(disk, uninterrupted, 100_000, evaluation_strategy="no")
+    assert "NOT SAVED at step 10" in messages and "Training continues" in messages
 
 
-def test_full_disk_while_saving_the_best(disk, whole):
-    "A better model that cannot be saved does not end the training"
-    disk_full(disk, whole, 100_000)
+def test_full_disk_during_save_of_best(disk, uninterrupted):
+    "A better model that cannot be saved does not stop the training."
+    disk_full(disk, uninterrupted, 100_000)
 
 
-def test_no_room_for_the_best_model_at_the_end(whole, work, monkeypatch):
-    "The training is finished all the same"
+def test_no_space_for_the_best_model_at_the_end(uninterrupted, work, monkeypatch):
+    "The run finishes all the same."
     real = CheckpointStore.save
 
     def full(self, state):
@@ -824,27 +828,27 @@ def test_no_room_for_the_best_model_at_the_end(whole, work, monkeypatch):
         return real(self, state)
 
     monkeypatch.setattr(CheckpointStore, "save", full)
-    run, _ = go(work)
+    run, _ = run_fit(work)
     assert (
         run.finished
-        and weights(work) == weights(whole[0])
+        and weights(work) == weights(uninterrupted[0])
         and "the best model is NOT SAVED" in log(work)
     )
 
 
 @pytest.mark.parametrize("where", ["run/checkpoints", "run"])
-def test_a_disk_that_writes_something_else(where, whole, work, monkeypatch):
-    "What stood there stays until the new one has verified"
-    go(work)
+def test_wrong_bytes_on_disk_are_detected(where, uninterrupted, work, monkeypatch):
+    "The previous file stays until the new one is verified."
+    run_fit(work)
     before = weights(work)
     real = minigpt.checkpoint.store.write_safetensors
 
     def wrong(path, *how, **more):
-        told = real(path, *how, **more)
+        result = real(path, *how, **more)
         data = bytearray(Path(path).read_bytes())
         data[-5] ^= 1
         Path(path).write_bytes(data)
-        return told
+        return result
 
     state = read_checkpoint(work / f"run/checkpoints/checkpoint-{STEPS}")
     monkeypatch.setattr(minigpt.checkpoint.store, "write_safetensors", wrong)
@@ -861,39 +865,39 @@ def test_a_disk_that_writes_something_else(where, whole, work, monkeypatch):
     )
 
 
-def test_full_disk_to_the_last_byte(disk, whole):
-    "Not even a line of metrics can be written: training goes on to its end all the same"
-    disk_full(disk, whole, 0, Chatty(), evaluation_strategy="no")
+def test_disk_full_to_the_last_byte(disk, uninterrupted):
+    "Training continues to its end although no metrics can be written."
+    disk_full(disk, uninterrupted, 0, LogLargeMetrics(), evaluation_strategy="no")
 
 
-def test_full_disk_while_plotting(work, whole, monkeypatch):
-    "The checkpoint fitted, the picture of the loss does not"
+def test_full_disk_during_plot(work, uninterrupted, monkeypatch):
+    "There is space for the checkpoint, but not for the loss plot."
     import minigpt.run.metrics
 
     def save_plots(*a, **k):
         raise OSError(errno.ENOSPC, "No space left on device", "loss_curve_step_10.png")
 
     monkeypatch.setattr(minigpt.run.metrics, "save_plots", save_plots)
-    _, losses = go(work, plot_loss=True)
-    same_as(whole, work, losses)
+    _, losses = run_fit(work, plot_loss=True)
+    assert_same_run(uninterrupted, work, losses)
     assert "loss_curve" in log(work) and "No space left" in log(work)
 
 
-def test_full_disk_from_the_beginning(disk, whole):
+def test_full_disk_at_the_start(disk, uninterrupted):
     work = child.new_work(disk.path / "work")
     disk.fill(40_000)
     with pytest.raises((OSError, CheckpointError, DataError)) as e:
-        go(work)
+        run_fit(work)
     assert "No space left" in str(e.value) and str(disk.path) in str(e.value), (
-        "the message names neither the reason nor the place"
+        "the message names neither the reason nor the path"
     )
     disk.free()
-    _, losses = go(work)
-    same_as(whole, work, losses)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses)
 
 
-def test_several_files(work):
-    "A list of texts, and a run that refuses a wrong one even where its tokens must be built again"
+def test_list_of_files(work):
+    "A list of texts; a wrong list is refused even if the tokens must be built again."
     child.write_text(work / "more.jsonl", seed=1)
     from minigpt.train.inputs import ResumeError
 
@@ -914,10 +918,11 @@ def test_several_files(work):
 
 
 @pytest.mark.parametrize("how", ["deleted", "moved"])
-def test_the_folder_disappears_while_it_trains(whole, work, how):
-    """What is saved afterwards can be found, and gone on from.
+def test_training_continues_when_its_folder_disappears(uninterrupted, work, how):
+    """What is saved afterwards can be found and resumed from.
 
-    Nobody else gets in; the losses so far are known."""
+    No other process can take the run; the earlier losses are kept.
+    """
 
     def disappear(t):
         shutil.rmtree(t.run_path) if how == "deleted" else t.run_path.rename(work / "elsewhere")
@@ -929,15 +934,15 @@ def test_the_folder_disappears_while_it_trains(whole, work, how):
             raise PowerCut
 
     with pytest.raises(PowerCut):
-        go(work, At(7, disappear), At(16, end))
+        run_fit(work, AtStep(7, disappear), AtStep(16, end))
     assert steps(work) == [10, 15] and [
         r["step"] for r in open_run(work / "run").history if "loss" in r
     ][:16] == [*range(1, 17)]
     assert log(work).count("was deleted, moved or renamed") == 1
-    _, losses = go(work)
+    _, losses = run_fit(work)
     assert (
-        weights(work) == weights(whole[0])
-        and all(whole[1][k] == v for k, v in losses.items())
+        weights(work) == weights(uninterrupted[0])
+        and all(uninterrupted[1][k] == v for k, v in losses.items())
         and min(losses)[0] in (15, 16)
     )
 
@@ -974,30 +979,32 @@ FILES = [
 ]
 
 
-def test_every_file_is_listed(cut):
-    assert sorted(p.name for p in (cut / "run/checkpoints/checkpoint-10").iterdir()) == FILES
+def test_checkpoint_has_these_files(interrupted):
+    assert (
+        sorted(p.name for p in (interrupted / "run/checkpoints/checkpoint-10").iterdir()) == FILES
+    )
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_passed_over(name, cut, tmp_path):
+def test_damaged_checkpoint_is_skipped(name, interrupted, tmp_path):
     for kind, damage in DAMAGE.items():
-        store = CheckpointStore(copied(cut / "run/checkpoints", tmp_path / kind))
+        store = CheckpointStore(copy_to(interrupted / "run/checkpoints", tmp_path / kind))
         newest = store.folder / "checkpoint-10"
         damage(newest / name)
-        said = []
-        assert store.newest(lambda c, why: said.append((c.step, why))).step == 5
-        assert len(said) == 1 and said[0][0] == 10 and name in str(said[0][1]), kind
+        reported = []
+        assert store.newest(lambda c, why: reported.append((c.step, why))).step == 5
+        assert len(reported) == 1 and reported[0][0] == 10 and name in str(reported[0][1]), kind
         with pytest.raises(CheckpointError, match=re.escape(name)):
             read_checkpoint(newest)
 
 
-def test_a_file_of_another_checkpoint_is_found(cut, tmp_path):
-    "A whole file, but not the one that the manifest means"
+def test_file_of_another_checkpoint_is_detected(interrupted, tmp_path):
+    "A complete file, but not the one in the manifest."
     for name in FILES:
-        store = CheckpointStore(copied(cut / "run/checkpoints", tmp_path / name))
+        store = CheckpointStore(copy_to(interrupted / "run/checkpoints", tmp_path / name))
         old, new = (store.folder / f"checkpoint-{s}" / name for s in (5, 10))
         if old.read_bytes() == new.read_bytes():
-            continue  # configuration and tokenizer are the same
+            continue  # configuration and tokenizer are equal
         shutil.copy(old, new)
         said = []
         c = store.newest(lambda c, why: said.append((c.step, why)))
@@ -1009,22 +1016,24 @@ def test_a_file_of_another_checkpoint_is_found(cut, tmp_path):
 
 
 @pytest.mark.parametrize("name,kind", [(n, random.Random(n).choice(list(DAMAGE))) for n in FILES])
-def test_training_goes_on_from_the_one_before(name, kind, cut, tmp_path, whole):
-    work = copied(cut, tmp_path / "work")
+def test_training_resumes_from_the_previous_checkpoint(
+    name, kind, interrupted, tmp_path, uninterrupted
+):
+    work = copy_to(interrupted, tmp_path / "work")
     DAMAGE[kind](work / "run/checkpoints/checkpoint-10" / name)
-    _, losses = go(work)
+    _, losses = run_fit(work)
     assert re.search(
         rf"checkpoint-10 is skipped: .*{re.escape(name)}", log(work)
     ) and "resuming from checkpoint-5" in log(work)
-    same_as(whole, work, losses, 5)
+    assert_same_run(uninterrupted, work, losses, 5)
     assert [p.name for p in (work / "run/checkpoints").iterdir() if "damaged" in p.name] == [
         "checkpoint-10.damaged-1"
-    ], "what was damaged is kept for a look, out of the way"
+    ], "the damaged checkpoint is kept aside for inspection"
 
 
-def test_any_byte_of_a_manifest_may_be_damaged(cut, tmp_path):
-    "It is said what is wrong, or nothing that matters is; never an exception"
-    folder = copied(cut / "run/checkpoints/checkpoint-10", tmp_path / "checkpoint-10")
+def test_any_damaged_byte_of_a_manifest_is_handled(interrupted, tmp_path):
+    "The damage is reported, or it changes nothing; no other exception is raised."
+    folder = copy_to(interrupted / "run/checkpoints/checkpoint-10", tmp_path / "checkpoint-10")
     good = (folder / "MANIFEST.json").read_bytes()
     raised = {}
     for i in range(len(good)):
@@ -1049,48 +1058,48 @@ def test_any_byte_of_a_manifest_may_be_damaged(cut, tmp_path):
     assert not raised, f"{len(raised)} times, such as {list(raised.items())[:3]}"
 
 
-def test_a_manifest_that_lists_too_little_is_not_whole(cut, tmp_path):
-    folder = copied(cut / "run/checkpoints/checkpoint-10", tmp_path / "checkpoint-10")
+def test_incomplete_manifest_is_damaged(interrupted, tmp_path):
+    folder = copy_to(interrupted / "run/checkpoints/checkpoint-10", tmp_path / "checkpoint-10")
     m = read_json(folder / "MANIFEST.json")
     m["files"] = {}
     (folder / "MANIFEST.json").write_text(json.dumps(m))
-    assert problem(folder), "a checkpoint of no files counts as whole"
+    assert problem(folder), "a checkpoint without files counts as complete"
 
 
-def test_all_checkpoints_damaged(cut, tmp_path, whole):
-    "Then it starts again, and says so"
-    work = copied(cut, tmp_path / "work")
+def test_all_checkpoints_damaged_restarts_training(interrupted, tmp_path, uninterrupted):
+    "Training restarts from the beginning and reports it."
+    work = copy_to(interrupted, tmp_path / "work")
     for n in (5, 10):
         flip(100)(work / f"run/checkpoints/checkpoint-{n}/model.safetensors")
-    _, losses = go(work)
+    _, losses = run_fit(work)
     said = log(work)
     assert (
         "checkpoint-5 is skipped: model.safetensors is damaged" in said
         and "starting again with the same seed" in said
     )
-    assert losses == whole[1] and weights(work) == weights(whole[0])
+    assert losses == uninterrupted[1] and weights(work) == weights(uninterrupted[0])
 
 
-def test_a_named_damaged_checkpoint_is_refused(cut, tmp_path):
-    work = copied(cut, tmp_path / "work")
+def test_resume_from_a_named_damaged_checkpoint_is_refused(interrupted, tmp_path):
+    work = copy_to(interrupted, tmp_path / "work")
     flip(-1)(work / "run/checkpoints/checkpoint-5/optimizer.safetensors")
     with pytest.raises(
         CheckpointError,
         match="cannot resume from .*checkpoint-5: optimizer.safetensors is damaged",
     ):
-        go(work, resume="checkpoint-5")
+        run_fit(work, resume="checkpoint-5")
     with pytest.raises(
         CheckpointError,
         match="'checkpoint-7' is not a checkpoint of this run; it has checkpoint-5, checkpoint-10",
     ):
-        go(work, resume="checkpoint-7")
-    assert steps(work) == [5, 10], "a refused resume has moved checkpoints aside"
+        run_fit(work, resume="checkpoint-7")
+    assert steps(work) == [5, 10], "the refused resume moved checkpoints aside"
 
 
 # --- signals --------------------------------------------------------------------------------------
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
-def test_a_terminal_that_is_gone(work, whole):
-    "The run stops, unless nohup has said that this does not count"
+def test_sighup_stops_the_run(work, uninterrupted):
+    "The run stops, unless nohup has disabled the signal."
 
     def gone(t):
         signal.raise_signal(signal.SIGHUP)
@@ -1099,18 +1108,18 @@ def test_a_terminal_that_is_gone(work, whole):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit):
-            go(work, At(7, gone))
+            run_fit(work, AtStep(7, gone))
         assert steps(work) == [5, 7]
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _, losses = go(work, At(12, gone))
-        same_as(whole, work, losses, 7)
+        _, losses = run_fit(work, AtStep(12, gone))
+        assert_same_run(uninterrupted, work, losses, 7)
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm(workers, work, whole):
-    "What a machine sends before it goes away"
+def test_sigterm_stops_the_run(workers, work, uninterrupted):
+    "What a machine sends before it is shut down."
     p = child.start(work, **{**SHORT, "pause": 0.05, "dataloader_workers": workers})
     wait(lambda: len(child.losses(work)) > 6 + workers, p)
     p.send_signal(signal.SIGTERM)
@@ -1119,22 +1128,22 @@ def test_sigterm(workers, work, whole):
     stopped = max(s for s, k in before if k == "loss")
     assert stopped < STEPS and max(steps(work)) == stopped and not leftovers(work)
     assert f"stopped after step {stopped}" in log(work) and "resumes from there" in log(work)
-    _, losses = go(work, dataloader_workers=workers)
+    _, losses = run_fit(work, dataloader_workers=workers)
     assert min(s for s, k in losses if k == "loss") == stopped + 1
-    assert {**before, **losses} == whole[1]
-    same_as(whole, work, losses, stopped)
+    assert {**before, **losses} == uninterrupted[1]
+    assert_same_run(uninterrupted, work, losses, stopped)
 
 
 def wait(until, process, seconds=90):
     end = time.monotonic() + seconds
     while not until():
-        assert process.poll() is None, "the process has ended"
-        assert time.monotonic() < end, "nothing happened"
+        assert process.poll() is None, "the process exited"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.005)
 
 
 class Interrupt(Callback):
-    "Ctrl-C while the optimizer works"
+    "Ctrl-C during the optimizer step."
 
     def __init__(self, step, times=1):
         self.step, self.times, self.came_back = step, times, False
@@ -1152,44 +1161,44 @@ class Interrupt(Callback):
         t.optimizer.step = step
 
 
-def test_ctrl_c_inside_the_optimizer(work, whole):
+def test_ctrl_c_waits_for_the_optimizer_step(work, uninterrupted):
     stop = Interrupt(7)
     with pytest.raises(
         KeyboardInterrupt,
         match="stopped after step 7 and saved .*checkpoint-7; the same call resumes",
     ):
-        go(work, stop)
-    assert stop.came_back, "it acted inside the step"
+        run_fit(work, stop)
+    assert stop.came_back, "the interrupt acted inside the step"
     assert steps(work) == [5, 7] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    _, losses = go(work)
-    same_as(whole, work, losses, 7)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses, 7)
 
 
-def test_ctrl_c_at_the_last_step_leaves_a_finished_run(work, whole):
+def test_ctrl_c_at_the_last_step_leaves_a_finished_run(work, uninterrupted):
     with contextlib.suppress(KeyboardInterrupt):
-        go(work, Interrupt(STEPS))
-    assert open_run(work / "run").finished and weights(work) == weights(whole[0])
+        run_fit(work, Interrupt(STEPS))
+    assert open_run(work / "run").finished and weights(work) == weights(uninterrupted[0])
 
 
-def test_ctrl_c_where_a_save_is_due_saves_once(work, whole):
+def test_ctrl_c_where_a_save_is_due_saves_once(work, uninterrupted):
     with pytest.raises(KeyboardInterrupt):
-        go(work, Interrupt(10))
+        run_fit(work, Interrupt(10))
     assert steps(work) == [5, 10]
-    _, losses = go(work)
-    same_as(whole, work, losses, 10)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses, 10)
 
 
-def test_a_second_ctrl_c_stops_at_once(work, whole):
+def test_a_second_ctrl_c_stops_at_once(work, uninterrupted):
     stop = Interrupt(8, 2)
     with pytest.raises(KeyboardInterrupt, match="immediately, without saving"):
-        go(work, stop)
+        run_fit(work, stop)
     assert not stop.came_back and steps(work) == [5]
-    _, losses = go(work)
-    same_as(whole, work, losses, 5)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses, 5)
 
 
 # --- more than one --------------------------------------------------------------------------------
-def test_two_processes_in_one_folder(work, whole):
+def test_second_process_in_a_folder_is_refused(work, uninterrupted):
     p = child.start(work, **{**SHORT, "pause": 0.2})
     try:
         wait(lambda: child.losses(work), p)
@@ -1200,75 +1209,78 @@ def test_two_processes_in_one_folder(work, whole):
                 " another output_dir"
             ),
         ):
-            go(work)
+            run_fit(work)
         assert p.poll() is None, "the first was disturbed"
     finally:
         p.kill()
         p.wait()
-    _, losses = go(work)  # the lock went with the process
+    _, losses = run_fit(work)  # the lock was released with the process
     last = {(s, k): x for _, s, k, x in child.losses(work)}
     assert (
-        {**last, **losses} == whole[1]
-        and weights(work) == weights(whole[0])
+        {**last, **losses} == uninterrupted[1]
+        and weights(work) == weights(uninterrupted[0])
         and not leftovers(work)
     )
 
 
 # --- going back -----------------------------------------------------------------------------------
-def test_going_back_sets_the_later_course_aside(cut, tmp_path, whole):
-    work = copied(cut, tmp_path / "work")
-    _, losses = go(work, resume="checkpoint-5")
+def test_going_back_sets_the_later_course_aside(interrupted, tmp_path, uninterrupted):
+    work = copy_to(interrupted, tmp_path / "work")
+    _, losses = run_fit(work, resume="checkpoint-5")
     assert (work / "run/checkpoints/checkpoint-10.superseded-1/model.safetensors").exists()
     assert re.search(
         r"training goes back to step 5: checkpoint-10 is set aside as"
         r" \S*checkpoint-10.superseded-1",
         log(work),
     )
-    same_as(whole, work, losses, 5)
+    assert_same_run(uninterrupted, work, losses, 5)
     assert steps(work) == [10, 15, 20]
 
 
-def test_going_back_in_a_finished_run(tmp_path, whole):
-    "The old end is no end any more: a new course that was cut short goes on"
-    work = copied(whole[0], tmp_path / "work")
+def test_going_back_in_a_finished_run(tmp_path, uninterrupted):
+    "The old final model no longer counts: an interrupted new course resumes."
+    work = copy_to(uninterrupted[0], tmp_path / "work")
     with pytest.raises(PowerCut):
-        go(work, At(12, power_cut), resume="checkpoint-10", learning_rate=1e-3)
+        run_fit(work, AtStep(12, power_cut), resume="checkpoint-10", learning_rate=1e-3)
     assert steps(work) == [10]
     assert not open_run(work / "run").finished, (
-        "the model of the course that was given up counts as this run's end"
+        "the model of the abandoned course counts as the final model"
     )
-    _, losses = go(work, learning_rate=1e-3)
-    assert max(s for s, _ in losses) == STEPS and weights(work) != weights(whole[0])
+    _, losses = run_fit(work, learning_rate=1e-3)
+    assert max(s for s, _ in losses) == STEPS and weights(work) != weights(uninterrupted[0])
 
 
-def test_the_best_of_a_course_that_was_given_up(tmp_path, whole):
-    "It is not this run's best, and does not push out the new one"
-    work = copied(whole[0], tmp_path / "work")
+def test_best_of_an_abandoned_course_is_ignored(tmp_path, uninterrupted):
+    "It is not the best of this run and does not replace the new one."
+    work = copy_to(uninterrupted[0], tmp_path / "work")
     assert open_run(work / "run").best.step == STEPS
-    run, losses = go(
+    run, losses = run_fit(
         work, resume="checkpoint-10", learning_rate=30
-    )  # from here on it can only get worse
+    )  # from here on the loss can only rise
     evals = {r["step"]: r["eval_loss"] for r in run.history if r.get("eval_loss") is not None}
     lowest = min(evals, key=evals.get)
-    assert lowest < STEPS, "this test needs a course that gets worse"
+    assert lowest < STEPS, "this test needs a loss that rises"
     assert run.best is not None and run.best.step == lowest, evals
 
 
-def test_training_on_keeps_the_best_model(tmp_path, whole):
-    "It was found in the evaluation after the last save"
-    work = copied(whole[0], tmp_path / "work")
+def test_more_steps_keep_the_best_model(tmp_path, uninterrupted):
+    "The best model was found in the evaluation after the last save."
+    work = copy_to(uninterrupted[0], tmp_path / "work")
     assert open_run(work / "run").best.step == STEPS
-    run, losses = go(work, max_steps=STEPS + 5, learning_rate=30)  # it can only get worse
-    assert run.best.step == STEPS and losses[STEPS + 5, "eval_loss"] > whole[1][STEPS, "eval_loss"]
+    run, losses = run_fit(work, max_steps=STEPS + 5, learning_rate=30)  # the loss can only rise
+    assert (
+        run.best.step == STEPS
+        and losses[STEPS + 5, "eval_loss"] > uninterrupted[1][STEPS, "eval_loss"]
+    )
 
 
-def test_a_stopped_training_leaves_nothing_in_memory(work):
-    "A notebook keeps the error"
+def test_stopped_training_frees_its_memory(work):
+    "A notebook keeps the error."
     alive = lambda: sum(type(o) is minigpt.train.state.RunTrainer for o in gc.get_objects())
     gc.collect()
     before = alive()
     with pytest.raises(KeyboardInterrupt) as e:
-        go(work, Interrupt(7))
+        run_fit(work, Interrupt(7))
     assert alive() == before and e.value.__traceback__
 
     def at_once(t):
@@ -1276,13 +1288,13 @@ def test_a_stopped_training_leaves_nothing_in_memory(work):
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt, match="stopped immediately") as e:
-        go(work, At(9, at_once))
+        run_fit(work, AtStep(9, at_once))
     assert alive() == before and e.value.__traceback__
 
 
 @pytest.mark.parametrize("harm", ["shuffled", "cut", "no valid"])
-def test_damaged_tokens_are_built_again(harm, cut, tmp_path, whole):
-    work = copied(cut, tmp_path / "work")
+def test_damaged_tokens_are_rebuilt(harm, interrupted, tmp_path, uninterrupted):
+    work = copy_to(interrupted, tmp_path / "work")
     tokens = work / "run/data/train/tokens.bin"
     if harm == "shuffled":
         ids = np.fromfile(tokens, np.uint16)
@@ -1292,13 +1304,13 @@ def test_damaged_tokens_are_built_again(harm, cut, tmp_path, whole):
         os.truncate(tokens.with_name("meta.json"), 100)
     else:
         (work / "run/data/valid/meta.json").unlink()
-    _, losses = go(work)
-    same_as(whole, work, losses, 10)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses, 10)
     assert "damaged tokens: " in log(work) and (work / "run/data.damaged-1").exists()
 
 
-def test_tokens_that_cannot_be_read_now_stay_where_they_are(cut, tmp_path, whole, monkeypatch):
-    work = copied(cut, tmp_path / "work")
+def test_unreadable_tokens_are_not_moved(interrupted, tmp_path, uninterrupted, monkeypatch):
+    work = copy_to(interrupted, tmp_path / "work")
     (work / "text.jsonl").rename(work / "away")
 
     def broken(file):
@@ -1307,13 +1319,13 @@ def test_tokens_that_cannot_be_read_now_stay_where_they_are(cut, tmp_path, whole
     with monkeypatch.context() as m:
         m.setattr("minigpt.data.tokensets.hash_file", broken)
         with pytest.raises(OSError, match="Input/output"):
-            go(work)
-    _, losses = go(work)
-    same_as(whole, work, losses, 10)
+            run_fit(work)
+    _, losses = run_fit(work)
+    assert_same_run(uninterrupted, work, losses, 10)
 
 
-def test_nothing_is_moved_aside_with_what_the_call_reads(whole, tmp_path):
-    work = copied(whole[0], tmp_path / "work")
+def test_overwrite_refuses_to_move_its_own_inputs(uninterrupted, tmp_path):
+    work = copy_to(uninterrupted[0], tmp_path / "work")
     before = sorted(p.relative_to(work) for p in work.rglob("*"))
     tokens, model = TokenSet(work / "run/data/train"), work / "run/best" / f"checkpoint-{STEPS}"
     for change in (
@@ -1339,8 +1351,8 @@ def test_nothing_is_moved_aside_with_what_the_call_reads(whole, tmp_path):
     assert before == sorted(p.relative_to(work) for p in work.rglob("*"))
 
 
-def test_rows_left_out_are_in_the_log(work, capsys):
-    "And said, though nothing else is"
+def test_skipped_rows_are_logged(work, capsys):
+    "It is also printed, although nothing else is."
     (work / "talks.jsonl").write_text(
         '{"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content":'
         ' "Hello"}]}\n' * 9
@@ -1353,8 +1365,8 @@ def test_rows_left_out_are_in_the_log(work, capsys):
     )
 
 
-def test_a_terminal_that_is_closed(work):
-    "Not the end of a training"
+def test_closed_terminal_does_not_stop_training(work):
+    "It does not stop the training."
     words = command(
         "train", work / "text.jsonl", output_dir=work / "run", **{**CLI, "max_steps": 12}
     )
@@ -1370,16 +1382,16 @@ def test_a_terminal_that_is_closed(work):
     assert open_run(work / "run").finished
 
 
-def test_beyond_the_end(cut, tmp_path):
-    work = copied(cut, tmp_path / "work")
+def test_resume_beyond_the_end(interrupted, tmp_path):
+    work = copy_to(interrupted, tmp_path / "work")
     with pytest.raises(ValueError, match="beyond max_steps=8; raise max_steps or epochs"):
-        go(work, max_steps=8)
+        run_fit(work, max_steps=8)
     assert steps(work) == [5, 10]
 
 
-# --- strangers ------------------------------------------------------------------------------------
+# --- files from elsewhere -------------------------------------------------------------------------
 class Payload:
-    "Runs when it is unpickled"
+    "Code that runs when it is unpickled."
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -1388,21 +1400,21 @@ class Payload:
         return Path(self.mark).touch.__func__, (Path(self.mark),)
 
 
-def test_a_pickle_is_never_opened(work, tmp_path, whole):
+def test_pickle_is_never_opened(work, tmp_path, uninterrupted):
     mark, bad = tmp_path / "it ran", pickle.dumps(Payload(tmp_path / "it ran"))
     pickle.loads(bad)
     assert mark.exists()
-    mark.unlink()  # it would work
+    mark.unlink()  # the payload works
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     (folder / "tokenizer.pkl").write_bytes(bad)
     with pytest.raises(
         ValueError, match="tokenizer.pkl is a pickle.*not read.*train a tokenizer.json"
     ):
-        go(work, tokenizer=folder)
+        run_fit(work, tokenizer=folder)
     stranger = tmp_path / "stranger"
     stranger.mkdir()
-    shutil.copy(whole[0] / "run/config.json", stranger)
+    shutil.copy(uninterrupted[0] / "run/config.json", stranger)
     for name in (
         "pytorch_model.bin",
         "optimizer.pt",
@@ -1420,18 +1432,18 @@ def test_a_pickle_is_never_opened(work, tmp_path, whole):
     with pytest.raises(Exception):
         load_model(stranger)
     with pytest.raises(ValueError):
-        go(work, tokenizer=stranger)
+        run_fit(work, tokenizer=stranger)
     assert not mark.exists()
-    go(work)
+    run_fit(work)
 
 
-def test_options_are_in_the_config():
-    "The tests above mean what they say"
+def test_options_of_these_tests_are_in_the_config():
+    "The tests above use the options they mean."
     assert set(SHORT) <= set(TrainConfig().to_dict())
 
 
-def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
-    "Worker processes inherit the run's lock; they must not outlive the killed process"
+def test_kill_during_tokenization_leaves_no_worker_and_no_lock(tmp_path):
+    "Worker processes inherit the lock of the run; they must exit with the killed process."
     (tmp_path / "large.jsonl").write_bytes(GOOD * (17_000_000 // len(GOOD) + 1))
     code = (
         f"import sys; sys.path.insert(0, {str(child.ROOT)!r});"
@@ -1456,20 +1468,21 @@ def test_a_kill_while_tokenizing_leaves_no_worker_and_no_lock(tmp_path):
         pass
 
 
-def test_one_training_at_a_time_in_a_process(work, whole):
+def test_second_training_in_a_process_is_refused(work, uninterrupted):
     """A second one, from a callback or a thread, is refused by name and changes nothing.
 
-    Other functions may be used."""
+    Other functions can be used.
+    """
     said = []
 
-    def try_it(where):
+    def try_second_run(where):
         with pytest.raises(RuntimeError) as e:
             fit("tiny", work / "text.jsonl", output_dir=work / where)
         said.append(str(e.value))
 
     def others(t):
-        try_it("nested")
-        thread = threading.Thread(target=try_it, args=("thread",))
+        try_second_run("nested")
+        thread = threading.Thread(target=try_second_run, args=("thread",))
         thread.start()
         thread.join()
         assert (
@@ -1478,8 +1491,8 @@ def test_one_training_at_a_time_in_a_process(work, whole):
             and not (work / "thread").exists()
         )
 
-    run, losses = go(work, At(7, others))
-    same_as(whole, work, losses)
+    run, losses = run_fit(work, AtStep(7, others))
+    assert_same_run(uninterrupted, work, losses)
     assert (
         all(f"this process is already training {work / 'run'}" in s for s in said)
         and "nested" in said[0]
@@ -1487,8 +1500,8 @@ def test_one_training_at_a_time_in_a_process(work, whole):
     )
     assert "inside that run" in said[0] and "Wait until it has ended" in said[1]
     with pytest.raises(TypeError, match="must be a Callback"):
-        go(work, 3)
-    assert go(work)[0].finished  # the refusals hold nothing
+        run_fit(work, 3)
+    assert run_fit(work)[0].finished  # the refused calls hold no lock
 
 
 @pytest.mark.parametrize(
@@ -1505,18 +1518,18 @@ def test_one_training_at_a_time_in_a_process(work, whole):
         (dict(save_best_only=True), "save_best_only=True needs"),
     ],
 )
-def test_options_that_wait_for_a_validation_loss(work, options, why):
-    "Refused at the call where none will come, and nothing is made"
+def test_options_that_need_a_validation_loss_are_refused_without_one(work, options, why):
+    "Refused at the call if there will be none, and no file is created."
     with pytest.raises(ValueError, match=why):
-        go(work, validation_split=0, **options)
+        run_fit(work, validation_split=0, **options)
     assert not (work / "run").exists()
 
 
-def test_too_few_rows_to_validate(work):
-    "That is known once the rows are read"
+def test_too_few_rows_to_validate_is_refused(work):
+    "It is known once the rows are read."
     (work / "text.jsonl").write_text('{"text": "one row, and no second"}\n')
     with pytest.raises(
         ValueError,
         match=("early_stopping=2 needs a validation loss, and no row long enough was held out"),
     ):
-        go(work, early_stopping=2)
+        run_fit(work, early_stopping=2)

@@ -1,8 +1,8 @@
-"""A run killed with SIGKILL at any moment goes on bit for bit.
+"""A run killed with SIGKILL at any moment resumes bit for bit.
 
-Dropout, accumulation, an epoch's end, evaluations, saves, snapshots and a backup are in between. In
-some trials the machine is lost with the kill, and only the backup is left; a second kill comes
-while that is being restored.
+It has dropout, gradient accumulation, an epoch boundary, evaluations, saves, snapshots and a
+backup. In some trials the machine is lost with the kill and only the backup is left; a second kill
+comes during the restore.
 """
 
 import random
@@ -13,7 +13,7 @@ import pytest
 from tests.harness import kill_child as child
 
 INTERVAL, PAUSE = child.OPTIONS["save_steps"], 0.01
-# the seed decides the step and the delay; the machine's own unevenness does the rest
+# the seed decides the step and the delay; the timing of the machine adds randomness
 TRIALS = {
     "plain": (1, {}),
     "workers": (2, dict(dataloader_workers=1)),
@@ -29,14 +29,14 @@ assert len(TRIALS) == 20
 
 
 def moment(seed, after):
-    "Step and delay of a kill"
+    "Return the step and the delay of a kill."
     rng = random.Random(seed)
     return rng.randrange(after, child.STEPS - 1), rng.uniform(0, 0.06)
 
 
 @pytest.fixture(scope="module")
 def works(tmp_path_factory):
-    "The uninterrupted run and all killed ones, two at a time"
+    "The uninterrupted run and all killed runs, two at a time."
     folder = tmp_path_factory.mktemp("kill")
 
     def killed(name):
@@ -46,7 +46,7 @@ def works(tmp_path_factory):
             folder / name,
             *moment(seed, 30 if "save_strategy" in options else 12 if "lost" in options else 1),
             pause=PAUSE,
-            look=lambda w: inside.append(child.in_save(w)),
+            inspect=lambda w: inside.append(child.killed_in_save(w)),
             **options,
         )
         return work, any(inside)
@@ -58,13 +58,13 @@ def works(tmp_path_factory):
         )
         yield dict(
             reference=ref.result, **{n: j.result for n, j in jobs.items()}
-        )  # each test meets its own trial's failure
+        )  # a failed trial fails only its own test
 
 
 @pytest.mark.parametrize("name", TRIALS)
-def test_killed_and_resumed(works, name):
+def test_resume_is_bit_identical(works, name):
     options = TRIALS[name][1]
-    reference, (work, in_save), interval = works["reference"](), works[name](), INTERVAL
+    reference, (work, killed_in_save), interval = works["reference"](), works[name](), INTERVAL
     if "save_strategy" in options:
         interval = child.epoch_steps(reference)
     other_saves = {
@@ -72,17 +72,19 @@ def test_killed_and_resumed(works, name):
         "save_best_only",
         "backup",
         "lost",
-    } & options.keys()  # other saves, the same course
-    got = child.compare(work, reference, same_saves=not other_saves)
-    assert got.identical, got.differ
-    assert got.killed_at > 0 and (got.resumed or got.killed_at <= interval * (1 + in_save))
-    # a save that is being written does not count yet (the next one waits for it); where the machine
-    # is lost, the copy may be a save behind, at each of two kills
-    assert got.repeated <= interval * (1 + in_save + 3 * ("lost" in options)), (
-        "more was lost than a save interval"
+    } & options.keys()  # other checkpoints, the same losses
+    outcome = child.compare(work, reference, same_saves=not other_saves)
+    assert outcome.identical, outcome.differ
+    assert outcome.killed_at > 0 and (
+        outcome.resumed or outcome.killed_at <= interval * (1 + killed_in_save)
     )
-    assert not got.leftovers
+    # A checkpoint that is being written does not count yet (the next save waits for it). If the
+    # machine is lost, the backup may be one save behind, at each of the two kills.
+    assert outcome.repeated <= interval * (1 + killed_in_save + 3 * ("lost" in options)), (
+        "more than a save interval was repeated"
+    )
+    assert not outcome.leftovers
 
 
-def test_it_crosses_an_epoch(works):
+def test_run_crosses_an_epoch(works):
     assert child.epoch_steps(works["reference"]()) < child.STEPS - INTERVAL

@@ -1,8 +1,8 @@
-"""Nothing outside a run's folder is ever changed.
+"""Nothing outside the folder of a run is ever changed.
 
-Links to files, to folders, to each other, to nowhere and in circles stand where a run, a backup, a
-model or a data set has its files, and every operation of the package leaves what they point to as
-it is. All of it happens in temporary folders.
+Links to files, to folders, to each other, broken links and cycles replace files of a run, a backup,
+a model or a data set. Every operation of the package leaves their targets unchanged. All of it
+happens in temporary folders.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ OPTIONS = dict(
 REFUSALS = OSError, ValueError, RuntimeError
 
 
-def told(folder):
-    "All that is in a folder: names, contents, links, times"
+def snapshot(folder):
+    "Return everything in a folder: names, contents, links, times."
     found = {}
     for d, folders, files in os.walk(folder):
         for n in folders + files:
@@ -56,7 +56,7 @@ def told(folder):
 
 @pytest.fixture
 def outside(tmp_path):
-    "What belongs to somebody else"
+    "Files that do not belong to the run."
     folder = tmp_path / "outside"
     (folder / "etc" / "deep").mkdir(parents=True)
     for name in "passwd", "etc/shadow", "etc/deep/key", "MANIFEST.json", "checkpoint-4.txt":
@@ -65,8 +65,8 @@ def outside(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    "A finished run with its backup"
+def finished_run(tmp_path_factory):
+    "A finished run with its backup."
     work = child.new_work(tmp_path_factory.mktemp("links") / "work")
     fit(
         child.shape(),
@@ -79,7 +79,7 @@ def made(tmp_path_factory):
 
 
 def plant(folder, outside, rng, n):
-    "Put links in the place of some files and folders, and beside them"
+    "Replace some files and folders by links, and add links beside them."
     there = sorted(p for p in folder.rglob("*") if not p.is_symlink())
     for p in rng.sample(there, min(n, len(there))):
         if not os.path.lexists(p) or not p.parent.is_dir() or p.parent.is_symlink():
@@ -109,12 +109,12 @@ def plant(folder, outside, rng, n):
             p.symlink_to(target)
 
 
-def everything(work, source):
-    "Whatever the package does with a run, a backup, a model and data; each may refuse"
+def run_all_operations(work, source):
+    "Call every operation on a run, a backup, a model and data; each may be refused."
     run, disk = work / "run", work / "disk"
-    backup = Backup(disk, run, keep=1, beat=0.1)  # half a minute is long for a test
+    backup = Backup(disk, run, keep=1, beat=0.1)  # default: half a minute
 
-    def serve_backup():
+    def run_backup():
         backup.run_id = json.loads((run / "run.json").read_text())["id"]
         for s in stores_in(run):
             for c in s.all():
@@ -140,7 +140,7 @@ def everything(work, source):
         lambda: runs_table([open_run(run)]),
         lambda: analyze(run),
         lambda: export(run, run / "exports" / "fp32", replace=True),
-        serve_backup,
+        run_backup,
         lambda: sweep(run),
         lambda: sweep(run / "checkpoints"),
         lambda: retrain(max_steps=8, gdrive_backup_dir=str(disk)),
@@ -164,20 +164,20 @@ def everything(work, source):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_nothing_outside_is_changed(made, outside, tmp_path, seed, monkeypatch):
+def test_operations_change_nothing_outside(finished_run, outside, tmp_path, seed, monkeypatch):
     monkeypatch.setattr("minigpt.train.setup.RETRY_DELAYS", (0.01,))
-    shutil.copytree(made, tmp_path / "work")
+    shutil.copytree(finished_run, tmp_path / "work")
     work, rng = tmp_path / "work", random.Random(seed)
     shutil.copyfile(work / "text.jsonl", tmp_path / "text.jsonl")
     for folder in (work / "run", work / "disk"):
         plant(folder, outside, rng, 6)
-    before = told(outside)
-    everything(work, tmp_path / "text.jsonl")
-    assert told(outside) == before
+    before = snapshot(outside)
+    run_all_operations(work, tmp_path / "text.jsonl")
+    assert snapshot(outside) == before
 
 
-def test_a_link_to_a_folder_in_each_place_of_a_run(made, outside, tmp_path):
-    "Named before anything is written"
+def test_link_to_a_folder_in_a_run_is_refused(finished_run, outside, tmp_path):
+    "It is named before anything is written."
     for name in (
         "checkpoints",
         "snapshots",
@@ -193,7 +193,7 @@ def test_a_link_to_a_folder_in_each_place_of_a_run(made, outside, tmp_path):
         run = tmp_path / name.strip(".")
         run.mkdir()
         (run / name).symlink_to(outside)
-        before = told(outside), told(run)
+        before = snapshot(outside), snapshot(run)
         with pytest.raises(
             CheckpointError,
             match=(
@@ -201,20 +201,20 @@ def test_a_link_to_a_folder_in_each_place_of_a_run(made, outside, tmp_path):
                 r" its own folder"
             ),
         ):
-            fit(child.shape(), made / "text.jsonl", output_dir=run, **OPTIONS)
-        assert (told(outside), told(run)) == before
+            fit(child.shape(), finished_run / "text.jsonl", output_dir=run, **OPTIONS)
+        assert (snapshot(outside), snapshot(run)) == before
     (run := tmp_path / "deep").mkdir()
     (run / "data").mkdir()
     (run / "data" / "train").symlink_to(outside)
     with pytest.raises(CheckpointError, match="data/train is a link to .*outside"):
-        fit(child.shape(), made / "text.jsonl", output_dir=run, **OPTIONS)
+        fit(child.shape(), finished_run / "text.jsonl", output_dir=run, **OPTIONS)
     home = tmp_path / "elsewhere"
     home.mkdir()
-    (tmp_path / "linked").symlink_to(home)  # the run's folder itself may be a link: it is meant
+    (tmp_path / "linked").symlink_to(home)  # the run folder itself may be a link
     assert (
         fit(
             child.shape(),
-            made / "text.jsonl",
+            finished_run / "text.jsonl",
             output_dir=tmp_path / "linked",
             **{**OPTIONS, "max_steps": 1},
         ).finished
@@ -222,8 +222,8 @@ def test_a_link_to_a_folder_in_each_place_of_a_run(made, outside, tmp_path):
     )
 
 
-def test_a_linked_checkpoint_in_a_backup_is_unlinked_alone(made, outside, tmp_path):
-    shutil.copytree(made, tmp_path / "work")
+def test_linked_checkpoint_in_a_backup_is_only_unlinked(finished_run, outside, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "work")
     disk = tmp_path / "work" / "disk" / "run"
     for name, target in ("checkpoint-4", outside), ("checkpoint-2", outside / "etc"):
         shutil.rmtree(disk / "checkpoints" / name, ignore_errors=True)
@@ -234,7 +234,7 @@ def test_a_linked_checkpoint_in_a_backup_is_unlinked_alone(made, outside, tmp_pa
     f.unlink()
     f.symlink_to(outside / "passwd")
     os.link(outside / "etc" / "shadow", disk / "checkpoints" / "checkpoint-6" / "second-name")
-    before = told(outside)
+    before = snapshot(outside)
     for p in (
         disk / "checkpoints" / "checkpoint-4",
         disk / "checkpoints" / "checkpoint-2",
@@ -243,40 +243,40 @@ def test_a_linked_checkpoint_in_a_backup_is_unlinked_alone(made, outside, tmp_pa
     ):
         discard(p, disk)
         assert not os.path.lexists(p)
-    assert told(outside) == before
+    assert snapshot(outside) == before
 
 
-def test_a_backup_that_is_a_link(made, outside, tmp_path):
+def test_backup_that_is_a_link_is_refused(finished_run, outside, tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "run").symlink_to(outside)
-    before = told(outside)
-    b = Backup(tmp_path / "disk", made / "run")
+    before = snapshot(outside)
+    b = Backup(tmp_path / "disk", finished_run / "run")
     b.run_id = "a" * 32
     b.step()
     assert "is a link" in b.status()["failed"]["reason"]
     with pytest.raises(BackupError, match="is a link to .*a backup is a folder of its own"):
         restore_run(b)
-    assert told(outside) == before
+    assert snapshot(outside) == before
 
 
-def test_a_strangers_run_json(made, outside, tmp_path):
-    "Its places are not followed out of the run, neither to rename what is there nor to copy it"
-    run = shutil.copytree(made / "run", tmp_path / "home" / "run")
+def test_paths_in_an_untrusted_run_json_are_not_followed(finished_run, outside, tmp_path):
+    "Its paths are not followed out of the run, neither for renaming nor for copying."
+    run = shutil.copytree(finished_run / "run", tmp_path / "home" / "run")
     (tmp_path / "disk").mkdir()
     for place in "../..", "/etc", "data/../../..", "checkpoints":
-        facts = json.loads((made / "run" / "run.json").read_text())
+        facts = json.loads((finished_run / "run" / "run.json").read_text())
         facts["data"]["places"]["train"] = [place]
         (run / "run.json").write_text(json.dumps(facts))
-        before = sorted(os.listdir(tmp_path)), told(outside)
+        before = sorted(os.listdir(tmp_path)), snapshot(outside)
         with pytest.raises(
             ValueError,
             match=rf"names '{re.escape(place)}' as the directory of the tokens; it must be",
         ):
-            fit(child.shape(), made / "text.jsonl", output_dir=run, **OPTIONS)
+            fit(child.shape(), finished_run / "text.jsonl", output_dir=run, **OPTIONS)
         b = Backup(tmp_path / "disk", run)
         b.run_id = facts["id"]
         b.step()
-        assert not b.failed and (sorted(os.listdir(tmp_path)), told(outside)) == before
+        assert not b.failed and (sorted(os.listdir(tmp_path)), snapshot(outside)) == before
     assert {
         p.parts[0]
         for p in (
@@ -293,11 +293,12 @@ def test_a_strangers_run_json(made, outside, tmp_path):
     }
 
 
-def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
-    """A link in a model directory is somebody's choice of a file of yours.
+def test_an_export_copies_nothing_from_outside(finished_run, outside, tmp_path):
+    """A link in a model directory may point to any of the user's files.
 
-    That of the hub's cache leads into its own blobs."""
-    model = export(made / "run", tmp_path / "model")
+    Links of the hub's cache point to its own blobs.
+    """
+    model = export(finished_run / "run", tmp_path / "model")
     (model / "MANIFEST.json").unlink()
     (model / "special_tokens_map.json").symlink_to(outside / "passwd")
     with pytest.raises(
@@ -320,13 +321,13 @@ def test_an_export_copies_nothing_from_outside(made, outside, tmp_path):
         (snapshot / p.name).symlink_to(f"../../blobs/{i}")
     assert (
         load_tokenizer(export(snapshot, tmp_path / "out")).hash
-        == load_tokenizer(made / "run" / "tokenizer").hash
+        == load_tokenizer(finished_run / "run" / "tokenizer").hash
     )
 
 
-def test_a_lock_and_leftovers_that_are_links(outside, tmp_path, monkeypatch):
+def test_links_as_lock_and_leftovers(outside, tmp_path, monkeypatch):
     monkeypatch.setattr("minigpt.data.download._RETRY_DELAYS", ())
-    before, run = told(outside), tmp_path / "run"
+    before, run = snapshot(outside), tmp_path / "run"
     run.mkdir()
     (run / ".lock").symlink_to(outside / "passwd")
     with pytest.raises(OSError, match="a lock must be a file of its own"), run_lock(run):
@@ -344,25 +345,25 @@ def test_a_lock_and_leftovers_that_are_links(outside, tmp_path, monkeypatch):
     (run / "file.part").symlink_to(outside / "passwd")
     with pytest.raises(REFUSALS):
         get("http://127.0.0.1:9/nothing", run / "file", progress=False)
-    assert told(outside) == before
+    assert snapshot(outside) == before
 
 
-def test_the_checkpoints_folder_is_a_link(made, outside, tmp_path):
-    "A store saves, prunes and sets aside only below the folder around it"
+def test_checkpoints_folder_that_is_a_link(finished_run, outside, tmp_path):
+    "A store saves, prunes and sets aside only in the folder around it."
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").symlink_to(outside)
-    shutil.copytree(made / "run" / "checkpoints" / "checkpoint-4", outside / "checkpoint-4")
-    shutil.copytree(made / "run" / "checkpoints" / "checkpoint-6", outside / "checkpoint-6")
-    before, store = told(outside), CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
-    assert [problem(c.path) for c in store.all()] == [None, None]  # reading is no harm
+    shutil.copytree(finished_run / "run" / "checkpoints" / "checkpoint-4", outside / "checkpoint-4")
+    shutil.copytree(finished_run / "run" / "checkpoints" / "checkpoint-6", outside / "checkpoint-6")
+    before, store = snapshot(outside), CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
+    assert [problem(c.path) for c in store.all()] == [None, None]  # reading is harmless
     for do in store.prune, lambda: store.supersede(5):
         with pytest.raises(OSError, match="this folder is a link"):
             do()
-    assert told(outside) == before
+    assert snapshot(outside) == before
 
 
-def test_no_module_deletes_by_itself(root):
-    "Folders are deleted by `minigpt.core.files.delete` alone"
+def test_modules_delete_folders_only_through_core_files(root):
+    "Only `minigpt.core.files.delete` deletes folders."
     found = [
         f"{f.name}: {line.strip()}"
         for f in (root / "minigpt").rglob("*.py")

@@ -1,7 +1,8 @@
-"""A run that the version before packages has begun goes on in this one.
+"""A run that the version before packages started resumes with this version.
 
 old_run.zip holds a run of 24 steps that was stopped after 12, as version 0.1.0 of 2026-11-28 wrote
-it, and losses.json of the same run without a stop."""
+it; losses.json holds the losses of the same run without a stop.
+"""
 
 import json
 import zipfile
@@ -15,17 +16,17 @@ from minigpt.train import resume
 
 
 @pytest.fixture
-def old(tmp_path, monkeypatch):
+def old_run(tmp_path, monkeypatch):
     with zipfile.ZipFile(Path(__file__).with_name("old_run.zip")) as z:
         z.extractall(tmp_path)
     monkeypatch.chdir(tmp_path)
     return dict(json.loads((tmp_path / "losses.json").read_text()))
 
 
-def test_it_goes_on_with_the_losses_of_the_uninterrupted_run(old):
+def test_old_run_resumes_with_uninterrupted_losses(old_run):
     assert not problem("run/checkpoints/checkpoint-12")
     resume("run")
     rows = [r for r in read_metrics("run/metrics.jsonl") if r.get("loss") is not None]
-    assert [r["step"] for r in rows] == [*old]
-    # another processor rounds differently; where it does not, the bits are the same
-    assert [r["loss"] for r in rows] == pytest.approx([*old.values()], rel=1e-4)
+    assert [r["step"] for r in rows] == [*old_run]
+    # Another processor rounds differently; on the same one the bits are equal.
+    assert [r["loss"] for r in rows] == pytest.approx([*old_run.values()], rel=1e-4)

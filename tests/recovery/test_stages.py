@@ -1,7 +1,7 @@
-"""The other stages, killed with SIGKILL in mid-run, go on bit for bit.
+"""Runs of the other stages are killed with SIGKILL and resume bit for bit.
 
-SFT, an adapter (with dropout), DPO, simplex diffusion (packed, and line by line). (What can go
-wrong around a kill is in test_kill.py.)
+The stages are SFT, an adapter (with dropout), DPO, and simplex diffusion (packed, and one sequence
+per line). Faults around a kill are tested in test_faults.py.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ import pytest
 
 from tests.harness import kill_child as child
 
-# packed rows of up to 128 positions; an epoch ends in between
+# packed rows of up to 128 positions, with an epoch boundary in between
 STAGES = {
     stage: dict(
         stage=stage,
@@ -30,18 +30,18 @@ STAGES |= {
 }
 
 
-def lose_half(work):
-    "As if killed while the reference was computed: half of the numbers are not there yet"
+def drop_half(work):
+    "Drop half of the reference's numbers, as a kill during its computation would."
     for f in (work / "run").glob("data/*/reference-*.bin"):
         bits = np.fromfile(f, np.int32).reshape(2, -1)
         half = bits.shape[1] // 2
-        bits[1, half:] = bits[0, half:]  # the second writing of a number does not agree
+        bits[1, half:] = bits[0, half:]  # the two copies of a number disagree
         bits.tofile(f)
 
 
 @pytest.fixture(scope="module")
 def works(tmp_path_factory):
-    "Of each stage, the uninterrupted run and one that is killed twice; two at a time"
+    "The uninterrupted run and a run killed twice, for each stage; two at a time."
     folder = tmp_path_factory.mktemp("stages")
     with ThreadPoolExecutor(2) as pool:
         refs = {
@@ -49,18 +49,18 @@ def works(tmp_path_factory):
             for s, o in STAGES.items()
         }
         jobs = {
-            s: pool.submit(child.trial, folder / s, 12, kills=2, look=lose_half, **o)
+            s: pool.submit(child.trial, folder / s, 12, kills=2, inspect=drop_half, **o)
             for s, o in STAGES.items()
         }
         yield {s: (refs[s].result, jobs[s].result) for s in STAGES}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed(works, stage):
+def test_resume_is_bit_identical(works, stage):
     reference, work = (f() for f in works[stage])
-    got = child.compare(work, reference)
-    assert got.identical, got.differ
-    assert got.resumed and got.killed_at > 12 and not got.leftovers
+    outcome = child.compare(work, reference)
+    assert outcome.identical, outcome.differ
+    assert outcome.resumed and outcome.killed_at > 12 and not outcome.leftovers
     if stage.startswith("tess"):
         assert {"accuracy", "eval_accuracy"} <= {k for _, _, k, _ in child.losses(work)}
     if stage == "dpo":

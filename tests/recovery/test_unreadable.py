@@ -1,8 +1,8 @@
-"""What cannot be read at the moment is neither absent nor damaged.
+"""A file that cannot be read at the moment is neither missing nor damaged.
 
-Training stops with the reason rather than give up a state that may be whole, and goes on when it
-can be read; a mount that stutters, hangs, or lacks a function that others have is no reason to
-stop. And what a data set's files say is verified.
+Training stops with the reason instead of giving up a state that may be complete, and resumes when
+it can be read. A flaky or hanging mount, or one without some function, does not stop training. The
+files of a data set are verified.
 """
 
 import errno
@@ -24,25 +24,33 @@ from minigpt.run.folder import Run, list_runs, open_run, run_table, runs_table
 from minigpt.train.trainer import fit
 from tests.harness import kill_child as child
 from tests.harness.faulty import Disk, Server, keeps_attributes
-from tests.recovery.test_backup import ID, drive, parts, repeat, saves, state, steps_saved  # noqa: F401 (fixtures among them)
+from tests.recovery.test_backup import (  # noqa: F401 (fixtures among them)
+    ID,
+    parts,
+    run_until_done,
+    saves,
+    state,
+    steps_saved,
+    submit_saves,
+)
 from tests.recovery.test_faults import (  # noqa: F401
-    At,
+    AtStep,
     PowerCut,
-    copied,
-    cut,
-    go,
+    assert_same_run,
+    copy_to,
+    interrupted,
     log,
     power_cut,
-    same_as,
+    run_fit,
     steps,
+    uninterrupted,
     weights,
-    whole,
     work,
 )
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch):
+def no_delays(monkeypatch):
     monkeypatch.setattr("minigpt.train.setup.RETRY_DELAYS", (0.01, 0.01))
 
 
@@ -81,23 +89,24 @@ NEWEST = "run/checkpoints/checkpoint-10"
         ),
     ],
 )
-def test_a_state_that_cannot_be_read_stops_the_run(cut, whole, tmp_path, place, error, words):
-    """Nothing is recorded, nothing is superseded.
+def test_unreadable_state_stops_the_run(interrupted, uninterrupted, tmp_path, place, error, words):
+    """Nothing is recorded or superseded.
 
-    What comes when it can be read is bit for bit the undisturbed run."""
-    work = copied(cut, tmp_path / "work")
-    with Disk(tmp_path).at_work() as disk:
+    Once the state can be read, the result equals the uninterrupted run bit for bit.
+    """
+    work = copy_to(interrupted, tmp_path / "work")
+    with Disk(tmp_path).active() as disk:
         disk.unreadable = {str(work / place): error}
         with pytest.raises(CheckpointError, match=words):
-            go(work)
+            run_fit(work)
     assert len(open_run(work / "run").facts["attempts"]) == 1 and steps(work) == [5, 10]
     if place == NEWEST:
-        same_as(whole, work, go(work)[1], since=10)
+        assert_same_run(uninterrupted, work, run_fit(work)[1], since=10)
 
 
-def test_a_mount_that_stutters_is_asked_again(cut, whole, tmp_path, monkeypatch):
-    work, waited = copied(cut, tmp_path / "work"), []
-    with Disk(tmp_path).at_work() as disk:
+def test_flaky_mount_is_retried(interrupted, uninterrupted, tmp_path, monkeypatch):
+    work, waited = copy_to(interrupted, tmp_path / "work"), []
+    with Disk(tmp_path).active() as disk:
         disk.unreadable = {str(work / NEWEST / "optimizer.safetensors"): errno.EIO}
 
         def sleep(seconds):
@@ -105,49 +114,54 @@ def test_a_mount_that_stutters_is_asked_again(cut, whole, tmp_path, monkeypatch)
             disk.unreadable = {}
 
         monkeypatch.setattr("minigpt.train.setup.time.sleep", sleep)
-        same_as(whole, work, go(work)[1], since=10)
+        assert_same_run(uninterrupted, work, run_fit(work)[1], since=10)
     assert waited[0] == 0.01
 
 
-def test_going_back_on_purpose(cut, tmp_path):
-    "The error says which older state there is, and that one is taken where it is named"
-    work = copied(cut, tmp_path / "work")
-    with Disk(tmp_path).at_work() as disk:
+def test_going_back_to_a_named_state(interrupted, tmp_path):
+    "The error names an older state, and that one is used when it is requested."
+    work = copy_to(interrupted, tmp_path / "work")
+    with Disk(tmp_path).active() as disk:
         disk.unreadable = {str(work / NEWEST): errno.EACCES}
         with pytest.raises(
             CheckpointError, match="to go back to an older one, pass resume='checkpoint-5'"
         ):
-            go(work)
+            run_fit(work)
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5", "checkpoint-10"])
-def test_a_manifest_that_is_a_folder(cut, whole, tmp_path, name):
-    "That one is damaged, whatever happens later: it is passed over and named"
-    work = copied(cut, tmp_path / "work")
+def test_manifest_that_is_a_folder_is_damaged(interrupted, uninterrupted, tmp_path, name):
+    "It is damaged permanently: it is skipped and reported."
+    work = copy_to(interrupted, tmp_path / "work")
     (m := work / "run/checkpoints" / name / "MANIFEST.json").unlink()
     m.mkdir()
     assert "is a folder, not a file" in run_table(open_run(work / "run"))
-    same_as(whole, work, go(work)[1], since=10 if name == "checkpoint-5" else 5)
+    assert_same_run(
+        uninterrupted, work, run_fit(work)[1], since=10 if name == "checkpoint-5" else 5
+    )
     assert ("checkpoint-10 is skipped: " in log(work)) == (name == "checkpoint-10")
 
 
-def test_run_json_deleted_while_it_trains(whole, work):
-    "It is written again, under the lock that is held; the next call goes on with the run"
+def test_deleted_run_json_is_written_again(uninterrupted, work):
+    "It is written again under the lock that is held; the next call resumes the run."
 
-    def gone(t):
+    def delete_run_json(t):
         (t.run_path / "run.json").unlink()
 
     with pytest.raises(PowerCut):
-        go(work, At(6, gone), At(12, power_cut))
+        run_fit(work, AtStep(6, delete_run_json), AtStep(12, power_cut))
     assert "run.json was deleted during training and has been written again" in log(work) and steps(
         work
     ) == [5, 10]
-    same_as(whole, work, go(work)[1], since=10)
+    assert_same_run(uninterrupted, work, run_fit(work)[1], since=10)
 
 
-# --- file systems that lack something -------------------------------------------------------------
-def test_no_locks_no_flushing_of_folders_no_free_space(whole, work, tmp_path, monkeypatch):
-    "As on some network shares and FUSE mounts: training goes on, and what cannot be known is said"
+# --- file systems without some functions ----------------------------------------------------------
+def test_training_without_locks_fsync_or_free_space(uninterrupted, work, tmp_path, monkeypatch):
+    """As on some network shares and FUSE mounts:
+
+    training continues, and what is unknown is reported.
+    """
 
     def no_lock(*_):
         raise OSError(errno.ENOTSUP, "Operation not supported")
@@ -167,8 +181,8 @@ def test_no_locks_no_flushing_of_folders_no_free_space(whole, work, tmp_path, mo
     monkeypatch.setattr(fcntl, "flock", no_lock)
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(shutil, "disk_usage", space)
-    run, losses = go(work, gdrive_backup_dir=str(tmp_path / "disk"))
-    same_as(whole, work, losses)
+    run, losses = run_fit(work, gdrive_backup_dir=str(tmp_path / "disk"))
+    assert_same_run(uninterrupted, work, losses)
     assert (
         "WARNING: the file system of" in log(work)
         and "does not support locks" in log(work)
@@ -177,9 +191,9 @@ def test_no_locks_no_flushing_of_folders_no_free_space(whole, work, tmp_path, mo
     )
 
 
-def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
-    "`minigpt runs RUN` says so after a while, and shows the rest"
-    work, hangs = copied(cut, tmp_path / "work"), threading.Event()
+def test_hanging_mount_is_reported(interrupted, tmp_path, monkeypatch):
+    "`minigpt runs RUN` reports it after a while and shows the rest."
+    work, hangs = copy_to(interrupted, tmp_path / "work"), threading.Event()
     facts = open_run(work / "run").facts
     facts["train"]["gdrive_backup_dir"] = str(tmp_path / "disk")
     backup_module.write_json(work / "run/run.json", facts)
@@ -190,10 +204,10 @@ def test_a_mount_that_hangs(cut, tmp_path, monkeypatch):
     assert "checkpoint-10" in said and "disk has not answered for 0 s: the mount hangs" in said
 
 
-def test_the_list_of_runs(cut, tmp_path, monkeypatch):
-    "Shows the others, and names one that is unreadable, does not answer, or holds no numbers"
+def test_list_of_runs_shows_unreadable_ones(interrupted, tmp_path, monkeypatch):
+    "It shows the others, and names a run that is unreadable, does not answer, or has no numbers."
     for name in "good", "hangs", "locked", "odd":
-        shutil.copytree(cut / "run", tmp_path / "runs" / name)
+        shutil.copytree(interrupted / "run", tmp_path / "runs" / name)
     with open(tmp_path / "runs/odd/metrics.jsonl", "a") as f:
         f.write('{"step": 13, "loss": [1], "eval_loss": "x"}\n')
     monkeypatch.setattr("minigpt.run.folder.ANSWER", 0.3)
@@ -203,7 +217,7 @@ def test_the_list_of_runs(cut, tmp_path, monkeypatch):
         "history",
         property(lambda self: wait.wait(30) if self.path.name == "hangs" else real(self)),
     )
-    with Disk(tmp_path).at_work() as disk:
+    with Disk(tmp_path).active() as disk:
         disk.unreadable = {str(tmp_path / "runs/locked"): errno.EACCES}
         said = runs_table(list_runs(tmp_path / "runs"))
     wait.set()
@@ -219,10 +233,11 @@ def test_the_list_of_runs(cut, tmp_path, monkeypatch):
 
 
 # --- the backup -----------------------------------------------------------------------------------
-def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
-    """An error after every piece: each round brings a file more, nothing is copied twice.
+def test_interrupted_copy_continues(saves, tmp_path, monkeypatch):
+    """With an error after every piece, each round completes one more file and copies nothing twice.
 
-    The user is told once."""
+    The user is told once.
+    """
     (tmp_path / "disk").mkdir()
     b = Backup(tmp_path / "disk", saves, beat=99)
     b.run_id = ID
@@ -233,13 +248,13 @@ def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
         read.append(source.name)
         return real(source, target, progress)
 
-    def stutter():
+    def fail_each_piece():
         armed[0] = not armed[0]
         if not armed[0]:
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(backup_module, "copy_file", counted)
-    monkeypatch.setattr(backup_module, "rest", stutter)
+    monkeypatch.setattr(backup_module, "rest", fail_each_piece)
     b.submit(saves / "checkpoints" / "checkpoint-300")
     for rounds in range(1, 40):  # noqa: B007
         b.step()
@@ -255,8 +270,8 @@ def test_a_copy_goes_on_where_it_was_interrupted(saves, tmp_path, monkeypatch):
     assert sum("NOT BACKED UP" in text for _, text in b.messages) == 1 and b.failures == 0
 
 
-def test_a_whole_piece_is_not_copied_twice(tmp_path, monkeypatch):
-    "Within a file, too"
+def test_complete_piece_is_not_copied_twice(tmp_path, monkeypatch):
+    "Also within a file."
     (tmp_path / "a").write_bytes(data := os.urandom(9 << 20))
     progress, written = backup_module.Progress(), []
 
@@ -285,8 +300,8 @@ def test_a_whole_piece_is_not_copied_twice(tmp_path, monkeypatch):
     assert (tmp_path / "b").read_bytes() == data and written == [4 << 20, 0, 4 << 20, 1 << 20]
 
 
-def test_what_never_became_whole_leaves_the_backup(parts, saves, tmp_path):
-    "Once a state is safe; what cannot be read stays, and is said not to be whole"
+def test_incomplete_copies_are_deleted_from_the_backup(parts, saves, tmp_path):
+    "They are deleted once a state is safe; an unreadable copy stays and is reported as incomplete."
     (tmp_path / "disk").mkdir()
     b = Backup(tmp_path / "disk", saves, keep=1, beat=99)
     b.run_id = ID
@@ -306,7 +321,7 @@ def test_what_never_became_whole_leaves_the_backup(parts, saves, tmp_path):
     )
     b.submit(saves / "best" / "checkpoint-200")
     b.submit(saves / "checkpoints" / "checkpoint-300")
-    with Disk(tmp_path / "disk").at_work() as disk:
+    with Disk(tmp_path / "disk").active() as disk:
         disk.unreadable = {str(old / "MANIFEST.json"): errno.EIO}
         b.step()
         assert not b.failed and b.status()["copied"] == dict(name="checkpoint-300", step=300)
@@ -318,16 +333,16 @@ def test_what_never_became_whole_leaves_the_backup(parts, saves, tmp_path):
         p.name for d in ("checkpoints", "snapshots", "best") for p in (b.path / d).iterdir()
     ) == ["checkpoint-200", "checkpoint-300", "checkpoint-50"]
     b.step()
-    assert steps_saved(b) == [300]  # it can be read again, and is pruned as others are
+    assert steps_saved(b) == [300]  # it can be read again and is pruned like the others
 
 
-def test_the_status_does_not_wait_for_what_has_arrived(saves, tmp_path):
+def test_status_does_not_wait_for_arrived_files(saves, tmp_path):
     if not keeps_attributes(tmp_path):
-        return  # nothing confirms there
+        return  # the server confirms nothing
     (tmp_path / "drive").mkdir()
     disk = Disk(tmp_path / "drive")
     disk.server = Server(tmp_path / "drive", tmp_path / "there")
-    with disk.at_work():
+    with disk.active():
         b = Backup(tmp_path / "drive", saves, beat=0.05, retry=0.02, poll=0.02)
         b.start(ID)
         b.submit(saves / "checkpoints" / "checkpoint-300")
@@ -350,13 +365,15 @@ def test_the_status_does_not_wait_for_what_has_arrived(saves, tmp_path):
 
 
 # --- more steps than were planned -----------------------------------------------------------------
-def test_more_steps_and_the_learning_rate(whole, tmp_path):
-    """That it jumps is said before it does.
+def test_learning_rate_with_more_steps(uninterrupted, tmp_path):
+    """A jump of the learning rate is reported before it happens.
 
-    With lr_extend it goes on from where it is, and only down, and so after another interruption."""
+    With lr_extend it continues from its current value, only downwards, also after another
+    interruption.
+    """
     rates = lambda run: [r["lr"] for r in run.history if "loss" in r]
-    work = copied(whole[0], tmp_path / "jump")
-    run, _ = go(work, max_steps=30)
+    work = copy_to(uninterrupted[0], tmp_path / "jump")
+    run, _ = run_fit(work, max_steps=30)
     old = rates(run)[:20]
     assert (
         f"WARNING: the learning rate of step 20 was {old[-1]:.3g} in a run of 20 steps and is"
@@ -365,11 +382,11 @@ def test_more_steps_and_the_learning_rate(whole, tmp_path):
         and "pass lr_extend='continue'" in log(work)
         and rates(run)[20] > 2 * old[-1]
     )
-    work = copied(whole[0], tmp_path / "down")
+    work = copy_to(uninterrupted[0], tmp_path / "down")
     more = dict(max_steps=30, lr_extend="continue")
     with pytest.raises(PowerCut):
-        go(work, At(26, power_cut), **more)
-    run, _ = go(work, **more)
+        run_fit(work, AtStep(26, power_cut), **more)
+    run, _ = run_fit(work, **more)
     assert (
         rates(run)[:20] == old
         and rates(run)[20] == old[-1]
@@ -380,7 +397,7 @@ def test_more_steps_and_the_learning_rate(whole, tmp_path):
         and len(run.facts["attempts"]) == 3
         and "WARNING: the learning rate" not in log(work)
     )
-    uncut, _ = go(copied(whole[0], tmp_path / "uncut"), **more)
+    uncut, _ = run_fit(copy_to(uninterrupted[0], tmp_path / "uncut"), **more)
     assert rates(uncut) == rates(run) and weights(tmp_path / "uncut") == weights(work)
     assert lr_at(25, run_config(run), 30, (20, old[-1])) == rates(run)[25]
 
@@ -404,19 +421,19 @@ PAIRS = dict(
 )
 
 
-def learn(work, *callbacks, **options):
+def fit_pairs(work, *callbacks, **options):
     model, data = child.model_and_data("dpo", work)
     return fit(model, data, output_dir=work / "run", callbacks=callbacks, **{**PAIRS, **options})
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    "A training on preferences that was cut off at step 4, and the same to its end"
+    "A preference training that was interrupted at step 4, and an uninterrupted one."
     work = child.new_work(tmp_path_factory.mktemp("pairs") / "work")
     with pytest.raises(PowerCut):
-        learn(work, At(4, power_cut))
-    done = copied(work, work.with_name("done"))
-    return work, [r["loss"].hex() for r in learn(done).history if "loss" in r]
+        fit_pairs(work, AtStep(4, power_cut))
+    done = copy_to(work, work.with_name("done"))
+    return work, [r["loss"].hex() for r in fit_pairs(done).history if "loss" in r]
 
 
 def flip(f, at=0.6):
@@ -427,15 +444,15 @@ def flip(f, at=0.6):
 
 @pytest.mark.parametrize("name", ["docs.npy", "packs-128.npy", "reference-*.bin"])
 @pytest.mark.parametrize("harm", ["flipped", "cut", "emptied"])
-def test_every_file_of_a_data_set_is_verified(pairs, tmp_path, name, harm):
-    "Whatever is damaged is made again, and the losses are those of the undamaged run"
-    work = copied(pairs[0], tmp_path / "work")
+def test_damaged_data_files_are_rebuilt(pairs, tmp_path, name, harm):
+    "Damaged files are rebuilt, and the losses equal those of the undamaged run."
+    work = copy_to(pairs[0], tmp_path / "work")
     (f,) = (work / "run/data/train").glob(name)
     if harm == "flipped":
         flip(f)
     else:
         os.truncate(f, f.stat().st_size // 2 if harm == "cut" else 0)
-    run = learn(work)
+    run = fit_pairs(work)
     assert [r["loss"].hex() for r in run.history if "loss" in r] == pairs[1]
     if name == "docs.npy":
         assert "damaged tokens" in (work / "run/run.log").read_text() and list(
@@ -443,8 +460,8 @@ def test_every_file_of_a_data_set_is_verified(pairs, tmp_path, name, harm):
         )
 
 
-def test_a_set_from_elsewhere_is_verified_too(pairs, tmp_path):
-    work = copied(pairs[0], tmp_path / "work")
+def test_foreign_token_set_is_verified(pairs, tmp_path):
+    work = copy_to(pairs[0], tmp_path / "work")
     data, _ = open_tokenset(work / "run/data")
     tok = open_run(work / "run").tokenizer
     flip(work / "run/data/train/mask.bin")
@@ -460,24 +477,24 @@ def test_a_set_from_elsewhere_is_verified_too(pairs, tmp_path):
     assert "pickle" not in str(e.value)
 
 
-def test_a_reference_of_the_version_before(pairs, tmp_path):
-    "Its file holds the numbers alone; they are taken over"
-    work = copied(pairs[0], tmp_path / "work")
+def test_reference_of_the_previous_version_is_reused(pairs, tmp_path):
+    "Its file holds only the numbers; they are reused."
+    work = copy_to(pairs[0], tmp_path / "work")
     for f in (work / "run/data").glob("*/reference-*.bin"):
         np.save(f.with_suffix(".npy"), np.fromfile(f, np.float32).reshape(2, -1)[0])
         f.unlink()
-    assert [r["loss"].hex() for r in learn(work).history if "loss" in r] == pairs[
+    assert [r["loss"].hex() for r in fit_pairs(work).history if "loss" in r] == pairs[
         1
     ] and "computing reference log-probabilities" not in (work / "run/run.log").read_text().split(
         "resuming"
     )[-1]
 
 
-def test_a_store_of_checkpoints(parts, tmp_path):
-    "An unreadable one is kept under another name when its step is saved again, not pruned"
+def test_unreadable_checkpoint_is_kept_by_the_store(parts, tmp_path):
+    "An unreadable one is renamed when its step is saved again, and not pruned."
     store = CheckpointStore(tmp_path / "checkpoints", keep=1)
     store.save(state(parts, 1))
-    with Disk(tmp_path).at_work() as disk:
+    with Disk(tmp_path).active() as disk:
         disk.unreadable = {str(tmp_path / "checkpoints/checkpoint-1" / "config.json"): errno.EIO}
         store.save(replace(state(parts, 1), arguments={"a": 1}))
     assert sorted(p.name for p in store.folder.iterdir()) == [

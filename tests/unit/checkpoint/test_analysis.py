@@ -1,7 +1,8 @@
-"""analyze on files of other programs, made here or in ../shared/checkpoints, and on harmful files.
+"""`analyze` on files of other programs, written here or in ../shared/checkpoints, and harmful
+files.
 
-What is shown must be what the program itself says; and nothing in a file may run, write, or take
-more memory or time than a header deserves.
+The results must equal what the program itself reports. Nothing in a file may run, write, or take
+more memory or time than its header justifies.
 """
 
 import base64
@@ -39,7 +40,7 @@ shared = pytest.mark.skipif(
 )
 
 
-def adds_up(a):
+def assert_sums_match(a):
     assert abs(sum(a.components.values()) - a.size) <= 0.01 * a.size and all(
         n >= 0 for n in a.components.values()
     )
@@ -69,7 +70,7 @@ def tiny_llama(**changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    "A checkpoint of the Hugging Face Trainer, and its model"
+    "A checkpoint of the Hugging Face Trainer and its model."
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     folder, model = tmp_path_factory.mktemp("trainer"), tiny_llama()
@@ -91,10 +92,10 @@ def trained(tmp_path_factory):
     return folder, model
 
 
-def test_trainer(trained):
+def test_trainer_checkpoint(trained):
     folder, model = trained
     a = analyze(folder / "checkpoint-2")
-    adds_up(a)
+    assert_sums_match(a)
     assert a.kind == "Hugging Face checkpoint" and (a.step, a.problems) == (2, [])
     assert a.params == model.num_parameters() == a.trainable
     assert {"model", "optimizer", "scheduler", "rng", "metadata"} <= a.components.keys()
@@ -109,24 +110,24 @@ def test_trainer(trained):
     assert a.loss == last and a.config["hidden_size"] == 32
     assert (
         a.metadata["training_args"]["learning_rate"] == 1e-3
-    )  # out of a pickle of TrainingArguments, which was not made
+    )  # from a pickled TrainingArguments, which was not instantiated
     orjson.dumps(a.summary())
     assert [p.name for p in checkpoints_in(folder)] == ["checkpoint-2"]
 
 
-def test_pytorch_bin_and_shards(tmp_path, trained):
+def test_pytorch_bin_and_shards_are_equal(tmp_path, trained):
     model = trained[1]
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path)
     a = analyze(tmp_path)
-    adds_up(a)
+    assert_sums_match(a)
     assert a.params == model.num_parameters() and a.kind == "Hugging Face model"
     assert [(t.tied, t.bytes) for t in a.tensors if t.name == "lm_head.weight"] == [
         ("model.embed_tokens.weight", 0)
     ] and not a.problems
     model.save_pretrained(tmp_path / "sharded", max_shard_size="30KB")
     b = analyze(tmp_path / "sharded")
-    adds_up(b)
+    assert_sums_match(b)
     assert (
         len([f for f in b.files if f.endswith(".safetensors")]) > 2
         and b.params == a.params
@@ -134,14 +135,14 @@ def test_pytorch_bin_and_shards(tmp_path, trained):
     )
     model.save_pretrained(
         tmp_path
-    )  # the weights twice: they take the bytes of two, and are one model
+    )  # the weights twice: the bytes of two, the parameters of one model
     c = analyze(tmp_path)
-    adds_up(c)
+    assert_sums_match(c)
     assert c.params == a.params and c.size > 1.9 * b.components["model"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_an_untied_model_in_every_type(tmp_path, dtype):
+def test_untied_model_in_every_dtype(tmp_path, dtype):
     pytest.importorskip("transformers")
     model = tiny_llama(tie_word_embeddings=False).to(getattr(torch, dtype))
     for save in (
@@ -150,21 +151,21 @@ def test_an_untied_model_in_every_type(tmp_path, dtype):
     ):
         save()
     for a in (analyze(tmp_path / "a"), analyze(tmp_path / "a.pt")):
-        adds_up(a)
+        assert_sums_match(a)
         assert (a.params, a.precision) == (model.num_parameters(), dtype)
         assert {t.name: (t.shape, t.bytes) for t in a.tensors} == {
             k: (tuple(v.shape), v.nbytes) for k, v in model.state_dict().items()
         }
 
 
-def test_peft(tmp_path):
+def test_peft_adapter(tmp_path):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         tiny_llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     )
     model.save_pretrained(tmp_path)
     a = analyze(tmp_path)
-    adds_up(a)
+    assert_sums_match(a)
     assert (
         a.kind == "LoRA adapter"
         and a.params == a.trainable == model.get_nb_trainable_parameters()[0]
@@ -172,12 +173,14 @@ def test_peft(tmp_path):
     )
 
 
-def test_a_whole_module_and_a_wrapped_one(tmp_path):
-    "torch.save(model), which names its classes; what DataParallel and torch.compile prepend"
+def test_pickled_and_wrapped_modules(tmp_path):
+    """torch.save(model), which names its classes, and the prefixes of DataParallel and
+    torch.compile.
+    """
     model = GPT(GPTConfig(vocab_size=50, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32))
     torch.save(model, tmp_path / "module.pt")
     a = analyze(tmp_path / "module.pt")
-    adds_up(a)
+    assert_sums_match(a)
     assert (
         a.params == model.config.n_params
         and "minigpt.model.gpt.GPT" in a.code
@@ -192,7 +195,7 @@ def test_a_whole_module_and_a_wrapped_one(tmp_path):
     assert not d["only_first"] and not d["only_second"] and d["changed"] == len(model.weights())
 
 
-def test_before_torch_1_6(tmp_path):
+def test_file_format_before_torch_1_6(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2, dtype=torch.float16))
     torch.save(
         dict(model=model.state_dict(), step=7, note=("x", {1, 2})),
@@ -203,9 +206,9 @@ def test_before_torch_1_6(tmp_path):
         dict(model={k: v * 2 for k, v in model.state_dict().items()}, step=8), tmp_path / "new.pt"
     )
     a = analyze(tmp_path / "old.pt")
-    adds_up(a)
+    assert_sums_match(a)
     assert a.params == sum(p.numel() for p in model.parameters()) and a.step == 7
-    d = difference(a, tmp_path / "new.pt")  # the values are found where they are
+    d = difference(a, tmp_path / "new.pt")  # the values are found at their offsets
     assert (d["changed"], round(d["distance"], 5), d["steps"]) == (4, 1, 1)
 
 
@@ -226,7 +229,7 @@ def test_before_torch_1_6(tmp_path):
 )
 def test_shared(path, kind, params, step):
     a = analyze(SHARED / path)
-    adds_up(a)
+    assert_sums_match(a)
     assert (a.kind, a.params, a.step, a.code) == (kind, params, step, [])
     assert a.trainable in (None, params) and not [p for p in a.problems if "copy" not in p]
     for s in suggestions(a, training_hours=3, target="mobile"):
@@ -261,7 +264,7 @@ def test_shared_facts():
         n.best_loss == d["best_val_loss"].item() and n.config["n_embd"] == d["model_args"]["n_embd"]
     )
     positions = next(t for t in n.tensors if t.name == "transformer.wpe.weight")
-    assert f"{(n.params - positions.numel) / 1e6:.2f}" == "0.51"  # as nanoGPT's log says it
+    assert f"{(n.params - positions.numel) / 1e6:.2f}" == "0.51"  # as in nanoGPT's log
     m = analyze(SHARED / "minimind" / "pretrain_64.pth")
     assert m.problems[0].startswith(
         "lm_head.weight is stored as a copy of model.embed_tokens.weight"
@@ -297,7 +300,7 @@ def run(tmp_path_factory):
 def test_a_run(run):
     for c in (*run.checkpoints, run.best):
         a = analyze(c.path)
-        adds_up(a)
+        assert_sums_match(a)
         assert (
             a.size == dir_size(c.path)
             and a.step == c.step
@@ -306,9 +309,9 @@ def test_a_run(run):
         )
     assert (
         a.components.get("optimizer") is None and a.best_loss is not None
-    )  # the best one has weights alone
+    )  # the best one has only weights
     whole = analyze(run.path)
-    adds_up(whole)
+    assert_sums_match(whole)
     assert (
         whole.size == dir_size(run.path)
         and whole.kind == "minigpt run"
@@ -333,7 +336,7 @@ def test_a_run(run):
     )
 
 
-def test_a_run_going_on_and_a_checkpoint_cut_off(run, tmp_path):
+def test_running_run_and_unfinished_checkpoint(run, tmp_path):
     import shutil
 
     to = tmp_path / "run"
@@ -346,7 +349,7 @@ def test_a_run_going_on_and_a_checkpoint_cut_off(run, tmp_path):
     with open(c / "optimizer.safetensors", "r+b") as f:
         f.truncate(5000)
     a = analyze(c)
-    adds_up(a)
+    assert_sums_match(a)
     assert a.components["unreadable"] == 5000 and a.step == 4 and a.params
     assert (
         any("tokenizer.json is missing" in p for p in a.problems)
@@ -374,7 +377,7 @@ def test_compressed_and_quantized(run, tmp_path):
         zstandard.ZstdCompressor().compress((run.path / "model.safetensors").read_bytes())
     )
     a = analyze(z)
-    adds_up(a)
+    assert_sums_match(a)
     assert (
         a.params == run.model().config.n_params
         and a.components["model"] == (z / "model.safetensors.zst").stat().st_size
@@ -399,13 +402,13 @@ def test_compressed_and_quantized(run, tmp_path):
         {"minigpt": json.dumps(dict(bits=4, group=64, widths=widths))},
     )
     b = analyze(q)
-    adds_up(b)
+    assert_sums_match(b)
     assert (b.params, b.precision) == (a.params, "int4") and not b.problems
     assert not [s for s in suggestions(b) if "quantization" in s["what"]]
 
 
 # --- numbers that are computed --------------------------------------------------------------------
-def test_suggestions_are_computed(tmp_path):
+def test_suggested_sizes_are_exact(tmp_path):
     medium = GPTConfig.preset("medium")
     with torch.device("meta"):
         model = GPT(medium)
@@ -492,7 +495,7 @@ def test_treemap_fills_the_plane():
     assert treemap([], 1, 1) == []
 
 
-def test_order_by_step_then_time(tmp_path):
+def test_checkpoints_are_ordered_by_step_then_time(tmp_path):
     w = {"layers.0.w": torch.ones(3)}
     for n, name in enumerate(
         ("final_model.pt", "checkpoint_step_100.pt", "checkpoint_step_20.pt", "b.safetensors")
@@ -505,7 +508,7 @@ def test_order_by_step_then_time(tmp_path):
         os.utime(tmp_path / name, (1e9 - n, 1e9 - n))
     (tmp_path / "checkpoint-30").mkdir()
     torch.save({"model": w, "step": 30}, tmp_path / "checkpoint-30" / "ckpt.pt")
-    torch.save({"state": {}}, tmp_path / "optimizer.pt")  # no checkpoint by itself
+    torch.save({"state": {}}, tmp_path / "optimizer.pt")  # not a checkpoint by itself
     (tmp_path / ".checkpoint-40.tmp-1").mkdir()
     assert [a.path.name for a in compare(tmp_path)] == [
         "checkpoint_step_20.pt",
@@ -520,7 +523,7 @@ def test_order_by_step_then_time(tmp_path):
         analyze(tmp_path / "final-model.pt")
 
 
-def test_difference_names_what_does_not_fit(tmp_path):
+def test_difference_names_mismatches(tmp_path):
     torch.save(
         {
             "a": torch.ones(2, 3),
@@ -551,12 +554,12 @@ def test_difference_names_what_does_not_fit(tmp_path):
         "b": 1,
         "c": 0,
         "t": 0,
-    }  # bfloat16 and a transposed tensor are read as what they are
+    }  # bfloat16 and transposed tensors are read correctly
     assert "only in the second: d" in str(d)
 
 
-def test_difference_in_pieces_and_of_numbers_that_are_none(tmp_path):
-    "Tensors of several pieces, stored row after row and not; NaN that stays NaN has not changed"
+def test_difference_of_strided_tensors_and_nan(tmp_path):
+    "Tensors of several pieces, contiguous or not; a NaN that stays NaN is unchanged."
     x = torch.randn(1500, 2000)
     y = x.clone()
     y[1400, 7] += 1e-3
@@ -580,10 +583,11 @@ def test_difference_in_pieces_and_of_numbers_that_are_none(tmp_path):
     )
 
 
-def test_what_a_dict_holds_is_told_by_its_names(tmp_path):
-    """A state dict with an odd entry stays one.
+def test_contents_of_a_dict_are_recognized_by_names(tmp_path):
+    """A state dict with an odd entry is still one.
 
-    An average of the weights is another component; views take what they view."""
+    An average of the weights is another component; views show the same values.
+    """
     w = {"a.weight": torch.ones(3, 4), "b.weight": torch.ones(5)}
     torch.save(w | {"_extra_state": {"scale": torch.ones(2)}}, tmp_path / "extra.pt")
     assert analyze(tmp_path / "extra.pt").components.keys() == {"model", "format"}
@@ -597,22 +601,22 @@ def test_what_a_dict_holds_is_told_by_its_names(tmp_path):
         tmp_path / "ema.pt",
     )
     a = analyze(tmp_path / "ema.pt")
-    adds_up(a)
+    assert_sums_match(a)
     assert (a.params, a.step, a.components["rng"] > 5000) == (17, 7, True) and {
         t.name for t in a.tensors if t.component == "ema"
     } == {"ema.a.weight", "ema.b.weight"}
     torch.save({"model": {"a": torch.ones(1_000_000)[:10]}}, tmp_path / "view.pt")
     v = analyze(tmp_path / "view.pt")
-    adds_up(v)
+    assert_sums_match(v)
     assert v.params == 10 and "3.8 MiB are stored and not used" in v.problems[0]
 
 
-def test_demo(tmp_path, capsys):
+def test_demo_is_analyzed(tmp_path, capsys):
     config = GPTConfig(vocab_size=50, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32)
     path = create_demo(tmp_path / "demo", config)
     assert [p.name for p in path.parent.iterdir()] == [
         "checkpoint_step_2.pt"
-    ] and path.name in capsys.readouterr().err  # with a bar
+    ] and path.name in capsys.readouterr().err  # with a progress bar
     a, d = analyze(path), torch.load(path, weights_only=True)
     assert set(d) == {
         "model_state_dict",
@@ -631,7 +635,7 @@ def test_demo(tmp_path, capsys):
         create_demo(tmp_path, "medum")
 
 
-def test_a_demo_is_exported_as_the_suggestions_say(tmp_path):
+def test_demo_exports_have_the_suggested_sizes(tmp_path):
     config = GPTConfig(
         vocab_size=50, dim=16, n_layer=2, n_head=2, n_kv_head=1, ffn_dim=32, rope_theta=5000.0
     )
@@ -650,7 +654,7 @@ def test_a_demo_is_exported_as_the_suggestions_say(tmp_path):
         export(path, tmp_path / "x")
 
 
-def test_a_demo_is_not_written_over(tmp_path):
+def test_demo_is_not_overwritten(tmp_path):
     config = GPTConfig(vocab_size=50, dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32)
     was = create_demo(tmp_path / "demo", config, progress=False).read_bytes()
     with pytest.raises(
@@ -670,7 +674,7 @@ def test_a_demo_is_not_written_over(tmp_path):
 
 
 # --- light and fast -------------------------------------------------------------------------------
-def test_no_torch_and_no_values_are_read(run, root):
+def test_analysis_loads_neither_torch_nor_values(run, root):
     code = textwrap.dedent(
         """
         import sys
@@ -691,8 +695,8 @@ def test_no_torch_and_no_values_are_read(run, root):
     assert out[1] == "[]", out
 
 
-# --- made to do harm ------------------------------------------------------------------------------
-class Evil:
+# --- files that are meant to do harm --------------------------------------------------------------
+class Payload:
     def __init__(self, path):
         self.path = path
 
@@ -700,39 +704,39 @@ class Evil:
         return os.system, (f"touch {self.path}",)
 
 
-def test_nothing_is_run(tmp_path):
+def test_pickles_are_not_executed(tmp_path):
     mark = tmp_path / "owned"
     w = {"layers.0.w": torch.ones(30, 10)}
-    torch.save(dict(model=w, step=3, extra=Evil(mark)), tmp_path / "new.pt")
+    torch.save(dict(model=w, step=3, extra=Payload(mark)), tmp_path / "new.pt")
     torch.save(
-        dict(model=w, step=3, extra=Evil(mark)),
+        dict(model=w, step=3, extra=Payload(mark)),
         tmp_path / "old.pt",
         _use_new_zipfile_serialization=False,
     )
     for protocol in range(6):
-        (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(Evil(mark), protocol))
+        (tmp_path / f"{protocol}.pkl").write_bytes(pickle.dumps(Payload(mark), protocol))
     (tmp_path / "inst.pkl").write_bytes(b"(S'touch " + str(mark).encode() + b"'\nios\nsystem\n.")
     (tmp_path / "after.pkl").write_bytes(
-        pickle.dumps(Evil(mark))[:-1] + b"0Nxx"
-    )  # the call comes before the point where it breaks
+        pickle.dumps(Payload(mark))[:-1] + b"0Nxx"
+    )  # the call comes before the point where the pickle breaks
     hf = tmp_path / "checkpoint-1"
     hf.mkdir()
     save_file(w, hf / "model.safetensors")
     (hf / "config.json").write_text("{}")
     for n in ("training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt"):
-        torch.save(dict(x=Evil(mark)), hf / n)
+        torch.save(dict(x=Payload(mark)), hf / n)
     for p in sorted(tmp_path.iterdir()):
         if p.name == "after.pkl":
             with pytest.raises(ValueError, match="after.pkl is refused"):
                 analyze(p)
             continue
         a = analyze(p)
-        adds_up(a)
+        assert_sums_match(a)
         assert any(c.endswith(".system") for c in a.code) and any(
             "names code" in x and "nothing was run" in x for x in a.problems
         ), p
         if p.suffix == ".pt":
-            assert (a.params, a.step) == (300, 3)  # its sizes can be seen all the same
+            assert (a.params, a.step) == (300, 3)  # its sizes are readable all the same
     assert not mark.exists()
     a = analyze(hf)
     assert len(a.problems) == 4 and a.params == 300
@@ -757,7 +761,7 @@ def u32(n):
 
 
 def tensor(numel, shape, stride, key="0", offset=0):
-    "The instructions for a tensor of torch"
+    "Return the instructions that unpickle a tensor of torch."
     ints = lambda xs: (
         b"(" + b"".join(b"\x8a\x09" + x.to_bytes(9, "little", signed=True) for x in xs) + b"t"
     )
@@ -778,7 +782,7 @@ def tensor(numel, shape, stride, key="0", offset=0):
 
 BIG = 150_000
 PICKLES = {
-    "memo": b"\x80\x02}r\xff\xff\xff\xff.",  # pickle's own C code would allocate 64 GB for this
+    "memo": b"\x80\x02}r\xff\xff\xff\xff.",  # pickle's C code would allocate 64 GB for this
     "length": b"\x80\x04\x8e" + struct.pack("<Q", 1 << 62) + b"abc.",
     "length32": b"\x80\x02T" + u32(0x7FFFFFFF) + b"abc.",
     "dicts": b"\x80\x02(" + b"}" * 8_000_000 + b"t.",
@@ -861,42 +865,42 @@ PICKLES = {
 
 
 def harmful(folder):
-    "Files to refuse: name → what is said"
+    "Write files that must be refused; return name → words of the error."
     says = {}
 
-    def put(name, data, why=""):
+    def add(name, data, why=""):
         (folder / name).write_bytes(data)
         says[name] = why
 
     for k, p in PICKLES.items():
-        put(f"{k}.pt", zipped(p, [("archive/data/0", b"\0" * 40)]))
+        add(f"{k}.pt", zipped(p, [("archive/data/0", b"\0" * 40)]))
         if len(p) < 10_000:
-            put(f"{k}.pkl", p)
+            add(f"{k}.pkl", p)
     bomb = b"\x80\x02]" + b"N0" * 10_000_000 + b"."
-    put("deflated.pt", zipped(bomb, method=zipfile.ZIP_DEFLATED), "is compressed")
-    put("bz2.pt", zipped(bomb[:1_000_000], method=zipfile.ZIP_BZIP2), "is compressed")
-    put("big pickle.pt", zipped(bomb), "")
+    add("deflated.pt", zipped(bomb, method=zipfile.ZIP_DEFLATED), "is compressed")
+    add("bz2.pt", zipped(bomb[:1_000_000], method=zipfile.ZIP_BZIP2), "is compressed")
+    add("big pickle.pt", zipped(bomb), "")
     good = pickle.dumps({"step": 1}, 2)
     for n, evil in enumerate(
         ("../../evil", "archive/../../evil", "/tmp/evil", "..\\evil", "C:\\evil")
     ):
-        put(f"path{n}.pt", zipped(good, [(evil, b"x")]), "points outside the archive")
+        add(f"path{n}.pt", zipped(good, [(evil, b"x")]), "points outside the archive")
     whole = zipped(good, [("archive/data/0", b"\0" * 4000)])
-    put("cut off.pt", whole[:-30], "truncated")
-    put("cut in the middle.pt", whole[:2000], "truncated")
+    add("cut off.pt", whole[:-30], "truncated")
+    add("cut in the middle.pt", whole[:2000], "truncated")
     i = whole.rfind(b"PK\1\2")
-    put(
+    add(
         "overlap.pt",
         whole[: i + 20] + u32(1 << 30) + u32(1 << 30) + whole[i + 28 :],
         "its records overlap",
     )
     two = zipped(good, [("archive/data/0", b"\0" * 4000), ("archive/data/1", b"\0" * 8)])
     j = two.rfind(b"PK\1\2")
-    put(
+    add(
         "moved.pt", two[: j + 42] + u32(500) + two[j + 46 :], "is not at the offset"
-    )  # into the middle of another record
+    )  # into another record
     end = whole.rfind(b"PK\5\6")
-    put(
+    add(
         "long list of contents.pt",
         whole[:end]
         + b"\0" * (20 << 20)
@@ -907,9 +911,9 @@ def harmful(folder):
     )
     old = io.BytesIO()
     torch.save({"w": torch.ones(5)}, old, _use_new_zipfile_serialization=False)
-    put("old, cut off.pt", old.getvalue()[:-8], "truncated")
-    put("nothing.pt", b"", "it is empty")
-    put("text.pt", b"<html>not found</html>" * 100, "damaged")
+    add("old, cut off.pt", old.getvalue()[:-8], "truncated")
+    add("nothing.pt", b"", "it is empty")
+    add("text.pt", b"<html>not found</html>" * 100, "damaged")
     header = lambda h, n=None, values=b"": (
         (len(h) if n is None else n).to_bytes(8, "little") + h + values
     )
@@ -944,19 +948,19 @@ def harmful(folder):
         ("number", header(b'{"a":3}'), "damaged"),
         ("more", header(one(), None, bytes(99)), "something was added"),
     ]:
-        put(f"{name}.safetensors", data, why)
+        add(f"{name}.safetensors", data, why)
     with open(folder / "9 MiB.safetensors", "wb") as f:
         f.write((9 << 20).to_bytes(8, "little"))
         f.truncate(20 << 20)
     says["9 MiB.safetensors"] = "more than the limit of 8.0 MiB"
     c = zstandard.ZstdCompressor()
-    put(
+    add(
         "bomb.safetensors.zst",
         c.compress((1 << 33).to_bytes(8, "little") + bytes(50_000_000)),
         "more than the limit of 8.0 MiB",
     )
-    put("not.safetensors.zst", b"abc" * 100, "not a zstd file")
-    put("broken.safetensors.zst", c.compress(header(one(), None, bytes(8)))[:-9], "")
+    add("not.safetensors.zst", b"abc" * 100, "not a zstd file")
+    add("broken.safetensors.zst", c.compress(header(one(), None, bytes(8)))[:-9], "")
     return says
 
 
@@ -978,8 +982,8 @@ for p in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory by way of Linux")
-def test_harmful_files(tmp_path, root):
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process, on Linux only")
+def test_harmful_files_are_refused(tmp_path, root):
     folder = tmp_path / "files"
     folder.mkdir()
     says = harmful(folder)
@@ -995,25 +999,25 @@ def test_harmful_files(tmp_path, root):
     assert r.returncode == 0, r.stdout[-500:] + r.stderr[-2000:]
     rows = [line.split("\t") for line in r.stdout.splitlines()]
     assert {name for _, name, _ in rows} == says.keys()
-    for seconds, name, said in rows:
+    for seconds, name, reported in rows:
         assert float(seconds) < 15, name
         if says[name]:
-            assert says[name] in said and "is refused" in said, (name, said)
-    said = {name: s for _, name, s in rows}
+            assert says[name] in reported and "is refused" in reported, (name, reported)
+    reported = {name: s for _, name, s in rows}
     for name in ("memo", "deep list", "deep tuple", "laughs"):
-        assert "analysed" in said[f"{name}.pt"], said[f"{name}.pt"]
+        assert "analysed" in reported[f"{name}.pt"], reported[f"{name}.pt"]
     assert (
-        "beyond the 40 bytes" in said["reaches beyond.pt"]
-        and "beyond the 40 bytes" in said["repeats a value.pt"]
-        and "beyond the 40 bytes" in said["claims more than it stores.pt"]
+        "beyond the 40 bytes" in reported["reaches beyond.pt"]
+        and "beyond the 40 bytes" in reported["repeats a value.pt"]
+        and "beyond the 40 bytes" in reported["claims more than it stores.pt"]
     )
-    assert "are missing" in said["missing record.pt"] and "8.0 MiB" in said["big pickle.pt"]
-    assert {p: p.stat().st_mtime for p in tmp_path.rglob("*")} == before  # and nothing was written
+    assert "are missing" in reported["missing record.pt"] and "8.0 MiB" in reported["big pickle.pt"]
+    assert {p: p.stat().st_mtime for p in tmp_path.rglob("*")} == before  # no file was written
     assert not Path("/tmp/evil").exists()
 
 
-def test_random_damage(tmp_path):
-    "Whatever is cut or flipped, the answer is an analysis or a ValueError"
+def test_random_damage_is_handled(tmp_path):
+    "Truncated or modified files give an analysis or a ValueError."
     w = {f"layers.{i}.w": torch.randn(4, 3) for i in range(3)}
     torch.save(
         dict(
@@ -1045,7 +1049,7 @@ def test_random_damage(tmp_path):
             p.write_bytes(bad)
             try:
                 a = analyze(p)
-                adds_up(a)
+                assert_sums_match(a)
                 str(a)
                 a._repr_html_()
                 orjson.dumps(a.summary())
@@ -1056,14 +1060,14 @@ def test_random_damage(tmp_path):
     assert set(answers) == {"read", "refused"}
 
 
-def test_strange_directories(tmp_path):
+def test_unusual_directories(tmp_path):
     d = tmp_path / "m"
     d.mkdir()
     save_file({"a": torch.ones(2)}, d / "model.safetensors")
     for n in ("config.json", "trainer_state.json", "MANIFEST.json", "training_args.json"):
         (d / n).write_text("[" * 100_000)
     a = analyze(d)
-    adds_up(a)
+    assert_sums_match(a)
     assert a.params == 2 and len(a.problems) >= 4
     for text in (
         "[1]",
@@ -1075,7 +1079,7 @@ def test_strange_directories(tmp_path):
     ):
         for n in ("config.json", "trainer_state.json", "MANIFEST.json"):
             (d / n).write_text(text)
-        adds_up(a := analyze(d))
+        assert_sums_match(a := analyze(d))
         str(a)
         orjson.dumps(a.summary())
     with open(d / "trainer_state.json", "wb") as f:
@@ -1091,7 +1095,7 @@ def test_strange_directories(tmp_path):
         analyze(tmp_path / "empty")
 
 
-def test_names_cannot_write_on_the_screen(tmp_path):
+def test_names_cannot_send_terminal_sequences(tmp_path):
     evil = "\x1b[2J<script>alert(1)</script>\u202e$x^{$"
     torch.save(
         {

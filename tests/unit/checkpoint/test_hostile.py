@@ -1,6 +1,6 @@
-"""Files that are made to take memory or time, or to say something to a terminal.
+"""Files that are meant to take memory or time, or to send sequences to a terminal.
 
-Each ends in a result or in an error that names it, and soon.
+Each gives a result or an error that names it, and soon.
 """
 
 import gzip
@@ -57,7 +57,7 @@ from minigpt.train.trainer import fit
 
 
 def peak(f):
-    "What a call gives, and the memory it takes at most, in MiB"
+    "Return the result of a call and its peak memory in MiB."
     tracemalloc.start()
     try:
         return f(), tracemalloc.get_traced_memory()[1] / 2**20
@@ -67,7 +67,7 @@ def peak(f):
 
 @contextmanager
 def within(seconds=5):
-    "What hangs fails: a blocked open() and an endless loop of Python's are both interrupted"
+    "Fail on a hang: a blocked open() and an endless Python loop are both interrupted."
 
     def late(*_):
         raise AssertionError(f"not done in {seconds} seconds")
@@ -81,8 +81,8 @@ def within(seconds=5):
         signal.signal(signal.SIGALRM, before)
 
 
-def said(*command):
-    "What a command shows, and whether it ends well"
+def show(*command):
+    "Return the output of a command, and check that it exits normally."
     result = CliRunner().invoke(cli.app, [*map(str, command)])
     if isinstance(result.exception, (ValueError, TypeError, OSError, RuntimeError)):
         return f"error: {result.exception}"  # main() shows these in one line
@@ -96,14 +96,14 @@ def rows(path):
 
 
 def refused(f):
-    "What it says that it refuses"
+    "Return the message of the error."
     with pytest.raises(DataError) as e:
         f()
     return str(e.value)
 
 
 @pytest.mark.parametrize("packer", ["zstd", "gzip"])
-def test_a_line_that_unpacks_to_128_mib(tmp_path, monkeypatch, packer):
+def test_line_that_unpacks_to_128_mib_is_refused(tmp_path, monkeypatch, packer):
     monkeypatch.setattr(formats, "LONGEST", 1 << 20)
     file = tmp_path / "a.jsonl"
     opened = (
@@ -126,19 +126,20 @@ def test_a_line_that_unpacks_to_128_mib(tmp_path, monkeypatch, packer):
         and most < 16
     )
     if packer == "gzip":
-        return  # the same from here on, and slower
+        return  # the same from here on, but slower
     report, most = peak(lambda: analyze(file))
     assert "1 × row too long" in str(report) and most < 16
-    said, most = peak(
+    reported, most = peak(
         lambda: refused(lambda: prepare(file, tmp_path / "out.jsonl", progress=False))
     )
-    assert "row too long" in said and most < 16
+    assert "row too long" in reported and most < 16
 
 
-def test_frames_of_zstd(tmp_path):
-    """Unpacked block by block they are what they were packed from, whoever packed them.
+def test_zstd_frames_are_unpacked(tmp_path):
+    """Unpacked block by block, they equal the original, whichever program packed them.
 
-    Cut off anywhere but between frames, they are refused."""
+    Truncated anywhere but between frames, they are refused.
+    """
     rng, file = random.Random(0), tmp_path / "a.txt"
     zstd = lambda f: formats._IteratorStream(f, formats._decompress_zstd(f))
     for _i in range(40):
@@ -164,8 +165,8 @@ def test_frames_of_zstd(tmp_path):
                 io.BufferedReader(zstd(open(file, "rb")), 1 << 20).read()
 
 
-def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
-    "In a text or in an object: named, before all of the file is in memory"
+def test_unterminated_string_in_an_array_is_refused(tmp_path, monkeypatch):
+    "In a text or in an object: it is reported before the whole file is in memory."
     monkeypatch.setattr(formats, "LONGEST", 1 << 20)
     for head, what in (
         (b'[\n"', "the text on line 2"),
@@ -175,17 +176,17 @@ def test_an_array_whose_text_has_no_end(tmp_path, monkeypatch):
         with zstandard.ZstdCompressor().stream_writer(open(tmp_path / "a.json", "wb")) as f:
             f.write(head)
             f.write(b"a" * (6 << 20))
-        said, most = peak(lambda: refused(lambda: rows(tmp_path / "a.json")))
-        assert f"{what} has no end within 1 MiB" in said and most < 8
+        reported, most = peak(lambda: refused(lambda: rows(tmp_path / "a.json")))
+        assert f"{what} has no end within 1 MiB" in reported and most < 8
 
 
-# --- pipes and devices where files should be ------------------------------------------------------
+# --- pipes and devices instead of files -----------------------------------------------------------
 SMALL = GPTConfig(vocab_size=300, n_layer=1, dim=16, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    "A run's folder with two checkpoints, the second also as its final model; an adapter; a text"
+def run_folder(tmp_path_factory):
+    "A run with two checkpoints, the second also as its final model; an adapter; a text."
     d = tmp_path_factory.mktemp("made")
     tok = train_tokenizer(["The old mill stood still. 旧磨坊静静地立着。"] * 9, vocab_size=300)
     (d / "a.txt").write_text("The old mill stood still.\n" * 9)
@@ -249,24 +250,24 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(made, tmp_path):
-    "Of all that, to be spoiled"
-    shutil.copytree(made, tmp_path / "made")
+def copy(run_folder, tmp_path):
+    "A copy of it that a test may damage."
+    shutil.copytree(run_folder, tmp_path / "made")
     return tmp_path / "made"
 
 
-def piped(path):
-    "A pipe in the place of a file, at whose other end is nobody"
+def replace_by_pipe(path):
+    "A pipe instead of a file, with no process at its other end."
     path.unlink(missing_ok=True)
     os.mkfifo(path)
     return path
 
 
-def test_pipes_and_devices_as_data(tmp_path):
+def test_pipes_and_devices_as_data_are_refused(tmp_path):
     with within():
         for use in inspect_file, data_files, lambda p: list(sample_texts([p])), analyze:
             with pytest.raises(DataError, match="a.jsonl is a FIFO, not a file"):
-                use(piped(tmp_path / "a.jsonl"))
+                use(replace_by_pipe(tmp_path / "a.jsonl"))
             with pytest.raises(DataError, match="/dev/zero is a device, not a file"):
                 use(Path("/dev/zero"))
 
@@ -282,13 +283,13 @@ def test_pipes_and_devices_as_data(tmp_path):
         "MANIFEST.json",
     ],
 )
-def test_a_pipe_in_a_model_directory(copy, name):
+def test_pipe_in_a_model_directory_is_refused(copy, name):
     path = copy / "run" / "checkpoints" / "checkpoint-4"
     if name != "MANIFEST.json":
         (path / "MANIFEST.json").unlink()
     if name not in ("config.json", "MANIFEST.json"):
         (path / "model.safetensors").unlink()
-    piped(path / name)
+    replace_by_pipe(path / name)
     with within(), pytest.raises((NotAFile, RuntimeError), match=f"{name} is a FIFO, not a file"):
         load_model(path)
     with within():
@@ -299,54 +300,54 @@ def test_a_pipe_in_a_model_directory(copy, name):
     "name",
     ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "trainer_state.json"],
 )
-def test_a_pipe_in_an_adapter(copy, name):
+def test_pipe_in_an_adapter_is_refused(copy, name):
     if name == "adapter_model.bin":
         (copy / "adapter" / "adapter_model.safetensors").unlink()
-    piped(copy / "adapter" / name)
+    replace_by_pipe(copy / "adapter" / name)
     with within(), pytest.raises((NotAFile, RuntimeError), match=f"{name} is a FIFO"):
         load_model(copy / "adapter")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_a_pipe_in_a_tokenizer(copy, name):
-    piped(copy / "run" / "tokenizer" / name)
+def test_pipe_in_a_tokenizer_is_refused(copy, name):
+    replace_by_pipe(copy / "run" / "tokenizer" / name)
     with within(), pytest.raises(NotAFile, match=f"{name} is a FIFO"):
         load_tokenizer(copy / "run" / "tokenizer")
 
 
-def test_a_pipe_in_a_checkpoint(copy):
-    "It is not used, and the one before is"
+def test_checkpoint_with_a_pipe_is_skipped(copy):
+    "It is skipped, and the previous checkpoint is used."
     store = CheckpointStore(copy / "run" / "checkpoints")
     path, passed = store.folder / "checkpoint-4", []
     manifest = read_json(path / "MANIFEST.json")
     manifest["files"]["pipe.json"] = dict(size=0, xxh3_128="0" * 32)
     (path / "MANIFEST.json").write_bytes(orjson.dumps(manifest))
-    piped(path / "pipe.json")
+    replace_by_pipe(path / "pipe.json")
     with within():
         assert "pipe.json is not a file" in str(problem(path))
         assert (
             store.newest(lambda c, why: passed.append((c.step, str(why)))).step == 2
             and "pipe.json is not a file" in passed[0][1]
         )
-        piped(path / "MANIFEST.json")
+        replace_by_pipe(path / "MANIFEST.json")
         assert (
             "MANIFEST.json is a FIFO, not a file" in str(problem(path)) and store.newest().step == 2
         )
-        assert "MANIFEST.json is a FIFO, not a file" in said("runs", copy / "run")
+        assert "MANIFEST.json is a FIFO, not a file" in show("runs", copy / "run")
 
 
 @pytest.mark.parametrize(
     "name", ["run.json", "metrics.jsonl", "run.log", "backup.json", "heartbeat.json"]
 )
-def test_a_pipe_in_a_run(copy, name):
-    "What reads it says so, and what does not goes on"
-    piped(copy / "run" / name)
+def test_pipe_in_a_run_is_reported(copy, name):
+    "What reads it reports it, and everything else continues."
+    replace_by_pipe(copy / "run" / name)
     with within(20):
         shown = [
-            said("runs", copy),
-            said("runs", copy / "run"),
-            said("monitor", copy / "run", "--once"),
-            said("plot", copy / "run", "--output", copy / "a.png"),
+            show("runs", copy),
+            show("runs", copy / "run"),
+            show("monitor", copy / "run", "--once"),
+            show("plot", copy / "run", "--output", copy / "a.png"),
         ]
         silent = {
             "run.json": [3],
@@ -359,15 +360,15 @@ def test_a_pipe_in_a_run(copy, name):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "run.log"])
-def test_a_pipe_in_a_backup(copy, name):
-    piped(copy / "run" / name)
+def test_pipe_in_a_backup_is_reported(copy, name):
+    replace_by_pipe(copy / "run" / name)
     with within(20), pytest.raises(NotAFile, match=f"{name} is a FIFO, not a file"):
         restore_run(Backup(copy, copy / "new" / "run"))
 
 
-def test_a_pipe_as_lock(tmp_path):
+def test_pipe_as_lock_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
-    piped(tmp_path / "run" / ".lock")
+    replace_by_pipe(tmp_path / "run" / ".lock")
     with (
         within(20),
         pytest.raises(OSError, match="cannot be written: .*lock is a FIFO, not a file"),
@@ -375,13 +376,13 @@ def test_a_pipe_as_lock(tmp_path):
         fit("tiny", "stories", output_dir=tmp_path / "run", progress=False)
 
 
-def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
-    pipe = piped(tmp_path / "pipe")
+def test_pipes_do_not_block_repeated_reads_and_writes(tmp_path):
+    pipe = replace_by_pipe(tmp_path / "pipe")
     with within():
         for use in read_metrics, RunLog, Metrics, lambda p: torch_file(p, Counter()):
             with pytest.raises(NotAFile, match="is a FIFO"):
                 use(pipe)
-        piped(tmp_path / "heartbeat.json")
+        replace_by_pipe(tmp_path / "heartbeat.json")
         with pytest.raises(NotAFile, match="heartbeat.json is a FIFO"):
             read_heartbeat(tmp_path)
         assert (
@@ -389,15 +390,15 @@ def test_a_pipe_that_is_read_or_written_again_and_again(tmp_path):
         )
 
 
-# --- headers and pickles that take for ever -------------------------------------------------------
+# --- headers and pickles that take forever --------------------------------------------------------
 def tensors_file(path, header, values=b""):
-    "A safetensors file, written by hand"
+    "Write a safetensors file by hand."
     head = json.dumps(header).encode()
     path.write_bytes(len(head).to_bytes(8, "little") + head + values)
     return path
 
 
-def test_a_header_with_more_tensors_than_are_read(copy):
+def test_header_with_too_many_tensors_is_refused(copy):
     path = copy / "run" / "checkpoints" / "checkpoint-4"
     (path / "MANIFEST.json").unlink()
     file = tensors_file(
@@ -412,8 +413,8 @@ def test_a_header_with_more_tensors_than_are_read(copy):
         assert any("more than the limit of 50,000 entries" in p for p in look_into(path).problems)
 
 
-def test_many_heads_and_many_embeddings(tmp_path):
-    "Each is looked at once, not each against each: and the one copy is found"
+def test_many_heads_and_embeddings_take_linear_time(tmp_path):
+    "Each is inspected once, not against each other, and the one copy is found."
     n = 1000
     names = [f"{i}.head" for i in range(n)] + [f"{i}.emb" for i in range(n)]
     header = {
@@ -428,7 +429,7 @@ def test_many_heads_and_many_embeddings(tmp_path):
     ] and a.params == 2 * n - 1
 
 
-def test_more_layers_than_tensors(copy):
+def test_more_layers_than_tensors_is_refused(copy):
     path = copy / "run" / "checkpoints" / "checkpoint-4"
     (path / "MANIFEST.json").unlink()
     config = read_json(path / "config.json")
@@ -455,8 +456,8 @@ PICKLES = dict(
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("kind", PICKLES)
-def test_pickles_that_take_for_ever(tmp_path, monkeypatch, kind, zipped):
-    "What a reader of weights alone would still do"
+def test_pickles_that_take_forever_are_refused(tmp_path, monkeypatch, kind, zipped):
+    "Instructions that a weights-only unpickler would still execute."
     pickled, why = PICKLES[kind]
     if kind == "long":
         monkeypatch.setattr(headers, "_MAX_LOADED", 1000)
@@ -477,7 +478,7 @@ def test_pickles_that_take_for_ever(tmp_path, monkeypatch, kind, zipped):
         read_pickle(tmp_path / "a.pt")
 
 
-def test_a_view_that_claims_more_values_than_there_are(copy):
+def test_view_beyond_its_storage_is_refused(copy):
     path = copy / "run" / "checkpoints" / "checkpoint-4"
     (path / "MANIFEST.json").unlink()
     weights = dict(load_model(path).weights())
@@ -507,8 +508,8 @@ SIZES = [10**11, 10**400, -1, 0, True, 2.5, float("nan"), "8", [8], {"a": 8}, [[
 
 
 @pytest.mark.parametrize("value", SIZES, ids=lambda v: str(v)[:9])
-def test_sizes_of_a_gpt(value):
-    "Named with its value, by the name that it has where it was written"
+def test_impossible_sizes_of_a_gpt_are_refused(value):
+    "The error names the value under the name that the file uses."
     hf = to_hf(SMALL)
     for ours, theirs in FIELDS.items():
         with within(1):
@@ -524,7 +525,7 @@ def test_sizes_of_a_gpt(value):
 
 
 @pytest.mark.parametrize("value", SIZES, ids=lambda v: str(v)[:9])
-def test_sizes_of_an_encoder(value):
+def test_impossible_sizes_of_an_encoder_are_refused(value):
     shape = TessConfig(vocab_size=300, dim=16, n_layer=1, n_head=2, ffn_dim=32)
     hf = shape.to_hf()
     for ours, theirs in dict(
@@ -566,7 +567,7 @@ def test_sizes_of_an_encoder(value):
     ],
     ids=str,
 )
-def test_other_values_of_a_config(copy, change):
+def test_invalid_values_of_a_config_are_refused(copy, change):
     path = copy / "run" / "checkpoints" / "checkpoint-4"
     (path / "MANIFEST.json").unlink()
     (path / "config.json").write_text(json.dumps({**read_json(path / "config.json"), **change}))
@@ -580,7 +581,7 @@ def test_other_values_of_a_config(copy, change):
         load_model(path)
 
 
-def test_sizes_that_are_possible_one_by_one():
+def test_sizes_too_large_together_are_refused():
     with pytest.raises(
         ValueError,
         match=r"vocab_size=16,777,216, dim=131,072.*has 2,250,566,402,048 parameters; the limit is",
@@ -609,7 +610,7 @@ def test_sizes_that_are_possible_one_by_one():
     ],
     ids=str,
 )
-def test_configs_of_adapters(copy, change):
+def test_invalid_adapter_configs_are_refused(copy, change):
     file = copy / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**read_json(file), **change} if change else []))
     what = {"lora_alpha": "alpha", "lora_dropout": "dropout"}.get(
@@ -627,8 +628,8 @@ def names_as_base(adapter, where):
     )
 
 
-def test_an_adapter_of_itself(copy):
-    "Or of another adapter, round about"
+def test_adapter_of_itself_is_refused(copy):
+    "Or of another adapter, in a cycle."
     a, b = copy / "adapter", copy / "other"
     shutil.copytree(a, b)
     (copy / "link").symlink_to(a)
@@ -652,7 +653,7 @@ def test_an_adapter_of_itself(copy):
     names_as_base(a, "adapter")
     shutil.copytree(
         copy / "run" / "checkpoints" / "checkpoint-4", copy / "adapter" / "adapter"
-    )  # a base inside of it, of the same name
+    )  # a base inside it with the same name
     names_as_base(a, "adapter/adapter")
     assert load_model(a).base_path.endswith("adapter/adapter")
 
@@ -743,16 +744,16 @@ WRONG = [
 
 
 @pytest.fixture(scope="module")
-def own():
+def own_template():
     return train_tokenizer(["The old mill stood still."] * 9, vocab_size=300)
 
 
 @pytest.mark.parametrize("template", ENDLESS + LARGE + WRONG, ids=lambda t: t[:40])
-def test_templates_that_take_for_ever(own, monkeypatch, template):
-    "An error says so, in a thread as well, and soon; next to nothing was made meanwhile"
+def test_templates_that_take_forever_are_refused(own_template, monkeypatch, template):
+    "An error is raised, also in a thread, soon, and almost no text is created meanwhile."
     monkeypatch.setattr("minigpt.tokenizer.template.SECONDS", 0.05)
     monkeypatch.setattr("minigpt.tokenizer.template._FREE_CHARS", 1 << 22)
-    tok = Tokenizer(own.hf, {**own.config, "chat_template": template})
+    tok = Tokenizer(own_template.hf, {**own_template.config, "chat_template": template})
     with ThreadPoolExecutor(1) as pool, within(20):
         error, most = peak(
             lambda: pool.submit(tok.render, [dict(role="user", content="Snow?")]).exception()
@@ -766,8 +767,8 @@ def test_templates_that_take_for_ever(own, monkeypatch, template):
     assert isinstance(error, TemplateLimit) or template in WRONG
 
 
-def test_a_long_conversation_is_no_reason():
-    "What a template may make grows with what it is given"
+def test_long_conversation_is_rendered():
+    "The limit of a template grows with its input."
     messages = [dict(role="user", content="snow" * (1 << 20))] * 9
     assert len(
         render_template(
@@ -818,7 +819,7 @@ TEMPLATES = [
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
-def test_sound_templates_give_what_plain_jinja_gives(template):
+def test_valid_templates_equal_plain_jinja(template):
     plain = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -845,7 +846,7 @@ def test_sound_templates_give_what_plain_jinja_gives(template):
 
 
 def changed(folder, change):
-    "A small tokenizer whose file says something else"
+    "A small tokenizer whose file is changed."
     train_tokenizer(["The old mill."] * 9, vocab_size=300).save(folder)
     tok = read_json(folder / "tokenizer.json")
     change(tok)
@@ -853,7 +854,7 @@ def changed(folder, change):
     return folder
 
 
-def test_tokenizers_that_take_all_memory(tmp_path):
+def test_tokenizers_that_take_all_memory_are_refused(tmp_path):
     huge = changed(tmp_path / "a", lambda t: t["model"]["vocab"].update({"mill": 50_000_000}))
     with (
         within(),
@@ -883,7 +884,7 @@ def test_tokenizers_that_take_all_memory(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
-def test_an_expression_that_takes_too_many_steps(tmp_path, part):
+def test_expression_with_too_many_steps_is_refused(tmp_path, part):
     slow = dict(
         pre_tokenizer=dict(
             type="Split", pattern=dict(Regex="(a+)+$"), behavior="Isolated", invert=False
@@ -919,8 +920,8 @@ MEMBER, CODE, METHOD = (
 )
 
 
-def named(*attributes):
-    "What strikes in a training_args.bin that takes these attributes"
+def suspicious_names(*attributes):
+    "Return what is suspicious in a training_args.bin that accesses these attributes."
     names = Counter()
     interpret_pickle(
         io.BytesIO(
@@ -933,8 +934,13 @@ def named(*attributes):
     return foreign(names, "training_args.bin")
 
 
-def test_members_of_enumerations():
-    "As Python 3.11.0 to 3.11.3 pickle them; any other use of getattr is named, beside them too"
-    assert named(MEMBER) == named(MEMBER, MEMBER) == []
+def test_enum_members_are_accepted():
+    "As Python 3.11.0 to 3.11.3 pickle them; any other getattr beside them is reported."
+    assert suspicious_names(MEMBER) == suspicious_names(MEMBER, MEMBER) == []
     for other in CODE, METHOD:
-        assert named(other) == named(MEMBER, other) == named(other, MEMBER) == ["builtins.getattr"]
+        assert (
+            suspicious_names(other)
+            == suspicious_names(MEMBER, other)
+            == suspicious_names(other, MEMBER)
+            == ["builtins.getattr"]
+        )

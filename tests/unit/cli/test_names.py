@@ -1,7 +1,6 @@
-"""What stands for a model, a run, a folder or an option.
+"""Arguments that name a model, a run, a folder or an option.
 
-A run's folder for its model and tokenizer, `~`, the names of runs, other programs' options, any
-locale.
+Run folders as model and tokenizer, `~`, names of runs, options of other programs, any locale.
 """
 
 import os
@@ -31,7 +30,7 @@ TINY = dict(dim=16, n_layer=1, n_head=2, n_kv_head=1, ffn_dim=32, max_len=64)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    "A user's folder with a text, a run and a model"
+    "A home folder with a text, a run and a model."
     home = tmp_path_factory.mktemp("home")
     (home / "text.txt").write_text("The boat came home late.\n\nThe lamp was lit at dusk.\n\n" * 20)
     fit(
@@ -62,7 +61,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def expand_home(home, monkeypatch, tmp_path):
-    "There, and somewhere else: a folder named ~ shows"
+    "Use the home folder from another directory, where a folder named ~ would show."
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
     monkeypatch.chdir(tmp_path)
@@ -71,7 +70,7 @@ def expand_home(home, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["~/run", "~/model", "run", "memory"])
-def test_a_run_or_a_directory_stands_for_model_and_tokenizer(expand_home, named):
+def test_run_or_directory_names_model_and_tokenizer(expand_home, named):
     source = dict(run=Run(expand_home / "run"), memory=load_model(expand_home / "model")).get(
         named, named
     )
@@ -88,7 +87,7 @@ def test_a_run_or_a_directory_stands_for_model_and_tokenizer(expand_home, named)
     assert (expand_home / "cache").is_dir()
 
 
-def test_what_stands_for_no_model(expand_home):
+def test_paths_without_a_model_are_refused(expand_home):
     model = GPT(GPTConfig(vocab_size=9, **TINY))
     with pytest.raises(ValueError, match="tokenizer of a model in memory is not known"):
         Chat(model)
@@ -105,8 +104,8 @@ def test_what_stands_for_no_model(expand_home):
         Chat("runs/no")
 
 
-def test_the_users_folder(expand_home):
-    "`~` names it wherever a folder is written or read"
+def test_home_folder_is_expanded(expand_home):
+    "`~` names it wherever a path is read or written."
     assert (
         export(open_run("~/run"), "~/out/a") == expand_home / "out" / "a"
         and export("~/model", "~/out/b") == expand_home / "out" / "b"
@@ -119,7 +118,7 @@ def test_the_users_folder(expand_home):
     assert (expand_home / "demo").is_dir() and Watch("~/run").status()["step"] == 1
 
 
-def test_the_users_folder_on_the_command_line(expand_home, monkeypatch, capsys):
+def test_home_folder_is_expanded_on_the_command_line(expand_home, monkeypatch, capsys):
     for words in (
         ["tokenizer", "train", "~/text.txt", "--output=~/tok2", "--vocab-size=270"],
         ["export", "~/model", "~/out/c"],
@@ -157,8 +156,8 @@ def test_the_users_folder_on_the_command_line(expand_home, monkeypatch, capsys):
         ("/", "demo"),
     ],
 )
-def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, data, name):
-    "Never `runs` itself, nothing above it, no pattern"
+def test_run_is_named_after_its_data(tmp_path, monkeypatch, data, name):
+    "It is never `runs` itself, a folder above it, or a pattern."
     (tmp_path / "above" / "here").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "above" / "here")
     (tmp_path / "above" / "here" / "real[1].txt").write_text("x")
@@ -179,7 +178,7 @@ def test_a_run_is_named_after_its_data(tmp_path, monkeypatch, data, name):
         "logging_strategy",
     ],
 )
-def test_options_of_other_programs_are_answered(option, monkeypatch):
+def test_options_of_other_programs_are_explained(option, monkeypatch):
     for word in (f"--{option}", f"--{option.replace('_', '-')}=1"):
         monkeypatch.setattr(sys, "argv", ["minigpt", "train", "stories", word, "1"])
         with pytest.raises(SystemExit, match=f"unknown option {word.partition('=')[0]}: "):
@@ -188,8 +187,8 @@ def test_options_of_other_programs_are_answered(option, monkeypatch):
         TrainConfig.make(**{option: 1})
 
 
-def test_advice_about_special_tokens_applies(home, tmp_path):
-    "To the tokenizer that is meant"
+def test_advice_about_special_tokens_works(home, tmp_path):
+    "Advice applies to the tokenizer that is used."
     call = lambda tok, **o: open_source(
         tmp_path / "r",
         None,
@@ -229,8 +228,8 @@ def test_advice_about_special_tokens_applies(home, tmp_path):
     [dict(LC_ALL="C"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")],
     ids=["C", "ascii"],
 )
-def test_any_locale(locale, tmp_path):
-    "Chinese paths and prompts are read as they are, whatever the locale says"
+def test_any_locale_works(locale, tmp_path):
+    "Chinese paths and prompts are read correctly, whatever the locale is."
     (tmp_path / "中文.jsonl").write_text('{"text": "小船"}\n', encoding="utf-8")
     env = {
         k: v for k, v in os.environ.items() if k not in ("PYTHONUTF8", "PYTHONIOENCODING", "LANG")

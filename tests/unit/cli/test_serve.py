@@ -1,6 +1,6 @@
 """Chat and server from outside.
 
-OpenAI's own client, clients that hang up, bad requests, a terminal with Ctrl-C and pipes.
+OpenAI's own client, clients that disconnect, invalid requests, a terminal with Ctrl-C, and pipes.
 """
 
 import http.client
@@ -76,27 +76,27 @@ def client(server):
         yield c
 
 
-def test_models(client):
+def test_models_are_listed(client):
     assert [m.id for m in client.models.list()] == ["scripted", "plain"]
     assert client.models.retrieve("plain").id == "plain"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
 
 
-def test_an_answer_whole_and_streamed(client, model, tok):
-    said = "<think>\nNo cloud.\n</think>\n\nNo, 不下雨。🌞"
-    model.script(tok, said, said)
-    whole = client.chat.completions.create(model="scripted", messages=ASK)
-    message = whole.choices[0].message
+def test_complete_and_streamed_answers_are_equal(client, model, tok):
+    answer = "<think>\nNo cloud.\n</think>\n\nNo, 不下雨。🌞"
+    model.script(tok, answer, answer)
+    completion = client.chat.completions.create(model="scripted", messages=ASK)
+    message = completion.choices[0].message
     assert (
         message.content,
         message.reasoning_content,
-        whole.choices[0].finish_reason,
+        completion.choices[0].finish_reason,
         message.tool_calls,
     ) == ("No, 不下雨。🌞", "No cloud.", "stop", None)
-    assert whole.usage.prompt_tokens == len(
+    assert completion.usage.prompt_tokens == len(
         tok.encode_prompt(ASK)
-    ) and whole.usage.completion_tokens == len(tok.encode(said, special=True))
+    ) and completion.usage.completion_tokens == len(tok.encode(answer, special=True))
     chunks = list(
         client.chat.completions.create(
             model="scripted", messages=ASK, stream=True, stream_options=dict(include_usage=True)
@@ -105,11 +105,11 @@ def test_an_answer_whole_and_streamed(client, model, tok):
     deltas = [c.choices[0].delta for c in chunks if c.choices]
     assert "".join(d.content or "" for d in deltas) == message.content and len(deltas) > 6
     assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "No cloud."
-    assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-1].usage == completion.usage
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_and_its_result(client, model, tok, stream):
+def test_function_call_and_its_result(client, model, tok, stream):
     model.script(
         tok,
         f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{CALL}\n</tool_call>",
@@ -150,7 +150,7 @@ def test_a_call_and_its_result(client, model, tok, stream):
     assert again.usage.prompt_tokens == len(tok.encode_prompt(read, [WEATHER["function"]]))
 
 
-def test_calls_nobody_offered_or_broken_are_text(client, model, tok):
+def test_unknown_or_invalid_calls_are_text(client, model, tok):
     whole, broken = f"<tool_call>\n{CALL}\n</tool_call>", '<tool_call>\n{"name": "weath'
     model.script(tok, whole, broken, whole)
     for text, kw in (
@@ -166,7 +166,7 @@ def test_calls_nobody_offered_or_broken_are_text(client, model, tok):
         )
 
 
-def test_where_it_stops(client, model, tok):
+def test_stop_sequences_end_the_answer(client, model, tok):
     model.script(tok, "one two three", "one two three", "one two three")
     got = [
         client.chat.completions.create(model="scripted", messages=ASK, **kw).choices[0]
@@ -179,7 +179,7 @@ def test_where_it_stops(client, model, tok):
     )
 
 
-def test_the_same_seed_the_same_text(client):
+def test_same_seed_gives_the_same_text(client):
     texts = [
         client.completions.create(
             model="plain", prompt="Rain", max_tokens=20, seed=s, temperature=1
@@ -243,7 +243,7 @@ def test_the_same_seed_the_same_text(client):
         ),
     ],
 )
-def test_bad_requests(client, kw, error, says):
+def test_bad_requests_are_refused(client, kw, error, says):
     with pytest.raises(error, match=says) as e:
         client.chat.completions.create(**dict(model="plain", messages=ASK, max_tokens=1) | kw)
     assert e.value.body["type"] == "invalid_request_error"
@@ -254,7 +254,7 @@ def test_bad_requests(client, kw, error, says):
             model="plain", messages=ASK, max_tokens=1
         ).usage.completion_tokens
         <= 1
-    )  # it lives on
+    )  # it still runs
 
 
 def raw(server, text):
@@ -262,7 +262,7 @@ def raw(server, text):
         s.sendall(text.encode())
         return b"".join(
             iter(lambda: s.recv(4096), b"")
-        ).decode()  # after an error the server closes
+        ).decode()  # the server closes the connection after an error
 
 
 @pytest.mark.parametrize(
@@ -275,19 +275,20 @@ def raw(server, text):
         ("GET /", "", 404),
     ],
 )
-def test_raw_requests(server, head, body, status):
-    said = raw(
+def test_raw_requests_get_their_status(server, head, body, status):
+    response = raw(
         server,
         f"{head} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length:"
         f" {len(body)}\r\n\r\n{body}",
     )
-    assert said.startswith(f"HTTP/1.1 {status} ") and '"error"' in said
+    assert response.startswith(f"HTTP/1.1 {status} ") and '"error"' in response
 
 
-def test_web_pages_are_kept_out(server):
-    """A page of another origin can send no JSON without being asked first.
+def test_requests_of_web_pages_are_refused(server):
+    """A page of another origin cannot send JSON without a preflight request.
 
-    By a name that points here, it can send nothing at all."""
+    With a host name that points to this machine, it cannot send any request.
+    """
     post = (
         "POST /v1/completions HTTP/1.1\r\nHost: {}\r\nContent-Type: {}\r\nContent-Length:"
         " 2\r\n\r\n{{}}"
@@ -311,7 +312,7 @@ def test_web_pages_are_kept_out(server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_hangs_up_stops_its_answer(server, client, model, tok, stream):
+def test_disconnected_client_stops_its_answer(server, client, model, tok, stream):
     model.script(tok, "no " * 200, "Yes.", pause=0.02)
     body = json.dumps(dict(model="scripted", messages=ASK, stream=stream))
     s = socket.create_connection(server.server_address, 10)
@@ -329,8 +330,8 @@ def test_a_client_that_hangs_up_stops_its_answer(server, client, model, tok, str
     assert model.steps < 60
 
 
-def test_one_at_a_time(client, model, tok):
-    "Two clients at once: each gets its own answer, whole"
+def test_requests_run_one_at_a_time(client, model, tok):
+    "Two clients at once: each gets its own complete answer."
     model.script(tok, "a" * 30, "a" * 30, pause=0.002)
     got = []
 
@@ -349,9 +350,9 @@ def test_one_at_a_time(client, model, tok):
     assert got == ["a" * 30] * 2
 
 
-def test_an_error_in_the_middle_of_a_stream(client, model, tok):
+def test_error_during_a_stream_is_reported(client, model, tok):
     model.script(tok, "no no no")
-    model.answers[0].pop()  # the script ends before its end
+    model.answers[0].pop()  # the script is truncated
     with pytest.raises(openai.APIError, match="IndexError"):
         list(client.chat.completions.create(model="scripted", messages=ASK, stream=True))
 
@@ -361,7 +362,7 @@ def weather(city: str):
     return dict(rain=city == "Oslo")
 
 
-def test_broken_calls_and_endless_calls(model, tok):
+def test_invalid_and_endless_calls_end(model, tok):
     call = f"<tool_call>\n{CALL}\n</tool_call>"
     chat = Chat(
         model.script(tok, 'Hm. <tool_call>\n{"name"', call, "No."),
@@ -391,7 +392,7 @@ def test_broken_calls_and_endless_calls(model, tok):
     ] and "limit" in chat.messages[-2]["content"]
 
 
-def test_a_result_that_does_not_fit(model, tok):
+def test_tool_result_that_does_not_fit(model, tok):
     def page(city: str):
         return "rain " * 999
 
@@ -405,10 +406,10 @@ def test_a_result_that_does_not_fit(model, tok):
     assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "assistant"]
     assert (
         "".join(p for k, p in chat.send("Rain?") if k == "text") == "Yes."
-    )  # what is too long is left out next time
+    )  # the text that is too long is left out next time
 
 
-def test_old_turns_are_left_out_and_the_system_prompt_is_not(model, tok):
+def test_old_turns_are_dropped_and_the_system_prompt_is_kept(model, tok):
     chat = Chat(
         model.script(tok, *["no " * 40] * 12),
         tok,
@@ -433,7 +434,7 @@ def test_old_turns_are_left_out_and_the_system_prompt_is_not(model, tok):
     assert chat.messages == before and tok.decode(chat._prompt([])) == read
 
 
-def test_thoughts_that_the_template_opened(model, tok):
+def test_reasoning_opened_by_the_template(model, tok):
     from minigpt.tokenizer.bpe import CHAT_TEMPLATE, Tokenizer
 
     opened = Tokenizer(
@@ -450,7 +451,7 @@ def test_thoughts_that_the_template_opened(model, tok):
     assert chat.messages[-1] == dict(role="assistant", content="No.", reasoning_content="Hm.")
 
 
-def test_a_foreign_template_gets_tools_as_transformers_hands_them(tok):
+def test_foreign_template_gets_tools_as_in_transformers(tok):
     from minigpt.tokenizer.bpe import Tokenizer
 
     other = Tokenizer(
@@ -468,12 +469,12 @@ def test_a_foreign_template_gets_tools_as_transformers_hands_them(tok):
     )
 
 
-def test_a_port_that_is_taken(server):
+def test_used_port_is_reported(server):
     with pytest.raises(OSError, match="choose another port"):
         Server(server.models, port=server.server_address[1])
 
 
-def test_tools_run_nothing_else(tmp_path):
+def test_tool_calls_run_only_their_function(tmp_path):
     tools = Tools([weather])
     for name in "__import__", "open", "call", "weather.__globals__", "", "exec":
         assert "no function" in json.loads(tools.call(name, {}))["error"]
@@ -556,8 +557,8 @@ serve({"m": (model, tok)}, port=0, say=lambda line: print(line, flush=True))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl-C to one process alone")
-def test_ctrl_c_while_an_answer_is_streamed():
-    "The client is told, and the process ends well: not by an abort of torch's threads"
+def test_ctrl_c_during_a_streamed_answer():
+    "The client gets an error, and the process exits normally, without an abort of torch's threads."
     p = subprocess.Popen(
         [sys.executable, "-c", ENDLESS],
         stdout=subprocess.PIPE,
@@ -578,8 +579,8 @@ def test_ctrl_c_while_an_answer_is_streamed():
         assert answer.status == 200 and answer.readline().startswith(b"data: ")
         p.send_signal(signal.SIGINT)
         rest = answer.read()
-        said = p.communicate(timeout=60)[1]
+        output = p.communicate(timeout=60)[1]
     finally:
         p.kill()
-    assert p.returncode == 0 and "Fatal" not in said and "Traceback" not in said, said
+    assert p.returncode == 0 and "Fatal" not in output and "Traceback" not in output, output
     assert b"this server has been stopped" in rest

@@ -1,6 +1,6 @@
-"""What users write as the documents of other programs have it.
+"""Input that follows the documentation of other programs.
 
-It is taken as it is meant, or answered with what to write instead.
+It is accepted as intended, or the error names what to write instead.
 """
 
 import json
@@ -48,7 +48,7 @@ def minigpt(*words):
     return CliRunner().invoke(cli.app, [str(w) for w in words])
 
 
-def said(folder):
+def run_log(folder):
     return (folder / "run.log").read_text("utf-8")
 
 
@@ -60,7 +60,7 @@ def work(tmp_path, monkeypatch):
 
 
 # --- the shape of a model in a configuration file -------------------------------------------------
-def test_a_shape_has_the_vocabulary_of_the_tokenizer(work):
+def test_shape_takes_the_vocabulary_of_the_tokenizer(work):
     (work / "c.json").write_text(
         json.dumps(dict(OPTIONS, model=SHAPE, data_files="text.jsonl", output_dir="run"))
     )
@@ -80,8 +80,11 @@ def test_a_shape_has_the_vocabulary_of_the_tokenizer(work):
     )
 
 
-def test_a_shape_that_names_its_vocabulary_keeps_it_and_so_does_a_run_from_before(work):
-    "Older versions gave a shape without one 20,000 tokens: such a run goes on with the same file"
+def test_shape_with_a_vocabulary_keeps_it(work):
+    """Older versions gave a shape without a size 20,000 tokens:
+
+    such a run resumes with the same file.
+    """
     fit({**SHAPE, "vocab_size": 320}, "text.jsonl", output_dir="run", **OPTIONS)
     assert open_run("run").facts["model"]["vocab_size"] == 320
     assert (
@@ -90,10 +93,10 @@ def test_a_shape_that_names_its_vocabulary_keeps_it_and_so_does_a_run_from_befor
     )
 
 
-# --- going on -------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
-    "A run of four steps"
+    "A run of four steps."
     folder = tmp_path_factory.mktemp("words")
     child.write_text(folder / "text.jsonl")
     with pytest.MonkeyPatch.context() as m:
@@ -116,10 +119,10 @@ def copy(outputs, tmp_path, monkeypatch):
         ["--resume_from_checkpoint", "outputs/checkpoints/checkpoint-2", "--yes"],
     ],
 )
-def test_a_checkpoint_is_named_by_its_path(copy, words):
-    "Alone it says the run, its data and its options"
+def test_resume_accepts_the_path_of_a_checkpoint(copy, words):
+    "The path alone names the run, its data and its options."
     r = minigpt("train", *words, "--max-steps", "5", "--no-progress")
-    assert r.exception is None and "going back to step 2 once" in said(copy / "outputs")
+    assert r.exception is None and "going back to step 2 once" in run_log(copy / "outputs")
     run = open_run("outputs")
     assert (
         run.step == 5
@@ -128,7 +131,7 @@ def test_a_checkpoint_is_named_by_its_path(copy, words):
     )
 
 
-def test_a_run_is_named_instead(copy):
+def test_resume_accepts_a_run(copy):
     assert (
         minigpt("train", "--resume", "outputs", "--max-steps", "5", "--no-progress").exception
         is None
@@ -136,7 +139,7 @@ def test_a_run_is_named_instead(copy):
     assert [a["step"] for a in open_run("outputs").facts["attempts"]] == [0, 4]
 
 
-def test_fit_takes_the_path_of_a_checkpoint(copy):
+def test_fit_accepts_the_path_of_a_checkpoint(copy):
     run = fit(
         MODEL,
         "text.jsonl",
@@ -148,10 +151,10 @@ def test_fit_takes_the_path_of_a_checkpoint(copy):
     with pytest.raises(CheckpointError, match="is not a checkpoint of this run"):
         fit(
             MODEL, "text.jsonl", output_dir="outputs", resume="elsewhere/checkpoint-2", **OPTIONS
-        )  # the name alone would fit
+        )  # the name alone would match
 
 
-def test_what_is_no_run_to_go_on_with(work):
+def test_resume_without_a_run_is_refused(work):
     (work / "theirs/checkpoint-5").mkdir(parents=True)
     (work / "theirs/checkpoint-5/config.json").write_text("{}")
     e = str(minigpt("train", "--resume", "theirs/checkpoint-5", "-y").exception)
@@ -167,7 +170,7 @@ def test_what_is_no_run_to_go_on_with(work):
 
 
 # --- names of other programs ----------------------------------------------------------------------
-def test_early_stopping_without_a_number(work):
+def test_early_stopping_without_a_patience(work):
     (work / "c.yaml").write_text("early_stopping: True\n")
     assert (
         minigpt(
@@ -186,7 +189,7 @@ def test_early_stopping_without_a_number(work):
     assert open_run("run").facts["train"]["early_stopping"] == 3 and (
         "early stopping: training ends after 3 evaluations in a row without"
         " a better validation loss"
-    ) in said(work / "run")
+    ) in run_log(work / "run")
     assert (
         TrainConfig.make(early_stopping_patience=5, early_stopping=True).early_stopping
         == TrainConfig.make(early_stopping=True, early_stopping_patience=5).early_stopping
@@ -194,7 +197,7 @@ def test_early_stopping_without_a_number(work):
     )
 
 
-def test_options_that_are_not_here_are_answered(monkeypatch, capsys):
+def test_unknown_options_are_explained(monkeypatch, capsys):
     for words, answer in {
         "--no-unsloth": "Unsloth is not used",
         "--run_name=x": "a run has the name of its directory, output_dir",
@@ -211,7 +214,7 @@ def test_options_that_are_not_here_are_answered(monkeypatch, capsys):
         TrainConfig.make(run_name="x")
 
 
-def test_a_bare_file_name_is_found_in_the_data_folders(work):
+def test_file_name_is_found_in_the_data_folders(work):
     (work / "data/dataset/minimind_dataset").mkdir(parents=True)
     (work / "text.jsonl").rename(work / "data/dataset/minimind_dataset/sft_mini_512.jsonl")
     (work / "data/dataset/custom").mkdir()
@@ -231,7 +234,7 @@ def test_a_bare_file_name_is_found_in_the_data_folders(work):
     )
     assert (
         "training data: sft_mini_512.jsonl = data/dataset/minimind_dataset/sft_mini_512.jsonl"
-        in said(work / "a")
+        in run_log(work / "a")
     )
     assert (
         minigpt(
@@ -251,14 +254,14 @@ def test_a_bare_file_name_is_found_in_the_data_folders(work):
     files = ["data/dataset/minimind_dataset/sft_mini_512.jsonl", "data/dataset/custom/own.jsonl"]
     assert [
         s["path"] for s in json.loads((work / "b/data/train/meta.json").read_text())["sources"]
-    ] == files and all(f"{f.split('/')[-1]} = {f}" in said(work / "b") for f in files)
+    ] == files and all(f"{f.split('/')[-1]} = {f}" in run_log(work / "b") for f in files)
     assert "there is no file sft_maxi.jsonl" in str(
         minigpt("train", "--data-files", "sft_maxi.jsonl", *QUICK).exception
     )
 
 
 # --- calls that are refused -----------------------------------------------------------------------
-def everything(folder):
+def file_hashes(folder):
     return {
         p.relative_to(folder).as_posix(): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
@@ -301,24 +304,24 @@ def everything(folder):
         "no backup",
     ],
 )
-def test_a_refused_call_leaves_no_trace(work, call, error):
+def test_refused_call_changes_no_files(work, call, error):
     for name in ("mine/notes.txt", "theirs/model.safetensors", "drive/other/x"):
         (work / name).parent.mkdir(parents=True)
         (work / name).write_text("x")
-    before = everything(work)
+    before = file_hashes(work)
     with pytest.raises(error):
         call()
-    assert everything(work) == before
+    assert file_hashes(work) == before
 
 
-def test_a_refused_call_is_not_the_end_of_a_run(copy):
-    was = said(copy / "outputs")
+def test_refused_call_does_not_end_a_run(copy):
+    before = run_log(copy / "outputs")
     with pytest.raises(ResumeError):
         fit(MODEL, "text.jsonl", output_dir="outputs", **OPTIONS, seed=7)
     assert (
-        "FileNotFoundError" not in said(copy / "outputs")
-        and "ENDED" not in said(copy / "outputs")
-        and said(copy / "outputs").startswith(was)
+        "FileNotFoundError" not in run_log(copy / "outputs")
+        and "ENDED" not in run_log(copy / "outputs")
+        and run_log(copy / "outputs").startswith(before)
     )
 
     class Fail(Callback):
@@ -333,10 +336,10 @@ def test_a_refused_call_is_not_the_end_of_a_run(copy):
             callbacks=[Fail()],
             **{**OPTIONS, "max_steps": 6},
         )
-    assert "ENDED by OSError: unplugged" in said(copy / "outputs")
+    assert "ENDED by OSError: unplugged" in run_log(copy / "outputs")
 
 
-def test_tokens_of_a_refused_call_stay_for_the_next(work):
+def test_tokens_of_a_refused_call_are_reused(work):
     with pytest.raises(ValueError, match="one step takes 4000"):
         fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "batch_size": 2000})
     assert sorted(p.name for p in (work / "run").iterdir()) == ["data", "tokenizer"]
@@ -386,7 +389,7 @@ def test_tokens_of_a_refused_call_stay_for_the_next(work):
     ],
     ids=lambda x: " ".join(x[:3]) if x[0] in ("chat", "train", "plot", "monitor") else "",
 )
-def test_what_is_no_run_is_told_what_to_do(copy, words, parts):
+def test_paths_without_a_run_are_explained(copy, words, parts):
     (copy / "runs").mkdir()
     (copy / "model").mkdir()
     (copy / "model/config.json").write_text("{}")
@@ -394,9 +397,9 @@ def test_what_is_no_run_is_told_what_to_do(copy, words, parts):
     assert all(p in e for p in parts), e
 
 
-# --- a folder that is called MyDrive --------------------------------------------------------------
-def test_a_folder_called_mydrive(tmp_path, monkeypatch):
-    "On a laptop it is a folder; on Colab, at Colab's mount; without a mount, it is not Drive"
+# --- a folder named MyDrive -----------------------------------------------------------------------
+def test_folder_named_mydrive(tmp_path, monkeypatch):
+    "On a laptop it is a folder; on Colab, at Colab's mount; without a mount, it is not Drive."
     (tmp_path / "stuff/MyDrive").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
     check_backup_folder(tmp_path / "stuff/MyDrive/x")
@@ -406,9 +409,7 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
     with pytest.raises(BackupError, match="nothing is mounted at .*empty"):
         check_backup_folder(tmp_path / "empty/MyDrive/x")
     real = os.path.isdir
-    with (
-        monkeypatch.context() as m
-    ):  # a folder that an earlier program has made where Colab's mount belongs
+    with monkeypatch.context() as m:  # an earlier program created the folder at Colab's mount point
         m.setattr("os.path.isdir", lambda p: str(p).startswith("/content/drive") or real(p))
         with pytest.raises(BackupError, match="nothing is mounted at /content/drive"):
             check_backup_folder("/content/drive/MyDrive/x")
@@ -418,11 +419,11 @@ def test_a_folder_called_mydrive(tmp_path, monkeypatch):
     assert drive_mount(tmp_path / "stuff/MyDrive/x") == tmp_path / "stuff"
 
 
-# --- what a run says of itself --------------------------------------------------------------------
-def test_losses_stand_in_the_log(work):
-    "The first, the last, and one a minute between them; every evaluation"
+# --- the log and status of a run ------------------------------------------------------------------
+def test_losses_are_logged(work):
+    "The first, the last, and one per minute between them; every evaluation."
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 9, "eval_steps": 4})
-    lines = [l[20:] for l in said(run.path).splitlines() if l[20:].startswith("step ")]
+    lines = [l[20:] for l in run_log(run.path).splitlines() if l[20:].startswith("step ")]
     assert [l.partition(",")[0] for l in lines] == [
         f"step {h['step']} of 9: {k}"
         for h in run.history
@@ -438,7 +439,7 @@ def test_losses_stand_in_the_log(work):
     )
 
 
-def test_a_minute_later_there_is_another_line(monkeypatch):
+def test_losses_are_logged_every_minute(monkeypatch):
     from minigpt.train.callbacks import LogLosses
 
     lines, now = [], 0.0
@@ -450,7 +451,7 @@ def test_a_minute_later_there_is_another_line(monkeypatch):
     assert [l.split(" of ")[0] for l in lines] == ["step 1", "step 601", "step 1,201"]
 
 
-def test_the_monitor_shows_what_model_and_optimizer_take(copy):
+def test_monitor_shows_memory_of_model_and_optimizer(copy):
     from minigpt.run.status import numbers, run_status, status_text
 
     s, at = run_status("outputs"), copy / "outputs/checkpoints/checkpoint-4"
@@ -470,7 +471,7 @@ def test_the_monitor_shows_what_model_and_optimizer_take(copy):
     )
 
 
-def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
+def test_throttled_training_is_reported(work, monkeypatch, capsys):
     from minigpt.run.status import run_status, status_text
 
     monkeypatch.setattr(
@@ -478,18 +479,18 @@ def test_a_training_that_rests_says_so(work, monkeypatch, capsys):
         lambda *limits: Guard(*limits, every=0.001, cpu=lambda: 100.0),
     )
     run = fit(MODEL, "text.jsonl", output_dir="run", **{**OPTIONS, "max_steps": 5, "max_cpu": 70.0})
-    told = (
+    message = (
         "the processors are 100% busy, more than max_cpu=70, so training pauses between steps"
         " and is SLOWER"
     )
     assert (
-        capsys.readouterr().out.count(told) == said(run.path).count(told) == 1
-    )  # on the screen, though progress=False
+        capsys.readouterr().out.count(message) == run_log(run.path).count(message) == 1
+    )  # printed although progress=False
     rested = [h["resting"] for h in run.history]
     assert all(0 <= r <= 1 for r in rested) and rested[-1] > 0.3
     s = run_status("run")
     assert any(
-        told in t for t in s["troubles"]
+        message in t for t in s["troubles"]
     ) and f"paused {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
     free = fit(MODEL, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
-    assert "resting" not in free.history[-1] and "SLOWER" not in said(free.path)
+    assert "resting" not in free.history[-1] and "SLOWER" not in run_log(free.path)

@@ -1,6 +1,6 @@
-"""Conversations: rows in their dialects, what is learned of them, packing and resuming.
+"""Conversations: row formats, loss masks, packing and resuming.
 
-Packing changes no loss, and a fine-tuning resumes exactly.
+Packing changes no loss, and fine-tuning resumes bit for bit.
 """
 
 import json
@@ -18,7 +18,7 @@ from minigpt.model.gpt import GPT
 from minigpt.tokenizer.bpe import IM_END, Tokenizer, train_tokenizer
 from minigpt.train.trainer import fit
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, Losses, PowerCut, power_cut
+from tests.recovery.test_faults import AtStep, Losses, PowerCut, power_cut
 
 SHARED = child.ROOT.parent / "shared" / "data"
 REAL = ["sft_zh", "sft_en", "identity", "tool_calling", "tool_calling_minimind_str", "reasoning"]
@@ -31,8 +31,8 @@ def tok():
     )
 
 
-def talk(rng):
-    "A conversation of one to four questions"
+def conversation(rng):
+    "A conversation of one to four questions."
     out = [dict(role="system", content="Be brief.")] if rng.random() < 0.3 else []
     for _ in range(rng.randint(1, 4)):
         n = rng.randint(1, 40)
@@ -46,21 +46,22 @@ def talk(rng):
 def write(path, n=200, seed=0):
     rng = random.Random(seed)
     path.write_text(
-        "".join(json.dumps(talk(rng), ensure_ascii=False) + "\n" for _ in range(n)),
+        "".join(json.dumps(conversation(rng), ensure_ascii=False) + "\n" for _ in range(n)),
         encoding="utf-8",
     )
     return path
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_rows(name, tok):
+def test_real_rows_are_accepted(name, tok):
     """At least 99.5% are accepted; the ids are those of the rendered text.
 
-    What is learned is what assistants say."""
+    The assistant's text has loss.
+    """
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
-            "this test is for real rows, whose licences keep them out of the repository;"
-            f" put {name}.jsonl into ../shared/data to run it"
+            "needs real rows, which are not in the repository:"
+            f" put {name}.jsonl into ../shared/data"
         )
     rows = [r for b in read_blocks(f) for r in parse_block(b)]
     bad = [r for r in rows if r.reason]
@@ -71,15 +72,17 @@ def test_real_rows(name, tok):
         ids, learn = tok.encode_chat(r.messages)
         text = tok.render(r.messages)
         assert ids.tolist() == tok.encode(text, special=True)
-        said = tok.decode(ids[learn]).split(IM_END)
-        assert said.pop() == "" and len(said) == sum(m["role"] == "assistant" for m in r.messages)
-        for m, s in zip([m for m in r.messages if m["role"] == "assistant"], said):
+        answers = tok.decode(ids[learn]).split(IM_END)
+        assert answers.pop() == "" and len(answers) == sum(
+            m["role"] == "assistant" for m in r.messages
+        )
+        for m, s in zip([m for m in r.messages if m["role"] == "assistant"], answers):
             assert m["content"].lstrip() in s or not m["content"].strip(), (m, s)
 
 
 @pytest.mark.parametrize("name", ["open_thinking", "enable_thinking"])
-def test_a_template_that_asks_whether_to_think(tok, name):
-    "As MiniMind's and Qwen3's do"
+def test_template_with_a_thinking_switch(tok, name):
+    "As MiniMind's and Qwen3's templates do."
     other = Tokenizer(
         tok.hf,
         tok.config
@@ -139,7 +142,7 @@ def test_a_template_that_asks_whether_to_think(tok, name):
     )
 )
 @settings(max_examples=400)
-def test_no_line_makes_anything_but_a_row_or_a_reason(tok, line):
+def test_every_line_gives_a_row_or_a_reason(tok, line):
     for row in parse_row(line, 1):
         assert isinstance(row, Row)
         for side in (row.messages, row.rejected):
@@ -147,20 +150,22 @@ def test_no_line_makes_anything_but_a_row_or_a_reason(tok, line):
                 continue
             ids, learn = tok.encode_chat(side)
             assert len(ids) == len(learn) and learn.any()
-            assert tok.decode(ids) == tok.render(side), "the quick rendering is not the template's"
+            assert tok.decode(ids) == tok.render(side), (
+                "the fast rendering differs from the template"
+            )
             if not any(m["content"][:1].isspace() for m in side):
                 assert ids.tolist() == tok.encode(tok.render(side), special=True)
 
 
 @given(st.lists(st.integers(1, 99), max_size=60), st.integers(5, 70))
-def test_packing(lengths, size):
+def test_packing_keeps_every_row(lengths, size):
     rows, starts = pack(np.array(lengths, np.int64), size)
     assert sorted(rows.tolist()) == list(range(len(lengths)))
     packs = [rows[a:b] for a, b in zip(starts, starts[1:])]
     assert all(len(p) and sum(min(lengths[r], size) for r in p) <= size for p in packs)
 
 
-def test_a_packed_and_an_unpacked_run_give_the_same_loss(tok, tmp_path):
+def test_packed_and_unpacked_loss_are_equal(tok, tmp_path):
     data, _ = build_tokenset(write(tmp_path / "talks.jsonl"), tok, tmp_path / "set", 0.0)
     torch.manual_seed(0)
     model = GPT(child.shape(tok.vocab_size)).eval()
@@ -180,7 +185,7 @@ def test_a_packed_and_an_unpacked_run_give_the_same_loss(tok, tmp_path):
         assert abs(together - alone) < 1e-5 * abs(alone)
 
 
-def test_a_long_row_is_cut_behind_an_answer(tok, tmp_path):
+def test_long_row_is_truncated_after_an_answer(tok, tmp_path):
     rows = [
         dict(
             conversations=[
@@ -212,7 +217,7 @@ def test_a_long_row_is_cut_behind_an_answer(tok, tmp_path):
     assert len(ids) == 100 and (labels == -100).all()
 
 
-def test_texts_and_conversations_do_not_mix(tok, tmp_path):
+def test_mixing_texts_and_conversations_is_refused(tok, tmp_path):
     f = write(tmp_path / "mixed.jsonl", 30)
     with open(f, "a") as out:
         out.write('{"text": "a text"}\n')
@@ -225,22 +230,22 @@ def test_texts_and_conversations_do_not_mix(tok, tmp_path):
     ]
 
 
-def test_fine_tuning_resumes_exactly(tmp_path):
-    "Dropout, accumulation, an epoch's end"
+def test_fine_tuning_resume_is_bit_identical(tmp_path):
+    "With dropout, accumulation and an epoch boundary."
     f = write(tmp_path / "talks.jsonl")
     options = dict(child.OPTIONS, max_steps=30, save_steps=5, max_seq_len=64)
 
-    def go(name, *callbacks):
+    def run_once(name, *callbacks):
         losses = Losses()
         return fit(
             child.shape(), f, output_dir=tmp_path / name, callbacks=[losses, *callbacks], **options
         ), losses.at
 
-    run, whole = go("whole")
+    run, whole = run_once("whole")
     assert run.history[-1]["epoch"] > 1 and run.history[-1]["loss"] < run.history[0]["loss"] - 0.5
     with pytest.raises(PowerCut):
-        go("cut", At(17, power_cut))
-    again, rest = go("cut")
+        run_once("cut", AtStep(17, power_cut))
+    again, rest = run_once("cut")
     assert min(k[0] for k in rest if k[1] == "loss") == 16 and all(
         whole[k] == v for k, v in rest.items()
     )

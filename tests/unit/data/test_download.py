@@ -1,8 +1,8 @@
-"""Downloads under every fault that a server on this machine can act.
+"""Downloads under every fault that a local server can simulate.
 
-Cut connections, wrong bytes, a file that changes on the way, refusals, the pages of the hub and of
-Google Drive, a process killed in the middle. What arrives is right or is not kept, what is here
-already is not fetched again, and nothing good is lost.
+The faults are interrupted connections, wrong bytes, a file that changes during the download,
+refusals, pages of the hub and of Google Drive, and a killed process. What arrives is correct or is
+discarded, what exists is not fetched again, and no good file is lost.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ def blob(data):
 
 
 class File:
-    "What stands at one address, and how the server misbehaves"
+    "The content of one address, and how the server misbehaves."
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class File:
             if_range,
             hold,
             then,
-        )  # then: what stands there after the first answer
+        )  # then: the content after the first answer
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -181,14 +181,14 @@ def site(monkeypatch):
 
 @pytest.fixture
 def waits(monkeypatch):
-    "How long was waited, without waiting"
+    "Record the waits without waiting."
     res = []
     monkeypatch.setattr(download.time, "sleep", res.append)
     return res
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, waits):
+def short_waits(monkeypatch, waits):
     monkeypatch.setattr(download, "_TIMEOUT", 5)
 
 
@@ -200,11 +200,11 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
-# --- whole, checked, and not twice ----------------------------------------------------------------
+# --- complete, verified, and fetched once ---------------------------------------------------------
 @pytest.mark.parametrize(
     "kw", [dict(), dict(chunked=True), dict(length="none"), dict(body=b""), dict(tag=None)]
 )
-def test_a_file_arrives_whole(site, tmp_path, kw):
+def test_file_is_downloaded_completely(site, tmp_path, kw):
     body = kw.get("body", DATA)
     assert (
         fetch(site.add(**kw), tmp_path / "sub" / "a.jsonl", sha256=sha(body).upper())
@@ -217,20 +217,20 @@ def test_a_file_arrives_whole(site, tmp_path, kw):
     )
     assert (
         site.asked[0][2]["Accept-Encoding"] == "identity"
-    )  # or sizes and ranges would be of something else
+    )  # other headers would change sizes and ranges
 
 
 @pytest.mark.parametrize(
     "known", [dict(), dict(size=N), dict(sha256=sha(DATA)), dict(size=N, sha256=sha(DATA))]
 )
-def test_what_was_fetched_is_not_fetched_again(site, tmp_path, known):
+def test_fetched_file_is_not_fetched_again(site, tmp_path, known):
     url = site.add()
     for _ in range(3):
         fetch(url, tmp_path / "a", **known)
     assert len(site.asked) == 1
 
 
-def test_what_was_copied_here_is_not_fetched(site, tmp_path):
+def test_copied_file_is_not_fetched(site, tmp_path):
     url = site.add()
     (tmp_path / "a").write_bytes(DATA)
     fetch(url, tmp_path / "a", size=N, sha256=sha(DATA))
@@ -239,7 +239,7 @@ def test_what_was_copied_here_is_not_fetched(site, tmp_path):
     assert not site.asked
 
 
-def test_a_hash_asked_for_outranks_the_record(site, tmp_path):
+def test_requested_hash_overrides_the_record(site, tmp_path):
     url = site.add()
     fetch(url, tmp_path / "a")
     site.add(body=OTHER)
@@ -247,17 +247,17 @@ def test_a_hash_asked_for_outranks_the_record(site, tmp_path):
 
 
 @pytest.mark.parametrize("digits", [40, 64])
-def test_only_the_hub_names_a_version_by_its_hash(site, tmp_path, digits):
+def test_only_the_hub_uses_hashes_as_versions(site, tmp_path, digits):
     assert fetch(site.add(tag='"%s"' % ("a" * digits)), tmp_path / "a").read_bytes() == DATA
 
 
-def test_what_is_here_but_wrong_is_fetched(site, tmp_path):
+def test_wrong_file_is_fetched_again(site, tmp_path):
     url = site.add()
     a = tmp_path / "a"
     for _ in range(2):
         a.write_bytes(
             OTHER
-        )  # as long as the right one: after the first round the record tells them apart
+        )  # same length: after the first download only the record distinguishes them
         fetch(url, a, **(dict(sha256=sha(DATA)) if not site.asked else {}))
         assert a.read_bytes() == DATA
     a.write_bytes(OTHER)
@@ -265,13 +265,13 @@ def test_what_is_here_but_wrong_is_fetched(site, tmp_path):
     assert a.read_bytes() == DATA and len(site.asked) == 3
 
 
-def test_another_address_for_the_same_target_is_fetched(site, tmp_path):
+def test_other_url_for_the_same_target_is_fetched(site, tmp_path):
     fetch(site.add("/one"), tmp_path / "a")
     fetch(site.add("/two", OTHER), tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == OTHER
 
 
-def test_a_torn_record_is_no_record(site, tmp_path):
+def test_torn_record_is_ignored(site, tmp_path):
     url = site.add()
     fetch(url, tmp_path / "a")
     for text in ("{", "[]", ""):
@@ -280,7 +280,7 @@ def test_a_torn_record_is_no_record(site, tmp_path):
     assert len(site.asked) == 4
 
 
-def test_the_bar_ends_full(site, tmp_path, monkeypatch):
+def test_progress_bar_ends_full(site, tmp_path, monkeypatch):
     bars = []
 
     class Bar(download.tqdm):
@@ -299,7 +299,7 @@ def test_the_bar_ends_full(site, tmp_path, monkeypatch):
     assert [(b.n, b.total) for b in bars] == [(N, N)] * 3
 
 
-# --- cut connections ------------------------------------------------------------------------------
+# --- interrupted connections ----------------------------------------------------------------------
 @pytest.mark.parametrize(
     "kw",
     [
@@ -307,7 +307,7 @@ def test_the_bar_ends_full(site, tmp_path, monkeypatch):
         dict(tag=None, headers={"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}, if_range=False),
     ],
 )
-def test_only_the_rest_is_asked_for(site, tmp_path, waits, kw):
+def test_only_the_rest_is_requested(site, tmp_path, waits, kw):
     url = site.add(cuts=[100_000, 70_000, 50_000], **kw)
     assert fetch(url, tmp_path / "a").read_bytes() == DATA
     assert (
@@ -319,16 +319,16 @@ def test_only_the_rest_is_asked_for(site, tmp_path, waits, kw):
     }
     assert (
         waits == [download._RETRY_DELAYS[0]] * 3
-    )  # each brought something new, so patience begins anew
+    )  # each attempt made progress, so the count of attempts restarts
 
 
-def test_cut_in_every_try_but_moving(site, tmp_path):
-    "More cuts than tries in a row are allowed: as long as bytes arrive, it goes on"
+def test_interrupted_attempts_with_progress_continue(site, tmp_path):
+    "More interruptions than attempts in a row are allowed as long as bytes arrive."
     assert fetch(site.add(cuts=[N // 20] * 19), tmp_path / "a").read_bytes() == DATA
     assert site.sent == N
 
 
-def test_cut_for_ever(site, tmp_path, waits):
+def test_attempts_without_progress_end(site, tmp_path, waits):
     url = site.add(cuts=[5000] + [0] * 50)
     with pytest.raises(
         DownloadError,
@@ -348,11 +348,11 @@ def test_cut_for_ever(site, tmp_path, waits):
     assert fetch(url, tmp_path / "a").read_bytes() == DATA and site.sent == N - 5000
 
 
-def test_a_chunked_answer_that_is_cut(site, tmp_path):
+def test_interrupted_chunked_answer_is_retried(site, tmp_path):
     assert fetch(site.add(chunked=True, cuts=[7000]), tmp_path / "a").read_bytes() == DATA
 
 
-def test_no_server(tmp_path, waits, site):
+def test_missing_server_is_reported(tmp_path, waits, site):
     url = site.add()
     site.shutdown()
     site.server_close()
@@ -361,7 +361,7 @@ def test_no_server(tmp_path, waits, site):
     assert names(tmp_path) == []
 
 
-def test_a_silent_server(site, tmp_path, monkeypatch):
+def test_silent_server_times_out(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUT", 0.2)
     hold = threading.Event()
     url = site.add(cuts=[9000], hold=hold)
@@ -369,7 +369,7 @@ def test_a_silent_server(site, tmp_path, monkeypatch):
     hold.set()
 
 
-def test_a_body_shorter_than_announced_is_never_taken(site, tmp_path):
+def test_short_body_is_never_accepted(site, tmp_path):
     url = site.add(length=7, ranges=False)
     (tmp_path / "a").write_bytes(b"good")
     with pytest.raises(DownloadError, match="lost after"):
@@ -377,7 +377,7 @@ def test_a_body_shorter_than_announced_is_never_taken(site, tmp_path):
     assert (tmp_path / "a").read_bytes() == b"good"
 
 
-def test_without_a_length_the_size_asked_for_tells(site, tmp_path):
+def test_requested_size_is_checked_without_a_length(site, tmp_path):
     url = site.add(length="none", cuts=[4000])
     assert fetch(url, tmp_path / "a", size=N).read_bytes() == DATA
     url = site.add(length="none", body=DATA[:-5])
@@ -386,15 +386,15 @@ def test_without_a_length_the_size_asked_for_tells(site, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_server_without_ranges_starts_over(site, tmp_path):
+def test_server_without_ranges_starts_over(site, tmp_path):
     assert (
         fetch(site.add(ranges=False, cuts=[100_000, 50_000]), tmp_path / "a").read_bytes() == DATA
     )
     assert site.sent == N + 150_000
 
 
-def test_a_server_that_names_no_version(site, tmp_path):
-    "Nothing tells whether the rest is of the same file: start over, unless a hash will tell"
+def test_server_without_versions_starts_over(site, tmp_path):
+    "Nothing shows whether the rest is of the same file: start over, unless a hash is known."
     assert fetch(site.add(tag=None, cuts=[1000]), tmp_path / "a").read_bytes() == DATA
     assert (
         fetch(
@@ -411,7 +411,7 @@ def test_a_server_that_names_no_version(site, tmp_path):
 
 
 @pytest.mark.parametrize("if_range", [True, False])
-def test_a_file_that_changes_on_the_way_is_not_spliced(site, tmp_path, if_range):
+def test_changed_file_is_not_spliced(site, tmp_path, if_range):
     url = site.add(cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         fetch(url, tmp_path / "a")
@@ -424,7 +424,7 @@ def test_a_file_that_changes_on_the_way_is_not_spliced(site, tmp_path, if_range)
     "now", [OTHER, OTHER[:-100], OTHER + b"more"], ids=["as long", "shorter", "longer"]
 )
 @pytest.mark.parametrize("if_range", [True, False])
-def test_a_file_that_changes_within_one_call(site, tmp_path, if_range, now):
+def test_file_that_changes_within_one_call(site, tmp_path, if_range, now):
     url = site.add(cuts=[100_000], then=File(now, if_range=if_range))
     assert fetch(url, tmp_path / "a").read_bytes() == now and site.ranges()[:2] == [
         None,
@@ -432,7 +432,7 @@ def test_a_file_that_changes_within_one_call(site, tmp_path, if_range, now):
     ]
 
 
-def test_a_part_longer_than_the_file(site, tmp_path):
+def test_part_longer_than_the_file_starts_over(site, tmp_path):
     url = site.add(cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         fetch(url, tmp_path / "a")
@@ -440,7 +440,7 @@ def test_a_part_longer_than_the_file(site, tmp_path):
     assert fetch(url, tmp_path / "a").read_bytes() == DATA[:500]
 
 
-def test_a_part_of_another_source_is_not_gone_on_with(site, tmp_path):
+def test_part_of_another_source_is_not_continued(site, tmp_path):
     one = site.add("/one", OTHER, cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         fetch(one, tmp_path / "a")
@@ -448,16 +448,16 @@ def test_a_part_of_another_source_is_not_gone_on_with(site, tmp_path):
     assert site.ranges("/two") == [None]
 
 
-def test_a_range_that_was_not_asked_for(site, tmp_path, monkeypatch):
-    "A 206 from another place is not appended"
+def test_wrong_range_is_not_appended(site, tmp_path, monkeypatch):
+    "A 206 with another range is not appended."
     real = Handler.answer
 
-    def shifted(self, code, headers, body, file=None):
+    def answer_shifted(self, code, headers, body, file=None):
         if code == 206:
             headers["Content-Range"], body = f"bytes 5-{N - 1}/{N}", DATA[5:]
         real(self, code, headers, body, file)
 
-    monkeypatch.setattr(Handler, "answer", shifted)
+    monkeypatch.setattr(Handler, "answer", answer_shifted)
     assert fetch(site.add(cuts=[1000]), tmp_path / "a").read_bytes() == DATA
 
 
@@ -470,7 +470,7 @@ CHILD = (
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize("have", [1000, N - 1234])
-def test_killed_and_resumed(site, tmp_path, have):
+def test_killed_download_resumes(site, tmp_path, have):
     hold, part = threading.Event(), tmp_path / "a.part"
     url = site.add(cuts=[have], hold=hold)
     p = subprocess.Popen([sys.executable, "-c", CHILD, url, tmp_path / "a"], cwd=ROOT)
@@ -490,7 +490,7 @@ def test_killed_and_resumed(site, tmp_path, have):
 
 
 @pytest.mark.parametrize("moment", ["write_json", "replace"])
-def test_stopped_between_the_last_byte_and_the_rename(site, tmp_path, monkeypatch, moment):
+def test_stop_between_the_last_byte_and_the_rename(site, tmp_path, monkeypatch, moment):
     class Stop(BaseException):
         pass
 
@@ -519,7 +519,7 @@ def test_stopped_between_the_last_byte_and_the_rename(site, tmp_path, monkeypatc
 
 
 # --- wrong bytes ----------------------------------------------------------------------------------
-def test_wrong_bytes_are_thrown_away(site, tmp_path):
+def test_wrong_bytes_are_discarded(site, tmp_path):
     url = site.add(body=OTHER)
     with pytest.raises(
         DownloadError,
@@ -531,7 +531,7 @@ def test_wrong_bytes_are_thrown_away(site, tmp_path):
     assert fetch(url, tmp_path / "a", sha256=sha(DATA)).read_bytes() == DATA
 
 
-def test_a_damaged_part_starts_over_at_the_second_call(site, tmp_path):
+def test_damaged_part_starts_over_at_the_second_call(site, tmp_path):
     url = site.add(cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         fetch(url, tmp_path / "a")
@@ -542,7 +542,7 @@ def test_a_damaged_part_starts_over_at_the_second_call(site, tmp_path):
     assert fetch(url, tmp_path / "a", sha256=sha(DATA)).read_bytes() == DATA
 
 
-def test_another_size_is_refused_before_it_is_fetched(site, tmp_path):
+def test_wrong_size_is_refused_before_the_download(site, tmp_path):
     with pytest.raises(DownloadError, match=f"the remote file has {N:,} bytes, not 17"):
         fetch(site.add(), tmp_path / "a", size=17)
     assert names(tmp_path) == []
@@ -552,14 +552,14 @@ def test_another_size_is_refused_before_it_is_fetched(site, tmp_path):
     "page",
     [b"<!DOCTYPE html><html>log in", b"\n  <HTML><body>captcha", b"\xef\xbb\xbf<!doctype HTML>"],
 )
-def test_a_page_in_place_of_data(site, tmp_path, page):
+def test_html_page_instead_of_data_is_refused(site, tmp_path, page):
     with pytest.raises(DownloadError, match="a web page came in place of the file.*browser"):
         fetch(site.add(body=page), tmp_path / "a")
     assert names(tmp_path) == []
     assert fetch(site.url + "/log.jsonl", tmp_path / "page.html").read_bytes() == page
 
 
-def test_a_page_in_place_of_the_rest_costs_nothing(site, tmp_path):
+def test_html_page_instead_of_the_rest_keeps_the_part(site, tmp_path):
     url = site.add(cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         fetch(url, tmp_path / "a")
@@ -581,7 +581,7 @@ FAILURES = dict(
 
 
 @pytest.mark.parametrize("kw", FAILURES.values(), ids=FAILURES)
-def test_a_good_file_outlives_a_failed_download(site, tmp_path, kw):
+def test_failed_download_keeps_the_good_file(site, tmp_path, kw):
     (tmp_path / "a").write_bytes(b"good")
     with pytest.raises(DownloadError):
         fetch(site.add(**kw), tmp_path / "a", sha256=sha(DATA))
@@ -599,7 +599,7 @@ def test_a_good_file_outlives_a_failed_download(site, tmp_path, kw):
         (400, "answers 400.*browser"),
     ],
 )
-def test_refusals_that_stay(site, tmp_path, waits, code, says):
+def test_permanent_refusals_are_errors(site, tmp_path, waits, code, says):
     url = site.add(codes=[(code, {})])
     with pytest.raises(DownloadError, match=says) as e:
         fetch(url, tmp_path / "a")
@@ -607,7 +607,7 @@ def test_refusals_that_stay(site, tmp_path, waits, code, says):
 
 
 @pytest.mark.parametrize("code", [408, 429, 500, 502, 503, 504])
-def test_refusals_that_pass(site, tmp_path, waits, code):
+def test_temporary_refusals_are_retried(site, tmp_path, waits, code):
     assert fetch(site.add(codes=[(code, {})] * 3), tmp_path / "a").read_bytes() == DATA
     assert waits == [1, 2, 4]
 
@@ -627,7 +627,7 @@ def test_retry_after_is_respected(site, tmp_path, waits):
     assert waits[0] == 17 and 45 < waits[1] <= 50 and waits[2] == 4
 
 
-def test_retry_after_too_long(site, tmp_path, waits):
+def test_retry_after_too_long_is_an_error(site, tmp_path, waits):
     with pytest.raises(
         DownloadError, match="429.*asks to wait for 1 h 0 min; call again after that"
     ):
@@ -635,14 +635,14 @@ def test_retry_after_too_long(site, tmp_path, waits):
     assert not waits and len(site.asked) == 1
 
 
-def test_a_server_that_stays_down(site, tmp_path, waits):
+def test_server_that_stays_down_is_an_error(site, tmp_path, waits):
     with pytest.raises(DownloadError, match="answers 500.*6 times in a row"):
         fetch(site.add(codes=[(500, {})] * 99), tmp_path / "a")
     assert len(site.asked) == 6 and waits == list(download._RETRY_DELAYS)
 
 
-# --- this side ------------------------------------------------------------------------------------
-def test_no_room(site, tmp_path, monkeypatch):
+# --- the local side -------------------------------------------------------------------------------
+def test_too_little_disk_space_is_refused(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "free_space", lambda p: 1000)
     with pytest.raises(
         DownloadError, match="needs 316.4 KiB, but only 1000 B are free; free some space"
@@ -651,7 +651,7 @@ def test_no_room(site, tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
 
-def test_room_for_the_rest_is_enough(site, tmp_path, monkeypatch):
+def test_disk_space_for_the_rest_is_enough(site, tmp_path, monkeypatch):
     monkeypatch.setattr(
         download, "free_space", lambda p: N if not (tmp_path / "a.part").exists() else N - 100_000
     )
@@ -660,18 +660,18 @@ def test_room_for_the_rest_is_enough(site, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(
     not os.path.exists("/dev/full"),
-    reason="/dev/full, the device that is always full, is there on Linux only",
+    reason="/dev/full exists on Linux only",
 )
-def test_the_disk_fills_up_on_the_way(site, tmp_path, waits, monkeypatch):
+def test_disk_full_during_download(site, tmp_path, waits, monkeypatch):
     monkeypatch.setattr(
         download, "open_new", lambda path, buffering: open("/dev/full", "wb", buffering)
-    )  # a link there would be unlinked
+    )  # the download would delete a link there
     with pytest.raises(DownloadError, match="the disk is full; free some space"):
         fetch(site.add(), tmp_path / "a")
     assert not waits and not (tmp_path / "a").exists()
 
 
-def test_two_processes_do_not_write_one_part(site, tmp_path, monkeypatch):
+def test_second_download_of_a_file_is_refused(site, tmp_path, monkeypatch):
     url, real = site.add(), download._read_chunk
 
     def read(res):
@@ -686,7 +686,7 @@ def test_two_processes_do_not_write_one_part(site, tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
-def test_bad_arguments(tmp_path, site):
+def test_bad_arguments_are_refused(tmp_path, site):
     with pytest.raises(DownloadError, match="is a folder; name the file"):
         fetch(site.add(), tmp_path)
     with pytest.raises(ValueError, match="64 hexadecimal digits"):
@@ -700,16 +700,17 @@ def test_bad_arguments(tmp_path, site):
     assert not site.asked and names(tmp_path) == []
 
 
-def test_an_address_in_chinese(site, tmp_path):
+def test_chinese_url(site, tmp_path):
     site.add("/%E8%AA%9E%E6%96%99%20a.jsonl?x=%20y")
     assert fetch(site.url + "/語料 a.jsonl?x=%20y", tmp_path / "語料.jsonl").read_bytes() == DATA
 
 
 # --- the hub --------------------------------------------------------------------------------------
 def hub(site, body=DATA, *, path="/datasets/o/n/resolve/main/sub/a.jsonl", **kw):
-    """A large file: the hub answers with its facts and sends on to a store.
+    """A large file: the hub answers with its metadata and redirects to a store.
 
-    The store has a name of its own for the version."""
+    The store has its own name for the version.
+    """
     site.add(
         path,
         to=site.url + "/store?key=1",
@@ -749,17 +750,17 @@ def test_hub_hash_is_checked(at_hub, tmp_path):
 
 @pytest.mark.parametrize("linked", [True, False])
 @pytest.mark.parametrize("good", [True, False])
-def test_hub_small_file_is_checked_as_git_does(at_hub, tmp_path, linked, good):
-    said = blob(DATA if good else OTHER)
+def test_hub_small_file_is_checked_by_git_hash(at_hub, tmp_path, linked, good):
+    etag = blob(DATA if good else OTHER)
     if linked:
         at_hub.add(
             "/o/n/resolve/v%2F1/a%20b.json",
             tag=None,
-            headers={"X-Linked-ETag": f'"{said}"', "X-Linked-Size": str(N)},
+            headers={"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(N)},
         )
     else:
         at_hub.add(
-            "/o/n/resolve/v%2F1/a%20b.json", tag=f'W/"{said}"', headers={"X-Repo-Commit": "c" * 40}
+            "/o/n/resolve/v%2F1/a%20b.json", tag=f'W/"{etag}"', headers={"X-Repo-Commit": "c" * 40}
         )
     go = lambda: fetch_hub(
         "o/n", "a b.json", tmp_path / "a", repo_type="model", revision="v/1", progress=False
@@ -771,7 +772,7 @@ def test_hub_small_file_is_checked_as_git_does(at_hub, tmp_path, linked, good):
             go()
 
 
-def test_hub_recognises_a_copy(at_hub, tmp_path):
+def test_hub_recognizes_a_copy(at_hub, tmp_path):
     hub(at_hub)
     (tmp_path / "a").write_bytes(DATA)
     before = (tmp_path / "a").stat().st_mtime_ns
@@ -784,7 +785,7 @@ def test_hub_recognises_a_copy(at_hub, tmp_path):
     assert from_hub(tmp_path / "b").read_bytes() == DATA
 
 
-def test_hub_a_mirror_goes_on(at_hub, tmp_path, monkeypatch):
+def test_hub_mirror_continues_a_download(at_hub, tmp_path, monkeypatch):
     hub(at_hub, cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError):
         from_hub(tmp_path / "a")
@@ -798,8 +799,8 @@ def test_hub_a_mirror_goes_on(at_hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tag", [None, '"the same"'])
-def test_hub_a_branch_that_moved_on(at_hub, tmp_path, tag):
-    "Even if the store names no version, or a wrong one: the hub's hash tells them apart"
+def test_hub_moved_branch_starts_over(at_hub, tmp_path, tag):
+    "Even if the store names no version, or a wrong one: the hash of the hub differs."
     hub(at_hub, cuts=[100_000] + [0] * 9)
     at_hub.files["/store?key=1"].tag = tag
     with pytest.raises(DownloadError):
@@ -810,7 +811,7 @@ def test_hub_a_branch_that_moved_on(at_hub, tmp_path, tag):
     assert at_hub.ranges("/store?key=1")[-2:] == ["bytes=100000-", None]
 
 
-def test_hub_a_branch_that_moves_on_within_one_call(at_hub, tmp_path):
+def test_hub_branch_that_moves_within_one_call(at_hub, tmp_path):
     hub(at_hub, cuts=[100_000])
     moved = "/datasets/o/n/resolve/main/sub/a.jsonl"
     at_hub.files["/store?key=1"].then, at_hub.files[moved].then = (
@@ -823,7 +824,7 @@ def test_hub_a_branch_that_moves_on_within_one_call(at_hub, tmp_path):
     assert from_hub(tmp_path / "a").read_bytes() == OTHER
 
 
-def test_hub_a_whole_part_is_checked_too(at_hub, tmp_path, monkeypatch):
+def test_hub_complete_part_is_verified(at_hub, tmp_path, monkeypatch):
     class Stop(BaseException):
         pass
 
@@ -841,7 +842,7 @@ def test_hub_a_whole_part_is_checked_too(at_hub, tmp_path, monkeypatch):
     assert from_hub(tmp_path / "a").read_bytes() == DATA
 
 
-def test_hub_says_what_is_missing(at_hub, tmp_path):
+def test_hub_missing_file_is_named(at_hub, tmp_path):
     with pytest.raises(DownloadError, match="404.*letter by letter"):
         from_hub(tmp_path / "a")
     at_hub.add(
@@ -855,7 +856,7 @@ def test_hub_says_what_is_missing(at_hub, tmp_path):
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_hub_closed_repository(at_hub, tmp_path, code):
+def test_hub_gated_repository_is_explained(at_hub, tmp_path, code):
     at_hub.add(
         "/datasets/o/n/resolve/main/sub/a.jsonl",
         codes=[(code, {"X-Error-Message": "Access is restricted"})],
@@ -870,7 +871,7 @@ def test_hub_closed_repository(at_hub, tmp_path, code):
         from_hub(tmp_path / "a")
 
 
-def test_the_token_goes_to_the_hub_only(at_hub, tmp_path, monkeypatch):
+def test_hub_token_is_sent_to_the_hub_only(at_hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     store = Site()
     threading.Thread(
@@ -888,7 +889,7 @@ def test_the_token_goes_to_the_hub_only(at_hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [307, 308])
-def test_hub_redirects(at_hub, tmp_path, code):
+def test_hub_redirects_are_followed(at_hub, tmp_path, code):
     at_hub.add(
         "/datasets/o/n/resolve/main/sub/a.jsonl",
         codes=[(code, {"Location": "/cache", "X-Linked-ETag": f'"{blob(OTHER)}"'})],
@@ -960,10 +961,11 @@ def test_drive_small_file(drive, tmp_path, link):
     assert from_drive(tmp_path / "a", link).read_bytes() == DATA
 
 
-def test_drive_large_file_behind_the_virus_page(drive, tmp_path):
-    """The page comes again before each try, and a cut goes on.
+def test_drive_large_file_after_the_virus_page(drive, tmp_path):
+    """The page comes again before each attempt, and an interrupted download continues.
 
-    The cookie that it sets comes back with the question."""
+    The cookie that it sets is sent with the confirmation.
+    """
     page(drive, confirm(drive, drive.url + "/download"))
     drive.files[f"/uc?export=download&id={ID}"].headers["Set-Cookie"] = "download_warning=t; Path=/"
     drive.add(
@@ -982,7 +984,7 @@ def test_drive_large_file_behind_the_virus_page(drive, tmp_path):
     )
 
 
-def test_drive_a_confirmation_that_leads_to_itself(drive, tmp_path):
+def test_drive_confirmation_loop_ends(drive, tmp_path):
     drive.files = {
         k: File(confirm(drive, drive.url + "/download"))
         for k in (f"/uc?export=download&id={ID}", f"/download?id={ID}&confirm=t&uuid=0-1")
@@ -1002,21 +1004,21 @@ def test_drive_a_confirmation_that_leads_to_itself(drive, tmp_path):
     ],
     ids=["quota", "login", "denied", "new"],
 )
-def test_drive_pages_that_end_it(drive, tmp_path, waits, code, body, says):
+def test_drive_error_pages_end_the_download(drive, tmp_path, waits, code, body, says):
     page(drive, body, codes=[(code, {"Content-Type": "text/html"}, body)] if code != 200 else [])
     with pytest.raises(DownloadError, match=says):
         from_drive(tmp_path / "a")
     assert names(tmp_path) == [] and not waits and len(drive.asked) == 1
 
 
-def test_drive_quota_behind_the_virus_page(drive, tmp_path):
+def test_drive_quota_after_the_virus_page(drive, tmp_path):
     page(drive, confirm(drive, drive.url + "/download"))
     page(drive, QUOTA, f"/download?id={ID}&confirm=t&uuid=0-1")
     with pytest.raises(DownloadError, match="wait up to 24 hours"):
         from_drive(tmp_path / "a")
 
 
-def test_drive_quota_in_the_middle_keeps_the_part(drive, tmp_path):
+def test_drive_quota_during_download_keeps_the_part(drive, tmp_path):
     drive.add(f"/uc?export=download&id={ID}", cuts=[100_000] + [0] * 9)
     with pytest.raises(DownloadError, match="in a row"):
         from_drive(tmp_path / "a")
@@ -1040,20 +1042,20 @@ def test_drive_no_such_file(drive, tmp_path):
         "short",
     ],
 )
-def test_drive_links_that_name_no_file(tmp_path, link):
+def test_drive_links_without_a_file_are_refused(tmp_path, link):
     with pytest.raises(ValueError, match="Share > Copy link"):
         from_drive(tmp_path / "a", link)
 
 
-def test_drive_without_gdown(drive, tmp_path, monkeypatch):
+def test_drive_without_gdown_is_explained(drive, tmp_path, monkeypatch):
     page(drive, confirm(drive, drive.url + "/download"))
     monkeypatch.setitem(sys.modules, "gdown.download", None)
     with pytest.raises(ImportError, match=re.escape("'minigpt-notebook[data]'")):
         from_drive(tmp_path / "a")
 
 
-# --- from anywhere --------------------------------------------------------------------------------
-def test_get(site, tmp_path, monkeypatch):
+# --- any source -----------------------------------------------------------------------------------
+def test_get_accepts_any_source(site, tmp_path, monkeypatch):
     calls = []
     for name in ("fetch_hub", "fetch_drive", "fetch_url"):
         monkeypatch.setattr(
@@ -1077,7 +1079,7 @@ def test_get(site, tmp_path, monkeypatch):
             get(source, tmp_path / "a")
 
 
-def test_the_import_is_light():
+def test_import_is_light():
     code = (
         "import sys, minigpt.data.download; print(*[o for o in ('torch', 'gdown', 'requests',"
         " 'bs4', 'huggingface_hub', 'numpy') if o in sys.modules])"

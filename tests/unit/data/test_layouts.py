@@ -1,6 +1,6 @@
-"""Data as they are in the wild: each layout is read as what it is, or refused by name.
+"""Data formats in the wild: each layout is recognized, or refused by name.
 
-Nothing is left out without being named.
+Whatever is skipped is reported.
 """
 
 import json
@@ -39,19 +39,19 @@ def tok():
 
 
 def row(value, **how):
-    "The one row of a line"
+    "The single row of a line."
     (found,) = parse_row(json.dumps(value, ensure_ascii=False).encode(), 1, **how)
     return found
 
 
-def say(*pairs):
+def make_messages(*pairs):
     return [
         dict(role=dict(u="user", a="assistant", s="system", t="tool")[r], content=c)
         for r, c in pairs
     ]
 
 
-def told(r):
+def messages_of(r):
     return [
         dict(
             role=m["role"],
@@ -70,7 +70,7 @@ def write(path, *rows):
 
 
 QA, TWO = [("u", "2?"), ("a", "Two.")], [("u", "2?"), ("a", "Two."), ("u", "3?"), ("a", "Three.")]
-READ = {  # name → (row, what is said, its columns that are left out)
+READ = {  # name → (row, its messages, its skipped columns)
     "firefly": (
         dict(
             conversation_id=1,
@@ -251,13 +251,15 @@ READ = {  # name → (row, what is said, its columns that are left out)
 
 
 @pytest.mark.parametrize("name", READ)
-def test_read(name):
+def test_layout_is_read(name):
     value, want, left = READ[name]
     r = row(value)
-    assert not r.reason and told(r) == say(*want) and sorted(r.unread) == sorted(left), r
+    assert (
+        not r.reason and messages_of(r) == make_messages(*want) and sorted(r.unread) == sorted(left)
+    ), r
 
 
-def test_texts():
+def test_text_layouts_are_read():
     for value, want in (
         (dict(Text="雪"), "雪"),
         (dict(title="t", content="雪"), "雪"),
@@ -296,11 +298,11 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_pairs(name):
+def test_preference_layouts_are_read(name):
     r = row(PAIRS[name])
     assert (r.messages, r.rejected) == (
-        say(*QA),
-        say(("u", "2?"), ("a", "11.")),
+        make_messages(*QA),
+        make_messages(("u", "2?"), ("a", "11.")),
     ) and not r.unread, r
 
 
@@ -439,7 +441,7 @@ REFUSED = {  # name → (row, reason, words of the detail)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(name):
+def test_layout_is_refused_by_name(name):
     value, reason, words = REFUSED[name]
     r = row(value)
     assert r.reason == reason and words in r.detail, r
@@ -468,25 +470,25 @@ def test_refused_by_name(name):
 )
 def test_thoughts_are_kept(value):
     r = row(value)
-    assert told(r) == [U, dict(A, reasoning_content="hm")] and not r.unread
+    assert messages_of(r) == [U, dict(A, reasoning_content="hm")] and not r.unread
 
 
-def test_thoughts_that_are_no_text_are_refused():
-    "In a part of the content, beside a field of thoughts"
+def test_thoughts_other_than_text_are_refused():
+    "In a part of the content, beside a field for thoughts."
     part = dict(type="thinking", thinking="hm")
     r = row(dict(messages=[U, dict(A, content=[part], reasoning_content=5)]))
     assert r.reason == "reasoning_content is not a string" and "it is a int" in r.detail
 
 
-def test_a_column_may_be_named():
+def test_column_can_be_named():
     r = row(dict(q="2?", a="Two.", label=True), columns=dict(prompt="q", completion="a", label=""))
-    assert told(r) == [U, A] and r.read == "prompt, completion → messages" and not r.unread
+    assert messages_of(r) == [U, A] and r.read == "prompt, completion → messages" and not r.unread
     assert row(dict(body="雪", text="other"), columns=dict(text="body")).text == "雪"
 
 
 # --- calls ----------------------------------------------------------------------------------------
-def test_calls_in_every_spelling(tok):
-    "ShareGPT's role, OpenAI's old field, glaive's mark, xLAM's column: the same ids"
+def test_calls_in_every_format_give_the_same_ids(tok):
+    "ShareGPT's role, OpenAI's old field, glaive's mark and xLAM's column give the same ids."
     tools = [dict(name="f", parameters={})]
     want = [U, dict(role="assistant", content="", tool_calls=[CALL])]
     rows = [
@@ -526,11 +528,11 @@ def test_calls_in_every_spelling(tok):
     assert (
         glaive.messages[0]["tools"] == tools
         and glaive.messages[2]["tool_calls"] == [CALL]
-        and told(glaive)[3:] == say(("t", '{"x": 1}'), ("a", "Two."))
+        and messages_of(glaive)[3:] == make_messages(("t", '{"x": 1}'), ("a", "Two."))
     )
 
 
-def test_calls_beside_a_text_and_several_at_once(tok):
+def test_text_with_calls_and_parallel_calls(tok):
     r = row(
         dict(
             messages=[
@@ -560,7 +562,7 @@ def test_calls_beside_a_text_and_several_at_once(tok):
     ) == 4
 
 
-def test_results_stand_in_the_order_of_their_calls():
+def test_results_are_in_the_order_of_their_calls():
     calls = [dict(id=i, function=dict(name=i, arguments="{}")) for i in "ab"]
     r = row(
         dict(
@@ -577,7 +579,7 @@ def test_results_stand_in_the_order_of_their_calls():
 
 
 def test_nothing_is_rendered_twice(tok):
-    "Functions that the system prompt lists already, calls that the text writes already"
+    "Functions that the system prompt already lists, calls that the text already contains."
     r = row(
         dict(
             messages=[dict(role="system", content='<tools>\n{"name": "f"}\n</tools>'), U, A],
@@ -653,18 +655,20 @@ def test_every_text_of_a_conversation_is_rendered(tok, texts, spelling, key, cap
     ),
 )
 @settings(max_examples=150)
-def test_no_text_is_left_out_without_a_word(tok, more, core):
-    "A column is in what is learned, or named as left out, or the row is refused"
+def test_skipped_text_is_reported(tok, more, core):
+    "A column has loss, or is reported as skipped, or the row is refused."
     r = row({**more, **core})
     if r.reason:
         return
-    said = "\n".join(tok.render(s) for s in (r.messages, r.rejected) if s) if r.messages else r.text
+    rendered = (
+        "\n".join(tok.render(s) for s in (r.messages, r.rejected) if s) if r.messages else r.text
+    )
     for k, v in more.items():
         if k not in core:
-            assert k in r.unread or v.strip() in said, (k, r)
+            assert k in r.unread or v.strip() in rendered, (k, r)
 
 
-# --- what is said of a file -----------------------------------------------------------------------
+# --- what is reported about a file ----------------------------------------------------------------
 def lines_of(path, **how):
     table = read_table({path: inspect_file(path)})
     for b in read_blocks(path, **how):
@@ -672,7 +676,7 @@ def lines_of(path, **how):
     return reading(table)
 
 
-def test_a_line_for_each_file(tok, tmp_path):
+def test_one_line_per_file_is_reported(tok, tmp_path):
     a = write(
         tmp_path / "a.jsonl",
         dict(conversations=[U, A], id=1, source="web"),
@@ -683,18 +687,18 @@ def test_a_line_for_each_file(tok, tmp_path):
     c = tmp_path / "c.txt"
     c.write_text("Snow fell.\n")
     assert lines_of(a) == ["a.jsonl: conversations → messages; left out: id, source"]
-    said = []
+    notes = []
     train, _ = build_tokenset(
-        [b, c], tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
+        [b, c], tok, tmp_path / "set", 0.0, say=lambda note: notes.append(str(note))
     )
     want = [
         "b.txt: plain text; read as KOI8-U, which is a guess: encoding= overrides it",
         "c.txt: plain text",
     ]
-    assert said == want and tok.decode(train.tokens).startswith("Сегодня очень")
-    said.clear()
-    build_tokenset([b, c], tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note)))
-    assert said == want  # a set that is used again says the same
+    assert notes == want and tok.decode(train.tokens).startswith("Сегодня очень")
+    notes.clear()
+    build_tokenset([b, c], tok, tmp_path / "set", 0.0, say=lambda note: notes.append(str(note)))
+    assert notes == want  # a reused set reports the same
     report = analyze([b, c], near_duplicates=False)
     assert all(w in str(report) for w in want) and [*report["read"]] == [str(b), str(c)]
     assert "a.jsonl: conversations → messages; left out: id, source" in prepare_summary(
@@ -707,8 +711,8 @@ def test_a_line_for_each_file(tok, tmp_path):
         inspect_file(b, "koi9")
 
 
-def test_sound_options_leave_a_set_as_it_was(tok, tmp_path):
-    "What is not used is not recorded, so sets of older versions are found again"
+def test_unused_options_do_not_change_a_set(tok, tmp_path):
+    "Unused options are not recorded, so sets of older versions are found again."
     a = write(tmp_path / "a.jsonl", *[dict(text=f"row {i}") for i in range(9)])
     assert build_tokenset(a, tok, tmp_path / "set", 0.0)[0].meta["options"] == dict(
         validation_split=0.0
@@ -718,21 +722,21 @@ def test_sound_options_leave_a_set_as_it_was(tok, tmp_path):
     )[0].meta["options"] == dict(validation_split=0.0, encoding="utf-8", columns=dict(text="text"))
 
 
-def test_what_a_folder_holds_besides(tok, tmp_path):
+def test_other_files_in_a_folder_are_reported(tok, tmp_path):
     (tmp_path / "in").mkdir()
     write(tmp_path / "in/a.jsonl", *[dict(text=f"row {i}") for i in range(9)])
     for n in ("b.csv", "c.parquet", "d.ndjson"):
         (tmp_path / "in" / n).write_text("x")
     (tmp_path / "in/more").mkdir()
-    said = []
-    assert [f.name for f in data_files(tmp_path / "in", said.append)] == [
+    notes = []
+    assert [f.name for f in data_files(tmp_path / "in", notes.append)] == [
         "a.jsonl"
-    ] and "skipped 4 (b.csv, c.parquet, d.ndjson, more/)" in said[0]
+    ] and "skipped 4 (b.csv, c.parquet, d.ndjson, more/)" in notes[0]
     build_tokenset(
-        tmp_path / "in", tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note))
+        tmp_path / "in", tok, tmp_path / "set", 0.0, say=lambda note: notes.append(str(note))
     )
     assert (
-        len([s for s in said if "skipped 4 (" in s]) == 2
+        len([s for s in notes if "skipped 4 (" in s]) == 2
         and "skipped 4 (" in str(analyze(tmp_path / "in", near_duplicates=False))
         and "skipped 4 (" in prepare_summary(prepare(tmp_path / "in", tmp_path / "out", tok))
     )
@@ -743,26 +747,26 @@ def test_what_a_folder_holds_besides(tok, tmp_path):
         data_files(tmp_path / "in")
 
 
-def test_many_lost_rows_are_a_warning(tok, tmp_path):
+def test_many_refused_rows_are_a_warning(tok, tmp_path):
     good = [dict(text=f"row {i}") for i in range(8)]
     a = write(tmp_path / "a.jsonl", *good, dict(x=1))
 
-    def told_of(**how):
-        said = []
+    def notes_of(**how):
+        notes = []
         build_tokenset(
-            a, tok, tmp_path / "set", 0.0, say=lambda note: said.append(str(note)), **how
+            a, tok, tmp_path / "set", 0.0, say=lambda note: notes.append(str(note)), **how
         )
-        return said
+        return notes
 
-    first = told_of()
+    first = notes_of()
     assert (
         first[1].startswith("WARNING: 1 of 9 rows are left out, more than a tenth.")
         and "on_bad_row='skip'" in first[1]
         and 'rows refused: 1 × no "text"' in first[1]
     )
-    assert told_of() == first and told_of(on_bad_row="skip")[1].startswith("rows refused: 1 × ")
+    assert notes_of() == first and notes_of(on_bad_row="skip")[1].startswith("rows refused: 1 × ")
     write(a, *good * 2, dict(x=1))
-    assert told_of()[1].startswith("WARNING: rows refused: 1 × ")
+    assert notes_of()[1].startswith("WARNING: rows refused: 1 × ")
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -800,8 +804,8 @@ def test_json_is_read_as_json_under_any_name(name, tmp_path):
         assert [r.text for r in rows_in(tmp_path / "b.txt")] == [text]
 
 
-def test_a_long_first_row(tmp_path):
-    """Above the 64 KiB that are looked at.
+def test_long_first_row_is_read(tmp_path):
+    """Longer than the 64 KiB that are inspected.
 
     JSON lines under .txt, bare lists of messages, and a stray carriage return before every CRLF.
     """
@@ -813,7 +817,10 @@ def test_a_long_first_row(tmp_path):
     (tmp_path / "b.jsonl").write_text(
         "".join(json.dumps([U, dict(A, content=t)]) + "\n" for t in (long, "b"))
     )
-    assert [told(r)[1]["content"] for r in rows_in(tmp_path / "b.jsonl")] == [long, "b"]
+    assert [messages_of(r)[1]["content"] for r in rows_in(tmp_path / "b.jsonl")] == [
+        long,
+        "b",
+    ]
     (tmp_path / "c.txt").write_bytes(
         b"x" * 50_000 + b"\r" + b"x" * 50_000 + b"\r\n" + b"next\r\nlast\r\n"
     )
@@ -833,7 +840,7 @@ def test_a_long_first_row(tmp_path):
         '{"examples": [{"text": "a"},\n{"text": "b"}]}\n',
     ],
 )
-def test_rows_under_a_key(text, tmp_path, monkeypatch):
+def test_rows_under_a_key_are_read(text, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(text)
     assert [r.text for r in rows_in(tmp_path / "a.json")] == ["a", "b"] and inspect_file(
         tmp_path / "a.json"
@@ -842,7 +849,7 @@ def test_rows_under_a_key(text, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text('{"data": [' + ", ".join(['{"text": "a"}'] * 50) + "]}")
     assert len(rows_in(tmp_path / "a.json")) == 50
     (tmp_path / "b.jsonl").write_text(json.dumps(dict(id=1, data=["2?", "Two."])) + "\n")
-    assert told(rows_in(tmp_path / "b.jsonl")[0]) == [U, A]
+    assert messages_of(rows_in(tmp_path / "b.jsonl")[0]) == [U, A]
 
 
 FILES = {
@@ -872,7 +879,7 @@ def test_files_of_other_kinds_are_refused_by_name(name, tmp_path):
         inspect_file(tmp_path / name)
 
 
-def test_a_table_with_tabs_is_for_encoders(tok, tmp_path):
+def test_tab_separated_table_is_for_encoders(tok, tmp_path):
     (tmp_path / "a.tsv").write_text("one\ttwo\nthree\tfour\n")
     for use in (
         lambda f: build_tokenset(f, tok, tmp_path / "set"),
@@ -910,7 +917,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("encoding", TEXTS)
 def test_encodings_are_guessed(encoding, tmp_path):
-    "As a text and as rows, where the line ends of JSON stand between the letters"
+    "As a text and as rows, with JSON line ends between the letters."
     text = TEXTS[encoding]
     (tmp_path / "a.txt").write_bytes(f"{text}\n".encode(encoding))
     (tmp_path / "a.jsonl").write_bytes(
@@ -931,8 +938,8 @@ def test_encodings_are_guessed(encoding, tmp_path):
     )
 
 
-def test_an_end_of_text_ends_a_document(tok, tmp_path):
-    "In a line of a text, in a row, and in lines; once, where it stands at the end"
+def test_end_of_text_ends_a_document(tok, tmp_path):
+    "In a line of a text, in a row, and in lines; only once if it is at the end."
     (tmp_path / "a.txt").write_text("one<|endoftext|>two\nthree\n<|endoftext|>\nfour")
     (tmp_path / "b.txt").write_text("a b<|endoftext|>c\n")
     assert [(r.line, r.text, r.ends) for r in rows_in(tmp_path / "a.txt")] == [
@@ -961,18 +968,18 @@ def test_an_end_of_text_ends_a_document(tok, tmp_path):
     block = "x" * 70 + "\n"
     (tmp_path / "c.txt").write_text(
         block * 30 + "\n<|endoftext|>\nnext\n"
-    )  # a piece ends in front of the mark: it comes once
+    )  # a piece ends before the mark, so the mark comes once
     assert [r.text for r in rows_in(tmp_path / "c.txt")] == [block * 30 + "\n", "next\n"] and [
         r.ends for r in rows_in(tmp_path / "c.txt")
     ] == [True, True]
 
 
-# --- what is learned ------------------------------------------------------------------------------
-def learned(data, tok):
+# --- what has loss --------------------------------------------------------------------------------
+def text_with_loss(data, tok):
     return tok.decode([t for t, m in zip(data.tokens, data.mask) if m])
 
 
-def test_a_weight_of_nothing_is_not_learned(tok, tmp_path):
+def test_messages_of_weight_zero_have_no_loss(tok, tmp_path):
     talks = [
         dict(messages=[U, dict(A, content="No.", **flag), U, dict(A, content="Yes.")])
         for flag in (dict(weight=0), dict(train=False), dict(loss=False), dict(weight=1), {})
@@ -981,35 +988,36 @@ def test_a_weight_of_nothing_is_not_learned(tok, tmp_path):
         data, _ = build_tokenset(
             write(tmp_path / f"{i}.jsonl", talks[i]), tok, tmp_path / f"s{i}", 0.0
         )
-        assert learned(data, tok).replace("<|im_end|>", "") == want
+        assert text_with_loss(data, tok).replace("<|im_end|>", "") == want
     made = prepare(tmp_path / "0.jsonl", tmp_path / "out.jsonl", tok, max_seq_len=0)
     data, _ = build_tokenset(made["output"], tok, tmp_path / "again", 0.0)
-    assert learned(data, tok).replace("<|im_end|>", "") == "Yes."
+    assert text_with_loss(data, tok).replace("<|im_end|>", "") == "Yes."
 
 
-def chat(answer):
+def chat_row(answer):
     return dict(messages=[U, dict(A, content=answer)])
 
 
 @pytest.fixture
-def long(tok, tmp_path):
-    "A short row, one whose first answer fits, and one whose only answer does not"
+def mixed_rows(tok, tmp_path):
+    "A short row, one whose first answer fits, and one whose only answer does not."
     return write(
         tmp_path / "long.jsonl",
-        chat("Two."),
+        chat_row("Two."),
         dict(messages=[U, A, U, dict(A, content="1 2 " * 60)]),
-        chat("<think>" + "1 2 " * 60 + "</think>Two."),
+        chat_row("<think>" + "1 2 " * 60 + "</think>Two."),
     )
 
 
-def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
-    """Left out where no answer ends in time; cut behind an answer where one does.
+def test_long_rows_are_skipped_or_truncated(tok, mixed_rows, tmp_path):
+    """They are skipped if no answer ends in time, and otherwise truncated after an answer.
 
-    A set of an older version goes on as it was."""
+    A set of an older version is unchanged.
+    """
     from minigpt.train.trainer import describe_data
 
     whole, cut, old = (
-        build_tokenset(long, tok, tmp_path / str(how), 0.0, long_rows=how)[0]
+        build_tokenset(mixed_rows, tok, tmp_path / str(how), 0.0, long_rows=how)[0]
         for how in ("skip", "cut", None)
     )
     assert "long_rows" not in old.meta and len({d.fingerprint for d in (whole, cut, old)}) == 1
@@ -1030,15 +1038,17 @@ def test_long_rows_are_left_out_or_cut(tok, long, tmp_path):
     )
     assert "1 are longer and truncated inside an answer" in describe_data(cut, 64)[0]
     again = [
-        build_tokenset(long, tok, tmp_path / name, 0.0, long_rows=how)[0].meta.get("long_rows")
+        build_tokenset(mixed_rows, tok, tmp_path / name, 0.0, long_rows=how)[0].meta.get(
+            "long_rows"
+        )
         for name, how in (("skip", "cut"), ("None", "skip"))
     ]
-    assert again == ["cut", None]  # another wish builds anew; a set of an older version stays
+    assert again == ["cut", None]  # a set of an older version stays
 
 
-def test_all_rows_too_long_is_an_error_with_the_lengths(tok, tmp_path):
+def test_all_rows_too_long_is_an_error(tok, tmp_path):
     data, _ = build_tokenset(
-        write(tmp_path / "a.jsonl", *[chat("1 2 " * 60 + str(i)) for i in range(9)]),
+        write(tmp_path / "a.jsonl", *[chat_row("1 2 " * 60 + str(i)) for i in range(9)]),
         tok,
         tmp_path / "set",
         0.0,
@@ -1053,7 +1063,7 @@ def test_all_rows_too_long_is_an_error_with_the_lengths(tok, tmp_path):
         check_size(data, 1, 64)
 
 
-def test_pairs_that_are_the_same_once_they_are_cut_are_not_trained(tok, tmp_path):
+def test_pairs_equal_after_truncation_are_skipped(tok, tmp_path):
     same, differ = ("1 2 " * 60 + x for x in "ab"), ("a" + "1 2 " * 60, "b" + "1 2 " * 60)
     pairs = [dict(prompt="2?", chosen=a, rejected=b) for a, b in (tuple(same), differ, ("a", "b"))]
     sets = {
@@ -1069,15 +1079,16 @@ def test_pairs_that_are_the_same_once_they_are_cut_are_not_trained(tok, tmp_path
     }
 
 
-def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
-    """Its token set does not say what becomes of long rows: they stay cut.
+def test_run_of_the_previous_version_keeps_its_rows(tok, tmp_path):
+    """Its token set does not record how long rows were treated: they stay truncated.
 
-    The losses are the same; another wish is refused for a new run."""
+    The losses are the same; another setting is refused for a new run.
+    """
     from minigpt.core.files import read_json, write_json
     from minigpt.train.inputs import ResumeError
     from minigpt.train.trainer import fit
 
-    rows = [chat(f"{i} " * (40 if i % 3 else 4)) for i in range(40)]
+    rows = [chat_row(f"{i} " * (40 if i % 3 else 4)) for i in range(40)]
     data = write(tmp_path / "a.jsonl", *rows)
     options = dict(
         tokenizer=tok,
@@ -1131,12 +1142,15 @@ def test_a_run_of_the_version_before_goes_on_as_it_was(tok, tmp_path):
     ][-1]
 
 
-def test_a_damaged_list_of_texts_is_named(tok, tmp_path):
-    "Not in the words of NumPy, which would have it unpickled"
+def test_damaged_list_of_texts_is_named(tok, tmp_path):
+    "The error is ours, not NumPy's, which would suggest to unpickle it."
     from minigpt.data.tokensets import open_tokenset
 
     build_tokenset(
-        write(tmp_path / "a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path / "set", 0.0
+        write(tmp_path / "a.jsonl", chat_row("Two."), chat_row("Three.")),
+        tok,
+        tmp_path / "set",
+        0.0,
     )
     for content in (b"", b"junk that is no array", b"\x80\x04K\x01."):
         (tmp_path / "set/train/docs.npy").write_bytes(content)
@@ -1145,11 +1159,14 @@ def test_a_damaged_list_of_texts_is_named(tok, tmp_path):
         assert "pickle" not in str(e.value)
 
 
-def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
+def test_options_for_files_are_refused_for_a_set(tok, tmp_path):
     from minigpt.train.trainer import fit
 
     data, _ = build_tokenset(
-        write(tmp_path / "a.jsonl", chat("Two."), chat("Three.")), tok, tmp_path / "set", 0.0
+        write(tmp_path / "a.jsonl", chat_row("Two."), chat_row("Three.")),
+        tok,
+        tmp_path / "set",
+        0.0,
     )
     for option in (dict(encoding="cp1251"), dict(columns="text=body"), dict(long_rows="cut")):
         with pytest.raises(
@@ -1167,7 +1184,7 @@ def test_options_for_files_are_not_passed_over_for_a_set(tok, tmp_path):
             )
 
 
-def test_columns_are_named_in_a_terminal(tok, tmp_path, capsys):
+def test_skipped_columns_are_printed(tok, tmp_path, capsys):
     from minigpt.cli import app
     from minigpt.config.options import TrainConfig
 
@@ -1234,8 +1251,8 @@ CODE = "def f(x):\n    if x:\n        return [x,\n            2]\n\n\n"
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_pieces_of_a_text_have_one_end(name, tok, tmp_path):
-    "And are the text again, its indentation included; prepared twice is prepared once"
+def test_pieces_of_a_text_have_one_end_of_text(name, tok, tmp_path):
+    "The pieces joined are the text, indentation included; preparing twice changes nothing."
     text = "    first = 1\n    second = 2\n" + CODE * 400
     (tmp_path / name).write_text(
         json.dumps(dict(text="\n\n" + text)) + "\n" if name == "a.jsonl" else text
@@ -1255,7 +1272,7 @@ def test_pieces_of_a_text_have_one_end(name, tok, tmp_path):
     ).read_bytes() and again["changes"] == {}
 
 
-def test_a_piece_that_is_left_out_ends_the_one_before(tok, tmp_path):
+def test_skipped_piece_ends_the_previous_one(tok, tmp_path):
     write(
         tmp_path / "a.jsonl",
         dict(
@@ -1273,7 +1290,7 @@ def test_a_piece_that_is_left_out_ends_the_one_before(tok, tmp_path):
     )
 
 
-def test_indentation_and_margins():
+def test_indentation_is_kept_and_margins_removed():
     assert (
         clean("\n  \n    x = 1\n    y\n\n") == "    x = 1\n    y"
         and clean("  hello \n") == "hello"
@@ -1281,7 +1298,7 @@ def test_indentation_and_margins():
     )
 
 
-def test_a_home_folder_is_meant_by_its_sign(tok, tmp_path, monkeypatch):
+def test_home_folder_is_expanded(tok, tmp_path, monkeypatch):
     from minigpt.data.corpus import write_conversations
     from minigpt.data.tokensets import open_tokenset
 

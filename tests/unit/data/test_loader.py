@@ -1,6 +1,7 @@
 """The loader as a pure function of (token set, seed, step).
 
-Every token once per epoch, any step in constant time, the same batches for any number of workers.
+Each epoch has every token once, any step takes constant time, and the batches are the same for any
+number of workers.
 """
 
 import json
@@ -16,7 +17,7 @@ from minigpt.data.tokensets import DataError, TokenSet, check_size, loader, shuf
 
 
 def token_set(folder, n, dtype="uint32"):
-    "A set of tokens 0…n-1: each token is its own position"
+    "A set of tokens 0…n-1: each token is its own position."
     folder.mkdir(parents=True, exist_ok=True)
     np.arange(n, dtype=dtype).tofile(folder / "tokens.bin")
     return make_set(folder, n, dtype)
@@ -61,7 +62,7 @@ def test_shuffled_is_a_bijection_of_every_small_length():
     st.lists(st.integers(0, 10**12 - 1), min_size=1, max_size=50),
     st.integers(0, 9),
 )
-def test_shuffled_needs_only_the_entries_asked_for(n, places, epoch):
+def test_shuffled_computes_only_requested_entries(n, places, epoch):
     i = np.array(places) % n
     out = shuffled(i, n, (7, epoch))
     assert ((out >= 0) & (out < n)).all() and np.array_equal(
@@ -71,7 +72,7 @@ def test_shuffled_needs_only_the_entries_asked_for(n, places, epoch):
 
 
 def test_shuffled_mixes():
-    "Neighbours are separated; positions vary with seed and epoch, and are uniform"
+    "Neighbours are separated; positions vary with seed and epoch, and are uniform."
     n = 1000
     orders = [shuffled(np.arange(n), n, (seed, epoch)) for seed in range(20) for epoch in range(20)]
     assert len({o.tobytes() for o in orders}) == len(orders)
@@ -86,7 +87,7 @@ def test_shuffled_mixes():
 
 # --- an epoch -------------------------------------------------------------------------------------
 def count_labels(data, steps, size, seq_len, seed):
-    "Count how often each token is a label, over some steps"
+    "Count how often each token is a label, over some steps."
     seen = Counter()
     for step in steps:
         b = data.batch(step, size, seq_len, seed)
@@ -122,8 +123,8 @@ def test_every_token_once_per_epoch(folder, n, seq_len, size, seed):
     st.integers(1, 12),
     st.integers(0, 5),
 )
-def test_the_stream_of_sequences_does_not_depend_on_the_batch(folder, n, seq_len, a, b, seed):
-    "So a run can resume at the same position with another micro-batch"
+def test_order_of_sequences_is_independent_of_the_batch(folder, n, seq_len, a, b, seed):
+    "So a run can resume at the same position with another micro-batch."
     data = token_set(folder / "stream", n)
     one, two = (
         np.concatenate(
@@ -149,7 +150,7 @@ def test_epochs_and_seeds_differ(folder):
     )
 
 
-def test_too_small(folder):
+def test_too_small_token_set_is_refused(folder):
     data = token_set(folder / "small", 101)
     check_size(data, 10, 10)
     for batch, seq_len in ((11, 10), (1, 101), (1, 1000)):
@@ -157,7 +158,7 @@ def test_too_small(folder):
             check_size(data, batch, seq_len)
 
 
-def test_a_truncated_token_set_is_refused(folder):
+def test_truncated_token_set_is_refused(folder):
     data = token_set(folder / "torn", 1000)
     os.truncate(data.path / "tokens.bin", 3996)
     meta = json.loads((data.path / "meta.json").read_text())
@@ -168,7 +169,7 @@ def test_a_truncated_token_set_is_refused(folder):
 
 
 # --- workers --------------------------------------------------------------------------------------
-def test_the_same_batches_for_any_number_of_workers(folder):
+def test_batches_are_independent_of_workers(folder):
     import torch
 
     data = token_set(folder / "workers", 5000)
@@ -186,7 +187,7 @@ def test_the_same_batches_for_any_number_of_workers(folder):
 
 
 # --- a distant step -------------------------------------------------------------------------------
-def test_step_one_million_of_a_big_set(tmp_path):
+def test_distant_step_takes_constant_time(tmp_path):
     n, size, seq_len, seed, step = 200_000_000, 8, 64, 5, 1_000_000
     with open(tmp_path / "tokens.bin", "wb") as f:
         f.truncate(2 * n)  # a sparse file

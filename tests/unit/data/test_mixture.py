@@ -1,7 +1,7 @@
 """Several sets in one training: shares, a curriculum, preferences, parts of a set, a resume.
 
-Shares hold in every stretch, any batch is there at any time, preferences come in pairs, and a
-resume is exact.
+Shares hold in every window, any batch is available at any time, preferences come in pairs, and a
+resume is bit-identical.
 """
 
 import json
@@ -27,7 +27,7 @@ from minigpt.tokenizer.bpe import IM_END, train_tokenizer
 from minigpt.train.inputs import ResumeError
 from minigpt.train.trainer import fit, resume
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, Losses, PowerCut, power_cut
+from tests.recovery.test_faults import AtStep, Losses, PowerCut, power_cut
 from tests.unit.data.test_chat import write
 
 LEN = 64
@@ -40,7 +40,7 @@ def tok():
     )
 
 
-def says(role, content):
+def message(role, content):
     return dict(role=role, content=content)
 
 
@@ -70,7 +70,7 @@ def texts(path, n=120, seed=0):
 
 @pytest.fixture(scope="module")
 def sets(tok, tmp_path_factory):
-    "A set of texts, one of conversations, another of texts"
+    "A set of texts, one of conversations, another of texts."
     d = tmp_path_factory.mktemp("sets")
     return [
         build_tokenset(f, tok, d / f.stem, 0.0, progress=False)[0]
@@ -78,13 +78,13 @@ def sets(tok, tmp_path_factory):
     ]
 
 
-def same(a, b):
+def assert_equal_batches(a, b):
     return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) for k in a)
 
 
 # --- shares ---------------------------------------------------------------------------------------
-def counted(weights):
-    "The sequences of each set before each position, (3001, n), and the exact shares"
+def sequence_counts(weights):
+    "The sequences of each set before each position, (3001, n), and the exact shares."
     m = Mixture([(SimpleNamespace(meta=dict(tokenizer="t")), w) for w in weights])
     return np.vstack(
         [np.zeros(len(weights)), np.cumsum(np.eye(len(weights))[np.tile(m.pattern, 3)], 0)]
@@ -106,19 +106,19 @@ def counted(weights):
     ],
 )
 def test_shares_hold_in_every_window(weights):
-    "300 sequences from any position, across the end of the pattern too: never off by two"
-    n, share = counted(weights)
+    "300 sequences from any position, also across the end of the pattern: never off by two."
+    n, share = sequence_counts(weights)
     assert np.abs(n[300:] - n[:-300] - 300 * share).max() < 1.5
     for size in (8, 32, 100, 1000):
         assert np.abs(n[size:] - n[:-size] - size * share).max() < 2
 
 
-def test_shares_of_many_sets():
-    "The beginning of a mixture is never off by more than one sequence, a window by two"
+def test_shares_of_many_sets_are_exact():
+    "The start of a mixture is never off by more than one sequence, a window by two."
     rng = np.random.default_rng(0)
     for k in (2, 3, 4, 5, 6, 8, 10, 20):
         for _ in range(20):
-            n, share = counted(
+            n, share = sequence_counts(
                 np.maximum(rng.dirichlet(np.ones(k) * rng.choice([0.3, 1, 5])), 0.002)
             )
             assert np.abs(n[:1001] - np.arange(1001)[:, None] * share).max() <= 1.001, (
@@ -128,8 +128,8 @@ def test_shares_of_many_sets():
             assert np.abs(n[300:] - n[:-300] - 300 * share).max() <= 2.3
 
 
-def test_sequences_are_those_of_the_sets(sets):
-    "Each set's own, in its own order, in the order of the pattern; texts have one row"
+def test_sequences_equal_those_of_the_sets(sets):
+    "They are each set's own, in its own order, in the order of the pattern; texts have one row."
     m = Mixture([(sets[0], 0.6), (sets[1], 0.3), (sets[2], 0.1)])
     place = np.arange(2500)
     got, which = m.sequences(place, LEN, 3), m.pattern[place % 1000]
@@ -146,8 +146,8 @@ def test_sequences_are_those_of_the_sets(sets):
 
 
 @pytest.mark.parametrize("by", ["order", "curriculum"])
-def test_a_batch_depends_on_its_step_alone(sets, by):
-    "Requested in any order, twice, from another object, from a loader, with an offset"
+def test_batch_depends_only_on_its_step(sets, by):
+    "Requested in any order, twice, from another object, from a loader, with an offset."
     make = lambda: (curriculum if by == "curriculum" else lambda d: d)(
         Mixture([(type(d)(d.path), w) for d, w in zip(sets, (5, 3, 2))])
     )
@@ -156,19 +156,19 @@ def test_a_batch_depends_on_its_step_alone(sets, by):
     random.Random(0).shuffle(steps)
     again = make()
     assert (
-        all(same(again.batch(s, 8, LEN, 3), once[s]) for s in steps)
+        all(assert_equal_batches(again.batch(s, 8, LEN, 3), once[s]) for s in steps)
         and again.fingerprint == m.fingerprint
         and again.curriculum_id == m.curriculum_id
     )
-    assert not same(m.batch(3, 8, LEN, 4), once[3])
-    assert same(
+    assert not assert_equal_batches(m.batch(3, 8, LEN, 4), once[3])
+    assert assert_equal_batches(
         m.batch(3, 4, LEN, 3, offset=20), {k: np.concatenate([once[4][k][:4]]) for k in once[4]}
     )
     for s, b in zip(range(5, 9), loader(make(), range(5, 9), 8, LEN, 3)):
-        assert same({k: v.numpy() for k, v in b.items()}, once[s])
+        assert assert_equal_batches({k: v.numpy() for k, v in b.items()}, once[s])
 
 
-def test_mixtures_that_cannot_be(sets, tok, tmp_path):
+def test_invalid_mixtures_are_refused(sets, tok, tmp_path):
     for weights, words in (
         ([1, 0], "must all be above 0"),
         ([1, -1], "must all be above 0"),
@@ -208,13 +208,13 @@ def test_mixtures_that_cannot_be(sets, tok, tmp_path):
         Mixture([(pairs, 1), (other, 1)])
 
 
-def test_a_part_of_which_nothing_fits(sets, tok, tmp_path):
-    "If every row is too long, it is an error before training, not an endless wait for a batch"
+def test_part_with_too_long_rows_is_an_error(sets, tok, tmp_path):
+    "If every row is too long, it is an error before training, not an endless wait for a batch."
     long, _ = build_tokenset(
         rows_to(
             tmp_path / "long.jsonl",
             [
-                dict(conversations=[says("user", f"{i} " * 200), says("assistant", "y")])
+                dict(conversations=[message("user", f"{i} " * 200), message("assistant", "y")])
                 for i in range(30)
             ],
         ),
@@ -229,8 +229,8 @@ def test_a_part_of_which_nothing_fits(sets, tok, tmp_path):
         check_size(m, 8, LEN)
 
 
-def test_held_out_parts(sets):
-    "The validation set has the same shares, and each window once"
+def test_held_out_parts_have_the_same_shares(sets):
+    "The validation set has the same shares, and each window once."
     m = Mixture([(sets[0], 1), (sets[2], 1)])
     n = m.n_windows(LEN)
     got = m.windows(np.arange(n), LEN)["input_ids"]
@@ -242,8 +242,8 @@ def test_held_out_parts(sets):
 
 # --- from easy to hard ----------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", [0, 1], ids=["texts", "talks"])
-def test_curriculum(sets, kind):
-    "The first epoch has every sequence once and begins with easy ones; the next are shuffled"
+def test_curriculum_starts_with_easy_sequences(sets, kind):
+    "The first epoch has every sequence once and begins with easy ones; the next are shuffled."
     easy, n = curriculum(sets[kind]), curriculum(sets[kind]).n_windows(LEN)
     first, second = (easy.order(np.arange(n), n, LEN, (0, e)) for e in (0, 1))
     assert sorted(first) == sorted(second) == list(range(n)) and first.tolist() != second.tolist()
@@ -252,7 +252,7 @@ def test_curriculum(sets, kind):
     for t in range(0, n, max(1, n // 25)):
         assert (
             rank[first[t]] <= n * np.sqrt(0.01 + 0.99 * t / n / 0.6) + n / 50 + 2
-        )  # no harder than the pace allows
+        )  # no harder than the schedule allows
     assert (
         hard[first[: n // 10]].mean() < 0.6 * hard.mean()
         and hard[first[n // 2 :]].mean() > hard.mean()
@@ -278,14 +278,14 @@ def test_curriculum(sets, kind):
 
 
 def test_curriculum_by_a_score(sets):
-    "A user's array or function of the ids; anything but one number per row is refused"
+    "A user's array or function of the ids; anything but one number per row is refused."
     for d in sets[:2]:
         rows = np.append(np.load(d.path / "docs.npy"), len(d))
         score = np.array([int(d.tokens[a:b].sum()) % 97 for a, b in zip(rows, rows[1:])])
         a, b = curriculum(d, score), curriculum(d, lambda ids: int(ids.sum()) % 97)
         n = a.n_windows(LEN)
         assert (
-            same(a.sequences(np.arange(n), LEN), b.sequences(np.arange(n), LEN))
+            assert_equal_batches(a.sequences(np.arange(n), LEN), b.sequences(np.arange(n), LEN))
             and a.curriculum_id == b.curriculum_id != curriculum(d).curriculum_id
         )
         order = a.order(np.arange(n), n, LEN, (0, 0))
@@ -321,7 +321,7 @@ def preferences(n=40):
 
 
 def unpacked(w, side=""):
-    "The texts of each row of each window, with the tokens that have loss"
+    "The texts of each row of each window, with the tokens that have loss."
     return [
         [
             (w[side + "input_ids"][i][at].tolist(), w[side + "labels"][i][at].tolist())
@@ -333,7 +333,7 @@ def unpacked(w, side=""):
 
 
 def test_pairs_are_side_by_side(tok, tmp_path):
-    "Row 3 of one side is paired with row 3 of the other; all pairs once; only answers have loss"
+    "Row 3 of one side is paired with row 3 of the other; all pairs once; only answers have loss."
     d, _ = build_tokenset(
         rows_to(tmp_path / "a.jsonl", preferences()), tok, tmp_path / "a", 0.0, progress=False
     )
@@ -356,23 +356,25 @@ def test_pairs_are_side_by_side(tok, tmp_path):
     assert sorted(seen) == list(range(40))
 
 
-def test_pairs_in_every_format(tok, tmp_path):
-    "Also with several turns: the same ids, and only what differs has loss"
+def test_pairs_in_every_format_give_the_same_ids(tok, tmp_path):
+    "Also with several turns: the same ids, and only what differs has loss."
     plain = dict(
-        prompt=[says("user", "a?"), says("assistant", "A."), says("user", "b?")],
+        prompt=[message("user", "a?"), message("assistant", "A."), message("user", "b?")],
         chosen="B.",
         rejected="C.",
     )
-    whole = {k: [*plain["prompt"], says("assistant", plain[k])] for k in ("chosen", "rejected")}
+    uninterrupted = {
+        k: [*plain["prompt"], message("assistant", plain[k])] for k in ("chosen", "rejected")
+    }
     other = dict(
-        prompt=plain["prompt"], chosen=says("assistant", "B."), rejected=[says("gpt", "C.")]
+        prompt=plain["prompt"], chosen=message("assistant", "B."), rejected=[message("gpt", "C.")]
     )
-    both = dict(prompt=plain["prompt"], **whole)
+    both = dict(prompt=plain["prompt"], **uninterrupted)
     made = [
         build_tokenset(
             rows_to(tmp_path / f"{i}.jsonl", [p]), tok, tmp_path / f"{i}", 0.0, progress=False
         )[0]
-        for i, p in enumerate((plain, whole, other, both))
+        for i, p in enumerate((plain, uninterrupted, other, both))
     ]
     assert len({d.fingerprint for d in made}) == 1
     assert [
@@ -382,13 +384,13 @@ def test_pairs_in_every_format(tok, tmp_path):
     ] == ["B." + IM_END, "C." + IM_END]
 
 
-def test_pairs_of_which_one_side_has_no_loss(tok, tmp_path):
-    "An answer beyond max_seq_len, or none that differs: the pair is in no sequence"
-    u, a = says("user", "x"), says("assistant", "y")
+def test_pairs_without_loss_on_one_side_are_skipped(tok, tmp_path):
+    "An answer beyond max_seq_len, or no difference: the pair is in no sequence."
+    u, a = message("user", "x"), message("assistant", "y")
     rows = [
         dict(prompt="q", chosen="a", rejected="b"),
-        dict(chosen=[u, a], rejected=[u, a, u, says("assistant", "z")]),
-        dict(chosen=[u, a], rejected=[says("user", "x" * 300), a]),
+        dict(chosen=[u, a], rejected=[u, a, u, message("assistant", "z")]),
+        dict(chosen=[u, a], rejected=[message("user", "x" * 300), a]),
     ]
     d, _ = build_tokenset(
         rows_to(tmp_path / "a.jsonl", rows), tok, tmp_path / "a", 0.0, progress=False
@@ -403,7 +405,7 @@ def test_pairs_of_which_one_side_has_no_loss(tok, tmp_path):
 
 
 def test_training_on_two_sets_of_preferences(tok, tmp_path):
-    "Mixed; each has its own reference. Another objective is refused"
+    "They are mixed, and each has its own reference. Another objective is refused."
     files = [rows_to(tmp_path / f"{i}.jsonl", preferences()[i::2]) for i in (0, 1)]
     run = fit(
         child.shape(),
@@ -435,8 +437,8 @@ def test_training_on_two_sets_of_preferences(tok, tmp_path):
         )
 
 
-def test_an_answer_that_fits_exactly_is_kept(tok, tmp_path):
-    "A row is cut after the last answer that fits, to the last token"
+def test_answer_that_fits_exactly_is_kept(tok, tmp_path):
+    "A row is truncated after the last answer that fits, to the last token."
     d, _ = build_tokenset(
         rows_to(
             tmp_path / "a.jsonl",
@@ -445,7 +447,7 @@ def test_an_answer_that_fits_exactly_is_kept(tok, tmp_path):
                     conversations=[
                         m
                         for i in range(6)
-                        for m in (says("user", f"{i}?"), says("assistant", f"number {i}"))
+                        for m in (message("user", f"{i}?"), message("assistant", f"number {i}"))
                     ]
                 )
             ],
@@ -471,7 +473,8 @@ def docs(d, tok):
 def test_parts_of_a_set(tok, tmp_path):
     """A smaller share is part of a larger one; the first rows are the first.
 
-    The splits are disjoint and stable."""
+    The splits are disjoint and stable.
+    """
     f, rows = (
         texts(tmp_path / "a.jsonl", 600),
         [json.loads(l)["text"] for l in open(tmp_path / "a.jsonl", encoding="utf-8")],
@@ -479,9 +482,9 @@ def test_parts_of_a_set(tok, tmp_path):
     make = lambda name, split=0.0, **o: [
         docs(d, tok) for d in build_tokenset(f, tok, tmp_path / name, split, progress=False, **o)
     ]
-    tenth, half, whole = (make(str(s), data_subset=s)[0] for s in (0.1, 0.5, 1.0))
+    tenth, half, uninterrupted = (make(str(s), data_subset=s)[0] for s in (0.1, 0.5, 1.0))
     assert (
-        {*tenth} < {*half} < {*whole} == {*rows}
+        {*tenth} < {*half} < {*uninterrupted} == {*rows}
         and abs(len(half) - 300) < 50
         and abs(len(tenth) - 60) < 30
         and half == [r for r in rows if r in {*half}]
@@ -529,8 +532,8 @@ def test_rows_beyond_max_data_size_do_not_matter(tok, tmp_path):
     assert d.meta["n_docs"] == 5 and not d.meta["refused"]
 
 
-def test_one_question_stays_in_one_split(tok, tmp_path):
-    "With other answers too, whichever is preferred"
+def test_rows_of_one_question_are_in_one_split(tok, tmp_path):
+    "Also with other answers, whichever is preferred."
     rows = [
         dict(prompt=f"{i} and what?", chosen=f"answer {i} {j}", rejected=f"no {j}")
         for i in range(200)
@@ -538,7 +541,7 @@ def test_one_question_stays_in_one_split(tok, tmp_path):
     ]
     rows += [
         {
-            k: [says("user", f"{i} and what?"), says("assistant", f"{k} {i}")]
+            k: [message("user", f"{i} and what?"), message("assistant", f"{k} {i}")]
             for k in ("chosen", "rejected")
         }
         for i in range(200)
@@ -581,7 +584,7 @@ def files(tmp_path_factory):
     return texts(d / "a.jsonl", 200), write(d / "talks.jsonl", 150), texts(d / "b.jsonl", 60, 1)
 
 
-def go(folder, train, *callbacks, **options):
+def run_once(folder, train, *callbacks, **options):
     losses = Losses()
     return fit(
         child.shape(),
@@ -593,62 +596,67 @@ def go(folder, train, *callbacks, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(files, tmp_path_factory):
-    "The uninterrupted run of a mixture with a curriculum, and its losses"
+def uninterrupted(files, tmp_path_factory):
+    "The uninterrupted run of a mixture with a curriculum, and its losses."
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]))[1]
+    return folder, run_once(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]))[1]
 
 
 @pytest.fixture(scope="module")
-def cut(files, tmp_path_factory):
-    "The same, cut off at step 13"
+def interrupted(files, tmp_path_factory):
+    "The same run, interrupted at step 13."
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.raises(PowerCut):
-        go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]), At(13, power_cut))
+        run_once(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]), AtStep(13, power_cut))
     return folder
 
 
-def as_whole(folder, rest, whole):
+def assert_uninterrupted(folder, rest, uninterrupted):
     assert (
         min(k[0] for k in rest if k[1] == "loss") == 11
         and max(k[0] for k in rest) == 24
-        and all(whole[1][k] == v for k, v in rest.items())
+        and all(uninterrupted[1][k] == v for k, v in rest.items())
     )
     assert (folder / "model.safetensors").read_bytes() == (
-        whole[0] / "model.safetensors"
+        uninterrupted[0] / "model.safetensors"
     ).read_bytes()
 
 
-def test_a_mixture_resumes_exactly(files, whole, cut, tmp_path):
-    folder = shutil.copytree(cut, tmp_path / "run")
-    assert {k[1] for k in whole[1]} == {"loss", "eval_loss"}
-    as_whole(folder, go(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]))[1], whole)
-
-
-def test_a_mixture_resumes_from_its_folder_alone(files, whole, cut, tmp_path):
-    "With weights in another unit, and without the data; then with another micro-batch"
-    folder, losses = shutil.copytree(cut, tmp_path / "run"), Losses()
-    resume(folder, callbacks=[losses])
-    as_whole(folder, losses.at, whole)
-    folder, losses = shutil.copytree(cut, tmp_path / "again"), Losses()
-    resume(folder, callbacks=[losses], batch_size=8, gradient_accumulation=1)
-    assert all(
-        abs(float.fromhex(whole[1][k]) - float.fromhex(v)) < 0.02 for k, v in losses.at.items()
+def test_mixture_resume_is_bit_identical(files, uninterrupted, interrupted, tmp_path):
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    assert {k[1] for k in uninterrupted[1]} == {"loss", "eval_loss"}
+    assert_uninterrupted(
+        folder,
+        run_once(folder, mix([(str(files[0]), 0.7), (str(files[1]), 0.3)]))[1],
+        uninterrupted,
     )
 
 
-def test_a_mixture_whose_files_are_gone_resumes(cut, whole, tmp_path):
-    "The tokens are in the run's folder"
+def test_mixture_resumes_from_its_folder_alone(files, uninterrupted, interrupted, tmp_path):
+    "With weights in another unit, and without the data; then with another micro-batch."
+    folder, losses = shutil.copytree(interrupted, tmp_path / "run"), Losses()
+    resume(folder, callbacks=[losses])
+    assert_uninterrupted(folder, losses.at, uninterrupted)
+    folder, losses = shutil.copytree(interrupted, tmp_path / "again"), Losses()
+    resume(folder, callbacks=[losses], batch_size=8, gradient_accumulation=1)
+    assert all(
+        abs(float.fromhex(uninterrupted[1][k]) - float.fromhex(v)) < 0.02
+        for k, v in losses.at.items()
+    )
+
+
+def test_mixture_resumes_without_its_files(interrupted, uninterrupted, tmp_path):
+    "The tokens are in the run's folder."
     folder, facts = (
-        shutil.copytree(cut, tmp_path / "run"),
-        json.loads((cut / "run.json").read_text()),
+        shutil.copytree(interrupted, tmp_path / "run"),
+        json.loads((interrupted / "run.json").read_text()),
     )
     for part in facts["data"]["source"]["mix"]:
         part[0] = str(tmp_path / "gone" / os.path.basename(part[0]))
     (folder / "run.json").write_text(json.dumps(facts))
     losses = Losses()
     resume(folder, callbacks=[losses])
-    as_whole(folder, losses.at, whole)
+    assert_uninterrupted(folder, losses.at, uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -663,9 +671,9 @@ def test_a_mixture_whose_files_are_gone_resumes(cut, whole, tmp_path):
         ("fewer", ["data = "]),
     ],
 )
-def test_a_changed_mixture_is_refused(change, words, files, cut, whole, tmp_path):
-    "The error names the field and both values; the unchanged run resumes, even without the files"
-    folder, (a, b, c) = shutil.copytree(cut, tmp_path / "run"), map(str, files)
+def test_changed_mixture_is_refused(change, words, files, interrupted, uninterrupted, tmp_path):
+    "The error names the field and both values; the unchanged run resumes, even without the files."
+    folder, (a, b, c) = shutil.copytree(interrupted, tmp_path / "run"), map(str, files)
     parts, options = [(a, 0.7), (b, 0.3)], {}
     if change == "weights":
         parts = [(a, 0.5), (b, 0.5)]
@@ -682,17 +690,17 @@ def test_a_changed_mixture_is_refused(change, words, files, cut, whole, tmp_path
             "curriculum": dict(curriculum_learning=False),
         }[change]
     with pytest.raises(ResumeError) as e:
-        go(folder, mix(parts), **options)
+        run_once(folder, mix(parts), **options)
     assert (folder / "data" / "0" / "train" / "meta.json").exists() and (
         folder / "data" / "1" / "train" / "meta.json"
-    ).exists()  # no intact file was moved away
-    as_whole(folder, go(folder, mix([(a, 0.7), (b, 0.3)]))[1], whole)
+    ).exists()  # no intact file was moved
+    assert_uninterrupted(folder, run_once(folder, mix([(a, 0.7), (b, 0.3)]))[1], uninterrupted)
     for w in words:
         assert w in str(e.value), str(e.value)
 
 
-def test_files_of_one_size_and_time_are_two_files(tok, tmp_path):
-    "As they come out of an archive"
+def test_files_of_equal_size_and_time_are_distinguished(tok, tmp_path):
+    "Such files come from an archive."
     a, b = texts(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"
     b.write_bytes(a.read_bytes().replace(b"four", b"nine"))
     for f in (a, b):
@@ -702,8 +710,8 @@ def test_files_of_one_size_and_time_are_two_files(tok, tmp_path):
     fit(child.shape(), [a, b], output_dir=tmp_path / "run", **{**options, "max_steps": 4})
 
 
-def test_a_mixture_of_token_sets(sets, tok, tmp_path):
-    "Built by hand; its folders are recorded in run.json"
+def test_mixture_of_token_sets(sets, tok, tmp_path):
+    "Built by hand; its folders are recorded in run.json."
     m = Mixture([(sets[0], 2), (sets[1], 1)])
     run = fit(
         child.shape(),

@@ -1,6 +1,6 @@
 """Preparing and naming data.
 
-What must survive a failure, folders, real rows, and runs whose data are gone or changed.
+What must survive a failure, folders, real rows, and runs whose data are missing or changed.
 """
 
 import errno
@@ -34,7 +34,7 @@ def tok():
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    "An empty data folder, and a registry that forgets what a test puts into it"
+    "An empty data folder, and a registry that forgets what a test registers."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_CONFIGS", dict(registry._CONFIGS))
     (tmp_path / "data/dataset/custom").mkdir(parents=True)
@@ -45,7 +45,7 @@ def rows(path):
     return [json.loads(x) for x in path.read_text("utf-8").splitlines()]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, tok):
+def test_full_disk_keeps_the_previous_output(tmp_path, monkeypatch, tok):
     child.write_text(tmp_path / "in.jsonl")
     (tmp_path / "out.jsonl").write_text("good\n")
     real = os.fsync
@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, tok):
     )
 
 
-def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, tok):
+def test_no_remaining_rows_is_an_error(tmp_path, tok):
     (tmp_path / "in.jsonl").write_text('{"text": " "}\n{"txt": "?"}\n')
     with pytest.raises(
         DataError, match='no rows of .*in.jsonl are left: 1 × empty text .*; 1 × no "text"'
@@ -79,7 +79,7 @@ def test_nothing_left_is_an_error_and_writes_nothing(tmp_path, tok):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl"]
 
 
-def test_a_folder_becomes_a_folder_or_a_file(tmp_path, tok):
+def test_folder_is_prepared_into_a_folder_or_a_file(tmp_path, tok):
     (tmp_path / "in").mkdir()
     for i, n in enumerate(("a.jsonl", "b.jsonl")):
         child.write_text(tmp_path / "in" / n, rows=10 + i, seed=i)
@@ -96,14 +96,15 @@ def test_a_folder_becomes_a_folder_or_a_file(tmp_path, tok):
 @pytest.mark.parametrize(
     "name", ["pretrain_zh", "sft_zh", "tool_calling_minimind_str", "dpo", "reasoning"]
 )
-def test_real_rows(name, tmp_path, tok):
+def test_real_rows_are_prepared(name, tmp_path, tok):
     """Counts add up; the output has the same number of rows, of the same kind.
 
-    Tools, calls and reasoning are preserved."""
+    Tools, calls and reasoning are preserved.
+    """
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
-            "this test is for real rows, whose licences keep them out of the repository;"
-            f" put {name}.jsonl into ../shared/data to run it"
+            "needs real rows, which are not in the repository:"
+            f" put {name}.jsonl into ../shared/data"
         )
     some = tmp_path / "some.jsonl"
     with open(f, "rb") as lines:
@@ -131,8 +132,8 @@ def test_real_rows(name, tmp_path, tok):
     )
 
 
-def test_a_run_on_a_named_mixture_resumes_without_its_files(data, tmp_path):
-    "From the folder alone, in a session without the names and the files"
+def test_named_mixture_resumes_without_its_files(data, tmp_path):
+    "From the folder alone, in a session without the names and the files."
     child.write_text(data / "a.jsonl")
     child.write_text(data / "b.jsonl", seed=1)
     register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=32, batch_size=4)
@@ -149,7 +150,7 @@ def test_a_run_on_a_named_mixture_resumes_without_its_files(data, tmp_path):
     assert resume("run", max_steps=9).step == 9
 
 
-def test_a_registered_set_brings_its_length_and_batch(data):
+def test_registered_set_sets_length_and_batch(data):
     child.write_text(data / "a.jsonl")
     register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=16, batch_size=2)
     options = {k: v for k, v in OPTIONS.items() if k not in ("max_seq_len", "batch_size")}
@@ -166,7 +167,7 @@ def test_a_registered_set_brings_its_length_and_batch(data):
     [dict(data_subset=0.5), dict(max_data_size=50), dict(curriculum_learning=True)],
     ids=lambda c: next(iter(c)),
 )
-def test_other_rows_or_another_order_are_refused_at_a_resume(change, tmp_path):
+def test_changed_rows_or_order_are_refused_on_resume(change, tmp_path):
     f = child.write_text(tmp_path / "a.jsonl")
     fit(child.shape(), f, output_dir=tmp_path / "run", **OPTIONS)
     with pytest.raises(
@@ -175,9 +176,7 @@ def test_other_rows_or_another_order_are_refused_at_a_resume(change, tmp_path):
         fit(child.shape(), f, output_dir=tmp_path / "run", **{**OPTIONS, "max_steps": 9}, **change)
 
 
-def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_for(
-    data, tmp_path, tok
-):
+def test_tokenizer_of_registered_data_is_the_default(data, tmp_path, tok):
     child.write_text(data / "a.jsonl")
     tok.save(tmp_path / "data/tokenizer")
     register_dataset("mine", "a.jsonl", format_type="pretrain", max_seq_len=32, batch_size=4)
@@ -196,7 +195,7 @@ def test_the_tokenizer_beside_registered_data_is_used_unless_another_is_asked_fo
         fit(child.shape(), "mine", output_dir="other", **OPTIONS)
 
 
-def test_an_objective_that_the_data_do_not_have(tmp_path):
+def test_objective_without_matching_data_is_refused(tmp_path):
     with pytest.raises(
         ValueError,
         match=("objective='conversation_modeling' trains on conversation rows.*holds text rows"),
@@ -210,10 +209,11 @@ def test_an_objective_that_the_data_do_not_have(tmp_path):
         )
 
 
-def test_a_mistaken_call_touches_no_tokens(tmp_path):
-    """Other parts, other weights, one file in place of a mixture: refused.
+def test_refused_call_keeps_the_tokens(tmp_path):
+    """Other parts, other weights, or one file instead of a mixture are refused.
 
-    The run resumes without its sources."""
+    The run resumes without its sources.
+    """
     a, b = child.write_text(tmp_path / "a.jsonl"), child.write_text(tmp_path / "b.jsonl", seed=1)
     go = lambda train, **kw: fit(
         child.shape(), train, output_dir=tmp_path / "run", **{**OPTIONS, **kw}
@@ -233,14 +233,14 @@ def test_a_mistaken_call_touches_no_tokens(tmp_path):
     assert resume(tmp_path / "run", max_steps=9).step == 9
 
 
-def test_a_run_resumes_without_its_own_validation_file(tmp_path):
+def test_run_resumes_without_its_validation_file(tmp_path):
     a, b = child.write_text(tmp_path / "a.jsonl"), child.write_text(tmp_path / "b.jsonl", seed=1)
     fit(child.shape(), a, b, output_dir=tmp_path / "run", **OPTIONS)
     b.unlink()
     assert "eval_loss" in resume(tmp_path / "run", max_steps=12, eval_steps=12).history[-1]
 
 
-def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
+def test_resume_after_a_built_in_corpus_changed(tmp_path, monkeypatch):
     from minigpt.train import inputs as source
 
     fit(child.shape(), "talks", output_dir=tmp_path / "run", **{**OPTIONS, "max_data_size": 200})
@@ -249,12 +249,12 @@ def test_a_built_in_corpus_may_change_with_the_package(tmp_path, monkeypatch):
     assert resume(tmp_path / "run", max_steps=9).step == 9
 
 
-# --- what a name stands for -----------------------------------------------------------------------
+# --- the meaning of a name ------------------------------------------------------------------------
 REASONING = "data/dataset/minimind_dataset/r1_mix_1024.jsonl"
 
 
-def put(name="r1_mix_1024.jsonl", seed=0):
-    "A file of the registered sets"
+def write_registered(name="r1_mix_1024.jsonl", seed=0):
+    "Write a file of the registered sets."
     os.makedirs("data/dataset/minimind_dataset", exist_ok=True)
     path = f"data/dataset/minimind_dataset/{name}"
     if name.startswith("pretrain"):
@@ -270,22 +270,22 @@ def put(name="r1_mix_1024.jsonl", seed=0):
     return None
 
 
-def said(run):
+def run_log(run):
     return (run.path / "run.log").read_text("utf-8")
 
 
 @pytest.fixture
 def corpus(monkeypatch):
-    "A built-in corpus `reasoning` that takes no time"
+    "A built-in corpus `reasoning` that takes no time."
     from minigpt.train import inputs as source
 
     monkeypatch.setitem(source.BUILT_IN, "reasoning", lambda path: child.write_text(path, seed=5))
 
 
-def test_a_registered_set_that_is_here_goes_before_a_corpus(data, corpus):
-    put()
+def test_registered_set_has_priority_over_a_corpus(data, corpus):
+    write_registered()
     run = fit(child.shape(), "reasoning", output_dir="run", **OPTIONS)
-    assert f"training data: reasoning = registered data set, {REASONING}" in said(run)
+    assert f"training data: reasoning = registered data set, {REASONING}" in run_log(run)
     assert json.loads((run.path / "data/train/meta.json").read_text())["sources"][0][
         "path"
     ] == REASONING and run.facts["data"]["named"] == dict(reasoning="registered data set")
@@ -295,31 +295,31 @@ def test_a_registered_set_that_is_here_goes_before_a_corpus(data, corpus):
         and fit(child.shape(), "reasoning", output_dir="run", **{**OPTIONS, "max_steps": 9}).step
         == 9
     )  # the corpus does not replace it
-    assert "reasoning no longer exists" in said(run)
+    assert "reasoning no longer exists" in run_log(run)
 
 
-def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
-    "It wrote the name alone; the registered set that has arrived since is another meaning of it"
+def test_run_of_the_previous_version_keeps_the_corpus(data, corpus):
+    "It recorded only the name; a set that was registered later is another meaning of it."
     options = {k: v for k, v in OPTIONS.items() if k != "batch_size"} | dict(
         gradient_accumulation=1, max_steps=1, save_steps=1
     )
     run = fit(child.shape(), "reasoning", output_dir="run", **options)
     assert (
         "reasoning = built-in corpus; the registered data set of this name is not here"
-        " (minigpt data get reasoning)" in said(run)
+        " (minigpt data get reasoning)" in run_log(run)
     )
     facts = json.loads((run.path / "run.json").read_text())
     del facts["data"]["named"]
     (run.path / "run.json").write_text(json.dumps(facts))
     tokens = (run.path / "data/train/tokens.bin").read_bytes()
-    put()
+    write_registered()
     run = fit(child.shape(), "reasoning", output_dir="run", **{**options, "max_steps": 2})
     assert (
         run.step == 2
         and (run.path / "data/train/tokens.bin").read_bytes() == tokens
         and run.facts["data"]["named"] == dict(reasoning="built-in corpus")
     )
-    assert "training data: reasoning = built-in corpus, as when the run started" in said(run)
+    assert "training data: reasoning = built-in corpus, as when the run started" in run_log(run)
     run = fit(
         child.shape(),
         "reasoning",
@@ -336,8 +336,8 @@ def test_a_run_of_the_version_before_keeps_the_corpus(data, corpus):
     )
 
 
-def test_an_ambiguous_name_is_an_error_that_shows_both_names(data, tmp_path):
-    put("pretrain_hq.jsonl")
+def test_ambiguous_name_is_an_error(data, tmp_path):
+    write_registered("pretrain_hq.jsonl")
     (tmp_path / "pretrain").mkdir()
     child.write_text("pretrain/mine.jsonl", seed=1)
     for source in ("pretrain", mix(["pretrain", "talks"])):
@@ -364,11 +364,11 @@ def test_an_ambiguous_name_is_an_error_that_shows_both_names(data, tmp_path):
         for s, to in (("./pretrain", "a"), (get_dataset_config("pretrain"), "b"))
     ]
     assert paths == ["pretrain/mine.jsonl", "data/dataset/minimind_dataset/pretrain_hq.jsonl"]
-    run = resume("a", max_steps=2)  # run.json records which it was
+    run = resume("a", max_steps=2)  # run.json records the choice
     assert run.step == 2 and run.facts["data"]["named"] == {"./pretrain": "path"}
 
 
-def test_a_run_in_a_folder_that_is_called_as_its_corpus(data, corpus):
+def test_run_in_a_folder_named_like_its_corpus(data, corpus):
     assert (
         fit(child.shape(), "reasoning", output_dir="reasoning", **{**OPTIONS, "max_steps": 1}).step
         == 1
@@ -379,7 +379,7 @@ def test_a_run_in_a_folder_that_is_called_as_its_corpus(data, corpus):
     )
 
 
-def test_full_data_is_never_a_corpus(data, corpus):
+def test_data_path_is_never_a_corpus(data, corpus):
     options = [
         "--max-steps",
         "1",
@@ -399,14 +399,14 @@ def test_full_data_is_never_a_corpus(data, corpus):
     ]
     train = lambda *more: CliRunner().invoke(cli.app, ["train", "--use-full-data", *options, *more])
     for name in ("pretrain_hq.jsonl", "sft_1024.jsonl", "sft_512.jsonl"):
-        put(name)
+        write_registered(name)
     e = train().exception
     assert (
         isinstance(e, FileNotFoundError)
         and f"1 of 4 files are not here: {REASONING} (340 MB; minigpt data get reasoning)" in str(e)
         and not os.path.exists("runs")
     )
-    put()
+    write_registered()
     assert train().exception is None
     facts = open_run("runs/pretrain").facts["data"]
     assert facts["source"] == dict(mix=[[n, None] for n in cli.FULL_DATA]) and set(
@@ -415,16 +415,17 @@ def test_full_data_is_never_a_corpus(data, corpus):
     os.unlink(REASONING)
     assert (
         train("--max-steps", "2").exception is None and open_run("runs/pretrain").step == 2
-    )  # with the tokens that it has
+    )  # with its existing tokens
     assert "use_full_data names all data, and talks names data too" in str(
         train("--dataset", "talks").exception
     )
 
 
-def test_rows_that_are_all_too_long(tmp_path, tok):
+def test_all_rows_too_long_is_an_error(tmp_path, tok):
     """A part of a mixture, and a validation set, without usable rows.
 
-    It is reported, not waited for or counted as a loss of 0."""
+    It is reported, not waited for or counted as a loss of 0.
+    """
     long = [
         dict(
             conversations=[
@@ -450,7 +451,7 @@ def test_rows_that_are_all_too_long(tmp_path, tok):
     )
 
 
-def test_a_fresh_machine_has_no_data_folder(tmp_path, monkeypatch):
+def test_missing_data_folder(tmp_path, monkeypatch):
     from minigpt.data import download
 
     monkeypatch.chdir(tmp_path)
@@ -461,7 +462,7 @@ def test_a_fresh_machine_has_no_data_folder(tmp_path, monkeypatch):
         dataset("pretrain")
 
 
-def test_rows_that_differ_in_a_call_alone_are_no_duplicates(tmp_path):
+def test_rows_with_different_calls_are_not_duplicates(tmp_path):
     call = lambda city: dict(
         conversations=[
             dict(role="user", content="Weather?"),
@@ -481,7 +482,7 @@ def test_rows_that_differ_in_a_call_alone_are_no_duplicates(tmp_path):
     )
 
 
-def test_a_folder_is_read_without_notes_and_leftovers(tmp_path, tok):
+def test_notes_and_leftovers_in_a_folder_are_ignored(tmp_path, tok):
     (tmp_path / "in").mkdir()
     child.write_text(tmp_path / "in/a.jsonl")
     for n in (".a.jsonl.source.json", "a.jsonl.source.json", "a.jsonl.part.json", "._a.jsonl"):
@@ -493,7 +494,7 @@ def test_a_folder_is_read_without_notes_and_leftovers(tmp_path, tok):
     )
 
 
-def test_presets_are_fitted_to_a_machine():
+def test_presets_fit_the_machine():
     from minigpt.config.options import TrainConfig
     from minigpt.train.presets import hardware, recipe, stage
 
@@ -532,7 +533,7 @@ def test_presets_are_fitted_to_a_machine():
         ({}, "no data to train on"),
     ],
 )
-def test_a_configuration_file_that_names_data_wrongly(options, words):
+def test_invalid_data_in_a_configuration_file_is_refused(options, words):
     from minigpt.cli import training_data
 
     with pytest.raises(ValueError) as e:
@@ -540,7 +541,7 @@ def test_a_configuration_file_that_names_data_wrongly(options, words):
     assert words in str(e.value)
 
 
-def test_a_configuration_file_that_names_data_well():
+def test_data_in_a_configuration_file():
     from minigpt.cli import training_data
 
     want = mix([("a", 0.7), ("b", 0.3)])
@@ -557,7 +558,7 @@ def test_a_configuration_file_that_names_data_well():
 
 
 def test_workers_find_near_duplicates_where_the_parent_has_threads():
-    "rensa starts threads for many rows; a forked worker that used them would wait forever"
+    "rensa starts threads for many rows; a forked worker that used them would hang."
     import rensa
 
     from minigpt.core.files import spread
@@ -575,8 +576,8 @@ def test_workers_find_near_duplicates_where_the_parent_has_threads():
     assert np.array_equal(keys, lsh_keys(texts)) and keys.all()
 
 
-def test_a_look_writes_nothing(data, tmp_path):
-    "`--analyze` alone reports on the source, a folder too; with an output, on the output"
+def test_analyze_writes_nothing(data, tmp_path):
+    "`--analyze` alone reports on the source, also on a folder; with an output, on the output."
     (tmp_path / "raw").mkdir()
     child.write_text(tmp_path / "raw/a.jsonl", rows=20)
     child.write_text(tmp_path / "raw/b.jsonl", rows=30, seed=1)
@@ -590,5 +591,5 @@ def test_a_look_writes_nothing(data, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     made = prepare(tmp_path / "raw", "out", analyze=True, max_seq_len=0)
     assert len(made["output"]) == 2 and made["report"]["total_samples"] == 50
-    put()
+    write_registered()
     assert prepare("r1_mix_1024.jsonl", analyze=True)["files"] == [REASONING]

@@ -1,6 +1,6 @@
-"""Every trouble that a data file can have: a row or a reason each time, with its line.
+"""Every defect that a data file can have gives a row or a reason, with its line.
 
-Each is written to a disk, read back through blocks and rows, into a token set and into a report.
+Each is written to disk and read through blocks and rows, into a token set and into a report.
 """
 
 import codecs
@@ -48,11 +48,11 @@ def bad(line, reason):
     return line, "", reason, ()
 
 
-def talk(*messages, **more):
+def conversation(*messages, **more):
     return dict(conversations=[*messages], **more)
 
 
-def says(role, content, **more):
+def message(role, content, **more):
     return dict(role=role, content=content, **more)
 
 
@@ -60,11 +60,11 @@ def dump(*values):
     return b"".join(json.dumps(v, ensure_ascii=False).encode() + b"\n" for v in values)
 
 
-USER, ANSWER = says("user", "2?"), says("assistant", "Two.")
-CALL = says("assistant", None, tool_calls=[dict(name="f", arguments={"x": 1})])
+USER, ANSWER = message("user", "2?"), message("assistant", "Two.")
+CALL = message("assistant", None, tool_calls=[dict(name="f", arguments={"x": 1})])
 
 
-# --- one file, one trouble ------------------------------------------------------------------------
+# --- one file with one defect ---------------------------------------------------------------------
 TEXT = {  # name → (file, content, its rows)
     "plain": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}\n', [good(1, "a"), good(2, "b")]),
     "no-line-end": ("a.jsonl", b'{"text": "a"}\n{"text": "b"}', [good(1, "a"), good(2, "b")]),
@@ -77,7 +77,7 @@ TEXT = {  # name → (file, content, its rows)
         "a.jsonl",
         codecs.BOM_UTF8 + b'{"text": "a"}\n' + codecs.BOM_UTF8 + b'{"text": "b"}\n',
         [good(1, "a"), good(2, "b")],
-    ),  # the second, where files were joined
+    ),  # the second one, from joined files
     "crlf": (
         "a.jsonl",
         b'{"text": "a\\r\\n"}\r\n\r\n{"text": "b"}\r\n',
@@ -262,22 +262,22 @@ TEXT = {  # name → (file, content, its rows)
     ),
     "rows-in-txt": ("a.txt", b'{"text": "a"}\n{"text": "b"}\n', [good(1, "a"), good(2, "b")]),
 }
-CHAT = {  # name → (rows, what they say or why not); each stands in a file behind a good one
+CHAT = {  # name → (rows, their messages or the reason); each file also has a good row first
     "roles": (
-        talk(dict(**{"from": "human"}, value="2?"), dict(**{"from": "gpt"}, value="Two.")),
+        conversation(dict(**{"from": "human"}, value="2?"), dict(**{"from": "gpt"}, value="Two.")),
         good(2, "2?\nTwo.", "role 'human' for user", "role 'gpt' for assistant"),
     ),
     "roles-case": (
-        talk(says(" User ", "2?"), says("Assistant", "Two.")),
+        conversation(message(" User ", "2?"), message("Assistant", "Two.")),
         good(2, "2?\nTwo.", "role ' User ' for user", "role 'Assistant' for assistant"),
     ),
     "roles-zh": (
-        talk(
-            says("系统", "好"),
-            says("用户", "2?"),
-            says("助手", "Two."),
-            says("工具", "{}"),
-            says("bot", "3"),
+        conversation(
+            message("系统", "好"),
+            message("用户", "2?"),
+            message("助手", "Two."),
+            message("工具", "{}"),
+            message("bot", "3"),
         ),
         good(
             2,
@@ -294,30 +294,33 @@ CHAT = {  # name → (rows, what they say or why not); each stands in a file beh
             ),
         ),
     ),
-    "role-unknown": (talk(USER, says("asistant", "Two.")), bad(2, "unknown role")),
-    "role-number": (talk(says(5, "2?"), ANSWER), bad(2, "unknown role")),
-    "role-missing": (talk(dict(content="2?"), ANSWER), bad(2, "unknown role")),
-    "role-null": (talk(dict(role=None, content="2?"), ANSWER), bad(2, "unknown role")),
+    "role-unknown": (conversation(USER, message("asistant", "Two.")), bad(2, "unknown role")),
+    "role-number": (conversation(message(5, "2?"), ANSWER), bad(2, "unknown role")),
+    "role-missing": (conversation(dict(content="2?"), ANSWER), bad(2, "unknown role")),
+    "role-null": (conversation(dict(role=None, content="2?"), ANSWER), bad(2, "unknown role")),
     "order": (
-        talk(ANSWER, ANSWER, USER, USER, ANSWER, says("system", "s"), USER),
+        conversation(ANSWER, ANSWER, USER, USER, ANSWER, message("system", "s"), USER),
         good(2, "Two.\nTwo.\n2?\n2?\nTwo.\ns\n2?"),
     ),
-    "empty-question": (talk(says("user", ""), ANSWER), good(2, "Two.")),
-    "empty-answer": (talk(USER, says("assistant", " \n")), bad(2, "empty answer")),
-    "null-answer": (talk(USER, says("assistant", None)), bad(2, "empty answer")),
-    "empty-list": (talk(), bad(2, "conversations are not a list of messages")),
+    "empty-question": (conversation(message("user", ""), ANSWER), good(2, "Two.")),
+    "empty-answer": (conversation(USER, message("assistant", " \n")), bad(2, "empty answer")),
+    "null-answer": (conversation(USER, message("assistant", None)), bad(2, "empty answer")),
+    "empty-list": (conversation(), bad(2, "conversations are not a list of messages")),
     "a-string": (dict(conversations="hi"), bad(2, "conversations are not a list of messages")),
-    "strings": (talk("hi", "ho"), good(2, "hi\nho")),
+    "strings": (conversation("hi", "ho"), good(2, "hi\nho")),
     "null": (dict(conversations=None), bad(2, 'no "conversations"')),
     "content-parts": (
-        talk(says("user", [dict(type="text", text="2?")]), ANSWER),
+        conversation(message("user", [dict(type="text", text="2?")]), ANSWER),
         good(2, "2?\nTwo."),
     ),
     "content-picture": (
-        talk(says("user", [dict(type="image_url", image_url="2?")]), ANSWER),
+        conversation(message("user", [dict(type="image_url", image_url="2?")]), ANSWER),
         bad(2, "pictures, sound or video"),
     ),
-    "system-beside": (dict(talk(USER, ANSWER), system="Be short."), good(2, "Be short.\n2?\nTwo.")),
+    "system-beside": (
+        dict(conversation(USER, ANSWER), system="Be short."),
+        good(2, "Be short.\n2?\nTwo."),
+    ),
     "alpaca": (
         dict(instruction="Add", input="2", output="4"),
         good(2, "Add\n2\n4", "instruction and output as a conversation"),
@@ -344,90 +347,106 @@ CHAT = {  # name → (rows, what they say or why not); each stands in a file beh
         bad(2, "input is not a string"),
     ),
     "system-list": (
-        dict(talk(USER, ANSWER), system=["Be short."]),
+        dict(conversation(USER, ANSWER), system=["Be short."]),
         bad(2, "system is not a string"),
     ),
     "system-twice": (
-        dict(talk(says("System", "Be long."), USER, ANSWER), system="Be short."),
+        dict(conversation(message("System", "Be long."), USER, ANSWER), system="Be short."),
         good(2, "Be long.\n2?\nTwo.", "role 'System' for system"),
     ),
     "two-questions": (dict(instruction="Add", question="2?", answer="4"), bad(2, "two questions")),
     "kto": (dict(prompt="2?", completion="5", label=False), bad(2, "answers with a label")),
-    "content-number": (talk(USER, says("assistant", 2)), bad(2, "content is not a string")),
+    "content-number": (
+        conversation(USER, message("assistant", 2)),
+        bad(2, "content is not a string"),
+    ),
     "thought-number": (
-        talk(USER, says("assistant", "2", reasoning_content=2)),
+        conversation(USER, message("assistant", "2", reasoning_content=2)),
         bad(2, "reasoning_content is not a string"),
     ),
-    "no-answer": (talk(USER), bad(2, "nothing to learn")),
+    "no-answer": (conversation(USER), bad(2, "nothing to learn")),
     "think": (
-        talk(USER, says("assistant", "<think>hm</think>2")),
+        conversation(USER, message("assistant", "<think>hm</think>2")),
         good(2, "2?\n<think>hm</think>2"),
     ),
-    "thought": (talk(USER, says("assistant", "", reasoning_content="hm")), good(2, "2?\nhm")),
-    "think-unclosed": (talk(USER, says("assistant", "<think>hm 2")), bad(2, "unclosed <think>")),
+    "thought": (
+        conversation(USER, message("assistant", "", reasoning_content="hm")),
+        good(2, "2?\nhm"),
+    ),
+    "think-unclosed": (
+        conversation(USER, message("assistant", "<think>hm 2")),
+        bad(2, "unclosed <think>"),
+    ),
     "ultra-unclosed": (
-        talk(USER, says("assistant", "<ultra_think>hm</ultra_think><ultra_think>2")),
+        conversation(USER, message("assistant", "<ultra_think>hm</ultra_think><ultra_think>2")),
         bad(2, "unclosed <ultra_think>"),
     ),
     "call-unclosed": (
-        talk(USER, says("assistant", '<tool_call>{"name": "f"}')),
+        conversation(USER, message("assistant", '<tool_call>{"name": "f"}')),
         bad(2, "unclosed <tool_call>"),
     ),
     "think-of-user": (
-        talk(says("user", "What is <think>?"), ANSWER),
+        conversation(message("user", "What is <think>?"), ANSWER),
         good(2, "What is <think>?\nTwo."),
     ),
-    "call": (talk(USER, CALL), good(2, "2?")),
+    "call": (conversation(USER, CALL), good(2, "2?")),
     "call-openai": (
-        talk(
+        conversation(
             USER,
-            says(
+            message(
                 "assistant",
                 None,
                 tool_calls=[
                     dict(id="c1", type="function", function=dict(name="f", arguments='{"x": 1}'))
                 ],
             ),
-            says("tool", "1", tool_call_id="c1"),
+            message("tool", "1", tool_call_id="c1"),
             ANSWER,
         ),
         good(2, "2?\n1\nTwo."),
     ),
     "call-string": (
-        talk(USER, says("assistant", "", tool_calls='[{"name": "f", "arguments": {"x": 1}}]')),
+        conversation(
+            USER, message("assistant", "", tool_calls='[{"name": "f", "arguments": {"x": 1}}]')
+        ),
         good(2, "2?"),
     ),
     "call-broken": (
-        talk(USER, says("assistant", "", tool_calls="[{")),
+        conversation(USER, message("assistant", "", tool_calls="[{")),
         bad(2, "broken tools or tool_calls"),
     ),
     "call-nameless": (
-        talk(USER, says("assistant", "", tool_calls=[dict(arguments={})])),
+        conversation(USER, message("assistant", "", tool_calls=[dict(arguments={})])),
         bad(2, "broken tools or tool_calls"),
     ),
     "call-list": (
-        talk(USER, says("assistant", "", tool_calls=[dict(name="f", arguments=[1])])),
+        conversation(USER, message("assistant", "", tool_calls=[dict(name="f", arguments=[1])])),
         bad(2, "broken tools or tool_calls"),
     ),
-    "call-none": (talk(USER, says("assistant", "", tool_calls="[]")), bad(2, "empty answer")),
-    "tools-number": (talk(USER, ANSWER, tools=5), bad(2, "broken tools or tool_calls")),
+    "call-none": (
+        conversation(USER, message("assistant", "", tool_calls="[]")),
+        bad(2, "empty answer"),
+    ),
+    "tools-number": (conversation(USER, ANSWER, tools=5), bad(2, "broken tools or tool_calls")),
     "tools-object": (
-        talk(USER, ANSWER, tools=dict(name="f")),
+        conversation(USER, ANSWER, tools=dict(name="f")),
         bad(2, "broken tools or tool_calls"),
     ),
-    "tools-word": (talk(USER, ANSWER, tools='"f"'), bad(2, "broken tools or tool_calls")),
-    "tools-words": (talk(USER, ANSWER, tools=["f"]), bad(2, "broken tools or tool_calls")),
-    "tools-broken": (talk(USER, ANSWER, tools="[{"), bad(2, "broken tools or tool_calls")),
-    "tools": (talk(USER, ANSWER, tools=[dict(name="f")]), good(2, "2?\nTwo.")),
+    "tools-word": (conversation(USER, ANSWER, tools='"f"'), bad(2, "broken tools or tool_calls")),
+    "tools-words": (conversation(USER, ANSWER, tools=["f"]), bad(2, "broken tools or tool_calls")),
+    "tools-broken": (conversation(USER, ANSWER, tools="[{"), bad(2, "broken tools or tool_calls")),
+    "tools": (conversation(USER, ANSWER, tools=[dict(name="f")]), good(2, "2?\nTwo.")),
     **{
-        f"token-{where}": (talk(USER, ANSWER, m), bad(2, "control token in a text"))
+        f"token-{where}": (conversation(USER, ANSWER, m), bad(2, "control token in a text"))
         for where, m in dict(
-            user=says("user", "<|im_end|>\n<|im_start|>assistant\nYes."),
-            answer=says("assistant", "a<|endoftext|>b"),
-            thought=says("assistant", "a", reasoning_content="<|im_end|>"),
-            tool=says("tool", "<|im_start|>"),
-            call=says("assistant", "", tool_calls=[dict(name="f", arguments={"a": "<|im_end|>"})]),
-            nested=says(
+            user=message("user", "<|im_end|>\n<|im_start|>assistant\nYes."),
+            answer=message("assistant", "a<|endoftext|>b"),
+            thought=message("assistant", "a", reasoning_content="<|im_end|>"),
+            tool=message("tool", "<|im_start|>"),
+            call=message(
+                "assistant", "", tool_calls=[dict(name="f", arguments={"a": "<|im_end|>"})]
+            ),
+            nested=message(
                 "assistant",
                 "",
                 tool_calls='[{"name": "f", "arguments": "{\\"a\\": \\"<\\\\u007cim_end|>\\"}"}]',
@@ -435,7 +454,7 @@ CHAT = {  # name → (rows, what they say or why not); each stands in a file beh
         ).items()
     },
     "half-a-token": (
-        talk(says("user", "<|im_end| <|im_start"), ANSWER),
+        conversation(message("user", "<|im_end| <|im_start"), ANSWER),
         good(2, "<|im_end| <|im_start\nTwo."),
     ),
     "messages": (dict(messages=[USER, ANSWER]), good(2, "2?\nTwo.")),
@@ -444,11 +463,11 @@ CHAT = {  # name → (rows, what they say or why not); each stands in a file beh
 PAIRS = {
     "strings": (dict(prompt="2?", chosen="Two.", rejected="11."), good(2, "2?\nTwo.")),
     "dicts": (
-        dict(prompt=USER, chosen=ANSWER, rejected=says("assistant", "11.")),
+        dict(prompt=USER, chosen=ANSWER, rejected=message("assistant", "11.")),
         good(2, "2?\nTwo."),
     ),
     "whole": (
-        dict(chosen=[USER, ANSWER], rejected=[USER, says("assistant", "11.")]),
+        dict(chosen=[USER, ANSWER], rejected=[USER, message("assistant", "11.")]),
         good(2, "2?\nTwo."),
     ),
     "question": (
@@ -456,11 +475,11 @@ PAIRS = {
         good(2, "Be short.\n2?\nTwo."),
     ),
     "question-twice": (
-        dict(question="2", chosen=[USER, ANSWER], rejected=[USER, says("assistant", "11.")]),
+        dict(question="2", chosen=[USER, ANSWER], rejected=[USER, message("assistant", "11.")]),
         good(2, "2?\nTwo."),
     ),
     "conversation": (
-        dict(conversations=[USER], chosen=ANSWER, rejected=says("assistant", "11.")),
+        dict(conversations=[USER], chosen=ANSWER, rejected=message("assistant", "11.")),
         good(2, "2?\nTwo."),
     ),
     "answered": (
@@ -471,7 +490,7 @@ PAIRS = {
     "further": (
         dict(chosen=[USER, ANSWER], rejected=[USER, ANSWER, USER, ANSWER]),
         bad(2, "nothing to learn"),
-    ),  # nothing differs on the chosen side
+    ),  # the chosen side has no difference
     "no-prompt": (dict(chosen="Two.", rejected="11."), bad(2, "no prompt")),
     "no-rejected": (dict(prompt="2?", chosen="Two."), bad(2, 'no "rejected"')),
     "no-chosen": (dict(prompt="2?", rejected="Two.", chosen=None), bad(2, 'no "chosen"')),
@@ -489,7 +508,7 @@ CASES = {
     **{
         f"chat/{k}": (
             "a.jsonl",
-            dump(talk(says("user", "q"), says("assistant", "a")), v),
+            dump(conversation(message("user", "q"), message("assistant", "a")), v),
             [good(1, "q\na"), want],
         )
         for k, (v, want) in CHAT.items()
@@ -506,7 +525,7 @@ CASES = {
 
 
 def ids_of(tok, row):
-    "What a token set should hold of a row"
+    "The ids that a token set should have for a row."
     if row.messages:
         return [
             i
@@ -518,7 +537,7 @@ def ids_of(tok, row):
 
 
 def check(tok, path, want, out):
-    "Rows, token set and report all agree with what is wanted"
+    "Rows, token set and report all agree with the expected rows."
     found = rows(path)
     assert [
         (r.line, r.text, r.reason, () if r.reason else tuple(sorted(r.mended))) for r in found
@@ -560,14 +579,14 @@ def check(tok, path, want, out):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trouble(case, tok, tmp_path):
+def test_defect_gives_a_row_or_a_reason(case, tok, tmp_path):
     name, content, want = CASES[case]
     (tmp_path / name).write_bytes(content)
     check(tok, tmp_path / name, want, tmp_path / "set")
 
 
-def test_dialects_give_the_same_ids(tok):
-    "OpenAI's nested calls, MiniMind's string and ours; nothing in a text becomes a control token"
+def test_formats_give_the_same_ids(tok):
+    "OpenAI's nested calls, MiniMind's string and ours; no text becomes a control token."
     calls = [
         parse_row(dump(CHAT[k][0]), 1)[0].messages[:2]
         for k in ("call", "call-openai", "call-string")
@@ -581,7 +600,7 @@ def test_dialects_give_the_same_ids(tok):
     assert [ids.count(i) for i in ends] == [0, 2, 2]
 
 
-def test_odd_orders_and_damaged_texts_are_counted(tmp_path):
+def test_unusual_orders_and_damaged_texts_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(dump(CHAT["order"][0], CHAT["empty-question"][0]))
     troubles = analyze(tmp_path / "a.jsonl", near_duplicates=False)["troubles"]
     assert {k: v["examples"][0]["line"] for k, v in troubles.items() if "quality" not in k} == {
@@ -604,9 +623,9 @@ def test_odd_orders_and_damaged_texts_are_counted(tmp_path):
     }
 
 
-def test_a_given_format_refuses_the_others(tmp_path):
+def test_given_format_refuses_other_formats(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
-        dump({"text": "a"}, talk(USER, ANSWER), dict(prompt="2?", chosen="a", rejected="b"))
+        dump({"text": "a"}, conversation(USER, ANSWER), dict(prompt="2?", chosen="a", rejected="b"))
     )
     reasons = {
         f: [r.reason for r in rows(tmp_path / "a.jsonl", format=f)]
@@ -640,7 +659,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_text(case, tok, tmp_path):
+def test_binary_files_are_refused(case, tok, tmp_path):
     name, content, words = REFUSED[case]
     (tmp_path / name).write_bytes(content)
     for use in (
@@ -654,13 +673,13 @@ def test_what_is_no_text(case, tok, tmp_path):
         assert str(e.value).startswith(f"{tmp_path / name} ") and words in str(e.value)
 
 
-def test_a_text_that_only_begins_like_an_archive(tmp_path):
+def test_text_that_starts_like_an_archive_is_read(tmp_path):
     for begin in ("Bzh is short for Breizh.", "Par1 and par2 are files.", "rar! said the lion."):
         (tmp_path / "a.txt").write_text(begin)
         assert [r.text for r in rows(tmp_path / "a.txt")] == [begin]
 
 
-# --- encodings, packings, layouts, line ends ------------------------------------------------------
+# --- encodings, compression, layouts, line ends ---------------------------------------------------
 ANY = st.text(
     st.characters(exclude_categories=("Cs", "Cc"), exclude_characters="\ufeff"), max_size=30
 ).map(lambda s: "x" + s)
@@ -718,8 +737,11 @@ def encoded(text, encoding):
 @pytest.mark.parametrize("encoding", OF)
 @given(st.data())
 @settings(max_examples=60)
-def test_encodings(tmp_path_factory, encoding, data):
-    "Each encoding × line end × packing × layout, any name: the same texts from the same lines"
+def test_encodings_give_the_same_texts(tmp_path_factory, encoding, data):
+    """Each encoding × line end × compression × layout, under any name:
+
+    the same texts from the same lines.
+    """
     texts = data.draw(st.lists(OF[encoding], min_size=3, max_size=12)) + {
         "gb18030": ["雪落在磨坊上。"],
         "cp1252": ["Le café est fermé à midi.", "Où êtes-vous?"],
@@ -755,8 +777,8 @@ def test_encodings(tmp_path_factory, encoding, data):
         ]
 
 
-def test_utf_16_of_chinese_without_a_mark(tmp_path):
-    "一 is U+4E00: half of it is a zero byte"
+def test_chinese_utf_16_without_a_bom(tmp_path):
+    "一 is U+4E00: one of its bytes is zero."
     texts = ["天下之事，一言难尽。从前有一座山，山上有一座庙，庙里有一个老和尚。" * 3] * 40
     for encoding in ("utf-16-le", "utf-16-be"):
         (tmp_path / "a.jsonl").write_bytes(
@@ -770,7 +792,7 @@ def test_utf_16_of_chinese_without_a_mark(tmp_path):
         ) == "\n".join(texts)
 
 
-def test_one_nul_does_not_make_a_small_file_utf_16(tmp_path):
+def test_one_nul_byte_is_not_utf_16(tmp_path):
     for content in (b'{"text": "a\0b"}\n{"text": "c"}\n', b'{"text": "ab\0"}\n{"text": "c"}\n'):
         (tmp_path / "a.jsonl").write_bytes(content)
         assert [r.text.replace("\0", "") for r in rows(tmp_path / "a.jsonl")] == ["ab", "c"]
@@ -783,8 +805,8 @@ def test_one_nul_does_not_make_a_small_file_utf_16(tmp_path):
         ("cp1252", ["Title", "Le café est fermé à midi, où êtes-vous?"]),
     ],
 )
-def test_the_last_line_tells_the_encoding_too(tmp_path, encoding, texts):
-    "Where no line end stands behind it"
+def test_last_line_counts_for_the_encoding(tmp_path, encoding, texts):
+    "The last line has no line end."
     (tmp_path / "a.txt").write_bytes("\n".join(texts).encode(encoding))
     (tmp_path / "a.jsonl").write_bytes(
         "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in texts).encode(encoding)
@@ -794,8 +816,8 @@ def test_the_last_line_tells_the_encoding_too(tmp_path, encoding, texts):
     ] == texts
 
 
-def test_archives_that_are_cut(tok, tmp_path):
-    "At any place: named, and nothing is taken for whole"
+def test_truncated_archives_are_reported(tok, tmp_path):
+    "At any position: the defect is reported, and the part is not treated as complete."
     whole = dump(*({"text": f"row {i} {random.Random(i).random()}"} for i in range(3000)))
     for name, packed in (
         ("a.jsonl.gz", gzip.compress(whole)),
@@ -822,7 +844,7 @@ def test_archives_that_are_cut(tok, tmp_path):
 
 
 # --- arrays ---------------------------------------------------------------------------------------
-def nasty(rng, n=40):
+def difficult_text(rng, n=40):
     return (
         "".join(
             rng.choice(
@@ -853,10 +875,10 @@ def nasty(rng, n=40):
 
 
 def array(rng, n):
-    "A JSON array as text, its texts, and the lines where its objects begin"
+    "A JSON array as text, its texts, and the lines where its objects start."
     out, texts, at = ["["], [], []
     for i in range(n):
-        texts.append(nasty(rng))
+        texts.append(difficult_text(rng))
         out.append(rng.choice(["", "\n", "\n\n  ", " \r\n\t"]))
         at.append("".join(out).count("\n") + 1 if n < 50 else None)
         out.append(
@@ -872,14 +894,16 @@ def array(rng, n):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_arrays(seed, tmp_path, monkeypatch):
-    "Pretty-printed anyhow, braces and quotes in the texts, and borders of chunks at every place"
+def test_arrays_give_all_rows(seed, tmp_path, monkeypatch):
+    """Pretty-printed in many ways, braces and quotes in the texts, and chunk borders at every
+    position.
+    """
     rng = random.Random(seed)
     text, texts, at = array(rng, rng.randint(1, 30))
     assert json.loads(text)
     if rng.random() < 0.5:
         text = "[\n" + text[1:]
-        at = [a + 1 for a in at]  # its first line tells that it is an array
+        at = [a + 1 for a in at]  # its first line shows that it is an array
     else:
         text = "[{}, " + text[1:]
         texts.insert(0, "")
@@ -891,7 +915,7 @@ def test_arrays(seed, tmp_path, monkeypatch):
     ] == ['no "text"'] * texts.count("")
     once = formats.open_data
 
-    class Sips:
+    class SmallReads:
         def __init__(self, f):
             self.f = f
 
@@ -904,12 +928,12 @@ def test_arrays(seed, tmp_path, monkeypatch):
         def read(self, n):
             return self.f.read(rng.randint(1, 9))
 
-    monkeypatch.setattr(formats, "open_data", lambda *a: Sips(once(*a)))
+    monkeypatch.setattr(formats, "open_data", lambda *a: SmallReads(once(*a)))
     assert rows(tmp_path / "a.json") == whole == rows(tmp_path / "a.json", size=50)
 
 
-def test_a_large_array(tmp_path):
-    "Of several chunks as they are"
+def test_large_array_is_read(tmp_path):
+    "Of several chunks."
     text, texts, _ = array(random.Random(0), 30_000)
     assert len(text.encode()) > 3 << 20
     (tmp_path / "a.json").write_text("[\n" + text[1:], encoding="utf-8", newline="")
@@ -933,14 +957,14 @@ def test_a_large_array(tmp_path):
     ],
     ids=["quote", "values", "strings", "brace"],
 )
-def test_nothing_in_an_array_vanishes(content, tmp_path):
-    "What is no object gets a reason, and so does everything that is lost with it"
+def test_everything_in_an_array_is_counted(content, tmp_path):
+    "Whatever is not an object gets a reason, and so does everything that is lost with it."
     (tmp_path / "a.json").write_bytes(content)
     found = rows(tmp_path / "a.json")
     assert [r for r in found if r.reason], found
 
 
-def test_an_array_under_another_name(tmp_path):
+def test_array_under_another_extension(tmp_path):
     for name in ("A.JSON", "ROWS.JSONL", "a.jsonl.GZ"):
         (tmp_path / name).write_bytes(
             (gzip.compress if name.endswith("GZ") else bytes)(
@@ -950,8 +974,8 @@ def test_an_array_under_another_name(tmp_path):
         assert [(r.line, r.text) for r in rows(tmp_path / name)] == [(2, "a"), (3, "b")], name
 
 
-def test_one_conversation_as_a_bare_list(tmp_path):
-    "Alone in its file, it is what it would be beside others"
+def test_conversation_as_a_bare_list(tmp_path):
+    "Alone in its file, it is read as among others."
     for n in (1, 2):
         (tmp_path / "a.jsonl").write_bytes(dump([USER, ANSWER]) * n)
         assert [(r.line, r.kind, r.reason) for r in rows(tmp_path / "a.jsonl")] == [
@@ -959,9 +983,9 @@ def test_one_conversation_as_a_bare_list(tmp_path):
         ]
 
 
-# --- long ones ------------------------------------------------------------------------------------
-def test_too_long(tmp_path, monkeypatch):
-    "A row is refused, a text is cut between two characters, an object without an end is an error"
+# --- long rows ------------------------------------------------------------------------------------
+def test_too_long_rows_and_texts(tmp_path, monkeypatch):
+    "A row is refused, a text is split between two characters, an unterminated object is an error."
     monkeypatch.setattr(formats, "LONGEST", 1000)
     (tmp_path / "a.jsonl").write_bytes(
         dump(
@@ -994,8 +1018,8 @@ def test_too_long(tmp_path, monkeypatch):
         rows(tmp_path / "a.json")
 
 
-def test_pieces_of_a_text(tmp_path, tok):
-    "They are the text again, and a document ends where the file ends, whatever its last line is"
+def test_pieces_of_a_text_join_to_the_text(tmp_path, tok):
+    "The pieces joined are the text, and a document ends with the file, whatever its last line is."
     rng = random.Random(0)
     for i in range(40):
         text = "".join(
@@ -1026,8 +1050,8 @@ def test_pieces_of_a_text(tmp_path, tok):
     ).tolist() == [i for t in ("one\n", "two\n", "three") for i in tok.encode(t) + [tok.eos_id]]
 
 
-def test_memory(tmp_path):
-    "60 MB in one line are read in a few MB"
+def test_long_line_takes_little_memory(tmp_path):
+    "60 MB in one line are read in a few MB."
     with open(tmp_path / "a.json", "wb") as f:
         f.write(b"[{}")
         for _ in range(60):
@@ -1054,31 +1078,32 @@ def test_memory(tmp_path):
 # --- the fuzzer -----------------------------------------------------------------------------------
 SEEDS = [
     {"text": "Snow fell. 雪落在磨坊上。 <think>"},
-    talk(
-        says("system", "Be brief."),
+    conversation(
+        message("system", "Be brief."),
         USER,
         ANSWER,
-        says("user", "Sure?"),
-        says("assistant", "<think>\nhm\n</think>\nYes."),
+        message("user", "Sure?"),
+        message("assistant", "<think>\nhm\n</think>\nYes."),
     ),
-    talk(dict(**{"from": "human"}, value="2?"), dict(**{"from": "gpt"}, value="Two.")),
-    talk(USER, says("assistant", "Yes.", reasoning_content="They ask…")),
+    conversation(dict(**{"from": "human"}, value="2?"), dict(**{"from": "gpt"}, value="Two.")),
+    conversation(USER, message("assistant", "Yes.", reasoning_content="They ask…")),
     dict(prompt="2?", chosen="Two.", rejected="11."),
     dict(
-        chosen=[USER, ANSWER, USER, ANSWER], rejected=[USER, ANSWER, USER, says("assistant", "11.")]
+        chosen=[USER, ANSWER, USER, ANSWER],
+        rejected=[USER, ANSWER, USER, message("assistant", "11.")],
     ),
     [USER, ANSWER],
-    talk(
-        says("system", "", tools='[{"name": "f", "parameters": {"type": "object"}}]'),
+    conversation(
+        message("system", "", tools='[{"name": "f", "parameters": {"type": "object"}}]'),
         USER,
-        says("assistant", "", tool_calls='[{"name": "f", "arguments": {"x": "雪"}}]'),
-        says("tool", '{"y": 1}'),
+        message("assistant", "", tool_calls='[{"name": "f", "arguments": {"x": "雪"}}]'),
+        message("tool", '{"y": 1}'),
         ANSWER,
     ),
     dict(
         messages=[
             USER,
-            says(
+            message(
                 "assistant",
                 None,
                 tool_calls=[
@@ -1089,7 +1114,7 @@ SEEDS = [
                     )
                 ],
             ),
-            says("tool", "2"),
+            message("tool", "2"),
             ANSWER,
         ],
         tools=[dict(type="function", function=dict(name="f", parameters={}))],
@@ -1131,13 +1156,13 @@ WRONG = [
 
 
 def places(x, at=()):
-    "Every place in a structure, as a path of keys"
+    "Every position in a structure, as a path of keys."
     yield at
     for k, v in x.items() if isinstance(x, dict) else enumerate(x) if isinstance(x, list) else ():
         yield from places(v, (*at, k))
 
 
-def wronged(x, at, value):
+def replace_at(x, at, value):
     x = copy.deepcopy(x)
     if not at:
         return value
@@ -1148,8 +1173,8 @@ def wronged(x, at, value):
     return x
 
 
-def mutated(rng, line):
-    "Some bytes flipped, inserted, deleted, moved"
+def mutate(rng, line):
+    "Flip, insert, delete or move some bytes."
     line = bytearray(line)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         i, j = sorted(rng.randrange(len(line) + 1) for _ in range(2))
@@ -1194,9 +1219,9 @@ def mutated(rng, line):
 def garbage():
     rng = random.Random(0)
     lines = [json.dumps(s, ensure_ascii=rng.random() < 0.5).encode() for s in SEEDS]
-    out = [mutated(rng, rng.choice(lines)) for _ in range(2000)]
+    out = [mutate(rng, rng.choice(lines)) for _ in range(2000)]
     out += [
-        json.dumps(wronged(s, at, w)).encode() for s in SEEDS for at in places(s) for w in WRONG
+        json.dumps(replace_at(s, at, w)).encode() for s in SEEDS for at in places(s) for w in WRONG
     ]
     return out
 
@@ -1229,8 +1254,8 @@ DEEP = [
 ]
 
 
-def trouble(tok, line):
-    "What is wrong with what is made of a line; '' as it should be"
+def defect_of(tok, line):
+    "Return what is wrong with the result of a line; '' if nothing is."
     try:
         for r in parse_row(line, 7):
             if (
@@ -1244,7 +1269,8 @@ def trouble(tok, line):
                     continue
                 ids, learn = tok.encode_chat(side)
                 whole = tok.encode(tok.render(side), special=True)
-                # a mark in a question or a schema is letters in the ids, and a token in the text
+                # A mark in a question or a schema is plain letters in the ids, and a token in the
+                # text.
                 asks = lambda m: m["role"] in ("user", "tool") or m.get("tools")
                 asked = "".join(str(m) for m in side if asks(m))
                 spelled = any(mark in asked for mark in MARKS)
@@ -1258,28 +1284,28 @@ def trouble(tok, line):
     return ""
 
 
-def test_fuzz(tok):
-    "No bytes make anything but a row or a reason, and every good row can be encoded"
-    crashed = [(line[:200], t) for line in garbage() if (t := trouble(tok, line))]
+def test_fuzzed_bytes_give_rows_or_reasons(tok):
+    "Any bytes give a row or a reason, and every good row can be encoded."
+    crashed = [(line[:200], t) for line in garbage() if (t := defect_of(tok, line))]
     assert not crashed, (len(crashed), Counter(t for _, t in crashed).most_common(5), crashed[:3])
 
 
 @pytest.mark.parametrize("n", [300, 900, 960, 990, 1005, 1015, 1020, 5000])
-def test_fuzz_of_depth(tok, n):
-    "Near the limits of Python and of orjson"
+def test_deep_nesting_gives_rows_or_reasons(tok, n):
+    "Near the limits of Python and of orjson."
     crashed = [
-        (line, t) for line in DEEP if (t := trouble(tok, line.replace("D", deep(n)).encode()))
+        (line, t) for line in DEEP if (t := defect_of(tok, line.replace("D", deep(n)).encode()))
     ]
     assert not crashed, crashed
 
 
-def test_fuzz_of_files(tok, tmp_path):
-    "A file of garbage is counted to the last row, and its good rows are a token set"
+def test_fuzzed_files_are_counted_completely(tok, tmp_path):
+    "A file of garbage is counted to the last row, and its good rows form a token set."
     lines = [l for l in garbage() if l.strip()]
     random.Random(1).shuffle(lines)
     lines = (
-        dump(*[talk(says("user", "雪" * 40), ANSWER)] * 600).splitlines() + lines
-    )  # enough in front for the encoding to be clear
+        dump(*[conversation(message("user", "雪" * 40), ANSWER)] * 600).splitlines() + lines
+    )  # enough bytes first to make the encoding clear
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     found = [r for i, l in enumerate(lines, 1) for r in parse_row(l, i)]
     fine, reasons = sum(not r.reason for r in found), Counter(r.reason for r in found if r.reason)
@@ -1294,8 +1320,8 @@ def test_fuzz_of_files(tok, tmp_path):
     assert train.meta["n_docs"] + refused.pop("another format") == fine and refused == reasons
 
 
-def test_what_is_sampled_of_a_line_with_several_objects(tmp_path):
-    "A refused object in front of a good one"
+def test_sample_of_a_line_with_several_objects(tmp_path):
+    "A refused object before a good one."
     (tmp_path / "a.jsonl").write_bytes(b'{"x": 1} {"text": "a text that is good"}\n')
     report = analyze(tmp_path / "a.jsonl", near_duplicates=False)
     assert report["total_samples"] == 1 and [r.text for _, r in report["samples"]] == [
@@ -1318,12 +1344,12 @@ def test_what_is_sampled_of_a_line_with_several_objects(tmp_path):
         "tool_calling_minimind_str",
     ],
 )
-def test_real_files(name, tok):
-    "At least 99.5% are accepted, and a sample of them encodes"
+def test_real_files_are_accepted(name, tok):
+    "At least 99.5% are accepted, and a sample of them encodes."
     if not (f := SHARED / f"{name}.jsonl").exists():
         pytest.skip(
-            "this test is for real rows, whose licences keep them out of the repository; put"
-            f" {name}.jsonl into ../shared/data to run it"
+            "needs real rows, which are not in the repository: put"
+            f" {name}.jsonl into ../shared/data"
         )
     found = rows(f)
     fine = [r for r in found if not r.reason]

@@ -1,4 +1,4 @@
-"Calls of functions: what a model wrote, read back; and the built-in corpora that hold them."
+"Function calls: parsing of model output, and the built-in corpora that contain calls."
 
 import json
 from functools import cache
@@ -63,7 +63,7 @@ def tokenizer():
 
 
 def turn(calls, content=""):
-    "What the chat template makes of an assistant's calls"
+    "Return the text of the chat template for an assistant's calls."
     whole = tokenizer().render(
         [dict(role="user", content="?"), dict(role="assistant", content=content, tool_calls=calls)]
     )
@@ -83,7 +83,7 @@ def is_list_of_calls(x):
 @example("<tool_call>" + "[" * 200_000)
 @example("<tool_call>" + '{"a":' * 200_000)
 @example("<tool_call>" + "9" * 5000 + "</tool_call>")
-def test_any_text_gives_calls_or_a_reason(text):
+def test_every_text_gives_calls_or_a_reason(text):
     try:
         found = parse_tool_calls(text)
     except ValueError as e:
@@ -93,14 +93,14 @@ def test_any_text_gives_calls_or_a_reason(text):
 
 
 @given(st.lists(one, min_size=1, max_size=3), around, around)
-def test_what_the_template_writes_is_read_back(calls, content, after):
+def test_template_output_is_parsed_back(calls, content, after):
     assert parse_tool_calls(turn(calls, content) + after) == calls
 
 
 @given(st.lists(one, min_size=1, max_size=3), st.data())
-def test_a_turn_cut_off_never_gives_another_call(calls, data):
-    said = turn(calls)
-    cut = said[: data.draw(st.integers(0, len(said) - 1))]
+def test_truncated_turn_never_gives_another_call(calls, data):
+    text = turn(calls)
+    cut = text[: data.draw(st.integers(0, len(text) - 1))]
     try:
         found = parse_tool_calls(cut)
     except ValueError:
@@ -108,7 +108,7 @@ def test_a_turn_cut_off_never_gives_another_call(calls, data):
     assert found == calls[: len(found)] and len(found) < len(calls)
 
 
-def test_every_built_in_call_and_thought_is_read():
+def test_every_built_in_call_and_thought_is_parsed():
     for i in range(2000):
         for messages in (call(i, 7), reasoning(i, 7)):
             row = parse_conversation(dict(conversations=messages), 1)
@@ -121,7 +121,7 @@ def test_every_built_in_call_and_thought_is_read():
                     TOOLS[c["name"]][0](**c["arguments"])
 
 
-def test_the_tools_are_as_json_says():
+def test_tools_match_their_json_schema():
     for name, (f, schema) in TOOLS.items():
         assert (
             json.loads(json.dumps(schema)) == schema

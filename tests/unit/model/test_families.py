@@ -1,4 +1,4 @@
-"""A kind of model that a user registers, and the one that the package registers itself."""
+"A model family that a user registers, and the one that the package registers itself."
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Parrot(LanguageModel):
 
 @pytest.fixture
 def parrots(monkeypatch):
-    "A family whose models say what they are asked, and how"
+    "A family whose models record the calls they get."
     monkeypatch.setattr(families, "_registered", [*families._registered])
     read = lambda d: Shape(d["vocab_size"])
     say = lambda model, tok, prompt, tools, thinking, **how: iter([prompt, f" {tools} {how}"])
@@ -41,7 +41,7 @@ def parrots(monkeypatch):
     )
 
 
-def test_a_family_of_ones_own(parrots):
+def test_registered_family_is_used(parrots):
     assert from_hf(dict(model_type="parrot", vocab_size=300)) == Parrot.config
     assert config_from_dict(Parrot.config.to_dict()) == Parrot.config
     assert [*stream_text(Parrot(), None, "Hello", seed=1)] == ["Hello", " None {'seed': 1}"]
@@ -50,7 +50,7 @@ def test_a_family_of_ones_own(parrots):
         check_gpt(Parrot(), "a chat")
 
 
-def test_without_a_family():
+def test_unregistered_family_is_refused():
     assert family_of(Parrot()) is None and family_of("runs/mine") is None
     with pytest.raises(TypeError, match="this is a Parrot$"):
         check_gpt(Parrot(), "a chat")
@@ -60,7 +60,7 @@ def test_without_a_family():
         config_from_dict(dict(model_type="parrot"))
 
 
-def test_both_families_of_the_package():
+def test_package_has_two_families():
     gpt = GPT(GPTConfig.preset("tiny", vocab_size=300))
     assert family_of(gpt).model_types == ("llama", "qwen3") and family_of(gpt).objective is None
     shape = dict(vocab_size=300, dim=32, n_layer=1, n_head=2, ffn_dim=64)

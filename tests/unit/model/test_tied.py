@@ -1,6 +1,6 @@
-"""A config that ties the output layer to the embedding, and a file that holds one of its own.
+"""A config that ties the output layer to the embedding, and a file with an output layer of its own.
 
-What transformers makes of it.
+The results must equal those of transformers.
 """
 
 import json
@@ -21,7 +21,7 @@ IDS = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def tensors(tmp_path_factory):
-    "Weights of a small tied model, with an output layer of its own"
+    "Weights of a small tied model, with a separate output layer."
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=64,
@@ -40,8 +40,8 @@ def tensors(tmp_path_factory):
     }
 
 
-def written(path, tensors, how, **changes):
-    "A model directory with these tensors: a file, several files, or what torch.save writes"
+def write_model(path, tensors, how, **changes):
+    "Write a model directory with these tensors: one file, several files, or a torch.save file."
     config, weights = tensors
     path.mkdir()
     (path / "config.json").write_text(config)
@@ -70,49 +70,49 @@ def written(path, tensors, how, **changes):
     return path
 
 
-def scores(model):
+def logits(model):
     with torch.no_grad():
         out = model.eval()(IDS)
     return getattr(out, "logits", out)
 
 
 @pytest.mark.parametrize("how", ["one", "sharded", "bin"])
-def test_another_output_layer_is_used(tensors, tmp_path, how):
-    "As in transformers; in an export too, and under an adapter"
-    path = written(tmp_path / "m", tensors, how)
+def test_separate_output_layer_is_used(tensors, tmp_path, how):
+    "As in transformers; also in an export and under an adapter."
+    path = write_model(tmp_path / "m", tensors, how)
     ours, theirs = load_model(path), transformers.AutoModelForCausalLM.from_pretrained(path)
     assert not torch.equal(
         theirs.lm_head.weight, theirs.model.embed_tokens.weight
-    )  # otherwise this shows nothing
+    )  # otherwise the test would show nothing
     assert not ours.config.tied
-    torch.testing.assert_close(scores(ours), scores(theirs), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
     again = export(path, tmp_path / "out")
     assert json.loads((again / "config.json").read_text())["tie_word_embeddings"] is False
-    assert torch.equal(scores(load_model(again)), scores(ours)) and torch.equal(
-        scores(lora(ours, r=1)), scores(ours)
+    assert torch.equal(logits(load_model(again)), logits(ours)) and torch.equal(
+        logits(lora(ours, r=1)), logits(ours)
     )
 
 
 @pytest.mark.parametrize("how", ["one", "sharded", "bin"])
-def test_the_embedding_stored_twice_is_tied(tensors, tmp_path, how):
-    path = written(tmp_path / "m", tensors, how, **{HEAD: tensors[1][EMBEDDING]})
+def test_equal_output_layer_is_tied(tensors, tmp_path, how):
+    path = write_model(tmp_path / "m", tensors, how, **{HEAD: tensors[1][EMBEDDING]})
     ours = load_model(path)
     assert ours.config.tied and HEAD not in ours.weights()
     torch.testing.assert_close(
-        scores(ours),
-        scores(transformers.AutoModelForCausalLM.from_pretrained(path)),
+        logits(ours),
+        logits(transformers.AutoModelForCausalLM.from_pretrained(path)),
         atol=1e-4,
         rtol=1e-4,
     )
 
 
-def test_an_output_layer_of_another_shape_is_refused(tensors, tmp_path):
+def test_output_layer_of_another_shape_is_refused(tensors, tmp_path):
     with pytest.raises(CheckpointError, match=r"lm_head.weight is \(60, 16\) in the weights"):
-        load_model(written(tmp_path / "m", tensors, "one", **{HEAD: torch.zeros(60, 16)}))
+        load_model(write_model(tmp_path / "m", tensors, "one", **{HEAD: torch.zeros(60, 16)}))
 
 
-def test_weights_in_memory(tensors, tmp_path):
-    "A tied model does not take them over, and an export of a `.pth` file uses them"
+def test_weights_in_memory_of_a_tied_model(tensors, tmp_path):
+    "A tied model ignores them, and an export of a `.pth` file uses them."
     config, weights = tensors
     shape = from_hf(json.loads(config))
     with pytest.raises(ValueError, match="separate output layer"):

@@ -1,6 +1,6 @@
-"""The benchmark for a GPU in a tiny size on the CPU.
+"""The GPU benchmark in a tiny size on the CPU.
 
-It finds the computation right, and prints a line for each program.
+It checks the computation and prints one line per program.
 """
 
 import os
@@ -20,7 +20,7 @@ ROW = re.compile(
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory):
+def benchmark_output(tmp_path_factory):
     env = {
         **os.environ,
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -35,10 +35,10 @@ def printed(tmp_path_factory):
     return done.stdout
 
 
-def test_every_program_has_a_row(printed):
+def test_each_program_has_a_row(benchmark_output):
     rows = {
         name: [float(n.replace(",", "")) for n in numbers]
-        for name, *numbers in ROW.findall(printed)
+        for name, *numbers in ROW.findall(benchmark_output)
     }
     trainer = find_spec("transformers") and find_spec("accelerate")
     assert list(rows) == [
@@ -46,15 +46,17 @@ def test_every_program_has_a_row(printed):
         "minigpt eager",
         *(["Trainer eager"] if trainer else []),
         "bare eager",
-    ], printed
+    ], benchmark_output
     for name, (params, speed, _, memory, first) in rows.items():
         assert min(params, speed, memory) > 0 and first >= 0, name
     assert rows["bare eager"][0] == rows["minigpt fit"][0]
     if trainer:
-        assert float(re.fullmatch("ratio (.*)", printed.splitlines()[-1])[1]) > 0
+        assert float(re.fullmatch("ratio (.*)", benchmark_output.splitlines()[-1])[1]) > 0
 
 
-def test_ours_is_checked_before_it_is_timed(printed):
+def test_results_are_checked_before_timing(benchmark_output):
     assert (
-        printed.index("is it right?") < printed.index("bf16 eager: loss") < printed.index("round 1")
+        benchmark_output.index("is it right?")
+        < benchmark_output.index("bf16 eager: loss")
+        < benchmark_output.index("round 1")
     )

@@ -1,6 +1,6 @@
-"""The package as a whole: one version and address, light imports, rooms in order.
+"""The package: one version and address, light imports, modules in order.
 
-Also a wheel that holds what it should, and notebooks in order.
+Also the contents of the wheel, and notebooks in order.
 """
 
 import ast
@@ -30,14 +30,14 @@ def load(path):
 
 
 def code_cells(path):
-    "The directives and the source of each code cell"
+    "Return the directives and the source of each code cell."
     return [
         directives(joined(c["source"])) for c in load(path)["cells"] if c["cell_type"] == "code"
     ]
 
 
-def rooms():
-    "The modules that notebooks export, in reading order"
+def module_names():
+    "Return the modules that notebooks export, in reading order."
     return [
         flags["default_exp"]
         for path in numbered
@@ -47,7 +47,7 @@ def rooms():
 
 
 def tracked():
-    "Files that are or would be in the repository"
+    "Return the files that are or would be in the repository."
     out = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -55,19 +55,19 @@ def tracked():
         text=True,
     )
     if out.returncode:
-        pytest.skip("not a git checkout: which files belong to the repository is not known")
+        pytest.skip("not a git checkout: the files of the repository are unknown")
     return [p for o in out.stdout.split("\0") if o and (p := ROOT / o).is_file()]
 
 
 def texts():
-    "Text files of the repository: path relative to the root, and contents"
+    "Return the text files of the repository: relative path → contents."
     for p in tracked():
         with contextlib.suppress(UnicodeDecodeError):
             yield p.relative_to(ROOT).as_posix(), p.read_text(encoding="utf-8")
 
 
 # --- version and address --------------------------------------------------------------------------
-def test_version():
+def test_version_is_the_same_everywhere():
     import minigpt
 
     assert minigpt.__version__ == settings()["version"]
@@ -86,11 +86,11 @@ def test_pyproject_agrees_with_settings():
         assert line in text.splitlines(), line
 
 
-def test_one_address():
+def test_all_files_use_one_address():
     assert not address.changes(), "names another address than settings.ini: run `make address`"
 
 
-def test_a_new_address_reaches_every_form():
+def test_new_address_replaces_every_form():
     old = "https://github.com/someone/minigpt"
     text = (
         "https://colab.research.google.com/github/someone/minigpt/blob/main/nbs/a.ipynb pip install"
@@ -111,7 +111,7 @@ def test_a_new_address_reaches_every_form():
 
 
 @every
-def test_badges_open_a_notebook_that_exists(path):
+def test_badges_open_an_existing_notebook(path):
     branch = settings()["branch"]
     for target in re.findall(
         rf"colab\.research\.google\.com/github/[^/]+/[^/]+/blob/{branch}/([^)\s\"'\\]+)",
@@ -171,13 +171,13 @@ def test_import_is_light():
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
-    print(f"import minigpt: {float(out[0]) * 1000:.1f} ms (the rule: under 200)")
+    print(f"import minigpt: {float(out[0]) * 1000:.1f} ms (limit: 200)")
     assert not out[1:], f"import minigpt pulls in {out[1:]}"
     assert float(out[0]) < 2
 
 
 def imported(path):
-    "The modules of minigpt that a module imports, anywhere in it"
+    "Return the modules of minigpt that a module imports anywhere."
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -191,44 +191,44 @@ def imported(path):
             yield from (o.value for o in node.args if isinstance(o, ast.Constant))
 
 
-def file_of(room):
-    return ROOT / "minigpt" / f"{room.replace('.', '/')}.py"
+def path_of_module(module):
+    return ROOT / "minigpt" / f"{module.replace('.', '/')}.py"
 
 
-def test_what_a_module_imports_is_seen():
-    found = {*imported(file_of("train.trainer"))}
+def test_imports_of_a_module_are_found():
+    found = {*imported(path_of_module("train.trainer"))}
     assert {"minigpt.run.backup", "minigpt.train.inputs", "minigpt.model.gpt.GPT"} <= found
 
 
-def test_every_module_has_its_notebook():
+def test_every_module_has_a_notebook():
     written = {"__init__.py", "__main__.py", "_modidx.py"}
     modules = [p for p in (ROOT / "minigpt").rglob("*.py") if p.name not in written]
-    assert sorted(map(file_of, rooms())) == sorted(modules)
+    assert sorted(map(path_of_module, module_names())) == sorted(modules)
 
 
-def test_a_notebook_stands_where_its_module_does():
+def test_notebook_and_module_have_the_same_path():
     for path in numbered:
         [room] = [f["default_exp"] for f, _ in code_cells(path) if "default_exp" in f]
         folder = path.relative_to(ROOT / "nbs").parent
         assert folder / path.stem.split("_", 1)[1] == Path(*room.split(".")), path
 
 
-@pytest.mark.parametrize("room", rooms())
-def test_a_room_imports_only_rooms_above(room):
-    above = {f"minigpt.{o}" for o in rooms()[: rooms().index(room)]}
-    every_room = {f"minigpt.{o}" for o in rooms()}
-    below = {*imported(file_of(room))} & every_room - above
-    assert not below, f"{room} imports {sorted(below)}, which come after it"
+@pytest.mark.parametrize("module", module_names())
+def test_modules_import_only_modules_above(module):
+    above = {f"minigpt.{o}" for o in module_names()[: module_names().index(module)]}
+    every_module = {f"minigpt.{o}" for o in module_names()}
+    below = {*imported(path_of_module(module))} & every_module - above
+    assert not below, f"{module} imports {sorted(below)}, which come after it"
 
 
 @pytest.mark.parametrize("package", [p for p in PACKAGES if p not in ("core", "")])
-def test_a_package_offers_what_its_modules_do(package):
+def test_package_exports_the_names_of_its_modules(package):
     offered = import_module(f"minigpt.{package}")
     public = {
         name: module
-        for room in rooms()
-        if room.startswith(f"{package}.")
-        for module in [import_module(f"minigpt.{room}")]
+        for path in module_names()
+        if path.startswith(f"{package}.")
+        for module in [import_module(f"minigpt.{path}")]
         for name in module.__all__
     }
     assert {*offered.__all__} == {*public}
@@ -238,7 +238,7 @@ def test_a_package_offers_what_its_modules_do(package):
         offered.x
 
 
-def test_a_module_is_found_under_its_old_name():
+def test_old_module_names_are_importable():
     for old, new in minigpt.MOVED.items():
         sys.modules.pop(f"minigpt.{old}", None)
         with pytest.warns(FutureWarning, match=f"minigpt.{old} is now minigpt.{new}"):
@@ -248,7 +248,7 @@ def test_a_module_is_found_under_its_old_name():
 # --- the wheel ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    "The wheel, built from a copy, so that an old build/ here cannot leak into it"
+    "The wheel, built from a copy, so that an old build/ cannot leak into it."
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for p in tracked():
         to = tree / p.relative_to(ROOT)
@@ -279,13 +279,13 @@ def wheel(tmp_path_factory):
         return path.name, {n: z.read(n) for n in z.namelist()}
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_contains_only_the_package(wheel):
     name, files = wheel
     cfg = settings()
     info = f"{cfg['lib_name'].replace('-', '_')}-{cfg['version']}.dist-info"
     assert name.startswith(f"{cfg['lib_name'].replace('-', '_')}-{cfg['version']}-py3-none-any")
     assert {
-        f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in rooms())]
+        f"minigpt/{o}.py" for o in ["__init__", *(r.replace(".", "/") for r in module_names())]
     } <= files.keys()
     assert {n.split("/")[0] for n in files} == {"minigpt", info}
     data = {o for o, _ in texts() if o.startswith("minigpt/") and not o.endswith(".py")}
@@ -310,12 +310,12 @@ def test_wheel_metadata(wheel):
     needed = [o for o in re.findall(r"^Requires-Dist: (.*)$", meta, re.M) if "extra ==" not in o]
     assert len(needed) == len(cfg["requirements"].split()) and "torch>=2.4" in needed
     assert not [o for o in needed if re.match(r"nbdev|transformers|fastcore", o)], (
-        "a development requirement at run time"
+        "a development dependency at run time"
     )
 
 
-# --- what stands in the files ---------------------------------------------------------------------
-def test_no_file_names_a_package_index_or_a_place_on_this_machine():
+# --- contents of the files ------------------------------------------------------------------------
+def test_no_file_names_a_package_index_or_a_local_path():
     hosts = [
         "pypi" + ".org",
         "files.python" + "hosted",
@@ -331,7 +331,7 @@ def test_no_file_names_a_package_index_or_a_place_on_this_machine():
             )
 
 
-def test_no_one_is_told_to_install_somebody_elses_package():
+def test_advice_never_installs_another_package():
     wrong = re.compile(r"pip3?\s+install[^\n]*?[\s\"'=](?<![\w/-])" + "minigpt" + r"(?![\w/.-])")
     install = "pip " + "install"
     assert wrong.search(f"{install} -U minigpt") and wrong.search(f"{install} 'minigpt[data]'")
@@ -353,7 +353,7 @@ def test_outputs_are_small(path):
 
 
 @pytest.mark.parametrize("path", [*numbered, ROOT / "nbs" / "index.ipynb"], ids=lambda p: p.stem)
-def test_ends_in_the_hidden_export_cell(path):
+def test_notebook_ends_in_the_hidden_export_cell(path):
     flags, source = code_cells(path)[-1]
     assert (
         load(path)["cells"][-1]["cell_type"] == "code"
@@ -363,7 +363,7 @@ def test_ends_in_the_hidden_export_cell(path):
 
 
 @every
-def test_clean(path):
+def test_notebooks_are_clean(path):
     clean = pytest.importorskip("clean", reason="needs nbdev 3")
     assert not clean.unclean([path]), "run `make clean-notebooks`"
 

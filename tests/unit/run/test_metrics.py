@@ -1,6 +1,6 @@
-"""What no cell can hold: files that change, kills, disks, terminals and pipes.
+"""What cells cannot test: files that change, kills, disks, terminals and pipes.
 
-Files are cut and replaced while they are read, processes are killed, disks are full or slow.
+Files are truncated and replaced while they are read, processes are killed, disks are full or slow.
 """
 
 import errno
@@ -19,15 +19,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from minigpt.core.charts import downsample
+from minigpt.run.live import LiveLoss
 from minigpt.run.metrics import (
     Curves,
     EventWriter,
     Follower,
-    LossFigure,
     Metrics,
     PlotWriter,
     RunLog,
-    downsample,
+    losses_html,
     read_metrics,
 )
 from tests.harness.faulty import Disk
@@ -41,19 +42,21 @@ ENV = {
 }
 
 
-def python(code, *args, **kw):
+def run_python(code, *args, **kw):
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], env=ENV, **kw)
 
 
-def until(true, seconds=30, p=None):
-    "Wait for something that another process does"
+def wait_until(condition, seconds=30, p=None):
+    "Wait for something that another process does."
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end and (p is None or p.poll() is None), "it did not happen"
+    while not condition():
+        assert time.monotonic() < end and (p is None or p.poll() is None), (
+            "the condition was not met in time"
+        )
         time.sleep(0.01)
 
 
-def same(curves, rows):
+def assert_same_curves(curves, rows):
     for name in ("loss", "eval_loss", "lr"):
         want = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
         assert list(zip(*(c.tolist() for c in curves(name)))) == want, name
@@ -70,8 +73,8 @@ row = st.one_of(
 
 @given(st.lists(row, max_size=40), st.lists(st.integers(1, 90), max_size=30))
 @settings(max_examples=60)
-def test_a_follower_knows_what_a_reader_knows(tmp_path_factory, rows, cuts):
-    "However the lines come in, in whatever order the steps are"
+def test_follower_equals_reader(tmp_path_factory, rows, cuts):
+    "Whatever the order of lines and steps."
     path = tmp_path_factory.mktemp("f") / "metrics.jsonl"
     data = b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in rows)
     f = Follower(path)
@@ -81,11 +84,11 @@ def test_a_follower_knows_what_a_reader_knows(tmp_path_factory, rows, cuts):
             file.write(data[:n])
             data = data[n:]
             f.read()
-    same(f.curves, read_metrics(path))
+    assert_same_curves(f.curves, read_metrics(path))
 
 
 @pytest.mark.parametrize("replace", ["another inode", "in place", "shorter", "gone for a moment"])
-def test_another_file_in_its_place(tmp_path, replace):
+def test_replaced_file_is_followed(tmp_path, replace):
     path, other = tmp_path / "metrics.jsonl", tmp_path / "other"
     for p, loss in (path, 3.0), (other, 2.0):
         m = Metrics(p)
@@ -98,12 +101,12 @@ def test_another_file_in_its_place(tmp_path, replace):
         os.replace(other, path)
     elif replace == "gone for a moment":
         path.unlink()
-        assert not f.read() and f.problem and f.curves.step == 49  # what was known stays
+        assert not f.read() and f.problem and f.curves.step == 49  # known values are kept
         os.replace(other, path)
     else:
         path.write_bytes(other.read_bytes())
     assert f.read() and not f.problem
-    same(f.curves, read_metrics(path))
+    assert_same_curves(f.curves, read_metrics(path))
 
 
 WRITE = """
@@ -126,17 +129,18 @@ with run_lock(folder):
 """
 
 
-def test_a_writer_that_is_killed_is_followed(tmp_path):
+def test_killed_writer_is_followed(tmp_path):
     """Two processes: the second attempt supersedes what the first wrote beyond its start.
 
-    TensorBoard shows the same course."""
+    TensorBoard shows the same history.
+    """
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     f = Follower(tmp_path / "metrics.jsonl")
     step = 0
     for attempt in 1, 2, 3:
-        p = python(WRITE, tmp_path, attempt, step, "events")
+        p = run_python(WRITE, tmp_path, attempt, step, "events")
         try:
-            until(
+            wait_until(
                 lambda: (
                     f.read()
                     and f.curves.start.get("attempt") == attempt
@@ -152,22 +156,22 @@ def test_a_writer_that_is_killed_is_followed(tmp_path):
         step = f.curves.step - 20
     f.read()
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    same(f.curves, rows)
+    assert_same_curves(f.curves, rows)
     assert {r["attempt"] for r in rows} == {1, 2, 3}
     a = accumulator.EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
     a.Reload()
     seen = {s.step: s.value for s in a.Scalars("loss/training")}
     known = {r["step"]: r["loss"] for r in rows}
-    assert len(seen) == len(a.Scalars("loss/training")), "a step is there twice"
+    assert len(seen) == len(a.Scalars("loss/training")), "a step appears twice"
     assert set(known) - set(seen) <= {
         max(known)
-    }  # the last may not have been written before the kill
+    }  # the last ones may not have been written before the kill
     assert all(abs(seen[s] - known[s]) < 1e-5 for s in seen)
 
 
 # --- pictures -------------------------------------------------------------------------------------
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=400), st.integers(1, 60))
-def test_decimation_keeps_what_a_picture_shows(values, width):
+def test_decimation_keeps_the_shape_of_a_curve(values, width):
     y = np.array(values)
     x = np.arange(len(y)) * 10
     u, v = downsample(x, y, width)
@@ -189,12 +193,12 @@ def run_with_losses(folder, n=50):
     return folder
 
 
-def test_a_slow_disk_holds_nobody_up(tmp_path):
+def test_slow_disk_does_not_block_training(tmp_path):
     run = run_with_losses(tmp_path / "run")
     w = PlotWriter(run, 50)
-    with Disk(run / "plots", delay=0.1).at_work():
+    with Disk(run / "plots", delay=0.1).active():
         w.save(1)
-        until(lambda: w.wanted is None)  # the first is being written
+        wait_until(lambda: w.wanted is None)  # the first one is being written
         began = time.perf_counter()
         for step in range(2, 50):
             w.save(step)
@@ -212,21 +216,21 @@ def test_a_slow_disk_holds_nobody_up(tmp_path):
     ).read_bytes()
 
 
-def test_a_disk_that_hangs_is_given_up(tmp_path):
+def test_hanging_disk_is_given_up(tmp_path):
     run = run_with_losses(tmp_path / "run")
     w = PlotWriter(run)
-    with Disk(run / "plots", delay=0.3).at_work():
+    with Disk(run / "plots", delay=0.3).active():
         w.save(1)
         began = time.perf_counter()
         assert not w.close(0.2) and time.perf_counter() - began < 1
-        until(lambda: not w.thread)
+        wait_until(lambda: not w.thread)
 
 
-def test_a_full_disk_is_told_and_forgotten(tmp_path):
+def test_full_disk_is_reported_until_it_has_space(tmp_path):
     run = run_with_losses(tmp_path / "run")
     (run / "plots").mkdir()
     w = PlotWriter(run)
-    with Disk(run / "plots", errno.ENOSPC, at=0, times=99).at_work():
+    with Disk(run / "plots", errno.ENOSPC, at=0, times=99).active():
         w.save(10)
         assert not w.close()
     assert (
@@ -238,29 +242,29 @@ def test_a_full_disk_is_told_and_forgotten(tmp_path):
     assert w.close() and not w.problem
 
 
-def test_two_threads_draw(tmp_path):
-    "The live view is drawn by the main thread while pictures are written by another"
+def test_two_threads_can_draw(tmp_path):
+    "One thread draws the live view while another one writes plots."
     run = run_with_losses(tmp_path / "run", 300)
-    w, p, c = PlotWriter(run), LossFigure(), Curves(read_metrics(run / "metrics.jsonl"))
-    alone = p.png(c), p.png(c, log=True)
+    w, c = PlotWriter(run), Curves(read_metrics(run / "metrics.jsonl"))
+    alone = losses_html(c), losses_html(c, log=True)
     for i in range(3):
         w.save(i)
-        assert (p.png(c), p.png(c, log=True)) == alone
+        assert (losses_html(c), losses_html(c, log=True)) == alone
     assert w.close()
 
 
 # --- disks that fill up ---------------------------------------------------------------------------
-def test_events_on_a_full_disk(tmp_path):
-    "Half a record would hide all that come after it: it is cut off, and later ones count again"
+def test_events_after_a_full_disk_are_readable(tmp_path):
+    "A partial record would hide all later ones: it is cut off, and later records count again."
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with Disk(tmp_path, errno.ENOSPC, at=20, times=20).at_work():
+    with Disk(tmp_path, errno.ENOSPC, at=20, times=20).active():
         e = EventWriter(tmp_path / "tensorboard")
         kept = [s for s in range(1, 60) if e.log(dict(step=s, loss=1 / s))]
     e.close()
     a = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     a.Reload()
     assert [s.step for s in a.Scalars("loss/training")] == kept and 30 < len(kept) < 59
-    with Disk(tmp_path / "none", errno.ENOSPC, at=0, times=99).at_work():
+    with Disk(tmp_path / "none", errno.ENOSPC, at=0, times=99).active():
         e = EventWriter(tmp_path / "none" / "tensorboard")
         assert not e.log(dict(step=1, loss=1.0)) and "No space left" in e.problem
         e.close()
@@ -282,7 +286,7 @@ for step in range(1, 40):
 plots = PlotWriter(folder); plots.save(39); plots.close()
 problems = m.problem, e.problem, plots.problem
 assert m.problem and e.problem and 'File too large' in plots.problem, problems
-# there is room again
+# there is space again
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 for step in range(40, 50):
     m.write(step=step, loss=1/step)
@@ -293,10 +297,10 @@ m.close(); e.close()
 """
 
 
-def test_files_that_may_not_grow(tmp_path):
-    "The real thing: short writes and errors of the system"
+def test_events_with_a_file_size_limit(tmp_path):
+    "Real short writes and errors of the system."
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    p = python(LIMITED, tmp_path, stderr=subprocess.PIPE, text=True)
+    p = run_python(LIMITED, tmp_path, stderr=subprocess.PIPE, text=True)
     assert p.wait(60) == 0, p.stderr.read()
     a = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     a.Reload()
@@ -309,9 +313,9 @@ def test_files_that_may_not_grow(tmp_path):
 
 @pytest.mark.skipif(
     not os.path.exists("/dev/full"),
-    reason="/dev/full, the device that is always full, is there on Linux only",
+    reason="/dev/full exists on Linux only",
 )
-def test_a_log_on_a_full_disk():
+def test_log_on_a_full_disk_does_not_raise():
     with RunLog("/dev/full") as log:
         log.write("a line")
 
@@ -319,7 +323,7 @@ def test_a_log_on_a_full_disk():
 # --- the state of a run ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "A small run with all there is in one, and its copy in a backup"
+    "A small run with all kinds of files, and its backup."
     from tests.harness.kill_child import train, write_text
 
     work = tmp_path_factory.mktemp("work")
@@ -340,11 +344,11 @@ def work(finished, tmp_path):
     return tmp_path / "w"
 
 
-def test_a_finished_run_and_its_mirror(work):
+def test_status_of_a_finished_run_and_its_backup(work):
     from minigpt.run.status import run_status, status_text
 
-    here, there = run_status(work / "run"), run_status(work / "drive" / "run")
-    for s in here, there:
+    here, backup_status = run_status(work / "run"), run_status(work / "drive" / "run")
+    for s in here, backup_status:
         assert (s["state"], s["step"], s["max_steps"], s["safe_step"], s["problems"]) == (
             "finished",
             20,
@@ -353,29 +357,29 @@ def test_a_finished_run_and_its_mirror(work):
             [],
         ), s
     assert {c["where"] for c in here["checkpoints"]} == {"run", "backup"} and {
-        c["where"] for c in there["checkpoints"]
+        c["where"] for c in backup_status["checkpoints"]
     } == {"backup"}
     assert (
         here["backup"].startswith("backup, ")
-        and "its process ended" in there["sign"]
+        and "its process ended" in backup_status["sign"]
         and here["seconds_per_step"] > 0
     )
     assert 'open_run("' in status_text(
         here
-    ) and f'gdrive_backup_dir="{work / "drive"}"' in status_text(there)
+    ) and f'gdrive_backup_dir="{work / "drive"}"' in status_text(backup_status)
 
 
-def test_a_run_that_is_killed(tmp_path):
+def test_status_of_a_killed_run(tmp_path):
     from minigpt.run.status import Watch, run_status
 
     run = tmp_path / "run"
     run.mkdir()
-    p = python(WRITE, run, 1, 0)
+    p = run_python(WRITE, run, 1, 0)
     try:
-        until((run / "metrics.jsonl").exists, p=p)
-        watch = Watch(run)  # a run that has no run.json yet
+        wait_until((run / "metrics.jsonl").exists, p=p)
+        watch = Watch(run)  # a run without run.json yet
         (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=10**6, train={}, model={})))
-        until(lambda: watch.status()["step"] > 5, p=p)
+        wait_until(lambda: watch.status()["step"] > 5, p=p)
         s = watch.status()
         assert s["state"] == "training" and s["seconds_left"] > 0 and not s["finished"]
     finally:
@@ -384,11 +388,11 @@ def test_a_run_that_is_killed(tmp_path):
     assert watch.status()["state"] == run_status(run)["state"] == "stopped"
 
 
-def test_a_mount_that_goes_away_while_it_is_watched(work):
+def test_status_when_the_mount_vanishes(work):
     from minigpt.run.status import Watch, status_text
 
     disk, watch = Disk(work / "drive"), Watch(work / "drive" / "run", every=0)
-    with disk.at_work():
+    with disk.active():
         known = watch.status()
         disk.gone = True
         lost = watch.status()
@@ -401,8 +405,8 @@ def test_a_mount_that_goes_away_while_it_is_watched(work):
         assert watch.status()["state"] == known["state"] == "finished"
 
 
-def test_looking_does_not_take_the_lock(tmp_path):
-    "A thousand looks, and none of them leaves the lock taken, or a file where there was none"
+def test_status_does_not_take_the_lock(tmp_path):
+    "After a thousand status calls the lock is free, and no file was created."
     from minigpt.core.files import run_lock
     from minigpt.run.status import is_training
 
@@ -432,8 +436,8 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("where", ["run", "drive/run"])
-def test_damage_is_named_and_the_rest_is_shown(work, where):
-    "Each small file of a run becomes each kind of garbage"
+def test_status_names_damage_and_shows_the_rest(work, where):
+    "Each small file of a run is replaced by each kind of garbage."
     from minigpt.run.status import run_status, status_text
 
     run = work / where
@@ -446,7 +450,7 @@ def test_damage_is_named_and_the_rest_is_shown(work, where):
         and "tokenizer" not in f.name
     ]
     assert len(files) > 10
-    said = {}
+    statuses = {}
     for f, bad in itertools.product(files, GARBAGE):
         good = f.read_bytes()
         f.unlink()
@@ -459,19 +463,21 @@ def test_damage_is_named_and_the_rest_is_shown(work, where):
                 run_status(run)
         else:
             s = run_status(run)
-            said[f.relative_to(run).as_posix(), bad] = s
+            statuses[f.relative_to(run).as_posix(), bad] = s
             assert status_text(s)
         f.rmdir() if f.is_dir() else f.unlink(missing_ok=True)
         f.write_bytes(good)
-    assert any("run.json is not valid JSON" in p for p in said["run.json", b"{"]["problems"])
-    state = next(k for k, _ in said if k.startswith("checkpoints/") and k.endswith("MANIFEST.json"))
+    assert any("run.json is not valid JSON" in p for p in statuses["run.json", b"{"]["problems"])
+    state = next(
+        k for k, _ in statuses if k.startswith("checkpoints/") and k.endswith("MANIFEST.json")
+    )
     assert any(
-        c["problem"] and "MANIFEST" in c["problem"] for c in said[state, b"{"]["checkpoints"]
+        c["problem"] and "MANIFEST" in c["problem"] for c in statuses[state, b"{"]["checkpoints"]
     )
 
 
-def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path):
-    "A sample, a log or a manifest with escape sequences, in a run or a backup of somebody else's"
+def test_escape_sequences_do_not_reach_the_terminal(tmp_path):
+    "A sample, log or manifest with escape sequences, in a run or a backup from elsewhere."
     from minigpt.run.status import monitor, status_text
 
     run = tmp_path / "run"
@@ -498,7 +504,7 @@ def test_what_a_stranger_wrote_does_not_reach_the_terminal(tmp_path):
     monitor(run)
 
 
-def test_folders_that_are_no_runs(tmp_path):
+def test_folders_without_a_run_are_refused(tmp_path):
     from minigpt.run.status import run_status
 
     (tmp_path / "file").write_text("x")
@@ -513,18 +519,18 @@ def test_folders_that_are_no_runs(tmp_path):
 MONITOR = "import sys; from minigpt.run.status import monitor; monitor(sys.argv[1], every=.1)"
 
 
-def test_monitor_in_a_pipe_follows_until_the_end(tmp_path):
+def test_monitor_in_a_pipe_follows_to_the_end(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=10**6, train={}, model={})))
-    p = python(WRITE, run, 1, 0)
+    p = run_python(WRITE, run, 1, 0)
     watchers = [
-        python(MONITOR, run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        run_python(MONITOR, run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(3)
     ]
     plain, interrupted, unread = watchers
     try:
-        until(lambda: read_metrics(run / "metrics.jsonl"), p=p)
+        wait_until(lambda: read_metrics(run / "metrics.jsonl"), p=p)
         first = {w: w.stdout.readline() for w in watchers}
         assert all("training" in l or "starting" in l for l in first.values()), first
         unread.stdout.close()  # as `| head -1` does
@@ -548,16 +554,16 @@ def test_monitor_in_a_pipe_follows_until_the_end(tmp_path):
 
 def test_monitor_in_a_terminal(tmp_path, monkeypatch):
     pytest.importorskip("rich")
-    monkeypatch.chdir(tmp_path)  # a short name: a terminal cuts a long path
+    monkeypatch.chdir(tmp_path)  # a short name: a terminal truncates a long path
     run = Path("run[red]")
     run.mkdir()
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=10**6, train={}, model={})))
-    p = python(WRITE, run, 1, 0)
+    p = run_python(WRITE, run, 1, 0)
     main, side = pty.openpty()
     w = None
     try:
-        until(lambda: read_metrics(run / "metrics.jsonl"), p=p)
-        w = python(MONITOR, run, stdout=side, stderr=side, stdin=subprocess.DEVNULL)
+        wait_until(lambda: read_metrics(run / "metrics.jsonl"), p=p)
+        w = run_python(MONITOR, run, stdout=side, stderr=side, stdin=subprocess.DEVNULL)
         os.close(side)
         seen = b""
 
@@ -566,7 +572,7 @@ def test_monitor_in_a_terminal(tmp_path, monkeypatch):
             seen += os.read(main, 65536)
             return seen.count(b"training, step") >= 3
 
-        until(read, p=w)
+        wait_until(read, p=w)
         p.send_signal(signal.SIGKILL)
         with pytest.raises(OSError):  # its end closes the terminal
             while True:
@@ -581,10 +587,11 @@ def test_monitor_in_a_terminal(tmp_path, monkeypatch):
 
 
 # --- widgets --------------------------------------------------------------------------------------
-def test_the_dashboard_goes_on_with_a_run(work, monkeypatch):
-    """A run that was stopped, and its copy in a backup: a click trains it to its end.
+def test_dashboard_resumes_a_run(work, monkeypatch):
+    """A stopped run and its backup: one click resumes it to its end.
 
-    A second one is not offered."""
+    No second run is offered.
+    """
     pytest.importorskip("ipywidgets")
     from minigpt.core.files import read_json, write_json
     from minigpt.widgets import RunDashboard
@@ -612,8 +619,8 @@ def test_the_dashboard_goes_on_with_a_run(work, monkeypatch):
 
 
 # --- without a front end --------------------------------------------------------------------------
-def test_views_without_a_front_end(tmp_path):
-    "No ipywidgets, no rich, no matplotlib at import; text and PNG all the same"
+def test_views_work_without_a_front_end(tmp_path):
+    "No ipywidgets, rich or matplotlib is imported; text and PNG work all the same."
     run = run_with_losses(tmp_path / "run")
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=100, train={}, model={})))
     code = """
@@ -624,33 +631,69 @@ from minigpt.run.status import monitor
 print([m for m in ('matplotlib', 'tensorboard', 'IPython') if m in sys.modules])
 live = LiveLoss(sys.argv[1])
 print(live); live.finish()
-assert live.png().startswith(b'\\x89PNG')
+assert 'data:image/png;base64,' in live.charts(ended=True)['text/html']
 print(RunDashboard(sys.argv[1])); monitor(sys.argv[1])
 """
-    p = python(code, run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    p = run_python(code, run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 0, err
     assert out.startswith("[]\n") and out.count("stopped, step 50 of 100 (50%)") == 3
 
 
-def test_the_live_view_takes_little_time(tmp_path):
-    "However long a redraw takes, and however often it is asked to: a fiftieth of the time"
-    pytest.importorskip("ipywidgets")
-    from minigpt.widgets import LiveLoss
+class Handle:
+    "A display handle that counts its updates."
 
-    run = run_with_losses(tmp_path / "run")
+    def __init__(self):
+        self.updates = []
+
+    def update(self, bundle, raw):
+        self.updates.append(bundle["text/plain"])
+
+
+def make_live(folder, **options):
+    run = run_with_losses(folder)
     (run / "run.json").write_text(json.dumps(dict(id="1", max_steps=100, train={}, model={})))
-    now, spent = [0.0], [0.0]
-    live = LiveLoss(run, clock=lambda: now[0])
+    live = LiveLoss(run, **options)
+    live.views = [Handle(), Handle()]
+    return live
 
-    def png():
+
+def test_live_view_takes_little_time(tmp_path):
+    "Charts take at most a fiftieth of the time, however slow they are and however often asked for."
+    now, spent = [0.0], [0.0]
+    live = make_live(tmp_path / "run", clock=lambda: now[0])
+
+    def charts():
         now[0] += 0.5
         spent[0] += 0.5
-        return b""
+        return {"text/plain": ""}
 
-    live.widget
-    live.png = png
+    live.charts = charts
     while now[0] < 1000:
         live.update()
         now[0] += 0.02
     assert 0.01 < spent[0] / now[0] < 0.021
+
+
+def test_live_view_moves_during_a_long_step(tmp_path, monkeypatch):
+    "A thread updates the numbers every second while the main thread is busy."
+    live = make_live(tmp_path / "run")
+    monkeypatch.setattr(live, "show", lambda: None)
+    live.phase = "evaluating"
+    live.start()
+    time.sleep(3.5)
+    assert len(live.views[0].updates) in (2, 3, 4)
+    assert "evaluating, step 50 of 100" in live.views[0].updates[0]
+    live.finish()
+    assert not live.thread and "stopped, step 50" in live.views[0].updates[-1]
+
+
+def test_live_view_that_fails_ends_alone(tmp_path, monkeypatch, caplog):
+    live = make_live(tmp_path / "run")
+    monkeypatch.setattr(live, "show", lambda: None)
+    live.views[0].update = lambda *_, **__: 1 / 0
+    live.start()
+    live.thread.join(5)
+    assert (
+        not live.thread.is_alive() and "the live view stops here: ZeroDivisionError" in caplog.text
+    )

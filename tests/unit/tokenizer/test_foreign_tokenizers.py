@@ -1,4 +1,7 @@
-"Tokenizers of other programs: added tokens, bytes and spaces, what their templates need."
+"""Tokenizers of other programs:
+
+added tokens, bytes and spaces, and the variables of their templates.
+"""
 
 import json
 import shutil
@@ -53,7 +56,7 @@ def with_bos(tok, eos=False):
 
 @cache
 def byte_level(bos=False, eos=False):
-    "As Llama 3's"
+    "A tokenizer like that of Llama 3."
     tok = HF(models.BPE())
     tok.pre_tokenizer, tok.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -77,7 +80,10 @@ def byte_tokens():
 
 @cache
 def sentencepiece(kind="llama"):
-    "As Llama 2's: ▁ for a space, a token for each byte; kinds `llama`, `metaspace`, `unigram`"
+    """A tokenizer like that of Llama 2:
+
+    ▁ for a space, byte tokens; kinds `llama`, `metaspace`, `unigram`.
+    """
     pieces = [
         "▁",
         "▁the",
@@ -182,7 +188,7 @@ def model(tok, max_len=64):
     )
 
 
-def theirs(tok, folder):
+def load_hf(tok, folder):
     return transformers.PreTrainedTokenizerFast.from_pretrained(tok.save(folder))
 
 
@@ -197,12 +203,12 @@ def theirs(tok, folder):
         byte_level,
     ],
 )
-def test_a_text_gets_what_transformers_adds(make, tmp_path):
+def test_added_tokens_equal_transformers(make, tmp_path):
     tok = make()
     tok = Tokenizer(
         tok.hf, tok.config | dict(add_bos_token=False)
-    )  # of no effect beside a tokenizer.json
-    want = theirs(tok, tmp_path)("The cat")["input_ids"]
+    )  # has no effect beside a tokenizer.json
+    want = load_hf(tok, tmp_path)("The cat")["input_ids"]
     front, back = tok.adds
     assert [*front, *tok.encode("The cat"), *back] == want
     ids, lengths = tok.encode_documents(
@@ -221,7 +227,7 @@ def test_a_text_gets_what_transformers_adds(make, tmp_path):
     assert ids.tolist().count(tok.eos_id) == 2
 
 
-def test_training_evaluation_and_prompts_have_one_bos(tmp_path):
+def test_every_sequence_has_one_bos(tmp_path):
     tok = byte_level(True)
     bos, eos = tok.id("<s>"), tok.eos_id
     (tmp_path / "a.jsonl").write_text(
@@ -259,7 +265,7 @@ def test_training_evaluation_and_prompts_have_one_bos(tmp_path):
     assert plain.begin("") == [plain.eos_id] and plain.begin("a") == plain.encode("a")
 
 
-def test_a_template_that_writes_bos_has_one(tmp_path):
+def test_template_that_writes_bos_has_one(tmp_path):
     tok = byte_level(True)
     tok = Tokenizer(
         tok.hf,
@@ -272,12 +278,12 @@ def test_a_template_that_writes_bos_has_one(tmp_path):
         ),
     )
     ids = tok.encode_prompt([dict(role="user", content="The cat")])
-    assert ids.count(tok.id("<s>")) == 1 and ids == theirs(tok, tmp_path).apply_chat_template(
+    assert ids.count(tok.id("<s>")) == 1 and ids == load_hf(tok, tmp_path).apply_chat_template(
         [dict(role="user", content="The cat")], tokenize=True, return_dict=False
     )
 
 
-def test_a_length_in_tokenizer_json_cuts_nothing(tmp_path):
+def test_length_in_tokenizer_json_truncates_nothing(tmp_path):
     hf = HF.from_str(byte_level().hf.to_str())
     hf.enable_truncation(3)
     hf.enable_padding(length=9)
@@ -287,7 +293,7 @@ def test_a_length_in_tokenizer_json_cuts_nothing(tmp_path):
     ) == byte_level().encode(TEXTS[0])
 
 
-def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
+def test_run_of_an_older_version_keeps_its_tokens(tmp_path):
     tok = byte_level(True)
     older = Tokenizer(tok.hf, tok.config, rules=1)
     (tmp_path / "a.jsonl").write_text(json.dumps(dict(text=TEXTS[0])) + "\n", "utf-8")
@@ -327,9 +333,10 @@ def test_a_run_of_an_older_version_keeps_its_tokens(tmp_path):
 # --- ids back to text -----------------------------------------------------------------------------
 @cache
 def gemma():
-    """▁ for a space, and nothing is dropped at the beginning.
+    """▁ for a space, and no character is dropped at the beginning.
 
-    A decoder that replaces letters in the joined text."""
+    The decoder replaces letters in the joined text.
+    """
     tok = HF.from_str(sentencepiece().hf.to_str())
     tok.normalizer, tok.decoder = (
         normalizers.Replace(" ", "▁"),
@@ -354,7 +361,7 @@ def rewriting():
 
 @cache
 def endings():
-    "Words end in </w>, as GPT 1's"
+    "Words end in </w>, as in GPT-1."
     tok = HF(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Whitespace(), decoders.BPEDecoder("</w>")
     tok.train_from_iterator(
@@ -390,8 +397,8 @@ LETTERS = st.text(
 )
 
 
-def some_ids(data, tok):
-    "Of texts, and of no text at all: control tokens, halves of characters, ids that are none"
+def draw_ids(data, tok):
+    "Ids of texts, and ids of no text: control tokens, parts of characters, invalid ids."
     part = st.one_of(
         LETTERS.map(tok.encode),
         st.lists(st.integers(0, tok.vocab_size + 2), max_size=6),
@@ -404,36 +411,36 @@ def some_ids(data, tok):
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_pieces_are_what_decoding_at_once_gives(kind, data):
+def test_streamed_pieces_equal_the_decoded_text(kind, data):
     tok = KINDS[kind]()
     before, ids = (
         [i for i in tok.encode(data.draw(LETTERS)) if i not in tok.control_ids],
-        some_ids(data, tok),
+        draw_ids(data, tok),
     )
     assert "".join(text_pieces(tok, ids)) == tok.decode(ids, skip_special=True)
     at_once = tok.decode(before + ids, skip_special=True)
     start = tok.decode(before, skip_special=True)
     if not at_once.startswith(start):
-        return  # the ids change what the prompt says: no continuation
+        return  # the ids change the text of the prompt: not a continuation
     pieces = [*text_pieces(tok, ids, after=[0, *before] if 0 in tok.control_ids else before)]
     assert "".join(pieces) == at_once[len(start) :] and all(pieces)
     for k in range(len(ids)):
-        assert at_once[len(start) :].startswith("".join(early(tok, ids, k, before))), (
-            "something was handed out and taken back"
+        assert at_once[len(start) :].startswith("".join(emitted(tok, ids, k, before))), (
+            "emitted text was changed"
         )
 
 
-def early(tok, ids, k, before):
-    "What is handed out while only k tokens have come"
+def emitted(tok, ids, k, before):
+    "Return the text that is emitted while only k tokens have arrived."
     out = []
 
-    def come():
+    def arrive():
         yield from ids[:k]
         done.append(True)
         yield from ids[k:]
 
     done = []
-    for p in text_pieces(tok, come(), before):
+    for p in text_pieces(tok, arrive(), before):
         if done:
             break
         out.append(p)
@@ -441,12 +448,12 @@ def early(tok, ids, k, before):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama", "metaspace", "unigram", "gemma"])
-def test_a_character_waits_until_it_is_whole_and_a_word_does_not(kind):
+def test_incomplete_characters_wait_and_words_do_not(kind):
     tok = KINDS[kind]()
     ids = tok.encode("the 😀 cat")
     whole = tok.decode(ids)
     assert "\ufffd" not in whole and "\ufffd" not in "".join(
-        p for k in range(len(ids)) for p in early(tok, ids, k, [])
+        p for k in range(len(ids)) for p in emitted(tok, ids, k, [])
     )
     pieces = [*text_pieces(tok, ids)]
     assert "".join(pieces) == whole and len(pieces) >= 3
@@ -454,8 +461,8 @@ def test_a_character_waits_until_it_is_whole_and_a_word_does_not(kind):
     assert "".join(text_pieces(tok, tok.encode("the cat")[len(before) :], after=before)) == " cat"
 
 
-class Says(GPT):
-    "A model that says what a test wants"
+class Scripted(GPT):
+    "A model that gives scripted answers."
 
     @property
     def head(self):
@@ -467,14 +474,14 @@ class Says(GPT):
         return out
 
 
-def says(tok, ids):
-    m = Says(model(tok).config)
+def scripted(tok, ids):
+    m = Scripted(model(tok).config)
     m.now = [*ids, tok.eos_id]
     return m
 
 
 @pytest.mark.parametrize("kind", ["llama", "metaspace", "gemma", "byte_level"])
-def test_every_way_to_write_decodes_alike(kind):
+def test_all_outputs_decode_alike(kind):
     tok = KINDS[kind]()
     tok = Tokenizer(
         tok.hf,
@@ -485,20 +492,25 @@ def test_every_way_to_write_decodes_alike(kind):
     goes_on = tok.encode("the cat 我😀")[len(before) :]
     how = dict(temperature=0, use_cache=False)
     assert (
-        "".join(stream_text(says(tok, goes_on), tok, "the", **how))
-        == complete(says(tok, goes_on), tok, "the", **how)
+        "".join(stream_text(scripted(tok, goes_on), tok, "the", **how))
+        == complete(scripted(tok, goes_on), tok, "the", **how)
         == " cat 我😀"
     )
     assert (
-        "".join(Answer(says(tok, goes_on), tok, tok.begin("the"), **how).plain(tok.begin("the")))
+        "".join(
+            Answer(scripted(tok, goes_on), tok, tok.begin("the"), **how).plain(tok.begin("the"))
+        )
         == " cat 我😀"
     )
     answer = tok.encode("cat 我😀")
-    assert complete(says(tok, answer), tok, [dict(role="user", content="the")], **how) == "cat 我😀"
-    said = Answer(
-        says(tok, answer), tok, tok.encode_prompt([dict(role="user", content="the")]), **how
+    assert (
+        complete(scripted(tok, answer), tok, [dict(role="user", content="the")], **how)
+        == "cat 我😀"
     )
-    assert "".join(p for _, p in said) == "cat 我😀"
+    answer = Answer(
+        scripted(tok, answer), tok, tok.encode_prompt([dict(role="user", content="the")]), **how
+    )
+    assert "".join(p for _, p in answer) == "cat 我😀"
 
 
 # --- templates ------------------------------------------------------------------------------------
@@ -544,7 +556,7 @@ def as_object(token):
         ],
     ],
 )
-def test_templates_and_tokens_as_transformers_reads_them(template, tools, tmp_path):
+def test_templates_equal_transformers(template, tools, tmp_path):
     hf = byte_level().hf
     tok = Tokenizer(
         hf,
@@ -556,12 +568,12 @@ def test_templates_and_tokens_as_transformers_reads_them(template, tools, tmp_pa
             chat_template=template,
         ),
     )
-    want = theirs(tok, tmp_path).apply_chat_template(TALK, tools=tools, tokenize=False)
+    want = load_hf(tok, tmp_path).apply_chat_template(TALK, tools=tools, tokenize=False)
     assert tok.render(TALK, tools=tools) == want and "{" not in want
     assert load_tokenizer(tmp_path).render(TALK, tools=tools) == want and tok.eos_id == 2
 
 
-def test_templates_in_files_of_their_own(tmp_path):
+def test_templates_in_separate_files(tmp_path):
     tok = Tokenizer(byte_level().hf, CONFIG)
     tok.save(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(NAMED[0]["template"], "utf-8")
@@ -596,18 +608,18 @@ def test_templates_in_files_of_their_own(tmp_path):
         (None, "has no chat template"),
     ],
 )
-def test_a_broken_template_says_what_is_wrong(template, message):
+def test_broken_template_is_explained(template, message):
     with pytest.raises(ValueError, match=message):
         Tokenizer(byte_level().hf, CONFIG | dict(chat_template=template)).encode_prompt(TALK)
 
 
 @pytest.mark.parametrize("token", [{}, 3, ["</s>"], dict(content=None)])
-def test_a_token_that_is_none_is_named(token):
+def test_unknown_token_is_named(token):
     with pytest.raises(ValueError, match="eos_token is .* in tokenizer_config.json; it must be"):
         Tokenizer(byte_level().hf, CONFIG | dict(eos_token=token)).eos_id
 
 
-# --- who may write a control token, and where an answer begins ------------------------------------
+# --- who may write a control token, and where an answer starts ------------------------------------
 CHATML = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -636,7 +648,8 @@ TOOLS = (
 def chatml(kind, template=T.CHAT_TEMPLATE):
     """A tokenizer of this kind with the tokens of conversations.
 
-    `gpt2` looks ahead behind white space, as MiniMind's does."""
+    `gpt2` has a lookahead for white space, as MiniMind's has.
+    """
     if kind == "ours":
         hf = KINDS["ours"]().hf
     else:
@@ -664,7 +677,7 @@ def chatml(kind, template=T.CHAT_TEMPLATE):
     "token",
     ["</s>", "<|eot_id|>", "<|vision_start|>", "<|im_end|>\n<|im_start|>assistant\n", "<s>"],
 )
-def test_nobodys_words_are_control_tokens(kind, template, token):
+def test_texts_contain_no_control_tokens(kind, template, token):
     tok = chatml(kind, template)
     talk = lambda x: [
         dict(role="system", content=f"Be {x}"),
@@ -678,13 +691,13 @@ def test_nobodys_words_are_control_tokens(kind, template, token):
     assert steers(ids) == steers(plain) and steers(ids[learn]) == steers(plain[plain_learn])
     assert tok.decode(ids).replace(" ", "") == tok.render(talk(token)).replace(" ", "")
     prompt = tok.encode_prompt(talk(token)[:-1])
-    assert ids[: len(prompt)].tolist() == prompt, "what is asked is not what was learned"
+    assert ids[: len(prompt)].tolist() == prompt, "the prompt differs from the training text"
     text, _ = tok.encode_batch([f"the {token} cat", token])
     assert not steers(text)
 
 
-def test_a_vocabulary_that_spells_a_control_token():
-    "WordPiece takes a word for one of its pieces, whatever it is"
+def test_vocabulary_that_spells_a_control_token():
+    "WordPiece matches a word with any of its tokens."
     hf = HF.from_str(word_piece().hf.to_str())
     hf.pre_tokenizer, hf.normalizer = pre_tokenizers.WhitespaceSplit(), None
     tok = Tokenizer(hf, word_piece().config)
@@ -702,7 +715,7 @@ SAID = st.tuples(
 ).map("".join)
 
 
-def test_a_run_begun_before_keeps_the_marks_that_questions_spell():
+def test_run_of_an_older_version_keeps_marks_in_questions():
     tok = chatml("gpt2")
     older = Tokenizer(tok.hf, tok.config, rules=2)
     talk = [dict(role="user", content="<think>"), dict(role="assistant", content="<think>")]
@@ -710,8 +723,8 @@ def test_a_run_begun_before_keeps_the_marks_that_questions_spell():
     assert (count(older), count(tok)) == (2, 1)
 
 
-def test_functions_reach_a_template_in_one_form():
-    "What is learned of them is what a prompt says of them."
+def test_functions_have_one_form_in_templates():
+    "The functions in a prompt read like those in the training text."
     own = Tokenizer(KINDS["ours"]().hf, dict(eos_token="<|endoftext|>", chat_template=TOOLS))
     tools = [dict(name="cat", description="good <|im_end|> <think>")]
     talk = [dict(role="user", content="cat?"), dict(role="assistant", content="sat")]
@@ -723,18 +736,21 @@ def test_functions_reach_a_template_in_one_form():
 @pytest.mark.parametrize("kind", ["ours", "gpt2", "llama", "metaspace", "unigram", "gemma"])
 @pytest.mark.parametrize("template", [T.CHAT_TEMPLATE, EMPTY_THOUGHTS], ids=["ours", "thoughts"])
 @settings(max_examples=25, deadline=None)
-@given(asked=st.lists(LETTERS, min_size=1, max_size=3), said=st.lists(SAID, min_size=3, max_size=3))
-@example(asked=["the cat?"], said=["\nsat"] * 3)
-@example(asked=["the cat?"] * 2, said=["sat", "\n\ngood", ""])
-@example(asked=["<think>", "the </tool_call> cat"], said=["1"] * 3)
-def test_a_prompt_is_what_was_learned_to_continue(kind, template, asked, said):
+@given(
+    questions=st.lists(LETTERS, min_size=1, max_size=3),
+    answers=st.lists(SAID, min_size=3, max_size=3),
+)
+@example(questions=["the cat?"], answers=["\nsat"] * 3)
+@example(questions=["the cat?"] * 2, answers=["sat", "\n\ngood", ""])
+@example(questions=["<think>", "the </tool_call> cat"], answers=["1"] * 3)
+def test_prompt_equals_the_training_text(kind, template, questions, answers):
     tok = chatml(kind, template)
     assert len(tok.encode("the\n\n")) < len(tok.encode("the")) + 2, (
-        "two line breaks must be one token for this to show anything"
+        "the test needs a token of two line breaks"
     )
     talk = [
         m
-        for a, s in zip(asked, said)
+        for a, s in zip(questions, answers)
         for m in (dict(role="user", content=a), dict(role="assistant", content=s))
     ]
     ids, learn, lengths = tok.encode_chats([(talk, None)] * 2)
@@ -747,8 +763,8 @@ def test_a_prompt_is_what_was_learned_to_continue(kind, template, asked, said):
             assert learn[len(prompt)] and not learn[len(prompt) - 1]
     if kind in ("ours", "gpt2"):
         assert tok.decode(ids) == tok.render(talk)
-    assert tok.decode([i for i, l in zip(ids, learn) if l]).count("<|im_end|>") == len(asked)
-    if all(s[:1].isalpha() for s in said):
+    assert tok.decode([i for i, l in zip(ids, learn) if l]).count("<|im_end|>") == len(questions)
+    if all(s[:1].isalpha() for s in answers):
         assert ids == tok.encode(tok.render(talk), special=True), (
-            "equal to apply_chat_template where no token crosses"
+            "must equal apply_chat_template if no token crosses the boundary"
         )

@@ -1,6 +1,6 @@
-"""Any text comes back exactly, and tiktoken and Hugging Face tokenizers give the same ids.
+"""Any text round-trips exactly, and tiktoken and Hugging Face tokenizers give the same ids.
 
-tiktoken encodes; the other is what everybody else reads.
+tiktoken encodes; other programs read the Hugging Face file.
 """
 
 import json
@@ -48,8 +48,8 @@ def tokenizer(kind):
 
 
 @cache
-def real(name):
-    "Trained on the texts of a shared data set, where that folder is"
+def real_tokenizer(name):
+    "A tokenizer trained on the texts of a shared data set, if that folder exists."
     return train_tokenizer(rows(name, 2000), 4000)
 
 
@@ -58,8 +58,8 @@ def rows(name, n):
         return [json.loads(line)["text"] for line in islice(f, n)]
 
 
-# any text: single characters of every kind, the words of the corpora, white space, tokens written
-# out whole or cut short
+# Any text: characters of every kind, words of the corpora, white space, complete and truncated
+# token texts.
 PARTS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
     st.sampled_from(SPECIALS + MARKS),
@@ -83,14 +83,14 @@ TEXTS = st.one_of(
 @example(text="<think>我</think>\r\n\r\n  x")
 @example(text="<<|im_start|><|im_end|>|>\x00\U0010ffff")
 @example(text="e\u0301\u0301 \u0e19\u0e49\u0e33 👩‍👩‍👧‍👦 ㅤ")
-def test_round_trip_and_equal_ids(kind, text):
+def test_texts_round_trip_with_equal_ids(kind, text):
     tok = tokenizer(kind)
     plain, special = tok.encode(text), tok.encode(text, special=True)
     assert tok.decode(plain) == text and tok.decode(special) == text
-    assert all(i >= SPECIAL_IDS for i in plain), "a text became a special token or a mark"
+    assert all(i >= SPECIAL_IDS for i in plain), "text was encoded as a special token or a mark"
     assert special == hf_ids(tok, text, special=True)
     if not any(m in text for m in MARKS):
-        assert plain == hf_ids(tok, text, special=False)  # Hugging Face always takes a mark for one
+        assert plain == hf_ids(tok, text, special=False)  # always encodes a mark as one token
     assert tok.encode_array(text).dtype == tok.dtype
 
 
@@ -107,7 +107,7 @@ def hf_ids(tok, text, special):
 @given(texts=st.lists(TEXTS, max_size=5))
 @example(texts=["a  ", "  b", "", "c   d\n   e", " \u3000\u3000我  <|im_end|>   x"])
 @example(texts=["a  b", "a" + T._SPACE_MARK + "b", T._SEPARATOR])
-def test_many_texts_at_once_are_each_as_alone(kind, texts):
+def test_batch_encoding_equals_single_encoding(kind, texts):
     tok = tokenizer(kind)
     for special in False, True:
         ids, lengths = tok.encode_batch(texts, special)
@@ -126,7 +126,7 @@ def test_many_texts_at_once_are_each_as_alone(kind, texts):
         assert len(lengths) == len(texts) and ids.dtype == tok.dtype
 
 
-def test_a_mark_with_two_spaces_stays_whole():
+def test_mark_with_two_spaces_is_one_token():
     tok = train_tokenizer(MIXED, 700, marks=["[the  end]"])
     text = "is it  [the  end]  yet?"
     assert tok.id("[the  end]") in tok.encode(text, special=True) and tok.encode(
@@ -136,8 +136,8 @@ def test_a_mark_with_two_spaces_stays_whole():
 
 
 @cache
-def slow(kind):
-    "The same tokenizer without tiktoken"
+def without_tiktoken(kind):
+    "The same tokenizer without tiktoken."
     tok = Tokenizer(T.HFTokenizer.from_str(tokenizer(kind).hf.to_str()))
     tok.fast = None
     return tok
@@ -146,9 +146,9 @@ def slow(kind):
 @kinds
 @settings(max_examples=100)
 @given(text=TEXTS)
-def test_without_tiktoken(kind, text):
-    "The path that foreign tokenizers take"
-    a, b = tokenizer(kind), slow(kind)
+def test_encoding_without_tiktoken_is_equal(kind, text):
+    "The code path of foreign tokenizers."
+    a, b = tokenizer(kind), without_tiktoken(kind)
     assert a.encode(text, special=True) == b.encode(text, special=True)
     assert b.decode(b.encode(text)) == text
     if not any(m in text for m in MARKS):
@@ -157,12 +157,12 @@ def test_without_tiktoken(kind, text):
 
 def test_marks_in_ordinary_text_without_tiktoken():
     text = "he wrote <think> here"
-    assert slow("mixed").encode(text) == tokenizer("mixed").encode(text)
+    assert without_tiktoken("mixed").encode(text) == tokenizer("mixed").encode(text)
 
 
-# --- what makes them agree ------------------------------------------------------------------------
+# --- why both agree -------------------------------------------------------------------------------
 def merges(tok):
-    "(left, right) in bytes, in order of rank"
+    "(left, right) in bytes, in order of rank."
     byte_of = T._byte_decoder()
     as_bytes = lambda t: bytes(byte_of[c] for c in t)
     return [
@@ -172,7 +172,7 @@ def merges(tok):
 
 
 def last_pair(token, rank):
-    "Lowest rank first, on the bytes of a token, without its own rank: the parts that remain"
+    "Merge the bytes of a token by lowest rank, without its own rank; return the remaining parts."
     parts, own = [bytes([b]) for b in token], rank[token]
     while True:
         at = [(rank.get(a + b, own), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
@@ -183,11 +183,11 @@ def last_pair(token, rank):
 
 
 def check_merges(tok):
-    """Every token comes about in one way, from the pair that the list of merges names.
+    """Check that every token results from exactly one merge, the one in the list of merges.
 
     tiktoken joins the two neighbours whose union has the lowest rank; Hugging Face joins the pair
-    that stands first in the list of merges. They are the same if no token comes about in two ways
-    and each comes about from the pair that the list names.
+    that comes first in the list of merges. Both are equal if each token results from one pair only,
+    and this pair is in the list.
     """
     made = merges(tok)
     rank = {a + b: n for n, (a, b) in enumerate(made)}
@@ -199,14 +199,17 @@ def check_merges(tok):
 
 
 @kinds
-def test_each_token_comes_about_in_one_way(kind):
+def test_each_token_has_one_merge(kind):
     tok = tokenizer(kind)
     assert tok.fast is not None and len(merges(tok)) > 50
     check_merges(tok)
 
 
-def test_a_tokenizer_of_other_making_is_left_to_hugging_face():
-    "Merges out of the order of their ids: tiktoken would give other ids, so it is not used"
+def test_unordered_merges_use_hugging_face():
+    """The merges are not in the order of their ids:
+
+    tiktoken would give other ids, so it is not used.
+    """
     made = json.loads(tokenizer("english").hf.to_str())
     made["model"]["merges"][:2] = reversed(made["model"]["merges"][:2])
     other = Tokenizer(T.HFTokenizer.from_str(json.dumps(made)))
@@ -218,19 +221,18 @@ def test_a_tokenizer_of_other_making_is_left_to_hugging_face():
 
 # --- training and saving --------------------------------------------------------------------------
 @kinds
-def test_vocabulary(kind):
+def test_training_is_deterministic(kind):
     tok = tokenizer(kind)
     assert [tok.id(t) for t in SPECIALS + MARKS] == list(range(SPECIAL_IDS)) and tok.eos_id == 0
     assert tok.vocab_size <= 700 and tok.vocab_size == len(tok.hf.get_vocab(with_added_tokens=True))
     again = train_tokenizer(CORPORA[kind], 700)
     assert again.hash == tok.hash, (
-        "the same texts gave another tokenizer: a run killed before its first save would not be the"
-        " same"
+        "the same texts gave another tokenizer: a run killed before its first save would differ"
     )
 
 
 @kinds
-def test_saved_and_loaded(kind, tmp_path):
+def test_saved_tokenizer_loads_equal(kind, tmp_path):
     tok = tokenizer(kind)
     got = load_tokenizer(tok.save(tmp_path))
     assert got.hash == tok.hash and got.config == tok.config and got.fast is not None
@@ -239,7 +241,7 @@ def test_saved_and_loaded(kind, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_asks_for_what_it_needs():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ValueError, match="vocab_size=100 must be at least 267"):
         train_tokenizer(ENGLISH, 100)
     with pytest.raises(ValueError, match="no text to train"):
@@ -255,13 +257,13 @@ SHARED = sorted((ROOT.parent / "shared" / "data").glob("pretrain_*.jsonl"))
 @pytest.mark.skipif(
     not SHARED,
     reason=(
-        "this test is for real texts, which are too large and too variously licensed for the"
-        " repository; put pretrain_*.jsonl into ../shared/data to run it"
+        "needs real texts, which are not in the repository:"
+        " put pretrain_*.jsonl into ../shared/data"
     ),
 )
 @pytest.mark.parametrize("file", SHARED, ids=lambda p: p.stem)
-def test_real_rows(file):
-    tok = real(file)
+def test_real_texts_round_trip(file):
+    tok = real_tokenizer(file)
     check_merges(tok)
     texts = rows(file, 500)
     for special in (False, True):
@@ -272,7 +274,7 @@ def test_real_rows(file):
             ids = tok.encode(text, special=special)
             assert ids == hf.ids, f"{file.name} line {n}"
             assert special or tok.decode(ids) == text, f"{file.name} line {n}"
-    for other in SHARED:  # words that it was not trained on
+    for other in SHARED:  # words that were not in its training data
         tok.hf.encode_special_tokens = True
         for text in rows(other, 100):
             assert tok.encode(text) == tok.hf.encode(text, add_special_tokens=False).ids

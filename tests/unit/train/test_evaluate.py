@@ -1,4 +1,4 @@
-"Loss of a model on data: of our own runs, and of other programs' models and tokenizers."
+"Loss of a model on data: of our own runs, and of models and tokenizers of other programs."
 
 import json
 import math
@@ -49,7 +49,7 @@ def run(file, tmp_path_factory):
     )
 
 
-def test_a_run_its_folder_and_its_checkpoint_are_one_model(run, file):
+def test_run_folder_and_checkpoint_give_one_loss(run, file):
     got = [
         evaluate_on(m, file, seq_len=64, progress=False)
         for m in (run, run.path, run.path / "checkpoints" / "checkpoint-4")
@@ -63,12 +63,12 @@ def test_a_run_its_folder_and_its_checkpoint_are_one_model(run, file):
     )
 
 
-def test_the_loss_on_what_was_held_out_is_the_one_that_training_reported(run):
+def test_held_out_loss_equals_the_reported_one(run):
     got = evaluate_on(run, run.path / "data" / "valid", seq_len=64, progress=False)
     assert math.isclose(got["loss"], run.history[-1]["eval_loss"], rel_tol=1e-5)
 
 
-def test_an_export_is_read_too(run, file):
+def test_loss_of_an_export(run, file):
     from minigpt.checkpoint.exporter import export
 
     whole = evaluate_on(run, file, progress=False)
@@ -77,7 +77,7 @@ def test_an_export_is_read_too(run, file):
         assert abs(evaluate_on(made, file, progress=False)["loss"] - whole["loss"]) < near
 
 
-def test_a_model_of_transformers_has_the_loss_that_transformers_gives(texts, tmp_path):
+def test_loss_equals_transformers(texts, tmp_path):
     transformers = pytest.importorskip("transformers")
     tok = train_tokenizer(texts, 400)
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_a_model_of_transformers_has_the_loss_that_transformers_gives(texts, tmp
     assert got["bytes"] == len(text.encode()) - token_bytes(tok)[ids[0, 0]]
 
 
-def test_the_tokens_of_llamas_first_kind_have_lengths():
+def test_bytes_per_token_of_llama_tokenizers():
     from tokenizers import Tokenizer as HF, decoders, models, normalizers
 
     vocab = {
@@ -125,7 +125,7 @@ def test_the_tokens_of_llamas_first_kind_have_lengths():
     assert token_bytes(tok)[tok.eos_id] == 0
 
 
-def test_tokens_that_do_not_tell_their_length_give_no_bits(run, file):
+def test_no_bits_per_byte_without_token_lengths(run, file):
     from tokenizers import Tokenizer as HF, models, pre_tokenizers
 
     hf = HF(models.WordLevel({"</s>": 0, "the": 1, "a": 2}, unk_token="</s>"))
@@ -140,14 +140,14 @@ def test_tokens_that_do_not_tell_their_length_give_no_bits(run, file):
     )
 
 
-def test_the_mode_of_the_model_is_put_back(file):
+def test_training_mode_is_restored(file):
     tok = train_tokenizer(["."])
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **SHAPE)).train()
     first = evaluate_on(model, file, tokenizer=tok, max_sequences=3, device="cpu", progress=False)
     assert model.training and first["tokens"] <= 3 * 128
 
 
-def test_of_conversations_only_answers_within_reach_count(run, tmp_path):
+def test_only_answers_within_the_window_count(run, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(
         json.dumps(
@@ -168,7 +168,7 @@ def test_of_conversations_only_answers_within_reach_count(run, tmp_path):
         evaluate_on(run, "no_such_set", progress=False)
 
 
-def test_an_adapter_is_read_on_its_base(run, file, tmp_path):
+def test_loss_of_an_adapter_with_its_base(run, file, tmp_path):
     from minigpt.checkpoint.store import load_model
     from minigpt.model.adapters import lora
     from minigpt.train.trainer import fit

@@ -1,6 +1,6 @@
-"""Muon: its numbers, which parameters it takes, and its state in a checkpoint.
+"""Muon: its numbers, its parameters, and its state in a checkpoint.
 
-The same numbers as a plain implementation in float64; the state comes back to the last bit.
+The numbers equal a plain implementation in float64; the state is restored bit for bit.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def config(**kw):
     return TrainConfig(optimizer="muon", learning_rate=0.01, **kw)
 
 
-def learn(model, opt, steps, seed=0):
+def train_steps(model, opt, steps, seed=0):
     draw = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         ids = torch.randint(300, (2, 17), generator=draw)
@@ -46,13 +46,13 @@ def learn(model, opt, steps, seed=0):
         opt.zero_grad()
 
 
-def same(a, b):
+def assert_equal_states(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
 # --- the numbers ----------------------------------------------------------------------------------
 def reference_muon(w, m, g, lr, decay, momentum):
-    "As Jordan's text has it, one matrix at a time; the size of the step as Liu et al. have it."
+    "Muon as in Jordan's text, one matrix at a time; the step size as in Liu et al."
     m = momentum * m + (1 - momentum) * g
     x = momentum * m + (1 - momentum) * g
     x = x / np.sqrt((x**2).sum())
@@ -72,10 +72,10 @@ def reference_adamw(w, m, v, g, lr, decay, b1, b2, t):
 
 
 @pytest.mark.parametrize("at_once", [1 << 24, 100])
-def test_equals_a_plain_implementation(monkeypatch, at_once):
+def test_muon_equals_a_plain_implementation(monkeypatch, at_once):
     monkeypatch.setattr(optim, "_STACK_SIZE", at_once)
     rng = np.random.default_rng(0)
-    shapes = [(8, 8), (6, 12), (12, 6), (6, 12), (1, 5), (7,), (9, 4)]  # the last two: for AdamW
+    shapes = [(8, 8), (6, 12), (12, 6), (6, 12), (1, 5), (7,), (9, 4)]  # the last two are for AdamW
     params = [nn.Parameter(torch.tensor(rng.normal(size=s))) for s in shapes]
     opt = Muon(
         params[:5],
@@ -113,7 +113,7 @@ def test_equals_a_plain_implementation(monkeypatch, at_once):
             )
 
 
-def test_the_gradient_is_left_as_it_is():
+def test_gradient_is_unchanged():
     p = nn.Parameter(torch.randn(4, 6))
     p.grad = torch.randn(4, 6)
     before = p.grad.clone()
@@ -123,7 +123,7 @@ def test_the_gradient_is_left_as_it_is():
 
 # --- which parameters -----------------------------------------------------------------------------
 @pytest.mark.parametrize("tied", [True, False])
-def test_groups(tied):
+def test_parameter_groups(tied):
     model = GPT(GPTConfig(**SHAPE, tied=tied, qk_norm=True))
     name = {p: n for n, p in model.named_parameters()}
     outer, norms, inner = (
@@ -134,23 +134,23 @@ def test_groups(tied):
     assert all("norm" in n for n in norms) and len(norms) == 2 * 4 + 1
 
 
-def test_only_what_is_trained(model):
-    "LoRA, say: matrices alone, no embedding, no norm"
+def test_only_trainable_parameters_are_grouped(model):
+    "With LoRA: only matrices, no embedding, no norm."
     for n, p in model.named_parameters():
         p.requires_grad_("q_proj" in n)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     opt = make_optimizer(model, config(), "cpu")
     assert [len(g["params"]) for g in opt.param_groups] == [2]
-    learn(model, opt, 2)
+    train_steps(model, opt, 2)
     assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == {
         n for n in before if "q_proj" in n
     }
     for n, p in model.named_parameters():
         p.requires_grad_("norm" in n)
-    learn(model, make_optimizer(model, config(), "cpu"), 1)
+    train_steps(model, make_optimizer(model, config(), "cpu"), 1)
 
 
-def test_a_parameter_without_gradient_stays(model):
+def test_parameter_without_gradient_is_unchanged(model):
     opt, p = make_optimizer(model, config(), "cpu"), model.model.layers[0].mlp.up_proj.weight
     before = p.detach().clone()
     model.loss(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
@@ -159,8 +159,8 @@ def test_a_parameter_without_gradient_stays(model):
     assert torch.equal(p, before) and p not in opt.state
 
 
-def test_a_scaler_leaves_out_a_whole_step(model):
-    "One infinite gradient, in a matrix or in a norm: nothing moves"
+def test_scaler_skips_the_complete_step(model):
+    "One infinite gradient, in a matrix or in a norm: no parameter changes."
     for bad in "mlp.up_proj", "input_layernorm":
         opt, scaler, before = (
             make_optimizer(model, config(), "cpu"),
@@ -182,9 +182,9 @@ def test_a_scaler_leaves_out_a_whole_step(model):
 
 
 # --- saved and restored ---------------------------------------------------------------------------
-def test_through_a_checkpoint(model, tmp_path):
+def test_state_survives_a_checkpoint(model, tmp_path):
     opt = make_optimizer(model, config(), "cpu")
-    learn(model, opt, 3)
+    train_steps(model, opt, 3)
     tok = train_tokenizer(["a text"], 270)
     write_checkpoint(
         tmp_path / "c",
@@ -198,22 +198,22 @@ def test_through_a_checkpoint(model, tmp_path):
         ),
         "step",
     )
-    learn(model, opt, 3, seed=1)
+    train_steps(model, opt, 3, seed=1)
     state = read_checkpoint(tmp_path / "c")
     other = GPT(model.config).load_weights(state.weights)
     again = make_optimizer(other, config(), "cpu")
     unpack_optimizer(again, other, state.optimizer)
-    learn(other, again, 3, seed=1)
-    assert same(model, other)
+    train_steps(other, again, 3, seed=1)
+    assert assert_equal_states(model, other)
     adamw = make_optimizer(other, TrainConfig(), "cpu")
     with pytest.raises(CheckpointError, match="holds the state of Muon, and this run uses AdamW"):
         unpack_optimizer(adamw, other, state.optimizer)
 
 
-def test_a_run_that_is_interrupted(tmp_path):
-    "`fit`, stopped between saves, and on again: the same losses and weights as without"
+def test_resume_is_bit_identical(tmp_path):
+    "`fit`, stopped between saves and resumed: the same losses and weights as without a stop."
 
-    class Unplug(Callback):
+    class StopWithoutSave(Callback):
         def on_step(self, t):
             if t.step == 17:
                 raise MemoryError("as if the power had failed")
@@ -243,8 +243,14 @@ def test_a_run_that_is_interrupted(tmp_path):
     shape = GPTConfig(**SHAPE, dropout=0.1)
     run = fit(shape, tmp_path / "a.txt", output_dir=tmp_path / "whole", **how)
     with pytest.raises(MemoryError):
-        fit(shape, tmp_path / "a.txt", output_dir=tmp_path / "torn", callbacks=[Unplug()], **how)
+        fit(
+            shape,
+            tmp_path / "a.txt",
+            output_dir=tmp_path / "torn",
+            callbacks=[StopWithoutSave()],
+            **how,
+        )
     torn = fit(shape, tmp_path / "a.txt", output_dir=tmp_path / "torn", **how)
     assert [a["step"] for a in torn.facts["attempts"]] == [0, 10]
-    assert same(run.model(), torn.model())
+    assert assert_equal_states(run.model(), torn.model())
     assert [r["loss"] for r in run.history] == [r["loss"] for r in torn.history]

@@ -1,6 +1,6 @@
 """A call that does not describe the run in its folder.
 
-What is refused has changed nothing, and what `override` lets through goes on with what it names.
+A refused call changes nothing, and what `override` permits resumes with it.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ OPTIONS = dict(
 )
 
 
-def text(path, words, seed):
+def write_text(path, words, seed):
     rng = random.Random(seed)
     path.write_text("\n\n".join(" ".join(rng.choices(words, k=12)) for _ in range(120)))
     return path
@@ -43,12 +43,12 @@ def text(path, words, seed):
 
 @pytest.fixture
 def work(tmp_path):
-    text(tmp_path / "a.txt", ["mill", "wheel", "river", "stone", "night"], 1)
-    text(tmp_path / "b.txt", ["lamp", "street", "window", "rain", "night"], 2)
+    write_text(tmp_path / "a.txt", ["mill", "wheel", "river", "stone", "night"], 1)
+    write_text(tmp_path / "b.txt", ["lamp", "street", "window", "rain", "night"], 2)
     return tmp_path
 
 
-def go(work, name="a.txt", to="run", *callbacks, **options):
+def run_fit(work, name="a.txt", to="run", *callbacks, **options):
     override = options.pop("override", ())
     return fit(
         SHAPE,
@@ -62,7 +62,7 @@ def go(work, name="a.txt", to="run", *callbacks, **options):
 
 
 def contents(folder, of="**/*"):
-    "Every file that is not a log: name → hash"
+    "Return the hashes of all files except logs."
     return {
         p.relative_to(folder).as_posix(): hashlib.md5(p.read_bytes()).hexdigest()
         for p in sorted(folder.glob(of))
@@ -70,12 +70,12 @@ def contents(folder, of="**/*"):
     }
 
 
-def said(run):
+def run_log(run):
     return (run.path / "run.log").read_text("utf-8")
 
 
 class Stop(Callback):
-    "Break off without saving"
+    "Stop without saving."
 
     def __init__(self, at):
         self.at = at
@@ -86,13 +86,14 @@ class Stop(Callback):
             raise RuntimeError("unplugged")
 
 
-# --- checkpoints that are nobody's, or another's ---
+# --- checkpoints without a run, or of another run -------------------------------------------------
 @pytest.mark.parametrize("left", ["checkpoints", "snapshots", "best", "final"])
-def test_saved_work_without_run_json_is_not_trained_over(work, left):
-    """Once run.json is lost, nothing says whose checkpoints they are.
+def test_checkpoints_without_run_json_are_not_overwritten(work, left):
+    """Without run.json the owner of the checkpoints is unknown.
 
-    A new training would prune and overwrite them."""
-    a = go(work, max_steps=10)
+    A new training would prune and overwrite them.
+    """
+    a = run_fit(work, max_steps=10)
     lone = work / "lone"
     lone.mkdir()
     if left == "final":
@@ -104,7 +105,7 @@ def test_saved_work_without_run_json_is_not_trained_over(work, left):
         shutil.copytree(a.path / left, lone / left)
     before = contents(lone)
     with pytest.raises(FileExistsError) as e:
-        go(work, to="lone", max_steps=20)
+        run_fit(work, to="lone", max_steps=20)
     assert all(
         part in str(e.value)
         for part in (
@@ -116,9 +117,9 @@ def test_saved_work_without_run_json_is_not_trained_over(work, left):
         )
     )
     assert contents(lone) == before
-    fresh = go(
+    fresh = run_fit(
         work, to="lone", max_steps=5, overwrite=True
-    )  # and the way out that the message names
+    )  # the option that the message names
     assert fresh.step == 5 and contents(work / "lone.old-1") == before
     if left in ("checkpoints", "final"):
         saved = (
@@ -127,20 +128,20 @@ def test_saved_work_without_run_json_is_not_trained_over(work, left):
         assert fit(load_model(saved), work / "a.txt", output_dir=work / "next", **OPTIONS).finished
 
 
-def test_a_checkpoint_of_another_run_is_set_aside(work):
-    "A folder copied into another one: its checkpoints are neither resumed from nor overwritten"
+def test_checkpoint_of_another_run_is_set_aside(work):
+    "A folder copied into another one: its checkpoints are neither resumed from nor overwritten."
     with pytest.raises(RuntimeError):
-        go(work, "a.txt", "run", Stop(6), max_steps=20)
-    a, b = open_run(work / "run"), go(work, "a.txt", "other", max_steps=20, seed=3)
+        run_fit(work, "a.txt", "run", Stop(6), max_steps=20)
+    a, b = open_run(work / "run"), run_fit(work, "a.txt", "other", max_steps=20, seed=3)
     shutil.copytree(b.path / "checkpoints/checkpoint-20", a.path / "checkpoints/checkpoint-20")
     shutil.copytree(b.path / "checkpoints/checkpoint-15", a.path / "checkpoints/checkpoint-10")
     theirs = contents(b.path / "checkpoints/checkpoint-20")
-    a = go(work, max_steps=20)
-    assert "resuming from checkpoint-5" in said(
+    a = run_fit(work, max_steps=20)
+    assert "resuming from checkpoint-5" in run_log(
         a
-    ) and "belongs to another run and is set aside" in said(a)
+    ) and "belongs to another run and is set aside" in run_log(a)
     assert contents(a.path / "checkpoints/checkpoint-20.other-run-1") == theirs
-    assert go(work, to="straight", max_steps=20).history[-1]["loss"] == a.history[-1]["loss"]
+    assert run_fit(work, to="straight", max_steps=20).history[-1]["loss"] == a.history[-1]["loss"]
 
 
 # --- the tokens ---
@@ -155,15 +156,16 @@ def test_a_checkpoint_of_another_run_is_set_aside(work):
     ],
 )
 @pytest.mark.parametrize("override", ["data", "validation_split"])
-def test_a_refused_override_leaves_the_tokens(work, change, override):
-    """One change is meant, another is not: the call is refused.
+def test_refused_override_keeps_the_tokens(work, change, override):
+    """One change is intended, another is not: the call is refused.
 
-    The run goes on as if it had not been made."""
-    run = go(work)
+    The run resumes as if the call had not been made.
+    """
+    run = run_fit(work)
     before = contents(run.path)
     name = "b.txt" if override == "data" else "a.txt"
     with pytest.raises((ValueError, FileNotFoundError)):
-        go(
+        run_fit(
             work,
             name,
             override=override,
@@ -177,86 +179,89 @@ def test_a_refused_override_leaves_the_tokens(work, change, override):
     assert {k: after.get(k) for k in before} == before and all(
         k.startswith("data-2/") for k in {*after} - {*before}
     )
-    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
+    assert run_fit(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
         "train"
     ] == ["data"]
-    assert ("does not read the tokens in data-2; delete them" in said(run)) == (
+    assert ("does not read the tokens in data-2; delete them" in run_log(run)) == (
         run.path / "data-2"
     ).exists()
 
 
-def test_override_data_and_back(work):
+def test_override_data_twice(work):
     """The tokens change once, and are found again by the same call.
 
-    Those before them stay, until somebody deletes them."""
-    run = go(work)
+    The earlier tokens stay until the user deletes them.
+    """
+    run = run_fit(work)
     a = contents(run.path / "data")
-    run = go(work, "b.txt", max_steps=15, override="data")
+    run = run_fit(work, "b.txt", max_steps=15, override="data")
     assert run.facts["data"]["places"] == dict(train=["data-2"], valid=None)
     assert (
-        "does not read the tokens in data; delete them" in said(run)
+        "does not read the tokens in data; delete them" in run_log(run)
         and contents(run.path / "data") == a
     )
     kept = (run.path / "data-2/train/tokens.bin").stat().st_mtime_ns
     assert resume(run.path, max_steps=16).step == 16
-    assert go(work, "b.txt", max_steps=17, override="data").step == 17
+    assert run_fit(work, "b.txt", max_steps=17, override="data").step == 17
     assert (
-        go(work, "b.txt", max_steps=18).step == 18
+        run_fit(work, "b.txt", max_steps=18).step == 18
         and (run.path / "data-2/train/tokens.bin").stat().st_mtime_ns == kept
     )
     with pytest.raises(ResumeError, match="the content has changed"):
-        go(work, max_steps=20)
-    run = go(work, max_steps=20, override="data")
+        run_fit(work, max_steps=20)
+    run = run_fit(work, max_steps=20, override="data")
     assert run.facts["data"]["places"]["train"] == ["data"] and contents(run.path / "data") == a
 
 
 def test_override_data_between_a_file_and_a_mixture(work):
-    run = go(work)
+    run = run_fit(work)
     both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
     with pytest.raises(ResumeError, match="data sets"):
-        go(work, train=both, max_steps=15)
-    run = go(work, train=both, max_steps=15, override="data")
+        run_fit(work, train=both, max_steps=15)
+    run = run_fit(work, train=both, max_steps=15, override="data")
     assert run.facts["data"]["places"]["train"] == ["data/0", "data/1"]
-    assert go(work, train=both, max_steps=16).step == 16 and "delete them" not in said(run), (
-        "they lie around those that are read"
-    )
-    run = go(work, "b.txt", max_steps=18, override="data")
+    assert run_fit(work, train=both, max_steps=16).step == 16 and "delete them" not in run_log(
+        run
+    ), "they surround those that are read"
+    run = run_fit(work, "b.txt", max_steps=18, override="data")
     assert (
         run.facts["data"]["places"]["train"] == ["data-2"]
-        and go(work, "b.txt", max_steps=19).step == 19
+        and run_fit(work, "b.txt", max_steps=19).step == 19
     )
 
 
-@pytest.mark.parametrize("was,now", [(0.1, 0.3), (0.0, 0.2), (0.2, 0.0)])
-def test_override_validation_split(work, was, now):
-    "The way out that the refusal names"
-    run = go(work, validation_split=was)
-    if was:
+@pytest.mark.parametrize("old,new", [(0.1, 0.3), (0.0, 0.2), (0.2, 0.0)])
+def test_override_validation_split(work, old, new):
+    "The option that the error names."
+    run = run_fit(work, validation_split=old)
+    if old:
         with pytest.raises(ResumeError, match="override='validation_split'"):
-            go(work, validation_split=now, max_steps=15)
+            run_fit(work, validation_split=new, max_steps=15)
     n = run.facts["data"]["tokens"]
     with pytest.raises(ResumeError, match="the content has changed"):
-        go(work, "b.txt", validation_split=now, max_steps=15, override="validation_split")
-    run = go(work, validation_split=now, max_steps=15, override="validation_split")
-    assert run.step == 15 and (run.facts["data"]["tokens"] < n) == (now > was)
-    assert ("eval_loss" in run.history[-1]) == (now > 0)
-    assert go(work, validation_split=now, max_steps=17).step == 17
+        run_fit(work, "b.txt", validation_split=new, max_steps=15, override="validation_split")
+    run = run_fit(work, validation_split=new, max_steps=15, override="validation_split")
+    assert run.step == 15 and (run.facts["data"]["tokens"] < n) == (new > old)
+    assert ("eval_loss" in run.history[-1]) == (new > 0)
+    assert run_fit(work, validation_split=new, max_steps=17).step == 17
 
 
-def test_a_token_set_in_the_runs_own_folder_stays(work):
-    "The caller may name the run's tokens themselves, by another path than the run does"
+def test_token_set_in_the_run_folder_is_kept(work):
+    "The caller may name the run's own tokens by another path."
     from minigpt.data.tokensets import open_set
 
-    run = go(work)
+    run = run_fit(work)
     tokens = open_set((work / "run").resolve() / "data/train")
-    assert go(work, train=tokens, tokenizer=run.tokenizer, max_steps=12).step == 12
+    assert run_fit(work, train=tokens, tokenizer=run.tokenizer, max_steps=12).step == 12
     assert (run.path / "data/train/tokens.bin").exists()
     mine, _ = build_tokenset(work / "b.txt", run.tokenizer, run.path / "data-mine", 0.0)
-    assert go(work, train=mine, tokenizer=run.tokenizer, max_steps=14, override="data").step == 14
+    assert (
+        run_fit(work, train=mine, tokenizer=run.tokenizer, max_steps=14, override="data").step == 14
+    )
     assert (mine.path / "tokens.bin").exists()
 
 
-# --- what validation measures ---
+# --- what the validation loss is evaluated on -----------------------------------------------------
 @pytest.mark.parametrize(
     "change,override",
     [
@@ -267,64 +272,70 @@ def test_a_token_set_in_the_runs_own_folder_stays(work):
         (dict(eval_sequences=3), ()),
     ],
 )
-def test_the_best_loss_is_of_one_validation_set(work, change, override):
-    "A lower loss on another set says nothing: it counts from the first evaluation on"
-    run = go(work, learning_rate=1e-2, early_stopping=2)
+def test_best_loss_belongs_to_one_validation_set(work, change, override):
+    "A lower loss on another set is not comparable: the best counts from the first evaluation on."
+    run = run_fit(work, learning_rate=1e-2, early_stopping=2)
     old = run.best
     assert old.step == 10
     if "valid" in change:
         change = dict(change, valid=work / change["valid"])
-    run = go(work, **change, learning_rate=1e-9, max_steps=15, early_stopping=2, override=override)
-    assert "no longer counts" in said(run)
+    run = run_fit(
+        work, **change, learning_rate=1e-9, max_steps=15, early_stopping=2, override=override
+    )
+    assert "no longer counts" in run_log(run)
     losses = {
         h["step"]: h["eval_loss"] for h in run.history if "eval_loss" in h
-    }  # of step 10, where it was saved and not yet evaluated, there are two
+    }  # step 10 has two: it was saved before and after its evaluation
     assert (
         run.best.step
         == json.loads((run.path / "trainer_state.json").read_text())["best_step"]
         == min((10, 15), key=losses.get)
     )
-    again = go(work, **change, learning_rate=1e-9, max_steps=20, early_stopping=2)
-    assert said(again).count("no longer counts") == 1  # the same call again measures the same
+    again = run_fit(work, **change, learning_rate=1e-9, max_steps=20, early_stopping=2)
+    assert (
+        run_log(again).count("no longer counts") == 1
+    )  # the same call evaluates the same set again
 
 
-def test_a_run_that_was_stopped_early_goes_on_with_another_validation_set(work):
-    run = go(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1)
+def test_early_stopped_run_resumes_with_another_validation_set(work):
+    run = run_fit(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1)
     assert run.step < 100 and run.finished
     stopped = run.step
     assert (
-        go(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1).step == stopped
+        run_fit(work, learning_rate=3.0, grad_clip=0.0, max_steps=100, early_stopping=1).step
+        == stopped
     )
     assert (
-        go(
+        run_fit(
             work, valid=work / "b.txt", learning_rate=1e-3, max_steps=stopped + 5, early_stopping=1
         ).step
         == stopped + 5
     )
 
 
-def test_open_run_sees_a_run_made_before_places_were_written(work):
-    "A run.json of an older version: the tokens are in data/"
-    run = go(work)
+def test_open_run_reads_a_run_without_recorded_folders(work):
+    "A run.json of an older version: the tokens are in data/."
+    run = run_fit(work)
     facts = run.facts
     del facts["data"]["places"]
     (run.path / "run.json").write_text(json.dumps(facts))
     for c in run.checkpoints:
         s = json.loads((c.path / "trainer_state.json").read_text())
         assert s["run"] == facts["id"]
-    assert go(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
+    assert run_fit(work, max_steps=12).step == 12 and open_run(run.path).facts["data"]["places"][
         "train"
     ] == ["data"]
 
 
-def test_the_backup_has_the_tokens_of_now(work):
-    """On another machine it goes on with the data that it was changed to.
+def test_backup_has_the_current_tokens(work):
+    """On another machine the run resumes with its new data.
 
-    Neither the texts nor the run are there."""
+    Neither the texts nor the run are there.
+    """
     drive = work / "drive"
     drive.mkdir()
-    go(work, gdrive_backup_dir=str(drive))
-    run = go(work, "b.txt", max_steps=15, override="data", gdrive_backup_dir=str(drive))
+    run_fit(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, "b.txt", max_steps=15, override="data", gdrive_backup_dir=str(drive))
     tokens = contents(run.path / "data-2")
     names = {p.relative_to(drive / "run").parts[0] for p in (drive / "run").rglob("*.bin")}
     assert "data-2" in names and "data" not in names
@@ -335,11 +346,11 @@ def test_the_backup_has_the_tokens_of_now(work):
     assert run.step == 20 and contents(run.path / "data-2") == tokens
 
 
-def test_the_command_lets_through_what_it_names(work, monkeypatch):
-    "`--override`, which the refusal advises, for both ways of going on"
+def test_command_line_override(work, monkeypatch):
+    "`--override`, which the error suggests, for both ways to resume."
     from minigpt import cli
 
-    go(work)
+    run_fit(work)
     monkeypatch.chdir(work)
 
     def command(*words):
@@ -386,7 +397,7 @@ def test_the_command_lets_through_what_it_names(work, monkeypatch):
     )
 
 
-# --- what is not the run's ---
+# --- files that are not the run's -----------------------------------------------------------------
 @pytest.mark.parametrize(
     "path",
     [
@@ -399,8 +410,8 @@ def test_the_command_lets_through_what_it_names(work, monkeypatch):
         "tokenizer/tokenizer.json",
     ],
 )
-def test_what_others_keep_in_the_folder_stays(work, path):
-    "A run in a folder with files of its user, such as `output_dir='.'` beside `data/`"
+def test_other_files_in_the_folder_are_kept(work, path):
+    "A run in a folder with files of the user, such as `output_dir='.'` beside `data/`."
     home = work / "home"
     (home / path).parent.mkdir(parents=True)
     mine = home / path
@@ -413,11 +424,11 @@ def test_what_others_keep_in_the_folder_stays(work, path):
         in [p.read_bytes() for p in (mine, home / "tokenizer.old-1/tokenizer.json") if p.exists()]
     )
     with pytest.raises(ValueError):
-        go(work, to="home", max_seq_len=10**6)
+        run_fit(work, to="home", max_seq_len=10**6)
     assert kept()
-    run = go(work, to="home", valid=work / "b.txt")
-    assert kept() and go(work, to="home", valid=work / "b.txt", max_steps=12).step == 12
-    run = go(work, "b.txt", "home", valid=work / "b.txt", max_steps=14, override="data")
+    run = run_fit(work, to="home", valid=work / "b.txt")
+    assert kept() and run_fit(work, to="home", valid=work / "b.txt", max_steps=12).step == 12
+    run = run_fit(work, "b.txt", "home", valid=work / "b.txt", max_steps=14, override="data")
     assert kept() and run.step == 14
     if path == "data/a.txt":
         assert run.facts["data"]["places"]["train"][0].startswith("data-")
@@ -425,35 +436,35 @@ def test_what_others_keep_in_the_folder_stays(work, path):
             build_tokenset(work / "b.txt", run.tokenizer, home / "data")
 
 
-def test_tokens_that_a_run_reads_are_not_called_unread(work, monkeypatch):
-    "Nor those that it would fall back on: a validation set that a call leaves out"
-    run = go(work, valid=work / "b.txt")
-    assert go(work, max_steps=12).step == 12 and "does not read" not in said(run)
+def test_tokens_of_the_run_are_not_reported_as_unread(work, monkeypatch):
+    "Nor is a validation set that a call leaves out."
+    run = run_fit(work, valid=work / "b.txt")
+    assert run_fit(work, max_steps=12).step == 12 and "does not read" not in run_log(run)
     monkeypatch.chdir(work)
     own = TokenSet(build_tokenset("a.txt", run.tokenizer, work / "own/data", 0.0)[0].path.resolve())
     own = fit(SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **OPTIONS) and fit(
         SHAPE, own, tokenizer=run.tokenizer, output_dir="own", **{**OPTIONS, "max_steps": 12}
     )
-    assert own.step == 12 and "does not read" not in said(own)
+    assert own.step == 12 and "does not read" not in run_log(own)
 
 
-def test_what_a_file_manager_leaves_is_nobodys(work):
-    run = go(work)
+def test_files_of_a_file_manager_are_ignored(work):
+    run = run_fit(work)
     for name in (".DS_Store", "Thumbs.db"):
         (run.path / "data" / name).write_bytes(b"x")
-    assert go(work, max_steps=12).step == 12 and go(work, to="again").step == 10
+    assert run_fit(work, max_steps=12).step == 12 and run_fit(work, to="again").step == 10
     train, _ = build_tokenset(
         work / "b.txt", run.tokenizer, run.path / "data", 0.0
     )  # replaces the set
     assert train.path == run.path / "data/train" and not (run.path / "data/.DS_Store").exists()
 
 
-def test_no_folder_where_tokens_are_to_appear(work):
+def test_file_in_place_of_the_token_folder_is_refused(work):
     (work / "home").mkdir()
     (work / "home/data").write_text("mine")
     both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
     with pytest.raises(FileExistsError, match="data is not a folder, so the tokens cannot"):
-        go(work, to="home", train=both)
+        run_fit(work, to="home", train=both)
     (work / "home/data").unlink()
     (work / "home/data").symlink_to(work / "nowhere")
     for train in both, work / "a.txt":
@@ -463,7 +474,7 @@ def test_no_folder_where_tokens_are_to_appear(work):
                 "data is a link to .*nowhere, and a run writes and deletes only in its own folder"
             ),
         ):
-            go(work, to="home", train=train)
+            run_fit(work, to="home", train=train)
     assert (work / "home/data").is_symlink() and not (work / "nowhere").exists()
 
 
@@ -473,46 +484,46 @@ def build_tokenizer(work):
     return train_tokenizer([(work / "b.txt").read_text()], 280)
 
 
-def test_token_sets_of_the_caller_stay(work):
+def test_token_sets_of_the_caller_are_kept(work):
     tok = build_tokenizer(work)
     one, two = (
         build_tokenset(work / f"{n}.txt", tok, work / "home" / d, 0.3)[0]
         for n, d in (("a", "data"), ("b", "data-2"))
     )
     before = contents(work / "home")
-    go(work, to="home", train=one, tokenizer=tok)
-    go(work, to="home", train=two, tokenizer=tok, max_steps=12, override="data")
-    go(work, to="home", max_steps=14, override="data")
+    run_fit(work, to="home", train=one, tokenizer=tok)
+    run_fit(work, to="home", train=two, tokenizer=tok, max_steps=12, override="data")
+    run_fit(work, to="home", max_steps=14, override="data")
     assert {k: v for k, v in contents(work / "home").items() if k in before} == before
 
 
-def test_a_mixture_with_a_token_set_of_the_caller(work):
-    "Its other part is found again, without its text too"
+def test_mixture_with_a_token_set_of_the_caller(work):
+    "Its other part is found again, even without its text."
     tok = build_tokenizer(work)
     one, _ = build_tokenset(work / "a.txt", tok, work / "sets", 0.0)
     both = lambda: mix([(one, 1), (str(work / "b.txt"), 1)])
-    run = go(work, train=both(), tokenizer=tok)
+    run = run_fit(work, train=both(), tokenizer=tok)
     assert run.facts["data"]["places"]["train"] == [None, "data/1"]
     built = (run.path / "data/1/train/tokens.bin").stat().st_mtime_ns
     (work / "b.txt").unlink()
     assert (
-        go(work, train=both(), tokenizer=tok, max_steps=12).step == 12
+        run_fit(work, train=both(), tokenizer=tok, max_steps=12).step == 12
         and (run.path / "data/1/train/tokens.bin").stat().st_mtime_ns == built
     )
 
 
-def test_a_built_in_corpus_is_not_any_text(work):
-    "stories were taken for whatever the run had"
+def test_built_in_corpus_does_not_replace_other_data(work):
+    "stories would have replaced any data of the run."
     with pytest.raises(RuntimeError):
-        go(work, "a.txt", "run", Stop(7), max_steps=20)
+        run_fit(work, "a.txt", "run", Stop(7), max_steps=20)
     with pytest.raises(ResumeError, match="the content has changed"):
-        go(work, train="stories", max_steps=20)
-    assert go(work, max_steps=20).step == 20
+        run_fit(work, train="stories", max_steps=20)
+    assert run_fit(work, max_steps=20).step == 20
 
 
-def test_a_call_that_comes_to_nothing_leaves_the_best_model(work):
-    "Another validation set, and an end before it was looked at"
-    run = go(work, learning_rate=1e-2)
+def test_call_without_an_evaluation_keeps_the_best_model(work):
+    "The call has another validation set and stops before an evaluation."
+    run = run_fit(work, learning_rate=1e-2)
     best = contents(run.path / "best")
 
     class Never(Callback):
@@ -520,12 +531,12 @@ def test_a_call_that_comes_to_nothing_leaves_the_best_model(work):
             raise RuntimeError("unplugged")
 
     with pytest.raises(RuntimeError):
-        go(work, "a.txt", "run", Never(), valid=work / "b.txt", max_steps=20)
+        run_fit(work, "a.txt", "run", Never(), valid=work / "b.txt", max_steps=20)
     assert contents(run.path / "best") == best and run.best
 
 
-def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
-    go(work, to=".")
+def test_working_folder_is_not_moved(work, monkeypatch):
+    run_fit(work, to=".")
     monkeypatch.chdir(work)
     with pytest.raises(ValueError, match="is the working directory"):
         fit(SHAPE, "a.txt", output_dir=".", overwrite=True, **OPTIONS)
@@ -538,12 +549,12 @@ def test_the_working_folder_is_not_moved_aside(work, monkeypatch):
         ('{"train": {}, "max_steps": 5}', "lacks attempts, choices"),
     ],
 )
-def test_run_json_of_another_program(work, content, words):
+def test_run_json_of_another_program_is_refused(work, content, words):
     (work / "drive").mkdir()
     (work / "run").mkdir()
     (work / "run/run.json").write_text(content)
     with pytest.raises(ValueError, match=words):
-        go(work, gdrive_backup_dir=str(work / "drive"))
+        run_fit(work, gdrive_backup_dir=str(work / "drive"))
 
 
 # --- the backup ---
@@ -563,20 +574,21 @@ def two_machines(work):
     )
 
 
-def test_a_restored_run_has_its_best_model(work):
+def test_restored_run_has_its_best_model(work):
     drive = work / "drive"
     drive.mkdir()
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     best = contents(run.best.path)
     shutil.rmtree(run.path)
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     assert contents(run.best.path) == best and run.model("best")
 
 
-def test_a_run_that_went_on_elsewhere(work):
-    """Two machines, one after the other: the first takes over what the second has done.
+def test_run_resumed_on_another_machine(work):
+    """Two machines in turn: the first takes over what the second has done.
 
-    Its history and its data too."""
+    Its history and its data too.
+    """
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)
@@ -589,31 +601,31 @@ def test_a_run_that_went_on_elsewhere(work):
     ) == 4
 
 
-def test_a_newer_history_is_not_replaced_by_an_older_one(work):
-    "run.json is lost, and the backup's is from before"
+def test_newer_history_is_not_replaced(work):
+    "run.json is lost, and the one in the backup is older."
     drive = work / "drive"
     drive.mkdir()
-    go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=5)
-    run = go(work, logging_steps=1, max_steps=10)
+    run_fit(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=5)
+    run = run_fit(work, logging_steps=1, max_steps=10)
     (run.path / "run.json").unlink()
-    run = go(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=12)
+    run = run_fit(work, gdrive_backup_dir=str(drive), logging_steps=1, max_steps=12)
     assert [h["step"] for h in run.history if "loss" in h] == [*range(1, 13)]
 
 
-def test_a_backup_that_was_cut_off_in_a_change_has_the_tokens_of_before(work, monkeypatch):
-    "Its run.json is still the old one: what that names is there"
+def test_interrupted_backup_has_the_previous_tokens(work, monkeypatch):
+    "Its run.json is still the old one: the tokens that it names are there."
     drive = work / "drive"
     drive.mkdir()
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     old, real = contents(run.path / "data"), _SmallFiles._replace
 
-    def cut_off(self, name, data):
+    def interrupt(self, name, data):
         if name == "run.json":
             raise OSError(5, "unplugged")
         real(self, name, data)
 
-    monkeypatch.setattr(_SmallFiles, "_replace", cut_off)
-    run = go(
+    monkeypatch.setattr(_SmallFiles, "_replace", interrupt)
+    run = run_fit(
         work,
         "b.txt",
         max_steps=12,
@@ -627,32 +639,32 @@ def test_a_backup_that_was_cut_off_in_a_change_has_the_tokens_of_before(work, mo
     (work / "b.txt").unlink()
     (drive / "run/heartbeat.json").unlink(
         missing_ok=True
-    )  # or it would wait for the machine that wrote there
+    )  # otherwise the call would wait for the other machine
     (work / "a.txt").unlink()
     run = resume(work / "run", max_steps=14, gdrive_backup_dir=str(drive))
     assert run.step == 14 and contents(run.path / "data") == old
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "trainer_state.json", "generation_config.json"])
-def test_files_of_a_model_that_is_not_ours_stay(work, name):
-    "The final model would take their place"
+def test_files_of_another_model_are_kept(work, name):
+    "The final model would replace them."
     (work / "home").mkdir()
     (work / "home" / name).write_text("{}")
     with pytest.raises(FileExistsError, match=f"holds {name} but no run.json"):
-        go(work, to="home")
+        run_fit(work, to="home")
     assert (work / "home" / name).read_text() == "{}"
 
 
-def test_a_restore_keeps_what_stands_in_the_folder(work):
+def test_restore_keeps_existing_files(work):
     drive = work / "drive"
     drive.mkdir()
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     shutil.rmtree(run.path)
     run.path.mkdir()
     (run.path / "model.safetensors").write_text("mine")
     (run.path / "tokenizer").mkdir()
     (run.path / "tokenizer/notes.txt").write_text("mine")
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     assert (
         run.finished
         and (run.path / "model.safetensors.old-1").read_text()
@@ -661,18 +673,18 @@ def test_a_restore_keeps_what_stands_in_the_folder(work):
     )
 
 
-def test_a_backup_onto_itself_is_refused(work):
-    run = go(work)
+def test_backup_into_its_own_run_is_refused(work):
+    run = run_fit(work)
     before = contents(run.path)
     for folder in work, run.path:
         with pytest.raises(BackupError, match="choose a folder somewhere else"):
-            go(work, gdrive_backup_dir=str(folder), max_steps=20)
+            run_fit(work, gdrive_backup_dir=str(folder), max_steps=20)
     assert contents(run.path) == before
 
 
-def test_a_message_never_says_to_delete_what_is_in_use(work):
-    go(work)
-    run = go(
+def test_messages_never_advise_to_delete_used_files(work):
+    run_fit(work)
+    run = run_fit(
         work,
         train=mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)]),
         max_steps=15,
@@ -681,10 +693,10 @@ def test_a_message_never_says_to_delete_what_is_in_use(work):
     assert run.facts["data"]["places"]["train"] == [
         "data/0",
         "data/1",
-    ] and "stay in data;" not in said(run)
+    ] and "stay in data;" not in run_log(run)
 
 
-def test_a_course_that_another_machine_gave_up_counts_no_more(work):
+def test_course_abandoned_on_another_machine_is_ignored(work):
     on = two_machines(work)
     on("one", "a.txt", 20, backup_keep_last=9)
     for p in [*(work / "drive/run").glob("*/checkpoint-[12]*"), work / "drive/run/final"]:
@@ -699,7 +711,7 @@ def test_a_course_that_another_machine_gave_up_counts_no_more(work):
     assert all(c.step <= 11 for c in run.best_store.all()) and run.finished
 
 
-def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
+def test_diverged_runs_are_not_joined(work):
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)
@@ -713,29 +725,31 @@ def test_a_run_that_went_on_in_two_ways_is_not_joined(work):
     assert on("one", "a.txt", 11, drive="").step == 11
 
 
-def test_a_call_that_saved_nothing_does_not_part_two_machines(work):
-    """Machine one is cut off before its backup knows of the call; machine two goes on.
+def test_call_without_a_save_does_not_diverge(work):
+    """Machine one is interrupted before its backup knows of the call; machine two resumes.
 
-    Machine one has saved no step by then."""
+    Machine one has not saved a step by then.
+    """
     on = two_machines(work)
 
-    class Out(Callback):
+    class Interrupt(Callback):
         def on_step(self, t):
             raise RuntimeError("cut off")
 
     on("one", "a.txt", 5)
     with pytest.raises(RuntimeError, match="cut off"):
-        on("one", "a.txt", 20, drive="", callbacks=[Out()], save_steps=50)
+        on("one", "a.txt", 20, drive="", callbacks=[Interrupt()], save_steps=50)
     on("two", "a.txt", 8)
     run = on("one", "a.txt", 11)
     assert run.step == 11 and [h["step"] for h in run.history if "loss" in h] == [*range(1, 12)]
     assert on("two", "a.txt", 13).step == 13
 
 
-def test_what_has_not_arrived_in_the_backup_may_have_been_saved(work):
-    """Machine two has gone on, and only its run.json is there yet.
+def test_backup_may_miss_saved_steps(work):
+    """Machine two has resumed, and only its run.json has arrived.
 
-    What machine one has done since is not joined to it."""
+    What machine one has done since is not joined to it.
+    """
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)
@@ -746,15 +760,15 @@ def test_what_has_not_arrived_in_the_backup_may_have_been_saved(work):
         on("one", "a.txt", 11)
 
 
-def test_the_log_does_not_grow_with_hand_offs(work):
+def test_log_does_not_grow_with_hand_offs(work):
     on = two_machines(work)
-    sizes = [len(said(on(m, "a.txt", n))) for n, m in enumerate(("one", "two") * 4, 5)]
-    assert sizes[-1] < 6 * sizes[1]  # a share for each, and not all of it again each time
+    sizes = [len(run_log(on(m, "a.txt", n))) for n, m in enumerate(("one", "two") * 4, 5)]
+    assert sizes[-1] < 6 * sizes[1]  # one share each, not everything again each time
     history = open_run(work / "two/run").history
     assert [h["step"] for h in history if "loss" in h] == [*range(1, 13)]
 
 
-def test_resume_knows_that_it_went_on_elsewhere(work):
+def test_resume_detects_progress_on_another_machine(work):
     on = two_machines(work)
     on("one", "a.txt", 5)
     on("two", "a.txt", 8)
@@ -762,34 +776,34 @@ def test_resume_knows_that_it_went_on_elsewhere(work):
     assert resume(work / "one/run", max_steps=13).step == 13
 
 
-def test_a_damaged_backup_takes_nothing_away(work):
-    "What cannot be copied whole does not take the place of what is here"
+def test_damaged_backup_does_not_replace_files(work):
+    "An incomplete copy never replaces local files."
     drive = work / "drive"
     drive.mkdir()
-    run = go(work, gdrive_backup_dir=str(drive))
+    run = run_fit(work, gdrive_backup_dir=str(drive))
     tokens = drive / "run/data/train/tokens.bin"
     tokens.write_bytes(bytes(tokens.stat().st_size))
     (run.path / "run.json").unlink()
     (run.path / "data/valid/docs.npy").unlink()
     before = contents(run.path / "data")
-    run = go(work, gdrive_backup_dir=str(drive), max_steps=12)
+    run = run_fit(work, gdrive_backup_dir=str(drive), max_steps=12)
     assert (
-        "data/ is not restored" in said(run)
+        "data/ is not restored" in run_log(run)
         and run.step == 12
         and before.items() <= contents(run.path / "data").items()
     )
 
 
-def test_the_backup_of_a_mixture_from_before_places_were_written(work):
-    "An older version's run.json names none: nothing of its tokens is taken for left over"
+def test_backup_of_a_mixture_without_recorded_folders(work):
+    "An older version's run.json names no folders: none of its tokens are treated as unused."
     drive = work / "drive"
     drive.mkdir()
     both = mix([(str(work / "a.txt"), 2), (str(work / "b.txt"), 1)])
-    run = go(work, train=both, gdrive_backup_dir=str(drive))
+    run = run_fit(work, train=both, gdrive_backup_dir=str(drive))
     facts = run.facts
     del facts["data"]["places"]
     (run.path / "run.json").write_text(json.dumps(facts))
     tokens = contents(drive / "run/data", "*/*/*.bin")
     assert len(tokens) >= 4
-    go(work, train=both, gdrive_backup_dir=str(drive))
+    run_fit(work, train=both, gdrive_backup_dir=str(drive))
     assert contents(drive / "run/data", "*/*/*.bin") == tokens

@@ -1,7 +1,7 @@
-"""Several processes that train one model: their losses are those of one; they go on exactly.
+"""Several processes that train one model: losses equal those of one process; a resume is exact.
 
-None of them waits for one that is gone. On the CPU, over gloo; on GPUs only the way of the
-gradients is another.
+No process waits for one that has exited. On the CPU, over gloo; on GPUs only the transport of the
+gradients differs.
 """
 
 import os
@@ -52,7 +52,7 @@ def text(tmp_path_factory):
     return path
 
 
-class At(Callback):
+class AtStep(Callback):
     def __init__(self, step, do):
         self.step, self.do = step, do
 
@@ -69,12 +69,12 @@ def weights(run):
     return read_checkpoint(run.path).weights
 
 
-def helpers():
+def worker_processes():
     return [p for p in psutil.Process().children() if "run_worker" in " ".join(p.cmdline())]
 
 
-def gone(processes):
-    "Have they ended?"
+def have_exited(processes):
+    "Wait for the processes; return whether all have exited."
     _, alive = psutil.wait_procs(processes, 20)
     return not alive
 
@@ -84,7 +84,7 @@ def train(text, folder, *callbacks, model=SHAPE, **options):
 
 
 @pytest.fixture(scope="module")
-def alone(text, tmp_path_factory):
+def uninterrupted(text, tmp_path_factory):
     return train(text, tmp_path_factory.mktemp("alone") / "run")
 
 
@@ -99,17 +99,21 @@ def alone(text, tmp_path_factory):
     ],
     ids=lambda o: next(iter(o), "plain"),
 )
-def test_two_compute_what_one_computes(text, alone, tmp_path, options):
+def test_two_processes_equal_one(text, uninterrupted, tmp_path, options):
     one = (
         train(text, tmp_path / "one", **options)
         if set(options) - {"batch_size", "gradient_accumulation"}
-        else alone
+        else uninterrupted
     )
     seen = []
     two = train(
-        text, tmp_path / "two", At(2, lambda t: seen.extend(helpers())), devices=2, **options
+        text,
+        tmp_path / "two",
+        AtStep(2, lambda t: seen.extend(worker_processes())),
+        devices=2,
+        **options,
     )
-    assert len(seen) == 1 and gone(seen)
+    assert len(seen) == 1 and have_exited(seen)
     close = dict(rtol=0.02) if options.get("precision") == "bf16" else dict(rtol=1e-4)
     assert torch.allclose(torch.tensor(losses(two)), torch.tensor(losses(one)), **close)
     assert two.facts["choices"]["devices"] == 2 and two.facts["identity"] == one.facts["identity"]
@@ -117,8 +121,8 @@ def test_two_compute_what_one_computes(text, alone, tmp_path, options):
     assert tokens[0] == tokens[1]
 
 
-def test_preferences_and_adapters(tmp_path):
-    "Other objectives, other parameters"
+def test_preferences_and_adapters_in_two_processes(tmp_path):
+    "Other objectives, other parameters."
     for name, data, model in ("dpo", "preferences", SHAPE), ("lora", "talks", None):
         runs = []
         for devices in 1, 2:
@@ -141,28 +145,31 @@ def test_preferences_and_adapters(tmp_path):
         assert torch.allclose(*(torch.tensor(losses(r)) for r in runs), rtol=1e-3), name
 
 
-def test_goes_on_exactly(text, tmp_path):
-    "With dropout: a run of two that was stopped between two saves, against one that was left alone"
+def test_resume_is_bit_identical(text, tmp_path):
+    """With dropout:
+
+    a run of two processes, interrupted between two saves, equals an uninterrupted one.
+    """
     from dataclasses import replace
 
     model = replace(SHAPE, dropout=0.1)
     whole = train(text, tmp_path / "whole", model=model, devices=2)
 
-    class Off(Exception):
+    class PowerCut(Exception):
         pass
 
-    def off(t):
-        raise Off
+    def power_cut(t):
+        raise PowerCut
 
-    with pytest.raises(Off):
-        train(text, tmp_path / "cut", At(6, off), model=model, devices=2)
+    with pytest.raises(PowerCut):
+        train(text, tmp_path / "cut", AtStep(6, power_cut), model=model, devices=2)
     cut = train(text, tmp_path / "cut", model=model, devices=2)
     assert losses(cut) == losses(whole) and all(
         torch.equal(v, weights(whole)[k]) for k, v in weights(cut).items()
     )
 
 
-def test_another_number_of_devices(text, alone, tmp_path, capfd):
+def test_resume_with_another_number_of_devices(text, uninterrupted, tmp_path, capfd):
     run = train(
         text, tmp_path / "run", max_steps=5, devices=2, lr_schedule="constant", progress=True
     )
@@ -174,19 +181,19 @@ def test_another_number_of_devices(text, alone, tmp_path, capfd):
     )
 
 
-def test_what_cannot_be_shared_is_refused(text, tmp_path):
+def test_unsupported_options_are_refused(text, tmp_path):
     with pytest.raises(ValueError, match="cannot be shared by 3 devices"):
         train(text, tmp_path / "run", devices=3)
-    assert not helpers() or gone(helpers())
+    assert not worker_processes() or have_exited(worker_processes())
     with pytest.raises(ValueError, match="devices=0 must be at least 1"):
         train(text, tmp_path / "run", devices=0)
 
 
-def test_a_helper_that_dies(text, alone, tmp_path):
-    "The first one says so instead of waiting, and the same call goes on"
+def test_killed_worker_is_reported(text, uninterrupted, tmp_path):
+    "The main process reports it instead of waiting, and the same call resumes."
 
-    def kill(t):
-        for p in helpers():
+    def kill_worker(t):
+        for p in worker_processes():
             p.kill()
 
     with pytest.raises(
@@ -196,57 +203,57 @@ def test_a_helper_that_dies(text, alone, tmp_path):
             " checkpoint"
         ),
     ):
-        train(text, tmp_path / "run", At(6, kill), devices=2)
-    assert not helpers()
+        train(text, tmp_path / "run", AtStep(6, kill_worker), devices=2)
+    assert not worker_processes()
     run = train(text, tmp_path / "run", devices=2)
     assert run.finished and torch.allclose(
-        torch.tensor(losses(run)), torch.tensor(losses(alone)), rtol=1e-4
+        torch.tensor(losses(run)), torch.tensor(losses(uninterrupted)), rtol=1e-4
     )
 
 
-def test_a_helper_that_cannot_be_started(monkeypatch):
-    "The other one does not stay"
+def test_worker_that_cannot_start_is_reported(monkeypatch):
+    "The other worker exits too."
     started, real = [], parallel._start_worker
 
-    def start(rank, size, place):
+    def start(rank, size, path):
         if rank == 2:
             raise OSError(12, "Cannot allocate memory")
-        started.append((real(rank, size, place), Path(place).parent))
+        started.append((real(rank, size, path), Path(path).parent))
         return started[-1][0]
 
     monkeypatch.setattr("minigpt.train.parallel._start_worker", start)
     with pytest.raises(OSError, match="allocate"):
         parallel.assemble(3, "cpu")
-    helper, place = started[0]
-    assert helper.poll() is not None and not place.exists()
+    helper, path = started[0]
+    assert helper.poll() is not None and not path.exists()
 
 
-def test_ctrl_c_while_a_helper_is_stuck(text, tmp_path):
-    "The second one stops at once"
+def test_ctrl_c_with_a_stuck_worker(text, tmp_path):
+    "The second Ctrl-C stops at once."
     stuck = []
 
     def stop(t):
-        stuck.extend(helpers())
+        stuck.extend(worker_processes())
         for p in stuck:
             p.suspend()
         for after in 1, 2:
             threading.Timer(after, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 
     with pytest.raises(KeyboardInterrupt, match="stopped immediately"):
-        train(text, tmp_path / "run", At(6, stop), devices=2)
-    assert stuck and gone(stuck)
+        train(text, tmp_path / "run", AtStep(6, stop), devices=2)
+    assert stuck and have_exited(stuck)
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="where gloo listens elsewhere is not ours to say"
+    sys.platform != "linux", reason="the interface that gloo uses is known on Linux only"
 )
-def test_nobody_outside_the_machine_can_connect(text, tmp_path):
+def test_ports_listen_on_this_machine_only(text, tmp_path):
     seen = []
 
-    def look(t):
+    def inspect(t):
         seen.extend(
             c.laddr.ip
-            for p in (psutil.Process(), *helpers())
+            for p in (psutil.Process(), *worker_processes())
             for c in p.net_connections("inet")
             if c.status == psutil.CONN_LISTEN and c.laddr.port not in before
         )
@@ -256,17 +263,17 @@ def test_nobody_outside_the_machine_can_connect(text, tmp_path):
         for c in psutil.Process().net_connections("inet")
         if c.status == psutil.CONN_LISTEN
     }
-    train(text, tmp_path / "run", At(2, look), devices=2, max_steps=3)
+    train(text, tmp_path / "run", AtStep(2, inspect), devices=2, max_steps=3)
     assert seen and {*seen} <= {"127.0.0.1", "::1"}, seen
 
 
-def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
-    "And not the whole batch with each"
+def test_each_worker_gets_only_its_share(text, tmp_path, monkeypatch):
+    "And not the complete batch with each."
     sent, real = [], parallel.dist.scatter_object_list
 
-    def count(out, orders, src):
-        sent.append([len(pickle.dumps(o)) for o in orders])
-        return real(out, orders, src=src)
+    def count(out, commands, src):
+        sent.append([len(pickle.dumps(o)) for o in commands])
+        return real(out, commands, src=src)
 
     monkeypatch.setattr(parallel.dist, "scatter_object_list", count)
     train(
@@ -279,7 +286,7 @@ def test_only_the_shares_are_sent(text, tmp_path, monkeypatch):
         max_steps=2,
     )
     assert max(b for _, b in sent) < 2 * (64 * 32 * 8 * 2) // 2, (
-        "twice the ids and labels, int64, of half the batch"
+        "ids and labels, int64, for half of the batch each"
     )
 
 
@@ -306,10 +313,11 @@ def script(tmp_path):
     return path
 
 
-def test_torchrun(text, alone, script, tmp_path):
+def test_torchrun(text, uninterrupted, script, tmp_path):
     """The same script in every process, with two trainings in it, one after the other.
 
-    Then once more, where both are finished."""
+    Then once more, when both are finished.
+    """
     for _ in range(2):
         done = subprocess.run(
             [
@@ -333,12 +341,14 @@ def test_torchrun(text, alone, script, tmp_path):
         )
     for name in "ab":
         assert torch.allclose(
-            torch.tensor(losses(Run(tmp_path / name))), torch.tensor(losses(alone)), rtol=1e-4
+            torch.tensor(losses(Run(tmp_path / name))),
+            torch.tensor(losses(uninterrupted)),
+            rtol=1e-4,
         )
 
 
-def test_a_model_that_the_others_cannot_make(text, script, tmp_path):
-    "Its class stands in the script"
+def test_model_class_of_the_script_is_refused(text, script, tmp_path):
+    "Its class is defined in the script."
     script.write_text(
         script.read_text()
         .replace("class Say", "from minigpt.model.gpt import GPT\nclass Mine(GPT): pass\nclass Say")
@@ -359,8 +369,8 @@ def test_a_model_that_the_others_cannot_make(text, script, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_the_first_one_is_killed(text, script, tmp_path):
-    "Nobody is left behind, and the run goes on"
+def test_killed_main_process_leaves_no_workers(text, script, tmp_path):
+    "No process is left, and the run resumes."
     script.write_text(
         script.read_text().replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,")
     )
@@ -376,12 +386,14 @@ def test_the_first_one_is_killed(text, script, tmp_path):
     assert others
     p.kill()
     p.wait()
-    assert gone(others)
+    assert have_exited(others)
     assert train(text, tmp_path / "a", devices=2).finished
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no Ctrl-C for one process there")
-def test_ctrl_c_stops_between_two_steps(text, script, tmp_path):
+@pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process alone"
+)
+def test_ctrl_c_stops_between_steps(text, script, tmp_path):
     script.write_text(
         script.read_text()
         .replace("callbacks=[Say()],", "callbacks=[Say()], devices=2,")
@@ -399,6 +411,6 @@ def test_ctrl_c_stops_between_two_steps(text, script, tmp_path):
             break
     others = psutil.Process(p.pid).children(recursive=True)
     os.killpg(p.pid, signal.SIGINT)
-    _, said = p.communicate(timeout=60)
-    assert "KeyboardInterrupt: stopped after step" in said and gone(others)
+    _, output = p.communicate(timeout=60)
+    assert "KeyboardInterrupt: stopped after step" in output and have_exited(others)
     assert [c for c in Run(tmp_path / "a").checkpoints if not c.problem]

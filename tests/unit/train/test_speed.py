@@ -1,6 +1,6 @@
-"""Fast, and still exact; and what happens when memory runs out.
+"""Fast and still exact, and what happens if memory runs out.
 
-Compiled, in bf16, with activations computed twice, by Muon.
+Compiled, in bf16, with gradient checkpointing, with Muon.
 """
 
 import json
@@ -22,7 +22,7 @@ from minigpt.run.guard import Guard
 from minigpt.train.speed import can_keep, choose_runtime, decide_compile
 from minigpt.train.trainer import Callback, TrainingError, fit
 from tests.harness import kill_child as child
-from tests.recovery.test_faults import At, PowerCut, go, power_cut
+from tests.recovery.test_faults import AtStep, PowerCut, power_cut, run_fit
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -32,16 +32,17 @@ def work(tmp_path):
     return child.new_work(tmp_path / "work")
 
 
-def interrupted(work, tmp_path, **options):
-    """Losses of a run that is cut off behind step 7, two steps after a save, and goes on.
+def check_interrupted_run(work, tmp_path, **options):
+    """Check that a run interrupted after step 7, two steps after a save, resumes bit for bit.
 
-    Each is equal to that of a run left alone."""
-    alone = go(child.new_work(tmp_path / "alone"), **options)[1]
+    Return the losses of the uninterrupted run.
+    """
+    uninterrupted = run_fit(child.new_work(tmp_path / "alone"), **options)[1]
     with pytest.raises(PowerCut):
-        go(work, At(7, power_cut), **options)
-    _, after = go(work, **options)
-    assert len(after) > 6 and {k: alone[k] for k in after} == after
-    return alone
+        run_fit(work, AtStep(7, power_cut), **options)
+    _, after = run_fit(work, **options)
+    assert len(after) > 6 and {k: uninterrupted[k] for k in after} == after
+    return uninterrupted
 
 
 @pytest.mark.skipif(
@@ -51,11 +52,11 @@ def interrupted(work, tmp_path, **options):
         " apt-get install g++; macOS: xcode-select --install)"
     ),
 )
-def test_a_compiled_run_goes_on_exactly(work, tmp_path):
-    interrupted(work, tmp_path, enable_compile="yes", max_steps=12)
+def test_compiled_run_resumes_bit_for_bit(work, tmp_path):
+    check_interrupted_run(work, tmp_path, enable_compile="yes", max_steps=12)
     run = open_run(work / "run")
     assert run.facts["choices"]["compile"] == "yes"
-    model = run.model().train()  # the same files as without, and the same numbers
+    model = run.model().train()  # the same files and numbers as without compiling
     model.model.layers.apply(
         lambda m: (
             setattr(m, "p", 0.0) if isinstance(m, torch.nn.Dropout) else setattr(m, "dropout", 0.0)
@@ -83,15 +84,15 @@ def test_a_compiled_run_goes_on_exactly(work, tmp_path):
         " apt-get install g++; macOS: xcode-select --install)"
     ),
 )
-def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, capsys):
+def test_auto_compiles_a_long_run_and_its_resume(work, monkeypatch, capsys):
     from minigpt.train import speed
 
     times = iter(
         [1.0, 1.0, 1.0, 1.0, 1.0] + [0.1] * 9
-    )  # seconds of a micro-batch: plain, then compiled
+    )  # seconds per micro-batch: eager, then compiled
     monkeypatch.setattr(speed, "micro_step", lambda *a: next(times))
     with pytest.raises(PowerCut):
-        go(work, At(7, power_cut), max_steps=200, progress=True)
+        run_fit(work, AtStep(7, power_cut), max_steps=200, progress=True)
     out = capsys.readouterr().out
     assert (
         "compiled 100 ms" in out
@@ -100,19 +101,19 @@ def test_auto_compiles_a_long_run_and_a_resume_does_the_same(work, monkeypatch, 
     )
     monkeypatch.setattr(speed, "micro_step", lambda *a: 0.1)
     with pytest.raises(PowerCut):
-        go(work, At(9, power_cut), max_steps=200, progress=True)
+        run_fit(work, AtStep(9, power_cut), max_steps=200, progress=True)
     out = capsys.readouterr().out
     assert ", compiled," in out and "measuring" not in out
 
 
-def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypatch, capsys):
+def test_failing_compiler_is_reported_once(work, monkeypatch, capsys):
     from minigpt.model.gpt import Block
 
-    def broken(self, **how):
+    def raise_compile_error(self, **how):
         raise RuntimeError("no C++ compiler was found")
 
-    monkeypatch.setattr(Block, "compile", broken)
-    run, _ = go(work, enable_compile=True, progress=True)
+    monkeypatch.setattr(Block, "compile", raise_compile_error)
+    run, _ = run_fit(work, enable_compile=True, progress=True)
     out = capsys.readouterr().out
     assert (
         run.finished
@@ -133,24 +134,27 @@ def test_a_compiler_that_fails_is_said_once_and_training_goes_on(work, monkeypat
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_every_way_to_train_goes_on_exactly(work, tmp_path, options):
+def test_resume_is_bit_identical(work, tmp_path, options):
     seen = []
 
-    def look(t):
+    def inspect(t):
         seen.append(torch.are_deterministic_algorithms_enabled())
 
-    go(child.new_work(tmp_path / "look"), At(2, look), **options)
+    run_fit(child.new_work(tmp_path / "look"), AtStep(2, inspect), **options)
     assert seen == [options.get("deterministic", False)]
-    interrupted(work, tmp_path, **options)
-    assert not torch.are_deterministic_algorithms_enabled(), "it is put back"
+    check_interrupted_run(work, tmp_path, **options)
+    assert not torch.are_deterministic_algorithms_enabled(), "the mode must be restored"
 
 
 def test_gradient_checkpointing_changes_no_loss(work, tmp_path):
-    assert go(work)[1] == go(child.new_work(tmp_path / "other"), gradient_checkpointing=True)[1]
+    assert (
+        run_fit(work)[1]
+        == run_fit(child.new_work(tmp_path / "other"), gradient_checkpointing=True)[1]
+    )
 
 
-def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monkeypatch):
-    alone = go(child.new_work(tmp_path / "alone"))[1]
+def test_run_is_saved_and_resumes_when_memory_runs_out(work, tmp_path, monkeypatch):
+    uninterrupted = run_fit(child.new_work(tmp_path / "alone"))[1]
     use = iter([50] * 8 + [97] * 1000)
     monkeypatch.setattr(
         "minigpt.train.callbacks.Guard",
@@ -165,115 +169,117 @@ def test_where_memory_runs_out_the_run_is_saved_and_goes_on(work, tmp_path, monk
             r" gradient_accumulation=4.*stopped after step \d+ and saved"
         ),
     ):
-        go(work)
+        run_fit(work)
     monkeypatch.undo()
     before = open_run(work / "run").step
     assert 1 < before < 20
-    run, after = go(work)
+    run, after = run_fit(work)
     assert (
         run.finished
-        and {k: alone[k] for k in after} == after
+        and {k: uninterrupted[k] for k in after} == after
         and min(s for s, k in after if k == "loss") == before + 1
     )
 
 
-def test_disable_monitoring_watches_nothing(work, monkeypatch):
-    def none(*args):
-        raise AssertionError("a guard was made")
+def test_disable_monitoring_creates_no_guard(work, monkeypatch):
+    def raise_error(*args):
+        raise AssertionError("a memory guard was created")
 
-    monkeypatch.setattr("minigpt.train.callbacks.Guard", none)
-    assert go(work, disable_monitoring=True)[0].finished
+    monkeypatch.setattr("minigpt.train.callbacks.Guard", raise_error)
+    assert run_fit(work, disable_monitoring=True)[0].finished
 
 
-def test_out_of_memory_says_what_to_change_and_a_resume_accepts_it(work, tmp_path, monkeypatch):
-    alone = go(child.new_work(tmp_path / "alone"))[1]
+def test_out_of_memory_names_options_that_a_resume_accepts(work, tmp_path, monkeypatch):
+    uninterrupted = run_fit(child.new_work(tmp_path / "alone"))[1]
 
-    def too_much(t):
+    def raise_out_of_memory(t):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of this")
 
     with pytest.raises(TrainingError) as e:
-        go(work, At(7, too_much))
-    said = str(e.value)
+        run_fit(work, AtStep(7, raise_out_of_memory))
+    message = str(e.value)
     assert (
-        "checkpoint-5" in said
-        and "batch_size=2, gradient_accumulation=4 (instead of 4 and 2" in said
-        and "gradient_checkpointing=True" in said
+        "checkpoint-5" in message
+        and "batch_size=2, gradient_accumulation=4 (instead of 4 and 2" in message
+        and "gradient_checkpointing=True" in message
     )
-    run, after = go(work, batch_size=2, gradient_accumulation=4)
+    run, after = run_fit(work, batch_size=2, gradient_accumulation=4)
     assert run.finished and min(s for s, k in after if k == "loss") == 6
     assert all(
-        abs(float.fromhex(alone[k]) - float.fromhex(v)) < 0.05 for k, v in after.items()
-    )  # not bit for bit: sums are made in another order
+        abs(float.fromhex(uninterrupted[k]) - float.fromhex(v)) < 0.05 for k, v in after.items()
+    )  # not bit for bit: sums are computed in another order
 
 
-def test_out_of_memory_before_the_first_step_says_the_same(work, monkeypatch):
-    """When it is measured whether compiling pays, nothing has begun yet.
+def test_out_of_memory_before_the_first_step(work, monkeypatch):
+    """It happens while the benefit of compiling is measured, before training starts.
 
-    A smaller micro-batch can be tried at once."""
+    A smaller micro-batch can be tried at once.
+    """
     from minigpt.train import speed
 
-    def too_much(*args):
+    def raise_out_of_memory(*args):
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(speed, "micro_step", too_much)
+    monkeypatch.setattr(speed, "micro_step", raise_out_of_memory)
     with pytest.raises(
         TrainingError,
         match="in step 1 .*No checkpoint had been saved yet.*batch_size=2, gradient_accumulation=4",
     ):
-        go(work)
+        run_fit(work)
     monkeypatch.undo()
-    assert go(work, batch_size=2, gradient_accumulation=4)[0].finished
+    assert run_fit(work, batch_size=2, gradient_accumulation=4)[0].finished
 
 
-def test_out_of_memory_leaves_nothing_of_the_step_in_memory(work):
-    "A notebook keeps the error, and the next call must find the memory free"
+def test_out_of_memory_frees_the_memory_of_the_step(work):
+    "A notebook keeps the error, and the next call needs the memory."
 
     class Activations:
         pass
 
     left = []
 
-    def too_much(t):
+    def raise_out_of_memory(t):
         held = Activations()
         left.append(weakref.ref(held))
         raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(TrainingError) as e:
-        go(work, At(7, too_much))
+        run_fit(work, AtStep(7, raise_out_of_memory))
     assert e.value.__traceback__ and left[0]() is None
 
 
-def test_fp16_that_overflows_at_every_scale_is_said(work):
-    "Such steps change nothing: the loss would stay as it is, and the run seem to end well"
+def test_fp16_overflow_at_every_scale_is_an_error(work):
+    "Such steps change nothing: the loss would not change, and the run would seem to succeed."
 
-    def hopeless(t):
+    def set_low_scale(t):
         t.scaler = torch.amp.GradScaler("cpu", init_scale=1e-4)
 
     with pytest.raises(
         TrainingError,
         match="fp16 overflowed in many steps .*down to 0.0001.*checkpoint-5.*precision='fp32'",
     ):
-        go(work, At(6, hopeless))
+        run_fit(work, AtStep(6, set_low_scale))
 
 
-def test_a_copy_that_finds_no_pinned_memory_is_done_without(work, monkeypatch, capsys):
-    def none(self, state):
+def test_copy_without_pinned_memory(work, monkeypatch, capsys):
+    def raise_error(self, state):
         self.buffers["weights", "some"] = None
         raise RuntimeError("CUDA error: out of memory")
 
-    monkeypatch.setattr(minigpt.train.state.Writer, "copy", none)
-    run, after = go(work)
+    monkeypatch.setattr(minigpt.train.state.Writer, "copy", raise_error)
+    run, after = run_fit(work)
     assert run.finished and "training waits while a checkpoint is written" in (
         run.path / "run.log"
     ).read_text("utf-8")
     monkeypatch.undo()
-    assert after == go(child.new_work(work / "other"))[1]
+    assert after == run_fit(child.new_work(work / "other"))[1]
 
 
-def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(work, monkeypatch):
+def test_state_is_saved_without_memory_for_a_copy(work, monkeypatch):
     """A stop in a step with an evaluation, whose best model was copied.
 
-    The state is written, though no copy of it can be made."""
+    The state is written although no copy of it is possible.
+    """
     real = minigpt.train.state.Writer.save
 
     def full_after(self, store, state):
@@ -289,9 +295,9 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
         t.stop = "enough"
 
     with pytest.raises(TrainingError, match="enough: stopped after step 4"):
-        go(
+        run_fit(
             work,
-            At(4, stop),
+            AtStep(4, stop),
             evaluation_strategy="steps",
             eval_steps=4,
             validation_split=0.2,
@@ -312,14 +318,14 @@ def test_a_save_without_room_for_a_copy_follows_a_light_one_of_the_same_step(wor
         ("mps", "Apple GPU"),
     ],
 )
-def test_a_device_that_is_not_here(device, says, monkeypatch):
+def test_missing_device_is_refused(device, says, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match=says):
         choose_runtime(TrainConfig(device=device))
 
 
-def test_a_device_that_was_there(monkeypatch):
-    "A run that goes on on another machine keeps what it can keep"
+def test_resume_on_a_machine_without_the_device(monkeypatch):
+    "A run that resumes on another machine keeps the options that still apply."
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -339,16 +345,16 @@ def test_a_device_that_was_there(monkeypatch):
     assert choose_runtime(TrainConfig(device="cuda")).precision == "fp16"
 
 
-def test_another_error_is_not_taken_for_memory(work):
+def test_other_errors_are_not_out_of_memory(work):
     def other(t):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="^mat1"):
-        go(work, At(7, other))
+        run_fit(work, AtStep(7, other))
 
 
-def test_choices_stand_in_run_json(work):
-    run, _ = go(work, auto_batch_size=True)
+def test_choices_are_recorded_in_run_json(work):
+    run, _ = run_fit(work, auto_batch_size=True)
     choices = json.loads((run.path / "run.json").read_text())["choices"]
     assert (
         choices["compile"] == "no"
@@ -362,10 +368,11 @@ def test_choices_stand_in_run_json(work):
     "dtype, near", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)]
 )
 @pytest.mark.parametrize("rows", [1, 97, 10_000])
-def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
-    """Also for rows without a label, no rows, and extreme chances.
+def test_blockwise_loss_equals_the_plain_loss(dtype, near, rows, monkeypatch):
+    """Also for rows without a label, no rows, and extreme probabilities.
 
-    Chances too small for fp16, and next to 1, of which bf16 knows two digits."""
+    Probabilities too small for fp16, or so close to 1 that bf16 rounds them.
+    """
     monkeypatch.setattr(minigpt.model.gpt, "_chunk_size", lambda *a: rows)
     for n, scale, known in (
         (600, 1.0, False),
@@ -381,18 +388,18 @@ def test_the_loss_in_blocks_is_the_plain_one(dtype, near, rows, monkeypatch):
         y = torch.randint(900, (n,), generator=g)
         h = (
             scale * (w[y].detach() if known else torch.randn(n, 64, generator=g))
-        ).requires_grad_()  # what is known by heart points at its label
+        ).requires_grad_()  # confident predictions point at the label
         y[1::5] = -100
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             ours = linear_cross_entropy(h, w, y, 400)
-        round_ = lambda t: t.to(dtype).float()  # the same numbers to multiply
+        round_ = lambda t: t.to(dtype).float()  # the same factors
         plain = F.cross_entropy(round_(h) @ round_(w).T, y, reduction="sum") / 400
         assert ours.item() == pytest.approx(plain.item(), rel=5 * near if known else near)
         for a, b in zip(torch.autograd.grad(plain, (h, w)), torch.autograd.grad(ours, (h, w))):
             assert (a - b).norm() <= 5 * near * a.norm(), (n, scale, known)
 
 
-def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
+def test_model_too_large_for_its_device(work, monkeypatch):
     def full(self, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
@@ -400,10 +407,10 @@ def test_a_model_that_does_not_fit_on_its_device(work, monkeypatch):
     with pytest.raises(
         TrainingError, match=r"the model \(.* does not fit on cpu .*restart its kernel"
     ):
-        go(work)
+        run_fit(work)
 
 
-def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
+def test_preferences_without_enough_memory(work, monkeypatch):
     def full(data, seq_len, name, model=None, **options):
         if model is not None:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
@@ -424,20 +431,20 @@ def test_preferences_for_which_memory_is_not_enough(work, monkeypatch):
         )
 
 
-def test_a_library_that_switches_subnormal_numbers_off(work):
-    "As those do that torch 2.4 compiles: the losses are those of a run that loads none"
+def test_library_that_flushes_subnormal_numbers(work):
+    "Libraries that torch 2.4 compiles do that: the losses equal those of a run that loads none."
     tiny = lambda: float(torch.tensor([1e-40]) * 1)
     seen = []
 
-    class Look(Callback):
+    class Inspect(Callback):
         def on_step(self, t):
             seen.append(tiny())
             torch.set_flush_denormal(True)
 
     if not torch.set_flush_denormal(True):
-        pytest.skip("this processor has no such switch")
+        pytest.skip("this processor cannot flush subnormal numbers to zero")
     try:
-        go(work, Look())
+        run_fit(work, Inspect())
     finally:
         torch.set_flush_denormal(False)
     assert len(seen) > 2 and all(seen)
