@@ -518,7 +518,9 @@ class RunLog(logging.Handler):
     def __exit__(self, kind, error, trace):
         if kind and self.counts:
             text = f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}"
-            self.write(text, logging.ERROR)
+            # the stop button, Ctrl-C, a closed terminal
+            asked = issubclass(kind, (KeyboardInterrupt, SystemExit))
+            self.write(text, logging.INFO if asked else logging.ERROR)
 
 
 def to_note(record: logging.LogRecord) -> Note:
