@@ -627,7 +627,7 @@ def _load_start(job: FitContext, t: RunTrainer) -> Checkpoint | None:
 def _start_attempt(job: FitContext, t: RunTrainer, start: Checkpoint | None):
     "Make the last decisions and write run.json."
     record, call = job.record, job.call
-    attempt = dict(started=time.time(), step=t.step, device=job.runtime.device)
+    attempt = dict(started=time.time(), step=t.step, device=job.runtime.device, log=job.log.start)
     job.attempts = [*job.attempts, attempt | dict(versions=software_versions())]
     if start and call.resume is not ResumeFrom.NEWEST:
         # first, so that a run that is killed here knows that the later checkpoints are abandoned
