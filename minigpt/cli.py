@@ -11,14 +11,18 @@ __all__ = ['app', 'FULL_DATA', 'checkpoint_app', 'data_app', 'tokenizer_app', 'w
 # %% ../nbs/06_cli.ipynb #f67e2f7f
 import inspect
 import os
+import platform
+import re
 import sys
 from functools import partial, wraps
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from . import __version__
 from minigpt.config.options import (
     PATIENCE,
     TrainConfig,
@@ -41,7 +45,83 @@ def _canonical_name(name: str) -> str:
     aliases = other_programs().aliases | dict(resume_from_checkpoint="resume")
     return _dash(aliases.get(name.replace("-", "_"), name))
 
-# %% ../nbs/06_cli.ipynb #1cd87a7a
+# %% ../nbs/06_cli.ipynb #418ec8f3
+def _fold(
+    text: str,  # The names of an option and its values, such as `--device [auto|cpu]`
+    width: int,  # Characters per line, unless a part is longer
+) -> str:
+    "Break lines between words, and a longer word after its bars."
+    lines = []
+    for word in text.split():
+        parts = [word] if len(word) <= width else re.findall(r"[^|]+[|]?", word)
+        for i, part in enumerate(parts):
+            space = " " if i == 0 else ""
+            if lines and len(lines[-1] + space + part) <= width:
+                lines[-1] += space + part
+            else:
+                lines.append(part)
+    return "\n".join(lines)
+
+
+def _write_panels(
+    formatter,  # Of click
+    panels: dict[str, list[tuple[str, str]]],  # Heading → names and help texts
+):
+    "Write one panel per heading that has entries."
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    names = [name for records in panels.values() for name, _ in records]
+    width = min(30, formatter.width * 2 // 5, max(map(len, names)))
+    console = Console(width=formatter.width)
+    with console.capture() as capture:
+        for heading, records in panels.items():
+            table = Table.grid(padding=(0, 2))
+            table.add_column(width=width, overflow="fold")
+            table.add_column(overflow="fold")
+            for name, help in records:
+                label, text = Text(_fold(name, width)), Text(help)
+                label.highlight_regex(r"^-?[\w-]+|(?<=[ \n])--?[\w-]+", "bold cyan")
+                label.highlight_regex(r"[<[][^>]*$", "green")
+                text.highlight_regex(r"\[[^][]*\]$", "dim")
+                table.add_row(label, text)
+            if records:
+                console.print(Panel(table, title=heading, title_align="left"))
+    formatter.write_paragraph()
+    formatter.write(capture.get())
+
+# %% ../nbs/06_cli.ipynb #1b21a9ac
+def _option_panels(command, ctx) -> dict[str, list[tuple[str, str]]]:
+    "Return the arguments and options of a command by panel."
+    panels = {}
+    for p in command.get_params(ctx):
+        default = "Arguments" if p.param_type_name == "argument" else "Options"
+        if record := p.get_help_record(ctx):
+            panels.setdefault(getattr(p, "rich_help_panel", None) or default, []).append(record)
+    return panels
+
+
+class _PanelCommand(TyperCommand):
+    "A command whose help has one panel per `rich_help_panel`."
+
+    def format_options(self, ctx, formatter):
+        _write_panels(formatter, _option_panels(self, ctx))
+
+
+class _PanelGroup(TyperGroup):
+    "A group whose help lists the commands by `rich_help_panel`."
+
+    def format_options(self, ctx, formatter):
+        panels = {heading: [] for heading in ("Train", "Inspect", "Use", "Data")}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            record = name, command.get_short_help_str(200)
+            panels.setdefault(command.rich_help_panel or "Commands", []).append(record)
+        _write_panels(formatter, panels | _option_panels(self, ctx))
+
+# %% ../nbs/06_cli.ipynb #687becb5
 def _expand_home(value):
     "Expand `~` in paths, which a shell does not do in `--output=~/x`."
     if isinstance(value, list):
@@ -50,41 +130,57 @@ def _expand_home(value):
 
 
 class _App(typer.Typer):
-    "An app whose commands expand `~`."
+    "An app whose help has panels, and whose commands expand `~`."
 
-    def command(self, *args, **kwargs):
+    def __init__(self, **options):
+        super().__init__(cls=_PanelGroup, no_args_is_help=True, rich_markup_mode=None, **options)
+
+    def command(self, *args, cls=_PanelCommand, **kwargs):
         def register(func):
             @wraps(func)
             def wrapper(**values):
                 return func(**{k: _expand_home(v) for k, v in values.items()})
 
-            super(_App, self).command(*args, **kwargs)(wrapper)
+            super(_App, self).command(*args, cls=cls, **kwargs)(wrapper)
             return func
 
         return register
 
-# %% ../nbs/06_cli.ipynb #e723afb3
-class _PanelGroup(TyperGroup):
-    "A group whose help lists the commands by `rich_help_panel`."
-
-    def format_commands(self, ctx, formatter):
-        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
-        for panel in "Train", "Inspect", "Use", "Data":
-            rows = [(n, c.get_short_help_str()) for n, c in commands if c.rich_help_panel == panel]
-            with formatter.section(panel):
-                formatter.write_dl(rows, col_max=10)
-
 
 app = _App(
     name="minigpt",
-    cls=_PanelGroup,
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings=dict(token_normalize_func=_dash),
+    context_settings=dict(token_normalize_func=_dash, max_content_width=120),
     help="Train your own small GPT, without ever losing your work.",
 )
+
+# %% ../nbs/06_cli.ipynb #a1b76ae6
+def _show_version(wanted: bool):
+    "Print the versions of minigpt, torch and Python, and exit."
+    if not wanted:
+        return
+    try:
+        torch = f"torch {version('torch')}"
+    except PackageNotFoundError:
+        torch = "torch is not installed"
+    typer.echo(f"minigpt {__version__}, {torch}, Python {platform.python_version()}")
+    raise typer.Exit()
+
+
+@app.callback()
+def _app_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Show the versions of minigpt, torch and Python, and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+):
+    "The options before the command."
 
 # %% ../nbs/06_cli.ipynb #f6df6077
 def _option(kind, help: str, *names: str, **more):
@@ -96,38 +192,16 @@ def _argument(kind, help: str):
     "Annotate a positional argument."
     return Annotated[kind, typer.Argument(help=help)]
 
-# %% ../nbs/06_cli.ipynb #905ab632
-class _PanelCommand(TyperCommand):
-    "A command whose help has one panel per `rich_help_panel`."
-
-    def format_options(self, ctx, formatter):
-        from rich.console import Console
-        from rich.panel import Panel
-        from rich.table import Table
-        from rich.text import Text
-
-        panels = dict(Arguments=[], Options=[])
-        for p in self.get_params(ctx):
-            default = "Arguments" if p.param_type_name == "argument" else "Options"
-            heading = getattr(p, "rich_help_panel", None) or default
-            if record := p.get_help_record(ctx):
-                panels.setdefault(heading, []).append(record)
-        console = Console(width=formatter.width)
-        with console.capture() as capture:
-            for heading, records in panels.items():
-                table = Table.grid(padding=(0, 2))
-                table.add_column(width=30)
-                for name, help in records:
-                    table.add_row(Text(name), Text(help))
-                if records:
-                    console.print(Panel(table, title=heading, title_align="left"))
-        formatter.write_paragraph()
-        formatter.write(capture.get())
-
-
-_TRAINING = dict(cls=_PanelCommand, context_settings=dict(token_normalize_func=_canonical_name))
+# %% ../nbs/06_cli.ipynb #38094853
+_TRAINING = dict(context_settings=dict(token_normalize_func=_canonical_name))
 
 # %% ../nbs/06_cli.ipynb #772b8fbd
+def _metavar(name: str) -> str | None:
+    "Return the values that an option accepts, as `[cosine|linear]`; None: any of its type."
+    values = [v for v in TrainConfig.choices().get(name, ()) if v]
+    return f"[{'|'.join(values)}]" if values else None
+
+
 def with_training_options(
     command,  # Function with **options
 ):  # The command with these options
@@ -142,6 +216,7 @@ def with_training_options(
             type(f.default) | None,
             f"{f.metadata['help']} [{f.default}]",
             rich_help_panel=heading,
+            metavar=_metavar(f.name),
         )
         for heading, group in TrainConfig.groups().items()
         for f in group
@@ -270,53 +345,62 @@ def run_name(data) -> str:
     return "demo"
 
 # %% ../nbs/06_cli.ipynb #ff397b72
+_data_option, _preset_option, _model_option, _run_option = (
+    partial(_option, rich_help_panel=heading) for heading in ("Data", "Presets", "Model", "Run")
+)
 _Data = _argument(
     list[str] | None,
     "files or directories of .txt or .jsonl, a registered data set (minigpt data list), or a"
     " built-in corpus: stories, talks, calls, reasoning, preferences, stdlib",
 )
-_DataNames = _option(list[str] | None, "data by name; several NAME=WEIGHT for a mixture")
-_DataFiles = _option(list[str] | None, "data by path")
-_AllData = _option(bool, "use pretrain_hq, sft_1024, sft_512 and r1_mix_1024", "--use-full-data")
-_Valid = _option(str | None, "validation file; default: a fraction of the data")
-_Stage = _option(str | None, "preset for a stage: pretrain, sft, tool_calling, dpo")
-_Hardware = _option(
+_DataNames = _data_option(list[str] | None, "data by name; several NAME=WEIGHT for a mixture")
+_DataFiles = _data_option(list[str] | None, "data by path")
+_AllData = _data_option(
+    bool, "use pretrain_hq, sft_1024, sft_512 and r1_mix_1024", "--use-full-data"
+)
+_Valid = _data_option(str | None, "validation file; default: a fraction of the data")
+_Stage = _preset_option(str | None, "preset for a stage: pretrain, sft, tool_calling, dpo")
+_Hardware = _preset_option(
     str | None,
     "preset for a machine: auto, colab_t4, rtx_4090_24gb, apple_silicon_8gb, cpu_only …",
 )
-_Recipe = _option(
+_Recipe = _preset_option(
     str | None, "preset for a training: quick_prototype, production, special_abilities"
 )
 
 # %% ../nbs/06_cli.ipynb #07da3177
-_Config = _option(
+_Config = _model_option(
     str | None,
     "model preset: tiny, small, medium, large; or the directory of a model to start from: a"
     " finished run, a checkpoint, a Llama or Qwen3 [tiny]",
 )
-_LoraRank = _option(
+_LoraRank = _model_option(
     int | None,
     "train a LoRA adapter of this rank on the frozen model in --config; 8 is common",
 )
-_LoraAlpha = _option(float | None, "scaling of the adapter: lora-alpha / lora-r [twice lora-r]")
-_LoraTargets = _option(str | None, "matrices to adapt in each block, separated by commas [all]")
-_Tokenizer = _option(Path | None, "directory with a tokenizer.json; default: train one")
+_LoraAlpha = _model_option(
+    float | None, "scaling of the adapter: lora-alpha / lora-r [twice lora-r]"
+)
+_LoraTargets = _model_option(
+    str | None, "matrices to adapt in each block, separated by commas [all]"
+)
+_Tokenizer = _model_option(Path | None, "directory with a tokenizer.json; default: train one")
 
 # %% ../nbs/06_cli.ipynb #9f89eacb
-_OutputDir = _option(Path | None, "directory of the run; default: runs/NAME-OF-THE-DATA")
-_Resume = _option(
+_OutputDir = _run_option(Path | None, "directory of the run; default: runs/NAME-OF-THE-DATA")
+_Resume = _run_option(
     str | None,
     "auto, no, or the name or path of a checkpoint; a path also selects the run and, by default,"
     " its data [auto]",
 )
-_Yes = _option(bool, "no effect, since `train` does not ask", "--yes", "-y")
-_Override = _option(
+_Yes = _run_option(bool, "no effect, since `train` does not ask", "--yes", "-y")
+_Override = _run_option(
     list[str] | None,
     "allow these to change when a run resumes: effective_batch, max_seq_len, data,"
     " validation_split, seed",
 )
-_Overwrite = _option(bool, "move an existing run in output_dir aside")
-_ConfigFile = _option(
+_Overwrite = _run_option(bool, "move an existing run in output_dir aside")
+_ConfigFile = _run_option(
     Path | None, "JSON or YAML file with these options; data_files selects the data"
 )
 
@@ -575,7 +659,7 @@ def evaluate_(
     batch_size: _option(int, "sequences per batch") = 8,
     max_sequences: _option(int, "sequences to evaluate, spread over the data; 0: all") = 0,
     max_data_size: _option(int, "use only the first rows, at most this many; 0: all") = 0,
-    device: _option(str, "auto, cpu, cuda, mps") = "auto",
+    device: _option(str, "device to compute on", metavar="[auto|cpu|cuda|mps]") = "auto",
     cache: _option(Path | None, "directory to cache the tokens in") = None,
 ):
     "Compute loss, perplexity and bits per byte."
@@ -756,7 +840,7 @@ def plot(
     typer.echo(output)
 
 # %% ../nbs/06_cli.ipynb #1aa1431b
-checkpoint_app = _App(no_args_is_help=True, help="Inspect checkpoints.")
+checkpoint_app = _App(help="Inspect checkpoints.")
 app.add_typer(checkpoint_app, name="checkpoint", rich_help_panel="Inspect")
 
 # %% ../nbs/06_cli.ipynb #902e387f
@@ -815,7 +899,9 @@ def analyze_checkpoint(
     create_demo: _Demo = False,
     config: _option(str, "model preset of the demo: tiny, small, medium, large") = "medium",
     overwrite: _option(bool, "replace an existing demo checkpoint", "--overwrite") = False,
-    target: _option(str | None, "deployment target for suggestions: mobile, edge or server") = None,
+    target: _option(
+        str | None, "deployment target for suggestions", metavar="[mobile|edge|server]"
+    ) = None,
     training_hours: _option(
         float | None, "duration of the training, for suggestions in hours"
     ) = None,
@@ -849,7 +935,9 @@ def export(
     out: _argument(
         Path | None, "directory to create; default: in the run's `exports`, or next to the source"
     ) = None,
-    precision: _option(str, "fp32, fp16, bf16, int8, int4, or onnx for other runtimes") = "fp32",
+    precision: _option(
+        str, "precision; onnx: for other runtimes", metavar="[fp32|fp16|bf16|int8|int4|onnx]"
+    ) = "fp32",
     weights_only: _option(
         bool, "export the model only, or all that is needed to resume", "--weights-only/--full"
     ) = True,
@@ -883,7 +971,7 @@ def export(
     typer.echo(f"{exported}: {human_size(dir_size(exported))}")
 
 # %% ../nbs/06_cli.ipynb #6247374c
-data_app = _App(no_args_is_help=True, help="Analyze, prepare and download data.")
+data_app = _App(help="Analyze, prepare and download data.")
 app.add_typer(data_app, name="data", rich_help_panel="Data")
 
 # %% ../nbs/06_cli.ipynb #60f6dd90
@@ -933,7 +1021,9 @@ def prepare(
     validate_only: _option(bool, "check the rows and write nothing", "--validate-only") = False,
     analyze: _Analyze = False,
     tokenizer: _Counter = None,
-    on_bad_row: _option(str, "skip or error") = "skip",
+    on_bad_row: _option(
+        str, "what to do with a row that is refused", metavar="[skip|error]"
+    ) = "skip",
     encoding: _Encoding = "",
     columns: _Columns = "",
     overwrite: _option(bool, "replace an existing output", "--overwrite") = False,
@@ -1018,7 +1108,7 @@ def get(name: _argument(str, "name of a registered data set")):
     typer.echo(dataset(name).data_path)
 
 # %% ../nbs/06_cli.ipynb #9aeb8967
-tokenizer_app = _App(no_args_is_help=True, help="Train and inspect tokenizers.")
+tokenizer_app = _App(help="Train and inspect tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer", rich_help_panel="Data")
 
 

@@ -41,6 +41,7 @@ from minigpt.checkpoint.store import (
     write_manifest,
     write_safetensors,
 )
+from ..core.errors import short_errors
 from minigpt.core.files import (
     delete,
     dir_size,
@@ -462,6 +463,7 @@ def _write_export(out: Path, job: _Job, state: Path | None, metrics: bool, repla
         ) from e
 
 # %% ../../nbs/checkpoint/03_exporter.ipynb #13843dd7
+@short_errors
 def export(
     source: str | Path | GPT,  # A checkpoint, run, model directory, `.pth` file, or a model
     out: str | Path | None = None,  # Directory; default: in `exports` of the run, or beside source

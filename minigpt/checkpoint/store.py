@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .headers import DTYPES, Refused, TooMuch, safetensors_header, torch_file
+from ..core.errors import short_errors
 from minigpt.core.files import (
     NotAFile,
     Pace,
@@ -755,6 +756,7 @@ def open_weights(
     return Weights(parts, config, path)
 
 # %% ../../nbs/checkpoint/02_store.ipynb #aabd6e27
+@short_errors
 def load_model(
     path: str | Path,  # A checkpoint, finished run, export, or Llama, Qwen3 or RoBERTa directory
     device: str = "cpu",
@@ -1090,6 +1092,7 @@ def run_model(
     return later.path if later else final
 
 
+@short_errors
 def open_model(
     source,  # A run or its directory, a model directory, or a model in memory
     tokenizer: Tokenizer | str | Path | None = None,  # Or its directory; default: of the source

@@ -465,6 +465,11 @@ class TrainConfig(
         return [*(f.name for f in fields(cls)), *other_programs().aliases]
 
     @classmethod
+    def choices(cls) -> dict[str, tuple[str, ...]]:
+        "Return the values of each option that accepts only a few."
+        return _CHOICES
+
+    @classmethod
     def groups(cls) -> dict[str, tuple[Field, ...]]:
         "Return the options by heading, in order of definition."
         return {base.__doc__: fields(base) for base in reversed(cls.__bases__)}

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import orjson
 
+from ..core.errors import short_errors
 from ..core.files import expand_home, fsync, hidden, open_new, spread
 from ..core.progress import tqdm
 from minigpt.data.quality import (
@@ -459,6 +460,7 @@ def _write_blocks(
         bar.update(min(block.size, bar.total - bar.n))
 
 # %% ../../nbs/data/07_preparation.ipynb #4e9dacf1
+@short_errors
 def prepare(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
     out: str | Path | None = None,  # JSONL file or folder; default: data/dataset/preprocessed/
@@ -484,8 +486,7 @@ def prepare(
     - `out`: a name that ends in `.jsonl` is a file; any other is a folder, with one file per
       source file.
     - `tokenizer`: without one in data/tokenizer/, one is trained on the source, as `fit` would.
-    - `max_seq_len`: longer texts are split, conversations are cut after an answer, preferences
-      are refused.
+    - `max_seq_len`: longer texts are split, conversations cut after an answer, pairs refused.
     - `add_special_tokens`: <think> and <tool_call>, for programs that do not know the fields.
       Turn markers are never written: the chat template adds them.
     - `analyze`: the report describes the output, or the source if nothing is written.

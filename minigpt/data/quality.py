@@ -25,6 +25,7 @@ import orjson
 import xxhash
 import zstandard
 
+from ..core.errors import short_errors
 from ..core.files import human_size, spread
 from ..core.picture import figure
 from ..core.progress import tqdm
@@ -736,6 +737,7 @@ def _report(files: list[Path], looks: list, totals: _Totals, near: bool, tokeniz
     )
 
 # %% ../../nbs/data/04_quality.ipynb #586ed908
+@short_errors
 def analyze(
     source: str | Path | Iterable[str | Path],  # A file, a folder, or a list of them
     tokenizer: Tokenizer | str | Path | None = None,  # For lengths in tokens, of 2,000 rows

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
+from ..core.errors import short_errors
 from ..core.files import read_json
 from ..core.suggest import did_you_mean
 from .readers import DataError, inspect_file
@@ -150,6 +151,7 @@ def register_dataset(
     return config
 
 # %% ../../nbs/data/03_registry.ipynb #9f06d68b
+@short_errors
 def dataset(
     name: str,  # Name of a registered data set
     download: bool = True,  # Whether to download missing files
@@ -238,6 +240,7 @@ def _parse_weight(part, weight) -> float | None:
         raise ValueError(f"weight {weight!r} of {part} must be a number above 0") from None
 
 
+@short_errors
 def mix(
     parts: Iterable,  # Data sets, with or without weights
 ) -> Mix:

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from ..core.errors import short_errors
 from .gpt import GPT, MAX_SIZES, check_gpt, check_number, check_size
 
 # %% ../../nbs/model/03_adapters.ipynb #6fbf421c
@@ -337,6 +338,7 @@ class LoRAGPT(GPT):
         return dict(r=c.r, scale=c.scale, targets=list(c.targets), base=self.base_hash)
 
 # %% ../../nbs/model/03_adapters.ipynb #709bec8e
+@short_errors
 def lora(
     model: GPT,  # The base, such as `minigpt.checkpoint.load_model` returns
     r: int = 8,  # Rank

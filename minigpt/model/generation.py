@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.errors import short_errors
 from ..data.readers import ROLES
 from .families import family_of
 from .gpt import GPT, KVCache, check_gpt, rope_angles
@@ -308,6 +309,7 @@ def _generate(model, prompts, limits, sampling, stop, seed, use_cache):
         new = last if cache else torch.cat([new, last], 1)
 
 # %% ../../nbs/model/02_generation.ipynb #f7b808d7
+@short_errors
 def generate(
     model: GPT,
     ids: Iterable[int],  # The prompt's token ids, at least one

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ..checkpoint.store import Checkpoint, load_model, newest, problem, stores_in
+from ..core.errors import short_errors
 from minigpt.core.files import (
     ago,
     call_with_timeout,
@@ -224,6 +225,7 @@ def split_checkpoint(
     return path.parent.parent if inside else path.parent, path.name
 
 # %% ../../nbs/run/04_folder.ipynb #d365e7d4
+@short_errors
 def open_run(
     path: str | Path,  # Folder of a run
 ) -> Run:

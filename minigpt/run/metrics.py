@@ -501,7 +501,8 @@ class RunLog(logging.Handler):
         self.path, self.counts = Path(path), True
         if self.path.is_fifo():
             regular(path)
-        open(path, "ab").close()
+        with open(path, "ab") as f:
+            self.start = f.seek(0, 2)  # where the lines of this call begin
 
     def emit(self, record: logging.LogRecord):
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {to_note(record)}\n"
@@ -518,7 +519,9 @@ class RunLog(logging.Handler):
     def __exit__(self, kind, error, trace):
         if kind and self.counts:
             text = f"ENDED by {kind.__name__}{f': {error}' if str(error) else ''}"
-            self.write(text, logging.ERROR)
+            # the stop button, Ctrl-C, a closed terminal
+            asked = issubclass(kind, (KeyboardInterrupt, SystemExit))
+            self.write(text, logging.INFO if asked else logging.ERROR)
 
 
 def to_note(record: logging.LogRecord) -> Note:
@@ -557,11 +560,14 @@ def read_log(
     path: str | Path,  # A run.log
     n: int = 8,  # At most this many lines, the newest
     troubles: bool = False,  # Only warnings and errors
+    start: int = 0,  # Byte to start at, such as the beginning of an attempt
 ) -> list[str]:  # With their times
     "Read the last lines of a log; none if it does not exist."
     try:
         with open(regular(path), "rb") as f:
-            f.seek(max(0, f.seek(0, 2) - 2**18))
+            size = f.seek(0, 2)
+            # a log that is shorter was replaced
+            f.seek(max(start if start <= size else 0, size - 2**18))
             lines = f.read().decode(errors="replace").splitlines()
     except OSError:
         return []

@@ -250,6 +250,10 @@ class Watch:
             attempt=len(self.record.attempts) if self.record else 0,
         )
 
+    def _log_start(self) -> int:
+        "Return where the log of the last attempt starts; older versions did not record it."
+        return self.record.attempts[-1].get("log", 0) if self.record and self.record.attempts else 0
+
     def status(self, fresh: bool = False) -> dict:
         "Return the status; `fresh` lists the backup too, and the folders in any case."
         s, read = self.progress(), self.parts.read
@@ -264,7 +268,7 @@ class Watch:
             state=_state(active, self.listing["finished"], s["updated"] is not None),
             sign=sign,
             backup=read("backup.json", lambda: self.run.backup_said, ""),
-            troubles=read_log(self.path / "run.log", 5, troubles=True),
+            troubles=read_log(self.path / "run.log", 5, troubles=True, start=self._log_start()),
             resume=_resume_options(self.path, self.mirror),
             problems=[*self.parts.problems, *self.listing["unread"]],
         )

@@ -31,6 +31,7 @@ from tokenizers import (
     trainers,
 )
 
+from ..core.errors import short_errors
 from minigpt.core.files import (
     expand_home,
     hash_bytes,
@@ -1004,6 +1005,7 @@ def _split_long(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #10ea71a8
+@short_errors
 def train_tokenizer(
     texts: Iterable[str],  # Training texts; read until `max_rows` or `max_bytes`
     vocab_size: int | None = None,  # Number of tokens; default: by the sample's size, up to 15,000
@@ -1112,6 +1114,7 @@ def _read_config(file: Path) -> dict | None:  # None: there is no config
     return config
 
 # %% ../../nbs/tokenizer/02_bpe.ipynb #4ef7e30c
+@short_errors
 def load_tokenizer(
     folder: str | Path,  # A directory with tokenizer.json, or that file, of any model
 ) -> Tokenizer:

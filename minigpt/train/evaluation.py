@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..checkpoint.store import open_model
+from ..core.errors import short_errors
 from ..core.files import expand_home, hash_bytes
 from ..core.tables import text_table
 from ..data.tokensets import TokenSet, build_tokenset, open_set
@@ -97,6 +98,7 @@ def _load_token_set(data, tok: Tokenizer, folder: Path, max_rows: int, progress:
     return data
 
 # %% ../../nbs/train/08_evaluation.ipynb #1246aa98
+@short_errors
 def evaluate_on(
     model: str | Path | Run | GPT,  # In memory, or a path: see above
     data,  # Path(s) of texts, the name of a data set, or a token set: see above

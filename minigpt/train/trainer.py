@@ -41,6 +41,7 @@ from minigpt.checkpoint.store import (
 )
 from ..config.options import TrainConfig
 from ..config.schedule import checkpoint_size, storage_plan
+from ..core.errors import short_errors
 from minigpt.core.files import (
     dir_size,
     entries,
@@ -315,6 +316,7 @@ def software_versions() -> dict:
     )
 
 # %% ../../nbs/train/13_trainer.ipynb #7d0ec1f0
+@short_errors
 @_release_frames
 @_exclusive
 def fit(
@@ -626,7 +628,7 @@ def _load_start(job: FitContext, t: RunTrainer) -> Checkpoint | None:
 def _start_attempt(job: FitContext, t: RunTrainer, start: Checkpoint | None):
     "Make the last decisions and write run.json."
     record, call = job.record, job.call
-    attempt = dict(started=time.time(), step=t.step, device=job.runtime.device)
+    attempt = dict(started=time.time(), step=t.step, device=job.runtime.device, log=job.log.start)
     job.attempts = [*job.attempts, attempt | dict(versions=software_versions())]
     if start and call.resume is not ResumeFrom.NEWEST:
         # first, so that a run that is killed here knows that the later checkpoints are abandoned
@@ -1024,6 +1026,7 @@ def _initial_model(run: Run):
     return config_from_dict(record.model)
 
 # %% ../../nbs/train/13_trainer.ipynb #31e40fcf
+@short_errors
 def resume(
     run: str | Path,  # The run folder
     checkpoint: str | Path = "auto",  # The newest complete one, or the name or path of one

@@ -494,15 +494,3 @@ def test_throttled_training_is_reported(work, monkeypatch, capsys):
     ) and f"paused {rested[-1]:.0%} of the time (max_cpu)" in status_text(s)
     free = fit(MODEL, "text.jsonl", output_dir="free", **{**OPTIONS, "max_steps": 2})
     assert "resting" not in free.history[-1] and "SLOWER" not in run_log(free.path)
-
-
-@pytest.mark.parametrize("command", ["train", "resume", "bench"])
-def test_help_shows_options_in_panels_on_80_columns(command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    text = minigpt(command, "--help").output
-    assert max(map(len, text.splitlines())) <= 80
-    for heading, group in TrainConfig.groups().items():
-        panel = text.partition(f"─ {heading} ─")[2].partition("╰")[0]
-        for f in group:
-            assert f"--{f.name.replace('_', '-')} " in panel, f.name
-            assert f"[{f.default}]" in panel, f.name
