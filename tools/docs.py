@@ -442,8 +442,10 @@ def section(source, heading, page):
 
 
 def written(source, page):
-    "A page that is written by hand; `<!-- FILE: HEADING -->` stands for a section of another"
-    text = linked((ROOT / source).read_text(encoding="utf-8"), source, page)
+    "A page that is written by hand; a line that is a link to a section of README becomes its text"
+    text = (ROOT / source).read_text(encoding="utf-8")
+    link = r"^\[(.+)\]\((?:\.\./)+(README[\w.]*)#\S+\)$"
+    text = linked(re.sub(link, r"<!-- \2: \1 -->", text, flags=re.M), source, page)
     return re.sub(r"<!-- (\S+): (.+?) -->", lambda m: section(m[1], m[2], page), text)
 
 
