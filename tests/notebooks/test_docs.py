@@ -15,6 +15,7 @@ from tests.harness.browser import CHROMIUM, FLAGS
 from tests.harness.site import FAINT, HOVERED, WIDER, opened, served
 
 pytest.importorskip("material", reason="pip install mkdocs-material, to build the documentation")
+pytestmark = pytest.mark.timeout(1800)  # 90 pages in a browser, on a machine that does other work
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +102,17 @@ def test_a_signature_is_short():
     assert "| returns | The run | <code>Run \\| None</code> |  |" in readable(text)
     one = "```python\ndef join(team:__main__.Team)->__main__.Team:\n```"
     assert "\njoin(team: Team) -> Team\n" in readable(one)
+
+
+def test_a_text_that_announces_no_code_ends_in_a_period():
+    from docs import sentences
+
+    assert [*sentences(["This prints:", "```python\n1\n```", "Files:", "## Next"])] == [
+        "This prints:",
+        "```python\n1\n```",
+        "Files.",
+        "## Next",
+    ]
 
 
 def test_an_output_is_readable():
