@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
+from .core.colors import color, themed
 from .data.quality import Report, analyze
 from .data.readers import Row
 from .run.live import BOX_STYLE
 from .tokenizer.bpe import Tokenizer, chat_messages, chat_pieces
 
 # %% ../nbs/04_widgets.ipynb #6af2c5aa
-_TRAINED = "background:#cdeccd;color:#000"
+_TRAINED = f"background:{color('trained')}"
 
 
 def _format_pieces(pieces: list[str], limit: int = 20_000) -> str:
@@ -38,7 +39,7 @@ def row_html(
     chat = lambda messages: box(_format_pieces(chat_pieces(*chat_messages(messages))))
     if row.reason:
         refused = f"<b>refused: {escape(row.reason)}</b> {escape(row.detail)}"
-        return refused + (box(escape(raw)) if raw else "")
+        return themed(refused + (box(escape(raw)) if raw else ""))
     mended = escape(", ".join(row.mended))
     out = f"<div>repaired while reading: {mended}</div>" if mended else ""
     if row.rejected:
@@ -46,8 +47,9 @@ def row_html(
             f'<td style="vertical-align:top;text-align:left"><b>{name}</b>{chat(side)}</td>'
             for name, side in (("chosen", row.messages), ("rejected", row.rejected))
         )
-        return f'{out}<table style="width:100%;table-layout:fixed"><tr>{cells}</tr></table>'
-    return out + (chat(row.messages) if row.messages else box(_format_pieces(["", row.text])))
+        return themed(f'{out}<table style="width:100%;table-layout:fixed"><tr>{cells}</tr></table>')
+    text = chat(row.messages) if row.messages else box(_format_pieces(["", row.text]))
+    return themed(out + text)
 
 # %% ../nbs/04_widgets.ipynb #7e080c4a
 def _messages_of(r: Row, role: str) -> list[dict]:
@@ -93,13 +95,20 @@ def _format_location(example: dict, tokenizer: Tokenizer | None) -> str:
         location += f" · {len(ids):,} tokens"
     return location
 
-# %% ../nbs/04_widgets.ipynb #f80a5a4a
+# %% ../nbs/04_widgets.ipynb #68760a19
 def _make_button(name: str, click: Callable[[], object], width: str = "110px"):
     import ipywidgets as w
 
     button = w.Button(description=name, layout=w.Layout(width=width))
     button.on_click(lambda _: click())
     return button
+
+
+def _make_row(*parts):
+    "Put widgets side by side; those that do not fit on a phone continue below."
+    import ipywidgets as w
+
+    return w.HBox(parts, layout=w.Layout(flex_flow="row wrap"))
 
 
 def _make_column(name: str, parts: list):
@@ -110,7 +119,14 @@ def _make_column(name: str, parts: list):
     box.add_class(name)
     return box
 
+# %% ../nbs/04_widgets.ipynb #888fa82b
+def _stretch():
+    "Return the layout of a part of a row that takes the space that is left."
+    import ipywidgets as w
 
+    return w.Layout(width="auto", min_width="0", flex="1 1 200px")
+
+# %% ../nbs/04_widgets.ipynb #f80a5a4a
 class _RowBrowser:
     "The filters of the data explorer, and one row at a time."
 
@@ -119,16 +135,18 @@ class _RowBrowser:
 
         self.groups, self.tokenizer = groups, tokenizer
         longest = max([1, *(len(e["row"].text) for es in groups.values() for e in es)])
-        wide = w.Layout(width="auto", flex="1 1 auto")
-        menu = lambda name, of: w.Dropdown(options=[*zip(of, of)], description=name, layout=wide)
+        menu = lambda name, of: w.Dropdown(
+            options=[*zip(of, of)], description=name, layout=_stretch()
+        )
         self.problem, self.kind = menu("show", groups), menu("rows", _KINDS)
         size = dict(value=(0, longest), min=0, max=longest, continuous_update=False)
-        self.length = w.IntRangeSlider(description="characters", layout=wide, **size)
+        size |= dict(description="characters", layout=w.Layout(width="auto"))
+        self.length = w.IntRangeSlider(**size)
         self.back = _make_button("◀ previous", lambda: self.move(-1), "100px")
         self.next = _make_button("next ▶", lambda: self.move(1), "100px")
         self.location, self.view = w.HTML(), w.HTML()
         filters, pager = [self.problem, self.kind], [self.back, self.next, self.location]
-        self.parts = [w.HBox(filters), self.length, w.HBox(pager), self.view]
+        self.parts = [_make_row(*filters), self.length, _make_row(*pager), self.view]
         for c in *filters, self.length:
             c.observe(self.apply_filters, "value")
         self.apply_filters()
@@ -164,24 +182,81 @@ def data_explorer(
 
     report = source if isinstance(source, Report) else analyze(source, tokenizer)
     rows = _RowBrowser(_group_examples(report), tokenizer)
-    note = w.HTML(
-        f'<span style="{_TRAINED}">green</span>: tokens with loss. Everything else is context.'
-    )
+    legend = f'<span style="{_TRAINED}">green</span>: tokens with loss. Everything else is context.'
+    note = w.HTML(themed(legend))
     summary = w.Accordion(children=[w.HTML(report._repr_html_())], selected_index=None)
     summary.set_title(0, "complete report")
     return _make_column("minigpt-data-explorer", [*rows.parts, note, summary])
 
 # %% ../nbs/04_widgets.ipynb #cedfced4
+import contextlib
+import logging
+import time
 from functools import cached_property
 
 from .core.progress import in_notebook
 from .core.tables import html_table
 from .run.live import LiveLoss as LiveLoss, display_widget, run_html
+from .run.metrics import losses_html
 from .run.status import Watch, checkpoint_rows, notes, resume_code, status_text
 
 # %% ../nbs/04_widgets.ipynb #635c8d80
+def _format_note(note) -> str:
+    "Format a `Note` as HTML, in the color of its level."
+    if not note.warns:
+        return f"<div>{escape(note.text)}</div>"
+    name = "error" if note.level >= logging.ERROR else "warning"
+    return f'<div style="color:{color(name)}">{escape(note.text)}</div>'
+
+
+def _format_details(s: dict) -> str:
+    "Format what is saved, the notes, and how to resume, as HTML; `s`: of `run_status`."
+    # the name is the title of a row on a phone
+    rows = [(name, where, *others) for where, name, *others in checkpoint_rows(s)]
+    code, command = resume_code(s)
+    box = f"border:1px solid {color('border')};padding:6px;white-space:pre-wrap;"
+    box += f"overflow-wrap:anywhere;color:inherit;background:{color('surface')}"
+    return (
+        (html_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")
+        + "".join(map(_format_note, notes(s)))
+        + f'<pre style="{box}">{escape(code)}\n\n# in a terminal\n{escape(command)}</pre>'
+    )
+
+# %% ../nbs/04_widgets.ipynb #da2b1e3a
+class _CurveView:
+    "The curves of a run, with a switch for the scale."
+
+    def __init__(self, follower):  # Of the run's metrics
+        import ipywidgets as w
+
+        self.follower, self.html = follower, w.HTML()
+        self.log = w.ToggleButton(description="log scale", layout=w.Layout(width="110px"))
+        self.log.observe(lambda _: self.draw(), "value")
+
+    def draw(self):
+        self.html.value = losses_html(self.follower.curves, self.log.value, switch=True)
+
+# %% ../nbs/04_widgets.ipynb #2cb25ee3
+def _update_callback(dashboard):
+    "Return a callback of training that updates a dashboard."
+    from minigpt.train.loop import Callback
+
+    class Update(Callback):
+        order, due = -40, 0.0
+
+        def on_log(self, t, row):
+            if (start := time.monotonic()) < self.due:
+                return
+            with contextlib.suppress(Exception):  # a view must not stop training
+                dashboard.update()
+            now = time.monotonic()
+            self.due = now + max(1.0, 49 * (now - start))
+
+    return Update()
+
+# %% ../nbs/04_widgets.ipynb #ee6a49c6
 class RunDashboard:
-    "Show progress, storage, checkpoints, backup and problems of a run, and resume it."
+    "Show progress, curves, storage, checkpoints, backup and problems of a run, and resume it."
 
     def __init__(
         self,
@@ -193,45 +268,52 @@ class RunDashboard:
         return status_text(self.watch.status(fresh=True))
 
     def _ipython_display_(self):
-        display_widget(self.widget, repr(self)) if in_notebook() else print(self)
+        if in_notebook():
+            box, parts = self.widget, (self.html, self.curves.html, self.details)
+            html = "".join(part.value for part in parts)
+            display_widget(box, repr(self), **{"text/html": html})
+        else:
+            print(self)
 
     @cached_property
     def widget(self):
         "An ipywidgets VBox."
         import ipywidgets as w
 
-        self.html, self.out = w.HTML(), w.Output()
+        self.html, self.details, self.out = w.HTML(), w.HTML(), w.Output()
+        self.curves = _CurveView(self.watch.follower)
         self.look = _make_button("refresh", self.refresh)
         self.go = _make_button("resume", self.resume)
-        parts = [self.html, w.HBox([self.look, self.go]), self.out]
+        self.buttons = _make_row(self.curves.log, self.look, self.go)
         self.refresh()
+        parts = [self.html, self.curves.html, self.buttons, self.details, self.out]
         return _make_column("minigpt-run-dashboard", parts)
 
     def refresh(self) -> dict:
         "Update the view; return the result of `run_status`."
         s = self.watch.status(fresh=True)
-        rows, (code, command) = checkpoint_rows(s), resume_code(s)
-        note = lambda n: f'<div style="{"color:#b00020" if n.warns else ""}">{escape(n.text)}</div>'
-        self.html.value = (
-            run_html(s)
-            + (html_table(rows) if rows[1:] else "<div>nothing is saved yet</div>")
-            + f'<div style="line-height:1.5">{"".join(map(note, notes(s)))}</div><pre'
-            f' style="border:1px solid #bbb;padding:6px;white-space:pre-wrap">{escape(code)}\n\n#'
-            f" in a terminal\n{escape(command)}</pre>"
-        )
+        self.html.value, self.details.value = themed(run_html(s)), themed(_format_details(s))
         self.go.disabled = s["state"] != "stopped"
+        self.curves.draw()
         return s
+
+    def update(self):
+        "Update progress and curves."
+        self.html.value = themed(run_html(self.watch.progress()))
+        self.curves.draw()
 
     def resume(self, _=None):
         "Resume the run."
-        self.go.disabled = True
+        self.go.disabled, self.buttons.layout.display = True, "none"
         with self.out:
             try:
                 from minigpt.train.trainer import resume  # imports torch only when clicked
 
-                resume(**self.refresh()["resume"])
+                view = dict(widget=False, callbacks=[_update_callback(self)])
+                resume(**self.refresh()["resume"], **view)
             except (Exception, KeyboardInterrupt) as e:
                 print(f"{type(e).__name__}: {e}")
+        self.buttons.layout.display = None
         self.refresh()
 
 # %% ../nbs/04_widgets.ipynb #ac4cb02a
@@ -259,40 +341,18 @@ def _format_bars(
 ) -> str:  # HTML
     if not table:
         return "no rows"
-    head, *rows = table.cells()
-    right = [all(isinstance(r[k], (int, float, type(None))) for r in table) for k in table.keys()]
     lengths = list(lengths)
     longest = max((n for n in lengths if n < math.inf), default=0) or 1
-
-    def format_row(cells, tag, bar=None, style=""):
-        styles = [
-            f"padding:1px 10px;white-space:nowrap;text-align:{'right' if r else 'left'}"
-            for r in right
-        ]
-        if bar is not None:
-            percent = 100 * min(1, max(0, bar / longest))
-            styles[0] += (
-                ";min-width:200px;background:linear-gradient(90deg,rgba(76,120,168,.4)"
-                f" {percent:.1f}%,transparent 0)"
-            )
-        tds = (f'<{tag} style="{x}">{escape(c)}</{tag}>' for x, c in zip(styles, cells))
-        return f'<tr style="{style}">{"".join(tds)}</tr>'
-
-    body = "".join(
-        format_row(r, "td", n, "outline:2px solid #4c78a8" if i == selected else "")
-        for i, (r, n) in enumerate(zip(rows[:limit], lengths or [None] * len(rows)))
-    )
-    html = f'<table style="line-height:1.5">{format_row(head, "th")}{body}</table>'
-    more = f"and {len(rows) - limit:,} more" if len(rows) > limit else ""
-    return f'<div style="overflow:auto">{html}</div>{more}'
+    bars = [n / longest for n in lengths[:limit]]
+    html = html_table(table.cells()[: limit + 1], table._numbers(), bars=bars, selected=selected)
+    return themed(html + (f"and {len(table) - limit:,} more" if len(table) > limit else ""))
 
 
 def _format_lines(lines: Iterable[str], errors: Iterable[str] = ()) -> str:
     "Format lines of text, and errors in red."
-    return (
-        f'<div style="line-height:1.5">{"<br>".join(map(escape, lines))}'
-        + "".join(f'<div style="color:#b00">! {escape(l)}</div>' for l in errors)
-        + "</div>"
+    return themed(
+        "<br>".join(map(escape, lines))
+        + "".join(f'<div style="color:{color("error")}">! {escape(l)}</div>' for l in errors)
     )
 
 
@@ -351,12 +411,14 @@ class _Bytes:
     def __init__(self):
         import ipywidgets as w
 
-        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="100px"))
+        self.by = w.ToggleButtons(options=list(_BY), style=dict(button_width="auto"))
         self.component, self.layer = (
-            w.Dropdown(description=k, layout=w.Layout(width="48%")) for k in ("component", "layer")
+            w.Dropdown(description=k, layout=_stretch()) for k in ("component", "layer")
         )
-        self.picture, self.table = w.Image(layout=w.Layout(max_width="720px")), w.HTML()
-        self.box = w.VBox([self.picture, self.by, w.HBox([self.component, self.layer]), self.table])
+        size = w.Layout(width="100%", max_width="720px", margin="0")
+        self.picture, self.table = w.Image(layout=size), w.HTML()
+        menus = _make_row(self.component, self.layer)
+        self.box = w.VBox([self.picture, self.by, menus, self.table])
         for c in self.by, self.component, self.layer:
             c.observe(self.show, "value")
 
@@ -382,7 +444,8 @@ class _Changes:
         import ipywidgets as w
 
         self.all, self.message, self.table = w.HTML(), w.HTML(), w.HTML()
-        self.since = w.Dropdown(description="since", layout=w.Layout(width="48%"))
+        size = w.Layout(width="auto", max_width="420px")
+        self.since = w.Dropdown(description="since", layout=size)
         self.box = w.VBox([self.all, self.since, self.message, self.table])
         self.since.observe(self.show, "value")
 
@@ -429,11 +492,11 @@ def _format_sizes(
         saves="{:.0%}".format,
         exported=human_size,
     )
-    return (
-        _format_bars(table, [r["MiB"] for r in rows], selected)
-        + f"in {rows[selected]['precision']}: <b>{human_size(table[selected]['weights'])}</b> of"
-        f" weights; as stored now: {human_size(sum(t.bytes for t in a.weights()))}"
+    text = (
+        f"in {rows[selected]['precision']}: <b>{human_size(table[selected]['weights'])}</b> of"
+        f" weights; stored now: {human_size(sum(t.bytes for t in a.weights()))}"
     )
+    return _format_bars(table, [r["MiB"] for r in rows], selected) + themed(text)
 
 # %% ../nbs/04_widgets.ipynb #b62aa146
 class _Precisions:
@@ -445,7 +508,8 @@ class _Precisions:
         import ipywidgets as w
 
         self.sizes, self.message = w.HTML(), w.HTML()
-        options, wide = [(k.upper(), k) for k in PRECISIONS], w.Layout(width="420px")
+        options = [(k.upper(), k) for k in PRECISIONS]
+        wide = w.Layout(width="100%", max_width="420px")
         self.precision = w.SelectionSlider(options=options, description="precision", layout=wide)
         self.weights_only, self.compress = (
             w.Checkbox(checked, description=k, indent=False, layout=w.Layout(width="130px"))
@@ -453,7 +517,7 @@ class _Precisions:
         )
         self.button = w.Button(description="export", button_style="primary")
         self.bar = w.FloatProgress(max=1.0, layout=w.Layout(width="300px", visibility="hidden"))
-        controls = w.HBox([self.weights_only, self.compress, self.button, self.bar])
+        controls = _make_row(self.weights_only, self.compress, self.button, self.bar)
         self.box = w.VBox([self.precision, self.sizes, controls, self.message])
         self.precision.observe(self.show, "value")
         self.button.on_click(self.write)
@@ -497,12 +561,16 @@ class _Advice:
     def __init__(self):
         import ipywidgets as w
 
+        measures = [("bytes on disk", "disk"), ("training memory", "memory")]
+        measures += [("training time", "time")]
         targets = [("anywhere", ""), *((k, k) for k in ("mobile", "edge", "server"))]
-        self.target = w.Dropdown(options=targets, description="deploy to")
-        style = dict(description="hours of training", style=dict(description_width="initial"))
-        self.hours, self.table = w.BoundedFloatText(0, min=0, max=1e5, **style), w.HTML()
-        self.box = w.VBox([w.HBox([self.target, self.hours]), self.table])
-        for c in self.target, self.hours:
+        self.by = w.Dropdown(options=measures, description="sort by", layout=_stretch())
+        self.target = w.Dropdown(options=targets, description="deploy to", layout=_stretch())
+        label = dict(description="hours of training", style=dict(description_width="initial"))
+        self.hours = w.BoundedFloatText(0, min=0, max=1e5, layout=_stretch(), **label)
+        self.table = w.HTML()
+        self.box = w.VBox([_make_row(self.by, self.target, self.hours), self.table])
+        for c in self.by, self.target, self.hours:
             c.observe(self.show, "value")
 
     def open(self, a: Analysis, others: Comparison):
@@ -510,12 +578,13 @@ class _Advice:
         self.show()
 
     def show(self, _=None):
-        rows = suggestions(self.analysis, self.hours.value or None, self.target.value or None)
-        self.table.value = (
-            f'<div style="line-height:1.4">{rows._repr_html_()}</div>'
-            if rows
-            else "no suggestions: the file has no weights"
-        )
+        by, target = self.by.value, self.target.value or None
+        rows = suggestions(self.analysis, self.hours.value or None, target, by)
+        measure = self.by.label
+        text = f"What each would save, sorted by {measure}, the largest saving first."
+        bars = _format_bars(rows, [r[by] or 0 for r in rows])
+        none = "no suggestions: the file has no weights"
+        self.table.value = _format_lines([text]) + bars if rows else none
 
 # %% ../nbs/04_widgets.ipynb #ba3a015c
 class CheckpointExplorer:
@@ -528,18 +597,25 @@ class CheckpointExplorer:
         import ipywidgets as w
 
         self.path = Path(path)
-        self.checkpoint = w.Dropdown(description="checkpoint", layout=w.Layout(width="60%"))
+        self.checkpoint = w.Dropdown(description="checkpoint", layout=_stretch())
         self.facts = w.HTML()
         self.pages = _Bytes(), _Changes(), _Precisions(), _Advice()
         self.bytes, self.changes, self.precisions, self.advice = self.pages
-        tabs = w.Tab(children=[p.box for p in self.pages])
-        for i, p in enumerate(self.pages):
-            tabs.set_title(i, p.title)
+        titles = [(p.title, i) for i, p in enumerate(self.pages)]
+        self.page = w.ToggleButtons(options=titles, style=dict(button_width="auto"))
+        self.page.observe(self.turn, "value")
+        self.turn()
         refresh = _make_button("refresh", self.look)
-        self.box = w.VBox([w.HBox([self.checkpoint, refresh]), self.facts, tabs])
-        self.box.add_class("minigpt-checkpoint-explorer")
+        parts = [_make_row(self.checkpoint, refresh), self.facts, self.page]
+        parts += [p.box for p in self.pages]
+        self.box = _make_column("minigpt-checkpoint-explorer", parts)
         self.checkpoint.observe(self.open, "value")
         self.look()
+
+    def turn(self, _=None):
+        "Show the selected page."
+        for i, p in enumerate(self.pages):
+            p.box.layout.display = None if i == self.page.value else "none"
 
     def look(self, _=None):
         "Read the folder; keep the selected checkpoint, at first the newest."
@@ -550,7 +626,8 @@ class CheckpointExplorer:
         names = [r["checkpoint"] for r in self.found.rows()]
         self.checkpoint.unobserve(self.open, "value")
         self.checkpoint.options = [(n, i) for i, n in enumerate(names)]
-        self.checkpoint.value = names.index(before) if before in names else len(names) - 1
+        newest = names[self.found.index(self.found.newest)]
+        self.checkpoint.value = names.index(before if before in names else newest)
         self.checkpoint.observe(self.open, "value")
         self.open()
 
@@ -573,7 +650,6 @@ class CheckpointExplorer:
 
 # %% ../nbs/04_widgets.ipynb #35ada0a1
 import threading
-import time
 from itertools import groupby
 
 from .chat import Chat
@@ -583,9 +659,9 @@ from .run.folder import Run, open_run
 _STYLES = dict(
     user=("you", "font-weight:bold"),
     text=("", ""),
-    call=("→", "font-family:monospace;color:#777"),
-    result=("←", "font-family:monospace;color:#777"),
-    note=("", "color:#b00020"),
+    call=("→", f"font-family:monospace;color:{color('muted')}"),
+    result=("←", f"font-family:monospace;color:{color('muted')}"),
+    note=("", f"color:{color('error')}"),
 )
 
 
@@ -605,13 +681,14 @@ def events_html(
     for kind, pieces in texts:
         text = f'<div style="{wrap}">{escape("".join(pieces))}</div>'
         if kind == "thinking":
-            fold = f'<details style="color:#777;margin:6px 0"{" open" if open else ""}>'
+            style = f"color:{color('muted')};margin:6px 0"
+            fold = f'<details style="{style}"{" open" if open else ""}>'
             out.append(f"{fold}<summary>thoughts</summary>{text}</details>")
         else:
             mark, css = _STYLES[kind]
             style = f"display:flex;gap:8px;margin:6px 0;line-height:1.45;{css}"
             out.append(f'<div style="{style}"><span>{mark}</span>{text}</div>')
-    return "".join(out)
+    return themed("".join(out)) if out else ""
 
 # %% ../nbs/04_widgets.ipynb #d8253e33
 class ChatBox:

@@ -27,6 +27,7 @@ from minigpt.checkpoint.analysis import (
 )
 from .headers import PRECISIONS, printable
 from ..core.colors import COLORS, themed
+from ..core.errors import short_errors
 from ..core.files import human_size
 from ..core.picture import figure
 from ..core.tables import html_table
@@ -459,6 +460,7 @@ class Comparison(list):
         return _draw_sizes(self.rows())
 
 # %% ../../nbs/checkpoint/05_comparison.ipynb #790e0aac
+@short_errors
 def compare(
     paths: str | Path | list,  # A directory of checkpoints, or a list of checkpoints or analyses
 ) -> Comparison:  # Ordered by step, then time
