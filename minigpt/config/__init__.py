@@ -3,13 +3,5 @@
 from minigpt.core.lazy import lazy_names
 
 __all__, __getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "options": """
-            TrainConfig lr_at read_options
-        """,
-        "schedule": """
-            Schedule checkpoint_size storage_plan time_plan
-        """,
-    },
+    __name__, "options schedule"
 )

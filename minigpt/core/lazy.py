@@ -6,6 +6,9 @@
 __all__ = ['lazy_names']
 
 # %% ../../nbs/core/00_lazy.ipynb #6ea336da
+import ast
+import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -13,10 +16,14 @@ from importlib import import_module
 # %% ../../nbs/core/00_lazy.ipynb #fab2e0d9
 def lazy_names(
     package: str,  # The package's `__name__`
-    names: dict[str, str],  # Submodule → the public names in it, separated by spaces
+    modules: str,  # Its modules, separated by spaces; the last one with a name exports it
 ) -> tuple[list[str], Callable, Callable]:  # The package's `__all__`, `__getattr__`, `__dir__`
-    "Return what a package's `__init__` needs to export `names` without importing their modules."
-    module_of = {name: module for module, text in names.items() for name in text.split()}
+    "Return what a package's `__init__` needs to export its modules' names without importing them."
+    module_of = {}
+    for module in modules.split():
+        source = pkgutil.get_data(package, f"{module}.py").decode()
+        names = re.search(r"^__all__ = (\[.*?\])", source, re.M | re.S)[1]
+        module_of |= dict.fromkeys(ast.literal_eval(names), module)
 
     def load(name):
         if name not in module_of:
