@@ -1,6 +1,6 @@
 """Signatures as the documentation site shows them.
 
-nbdev writes a signature with every module in front of a type, and the comments of the parameters
+nbdev writes a signature with the module before each type, and the comments of the parameters
 as comments. Here it becomes a short signature and a table, or code without modules.
 """
 
