@@ -364,6 +364,7 @@ class ShowProgress(Callback):
 
     def on_start(self, t):
         self.shown, self.bar, self.name = {}, tqdm(disable=True), t.run_path.name
+        self.phase = "training"
         with self.terminal_may_close():
             self.bar = tqdm(
                 total=t.max_steps,
@@ -372,16 +373,17 @@ class ShowProgress(Callback):
                 unit="step",
                 dynamic_ncols=True,
             )
-        if (phase := first_phase(t)) != "training":
-            self.on_phase(t, phase)
+        self.on_phase(t, first_phase(t))
 
     def on_step(self, t):
         with self.terminal_may_close():
-            if self.bar.n == self.bar.initial:
-                self.bar.set_description(self.name, refresh=False)  # the model is compiled
+            self.on_phase(t, "training")  # the model is compiled now
             self.bar.update()
 
     def on_phase(self, t, phase):
+        if phase == self.phase or self.bar.disable:
+            return
+        self.phase = phase
         with self.terminal_may_close():
             self.bar.set_description(self.name if phase == "training" else f"{self.name}, {phase}")
 
