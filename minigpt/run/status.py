@@ -301,9 +301,16 @@ def numbers(
         )
     if s.get("resting"):
         out.append(("paused", f"{s['resting']:.0%} of the time (max_cpu)"))
-    sizes = dict(memory="memory", memory_reserved="reserved")
-    sizes |= dict(model_size="model", optimizer_size="optimizer")
-    return out + [(name, human_size(s[k])) for k, name in sizes.items() if s.get(k) is not None]
+    in_gib = lambda n: f"{n / 2**30:.2f} GiB"  # as the chart
+    for k, name, form in (
+        ("memory", "memory", in_gib),
+        ("memory_reserved", "reserved", in_gib),
+        ("model_size", "model", human_size),
+        ("optimizer_size", "optimizer", human_size),
+    ):
+        if s.get(k) is not None:
+            out.append((name, form(s[k])))
+    return out
 
 
 def headline(
