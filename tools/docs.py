@@ -459,6 +459,17 @@ def process_notebooks():
         sys.exit(f"nbdev-proc-nbs failed:\n{done.stderr[-3000:]}")
 
 
+def output_colors() -> str:
+    "CSS that gives the outputs of notebooks the colors of the page's scheme."
+    from minigpt.core.colors import COLORS
+
+    def rule(scheme, theme):
+        values = "".join(f"--minigpt-{k}:{v[theme]}!important;" for k, v in COLORS.items())
+        return f'[data-md-color-scheme="{scheme}"] .minigpt{{{values}}}\n'
+
+    return rule("default", 0) + rule("slate", 1)
+
+
 def write_pages():
     "Write every page as Markdown to _docs/src"
     shutil.rmtree(OUT, ignore_errors=True)
@@ -472,7 +483,8 @@ def write_pages():
         head = "---\nhide: [navigation]\n---\n" if page == "index" else ""
         write(f"{page}.md", head + written(source, f"{page}.md"))
     write(OPTIONS, linked(options_page(), f"docs/{OPTIONS}", OPTIONS))
-    write("extra.css", (ROOT / "tools/docs.css").read_text(encoding="utf-8"))
+    style = (ROOT / "tools/docs.css").read_text(encoding="utf-8")
+    write("extra.css", style + output_colors())
     shutil.copytree(ROOT / "nbs/images", SRC / "images")
 
 

@@ -67,11 +67,14 @@ def test_a_symbol_has_its_signature_comments_and_source(site):
         r'href="[^"]+/blob/main/minigpt/model/adapters.py#L\d+"',
         (site / "reference" / "model" / "adapters" / "index.html").read_text(encoding="utf-8"),
     )
-    picture = re.search(
-        r'<img[^>]* src="([^"]*dpo-1\.png)"',
-        (site / "tutorials" / "dpo" / "index.html").read_text(encoding="utf-8"),
-    )[1]
-    assert (site / "tutorials" / "dpo" / picture).exists()
+    pictures = [
+        (page.parent / picture)
+        for page in (site / "tutorials").glob("*/index.html")
+        for picture in re.findall(
+            r'<img[^>]* src="([^":]+-\d+\.png)"', page.read_text(encoding="utf-8")
+        )
+    ]
+    assert pictures and all(p.exists() for p in pictures)
 
 
 def test_a_page_of_the_reference_has_no_tests_and_no_main(site):
