@@ -57,13 +57,8 @@ def _label(value: float, distance: float) -> str:
         return f"{value:.1e}".replace("e-0", "e-") if value else "0"
     if distance >= 1e4:
         return f"{value / 1000:,.0f}k"
-    decimals = max(0, int(np.ceil(-np.log10(distance) - 1e-9)))
-    if (
-        round(distance, decimals) < distance * (1 - 1e-6)
-        or decimals
-        and distance * 10**decimals % 1
-    ):
-        decimals += 1  # 0.25
+    rounds_to = lambda n: abs(round(distance, n) - distance) < 1e-3 * distance
+    decimals = next(n for n in range(6) if rounds_to(n))
     return f"{value:,.{decimals}f}"
 
 # %% ../../nbs/core/08_charts.ipynb #57c5cdbd

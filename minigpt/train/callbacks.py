@@ -358,7 +358,7 @@ class ShowLive(Callback):
 
 # %% ../../nbs/train/11_callbacks.ipynb #9c73b205
 class ShowProgress(Callback):
-    "Show a progress bar in a terminal or a notebook."
+    "Show a progress bar in a terminal."
 
     order = -40
 

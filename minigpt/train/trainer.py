@@ -791,7 +791,10 @@ def _report_end(job: FitContext, t: RunTrainer, began: float):
     )
     if best.loss is not None and isinstance(t.objective, NextToken):
         logger.info(_explain_loss(best.loss, t.tokenizer.vocab_size))
-    logger.info(f"next: open_run({str(job.folder)!r}).generate(…), or minigpt chat {job.folder}")
+    if not family_of(t.model):  # other families do not continue a text
+        logger.info(
+            f"next: open_run({str(job.folder)!r}).generate(…), or minigpt chat {job.folder}"
+        )
     if job.backup:
         finish_backup(job.backup, t.config, t.config.backup_wait_seconds)
 
